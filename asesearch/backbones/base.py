@@ -1,0 +1,147 @@
+"""What every network that asesearch drives has in common: the backbone contract.
+
+A backbone takes `exit_depth` and knows no schedule, loss or solver.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from asesearch.errors import ConfigError, ScheduleError
+
+ExitDepth = int | Tensor | None
+
+
+class Backbone(nn.Module):
+    """Base class of the networks.
+
+    Attributes:
+        depth: number of blocks that may be dropped.
+        min_exit_depth: fewest blocks that must run.
+        in_channels: C of `x_t`.
+        input_size: H = W of `x_t`.
+        num_classes: number of class labels, 0 for an unconditional network. Label `num_classes` is the null label of
+            classifier-free guidance where `has_null_label`.
+        learn_sigma: True if the output has 2·C channels: eps, then the interpolation of the variance.
+        guided_channels: classifier-free guidance acts on the first so many output channels.
+        config: the constructor arguments, so that `type(net)(**net.config)` makes the same network.
+    """
+
+    depth: int
+    min_exit_depth: int = 1
+    in_channels: int
+    input_size: int
+    num_classes: int
+    has_null_label: bool
+    learn_sigma: bool
+    guided_channels: int
+    config: dict[str, Any]
+
+    def forward(self, x_t: Tensor, t: Tensor, y: Tensor | None = None, *, exit_depth: ExitDepth = None) -> Tensor:
+        """Predict the noise (and the variance where learned).
+
+        Args:
+            x_t: (N, C, H, W) float.
+            t: (N,) timesteps in [0, num_train_timesteps).
+            y: (N,) class labels; None only for an unconditional network.
+            exit_depth: blocks to run: one int for the batch, a LongTensor (N,) with one count a sample (on the CPU, to
+                spare a device synchronisation), or None for all.
+
+        Returns:
+            (N, C or 2·C, H, W) float.
+
+        Raises:
+            ScheduleError: exit_depth outside min_exit_depth…depth or of another shape.
+        """
+        raise NotImplementedError
+
+    def time_embedder(self) -> nn.Module | None:
+        """The module that embeds t, which ASE fine-tuning may freeze; None if it has no parameters."""
+        raise NotImplementedError
+
+    def block_at(self, index: int) -> nn.Module:
+        """Droppable block `index`, 0 first to run."""
+        raise NotImplementedError
+
+    def check_exit_depth(self, exit_depth: ExitDepth, batch: int) -> int | list[int]:
+        """Validate `exit_depth`; an int for the whole batch, or one an image.
+
+        Raises:
+            ScheduleError: outside min_exit_depth…depth, or not one count a sample.
+        """
+        if exit_depth is None:
+            return self.depth
+        if isinstance(exit_depth, Tensor):
+            if exit_depth.shape != (batch,) or exit_depth.is_floating_point():
+                raise ScheduleError(
+                    f"exit_depth must be an integer tensor of shape ({batch},), one count a sample; "
+                    f"got {exit_depth.dtype} of shape {tuple(exit_depth.shape)}; pass ExitSchedule.exit_depth_at(t)"
+                )
+            depths: list[int] = exit_depth.tolist()
+            low, high = (min(depths), max(depths)) if depths else (self.depth, self.depth)
+            result: int | list[int] = high if low == high else depths
+        else:
+            low = high = result = int(exit_depth)
+        if low < self.min_exit_depth or high > self.depth:
+            raise ScheduleError(
+                f"exit_depth must lie in {self.min_exit_depth}…{self.depth} for this network; got {low}…{high}; "
+                "rescale the schedule to the network's depth"
+            )
+        return result
+
+
+def check_labels(net: Backbone, y: Tensor | None, batch: int) -> None:
+    """Refuse labels of another shape, or none where the network needs them.
+
+    Raises:
+        ConfigError: y missing, surplus, or not of shape (N,).
+    """
+    if net.num_classes == 0:
+        if y is not None:
+            raise ConfigError("this network is unconditional and takes no labels; got y; leave y out")
+    elif y is None:
+        raise ConfigError(
+            f"this network needs class labels 0…{net.num_classes - 1}; got none; pass y of shape ({batch},)"
+        )
+    elif y.shape != (batch,):
+        raise ConfigError(f"y must have shape ({batch},); got {tuple(y.shape)}; pass one label an image")
+
+
+def run_blocks(
+    blocks: Sequence[Callable[[Tensor, Tensor], Tensor]], x: Tensor, c: Tensor, exit_depth: int | list[int]
+) -> Tensor:
+    """Run blocks 1…exit_depth of each sample; a sample that is done costs nothing in later blocks.
+
+    The batch is sorted by depth, deepest first, and shrinks as samples leave; the order is restored at the end.
+
+    Args:
+        blocks: callables (x, c) -> x.
+        x: (N, L, D) tokens.
+        c: (N, D) condition.
+        exit_depth: one count for the batch, or one a sample.
+
+    Returns:
+        (N, L, D) tokens, in the order given.
+    """
+    if isinstance(exit_depth, int):
+        for block in blocks[:exit_depth]:
+            x = block(x, c)
+        return x
+    order = sorted(range(len(exit_depth)), key=lambda i: -exit_depth[i])
+    index = torch.tensor(order, device=x.device)
+    x, c = x[index], c[index]
+    done: list[Tensor] = []  # shallowest first
+    for i in range(max(exit_depth)):
+        active = sum(d > i for d in exit_depth)
+        if active < x.shape[0]:
+            done.append(x[active:])
+            x, c = x[:active], c[:active]  # (N', L, D), N' the samples that go on
+        x = blocks[i](x, c)
+    x = torch.cat([x, *reversed(done)])  # (N, L, D), deepest first
+    back = torch.empty_like(index)
+    back[index] = torch.arange(len(order), device=x.device)
+    return x[back]

@@ -1,0 +1,242 @@
+"""The study file: one TOML, checked in full before anything expensive. No torch in here."""
+
+from __future__ import annotations
+
+import tomllib
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    ValidationError,
+)
+
+from asesearch.errors import ConfigError
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class LossWeight(_Section):
+    """λ(t): raised on the shortened intervals until their loss levels off, then 1.
+
+    The paper says that λ(t) is larger on the noise side and returns to 1 once progress levels off, and gives no values
+    (the released code uses 1 throughout). Ours: with d(t) the fraction of blocks dropped at t,
+    `dropped`: λ = 1 + (peak - 1) · d(t) / max d; `step`: λ = peak wherever a block is dropped; `none`: λ = 1.
+    λ returns to 1 for good when the loss on the shortened intervals, averaged over `window` steps, has improved by less
+    than the fraction `tolerance` on the `window` before, or after `max_steps`.
+    """
+
+    shape: Literal["dropped", "step", "none"] = "dropped"
+    peak: float = Field(default=2.0, ge=1.0)
+    window: PositiveInt = 50
+    tolerance: NonNegativeFloat = 0.01
+    max_steps: PositiveInt | None = None
+
+
+class TrainConfig(_Section):
+    """One training run: from scratch, a brief fine-tuning, or a full one."""
+
+    num_steps: NonNegativeInt = 200
+    batch_size: PositiveInt = 64
+    lr: PositiveFloat = 1e-4
+    weight_decay: NonNegativeFloat = 0.0
+    warmup_steps: NonNegativeInt = 0
+    lr_schedule: Literal["constant", "cosine"] = "cosine"
+    grad_clip: PositiveFloat | None = 1.0
+    ema_decay: float = Field(default=0.999, ge=0.0, lt=1.0)
+    freeze_time_embedder: bool = False
+    class_dropout_prob: float = Field(default=0.1, ge=0.0, le=1.0)
+    min_snr_gamma: PositiveFloat | None = None
+    loss_weight: LossWeight = LossWeight()
+    distill_frac: float = Field(default=0.0, ge=0.0, le=1.0)
+    mixed_precision: Literal["no", "bf16", "fp16"] = "no"
+    compile: bool = False
+    checkpoint_every: PositiveInt = 500
+    seed: NonNegativeInt = 0
+
+
+class BackboneConfig(_Section):
+    """The network: `kind` and either a preset, constructor `args`, or both; weights from `checkpoint`.
+
+    `checkpoint` is a path, or `shipped:NAME` for a network that travels in the package. Without one the network starts from
+    random weights, which only `asesearch train` allows.
+    """
+
+    kind: Literal["dit", "uvit", "diffusers"] = "dit"
+    preset: str | None = None
+    args: dict[str, Any] = {}
+    checkpoint: str | None = None
+
+
+class DiffusionConfig(_Section):
+    """The forward process the network was trained with."""
+
+    process: Literal["discrete", "vp-sde"] = "discrete"
+    beta_schedule: Literal["linear", "scaled_linear"] = "linear"
+    num_train_timesteps: PositiveInt = 1000
+
+
+class DataConfig(_Section):
+    """A data set. `path` is relative to the working directory."""
+
+    kind: Literal["fashion-mnist", "image-folder", "latents"]
+    path: str | None = None
+    split: Literal["train", "test"] = "train"
+    image_size: PositiveInt | None = None
+    flip: bool = False
+    download: bool = False
+
+
+class SamplingConfig(_Section):
+    """How images are made: solver, steps, guidance (1 = none) and images a batch."""
+
+    solver: Literal["ddpm", "ddim", "dpm++2m", "euler-maruyama"] = "ddim"
+    num_steps: PositiveInt = 50
+    cfg_scale: NonNegativeFloat = 1.0
+    batch_size: PositiveInt = 100
+
+
+class EvaluationConfig(_Section):
+    """The quality protocol: figures are compared only where all of it is equal.
+
+    Each of `repeats` sets of `num_samples` images has its own seeds, so the spread over repeats is the metric's noise.
+    The reference is `reference` (by default the training data).
+    """
+
+    metric: Literal["frechet", "kid"] = "frechet"
+    extractor: str = "inception-v3-compat"
+    extractor_weights: str | None = None
+    num_samples: int = Field(default=5000, ge=2)
+    repeats: PositiveInt = 1
+    seed: NonNegativeInt = 0
+    reference: DataConfig | None = None
+
+
+class ConfirmConfig(_Section):
+    """The front again, on seeds no trial has seen, with the real whole-sampling time against the full network.
+
+    `time_images` images are sampled by the point and the full network in turn, `time_repeats` times each.
+    """
+
+    num_samples: int = Field(default=5000, ge=2)
+    repeats: PositiveInt = 3
+    time_images: PositiveInt = 64
+    time_repeats: PositiveInt = 5
+
+
+class SearchConfig(_Section):
+    """Where schedules come from, and how many.
+
+    `cost` is the second objective, as a fraction of the full network's: `time` (latency measured once a study), or `flops`
+    (the same on every run, so that a study repeats trial by trial).
+    """
+
+    proposer: Literal["tpe", "nsga2", "random"] = "tpe"
+    num_trials: PositiveInt = 20
+    num_intervals: int = Field(default=10, ge=1)
+    noise_easy: bool = True
+    min_exit_depth: PositiveInt | None = None
+    warm_start: tuple[str, ...] = ("full",)
+    cost: Literal["time", "flops"] = "time"
+    seed: NonNegativeInt = 0
+    storage: str | None = None
+    keep_weights: Literal["all", "front"] = "front"
+
+
+class StudyConfig(_Section):
+    """A whole experiment: `studies/NAME.toml`. Sections that a command does not use may be left out."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    backbone: BackboneConfig
+    data: DataConfig
+    diffusion: DiffusionConfig = DiffusionConfig()
+    train: TrainConfig = TrainConfig()
+    sampling: SamplingConfig = SamplingConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    search: SearchConfig = SearchConfig()
+    confirm: ConfirmConfig = ConfirmConfig()
+
+
+#: Fields that may change between two runs of one study: they leave every finished trial comparable.
+MAY_CHANGE = frozenset(
+    {"search.num_trials", "search.storage", "search.keep_weights", "train.checkpoint_every", "train.compile",
+     "sampling.batch_size", "data.path", "data.download", "evaluation.extractor_weights",
+     "evaluation.reference.path", "evaluation.reference.download"}
+)  # fmt: skip
+
+
+def changed_fields(old: StudyConfig, new: StudyConfig) -> list[str]:
+    """Fields of `new` that break comparability with `old`, as `section.field: old -> new`.
+
+    `confirm` may change as a whole: confirmed points are confirmed anew.
+    """
+    a, b = _flat(old.model_dump(exclude={"confirm"})), _flat(new.model_dump(exclude={"confirm"}))
+    keys = [k for k in {**a, **b} if k not in MAY_CHANGE and a.get(k) != b.get(k)]
+    return [f"{k}: {a.get(k)!r} -> {b.get(k)!r}" for k in sorted(keys)]
+
+
+def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    out: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            out |= _flat(value, f"{prefix}{key}.")
+        else:
+            out[prefix + key] = value
+    return out
+
+
+def load_study(path: str | Path) -> StudyConfig:
+    """Read and check a study file.
+
+    Raises:
+        ConfigError: unreadable, not TOML, an unknown key or a value out of range: all of them, in one line.
+    """
+    return parse_study(read_toml(path), str(path))
+
+
+def parse_study(data: dict[str, Any], where: str) -> StudyConfig:
+    """Check a study that is already parsed; `where` begins the error message.
+
+    Raises:
+        ConfigError: an unknown key or a value out of range.
+    """
+    try:
+        return StudyConfig.model_validate(data)
+    except ValidationError as error:
+        raise ConfigError(explain(error, where)) from error
+
+
+def explain(error: ValidationError, where: str) -> str:
+    """One line for a pydantic error: each field, the rule it breaks and the value got."""
+    parts = []
+    for item in error.errors():
+        field = ".".join(map(str, item["loc"])) or "file"
+        if item["type"] == "extra_forbidden":
+            parts.append(f"unknown key {field}")
+        elif item["type"] == "missing":
+            parts.append(f"{field} is missing")
+        else:
+            parts.append(f"{field}: {item['msg']} (got {item['input']!r})")
+    return f"{where}: {'; '.join(parts)}"
+
+
+def read_toml(path: str | Path) -> dict[str, Any]:
+    """Parse a TOML file.
+
+    Raises:
+        ConfigError: unreadable or not TOML.
+    """
+    try:
+        return tomllib.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"can't read {path}: {error}; check the path") from error
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"{path} is not valid TOML: {error}") from error

@@ -1,0 +1,222 @@
+"""Data sources: what training reads and what references are made from.
+
+A source gives batches by index, so a training step's data follow from its seed and number alone.
+"""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import os
+import struct
+import urllib.request
+from collections.abc import Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from asesearch.errors import DataError
+
+#: Where Debian's and Ubuntu's package `dataset-fashion-mnist` puts the files.
+DEBIAN_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
+FASHION_MNIST_URL = "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/"
+FASHION_MNIST_CLASSES = (
+    "T-shirt/top",
+    "Trouser",
+    "Pullover",
+    "Dress",
+    "Coat",
+    "Sandal",
+    "Shirt",
+    "Sneaker",
+    "Bag",
+    "Ankle boot",
+)
+
+
+class DataSource(Protocol):
+    """What the trainer and the evaluator need of a data set.
+
+    Attributes:
+        name: for records, such as "fashion-mnist/train".
+        shape: (C, H, W) of x_start.
+        num_classes: number of labels, 0 if there are none.
+        digest: SHA-256 over everything the batches depend on.
+    """
+
+    name: str
+    shape: tuple[int, int, int]
+    num_classes: int
+    digest: str
+
+    def __len__(self) -> int: ...
+
+    def batch(self, indices: Sequence[int], generator: torch.Generator | None = None) -> tuple[Tensor, Tensor | None]:
+        """x_start (N, C, H, W) float32 in [-1, 1] (or scaled latents), and y (N,) int64 or None.
+
+        `generator` feeds random augmentation; None means none is applied.
+        """
+        ...
+
+
+class ImageArray:
+    """Images held in memory as bytes.
+
+    Args:
+        images: (N, C, H, W) uint8.
+        labels: (N,) integers 0 … num_classes - 1, or None.
+        name: for records.
+        num_classes: number of labels; by default the largest label plus one.
+        flip: mirror half of the images left to right, where a generator is passed.
+
+    Raises:
+        DataError: arrays of another shape or type, labels out of range, or no images.
+    """
+
+    def __init__(
+        self,
+        images: npt.NDArray[np.uint8],
+        labels: npt.NDArray[np.integer] | None,
+        name: str,
+        num_classes: int | None = None,
+        flip: bool = False,
+    ) -> None:
+        if images.ndim != 4 or images.dtype != np.uint8 or len(images) == 0:
+            raise DataError(
+                f"images must be uint8 of shape (N, C, H, W), N > 0; got {images.dtype} {images.shape} in {name}"
+            )
+        if labels is not None and labels.shape != (len(images),):
+            raise DataError(
+                f"one label an image is needed; got {labels.shape} labels for {len(images)} images in {name}"
+            )
+        self.images, self.name, self.flip = torch.from_numpy(np.ascontiguousarray(images)), name, flip
+        self.labels = None if labels is None else torch.from_numpy(labels.astype(np.int64))
+        self.num_classes = 0 if self.labels is None else num_classes or int(self.labels.max()) + 1
+        if self.labels is not None and not 0 <= int(self.labels.min()) <= int(self.labels.max()) < self.num_classes:
+            raise DataError(
+                f"labels must lie in 0…{self.num_classes - 1}; got {int(self.labels.min())}…{int(self.labels.max())} in {name}"
+            )
+        self.shape = (int(images.shape[1]), int(images.shape[2]), int(images.shape[3]))
+        sha = hashlib.sha256(repr((images.shape, flip)).encode())
+        sha.update(self.images.numpy().data)
+        if self.labels is not None:
+            sha.update(self.labels.numpy().data)
+        self.digest = sha.hexdigest()
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def batch(self, indices: Sequence[int], generator: torch.Generator | None = None) -> tuple[Tensor, Tensor | None]:
+        index = torch.as_tensor(indices, dtype=torch.int64)
+        x_start = self.images[index].float().div_(127.5).sub_(1.0)  # (N, C, H, W)
+        if self.flip and generator is not None:
+            mirrored = torch.rand(len(index), generator=generator) < 0.5
+            x_start = torch.where(mirrored[:, None, None, None], x_start.flip(-1), x_start)
+        return x_start, None if self.labels is None else self.labels[index]
+
+
+def read_idx(path: str | os.PathLike[str]) -> npt.NDArray[np.uint8]:
+    """Read an IDX file of unsigned bytes (MNIST's format), gzipped or not.
+
+    Raises:
+        DataError: missing, not IDX, not bytes, truncated, or with bytes left over.
+    """
+    path = Path(path)
+    try:
+        raw = path.read_bytes()
+        data = gzip.decompress(raw) if raw[:2] == b"\x1f\x8b" else raw
+    except (OSError, EOFError, gzip.BadGzipFile) as error:
+        raise DataError(f"can't read the IDX file {path}: {error}; check the path or fetch the file again") from error
+    if len(data) < 4 or data[:3] != b"\x00\x00\x08" or len(data) < 4 + 4 * data[3]:
+        raise DataError(f"{path} is not an IDX file of unsigned bytes; MNIST's and Fashion-MNIST's files are")
+    shape = struct.unpack(f">{data[3]}I", data[4 : 4 + 4 * data[3]])
+    body = np.frombuffer(data, dtype=np.uint8, offset=4 + 4 * data[3])
+    if body.size != int(np.prod(shape, dtype=np.int64)):
+        raise DataError(
+            f"{path} is truncated or damaged: its header says {shape}, it holds {body.size} bytes; fetch it again"
+        )
+    return body.reshape(shape)
+
+
+#: The four files and the SHA-256 of their uncompressed content (Debian compresses them anew).
+FASHION_MNIST_SHA256 = {
+    "train-images-idx3-ubyte": "c59f468a2f672dc815687fe0f83887768d799fd8a3f3276145d20f83aa44d888",
+    "train-labels-idx1-ubyte": "bad3541b69d912435c50bb6ba87bec294ff4f6a2e1246121d8633921760443d9",
+    "t10k-images-idx3-ubyte": "5b4141f0afbad91edebe8549f8fcffe087ea10ca49f1dbef5c9a5cd8815ce37b",
+    "t10k-labels-idx1-ubyte": "0402a96d92fd2663957122ceb108a494c5af83dab82d92729df917d7dec38c34",
+}
+
+
+def cache_dir() -> Path:
+    """Folder for downloads and cached references: $ASESEARCH_CACHE, or `asesearch` in the user's cache folder."""
+    own = os.environ.get("ASESEARCH_CACHE")
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(own) if own else Path(base) / "asesearch"
+
+
+def fashion_mnist(
+    split: str = "train", path: str | os.PathLike[str] | None = None, *, download: bool = False
+) -> ImageArray:
+    """Fashion-MNIST: 28×28 grey images of ten kinds of clothing (Xiao et al. 2017, MIT licence).
+
+    The 10,000 `test` images travel in the package. The 60,000 `train` images are taken from `path` where given, else from
+    Debian's package `dataset-fashion-mnist`, else from the cache; with `download` they are fetched into the cache.
+    The content is checked against its published SHA-256 wherever it came from.
+
+    Raises:
+        DataError: unknown split, files not found, or files that are not Fashion-MNIST.
+    """
+    if split not in ("train", "test"):
+        raise DataError(f"Fashion-MNIST has the splits train and test; got {split!r}")
+    stem = "train" if split == "train" else "t10k"
+    names = [f"{stem}-images-idx3-ubyte", f"{stem}-labels-idx1-ubyte"]
+    folders = [Path(path)] if path is not None else [DEBIAN_FASHION_MNIST, cache_dir() / "fashion-mnist"]
+    if split == "test" and path is None:
+        folders.insert(0, Path(str(resources.files("asesearch"))) / "assets" / "fashion-mnist")
+    for folder in folders:
+        found = [next((f for f in (folder / n, folder / f"{n}.gz") if f.is_file()), None) for n in names]
+        if all(found):
+            arrays = [_checked_idx(f, n) for f, n in zip(found, names, strict=True) if f is not None]
+            break
+    else:
+        if not (download and path is None):
+            raise DataError(
+                f"the Fashion-MNIST {split} images are not in {' or '.join(map(str, folders))}; install Debian's package "
+                "dataset-fashion-mnist, give the folder that holds the IDX files, or allow the download"
+            )
+        arrays = [_checked_idx(_download_fashion_mnist(n, folders[-1]), n) for n in names]
+    return ImageArray(arrays[0][:, None], arrays[1], f"fashion-mnist/{split}", num_classes=10)
+
+
+def _checked_idx(path: Path, name: str) -> npt.NDArray[np.uint8]:
+    array = read_idx(path)
+    raw = path.read_bytes()
+    content = gzip.decompress(raw) if raw[:2] == b"\x1f\x8b" else raw
+    if hashlib.sha256(content).hexdigest() != FASHION_MNIST_SHA256[name]:
+        raise DataError(
+            f"{path} is a readable IDX file but not Fashion-MNIST's {name} (SHA-256 differs); fetch it again"
+        )
+    return array
+
+
+def _download_fashion_mnist(name: str, folder: Path) -> Path:
+    target = folder / f"{name}.gz"
+    part = target.with_suffix(f".part{os.getpid()}")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with urllib.request.urlopen(f"{FASHION_MNIST_URL}{name}.gz", timeout=60) as response:
+            part.write_bytes(response.read())
+        _checked_idx(part, name)
+        os.replace(part, target)
+    except OSError as error:
+        raise DataError(
+            f"can't download {FASHION_MNIST_URL}{name}.gz to {folder}: {error}; fetch the four files by hand and give their folder"
+        ) from error
+    finally:
+        part.unlink(missing_ok=True)
+    return target

@@ -1,0 +1,108 @@
+"""Figures that know how they were measured. No torch in here.
+
+Results whose protocol differs are never compared or put on one front.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+from asesearch.errors import EvaluationError
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """Everything a figure depends on besides the network and its schedule.
+
+    Attributes:
+        metric: "frechet" or "kid".
+        extractor: name of the feature extractor.
+        extractor_digest: SHA-256 of its weights.
+        num_samples: images generated a repeat.
+        reference: name of the reference data.
+        reference_size: its number of images.
+        reference_digest: SHA-256 of its content.
+        seeds: first image seed of each repeat; repeat r uses seeds[r] … seeds[r] + num_samples - 1.
+        solver, num_steps, cfg_scale: how the images were made.
+    """
+
+    metric: str
+    extractor: str
+    extractor_digest: str
+    num_samples: int
+    reference: str
+    reference_size: int
+    reference_digest: str
+    seeds: tuple[int, ...]
+    solver: str
+    num_steps: int
+    cfg_scale: float
+
+    @property
+    def metric_name(self) -> str:
+        """What to print: "FID" for Inception-v3 features, else the extractor's name stands with the metric's."""
+        inception = self.extractor == "inception-v3-compat"
+        if self.metric == "kid":
+            return "KID" if inception else f"Kernel distance ({self.extractor})"
+        return "FID" if inception else f"Fréchet distance ({self.extractor})"
+
+    def require_same(self, other: Protocol) -> None:
+        """Refuse to compare figures of two protocols.
+
+        Raises:
+            EvaluationError: naming the fields that differ.
+        """
+        differ = [
+            f"{f.name}: {getattr(self, f.name)!r} and {getattr(other, f.name)!r}"
+            for f in fields(self)
+            if getattr(self, f.name) != getattr(other, f.name)
+        ]
+        if differ:
+            raise EvaluationError(
+                f"figures are compared only under one protocol; these differ in {'; '.join(differ)}; evaluate both alike"
+            )
+
+
+@dataclass(frozen=True)
+class EvaluationResult:
+    """A figure with its spread and its protocol.
+
+    Attributes:
+        protocol: how it was measured.
+        values: one figure a repeat (`protocol.seeds`), lower is better.
+    """
+
+    protocol: Protocol
+    values: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        if len(self.values) != len(self.protocol.seeds) or not all(math.isfinite(v) for v in self.values):
+            raise EvaluationError(
+                f"one finite value a repeat is needed; got {self.values} for {len(self.protocol.seeds)} repeats; "
+                "the network gave images that are not finite, or too few"
+            )
+
+    @property
+    def value(self) -> float:
+        """Mean over the repeats."""
+        return sum(self.values) / len(self.values)
+
+    @property
+    def std_error(self) -> float | None:
+        """Standard error of `value`; None from one repeat."""
+        n = len(self.values)
+        if n < 2:
+            return None
+        return math.sqrt(sum((v - self.value) ** 2 for v in self.values) / (n - 1) / n)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for JSON."""
+        return {"protocol": asdict(self.protocol), "values": list(self.values)}
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> EvaluationResult:
+        """Inverse of `to_dict`."""
+        protocol = {**data["protocol"], "seeds": tuple(data["protocol"]["seeds"])}
+        return cls(Protocol(**protocol), tuple(data["values"]))

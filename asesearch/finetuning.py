@@ -1,0 +1,446 @@
+"""The ASE loop: one trainer for pretraining, brief and full fine-tuning.
+
+Every random draw of step k follows from (seed, k) alone, so a run that is killed and resumed gives the same result as one
+that was not, and a run on several processes sees the same batches as a run on one.
+
+Source: Moon et al. 2024, section 3.3 and Algorithm 1. Differences from the released code: a step runs only the blocks its
+samples need (the code runs all and picks exits afterwards); the EMA rate is ramped up, min(ema_decay, (1+k)/(10+k)), so
+that a run of a few hundred steps is not dominated by its initial weights; timesteps are stratified over the batch.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import os
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedDataParallelKwargs
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from asesearch.backbones.base import Backbone
+from asesearch.config import TrainConfig
+from asesearch.data import DataSource
+from asesearch.diffusion import Diffusion
+from asesearch.errors import CheckpointError, ConfigError, DataError, ScheduleError, TrainingDiverged
+from asesearch.schedule import ExitSchedule
+
+SYNC_EVERY = 10  # steps between looks at the loss: each is a device synchronisation
+CHECKPOINT = "training.safetensors"
+
+
+def seeded_generator(*key: int) -> torch.Generator:
+    """A CPU generator whose stream depends on all of `key`, and on nothing else."""
+    words = np.random.SeedSequence(key).generate_state(2, np.uint32)
+    return torch.Generator().manual_seed(int(words[0]) << 31 | int(words[1]) >> 1)
+
+
+@dataclass
+class Batch:
+    """What one process needs for one step, on the CPU."""
+
+    x_start: Tensor
+    y: Tensor | None
+    t: Tensor
+    noise: Tensor
+
+
+def draw_batch(
+    data: DataSource,
+    backbone: Backbone,
+    config: TrainConfig,
+    num_train_timesteps: int,
+    step: int,
+    part: tuple[int, int],
+) -> Batch:
+    """The batch of step `step`, or process `rank` of `world`'s share of it.
+
+    Images are drawn without replacement within an epoch; timesteps are stratified (one in each of batch_size equal
+    strata of the chain, shuffled); labels are dropped with `class_dropout_prob` where the network has a null label.
+    """
+    rank, world = part
+    size, gen = config.batch_size, seeded_generator(config.seed, step, 1)
+    indices = _epoch_indices(len(data), size, step, config.seed)
+    perm = torch.randperm(size, generator=gen)
+    t = (
+        ((perm + torch.rand(size, generator=gen)) * (num_train_timesteps / size))
+        .long()
+        .clamp_(max=num_train_timesteps - 1)
+    )
+    noise = torch.randn(size, *data.shape, generator=gen)
+    dropped = torch.rand(size, generator=gen) < config.class_dropout_prob
+    mine = slice(rank * size // world, (rank + 1) * size // world)
+    x_start, y = data.batch(indices[mine], seeded_generator(config.seed, step, 2, rank))
+    if backbone.num_classes == 0:
+        y = None
+    elif y is not None and backbone.has_null_label:
+        y = torch.where(dropped[mine], backbone.num_classes, y)
+    return Batch(x_start, y, t[mine], noise[mine])
+
+
+def _epoch_indices(total: int, size: int, step: int, seed: int) -> list[int]:
+    first, indices = step * size, []
+    while len(indices) < size:
+        epoch, offset = divmod(first + len(indices), total)
+        order = np.random.default_rng([seed, epoch, 3]).permutation(total)
+        indices += order[offset : offset + size - len(indices)].tolist()
+    return indices
+
+
+@dataclass
+class PlateauWeight:
+    """λ(t) over the course of a run; see `config.LossWeight` for shape and stop rule."""
+
+    table: Tensor  # (num_train_timesteps,) float32, λ while raised
+    shortened: Tensor  # (num_train_timesteps,) bool
+    config: Any
+    losses: list[float] = field(default_factory=list)
+    ended_at: int | None = None
+
+    @classmethod
+    def make(cls, config: TrainConfig, schedule: ExitSchedule) -> PlateauWeight:
+        """For a schedule; nothing is raised if it drops nothing."""
+        depths = torch.from_numpy(schedule.exit_depth_at(np.arange(schedule.num_train_timesteps)))
+        dropped = 1 - depths.float() / schedule.depth
+        weight = config.loss_weight
+        if weight.shape == "none" or weight.peak == 1.0 or schedule.is_full:
+            return cls(torch.ones_like(dropped), dropped > 0, weight, ended_at=0)
+        lift = dropped / dropped.max() if weight.shape == "dropped" else (dropped > 0).float()
+        return cls(1 + (weight.peak - 1) * lift, dropped > 0, weight)
+
+    def update(self, loss: float, step: int) -> None:
+        """Take the mean loss on the shortened intervals at a step (NaN if none was drawn); apply the stop rule."""
+        if self.ended_at is not None:
+            return
+        if math.isfinite(loss):
+            self.losses.append(loss)
+        window, limit = self.config.window, self.config.max_steps
+        if len(self.losses) >= 2 * window and len(self.losses) % window == 0:
+            before = sum(self.losses[-2 * window : -window]) / window
+            now = sum(self.losses[-window:]) / window
+            if now > before * (1 - self.config.tolerance):
+                self.ended_at = step + 1
+        if limit is not None and step + 1 >= limit:
+            self.ended_at = step + 1
+
+    def at(self, t: Tensor) -> Tensor:
+        """λ of each sample: (N,) -> (N,)."""
+        return torch.ones(t.shape) if self.ended_at is not None else self.table[t]
+
+
+@dataclass
+class TrainResult:
+    """What a run gives.
+
+    Attributes:
+        backbone: the EMA network, in eval mode, on the device it was trained on.
+        losses: mean unweighted hybrid loss of each step.
+        weight_ended_at: step from which λ was 1, None if it never got there.
+        seconds: time spent in training steps, over all resumptions.
+    """
+
+    backbone: Backbone
+    losses: list[float]
+    weight_ended_at: int | None
+    seconds: float
+
+
+def lr_factor(step: int, config: TrainConfig) -> float:
+    """Learning rate at a step as a fraction of `lr`: linear warm-up, then constant or a cosine to 0."""
+    if step < config.warmup_steps:
+        return (step + 1) / config.warmup_steps
+    if config.lr_schedule == "constant":
+        return 1.0
+    return 0.5 * (1 + math.cos(math.pi * (step - config.warmup_steps) / max(1, config.num_steps - config.warmup_steps)))
+
+
+class Trainer:
+    """State of one run. Use `finetune` unless you need the steps one by one.
+
+    Args:
+        backbone: the network to start from; it is copied, not changed.
+        data: training images.
+        diffusion: forward process; its chain must be the schedule's.
+        schedule: blocks to run at each noise level.
+        config: see `TrainConfig`.
+        run_dir: folder for the checkpoint that makes the run resumable; None = not resumable.
+        teacher: full-depth network for distillation; by default a frozen copy of `backbone`, if `distill_frac` > 0.
+        accelerator: for several processes or devices; by default one is made.
+
+    Raises:
+        ConfigError, DataError, ScheduleError: parts that do not fit each other.
+        CheckpointError: `run_dir` holds the checkpoint of another run.
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        data: DataSource,
+        diffusion: Diffusion,
+        schedule: ExitSchedule,
+        config: TrainConfig,
+        run_dir: Path | None = None,
+        teacher: Backbone | None = None,
+        accelerator: Accelerator | None = None,
+    ) -> None:
+        check_fit(backbone, data, diffusion, schedule)
+        self.data, self.diffusion, self.schedule, self.config = data, diffusion, schedule, config
+        self.run_dir = None if run_dir is None else Path(run_dir)
+        unused = DistributedDataParallelKwargs(find_unused_parameters=not schedule.is_full)
+        self.accelerator = accelerator or Accelerator(
+            mixed_precision=config.mixed_precision, cpu=not torch.cuda.is_available(), kwargs_handlers=[unused]
+        )
+        device, self.part = self.accelerator.device, (self.accelerator.process_index, self.accelerator.num_processes)
+        if config.batch_size % self.part[1]:
+            raise ConfigError(f"batch_size must be a multiple of the {self.part[1]} processes; got {config.batch_size}")
+        if config.mixed_precision != "no" and device.type == "cpu":
+            raise ConfigError(f"mixed_precision = {config.mixed_precision!r} needs a GPU; use 'no' on a CPU")
+        self.backbone = copy.deepcopy(backbone).to(device).train()
+        self.ema = copy.deepcopy(backbone).to(device).eval().requires_grad_(False)
+        self.teacher = None
+        if config.distill_frac > 0:
+            self.teacher = copy.deepcopy(teacher or backbone).to(device).eval().requires_grad_(False)
+        frozen = self.backbone.time_embedder() if config.freeze_time_embedder else None
+        if frozen is not None:
+            frozen.requires_grad_(False)
+        self.named = {n: p for n, p in self.backbone.named_parameters() if p.requires_grad}
+        self.ema_of = dict(self.ema.named_parameters())
+        if config.compile:
+            for i in range(self.backbone.depth):
+                self.backbone.block_at(i).compile()  # in place: every depth shares the compiled blocks
+        optimizer = torch.optim.AdamW(self.named.values(), lr=config.lr, weight_decay=config.weight_decay, fused=True)
+        self.model: nn.Module
+        self.model, self.optimizer = self.accelerator.prepare(self.backbone, optimizer)
+        self.weight = PlateauWeight.make(config, schedule)
+        self.snr_weight = torch.ones(diffusion.num_train_timesteps)
+        if config.min_snr_gamma is not None:  # Hang et al. 2023, for a network that predicts eps
+            snr = diffusion.snr()
+            self.snr_weight = (snr.clamp(max=config.min_snr_gamma) / snr).float()
+        self.step, self.losses, self.seconds = 0, [], 0.0
+        self.resumed_at = self._load() if self.run_dir is not None else 0
+
+    # -- one step --------------------------------------------------------------------------------
+
+    def _loss(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Weighted mean loss for the gradient, and (sum of loss, sum and count of it on shortened intervals)."""
+        device, t = self.accelerator.device, batch.t
+        exit_depth = torch.from_numpy(self.schedule.exit_depth_at(t.numpy()))
+        x_start, noise = batch.x_start.to(device, non_blocking=True), batch.noise.to(device, non_blocking=True)
+        y = None if batch.y is None else batch.y.to(device, non_blocking=True)
+        td = t.to(device, non_blocking=True)
+        x_t = self.diffusion.q_sample(x_start, td, noise)
+        target = noise
+        if self.teacher is not None:
+            with torch.no_grad(), self.accelerator.autocast():
+                eps = self.teacher(x_t, td, y)[:, : noise.shape[1]].float()
+            target = torch.lerp(noise, eps, self.config.distill_frac)
+        with self.accelerator.autocast():
+            output = self.model(x_t, td, y, exit_depth=exit_depth)
+        mse, vb = self.diffusion.hybrid_loss(output, x_start, x_t, td, noise, target)
+        mse = mse * self.snr_weight[t].to(device)
+        loss = mse + vb  # (N,)
+        short = self.weight.shortened[t].to(device)
+        stats = torch.stack([loss.detach().sum(), (loss.detach() * short).sum(), short.sum().to(loss)])
+        return (loss * self.weight.at(t).to(device)).mean(), stats
+
+    def train_step(self, batch: Batch) -> Tensor:
+        """One optimiser step and one EMA step; the statistics of `_loss` plus the gradient norm, on the device."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.config.lr * lr_factor(self.step, self.config)
+        loss, stats = self._loss(batch)
+        self.accelerator.backward(loss)
+        norm = self.accelerator.clip_grad_norm_(list(self.named.values()), self.config.grad_clip or math.inf)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        decay = min(self.config.ema_decay, (1 + self.step) / (10 + self.step))
+        with torch.no_grad():
+            torch._foreach_lerp_([self.ema_of[n] for n in self.named], list(self.named.values()), 1 - decay)
+        self.step += 1
+        norm = torch.zeros(()) if norm is None else torch.as_tensor(norm)
+        return torch.cat([stats, norm.to(stats).view(1)])
+
+    def _absorb(self, stats: list[Tensor]) -> None:
+        """Bring the statistics of the last steps to the host, over all processes; guard against NaN."""
+        if not stats:
+            return
+        table = self.accelerator.reduce(torch.stack(stats), "sum").cpu().double()  # (steps, 4)
+        first = self.step - len(stats)
+        for i, (total, short, count, norm) in enumerate(table.tolist()):
+            if not (math.isfinite(total) and math.isfinite(norm)):
+                raise TrainingDiverged(
+                    f"loss or gradient is not finite at step {first + i} of {self.config.num_steps}; "
+                    f"lower the learning rate ({self.config.lr:g}) or give a longer warm-up"
+                )
+            self.losses.append(total / self.config.batch_size)
+            self.weight.update(short / count if count else math.nan, first + i)
+
+    def run(self, on_step: Callable[[int, float], None] | None = None) -> TrainResult:
+        """Train to `num_steps`.
+
+        Args:
+            on_step: called as (steps done, mean loss of the last steps) every few steps, on the main process.
+
+        Raises:
+            TrainingDiverged: the loss or a gradient is not finite; nothing of the last steps is saved.
+        """
+        chain, total = self.diffusion.num_train_timesteps, self.config.num_steps
+
+        def fetch(step: int) -> Batch:
+            return draw_batch(self.data, self.backbone, self.config, chain, step, self.part)
+
+        stats: list[Tensor] = []
+        start = time.perf_counter()
+        with ThreadPoolExecutor(1) as pool:
+            ahead = pool.submit(fetch, self.step)
+            while self.step < total:
+                batch, ahead = ahead.result(), pool.submit(fetch, self.step + 1)
+                stats.append(self.train_step(batch))
+                due = self.run_dir is not None and self.step % self.config.checkpoint_every == 0
+                if len(stats) == SYNC_EVERY or due or self.step == total:
+                    self._absorb(stats)
+                    self.seconds += time.perf_counter() - start
+                    start, stats = time.perf_counter(), []
+                    if on_step is not None and self.accelerator.is_main_process:
+                        on_step(self.step, sum(self.losses[-SYNC_EVERY:]) / len(self.losses[-SYNC_EVERY:]))
+                    if due or (self.step == total and self.run_dir is not None):
+                        self._save()
+            ahead.cancel()
+        return TrainResult(self.ema, self.losses, self.weight.ended_at, self.seconds)
+
+    # -- save and resume -------------------------------------------------------------------------
+
+    def _identity(self) -> dict[str, Any]:
+        """What must agree for a checkpoint to be continued."""
+        return {
+            "config": self.config.model_dump(exclude={"checkpoint_every", "compile"}),
+            "schedule": self.schedule.to_dict(),
+            "backbone": [type(self.backbone).__name__, self.backbone.config],
+            "data": self.data.digest,
+            "betas": [self.diffusion.beta_schedule, self.diffusion.num_train_timesteps],
+        }
+
+    def _save(self) -> None:
+        self.accelerator.wait_for_everyone()
+        if not self.accelerator.is_main_process or self.run_dir is None:
+            return
+        tensors = {f"model.{n}": p.detach() for n, p in self.named.items()}
+        tensors |= {f"ema.{n}": self.ema_of[n] for n in self.named}
+        for name, p in self.named.items():
+            for key, value in self.optimizer.state[p].items():
+                tensors[f"adam.{key}.{name}"] = value.reshape(1) if value.ndim == 0 else value
+        tensors = {k: v.cpu().contiguous() for k, v in tensors.items()}
+        progress = {
+            "step": self.step,
+            "losses": self.losses,
+            "weight_losses": self.weight.losses,
+            "weight_ended_at": self.weight.ended_at,
+            "seconds": self.seconds,
+        }
+        metadata = {"identity": json.dumps(self._identity(), sort_keys=True), "progress": json.dumps(progress)}
+        self.run_dir.mkdir(parents=True, exist_ok=True)
+        part = self.run_dir / f"{CHECKPOINT}.part"
+        save_file(tensors, part, metadata)
+        os.replace(part, self.run_dir / CHECKPOINT)
+
+    def _load(self) -> int:
+        assert self.run_dir is not None
+        path = self.run_dir / CHECKPOINT
+        if not path.is_file():
+            return 0
+        try:
+            with safe_open(path, "pt", device=str(self.accelerator.device)) as file:
+                metadata = file.metadata() or {}
+                tensors = {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118 (not a dict)
+            identity, progress = json.loads(metadata["identity"]), json.loads(metadata["progress"])
+        except (SafetensorError, KeyError, ValueError, OSError) as error:
+            raise CheckpointError(f"can't resume from {path}: {error}; delete it to begin anew") from error
+        ours = json.loads(json.dumps(self._identity()))
+        for name in ours:
+            if identity.get(name) != ours[name]:
+                raise CheckpointError(
+                    f"{path} belongs to a run with another {name}; delete it to begin anew, or undo the change: "
+                    f"{_difference(identity.get(name), ours[name])}"
+                )
+        for name, p in self.named.items():
+            p.data.copy_(tensors[f"model.{name}"])
+            self.ema_of[name].copy_(tensors[f"ema.{name}"])
+            state = {
+                k: tensors[f"adam.{k}.{name}"]
+                for k in ("step", "exp_avg", "exp_avg_sq")
+                if f"adam.{k}.{name}" in tensors
+            }
+            if state:
+                self.optimizer.state[p] = {**state, "step": state["step"].reshape(())}
+        self.step, self.losses, self.seconds = progress["step"], progress["losses"], progress["seconds"]
+        self.weight.losses, self.weight.ended_at = progress["weight_losses"], progress["weight_ended_at"]
+        return self.step
+
+
+def _difference(old: Any, new: Any) -> str:
+    if isinstance(old, dict) and isinstance(new, dict):
+        return ", ".join(f"{k}: {old.get(k)!r} then, {new.get(k)!r} now" for k in new if old.get(k) != new.get(k))
+    return f"{old!r} then, {new!r} now"
+
+
+def check_fit(backbone: Backbone, data: DataSource, diffusion: Diffusion, schedule: ExitSchedule) -> None:
+    """Refuse parts that do not belong together.
+
+    Raises:
+        DataError: images of another shape, or labels out of the network's range.
+        ScheduleError: a schedule of another depth or chain, or shallower than the network allows.
+    """
+    expected = (backbone.in_channels, backbone.input_size, backbone.input_size)
+    if data.shape != expected:
+        raise DataError(f"the network takes images of shape {expected}; got {data.shape} from {data.name}; resize them")
+    if backbone.num_classes and not 0 < data.num_classes <= backbone.num_classes:
+        raise DataError(f"the network has {backbone.num_classes} classes; got {data.num_classes} from {data.name}")
+    check_schedule(backbone, diffusion.num_train_timesteps, schedule)
+
+
+def check_schedule(backbone: Backbone, num_train_timesteps: int, schedule: ExitSchedule) -> None:
+    """Refuse a schedule that was made for another network or chain.
+
+    Raises:
+        ScheduleError: depth, chain length or smallest exit depth do not fit.
+    """
+    if schedule.depth != backbone.depth:
+        raise ScheduleError(
+            f"the schedule is for a network of {schedule.depth} blocks; got one of {backbone.depth}; use rescaled({backbone.depth})"
+        )
+    if schedule.num_train_timesteps != num_train_timesteps:
+        raise ScheduleError(
+            f"the schedule is for a chain of {schedule.num_train_timesteps} timesteps; got one of {num_train_timesteps}"
+        )
+    if min(schedule.exit_depths) < backbone.min_exit_depth:
+        raise ScheduleError(
+            f"this network must run at least {backbone.min_exit_depth} blocks; got {min(schedule.exit_depths)} in the schedule"
+        )
+
+
+def finetune(
+    backbone: Backbone,
+    data: DataSource,
+    diffusion: Diffusion,
+    schedule: ExitSchedule,
+    config: TrainConfig,
+    run_dir: Path | None = None,
+    teacher: Backbone | None = None,
+    on_step: Callable[[int, float], None] | None = None,
+) -> TrainResult:
+    """Fine-tune `backbone` (or train it from scratch, with `ExitSchedule.full`) under an exit schedule.
+
+    See `Trainer` for arguments and errors, `Trainer.run` for `on_step`. With `run_dir`, a killed run goes on where its
+    last checkpoint was, and gives the same result as one that was not killed.
+    """
+    return Trainer(backbone, data, diffusion, schedule, config, run_dir, teacher).run(on_step)

@@ -1,0 +1,151 @@
+"""What a study knows about each schedule it tried: the rows of every table and figure.
+
+A `TrialRecord` is stored as JSON in its Optuna trial, a `Confirmation` in the study directory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+
+from asesearch.evaluation.results import EvaluationResult
+from asesearch.schedule import ExitSchedule
+
+
+@dataclass(frozen=True)
+class TrialRecord:
+    """One schedule: fine-tuned, sampled, evaluated.
+
+    Attributes:
+        number: trial number in the study, from 0.
+        origin: "full" (the full network, fine-tuned for as long), a published name ("D3-DiT"), or the proposer's name.
+        schedule: what was tried.
+        state: "complete" or "failed".
+        quality: the figure under the search protocol; None if failed.
+        time_frac: predicted sampling time over the full network's, from the latency table; None if failed.
+        flops_frac, block_frac: FLOPs of the whole sampling, and block calls, over the full network's.
+        losses: mean training loss of each fine-tuning step.
+        seconds: time spent by part: "finetune", "sample", "evaluate".
+        failure: why it failed, one line.
+        versions: versions of the packages that made it.
+        finished_at: UTC, ISO 8601.
+    """
+
+    number: int
+    origin: str
+    schedule: ExitSchedule
+    state: str
+    quality: EvaluationResult | None = None
+    time_frac: float | None = None
+    flops_frac: float | None = None
+    block_frac: float | None = None
+    losses: tuple[float, ...] = ()
+    seconds: dict[str, float] = field(default_factory=dict)
+    failure: str | None = None
+    versions: dict[str, str] = field(default_factory=dict)
+    finished_at: str = ""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for JSON."""
+        data = asdict(self)
+        data["schedule"] = self.schedule.to_dict()
+        data["quality"] = None if self.quality is None else self.quality.to_dict()
+        return data
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> TrialRecord:
+        """Inverse of `to_dict`."""
+        quality = data["quality"]
+        return cls(
+            **{
+                **data,
+                "schedule": ExitSchedule.from_dict(data["schedule"]),
+                "quality": None if quality is None else EvaluationResult.from_dict(quality),
+                "losses": tuple(data["losses"]),
+            }
+        )
+
+
+@dataclass(frozen=True)
+class Confirmation:
+    """A front point again: fresh seeds, and the measured whole-sampling time.
+
+    Attributes:
+        number: of the trial.
+        quality: under the confirmation protocol (fresh seeds, its own N).
+        measured_time_frac: median over interleaved pairs of (sampling time / the full network's).
+        measured_time_spread: half the distance between the quartiles of those ratios.
+    """
+
+    number: int
+    quality: EvaluationResult
+    measured_time_frac: float
+    measured_time_spread: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for JSON."""
+        return {**asdict(self), "quality": self.quality.to_dict()}
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> Confirmation:
+        """Inverse of `to_dict`."""
+        return cls(**{**data, "quality": EvaluationResult.from_dict(data["quality"])})
+
+
+@dataclass(frozen=True)
+class StudyResults:
+    """All that a report or an export reads.
+
+    Attributes:
+        name: of the study.
+        config: the resolved study file as plain data.
+        records: trials that ended, by number.
+        confirmations: of front points and of the full network, by trial number.
+        latency_ms: median latency of one network call of the cost batch at exit depths 1…depth (index 0 = depth 1).
+        environment: machine, versions, device, threads.
+        samples: trial number -> (N, C, H, W) uint8 images for the same seeds and labels in every trial.
+    """
+
+    name: str
+    config: dict[str, Any]
+    records: tuple[TrialRecord, ...]
+    confirmations: tuple[Confirmation, ...]
+    latency_ms: tuple[float, ...]
+    environment: dict[str, Any]
+    samples: dict[int, np.ndarray] = field(default_factory=dict)
+
+    @property
+    def complete(self) -> tuple[TrialRecord, ...]:
+        """Trials with a figure."""
+        return tuple(r for r in self.records if r.state == "complete")
+
+    @property
+    def full(self) -> TrialRecord | None:
+        """The full network, fine-tuned for as long as every other; None before it is done."""
+        return next((r for r in self.complete if r.origin == "full"), None)
+
+    def front(self) -> tuple[TrialRecord, ...]:
+        """Non-dominated trials under the search protocol, fastest first."""
+        points = [
+            (r.time_frac, r.quality.value) for r in self.complete if r.time_frac is not None and r.quality is not None
+        ]
+        keep = non_dominated(points)
+        return tuple(sorted((self.complete[i] for i in keep), key=lambda r: r.time_frac or 0.0))
+
+
+def non_dominated(points: Sequence[tuple[float, ...]]) -> list[int]:
+    """Indices of the points that no other is at least as good as in all objectives and better in one (lower is better).
+
+    Of equal points the first is kept.
+    """
+    keep = []
+    for i, p in enumerate(points):
+        beaten = any(
+            all(a <= b for a, b in zip(q, p, strict=True)) and (q != p or j < i) for j, q in enumerate(points) if j != i
+        )
+        if not beaten:
+            keep.append(i)
+    return keep
