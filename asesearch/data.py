@@ -87,13 +87,9 @@ class ImageArray:
         flip: bool = False,
     ) -> None:
         if images.ndim != 4 or images.dtype != np.uint8 or len(images) == 0:
-            raise DataError(
-                f"images must be uint8 of shape (N, C, H, W), N > 0; got {images.dtype} {images.shape} in {name}"
-            )
+            raise DataError(f"images must be uint8 of shape (N, C, H, W), N > 0; got {images.dtype} {images.shape} in {name}")
         if labels is not None and labels.shape != (len(images),):
-            raise DataError(
-                f"one label an image is needed; got {labels.shape} labels for {len(images)} images in {name}"
-            )
+            raise DataError(f"one label an image is needed; got {labels.shape} labels for {len(images)} images in {name}")
         self.images, self.name, self.flip = torch.from_numpy(np.ascontiguousarray(images)), name, flip
         self.labels = None if labels is None else torch.from_numpy(labels.astype(np.int64))
         self.num_classes = 0 if self.labels is None else num_classes or int(self.labels.max()) + 1
@@ -137,9 +133,7 @@ def read_idx(path: str | os.PathLike[str]) -> npt.NDArray[np.uint8]:
     shape = struct.unpack(f">{data[3]}I", data[4 : 4 + 4 * data[3]])
     body = np.frombuffer(data, dtype=np.uint8, offset=4 + 4 * data[3])
     if body.size != int(np.prod(shape, dtype=np.int64)):
-        raise DataError(
-            f"{path} is truncated or damaged: its header says {shape}, it holds {body.size} bytes; fetch it again"
-        )
+        raise DataError(f"{path} is truncated or damaged: its header says {shape}, it holds {body.size} bytes; fetch it again")
     return body.reshape(shape)
 
 
@@ -159,9 +153,7 @@ def cache_dir() -> Path:
     return Path(own) if own else Path(base) / "asesearch"
 
 
-def fashion_mnist(
-    split: str = "train", path: str | os.PathLike[str] | None = None, *, download: bool = False
-) -> ImageArray:
+def fashion_mnist(split: str = "train", path: str | os.PathLike[str] | None = None, *, download: bool = False) -> ImageArray:
     """Fashion-MNIST: 28×28 grey images of ten kinds of clothing (Xiao et al. 2017, MIT licence).
 
     The 10,000 `test` images travel in the package. The 60,000 `train` images are taken from `path` where given, else from
@@ -198,9 +190,7 @@ def _checked_idx(path: Path, name: str) -> npt.NDArray[np.uint8]:
     raw = path.read_bytes()
     content = gzip.decompress(raw) if raw[:2] == b"\x1f\x8b" else raw
     if hashlib.sha256(content).hexdigest() != FASHION_MNIST_SHA256[name]:
-        raise DataError(
-            f"{path} is a readable IDX file but not Fashion-MNIST's {name} (SHA-256 differs); fetch it again"
-        )
+        raise DataError(f"{path} is a readable IDX file but not Fashion-MNIST's {name} (SHA-256 differs); fetch it again")
     return array
 
 

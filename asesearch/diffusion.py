@@ -104,11 +104,7 @@ class Diffusion:
         mean, _ = self.posterior(self.predict_x_start(x_t, t, eps), x_t, t)
         log_var = self.log_variance(interpolation, t)
         kl = 0.5 * (
-            -1.0
-            + log_var
-            - true_log_var
-            + torch.exp(true_log_var - log_var)
-            + (true_mean - mean) ** 2 * torch.exp(-log_var)
+            -1.0 + log_var - true_log_var + torch.exp(true_log_var - log_var) + (true_mean - mean) ** 2 * torch.exp(-log_var)
         )
         nll = -_discretized_log_likelihood(x_start, mean, 0.5 * log_var)
         terms = torch.where(t.view(-1, *(1,) * (x_t.ndim - 1)) == 0, nll, kl)

@@ -73,11 +73,7 @@ def draw_batch(
     size, gen = config.batch_size, seeded_generator(config.seed, step, 1)
     indices = _epoch_indices(len(data), size, step, config.seed)
     perm = torch.randperm(size, generator=gen)
-    t = (
-        ((perm + torch.rand(size, generator=gen)) * (num_train_timesteps / size))
-        .long()
-        .clamp_(max=num_train_timesteps - 1)
-    )
+    t = ((perm + torch.rand(size, generator=gen)) * (num_train_timesteps / size)).long().clamp_(max=num_train_timesteps - 1)
     noise = torch.randn(size, *data.shape, generator=gen)
     dropped = torch.rand(size, generator=gen) < config.class_dropout_prob
     mine = slice(rank * size // world, (rank + 1) * size // world)
@@ -375,11 +371,7 @@ class Trainer:
         for name, p in self.named.items():
             p.data.copy_(tensors[f"model.{name}"])
             self.ema_of[name].copy_(tensors[f"ema.{name}"])
-            state = {
-                k: tensors[f"adam.{k}.{name}"]
-                for k in ("step", "exp_avg", "exp_avg_sq")
-                if f"adam.{k}.{name}" in tensors
-            }
+            state = {k: tensors[f"adam.{k}.{name}"] for k in ("step", "exp_avg", "exp_avg_sq") if f"adam.{k}.{name}" in tensors}
             if state:
                 self.optimizer.state[p] = {**state, "step": state["step"].reshape(())}
         self.step, self.losses, self.seconds = progress["step"], progress["losses"], progress["seconds"]

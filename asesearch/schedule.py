@@ -184,9 +184,7 @@ class ExitSchedule:
         """
         times = np.asarray(t, dtype=np.float64)
         ok = bool(np.all((times >= 0) & (times < self.num_train_timesteps)))
-        _require(
-            ok, f"timesteps must lie in [0, {self.num_train_timesteps})", t, "0 is data; the last is one below the end"
-        )
+        _require(ok, f"timesteps must lie in [0, {self.num_train_timesteps})", t, "0 is data; the last is one below the end")
         interval = np.searchsorted(np.asarray(self.boundaries), times, side="right") - 1
         return np.asarray(self.exit_depths, dtype=np.int64)[interval]
 
@@ -207,9 +205,7 @@ class ExitSchedule:
     def block_frac(self, timesteps: npt.ArrayLike | None = None) -> float:
         """`block_calls` as a fraction of the full network's, in (0, 1]; over the whole chain if no timesteps are given."""
         times = np.arange(self.num_train_timesteps) if timesteps is None else np.atleast_1d(np.asarray(timesteps))
-        _require(
-            times.size > 0, "timesteps must not be empty", "no timesteps", "give the timesteps the sampler calls at"
-        )
+        _require(times.size > 0, "timesteps must not be empty", "no timesteps", "give the timesteps the sampler calls at")
         return self.block_calls(times) / (self.depth * times.size)
 
     def merged(self) -> ExitSchedule:
@@ -249,9 +245,7 @@ class ExitSchedule:
         Raises:
             ScheduleError: another format or version, a missing or surplus key, or an invalid schedule.
         """
-        _require(
-            isinstance(data, dict), "a schedule must be a JSON object", type(data).__name__, "write it with to_json"
-        )
+        _require(isinstance(data, dict), "a schedule must be a JSON object", type(data).__name__, "write it with to_json")
         assert isinstance(data, dict)
         _require(
             data.get("format") == FORMAT,
@@ -281,7 +275,5 @@ class ExitSchedule:
         try:
             data = json.loads(text)
         except json.JSONDecodeError as error:
-            raise ScheduleError(
-                f"a schedule must be JSON; got {text[:60]!r} ({error}); write it with to_json"
-            ) from error
+            raise ScheduleError(f"a schedule must be JSON; got {text[:60]!r} ({error}); write it with to_json") from error
         return cls.from_dict(data)

@@ -104,9 +104,7 @@ def check_labels(net: Backbone, y: Tensor | None, batch: int) -> None:
         if y is not None:
             raise ConfigError("this network is unconditional and takes no labels; got y; leave y out")
     elif y is None:
-        raise ConfigError(
-            f"this network needs class labels 0…{net.num_classes - 1}; got none; pass y of shape ({batch},)"
-        )
+        raise ConfigError(f"this network needs class labels 0…{net.num_classes - 1}; got none; pass y of shape ({batch},)")
     elif y.shape != (batch,):
         raise ConfigError(f"y must have shape ({batch},); got {tuple(y.shape)}; pass one label an image")
 

@@ -129,9 +129,7 @@ class StudyResults:
 
     def front(self) -> tuple[TrialRecord, ...]:
         """Non-dominated trials under the search protocol, fastest first."""
-        points = [
-            (r.time_frac, r.quality.value) for r in self.complete if r.time_frac is not None and r.quality is not None
-        ]
+        points = [(r.time_frac, r.quality.value) for r in self.complete if r.time_frac is not None and r.quality is not None]
         keep = non_dominated(points)
         return tuple(sorted((self.complete[i] for i in keep), key=lambda r: r.time_frac or 0.0))
 
