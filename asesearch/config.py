@@ -85,12 +85,17 @@ class DiffusionConfig(_Section):
 
 
 class DataConfig(_Section):
-    """A data set. `path` is relative to the working directory."""
+    """A data set. `path` is relative to the working directory.
+
+    `image_size` and `channels` say how an image folder's files are read: centre-cropped to a square of image_size pixels,
+    as grey (1) or colour (3).
+    """
 
     kind: Literal["fashion-mnist", "image-folder", "latents"]
     path: str | None = None
     split: Literal["train", "test"] = "train"
     image_size: PositiveInt | None = None
+    channels: Literal[1, 3] = 3
     flip: bool = False
     download: bool = False
 
@@ -123,9 +128,11 @@ class EvaluationConfig(_Section):
 class ConfirmConfig(_Section):
     """The front again, on seeds no trial has seen, with the real whole-sampling time against the full network.
 
-    `time_images` images are sampled by the point and the full network in turn, `time_repeats` times each.
+    At most `max_points` points, spread evenly over the front. `time_images` images are sampled by the point and the full
+    network in turn, `time_repeats` times each.
     """
 
+    max_points: PositiveInt = 8
     num_samples: int = Field(default=5000, ge=2)
     repeats: PositiveInt = 3
     time_images: PositiveInt = 64

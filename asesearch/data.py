@@ -18,9 +18,11 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 import torch
+from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
-from asesearch.errors import DataError
+from asesearch.config import DataConfig
+from asesearch.errors import ConfigError, DataError
 
 #: Where Debian's and Ubuntu's package `dataset-fashion-mnist` puts the files.
 DEBIAN_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
@@ -90,7 +92,7 @@ class ImageArray:
             raise DataError(f"images must be uint8 of shape (N, C, H, W), N > 0; got {images.dtype} {images.shape} in {name}")
         if labels is not None and labels.shape != (len(images),):
             raise DataError(f"one label an image is needed; got {labels.shape} labels for {len(images)} images in {name}")
-        self.images, self.name, self.flip = torch.from_numpy(np.ascontiguousarray(images)), name, flip
+        self.images, self.name, self.flip = torch.tensor(images), name, flip
         self.labels = None if labels is None else torch.from_numpy(labels.astype(np.int64))
         self.num_classes = 0 if self.labels is None else num_classes or int(self.labels.max()) + 1
         if self.labels is not None and not 0 <= int(self.labels.min()) <= int(self.labels.max()) < self.num_classes:
@@ -110,10 +112,7 @@ class ImageArray:
     def batch(self, indices: Sequence[int], generator: torch.Generator | None = None) -> tuple[Tensor, Tensor | None]:
         index = torch.as_tensor(indices, dtype=torch.int64)
         x_start = self.images[index].float().div_(127.5).sub_(1.0)  # (N, C, H, W)
-        if self.flip and generator is not None:
-            mirrored = torch.rand(len(index), generator=generator) < 0.5
-            x_start = torch.where(mirrored[:, None, None, None], x_start.flip(-1), x_start)
-        return x_start, None if self.labels is None else self.labels[index]
+        return _mirrored(x_start, self.flip, generator), None if self.labels is None else self.labels[index]
 
 
 def read_idx(path: str | os.PathLike[str]) -> npt.NDArray[np.uint8]:
@@ -205,8 +204,101 @@ def _download_fashion_mnist(name: str, folder: Path) -> Path:
         os.replace(part, target)
     except OSError as error:
         raise DataError(
-            f"can't download {FASHION_MNIST_URL}{name}.gz to {folder}: {error}; fetch the four files by hand and give their folder"
+            f"can't download {FASHION_MNIST_URL}{name}.gz to {folder}: {error}; fetch the files by hand and give their folder"
         ) from error
     finally:
         part.unlink(missing_ok=True)
     return target
+
+
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".ppm")
+
+
+def centre_crop(image: Image.Image, size: int) -> Image.Image:
+    """Shrink by halves with a box filter, then bicubic to `size` on the shorter side, then crop the centre square.
+
+    Source: the official DiT and guided-diffusion code (`center_crop_arr`), whose FIDs depend on it.
+    """
+    while min(image.size) >= 2 * size:
+        image = image.resize((image.size[0] // 2, image.size[1] // 2), resample=Image.Resampling.BOX)
+    scale = size / min(image.size)
+    wide, high = round(image.size[0] * scale), round(image.size[1] * scale)
+    image = image.resize((wide, high), resample=Image.Resampling.BICUBIC)
+    left, top = (wide - size) // 2, (high - size) // 2
+    return image.crop((left, top, left + size, top + size))
+
+
+class ImageFolder:
+    """Image files, read when they are needed. Subfolders are classes (ImageNet's layout); a flat folder has no labels.
+
+    Args:
+        path: the folder.
+        image_size: side of the centre crop, in pixels.
+        channels: 1 = grey, 3 = colour.
+        flip: mirror half of the images left to right, where a generator is passed.
+
+    `digest` covers names and sizes of the files, not their content, which would mean reading all of ImageNet.
+
+    Raises:
+        DataError: no such folder, no images in it, or images both beside and in subfolders; on reading, a damaged file.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], image_size: int, channels: int = 3, flip: bool = False) -> None:
+        root = Path(path)
+        if not root.is_dir():
+            raise DataError(f"no image folder {root}; check data.path")
+        files = sorted(p for p in root.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file())
+        if not files:
+            raise DataError(f"no images ({' '.join(IMAGE_SUFFIXES)}) in {root} or its subfolders; check data.path")
+        nested = [len(p.relative_to(root).parts) > 1 for p in files]
+        if any(nested) and not all(nested):
+            stray = next(p for p, n in zip(files, nested, strict=True) if not n)
+            raise DataError(f"{root} holds images both in class folders and beside them ({stray.name}); move these")
+        classes = sorted({p.relative_to(root).parts[0] for p in files}) if all(nested) else []
+        index = {name: i for i, name in enumerate(classes)}
+        self.files, self.channels, self.flip, self.name = files, channels, flip, root.name
+        self.labels = torch.tensor([index[p.relative_to(root).parts[0]] for p in files]) if classes else None
+        self.num_classes, self.shape = len(classes), (channels, image_size, image_size)
+        listing = "\n".join(f"{p.relative_to(root).as_posix()} {p.stat().st_size}" for p in files)
+        self.digest = hashlib.sha256(f"{self.shape} {flip}\n{listing}".encode()).hexdigest()
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def read(self, index: int) -> npt.NDArray[np.uint8]:
+        """One image: (C, H, W) uint8."""
+        try:
+            with Image.open(self.files[index]) as image:
+                pixels = np.asarray(centre_crop(image.convert("L" if self.channels == 1 else "RGB"), self.shape[1]))
+        except (OSError, UnidentifiedImageError) as error:
+            raise DataError(f"can't read the image {self.files[index]}: {error}; replace or remove it") from error
+        return pixels.reshape(*self.shape[1:], self.channels).transpose(2, 0, 1)  # (H, W, C) -> (C, H, W)
+
+    def batch(self, indices: Sequence[int], generator: torch.Generator | None = None) -> tuple[Tensor, Tensor | None]:
+        images = np.stack([self.read(i) for i in indices])
+        y = None if self.labels is None else self.labels[torch.as_tensor(indices)]
+        x_start = torch.from_numpy(images).float().div_(127.5).sub_(1.0)  # (N, C, H, W)
+        return _mirrored(x_start, self.flip, generator), y
+
+
+def _mirrored(x_start: Tensor, flip: bool, generator: torch.Generator | None) -> Tensor:
+    if not flip or generator is None:
+        return x_start
+    mirrored = torch.rand(len(x_start), generator=generator) < 0.5
+    return torch.where(mirrored[:, None, None, None], x_start.flip(-1), x_start)
+
+
+def open_data(config: DataConfig) -> DataSource:
+    """The data set of a study file.
+
+    Raises:
+        ConfigError: a setting that this kind of data needs is missing.
+        DataError: missing, empty or damaged data.
+    """
+    if config.kind == "fashion-mnist":
+        return fashion_mnist(config.split, config.path, download=config.download)
+    if config.path is None:
+        raise ConfigError(f"data.path is needed for data of kind {config.kind!r}; got none; give the folder")
+    if config.image_size is None:
+        raise ConfigError("data.image_size is needed for an image folder; got none; give the side in pixels")
+    return ImageFolder(config.path, config.image_size, config.channels, config.flip)

@@ -1,0 +1,87 @@
+"""The front again, on seeds that no trial has seen, with the real sampling time.
+
+The best of many noisy figures is too good on average; what is reported and exported is confirmed on fresh seeds first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+
+from asesearch.backbones.base import Backbone
+from asesearch.backbones.checkpoints import load_backbone
+from asesearch.config import BackboneConfig
+from asesearch.errors import StudyError
+from asesearch.search.records import Confirmation, TrialRecord
+from asesearch.search.study import Study, read_json, write_json
+from asesearch.search.workbench import Workbench
+
+
+def select(front: tuple[TrialRecord, ...], full: TrialRecord, max_points: int) -> list[TrialRecord]:
+    """The full network and at most `max_points` front points, spread evenly over time, both ends included."""
+    points = [r for r in front if r.number != full.number]
+    if len(points) > max_points:
+        last = len(points) - 1
+        keep = sorted({round(i * last / max(1, max_points - 1)) for i in range(max_points)})
+        points = [points[i] for i in keep]
+    return [full, *points]
+
+
+def confirm(study: Study, bench: Workbench, progress: Callable[[Confirmation], None] | None = None) -> list[Confirmation]:
+    """Confirm the study's front and the full network; what is confirmed already under the same protocol is kept.
+
+    Raises:
+        StudyError: the full network has no figure yet.
+    """
+    results = study.results()
+    if results.full is None:
+        raise StudyError(
+            "the full network has no figure (its fine-tuning failed or has not run), so nothing can be compared with it; "
+            "see the failed trials, lower train.lr, and search under another name"
+        )
+    protocol = bench.confirmation_protocol()
+    settings = {"protocol": asdict(protocol), "time": [study.config.confirm.time_images, study.config.confirm.time_repeats]}
+    settings = {**settings, "protocol": {**settings["protocol"], "seeds": list(protocol.seeds)}}
+    path = study.run_dir / "confirmations.json"
+    done: list[Confirmation] = []
+    if path.is_file():
+        stored = read_json(path)
+        if stored["settings"] == settings:
+            done = [Confirmation.from_dict(c) for c in stored["confirmations"]]
+    full_net = _weights(study, results.full, bench)
+    for record in select(results.front(), results.full, study.config.confirm.max_points):
+        if any(c.number == record.number for c in done):
+            continue
+        net = _weights(study, record, bench)
+        quality, _, _ = bench.evaluate(net, record.schedule, protocol)
+        if record.schedule.is_full:
+            ratio, spread = 1.0, 0.0
+        else:
+            time = bench.measured_time(net, record.schedule, full_net)
+            ratio, spread = time.median, time.spread
+        done.append(Confirmation(record.number, quality, ratio, spread))
+        write_json(path, {"settings": settings, "confirmations": [c.to_dict() for c in done]})
+        if progress is not None:
+            progress(done[-1])
+    return done
+
+
+def trial_weights(study: Study, record: TrialRecord) -> Path:
+    """File with a trial's weights.
+
+    Raises:
+        StudyError: deleted, as `keep_weights = "front"` does off the front.
+    """
+    path = study.trial_dir(record.schedule) / "weights.safetensors"
+    if not path.is_file():
+        raise StudyError(
+            f"trial {record.number} has no weights in {path.parent}: weights off the front are deleted; "
+            'pick a front point, or search with keep_weights = "all"'
+        )
+    return path
+
+
+def _weights(study: Study, record: TrialRecord, bench: Workbench) -> Backbone:
+    config = BackboneConfig(kind=study.config.backbone.kind, checkpoint=str(trial_weights(study, record)))
+    return load_backbone(config).to(bench.device).eval()

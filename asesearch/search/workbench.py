@@ -1,0 +1,241 @@
+"""Turns one schedule into one figure: fine-tune briefly, sample with the study's seeds, evaluate, cost.
+
+Everything that all schedules share (network, data, reference, latency table) is made once and checked first.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from asesearch.backbones.base import Backbone, check_schedule
+from asesearch.backbones.checkpoints import load_backbone, save_backbone
+from asesearch.config import StudyConfig
+from asesearch.data import open_data
+from asesearch.diffusion import make_diffusion
+from asesearch.errors import ConfigError, EvaluationError
+from asesearch.evaluation.cost import LatencyTable, TimeRatio, compare_sampling_time, count_flops, measure_latency
+from asesearch.evaluation.extractors import make_extractor
+from asesearch.evaluation.fidelity import build_protocol, evaluate, reference_statistics, to_uint8
+from asesearch.evaluation.results import EvaluationResult, Protocol
+from asesearch.finetuning import check_fit, finetune
+from asesearch.sampling import SampleResult, sample
+from asesearch.schedule import ExitSchedule
+
+SHOWN_IMAGES = 40  # images kept of each trial for the report
+LATENCY_REPEATS = 15
+FRESH_SEEDS = 1_000_000_000  # confirmation seeds begin here, out of reach of the search's
+
+
+@dataclass
+class Outcome:
+    """What one schedule gave; see `TrialRecord` for the fields."""
+
+    quality: EvaluationResult
+    time_frac: float
+    flops_frac: float
+    block_frac: float
+    losses: list[float]
+    seconds: dict[str, float]
+
+
+def labels_for(backbone: Backbone, seeds: Sequence[int]) -> Tensor | None:
+    """Class labels of images: seed modulo the number of classes, so that every label occurs equally often."""
+    if not backbone.num_classes:
+        return None
+    return torch.tensor([s % backbone.num_classes for s in seeds])
+
+
+def default_device() -> torch.device:
+    """The first visible GPU, or the CPU. Choose another GPU with CUDA_VISIBLE_DEVICES."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+class Workbench:
+    """What every trial of a study shares.
+
+    Args:
+        config: the study file.
+        run_dir: the study directory; the latency table is kept there, so that all trials share one.
+
+    Raises:
+        ConfigError, DataError, ScheduleError, CheckpointError, EvaluationError: parts that are missing, unreadable or do
+            not fit each other, before anything expensive.
+    """
+
+    def __init__(self, config: StudyConfig, run_dir: Path) -> None:
+        if config.backbone.checkpoint is None:
+            raise ConfigError("a search needs pretrained weights; got no backbone.checkpoint; give a path or `shipped:NAME`")
+        self.config, self.run_dir, self.device = config, Path(run_dir), default_device()
+        self.backbone = load_backbone(config.backbone).to(self.device).eval()
+        self.diffusion = make_diffusion(config.diffusion)
+        self.data = open_data(config.data)
+        self.full = ExitSchedule.full(self.backbone.depth, config.diffusion.num_train_timesteps)
+        check_fit(self.backbone, self.data, self.diffusion, self.full)
+        evaluation = config.evaluation
+        self.extractor = make_extractor(evaluation.extractor, evaluation.extractor_weights, self.device)
+        source = self.data if evaluation.reference is None else open_data(evaluation.reference)
+        self.reference = reference_statistics(source, self.extractor)
+        self.protocol = build_protocol(evaluation, config.sampling, self.extractor, self.reference)
+        self.batch_size = min(config.sampling.batch_size, evaluation.num_samples)
+        self._latency: LatencyTable | None = None
+        self._flops: list[float] | None = None
+
+    # -- cost ------------------------------------------------------------------------------------
+
+    @property
+    def latency(self) -> LatencyTable:
+        """Time of one network call at each exit depth; measured on first use, once a study."""
+        path = self.run_dir / "latency.json"
+        if self._latency is None and path.is_file():
+            self._latency = LatencyTable.from_dict(json.loads(path.read_text(encoding="utf-8")))
+        if self._latency is None:
+            guided = self.config.sampling.cfg_scale != 1
+            size = self.batch_size * (2 if guided else 1)
+            self._latency = measure_latency(self.backbone, size, LATENCY_REPEATS, self.device)
+            self.run_dir.mkdir(parents=True, exist_ok=True)
+            part = path.with_name(f"latency.json.{os.getpid()}.part")
+            part.write_text(json.dumps(self._latency.to_dict()), encoding="utf-8")
+            os.replace(part, path)
+        return self._latency
+
+    @property
+    def flops(self) -> list[float]:
+        """FLOPs of one network call for one image at exit depths 1…depth."""
+        if self._flops is None:
+            self._flops = [count_flops(self.backbone, d) for d in range(1, self.backbone.depth + 1)]
+        return self._flops
+
+    def flops_frac(self, schedule: ExitSchedule, timesteps: Sequence[float]) -> float:
+        """FLOPs of a whole sampling over the full network's."""
+        depths = schedule.exit_depth_at(timesteps)
+        return float(np.asarray(self.flops)[depths - 1].sum() / (self.flops[-1] * len(depths)))
+
+    # -- one schedule ----------------------------------------------------------------------------
+
+    def sample(self, backbone: Backbone, schedule: ExitSchedule, seeds: Sequence[int]) -> SampleResult:
+        """Images of the study's solver for these seeds, with labels from `labels_for`."""
+        how = self.config.sampling
+        return sample(
+            backbone,
+            how.solver,
+            schedule,
+            diffusion=self.diffusion,
+            num_steps=how.num_steps,
+            seeds=seeds,
+            y=labels_for(backbone, seeds),
+            cfg_scale=how.cfg_scale,
+            batch_size=how.batch_size,
+            device=self.device,
+        )
+
+    def evaluate(
+        self, backbone: Backbone, schedule: ExitSchedule, protocol: Protocol, shown: dict[str, Any] | None = None
+    ) -> tuple[EvaluationResult, float, tuple[float, ...]]:
+        """Figure under a protocol, seconds of it spent sampling, and the timesteps the solver called at.
+
+        `shown`, if given, receives the first images made, as `images` (N, C, H, W) uint8.
+        """
+        spent, steps = 0.0, ()
+
+        def make_images(seeds: Sequence[int]) -> Tensor:
+            nonlocal spent, steps
+            result = self.sample(backbone, schedule, seeds)
+            spent, steps = spent + result.seconds, result.timesteps
+            if not bool(torch.isfinite(result.images).all()):
+                raise EvaluationError(f"the network gave images that are not finite under {schedule}; fine-tune it longer")
+            pixels = to_uint8(result.images)
+            if shown is not None and "images" not in shown:
+                shown["images"] = pixels[:SHOWN_IMAGES].numpy()
+            return pixels
+
+        quality = evaluate(make_images, protocol, self.extractor, self.reference)
+        return quality, spent, steps
+
+    def finetuned(
+        self,
+        schedule: ExitSchedule,
+        folder: Path,
+        on_step: Callable[[int, float], None] | None = None,
+    ) -> tuple[Backbone, list[float], float]:
+        """Brief fine-tuning from the pretrained weights: EMA network, losses, seconds."""
+        result = finetune(self.backbone, self.data, self.diffusion, schedule, self.config.train, folder, on_step=on_step)
+        return result.backbone, result.losses, result.seconds
+
+    def try_schedule(self, schedule: ExitSchedule, folder: Path) -> Outcome:
+        """Fine-tune, sample, evaluate; weights and samples are left in `folder`.
+
+        Raises:
+            TrainingDiverged, EvaluationError: the schedule's own failure.
+        """
+        check_schedule(self.backbone, self.diffusion.num_train_timesteps, schedule)
+        latency = self.latency  # before any trial, not in one
+        net, losses, tuning_s = self.finetuned(schedule, folder)
+        shown: dict[str, Any] = {}
+        start = time.perf_counter()
+        quality, sampling_s, timesteps = self.evaluate(net, schedule, self.protocol, shown)
+        evaluation_s = time.perf_counter() - start - sampling_s
+        folder.mkdir(parents=True, exist_ok=True)
+        save_backbone(net, folder / "weights.safetensors", {"exit_schedule": schedule.to_json()})
+        part = folder / f"samples.{os.getpid()}.part.npz"
+        np.savez_compressed(part, images=shown["images"])
+        os.replace(part, folder / "samples.npz")
+        (folder / "training.safetensors").unlink(missing_ok=True)
+        return Outcome(
+            quality,
+            latency.time_frac(schedule, timesteps),
+            self.flops_frac(schedule, timesteps),
+            schedule.block_frac(timesteps),
+            losses,
+            {"finetune": tuning_s, "sample": sampling_s, "evaluate": evaluation_s},
+        )
+
+    # -- confirmation ----------------------------------------------------------------------------
+
+    def confirmation_protocol(self) -> Protocol:
+        """The confirmation's protocol: fresh seeds, its own number of images and repeats."""
+        confirm = self.config.confirm
+        changed = self.config.evaluation.model_copy(
+            update={"num_samples": confirm.num_samples, "repeats": confirm.repeats, "seed": FRESH_SEEDS}
+        )
+        return build_protocol(changed, self.config.sampling, self.extractor, self.reference)
+
+    def measured_time(self, net: Backbone, schedule: ExitSchedule, full_net: Backbone) -> TimeRatio:
+        """Whole-sampling time under the schedule over the full network's, interleaved."""
+        confirm = self.config.confirm
+        seeds = range(confirm.time_images)
+        return compare_sampling_time(
+            lambda: self.sample(net, schedule, seeds), lambda: self.sample(full_net, self.full, seeds), confirm.time_repeats
+        )
+
+
+def environment() -> dict[str, Any]:
+    """Machine and versions, for records."""
+    names = ("asesearch", "torch", "torchvision", "torch-fidelity", "diffusers", "accelerate", "optuna", "numpy")
+    versions = {"python": platform.python_version()}
+    for name in names:
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            versions[name] = "not installed"
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    return {
+        "versions": versions,
+        "platform": platform.platform(terse=True),
+        "machine": platform.machine(),
+        "cpu_count": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "gpu": gpu,
+        "cuda": torch.version.cuda if gpu else None,
+    }
