@@ -11,6 +11,7 @@ that a run of a few hundred steps is not dominated by its initial weights; times
 from __future__ import annotations
 
 import copy
+import hashlib
 import json
 import math
 import os
@@ -29,11 +30,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from asesearch.backbones.base import Backbone
+from asesearch.backbones.base import Backbone, check_schedule
 from asesearch.config import TrainConfig
 from asesearch.data import DataSource
 from asesearch.diffusion import Diffusion
-from asesearch.errors import CheckpointError, ConfigError, DataError, ScheduleError, TrainingDiverged
+from asesearch.errors import CheckpointError, ConfigError, DataError, TrainingDiverged
 from asesearch.schedule import ExitSchedule
 
 SYNC_EVERY = 10  # steps between looks at the loss: each is a device synchronisation
@@ -193,6 +194,8 @@ class Trainer:
         check_fit(backbone, data, diffusion, schedule)
         self.data, self.diffusion, self.schedule, self.config = data, diffusion, schedule, config
         self.run_dir = None if run_dir is None else Path(run_dir)
+        if config.mixed_precision != "no" and accelerator is None and not torch.cuda.is_available():
+            raise ConfigError(f"mixed_precision = {config.mixed_precision!r} needs a GPU; use 'no' on a CPU")
         unused = DistributedDataParallelKwargs(find_unused_parameters=not schedule.is_full)
         self.accelerator = accelerator or Accelerator(
             mixed_precision=config.mixed_precision, cpu=not torch.cuda.is_available(), kwargs_handlers=[unused]
@@ -200,8 +203,7 @@ class Trainer:
         device, self.part = self.accelerator.device, (self.accelerator.process_index, self.accelerator.num_processes)
         if config.batch_size % self.part[1]:
             raise ConfigError(f"batch_size must be a multiple of the {self.part[1]} processes; got {config.batch_size}")
-        if config.mixed_precision != "no" and device.type == "cpu":
-            raise ConfigError(f"mixed_precision = {config.mixed_precision!r} needs a GPU; use 'no' on a CPU")
+        self.fingerprint = weights_fingerprint(backbone)
         self.backbone = copy.deepcopy(backbone).to(device).train()
         self.ema = copy.deepcopy(backbone).to(device).eval().requires_grad_(False)
         self.teacher = None
@@ -322,6 +324,7 @@ class Trainer:
             "config": self.config.model_dump(exclude={"checkpoint_every", "compile"}),
             "schedule": self.schedule.to_dict(),
             "backbone": [type(self.backbone).__name__, self.backbone.config],
+            "initial weights": self.fingerprint,
             "data": self.data.digest,
             "betas": [self.diffusion.beta_schedule, self.diffusion.num_train_timesteps],
         }
@@ -379,6 +382,15 @@ class Trainer:
         return self.step
 
 
+def weights_fingerprint(backbone: nn.Module) -> str:
+    """SHA-256 over the first 1,024 numbers of every parameter: tells two sets of weights apart, at no cost for large ones."""
+    sha = hashlib.sha256()
+    for name, p in sorted(backbone.named_parameters()):
+        sha.update(f"{name} {tuple(p.shape)}".encode())
+        sha.update(p.detach().flatten()[:1024].float().cpu().numpy().tobytes())
+    return sha.hexdigest()
+
+
 def _difference(old: Any, new: Any) -> str:
     if isinstance(old, dict) and isinstance(new, dict):
         return ", ".join(f"{k}: {old.get(k)!r} then, {new.get(k)!r} now" for k in new if old.get(k) != new.get(k))
@@ -398,26 +410,6 @@ def check_fit(backbone: Backbone, data: DataSource, diffusion: Diffusion, schedu
     if backbone.num_classes and not 0 < data.num_classes <= backbone.num_classes:
         raise DataError(f"the network has {backbone.num_classes} classes; got {data.num_classes} from {data.name}")
     check_schedule(backbone, diffusion.num_train_timesteps, schedule)
-
-
-def check_schedule(backbone: Backbone, num_train_timesteps: int, schedule: ExitSchedule) -> None:
-    """Refuse a schedule that was made for another network or chain.
-
-    Raises:
-        ScheduleError: depth, chain length or smallest exit depth do not fit.
-    """
-    if schedule.depth != backbone.depth:
-        raise ScheduleError(
-            f"the schedule is for a network of {schedule.depth} blocks; got one of {backbone.depth}; use rescaled({backbone.depth})"
-        )
-    if schedule.num_train_timesteps != num_train_timesteps:
-        raise ScheduleError(
-            f"the schedule is for a chain of {schedule.num_train_timesteps} timesteps; got one of {num_train_timesteps}"
-        )
-    if min(schedule.exit_depths) < backbone.min_exit_depth:
-        raise ScheduleError(
-            f"this network must run at least {backbone.min_exit_depth} blocks; got {min(schedule.exit_depths)} in the schedule"
-        )
 
 
 def finetune(

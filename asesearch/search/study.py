@@ -14,11 +14,9 @@ import json
 import os
 import shutil
 import socket
-import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -27,12 +25,12 @@ import numpy as np
 import optuna
 import sqlalchemy.exc
 import torch
-from optuna.trial import FrozenTrial, TrialState
+from optuna.trial import TrialState
 
 from asesearch.config import SearchConfig, StudyConfig, changed_fields, parse_study
-from asesearch.errors import AseSearchError, EvaluationError, ScheduleError, StudyError, TrainingDiverged
+from asesearch.errors import EvaluationError, ScheduleError, StudyError, TrainingDiverged
 from asesearch.schedule import ExitSchedule
-from asesearch.search.records import Confirmation, StudyResults, TrialRecord, non_dominated
+from asesearch.search.records import Confirmation, StudyResults, TrialRecord
 from asesearch.search.space import Space
 from asesearch.search.workbench import Workbench, environment
 

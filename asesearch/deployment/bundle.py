@@ -1,0 +1,200 @@
+"""The bundle: one folder with everything that sampling needs, checked when it is read, and no pickle in it.
+
+`bundle.json` holds format version, schedule, network, solver, evaluation, provenance and the SHA-256 of each file;
+`model.safetensors` the weights; `parity.safetensors` inputs and outputs of the network at every exit depth that the
+schedule uses, so that whoever loads the bundle knows that it computes the same there.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from asesearch.backbones.base import Backbone, check_schedule
+from asesearch.backbones.checkpoints import load_backbone, save_backbone
+from asesearch.config import BackboneConfig, DiffusionConfig, SamplingConfig
+from asesearch.diffusion import make_diffusion
+from asesearch.errors import CheckpointError
+from asesearch.sampling import SampleResult, sample
+from asesearch.schedule import ExitSchedule
+
+FORMAT = "asesearch.bundle"
+VERSION = 1
+FILES = ("model.safetensors", "parity.safetensors")
+PARITY_IMAGES = 2
+PARITY_TOLERANCE = 2e-3  # of the largest output; float32 on another processor stays far below
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """A loaded bundle.
+
+    Attributes:
+        backbone: the fine-tuned network, in eval mode.
+        schedule: its exit schedule.
+        kind: of the network, as in `BackboneConfig`.
+        diffusion, sampling: the process, and the solver the schedule was evaluated with.
+        evaluation: the recorded figures, as plain data.
+        provenance: where it came from, as plain data.
+    """
+
+    backbone: Backbone
+    schedule: ExitSchedule
+    kind: str
+    diffusion: DiffusionConfig
+    sampling: SamplingConfig
+    evaluation: dict[str, Any]
+    provenance: dict[str, Any]
+
+    def sample(self, seeds: Sequence[int], y: Tensor | None = None, num_steps: int | None = None) -> SampleResult:
+        """Images for these seeds, (N, C, H, W) float32, with the bundle's solver, guidance and (unless given) steps.
+
+        `y` is (N,) class labels; by default seed modulo the number of classes.
+        """
+        if y is None and self.backbone.num_classes:
+            y = torch.tensor([s % self.backbone.num_classes for s in seeds])
+        return sample(
+            self.backbone,
+            self.sampling.solver,
+            self.schedule,
+            diffusion=make_diffusion(self.diffusion),
+            num_steps=num_steps or self.sampling.num_steps,
+            seeds=seeds,
+            y=y,
+            cfg_scale=self.sampling.cfg_scale,
+            batch_size=self.sampling.batch_size,
+        )
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@torch.no_grad()
+def _parity_outputs(backbone: Backbone, tensors: dict[str, Tensor], depths: Sequence[int]) -> dict[str, Tensor]:
+    device = next(backbone.parameters()).device
+    given = {k: v.to(device) for k, v in tensors.items() if k in ("x_t", "t", "y")}
+    outputs = {f"out.{d}": backbone(given["x_t"], given["t"], given.get("y"), exit_depth=d) for d in depths}
+    return {k: v.float().cpu().contiguous() for k, v in outputs.items()}
+
+
+def write_bundle(bundle: Bundle, folder: Path, *, overwrite: bool = False) -> Path:
+    """Write a bundle; the folder appears whole or not at all.
+
+    Raises:
+        CheckpointError: the folder exists (and `overwrite` is not set) or can't be written.
+        ScheduleError: the schedule does not fit the network.
+    """
+    folder = Path(folder)
+    check_schedule(bundle.backbone, bundle.diffusion.num_train_timesteps, bundle.schedule)
+    if folder.exists() and not overwrite:
+        raise CheckpointError(f"{folder} exists already; choose another folder, or overwrite it (--overwrite)")
+    if folder.exists() and any(folder.iterdir()) and not (folder / "bundle.json").is_file():
+        raise CheckpointError(f"{folder} is not a bundle, so it is not overwritten; choose another folder")
+    part = folder.with_name(f"{folder.name}.{os.getpid()}.part")
+    try:
+        part.mkdir(parents=True)
+        _write_files(bundle, part)
+        if folder.exists():
+            old = folder.with_name(f"{folder.name}.{os.getpid()}.old")
+            os.replace(folder, old)
+            os.replace(part, folder)
+            shutil.rmtree(old)
+        else:
+            os.replace(part, folder)
+    except OSError as error:
+        raise CheckpointError(f"can't write the bundle {folder}: {error}; choose a folder you may write to") from error
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+    return folder
+
+
+def _write_files(bundle: Bundle, folder: Path) -> None:
+    net = bundle.backbone
+    save_backbone(net, folder / FILES[0], {})
+    generator = torch.Generator().manual_seed(0)
+    x_t = torch.randn(PARITY_IMAGES, net.in_channels, net.input_size, net.input_size, generator=generator)
+    t = torch.randint(bundle.diffusion.num_train_timesteps, (PARITY_IMAGES,), generator=generator)
+    tensors = {"x_t": x_t, "t": t}
+    if net.num_classes:
+        tensors["y"] = torch.arange(PARITY_IMAGES) % net.num_classes
+    save_file(tensors | _parity_outputs(net, tensors, sorted(set(bundle.schedule.exit_depths))), folder / FILES[1])
+    data = {
+        "format": FORMAT,
+        "version": VERSION,
+        "schedule": bundle.schedule.to_dict(),
+        "backbone": {"kind": bundle.kind, "config": net.config},
+        "diffusion": bundle.diffusion.model_dump(mode="json"),
+        "sampling": bundle.sampling.model_dump(mode="json"),
+        "evaluation": bundle.evaluation,
+        "provenance": bundle.provenance,
+        "files": {name: {"sha256": _sha256(folder / name), "bytes": (folder / name).stat().st_size} for name in FILES},
+    }
+    (folder / "bundle.json").write_text(json.dumps(data, indent=1), encoding="utf-8")
+
+
+def load_bundle(folder: Path, device: torch.device | str = "cpu", *, check_parity: bool = True) -> Bundle:
+    """Read a bundle: hashes are verified before any weight is read, and the network's outputs are compared with its own.
+
+    Raises:
+        CheckpointError: missing, of another version, damaged, or computing something else here than where it was made.
+    """
+    folder = Path(folder)
+    data = _read_manifest(folder)
+    for name in FILES:
+        entry = data["files"].get(name, {})
+        if not (folder / name).is_file() or _sha256(folder / name) != entry.get("sha256"):
+            raise CheckpointError(
+                f"{folder / name} is missing or damaged (its SHA-256 is not the recorded one); copy the bundle again"
+            )
+    try:
+        kind, schedule = data["backbone"]["kind"], ExitSchedule.from_dict(data["schedule"])
+        diffusion, sampling = DiffusionConfig(**data["diffusion"]), SamplingConfig(**data["sampling"])
+        net = load_backbone(BackboneConfig(kind=kind, checkpoint=str(folder / FILES[0]))).to(device).eval()
+        check_schedule(net, diffusion.num_train_timesteps, schedule)
+        parity = load_file(folder / FILES[1])
+        bundle = Bundle(net, schedule, kind, diffusion, sampling, data["evaluation"], data["provenance"])
+    except (KeyError, TypeError, ValueError, SafetensorError) as error:
+        raise CheckpointError(f"{folder} holds a bundle that does not fit together: {error}; export it again") from error
+    if check_parity:
+        _check_parity(net, parity, folder)
+    return bundle
+
+
+def _read_manifest(folder: Path) -> dict[str, Any]:
+    path = folder / "bundle.json"
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"can't read {path}: {error}; is {folder} a bundle written by `asesearch export`?") from error
+    if not isinstance(data, dict) or data.get("format") != FORMAT or not isinstance(data.get("files"), dict):
+        raise CheckpointError(f"{path} is not the manifest of an asesearch bundle; export it again")
+    if data.get("version") != VERSION:
+        raise CheckpointError(
+            f"{path} has bundle version {data.get('version')!r}; this release reads {VERSION}; update asesearch"
+        )
+    return data
+
+
+def _check_parity(net: Backbone, parity: dict[str, Tensor], folder: Path) -> None:
+    expected = {k: v for k, v in parity.items() if k.startswith("out.")}
+    outputs = _parity_outputs(net, parity, [int(k[4:]) for k in expected])
+    for name, want in expected.items():
+        error = float((outputs[name] - want).abs().max() / want.abs().max().clamp(min=1e-6))
+        if not error <= PARITY_TOLERANCE:
+            raise CheckpointError(
+                f"the network of {folder} computes something else here than where it was exported: at exit depth {name[4:]} it "
+                f"is off by {error:.2g} of the largest output (tolerance {PARITY_TOLERANCE:g}); check versions and device"
+            )

@@ -1,0 +1,76 @@
+"""From a point of a study to a bundle."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from asesearch.backbones.checkpoints import load_backbone
+from asesearch.config import BackboneConfig
+from asesearch.deployment.bundle import Bundle, write_bundle
+from asesearch.finetuning import finetune
+from asesearch.search.confirmation import trial_weights
+from asesearch.search.records import TrialRecord
+from asesearch.search.study import Study
+from asesearch.search.workbench import Workbench, environment
+
+
+def export(
+    study: Study,
+    record: TrialRecord,
+    folder: Path,
+    *,
+    bench: Workbench | None = None,
+    finetune_steps: int | None = None,
+    overwrite: bool = False,
+    on_step: Callable[[int, float], None] | None = None,
+) -> Path:
+    """Write the bundle of one point, with the weights of its trial or, with `finetune_steps`, fully fine-tuned ones.
+
+    A full fine-tuning starts from the pretrained weights under the study's `train` settings with another number of steps,
+    is resumable (its checkpoint lies in the trial's folder), and is evaluated under the confirmation protocol; it needs
+    a `bench`.
+
+    Raises:
+        StudyError: the trial's weights were deleted.
+        CheckpointError: the folder exists or can't be written.
+    """
+    config, evaluation = study.config, evaluation_of(study, record)
+    if finetune_steps is None:
+        path = trial_weights(study, record)
+        net = load_backbone(BackboneConfig(kind=config.backbone.kind, checkpoint=str(path))).eval()
+    else:
+        bench = bench or Workbench(config, study.run_dir)
+        train = config.train.model_copy(update={"num_steps": finetune_steps})
+        where = study.trial_dir(record.schedule) / f"finetune-{finetune_steps}"
+        net = finetune(bench.backbone, bench.data, bench.diffusion, record.schedule, train, where, on_step=on_step).backbone
+        quality, _, _ = bench.evaluate(net, record.schedule, bench.confirmation_protocol())
+        evaluation["after_full_finetuning"] = {"num_steps": finetune_steps, "quality": quality.to_dict()}
+    bundle = Bundle(
+        backbone=net.cpu(),
+        schedule=record.schedule,
+        kind=config.backbone.kind,
+        diffusion=config.diffusion,
+        sampling=config.sampling,
+        evaluation=evaluation,
+        provenance={
+            "study": config.name,
+            "trial": record.number,
+            "origin": record.origin,
+            "config": config.model_dump(mode="json"),
+            "environment": environment(),
+        },
+    )
+    return write_bundle(bundle, folder, overwrite=overwrite)
+
+
+def evaluation_of(study: Study, record: TrialRecord) -> dict[str, Any]:
+    """What the study knows of a point: the search's figure and, where there is one, the confirmed one."""
+    found = [c for c in study.results().confirmations if c.number == record.number]
+    return {
+        "search": None if record.quality is None else record.quality.to_dict(),
+        "predicted_time_frac": record.time_frac,
+        "block_frac": record.block_frac,
+        "confirmed": found[0].to_dict() if found else None,
+    }

@@ -1,0 +1,85 @@
+"""Choosing one point of a front."""
+
+from __future__ import annotations
+
+from asesearch.errors import ConfigError, StudyError
+from asesearch.search.records import StudyResults, TrialRecord
+
+MODES = ("best-quality", "fastest-within", "best-within")
+
+
+def quality_limit(budget: str, full_value: float, full_std_error: float | None) -> float:
+    """Read a quality budget: a figure ("7.5"), an excess over the full network ("+5%"), or standard errors of it ("1se").
+
+    Raises:
+        ConfigError: none of these, or standard errors of a figure from one repeat.
+    """
+    text = budget.strip()
+    try:
+        if text.startswith("+") and text.endswith("%"):
+            return full_value * (1 + float(text[1:-1]) / 100)
+        if text.endswith("se"):
+            if full_std_error is None:
+                raise ConfigError(f"quality budget {budget!r} needs a standard error; got one repeat; raise evaluation.repeats")
+            return full_value + float(text[:-2]) * full_std_error
+        return float(text)
+    except ValueError as error:
+        raise ConfigError(
+            f"a quality budget is a figure (7.5), an excess over the full network (+5%) or standard errors (1se); got {text!r}"
+        ) from error
+
+
+def pick(results: StudyResults, mode: str, quality: str | None = None, time_frac: float | None = None) -> TrialRecord:
+    """One point of the study, by confirmed figures where there are any, else by the search's.
+
+    Args:
+        results: of the study.
+        mode: "best-quality"; "fastest-within" a `quality` budget (see `quality_limit`); "best-within" a `time_frac` of the
+            full network's sampling time, in (0, 1].
+
+    Raises:
+        ConfigError: unknown mode, or its budget is missing.
+        StudyError: no point meets the budget; the message names the nearest.
+    """
+    if mode not in MODES:
+        raise ConfigError(f"pick one of {', '.join(MODES)}; got {mode!r}")
+    if (mode == "fastest-within") != (quality is not None) or (mode == "best-within") != (time_frac is not None):
+        raise ConfigError(
+            "fastest-within takes a quality budget, best-within a time budget, best-quality none; "
+            f"got {mode} with quality {quality!r} and time {time_frac!r}"
+        )
+    confirmed = {c.number: c for c in results.confirmations}
+    points = []  # (record, quality, time)
+    for record in results.complete:
+        if record.quality is None or record.time_frac is None:
+            continue
+        if record.number in confirmed:
+            c = confirmed[record.number]
+            points.append((record, c.quality, c.measured_time_frac))
+        elif not confirmed:
+            points.append((record, record.quality, record.time_frac))
+    if not points:
+        raise StudyError("the study has no evaluated schedule to pick from; run `asesearch search` first")
+    if mode == "best-quality":
+        return min(points, key=lambda p: (p[1].value, p[2]))[0]
+    if mode == "fastest-within":
+        full = next((q for r, q, _ in points if r.origin == "full"), None)
+        if full is None:
+            raise StudyError("the full network has no figure to measure a quality budget against; pick best-quality")
+        assert quality is not None
+        limit = quality_limit(quality, full.value, full.std_error)
+        allowed = [p for p in points if p[1].value <= limit]
+        if not allowed:
+            best = min(points, key=lambda p: p[1].value)
+            raise StudyError(
+                f"no schedule is within the quality budget {limit:.4g}; the best is {best[1].value:.4g} ({best[0].schedule})"
+            )
+        return min(allowed, key=lambda p: (p[2], p[1].value))[0]
+    assert time_frac is not None
+    allowed = [p for p in points if p[2] <= time_frac]
+    if not allowed:
+        best = min(points, key=lambda p: p[2])
+        raise StudyError(
+            f"no schedule is within the time budget {time_frac:g}; the fastest takes {best[2]:.3f} ({best[0].schedule})"
+        )
+    return min(allowed, key=lambda p: (p[1].value, p[2]))[0]

@@ -1,0 +1,39 @@
+"""Tiny networks and data that every room's tests share."""
+
+import numpy as np
+import pytest
+import torch
+
+from asesearch.backbones import DiT
+from asesearch.data import ImageArray
+
+TINY_DIT = {
+    "input_size": 8,
+    "patch_size": 4,
+    "in_channels": 1,
+    "hidden_size": 16,
+    "depth": 4,
+    "num_heads": 2,
+    "num_classes": 3,
+    "learn_sigma": True,
+}
+
+
+@pytest.fixture
+def tiny_dit():
+    """A DiT of 4 blocks for 8x8 grey images whose every parameter is random (adaLN-Zero would hide the blocks)."""
+    generator = torch.Generator().manual_seed(0)
+    net = DiT(**TINY_DIT)
+    for p in net.parameters():
+        if p.requires_grad:
+            p.data = torch.randn(p.shape, generator=generator) * 0.1
+    return net.eval()
+
+
+@pytest.fixture
+def tiny_images():
+    """96 grey 8x8 images of 3 classes."""
+    rng = np.random.default_rng(0)
+    labels = np.arange(96) % 3
+    images = np.clip(rng.normal(60 + 60 * labels[:, None, None, None], 20, (96, 1, 8, 8)), 0, 255).astype(np.uint8)
+    return ImageArray(images, labels, "tiny")

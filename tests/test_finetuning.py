@@ -1,0 +1,293 @@
+"""The trainer: resumable, independent of what should not matter, and as cheap as its schedule."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from asesearch.backbones import DiT
+from asesearch.config import LossWeight, TrainConfig
+from asesearch.data import ImageArray
+from asesearch.diffusion import Diffusion
+from asesearch.errors import CheckpointError, ConfigError, DataError, ScheduleError, TrainingDiverged
+from asesearch.finetuning import (
+    CHECKPOINT,
+    Batch,
+    PlateauWeight,
+    Trainer,
+    draw_batch,
+    finetune,
+    lr_factor,
+    seeded_generator,
+)
+from asesearch.schedule import ExitSchedule
+
+SCHEDULE = ExitSchedule.from_string("4 3 2 1")
+CONFIG = TrainConfig(num_steps=12, batch_size=8, lr=1e-3, warmup_steps=2, checkpoint_every=5, seed=3)
+
+
+def weights(net):
+    return {n: p.detach().clone() for n, p in net.named_parameters()}
+
+
+def same(a, b):
+    return all(torch.equal(a[n], b[n]) for n in a)
+
+
+def with_(config, **changes):
+    return config.model_copy(update=changes)
+
+
+class Killed(BaseException):
+    pass
+
+
+def kill_at(step):
+    def on_step(done, loss):
+        if done >= step:
+            raise Killed
+
+    return on_step
+
+
+@pytest.mark.parametrize("changes", [{}, {"distill_frac": 0.5}, {"freeze_time_embedder": True, "min_snr_gamma": 5.0}])
+def test_killed_and_resumed_gives_the_same_result(tiny_dit, tiny_images, tmp_path, changes):
+    config = with_(CONFIG, **changes)
+    straight = finetune(tiny_dit, tiny_images, Diffusion(), SCHEDULE, config)
+    with pytest.raises(Killed):
+        finetune(tiny_dit, tiny_images, Diffusion(), SCHEDULE, config, tmp_path, on_step=kill_at(6))
+    trainer = Trainer(tiny_dit, tiny_images, Diffusion(), SCHEDULE, config, tmp_path)
+    assert trainer.resumed_at == 5  # the last checkpoint before the kill
+    resumed = trainer.run()
+    assert same(weights(straight.backbone), weights(resumed.backbone))
+    assert straight.losses == resumed.losses and len(resumed.losses) == 12
+
+
+def test_a_finished_run_is_not_repeated(tiny_dit, tiny_images, tmp_path):
+    first = finetune(tiny_dit, tiny_images, Diffusion(), SCHEDULE, CONFIG, tmp_path)
+    calls = []
+    again = finetune(tiny_dit, tiny_images, Diffusion(), SCHEDULE, CONFIG, tmp_path, on_step=lambda *a: calls.append(a))
+    assert calls == [] and same(weights(first.backbone), weights(again.backbone)) and first.losses == again.losses
+
+
+def test_the_network_passed_in_is_not_changed(tiny_dit, tiny_images):
+    before = weights(tiny_dit)
+    result = finetune(tiny_dit, tiny_images, Diffusion(), SCHEDULE, CONFIG)
+    assert same(before, weights(tiny_dit)) and not same(before, weights(result.backbone))
+    assert not result.backbone.training
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("lr", 2e-3), ("seed", 4), ("distill_frac", 0.5), ("ema_decay", 0.5), ("num_steps", 13)]
+)
+def test_a_checkpoint_of_another_run_is_refused_by_field(tiny_dit, tiny_images, tmp_path, name, value):
+    finetune(tiny_dit, tiny_images, Diffusion(), SCHEDULE, with_(CONFIG, num_steps=2), tmp_path)
+    with pytest.raises(CheckpointError, match=name):
+        Trainer(tiny_dit, tiny_images, Diffusion(), SCHEDULE, with_(CONFIG, **{"num_steps": 2, name: value}), tmp_path)
+
+
+def test_a_checkpoint_of_another_schedule_or_network_is_refused(tiny_dit, tiny_images, tmp_path):
+    config = with_(CONFIG, num_steps=2)
+    finetune(tiny_dit, tiny_images, Diffusion(), SCHEDULE, config, tmp_path)
+    with pytest.raises(CheckpointError, match="another schedule"):
+        Trainer(tiny_dit, tiny_images, Diffusion(), ExitSchedule.full(4), config, tmp_path)
+    with torch.no_grad():
+        tiny_dit.final_layer.linear.bias.add_(1)
+    with pytest.raises(CheckpointError, match="another initial weights"):
+        Trainer(tiny_dit, tiny_images, Diffusion(), SCHEDULE, config, tmp_path)
+
+
+def test_a_damaged_checkpoint_is_refused(tiny_dit, tiny_images, tmp_path):
+    finetune(tiny_dit, tiny_images, Diffusion(), SCHEDULE, with_(CONFIG, num_steps=2), tmp_path)
+    raw = (tmp_path / CHECKPOINT).read_bytes()
+    (tmp_path / CHECKPOINT).write_bytes(raw[: len(raw) // 2])
+    with pytest.raises(CheckpointError, match="can't resume"):
+        Trainer(tiny_dit, tiny_images, Diffusion(), SCHEDULE, with_(CONFIG, num_steps=2), tmp_path)
+    assert not list(tmp_path.glob("*.part"))
+
+
+def test_batches_depend_on_seed_and_step_and_not_on_the_number_of_processes(tiny_dit, tiny_images):
+    def whole(step, seed=3):
+        return draw_batch(tiny_images, tiny_dit, with_(CONFIG, seed=seed), 1000, step, (0, 1))
+
+    halves = [draw_batch(tiny_images, tiny_dit, CONFIG, 1000, 7, (r, 2)) for r in (0, 1)]
+    batch = whole(7)
+    for name in ("x_start", "y", "t", "noise"):
+        assert torch.equal(getattr(batch, name), torch.cat([getattr(h, name) for h in halves]))
+    assert not torch.equal(batch.noise, whole(8).noise) and not torch.equal(batch.noise, whole(7, seed=4).noise)
+
+
+def test_an_epoch_sees_every_image_once(tiny_dit, tiny_images):
+    seen = torch.cat([draw_batch(tiny_images, tiny_dit, CONFIG, 1000, s, (0, 1)).x_start for s in range(12)])
+    assert len(seen) == 96
+    every, _ = tiny_images.batch(range(96))
+    assert torch.equal(seen.flatten(1).sum(1).sort().values, every.flatten(1).sum(1).sort().values)
+
+
+def test_timesteps_are_stratified_and_labels_dropped(tiny_dit, tiny_images):
+    config = with_(CONFIG, batch_size=50, class_dropout_prob=0.3)
+    draws = [draw_batch(tiny_images, tiny_dit, config, 1000, s, (0, 1)) for s in range(40)]
+    for batch in draws:
+        assert sorted((batch.t // 20).tolist()) == list(range(50))
+    dropped = torch.cat([b.y for b in draws]).eq(3).float().mean().item()
+    assert abs(dropped - 0.3) < 5 * math.sqrt(0.3 * 0.7 / 2000)
+
+
+def test_an_early_exit_step_runs_only_the_blocks_it_needs(tiny_dit, tiny_images):
+    rows = [0] * 4
+    trainer = Trainer(tiny_dit, tiny_images, Diffusion(), SCHEDULE, with_(CONFIG, batch_size=40))
+    for i in range(4):
+        trainer.backbone.blocks[i].register_forward_pre_hook(
+            lambda _m, args, i=i: rows.__setitem__(i, rows[i] + args[0].shape[0])
+        )
+    trainer.train_step(draw_batch(tiny_images, tiny_dit, trainer.config, 1000, 0, (0, 1)))
+    assert rows == [40, 30, 20, 10]  # stratified timesteps: a quarter leaves after each block
+
+
+def test_gradients_equal_those_of_masked_whole_forwards(tiny_dit, tiny_images):
+    """The grouped forward against the released code's way: run everything, pick each sample's exit afterwards."""
+    trainer = Trainer(tiny_dit, tiny_images, Diffusion(), SCHEDULE, with_(CONFIG, loss_weight=LossWeight(shape="none")))
+    batch = draw_batch(tiny_images, tiny_dit, CONFIG, 1000, 0, (0, 1))
+    loss, _ = trainer._loss(batch)
+    loss.backward()
+    reference = DiT(**tiny_dit.config)
+    reference.load_state_dict(tiny_dit.state_dict())
+    diffusion = Diffusion()
+    x_t = diffusion.q_sample(batch.x_start, batch.t, batch.noise)
+    depths = torch.from_numpy(SCHEDULE.exit_depth_at(batch.t.numpy()))
+    outputs = torch.stack([reference(x_t, batch.t, batch.y, exit_depth=d) for d in (1, 2, 3, 4)])
+    chosen = outputs[depths - 1, torch.arange(len(depths))]
+    mse, vb = diffusion.hybrid_loss(chosen, batch.x_start, x_t, batch.t, batch.noise)
+    (mse + vb).mean().backward()
+    assert torch.allclose(loss, (mse + vb).mean(), rtol=1e-5)
+    expected = dict(reference.named_parameters())
+    for name, p in trainer.backbone.named_parameters():
+        if p.requires_grad:
+            assert torch.allclose(p.grad, expected[name].grad, atol=1e-6, rtol=1e-4), name
+
+
+def test_time_embedder_is_frozen_on_request(tiny_dit, tiny_images):
+    config = with_(CONFIG, freeze_time_embedder=True)
+    before, after = weights(tiny_dit), weights(finetune(tiny_dit, tiny_images, Diffusion(), SCHEDULE, config).backbone)
+    moved = {n for n in before if not torch.equal(before[n], after[n])}
+    assert moved and not any(n.startswith("t_embedder") for n in moved)
+
+
+def test_pure_distillation_of_the_full_network_into_itself_has_no_error_to_learn(tiny_dit, tiny_images):
+    config = with_(CONFIG, distill_frac=1.0, num_steps=1, warmup_steps=0)
+    trainer = Trainer(tiny_dit, tiny_images, Diffusion(), ExitSchedule.full(4), config)
+    batch = draw_batch(tiny_images, tiny_dit, config, 1000, 0, (0, 1))
+    x_t = trainer.diffusion.q_sample(batch.x_start, batch.t, batch.noise)
+    output = tiny_dit(x_t, batch.t, batch.y)
+    _, vb = trainer.diffusion.hybrid_loss(output, batch.x_start, x_t, batch.t, batch.noise)
+    assert torch.allclose(trainer._loss(batch)[0], vb.mean(), atol=1e-6)
+
+
+def test_training_lowers_the_loss(tiny_images):
+    torch.manual_seed(0)
+    net = DiT(input_size=8, patch_size=4, in_channels=1, hidden_size=16, depth=2, num_heads=2, num_classes=3)
+    config = TrainConfig(num_steps=80, batch_size=16, lr=5e-3, lr_schedule="cosine", seed=0)
+    losses = finetune(net, tiny_images, Diffusion(), ExitSchedule.full(2), config).losses
+    assert np.mean(losses[-20:]) < 0.75 * np.mean(losses[:20])
+
+
+@pytest.mark.parametrize("poison", ["x_start", "noise"])
+def test_not_a_number_is_caught_and_not_saved(tiny_dit, tiny_images, tmp_path, monkeypatch, poison):
+    import asesearch.finetuning as module
+
+    def poisoned(*args):
+        batch = draw_batch(*args)
+        if args[4] == 7:
+            values = {**vars(batch)}
+            values[poison] = values[poison] * math.nan
+            batch = Batch(**values)
+        return batch
+
+    monkeypatch.setattr(module, "draw_batch", poisoned)
+    with pytest.raises(TrainingDiverged, match="step 7 of 12.*lower the learning rate"):
+        finetune(tiny_dit, tiny_images, Diffusion(), SCHEDULE, CONFIG, tmp_path)
+    monkeypatch.undo()
+    assert Trainer(tiny_dit, tiny_images, Diffusion(), SCHEDULE, CONFIG, tmp_path).resumed_at == 5
+
+
+def test_ema_follows_its_definition(tiny_dit, tiny_images):
+    config = with_(CONFIG, num_steps=3, ema_decay=0.9)
+    trainer = Trainer(tiny_dit, tiny_images, Diffusion(), SCHEDULE, config)
+    name = "final_layer.linear.weight"
+    expected = weights(tiny_dit)[name]
+    for step in range(3):
+        trainer.train_step(draw_batch(tiny_images, tiny_dit, config, 1000, step, (0, 1)))
+        decay = min(0.9, (1 + step) / (10 + step))
+        expected = decay * expected + (1 - decay) * dict(trainer.backbone.named_parameters())[name].detach()
+    assert torch.allclose(dict(trainer.ema.named_parameters())[name], expected, atol=1e-6)
+
+
+def test_learning_rate_warms_up_and_decays():
+    config = TrainConfig(num_steps=10, warmup_steps=4, lr_schedule="cosine")
+    factors = [lr_factor(s, config) for s in range(10)]
+    assert factors[:4] == [0.25, 0.5, 0.75, 1.0] and factors[4] == 1.0
+    assert all(a > b for a, b in zip(factors[4:], factors[5:], strict=False)) and 0 < factors[-1] < 0.1
+    assert lr_factor(9, with_(config, lr_schedule="constant")) == 1.0
+
+
+def test_loss_weight_is_raised_on_shortened_intervals_only():
+    schedule = ExitSchedule.from_string("4 4 2 1")
+    config = TrainConfig(loss_weight=LossWeight(shape="dropped", peak=3.0))
+    weight = PlateauWeight.make(config, schedule)
+    t = torch.tensor([0, 499, 500, 999])
+    assert weight.at(t).tolist() == pytest.approx([1.0, 1.0, 1 + 2 * (2 / 3), 3.0])
+    step = PlateauWeight.make(TrainConfig(loss_weight=LossWeight(shape="step", peak=3.0)), schedule)
+    assert step.at(t).tolist() == [1.0, 1.0, 3.0, 3.0]
+    for config, schedule in (
+        (TrainConfig(loss_weight=LossWeight(shape="none")), schedule),
+        (config, ExitSchedule.full(4)),
+    ):
+        assert PlateauWeight.make(config, schedule).at(t).tolist() == [1.0] * 4
+
+
+def test_loss_weight_returns_to_one_at_the_plateau_and_stays():
+    config = TrainConfig(loss_weight=LossWeight(peak=2.0, window=5, tolerance=0.05))
+    weight = PlateauWeight.make(config, SCHEDULE)
+    falling = [1 / (1 + 0.5 * i) for i in range(20)]
+    for i, loss in enumerate(falling):
+        weight.update(loss, i)
+    assert weight.ended_at is None and weight.at(torch.tensor([999])).item() == 2.0
+    for i in range(20, 40):
+        weight.update(0.09, i)
+    assert weight.ended_at is not None and 25 <= weight.ended_at <= 40
+    ended = weight.ended_at
+    weight.update(0.001, 41)
+    assert weight.ended_at == ended and weight.at(torch.tensor([999])).item() == 1.0
+
+
+def test_seeded_generators_do_not_collide():
+    draws = {torch.randint(2**62, (1,), generator=seeded_generator(a, b)).item() for a in range(20) for b in range(20)}
+    assert len(draws) == 400
+
+
+def test_parts_that_do_not_fit_are_refused(tiny_dit, tiny_images):
+    rng = np.random.default_rng(0)
+    large = ImageArray(rng.integers(0, 255, (4, 1, 12, 12), dtype=np.uint8), np.arange(4) % 3, "large")
+    many = ImageArray(rng.integers(0, 255, (4, 1, 8, 8), dtype=np.uint8), np.arange(4), "many")
+    with pytest.raises(DataError, match=r"takes images of shape \(1, 8, 8\); got \(1, 12, 12\) from large"):
+        finetune(tiny_dit, large, Diffusion(), SCHEDULE, CONFIG)
+    with pytest.raises(DataError, match="has 3 classes; got 4"):
+        finetune(tiny_dit, many, Diffusion(), SCHEDULE, CONFIG)
+    with pytest.raises(ScheduleError, match="network of 5 blocks; got one of 4"):
+        finetune(tiny_dit, tiny_images, Diffusion(), ExitSchedule.full(5), CONFIG)
+    with pytest.raises(ScheduleError, match="chain of 500"):
+        finetune(tiny_dit, tiny_images, Diffusion(), ExitSchedule.full(4, 500), CONFIG)
+    with pytest.raises(ConfigError, match="needs a GPU"):
+        finetune(tiny_dit, tiny_images, Diffusion(), SCHEDULE, with_(CONFIG, mixed_precision="bf16"))
+
+
+def test_progress_is_plain_json(tiny_dit, tiny_images, tmp_path):
+    """The checkpoint holds tensors and JSON: nothing in it can run code."""
+    from safetensors import safe_open
+
+    finetune(tiny_dit, tiny_images, Diffusion(), SCHEDULE, with_(CONFIG, num_steps=2), tmp_path)
+    with safe_open(tmp_path / CHECKPOINT, "pt") as file:
+        progress = json.loads(file.metadata()["progress"])
+    assert progress["step"] == 2 and len(progress["losses"]) == 2
