@@ -1,0 +1,39 @@
+"""asesearch: find, prove and ship early-exit schedules for diffusion transformers.
+
+The names below load their rooms on first use, so `import asesearch` stays quick.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from asesearch.config import load_study as load_study
+    from asesearch.deployment.bundle import load_bundle as load_bundle
+    from asesearch.deployment.export import export as export
+    from asesearch.finetuning import finetune as finetune
+    from asesearch.report import write_report as write_report
+    from asesearch.sampling import sample as sample
+    from asesearch.schedule import ExitSchedule as ExitSchedule
+    from asesearch.search import search as run_search  # noqa: F401 (re-exported lazily)
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "ExitSchedule": ("asesearch.schedule", "ExitSchedule"),
+    "export": ("asesearch.deployment.export", "export"),
+    "finetune": ("asesearch.finetuning", "finetune"),
+    "load_bundle": ("asesearch.deployment.bundle", "load_bundle"),
+    "load_study": ("asesearch.config", "load_study"),
+    "run_search": ("asesearch.search", "search"),
+    "sample": ("asesearch.sampling", "sample"),
+    "write_report": ("asesearch.report", "write_report"),
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'asesearch' has no attribute {name!r}")
+    module, attribute = _HOMES[name]
+    return getattr(import_module(module), attribute)

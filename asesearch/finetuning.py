@@ -15,6 +15,7 @@ import hashlib
 import json
 import math
 import os
+import statistics
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -25,15 +26,15 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs
+from accelerate.utils import DistributedDataParallelKwargs, send_to_device
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from asesearch.backbones.base import Backbone, check_schedule
-from asesearch.config import TrainConfig
+from asesearch.backbones.base import Backbone, Conditioning, check_schedule
+from asesearch.config import LossWeight, TrainConfig
 from asesearch.data import DataSource
-from asesearch.diffusion import Diffusion
+from asesearch.diffusion import Process
 from asesearch.errors import CheckpointError, ConfigError, DataError, TrainingDiverged
 from asesearch.schedule import ExitSchedule
 
@@ -52,20 +53,15 @@ class Batch:
     """What one process needs for one step, on the CPU."""
 
     x_start: Tensor
-    y: Tensor | None
+    y: Conditioning | None
     t: Tensor
     noise: Tensor
 
 
 def draw_batch(
-    data: DataSource,
-    backbone: Backbone,
-    config: TrainConfig,
-    num_train_timesteps: int,
-    step: int,
-    part: tuple[int, int],
+    data: DataSource, backbone: Backbone, config: TrainConfig, diffusion: Process, step: int, part: tuple[int, int]
 ) -> Batch:
-    """The batch of step `step`, or process `rank` of `world`'s share of it.
+    """The batch of step `step`, or the share of process `part` = (rank, number of processes) of it.
 
     Images are drawn without replacement within an epoch; timesteps are stratified (one in each of batch_size equal
     strata of the chain, shuffled); labels are dropped with `class_dropout_prob` where the network has a null label.
@@ -73,17 +69,25 @@ def draw_batch(
     rank, world = part
     size, gen = config.batch_size, seeded_generator(config.seed, step, 1)
     indices = _epoch_indices(len(data), size, step, config.seed)
-    perm = torch.randperm(size, generator=gen)
-    t = ((perm + torch.rand(size, generator=gen)) * (num_train_timesteps / size)).long().clamp_(max=num_train_timesteps - 1)
+    t = diffusion.draw_t((torch.randperm(size, generator=gen) + torch.rand(size, generator=gen)) / size)
     noise = torch.randn(size, *data.shape, generator=gen)
     dropped = torch.rand(size, generator=gen) < config.class_dropout_prob
     mine = slice(rank * size // world, (rank + 1) * size // world)
     x_start, y = data.batch(indices[mine], seeded_generator(config.seed, step, 2, rank))
-    if backbone.num_classes == 0:
-        y = None
-    elif y is not None and backbone.has_null_label:
-        y = torch.where(dropped[mine], backbone.num_classes, y)
+    if isinstance(y, Tensor) and backbone.num_classes == 0:
+        y = None  # an unconditional network has no use for labels
+    if y is not None and backbone.has_null_label:
+        y = _with_drops(y, backbone.null_labels(y), dropped[mine])
     return Batch(x_start, y, t[mine], noise[mine])
+
+
+def _with_drops(y: Conditioning, null: Conditioning, dropped: Tensor) -> Conditioning:
+    """`null` where `dropped` (N,), else `y`."""
+    if isinstance(y, Tensor):
+        assert isinstance(null, Tensor)
+        return torch.where(dropped.view(-1, *(1,) * (y.ndim - 1)), null, y)
+    assert isinstance(null, dict)
+    return {k: torch.where(dropped.view(-1, *(1,) * (v.ndim - 1)), null[k], v) for k, v in y.items()}
 
 
 def _epoch_indices(total: int, size: int, step: int, seed: int) -> list[int]:
@@ -99,22 +103,16 @@ def _epoch_indices(total: int, size: int, step: int, seed: int) -> list[int]:
 class PlateauWeight:
     """λ(t) over the course of a run; see `config.LossWeight` for shape and stop rule."""
 
-    table: Tensor  # (num_train_timesteps,) float32, λ while raised
-    shortened: Tensor  # (num_train_timesteps,) bool
-    config: Any
+    config: LossWeight
+    most_dropped: float  # largest fraction of blocks that the schedule drops
     losses: list[float] = field(default_factory=list)
     ended_at: int | None = None
 
     @classmethod
-    def make(cls, config: TrainConfig, schedule: ExitSchedule) -> PlateauWeight:
+    def make(cls, config: LossWeight, schedule: ExitSchedule) -> PlateauWeight:
         """For a schedule; nothing is raised if it drops nothing."""
-        depths = torch.from_numpy(schedule.exit_depth_at(np.arange(schedule.num_train_timesteps)))
-        dropped = 1 - depths.float() / schedule.depth
-        weight = config.loss_weight
-        if weight.shape == "none" or weight.peak == 1.0 or schedule.is_full:
-            return cls(torch.ones_like(dropped), dropped > 0, weight, ended_at=0)
-        lift = dropped / dropped.max() if weight.shape == "dropped" else (dropped > 0).float()
-        return cls(1 + (weight.peak - 1) * lift, dropped > 0, weight)
+        flat = config.shape == "none" or config.peak == 1.0 or schedule.is_full
+        return cls(config, 1 - min(schedule.exit_depths) / schedule.depth, ended_at=0 if flat else None)
 
     def update(self, loss: float, step: int) -> None:
         """Take the mean loss on the shortened intervals at a step (NaN if none was drawn); apply the stop rule."""
@@ -131,9 +129,12 @@ class PlateauWeight:
         if limit is not None and step + 1 >= limit:
             self.ended_at = step + 1
 
-    def at(self, t: Tensor) -> Tensor:
-        """λ of each sample: (N,) -> (N,)."""
-        return torch.ones(t.shape) if self.ended_at is not None else self.table[t]
+    def at(self, dropped: Tensor) -> Tensor:
+        """λ of samples for which these fractions of the blocks are dropped: (N,) -> (N,)."""
+        if self.ended_at is not None:
+            return torch.ones_like(dropped)
+        lift = dropped / self.most_dropped if self.config.shape == "dropped" else (dropped > 0).to(dropped)
+        return 1 + (self.config.peak - 1) * lift
 
 
 @dataclass
@@ -184,7 +185,7 @@ class Trainer:
         self,
         backbone: Backbone,
         data: DataSource,
-        diffusion: Diffusion,
+        diffusion: Process,
         schedule: ExitSchedule,
         config: TrainConfig,
         run_dir: Path | None = None,
@@ -220,11 +221,7 @@ class Trainer:
         optimizer = torch.optim.AdamW(self.named.values(), lr=config.lr, weight_decay=config.weight_decay, fused=True)
         self.model: nn.Module
         self.model, self.optimizer = self.accelerator.prepare(self.backbone, optimizer)
-        self.weight = PlateauWeight.make(config, schedule)
-        self.snr_weight = torch.ones(diffusion.num_train_timesteps)
-        if config.min_snr_gamma is not None:  # Hang et al. 2023, for a network that predicts eps
-            snr = diffusion.snr()
-            self.snr_weight = (snr.clamp(max=config.min_snr_gamma) / snr).float()
+        self.weight = PlateauWeight.make(config.loss_weight, schedule)
         self.step, self.losses, self.seconds = 0, [], 0.0
         self.resumed_at = self._load() if self.run_dir is not None else 0
 
@@ -234,9 +231,9 @@ class Trainer:
         """Weighted mean loss for the gradient, and (sum of loss, sum and count of it on shortened intervals)."""
         device, t = self.accelerator.device, batch.t
         exit_depth = torch.from_numpy(self.schedule.exit_depth_at(t.numpy()))
+        dropped = 1 - exit_depth.float() / self.schedule.depth
         x_start, noise = batch.x_start.to(device, non_blocking=True), batch.noise.to(device, non_blocking=True)
-        y = None if batch.y is None else batch.y.to(device, non_blocking=True)
-        td = t.to(device, non_blocking=True)
+        y, td = send_to_device(batch.y, device, non_blocking=True), t.to(device, non_blocking=True)
         x_t = self.diffusion.q_sample(x_start, td, noise)
         target = noise
         if self.teacher is not None:
@@ -246,11 +243,12 @@ class Trainer:
         with self.accelerator.autocast():
             output = self.model(x_t, td, y, exit_depth=exit_depth)
         mse, vb = self.diffusion.hybrid_loss(output, x_start, x_t, td, noise, target)
-        mse = mse * self.snr_weight[t].to(device)
-        loss = mse + vb  # (N,)
-        short = self.weight.shortened[t].to(device)
+        if self.config.min_snr_gamma is not None:  # Hang et al. 2023, for a network that predicts eps
+            snr = self.diffusion.snr(t)
+            mse = mse * (snr.clamp(max=self.config.min_snr_gamma) / snr).to(mse)
+        loss, short = mse + vb, (dropped > 0).to(device)  # (N,)
         stats = torch.stack([loss.detach().sum(), (loss.detach() * short).sum(), short.sum().to(loss)])
-        return (loss * self.weight.at(t).to(device)).mean(), stats
+        return (loss * self.weight.at(dropped).to(device)).mean(), stats
 
     def train_step(self, batch: Batch) -> Tensor:
         """One optimiser step and one EMA step; the statistics of `_loss` plus the gradient norm, on the device."""
@@ -292,10 +290,10 @@ class Trainer:
         Raises:
             TrainingDiverged: the loss or a gradient is not finite; nothing of the last steps is saved.
         """
-        chain, total = self.diffusion.num_train_timesteps, self.config.num_steps
+        total = self.config.num_steps
 
         def fetch(step: int) -> Batch:
-            return draw_batch(self.data, self.backbone, self.config, chain, step, self.part)
+            return draw_batch(self.data, self.backbone, self.config, self.diffusion, step, self.part)
 
         stats: list[Tensor] = []
         start = time.perf_counter()
@@ -397,7 +395,7 @@ def _difference(old: Any, new: Any) -> str:
     return f"{old!r} then, {new!r} now"
 
 
-def check_fit(backbone: Backbone, data: DataSource, diffusion: Diffusion, schedule: ExitSchedule) -> None:
+def check_fit(backbone: Backbone, data: DataSource, diffusion: Process, schedule: ExitSchedule) -> None:
     """Refuse parts that do not belong together.
 
     Raises:
@@ -415,7 +413,7 @@ def check_fit(backbone: Backbone, data: DataSource, diffusion: Diffusion, schedu
 def finetune(
     backbone: Backbone,
     data: DataSource,
-    diffusion: Diffusion,
+    diffusion: Process,
     schedule: ExitSchedule,
     config: TrainConfig,
     run_dir: Path | None = None,
@@ -428,3 +426,14 @@ def finetune(
     last checkpoint was, and gives the same result as one that was not killed.
     """
     return Trainer(backbone, data, diffusion, schedule, config, run_dir, teacher).run(on_step)
+
+
+def seconds_per_step(trainer: Trainer, steps: int = 3) -> float:
+    """Median time of a few training steps of a trainer that is thrown away afterwards, after one to warm up."""
+    times = []
+    for step in range(steps + 1):
+        start = time.perf_counter()
+        batch = draw_batch(trainer.data, trainer.backbone, trainer.config, trainer.diffusion, step, trainer.part)
+        trainer.train_step(batch).cpu()
+        times.append(time.perf_counter() - start)
+    return statistics.median(times[1:])

@@ -110,9 +110,9 @@ def test_a_damaged_checkpoint_is_refused(tiny_dit, tiny_images, tmp_path):
 
 def test_batches_depend_on_seed_and_step_and_not_on_the_number_of_processes(tiny_dit, tiny_images):
     def whole(step, seed=3):
-        return draw_batch(tiny_images, tiny_dit, with_(CONFIG, seed=seed), 1000, step, (0, 1))
+        return draw_batch(tiny_images, tiny_dit, with_(CONFIG, seed=seed), Diffusion(), step, (0, 1))
 
-    halves = [draw_batch(tiny_images, tiny_dit, CONFIG, 1000, 7, (r, 2)) for r in (0, 1)]
+    halves = [draw_batch(tiny_images, tiny_dit, CONFIG, Diffusion(), 7, (r, 2)) for r in (0, 1)]
     batch = whole(7)
     for name in ("x_start", "y", "t", "noise"):
         assert torch.equal(getattr(batch, name), torch.cat([getattr(h, name) for h in halves]))
@@ -120,7 +120,7 @@ def test_batches_depend_on_seed_and_step_and_not_on_the_number_of_processes(tiny
 
 
 def test_an_epoch_sees_every_image_once(tiny_dit, tiny_images):
-    seen = torch.cat([draw_batch(tiny_images, tiny_dit, CONFIG, 1000, s, (0, 1)).x_start for s in range(12)])
+    seen = torch.cat([draw_batch(tiny_images, tiny_dit, CONFIG, Diffusion(), s, (0, 1)).x_start for s in range(12)])
     assert len(seen) == 96
     every, _ = tiny_images.batch(range(96))
     assert torch.equal(seen.flatten(1).sum(1).sort().values, every.flatten(1).sum(1).sort().values)
@@ -128,7 +128,7 @@ def test_an_epoch_sees_every_image_once(tiny_dit, tiny_images):
 
 def test_timesteps_are_stratified_and_labels_dropped(tiny_dit, tiny_images):
     config = with_(CONFIG, batch_size=50, class_dropout_prob=0.3)
-    draws = [draw_batch(tiny_images, tiny_dit, config, 1000, s, (0, 1)) for s in range(40)]
+    draws = [draw_batch(tiny_images, tiny_dit, config, Diffusion(), s, (0, 1)) for s in range(40)]
     for batch in draws:
         assert sorted((batch.t // 20).tolist()) == list(range(50))
     dropped = torch.cat([b.y for b in draws]).eq(3).float().mean().item()
@@ -142,14 +142,14 @@ def test_an_early_exit_step_runs_only_the_blocks_it_needs(tiny_dit, tiny_images)
         trainer.backbone.blocks[i].register_forward_pre_hook(
             lambda _m, args, i=i: rows.__setitem__(i, rows[i] + args[0].shape[0])
         )
-    trainer.train_step(draw_batch(tiny_images, tiny_dit, trainer.config, 1000, 0, (0, 1)))
+    trainer.train_step(draw_batch(tiny_images, tiny_dit, trainer.config, Diffusion(), 0, (0, 1)))
     assert rows == [40, 30, 20, 10]  # stratified timesteps: a quarter leaves after each block
 
 
 def test_gradients_equal_those_of_masked_whole_forwards(tiny_dit, tiny_images):
     """The grouped forward against the released code's way: run everything, pick each sample's exit afterwards."""
     trainer = Trainer(tiny_dit, tiny_images, Diffusion(), SCHEDULE, with_(CONFIG, loss_weight=LossWeight(shape="none")))
-    batch = draw_batch(tiny_images, tiny_dit, CONFIG, 1000, 0, (0, 1))
+    batch = draw_batch(tiny_images, tiny_dit, CONFIG, Diffusion(), 0, (0, 1))
     loss, _ = trainer._loss(batch)
     loss.backward()
     reference = DiT(**tiny_dit.config)
@@ -178,7 +178,7 @@ def test_time_embedder_is_frozen_on_request(tiny_dit, tiny_images):
 def test_pure_distillation_of_the_full_network_into_itself_has_no_error_to_learn(tiny_dit, tiny_images):
     config = with_(CONFIG, distill_frac=1.0, num_steps=1, warmup_steps=0)
     trainer = Trainer(tiny_dit, tiny_images, Diffusion(), ExitSchedule.full(4), config)
-    batch = draw_batch(tiny_images, tiny_dit, config, 1000, 0, (0, 1))
+    batch = draw_batch(tiny_images, tiny_dit, config, Diffusion(), 0, (0, 1))
     x_t = trainer.diffusion.q_sample(batch.x_start, batch.t, batch.noise)
     output = tiny_dit(x_t, batch.t, batch.y)
     _, vb = trainer.diffusion.hybrid_loss(output, batch.x_start, x_t, batch.t, batch.noise)
@@ -218,7 +218,7 @@ def test_ema_follows_its_definition(tiny_dit, tiny_images):
     name = "final_layer.linear.weight"
     expected = weights(tiny_dit)[name]
     for step in range(3):
-        trainer.train_step(draw_batch(tiny_images, tiny_dit, config, 1000, step, (0, 1)))
+        trainer.train_step(draw_batch(tiny_images, tiny_dit, config, Diffusion(), step, (0, 1)))
         decay = min(0.9, (1 + step) / (10 + step))
         expected = decay * expected + (1 - decay) * dict(trainer.backbone.named_parameters())[name].detach()
     assert torch.allclose(dict(trainer.ema.named_parameters())[name], expected, atol=1e-6)
@@ -234,32 +234,28 @@ def test_learning_rate_warms_up_and_decays():
 
 def test_loss_weight_is_raised_on_shortened_intervals_only():
     schedule = ExitSchedule.from_string("4 4 2 1")
-    config = TrainConfig(loss_weight=LossWeight(shape="dropped", peak=3.0))
-    weight = PlateauWeight.make(config, schedule)
-    t = torch.tensor([0, 499, 500, 999])
-    assert weight.at(t).tolist() == pytest.approx([1.0, 1.0, 1 + 2 * (2 / 3), 3.0])
-    step = PlateauWeight.make(TrainConfig(loss_weight=LossWeight(shape="step", peak=3.0)), schedule)
-    assert step.at(t).tolist() == [1.0, 1.0, 3.0, 3.0]
-    for config, schedule in (
-        (TrainConfig(loss_weight=LossWeight(shape="none")), schedule),
-        (config, ExitSchedule.full(4)),
-    ):
-        assert PlateauWeight.make(config, schedule).at(t).tolist() == [1.0] * 4
+    dropped = torch.tensor([0.0, 0.5, 0.75])
+    weight = PlateauWeight.make(LossWeight(shape="dropped", peak=3.0), schedule)
+    assert weight.at(dropped).tolist() == pytest.approx([1.0, 1 + 2 * (2 / 3), 3.0])
+    step = PlateauWeight.make(LossWeight(shape="step", peak=3.0), schedule)
+    assert step.at(dropped).tolist() == [1.0, 3.0, 3.0]
+    for config, flat in ((LossWeight(shape="none"), schedule), (LossWeight(peak=3.0), ExitSchedule.full(4))):
+        assert PlateauWeight.make(config, flat).at(dropped).tolist() == [1.0] * 3
 
 
 def test_loss_weight_returns_to_one_at_the_plateau_and_stays():
-    config = TrainConfig(loss_weight=LossWeight(peak=2.0, window=5, tolerance=0.05))
-    weight = PlateauWeight.make(config, SCHEDULE)
+    weight = PlateauWeight.make(LossWeight(peak=2.0, window=5, tolerance=0.05), SCHEDULE)
+    most = torch.tensor([0.75])
     falling = [1 / (1 + 0.5 * i) for i in range(20)]
     for i, loss in enumerate(falling):
         weight.update(loss, i)
-    assert weight.ended_at is None and weight.at(torch.tensor([999])).item() == 2.0
+    assert weight.ended_at is None and weight.at(most).item() == 2.0
     for i in range(20, 40):
         weight.update(0.09, i)
     assert weight.ended_at is not None and 25 <= weight.ended_at <= 40
     ended = weight.ended_at
     weight.update(0.001, 41)
-    assert weight.ended_at == ended and weight.at(torch.tensor([999])).item() == 1.0
+    assert weight.ended_at == ended and weight.at(most).item() == 1.0
 
 
 def test_seeded_generators_do_not_collide():

@@ -6,11 +6,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from asesearch.backbones.checkpoints import load_backbone
-from asesearch.config import BackboneConfig
+import torch
+
 from asesearch.deployment.bundle import Bundle, write_bundle
 from asesearch.finetuning import finetune
-from asesearch.search.confirmation import trial_weights
+from asesearch.search.confirmation import load_trial
 from asesearch.search.records import TrialRecord
 from asesearch.search.study import Study
 from asesearch.search.workbench import Workbench, environment
@@ -38,8 +38,7 @@ def export(
     """
     config, evaluation = study.config, evaluation_of(study, record)
     if finetune_steps is None:
-        path = trial_weights(study, record)
-        net = load_backbone(BackboneConfig(kind=config.backbone.kind, checkpoint=str(path))).eval()
+        net = load_trial(study, record, torch.device("cpu"))
     else:
         bench = bench or Workbench(config, study.run_dir)
         train = config.train.model_copy(update={"num_steps": finetune_steps})

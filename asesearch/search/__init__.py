@@ -1,1 +1,33 @@
+"""Schedule search: `search` runs a whole study, `Study` opens one."""
 
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from asesearch.config import StudyConfig
+from asesearch.search.confirmation import confirm
+from asesearch.search.picking import pick
+from asesearch.search.records import Confirmation, StudyResults, TrialRecord
+from asesearch.search.study import Study
+from asesearch.search.workbench import Workbench
+
+__all__ = ["Confirmation", "Study", "StudyResults", "TrialRecord", "Workbench", "confirm", "pick", "search"]
+
+
+def search(
+    config: StudyConfig,
+    run_dir: Path,
+    on_trial: Callable[[TrialRecord], None] | None = None,
+    on_confirmation: Callable[[Confirmation], None] | None = None,
+) -> StudyResults:
+    """Run (or resume) a study: search until `search.num_trials` schedules have ended, then confirm the front.
+
+    Raises:
+        AseSearchError: see `Workbench`, `Study` and `Study.run`.
+    """
+    bench = Workbench(config, run_dir)
+    study = Study(config, run_dir)
+    study.run(bench, on_trial)
+    confirm(study, bench, on_confirmation)
+    return study.results()

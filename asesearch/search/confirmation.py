@@ -9,6 +9,8 @@ from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
+import torch
+
 from asesearch.backbones.base import Backbone
 from asesearch.backbones.checkpoints import load_backbone
 from asesearch.config import BackboneConfig
@@ -49,11 +51,11 @@ def confirm(study: Study, bench: Workbench, progress: Callable[[Confirmation], N
         stored = read_json(path)
         if stored["settings"] == settings:
             done = [Confirmation.from_dict(c) for c in stored["confirmations"]]
-    full_net = _weights(study, results.full, bench)
+    full_net = load_trial(study, results.full, bench.device)
     for record in select(results.front(), results.full, study.config.confirm.max_points):
         if any(c.number == record.number for c in done):
             continue
-        net = _weights(study, record, bench)
+        net = load_trial(study, record, bench.device)
         quality, _, _ = bench.evaluate(net, record.schedule, protocol)
         if record.schedule.is_full:
             ratio, spread = 1.0, 0.0
@@ -82,6 +84,11 @@ def trial_weights(study: Study, record: TrialRecord) -> Path:
     return path
 
 
-def _weights(study: Study, record: TrialRecord, bench: Workbench) -> Backbone:
+def load_trial(study: Study, record: TrialRecord, device: torch.device) -> Backbone:
+    """A trial's network, in eval mode.
+
+    Raises:
+        StudyError: its weights were deleted.
+    """
     config = BackboneConfig(kind=study.config.backbone.kind, checkpoint=str(trial_weights(study, record)))
-    return load_backbone(config).to(bench.device).eval()
+    return load_backbone(config).to(device).eval()

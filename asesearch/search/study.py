@@ -153,6 +153,18 @@ class Study:
             trials = self.optuna.get_trials(deepcopy=False)
         return [TrialRecord.from_dict(json.loads(t.user_attrs[RECORD])) for t in trials if RECORD in t.user_attrs]
 
+    def record(self, number: int) -> TrialRecord:
+        """One trial.
+
+        Raises:
+            StudyError: no such trial, or it has not ended.
+        """
+        found = [r for r in self.records() if r.number == number]
+        if not found:
+            known = " ".join(str(r.number) for r in self.records())
+            raise StudyError(f"the study has no finished trial {number}; it has {known or 'none'}")
+        return found[0]
+
     def trial_dir(self, schedule: ExitSchedule) -> Path:
         """Where a schedule's weights, samples and checkpoint are; one folder a schedule."""
         merged = schedule.merged()

@@ -89,6 +89,7 @@ class Workbench:
         self.reference = reference_statistics(source, self.extractor)
         self.protocol = build_protocol(evaluation, config.sampling, self.extractor, self.reference)
         self.batch_size = min(config.sampling.batch_size, evaluation.num_samples)
+        self.on_step: Callable[[int, float], None] | None = None  # sees (steps done, loss) of each fine-tuning
         self._latency: LatencyTable | None = None
         self._flops: list[float] | None = None
 
@@ -163,16 +164,6 @@ class Workbench:
         quality = evaluate(make_images, protocol, self.extractor, self.reference)
         return quality, spent, steps
 
-    def finetuned(
-        self,
-        schedule: ExitSchedule,
-        folder: Path,
-        on_step: Callable[[int, float], None] | None = None,
-    ) -> tuple[Backbone, list[float], float]:
-        """Brief fine-tuning from the pretrained weights: EMA network, losses, seconds."""
-        result = finetune(self.backbone, self.data, self.diffusion, schedule, self.config.train, folder, on_step=on_step)
-        return result.backbone, result.losses, result.seconds
-
     def try_schedule(self, schedule: ExitSchedule, folder: Path) -> Outcome:
         """Fine-tune, sample, evaluate; weights and samples are left in `folder`.
 
@@ -181,7 +172,8 @@ class Workbench:
         """
         check_schedule(self.backbone, self.diffusion.num_train_timesteps, schedule)
         latency = self.latency  # before any trial, not in one
-        net, losses, tuning_s = self.finetuned(schedule, folder)
+        tuned = finetune(self.backbone, self.data, self.diffusion, schedule, self.config.train, folder, on_step=self.on_step)
+        net = tuned.backbone
         shown: dict[str, Any] = {}
         start = time.perf_counter()
         quality, sampling_s, timesteps = self.evaluate(net, schedule, self.protocol, shown)
@@ -197,8 +189,8 @@ class Workbench:
             latency.time_frac(schedule, timesteps),
             self.flops_frac(schedule, timesteps),
             schedule.block_frac(timesteps),
-            losses,
-            {"finetune": tuning_s, "sample": sampling_s, "evaluate": evaluation_s},
+            tuned.losses,
+            {"finetune": tuned.seconds, "sample": sampling_s, "evaluate": evaluation_s},
         )
 
     # -- confirmation ----------------------------------------------------------------------------

@@ -1,0 +1,5 @@
+"""`python -m asesearch`, and `accelerate launch -m asesearch`."""
+
+from asesearch.cli import main
+
+main()

@@ -1,0 +1,375 @@
+"""The command line: parse, call, print. Results go to stdout, progress and errors to stderr."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from tqdm import tqdm
+
+from asesearch.config import StudyConfig, load_study
+from asesearch.errors import AseSearchError, ConfigError
+from asesearch.schedule import ExitSchedule
+
+app = typer.Typer(
+    help="Search early-exit schedules for diffusion transformers: search, look at the front, pick a point, ship it.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+
+StudyFile = Annotated[Path, typer.Argument(help="Study file (TOML): network, data, training, sampling, evaluation, search.")]
+RunDir = Annotated[Path, typer.Argument(help="Study directory that `asesearch search` wrote (runs/NAME).")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the resolved plan with its cost estimate as JSON, and stop.")]
+ScheduleText = Annotated[
+    str,
+    typer.Option(
+        "--schedule",
+        help='Blocks per equal interval, data side first ("12 12 9 6"), a published name ("D3-DiT"), a JSON file, or "full".',
+    ),
+]
+
+
+@app.callback()
+def _main(debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False) -> None:
+    pass  # --debug is read by `main`, which catches the errors
+
+
+def _print(data: Any) -> None:
+    typer.echo(json.dumps(data, indent=1, ensure_ascii=False))
+
+
+def _say(text: str) -> None:
+    typer.echo(text, err=True)
+
+
+@contextmanager
+def _bar(total: int, what: str) -> Iterator[Callable[[int, float], None]]:
+    """A progress bar on stderr; the callback takes (steps done, loss)."""
+    with tqdm(total=total, desc=what, file=sys.stderr, dynamic_ncols=True, leave=False) as bar:
+
+        def on_step(done: int, loss: float) -> None:
+            bar.update(done - bar.n)
+            bar.set_postfix(loss=f"{loss:.4f}")
+
+        yield on_step
+
+
+def _schedule(text: str, depth: int, chain: int) -> ExitSchedule:
+    if text == "full":
+        return ExitSchedule.full(depth, chain)
+    if text.endswith(".json"):
+        try:
+            return ExitSchedule.from_json(Path(text).read_text(encoding="utf-8"))
+        except OSError as error:
+            raise ConfigError(f"can't read the schedule {text}: {error}; check the path") from error
+    return ExitSchedule.from_string(text, depth, chain)
+
+
+def _changed(config: StudyConfig, section: str, **changes: Any) -> StudyConfig:
+    """The study with options of the command line in place of the file's."""
+    given = {k: v for k, v in changes.items() if v is not None}
+    part = type(getattr(config, section)).model_validate({**getattr(config, section).model_dump(), **given})
+    return config.model_copy(update={section: part})
+
+
+@app.command()
+def train(
+    study: StudyFile,
+    out: Annotated[Path, typer.Option("--out", "-o", help="Weights to write (.safetensors).")],
+    run_dir: Annotated[Path | None, typer.Option(help="Folder of the checkpoint; default runs/NAME-train.")] = None,
+    dry_run: DryRun = False,
+) -> None:
+    """Train the study's network with all its blocks, from scratch or from its checkpoint. Killed runs resume."""
+    config = load_study(study)
+    _fit(config, "full", out, run_dir or Path("runs") / f"{config.name}-train", dry_run)
+
+
+@app.command()
+def finetune(
+    study: StudyFile,
+    schedule: ScheduleText,
+    out: Annotated[Path, typer.Option("--out", "-o", help="Weights to write (.safetensors).")],
+    steps: Annotated[int | None, typer.Option(help="Steps, in place of the study's train.num_steps.")] = None,
+    run_dir: Annotated[Path | None, typer.Option(help="Folder of the checkpoint; default runs/NAME-finetune.")] = None,
+    dry_run: DryRun = False,
+) -> None:
+    """Fine-tune the study's network under one exit schedule. Killed runs resume.
+
+    On several GPUs: accelerate launch -m asesearch finetune …
+    """
+    config = _changed(load_study(study), "train", num_steps=steps)
+    if config.backbone.checkpoint is None:
+        raise ConfigError("fine-tuning needs pretrained weights; got no backbone.checkpoint; give it, or use `asesearch train`")
+    _fit(config, schedule, out, run_dir or Path("runs") / f"{config.name}-finetune", dry_run)
+
+
+def _fit(config: StudyConfig, schedule_text: str, out: Path, run_dir: Path, dry_run: bool) -> None:
+    """What `train` and `finetune` share."""
+    import torch
+
+    from asesearch.backbones.checkpoints import load_backbone, save_backbone
+    from asesearch.data import open_data
+    from asesearch.diffusion import make_diffusion
+    from asesearch.finetuning import Trainer, seconds_per_step
+
+    if out.suffix != ".safetensors":
+        raise ConfigError(f"weights are written as .safetensors; got {out}; change --out")
+    torch.manual_seed(config.train.seed)  # of the initial weights
+    backbone = load_backbone(config.backbone)
+    schedule = _schedule(schedule_text, backbone.depth, config.diffusion.num_train_timesteps)
+    data, diffusion = open_data(config.data), make_diffusion(config.diffusion)
+    trainer = Trainer(backbone, data, diffusion, schedule, config.train, None if dry_run else run_dir)
+    if dry_run:
+        step_s = seconds_per_step(trainer)
+        _print(
+            {
+                "study": config.model_dump(mode="json"),
+                "schedule": str(schedule),
+                "images": len(data),
+                "parameters": sum(p.numel() for p in backbone.parameters()),
+                "estimate": {"step_s": round(step_s, 4), "total_s": round(step_s * config.train.num_steps, 1)},
+            }
+        )
+        return
+    if trainer.resumed_at:
+        _say(f"resuming at step {trainer.resumed_at} of {config.train.num_steps}")
+    with _bar(config.train.num_steps, "train") as on_step:
+        on_step(trainer.step, trainer.losses[-1] if trainer.losses else float("nan"))
+        result = trainer.run(on_step)
+    if not trainer.accelerator.is_main_process:
+        return
+    command = f"asesearch {'train' if schedule.is_full else 'finetune'}: {config.model_dump_json()}"
+    save_backbone(result.backbone.cpu(), out, {"exit_schedule": schedule.to_json(), "made_by": command})
+    last = result.losses[-100:]
+    _print(
+        {
+            "weights": str(out),
+            "steps": config.train.num_steps,
+            "mean_loss_of_last_steps": sum(last) / len(last) if last else None,
+            "loss_weight_ended_at": result.weight_ended_at,
+            "seconds": round(result.seconds, 1),
+        }
+    )
+
+
+@app.command()
+def sample(
+    bundle: Annotated[Path, typer.Argument(help="Bundle that `asesearch export` wrote.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Picture grid (.png), or all images as an array (.npz).")],
+    num: Annotated[int, typer.Option(min=1, help="Number of images.")] = 64,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the first image; the others count up.")] = 0,
+    label: Annotated[int | None, typer.Option(min=0, help="Class of all images; default: all classes in turn.")] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="Solver steps, in place of the bundle's.")] = None,
+    dry_run: DryRun = False,
+) -> None:
+    """Sample images from a bundle with its network, schedule and solver."""
+    import torch
+
+    from asesearch.data import save_images
+    from asesearch.deployment.bundle import load_bundle
+    from asesearch.evaluation.fidelity import to_uint8
+    from asesearch.search.workbench import default_device
+
+    if out.suffix not in (".png", ".npz"):
+        raise ConfigError(f"images are written as .png or .npz; got {out}; change --out")
+    loaded = load_bundle(bundle, default_device())
+    plan = {
+        "schedule": str(loaded.schedule),
+        "sampling": loaded.sampling.model_dump(mode="json"),
+        "num": num,
+        "block_frac": loaded.schedule.block_frac(),
+    }
+    if dry_run:
+        _print(plan)
+        return
+    y = None if label is None else torch.full((num,), label)
+    result = loaded.sample(range(seed, seed + num), y, steps)
+    save_images(to_uint8(result.images).numpy(), out)
+    _print({**plan, "out": str(out), "nfe": result.nfe, "block_calls": result.block_calls, "seconds": round(result.seconds, 3)})
+
+
+@app.command()
+def evaluate(
+    run_dir: RunDir,
+    trial: Annotated[int | None, typer.Option(help="Trial to evaluate; default: the pretrained network as it is.")] = None,
+    schedule: ScheduleText = "full",
+    check: Annotated[
+        bool, typer.Option("--check", help="Compare with the figure on record for --trial; exit 1 if it can't be reproduced.")
+    ] = False,
+    dry_run: DryRun = False,
+) -> None:
+    """Measure quality under the study's protocol: a trial's weights again, or the pretrained ones under any schedule."""
+    from asesearch.search import Study, Workbench
+    from asesearch.search.confirmation import load_trial
+    from asesearch.search.reproduce import compare
+
+    if check and trial is None:
+        raise ConfigError("--check compares with the figure of a trial; got no --trial; give its number")
+    study = Study.open(run_dir)
+    bench = Workbench(study.config, run_dir)
+    record = None if trial is None else study.record(trial)
+    if record is None:
+        net, chosen = bench.backbone, _schedule(schedule, bench.backbone.depth, bench.full.num_train_timesteps)
+    else:
+        net, chosen = load_trial(study, record, bench.device), record.schedule
+    if dry_run:
+        _print({"schedule": str(chosen), "protocol": vars(bench.protocol)})
+        return
+    quality, seconds, _ = bench.evaluate(net, chosen, bench.protocol)
+    result = {"metric": bench.protocol.metric_name, "value": quality.value, "std_error": quality.std_error}
+    result |= {"schedule": str(chosen), "sampling_seconds": round(seconds, 2), **quality.to_dict()}
+    if check:
+        assert record is not None and record.quality is not None
+        result["check"] = compare(record.quality, quality)
+    _print(result)
+    if check and not result["check"]["reproduced"]:
+        raise typer.Exit(1)
+
+
+@app.command()
+def search(
+    study: StudyFile,
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="Study directory; default runs/NAME.")] = None,
+    trials: Annotated[int | None, typer.Option(help="Schedules in all, in place of the study's search.num_trials.")] = None,
+    storage: Annotated[str | None, typer.Option(help="Optuna storage URL; default a SQLite file in the directory.")] = None,
+    report_dir: Annotated[Path | None, typer.Option("--report", help="Report folder; default reports/NAME.")] = None,
+    dry_run: DryRun = False,
+) -> None:
+    """Search exit schedules: fine-tune, sample and evaluate each, confirm the front on fresh seeds, write the report.
+
+    Ctrl-C or a crash loses at most the trial in flight; the same command resumes, and with more --trials it continues.
+    Several processes may share one study: give all the same file and a --storage that all can reach.
+    """
+    from asesearch.report import write_report
+    from asesearch.search import Study, Workbench, confirm
+    from asesearch.search.plan import make_plan
+
+    config = _changed(load_study(study), "search", num_trials=trials, storage=storage)
+    run_dir = out or Path("runs") / config.name
+    bench = Workbench(config, run_dir)
+    if dry_run:
+        _print(
+            {"study": config.model_dump(mode="json"), "protocol": vars(bench.protocol), "at_most": make_plan(bench).to_dict()}
+        )
+        return
+    opened = Study(config, run_dir)
+    total, done = config.search.num_trials, len(opened.records())
+    if done:
+        _say(f"{run_dir}: {done} of {total} schedules on record; continuing")
+    with tqdm(total=total, initial=min(done, total), desc="search", file=sys.stderr, dynamic_ncols=True) as bar:
+        bench.on_step = lambda step, loss: bar.set_postfix_str(f"step {step} loss {loss:.4f}")
+
+        def on_trial(record: Any) -> None:
+            bar.update()
+            figure = f"{record.quality.value:.4g} at {record.time_frac:.3f} of the time" if record.quality else record.failure
+            bar.write(f"trial {record.number} ({record.origin}) {record.schedule}: {figure}", file=sys.stderr)
+
+        opened.run(bench, on_trial)
+    _say("confirming the front on fresh seeds")
+    confirm(opened, bench, lambda c: _say(f"trial {c.number}: {c.quality.value:.4g} at {c.measured_time_frac:.3f} measured"))
+    results = opened.results()
+    page = write_report(results, report_dir or Path("reports") / config.name)
+    _print(
+        {
+            "study": str(run_dir),
+            "report": str(page),
+            "front": [
+                {
+                    "trial": r.number,
+                    "schedule": str(r.schedule),
+                    "quality": r.quality and r.quality.value,
+                    "time_frac": r.time_frac,
+                }
+                for r in results.front()
+            ],
+        }
+    )
+
+
+@app.command()
+def report(
+    run_dir: RunDir,
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="Report folder; default reports/NAME.")] = None,
+    dry_run: DryRun = False,
+) -> None:
+    """Write the report of a study: front, schedules, samples, cost, protocol; a page with figures and data beside it."""
+    from asesearch.report import write_report
+    from asesearch.search import Study
+
+    results = Study.open(run_dir).results()
+    folder = out or Path("reports") / results.name
+    if dry_run:
+        _print({"trials": len(results.records), "confirmed": len(results.confirmations), "out": str(folder)})
+        return
+    _print({"report": str(write_report(results, folder))})
+
+
+@app.command()
+def export(
+    run_dir: RunDir,
+    out: Annotated[Path, typer.Option("--out", "-o", help="Bundle folder to write.")],
+    pick: Annotated[str, typer.Option(help="best-quality, fastest-within (needs --quality) or best-within (needs --time).")] = (
+        "best-quality"
+    ),
+    quality: Annotated[str | None, typer.Option(help='Quality budget: "7.5", "+5%" over the full network, or "1se".')] = None,
+    time: Annotated[
+        float | None, typer.Option(min=0.0, max=1.0, help="Time budget, as a fraction of the full network's.")
+    ] = None,
+    trial: Annotated[int | None, typer.Option(help="Export this trial instead of picking.")] = None,
+    finetune_steps: Annotated[
+        int | None, typer.Option(min=1, help="Fine-tune the point fully first, for so many steps.")
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the bundle if it exists.")] = False,
+    dry_run: DryRun = False,
+) -> None:
+    """Pick a point of the front and write it as a bundle that samples anywhere."""
+    from asesearch.deployment.export import evaluation_of
+    from asesearch.deployment.export import export as write
+    from asesearch.search import Study, Workbench
+    from asesearch.search import pick as pick_point
+
+    opened = Study.open(run_dir)
+    record = pick_point(opened.results(), pick, quality, time) if trial is None else opened.record(trial)
+    chosen = {"trial": record.number, "origin": record.origin, "schedule": str(record.schedule)}
+    if dry_run:
+        _print({**chosen, "evaluation": evaluation_of(opened, record), "out": str(out)})
+        return
+    bench = None if finetune_steps is None else Workbench(opened.config, run_dir)
+    with _bar(finetune_steps or 0, "fine-tune") as on_step:
+        folder = write(opened, record, out, bench=bench, finetune_steps=finetune_steps, overwrite=overwrite, on_step=on_step)
+    _print({**chosen, "bundle": str(folder)})
+
+
+@app.command("train-extractor")
+def train_extractor_command(
+    out: Annotated[Path, typer.Option("--out", "-o", help="Weights to write (.safetensors).")],
+    data: Annotated[Path | None, typer.Option(help="Folder of the Fashion-MNIST IDX files, if not found by itself.")] = None,
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+) -> None:
+    """Train the small classifier whose features measure grey images (the shipped `fashion-cnn` was made so)."""
+    from asesearch.data import fashion_mnist
+    from asesearch.evaluation.extractors import train_extractor
+
+    accuracy = train_extractor(fashion_mnist("train", data), out, test=fashion_mnist("test"), seed=seed)
+    _print({"weights": str(out), "test_accuracy": accuracy})
+
+
+def main() -> None:
+    """Entry point: asesearch's own errors become one line and exit code 1; wrong usage exits with 2."""
+    try:
+        app()
+    except AseSearchError as error:
+        if "--debug" in sys.argv:
+            raise
+        _say(f"error: {error}")
+        sys.exit(1)
+    except KeyboardInterrupt:
+        _say("interrupted; the same command resumes")
+        sys.exit(130)
