@@ -207,18 +207,17 @@ class Study:
             if where == host and pid.isdecimal() and not _alive(int(pid)):
                 self.optuna.tell(trial.number, state=TrialState.FAIL, skip_if_finished=True)
 
-    def _enqueue_warm_starts(self, space: Space, warm: dict[str, ExitSchedule]) -> None:
-        """Queue every warm start that is not queued, running or on record (again, if its trial was killed)."""
-        known = {r.schedule.merged() for r in self.records()}
-        open_states = (TrialState.WAITING, TrialState.RUNNING)
-        for trial in self.optuna.get_trials(deepcopy=False, states=open_states):
+    def _enqueue_warm_start(self, space: Space, warm: dict[str, ExitSchedule], records: list[TrialRecord]) -> None:
+        """Queue the first warm start that is not queued, running or on record (so one whose trial was killed comes again)."""
+        known = {r.schedule.merged() for r in records}
+        for trial in self.optuna.get_trials(deepcopy=False, states=(TrialState.WAITING, TrialState.RUNNING)):
             params = trial.system_attrs.get("fixed_params") or trial.params
             if set(params) == set(space.distributions()):
                 known.add(space.decode(params).merged())
         for origin, schedule in warm.items():
             if schedule.merged() not in known:
                 self.optuna.enqueue_trial(space.encode(schedule), user_attrs={"origin": origin})
-                known.add(schedule.merged())
+                return
 
     def _seed_proposer(self) -> None:
         """A proposer whose seed follows from the study's and from what is on record."""
@@ -238,37 +237,56 @@ class Study:
         Raises:
             StudyError: the storage can't be used, or the space holds no further schedule.
         """
+        self._check_inputs(bench)
         write_json(self.run_dir / "environment.json", environment())
         space, warm = make_space(self.config, bench), warm_starts(self.config, bench)
         repeats = 0
         with _storage_errors(self._shown):
-            while len(self.records()) < self.config.search.num_trials:
+            while len(records := self.records()) < self.config.search.num_trials:
                 self._release_dead()
-                self._enqueue_warm_starts(space, warm)
+                self._enqueue_warm_start(space, warm, records)
                 self._seed_proposer()
-                before = len(self.records())
-                self._one_trial(space, bench, progress)
-                repeats = repeats + 1 if len(self.records()) == before else 0
+                repeats = 0 if self._one_trial(space, bench, progress) else repeats + 1
                 if repeats == MAX_REPEATS_IN_A_ROW:
                     raise StudyError(
                         f"the last {repeats} proposals were all schedules tried before; the space is as good as exhausted: "
                         "lower num_trials or widen the space; the trials on record are kept"
                     )
 
-    def _one_trial(self, space: Space, bench: Workbench, progress: Callable[[TrialRecord], None] | None) -> None:
+    def _check_inputs(self, bench: Workbench) -> None:
+        """Refuse network or data that changed behind the same path.
+
+        Raises:
+            StudyError: naming what changed.
+        """
+        path = self.run_dir / "inputs.json"
+        stored = read_json(path) if path.is_file() else bench.identity
+        differ = [k for k in bench.identity if stored.get(k) != bench.identity[k]]
+        if differ:
+            raise StudyError(
+                f"the study in {self.run_dir} was begun with other {', '.join(differ)} (their content differs), so its trials "
+                "could not be compared with new ones; restore them, or search in another directory"
+            )
+        write_json(path, bench.identity)
+
+    def _one_trial(self, space: Space, bench: Workbench, progress: Callable[[TrialRecord], None] | None) -> bool:
+        """Propose and try one schedule; False if it has been tried before, which costs nothing."""
+        fresh = False
+
         def objective(trial: optuna.Trial) -> tuple[float, float]:
+            nonlocal fresh
             trial.set_user_attr(WORKER, f"{socket.gethostname()}:{os.getpid()}")
             schedule = space.suggest(trial)
-            twin = next((r for r in self.records() if r.schedule.merged() == schedule.merged()), None)
-            if twin is None:
-                record = run_trial(bench, trial, schedule, self)
+            records = self.records()
+            record = next((r for r in records if r.schedule.merged() == schedule.merged()), None)
+            if record is None:
+                fresh, record = True, run_trial(bench, trial, schedule, self)
                 trial.set_user_attr(RECORD, json.dumps(record.to_dict()))
-                self._prune_weights()
+                self._prune_weights([*records, record])
                 if progress is not None:
                     progress(record)
             else:
-                trial.set_user_attr("repeat_of", twin.number)
-                record = twin
+                trial.set_user_attr("repeat_of", record.number)
             if record.quality is None:
                 raise _Failed(record.failure)
             cost = record.time_frac if self.config.search.cost == "time" else record.flops_frac
@@ -283,12 +301,13 @@ class Study:
                 if trial.user_attrs.get(WORKER) == f"{socket.gethostname()}:{os.getpid()}":
                     self.optuna.tell(trial.number, state=TrialState.FAIL, skip_if_finished=True)
             raise
+        return fresh
 
-    def _prune_weights(self) -> None:
+    def _prune_weights(self, records: list[TrialRecord]) -> None:
         """With keep_weights = "front": delete weights of schedules that are off the front (never the full network's)."""
         if self.config.search.keep_weights == "all":
             return
-        results = StudyResults(self.config.name, {}, tuple(self.records()), (), (), {})
+        results = StudyResults(self.config.name, {}, tuple(records), (), (), {})
         keep = {r.number for r in results.front()} | ({results.full.number} if results.full else set())
         for record in results.complete:
             if record.number not in keep:

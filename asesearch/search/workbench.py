@@ -10,7 +10,7 @@ import os
 import platform
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,7 @@ from asesearch.evaluation.cost import LatencyTable, TimeRatio, compare_sampling_
 from asesearch.evaluation.extractors import make_extractor
 from asesearch.evaluation.fidelity import build_protocol, evaluate, reference_statistics, to_uint8
 from asesearch.evaluation.results import EvaluationResult, Protocol
-from asesearch.finetuning import check_fit, finetune
+from asesearch.finetuning import check_fit, finetune, weights_fingerprint
 from asesearch.sampling import SampleResult, sample
 from asesearch.schedule import ExitSchedule
 
@@ -92,6 +92,15 @@ class Workbench:
         self.on_step: Callable[[int, float], None] | None = None  # sees (steps done, loss) of each fine-tuning
         self._latency: LatencyTable | None = None
         self._flops: list[float] | None = None
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """Fingerprints of what the figures depend on and the study file only names."""
+        return {
+            "weights": weights_fingerprint(self.backbone),
+            "data": self.data.digest,
+            "protocol": json.loads(json.dumps(asdict(self.protocol))),
+        }
 
     # -- cost ------------------------------------------------------------------------------------
 

@@ -1,0 +1,66 @@
+"""The search space: every schedule it can hold has parameters, and every set of parameters is a schedule in it."""
+
+import optuna
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from asesearch.errors import ScheduleError
+from asesearch.schedule import PUBLISHED, ExitSchedule
+from asesearch.search.space import Space
+
+
+@given(st.data(), st.booleans(), st.integers(1, 12), st.integers(1, 28))
+def test_round_trip(data, noise_easy, num_intervals, depth):
+    low = data.draw(st.integers(1, depth))
+    depths = data.draw(st.lists(st.integers(low, depth), min_size=num_intervals, max_size=num_intervals))
+    if noise_easy:
+        depths.sort(reverse=True)
+    schedule = ExitSchedule.uniform_intervals(depths, depth)
+    space = Space(depth, 1000, num_intervals, noise_easy, low)
+    params = space.encode(schedule)
+    assert set(params) == set(space.distributions()) and space.decode(params) == schedule
+    assert all(dist._contains(dist.to_internal_repr(params[name])) for name, dist in space.distributions().items())
+
+
+@given(st.integers(1, 28), st.integers(1, 12), st.integers(0, 2**31))
+def test_every_proposal_is_noise_easy_and_in_range(depth, num_intervals, seed):
+    space = Space(depth, 1000, num_intervals, True, max(1, depth // 3))
+    study = optuna.create_study(directions=["minimize", "minimize"], sampler=optuna.samplers.RandomSampler(seed=seed))
+    schedule = space.suggest(study.ask())
+    assert schedule.is_noise_easy and len(schedule.exit_depths) == num_intervals
+    assert max(1, depth // 3) <= min(schedule.exit_depths)
+
+
+def test_random_proposals_cover_all_budgets():
+    """Independent sorted depths would crowd around half of the blocks (their mean varies by 0.09 only)."""
+    space = Space(12)
+    study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
+    fracs = [space.suggest(study.ask()).block_frac() for _ in range(300)]
+    for low in (0.1, 0.3, 0.5, 0.7):
+        assert sum(low <= f < low + 0.2 for f in fracs) > 15
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_schedules_lie_in_the_default_space(name):
+    schedule = ExitSchedule.published(name, depth=12)
+    assert Space(12).decode(Space(12).encode(schedule)) == schedule
+
+
+@pytest.mark.parametrize(
+    ("space", "schedule", "rule"),
+    [
+        (Space(12), ExitSchedule.full(6), "12 blocks"),
+        (Space(12), ExitSchedule.from_string("12 11 10", depth=12), "10 equal intervals"),
+        (Space(12), ExitSchedule.uniform_intervals([3] * 5 + [4] * 5, 12), "noise-easy"),
+        (Space(12, min_exit_depth=4), ExitSchedule.uniform_intervals([3], 12), "at least 4"),
+    ],
+)
+def test_schedules_outside_are_refused(space, schedule, rule):
+    with pytest.raises(ScheduleError, match=rule):
+        space.encode(schedule)
+
+
+def test_an_empty_space_is_refused():
+    with pytest.raises(ScheduleError, match="min_exit_depth must lie in 1…4; got 5"):
+        Space(4, min_exit_depth=5)

@@ -1,0 +1,265 @@
+"""The study: resumes after any kill, never loses or repeats a trial, refuses what is not comparable."""
+
+import json
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import optuna
+import pytest
+
+from asesearch.config import MAY_CHANGE, StudyConfig
+from asesearch.errors import ScheduleError, StudyError
+from asesearch.schedule import ExitSchedule
+from asesearch.search.records import TrialRecord, non_dominated
+from asesearch.search.study import RECORD, Study, warm_starts
+from tests.search.fake_search import FakeBench, make_config
+
+PROPOSERS = ["tpe", "nsga2", "random"]
+
+
+def run(config, run_dir, **bench):
+    study = Study(config, run_dir)
+    fake = FakeBench(**bench)
+    study.run(fake)
+    return study, fake
+
+
+def trials_of(study):
+    return [(r.origin, r.schedule, r.quality and r.quality.values) for r in study.records()]
+
+
+def in_process(config_search, run_dir, die_at=-1):
+    script = Path(__file__).with_name("fake_search.py")
+    root = Path(__file__).parents[2]
+    return subprocess.Popen(
+        [sys.executable, str(script), json.dumps(config_search), str(run_dir), str(die_at)], cwd=root, stderr=subprocess.PIPE
+    )
+
+
+@pytest.mark.parametrize("proposer", PROPOSERS)
+def test_contract_of_every_proposer(proposer, tmp_path):
+    config = make_config(proposer=proposer, num_trials=9)
+    study, bench = run(config, tmp_path)
+    records = study.records()
+    assert len(records) == 9 and len(bench.tried) == 9
+    assert [r.origin for r in records[:2]] == ["full", "6 6 3 3"] and records[0].schedule.is_full
+    assert all(r.origin == proposer for r in records[2:])
+    assert len({r.schedule.merged() for r in records}) == 9  # nothing is paid for twice
+    assert all(r.schedule.is_noise_easy for r in records)
+    again, _ = run(config, tmp_path / "again")
+    assert trials_of(again) == trials_of(study)  # same file, same seed: same trials
+    other, _ = run(make_config(proposer=proposer, num_trials=4, seed=1), tmp_path / "other")
+    assert trials_of(other)[2:] != trials_of(study)[2:4]
+
+
+def test_free_form_space_gives_other_shapes(tmp_path):
+    study, _ = run(make_config(noise_easy=False, proposer="random", num_trials=12), tmp_path)
+    assert not all(r.schedule.is_noise_easy for r in study.records())
+
+
+@pytest.mark.parametrize("proposer", ["tpe", "nsga2"])
+def test_resumed_search_proposes_what_an_uninterrupted_one_does(proposer, tmp_path):
+    config = make_config(proposer=proposer, num_trials=11)
+    straight, _ = run(config, tmp_path / "straight")
+    run(make_config(proposer=proposer, num_trials=9), tmp_path / "parts")
+    resumed, bench = run(config, tmp_path / "parts")
+    assert len(bench.tried) == 2 and trials_of(resumed) == trials_of(straight)
+
+
+@pytest.mark.parametrize("die_at", [0, 3])
+def test_kill_9_loses_the_trial_in_flight_only(tmp_path, die_at):
+    search = {"num_trials": 6}
+    process = in_process(search, tmp_path / "killed", die_at)
+    process.communicate()
+    assert process.returncode == -9
+    left = Study.open(tmp_path / "killed")
+    assert len(left.records()) == die_at
+    resumed, bench = run(make_config(**search), tmp_path / "killed")
+    straight, _ = run(make_config(**search), tmp_path / "straight")
+    assert len(bench.tried) == 6 - die_at
+    assert trials_of(resumed) == trials_of(straight)
+    states = [t.state for t in resumed.optuna.get_trials()]
+    assert optuna.trial.TrialState.RUNNING not in states  # no zombie is left
+
+
+def test_interrupt_leaves_no_open_trial(tmp_path):
+    study = Study(make_config(), tmp_path)
+    bench = FakeBench()
+
+    def interrupt(record):
+        if record.number == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        study.run(bench, interrupt)
+    assert all(t.state.is_finished() or t.state == optuna.trial.TrialState.WAITING for t in study.optuna.get_trials())
+    resumed, _ = run(make_config(), tmp_path)
+    assert len(resumed.records()) == 8
+
+
+def test_a_diverging_schedule_is_recorded_and_the_search_goes_on(tmp_path):
+    study, bench = run(make_config(warm_start=["6 6 3 1"], num_trials=9), tmp_path, fails=1)
+    failed = [r for r in study.records() if r.state == "failed"]
+    assert failed and failed[0].origin == "6 6 3 1" and "not finite at step 3" in failed[0].failure
+    assert failed[0].quality is None and len(study.records()) == 9
+    assert len({s.merged() for s in bench.tried}) == 9  # a failed schedule is not tried again
+    assert not study.trial_dir(failed[0].schedule).exists()
+    assert all(r.state == "complete" for r in study.results().front())
+
+
+def test_an_unexpected_error_is_not_swallowed(tmp_path):
+    bench = FakeBench()
+    bench.try_schedule = lambda schedule, folder: 1 / 0
+    study = Study(make_config(), tmp_path)
+    with pytest.raises(ZeroDivisionError):
+        study.run(bench)
+    assert study.records() == [] and all(t.state.is_finished() for t in study.optuna.get_trials())
+
+
+def test_two_workers_share_a_study(tmp_path):
+    search = {"num_trials": 10}
+    Study(make_config(**search), tmp_path)
+    workers = [in_process(search, tmp_path) for _ in range(2)]
+    for worker in workers:
+        _, err = worker.communicate()
+        assert worker.returncode == 0, err.decode()
+    records = Study.open(tmp_path).records()
+    schedules = [r.schedule.merged() for r in records]
+    assert 10 <= len(records) <= 11 and len(set(schedules)) >= len(schedules) - 1
+    assert {r.origin for r in records} == {"full", "6 6 3 3", "tpe"}
+
+
+def test_larger_budget_continues_and_a_smaller_one_does_nothing(tmp_path):
+    run(make_config(num_trials=6), tmp_path)
+    _, bench = run(make_config(num_trials=4), tmp_path)
+    assert bench.tried == []
+    study, bench = run(make_config(num_trials=9), tmp_path)
+    assert len(bench.tried) == 3 and len(study.records()) == 9
+
+
+def test_an_exhausted_space_ends_the_search(tmp_path):
+    config = make_config(num_intervals=1, warm_start=[], num_trials=50)
+    study = Study(config, tmp_path)
+    with pytest.raises(StudyError, match="as good as exhausted"):
+        study.run(FakeBench())
+    assert len(study.records()) == 6  # every depth, once
+
+
+@pytest.mark.parametrize(
+    ("section", "field", "value"),
+    [
+        ("train", "lr", 3e-4),
+        ("sampling", "num_steps", 7),
+        ("evaluation", "num_samples", 77),
+        ("search", "num_intervals", 5),
+        ("data", "kind", "image-folder"),
+        ("backbone", "checkpoint", "other"),
+    ],
+)
+def test_a_change_that_breaks_comparability_is_refused_by_name(tmp_path, section, field, value):
+    config = make_config()
+    Study(config, tmp_path)
+    before = (tmp_path / "study.json").read_bytes()
+    part = getattr(config, section).model_copy(update={field: value})
+    with pytest.raises(StudyError, match=rf"{section}\.{field}: .* -> .*undo the change"):
+        Study(config.model_copy(update={section: part}), tmp_path)
+    assert (tmp_path / "study.json").read_bytes() == before
+
+
+def test_weights_that_changed_behind_the_same_path_are_refused(tmp_path):
+    run(make_config(num_trials=2), tmp_path)
+    with pytest.raises(StudyError, match="weights"):
+        run(make_config(num_trials=3), tmp_path, weights="others")
+
+
+def test_every_field_that_may_change_exists():
+    fields = StudyConfig.model_json_schema()["$defs"]
+    names = {"search": "SearchConfig", "train": "TrainConfig", "sampling": "SamplingConfig", "data": "DataConfig"}
+    for name in MAY_CHANGE:
+        section, _, field = name.partition(".")
+        if section in names:
+            assert field in fields[names[section]]["properties"]
+
+
+def test_weights_off_the_front_are_deleted_and_the_full_networks_kept(tmp_path):
+    study, _ = run(make_config(num_trials=8), tmp_path)
+    results = study.results()
+    kept = {r.number for r in results.records if (study.trial_dir(r.schedule) / "weights.safetensors").exists()}
+    assert kept == {r.number for r in results.front()} | {results.full.number}
+    assert len(kept) < 8
+    everything, _ = run(make_config(num_trials=5, keep_weights="all"), tmp_path / "all")
+    assert all((everything.trial_dir(r.schedule) / "weights.safetensors").exists() for r in everything.records())
+
+
+def test_records_round_trip_and_are_stored_in_the_trials(tmp_path):
+    study, _ = run(make_config(num_trials=4), tmp_path)
+    for trial in study.optuna.get_trials():
+        record = TrialRecord.from_dict(json.loads(trial.user_attrs[RECORD]))
+        assert TrialRecord.from_dict(json.loads(json.dumps(record.to_dict()))) == record
+        assert trial.values == [record.quality.value, record.time_frac] and record.versions["torch"]
+
+
+@pytest.mark.parametrize(
+    ("storage", "rule"),
+    [
+        ("not a url", "must be a database URL"),
+        ("sqlite:////nowhere/at/all/study.db", "can't be used"),
+        ("nosuchdb://host/name", "can't be used"),
+    ],
+)
+def test_unusable_storage_is_one_line(tmp_path, storage, rule):
+    with pytest.raises(StudyError, match=rule) as caught:
+        Study(make_config(storage=storage), tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_broken_database_is_one_line_and_kept(tmp_path):
+    (tmp_path / "study.db").write_bytes(b"not a database, but something of the user's")
+    with pytest.raises(StudyError, match="can't be used.*not a database"):
+        Study(make_config(), tmp_path)
+    assert (tmp_path / "study.db").read_bytes().startswith(b"not a database")
+
+
+def test_a_password_is_not_shown(tmp_path):
+    with pytest.raises(StudyError) as caught:
+        Study(make_config(storage="nosuchdb://user:secret@host/name"), tmp_path)
+    assert "secret" not in str(caught.value)
+
+
+def test_opening_what_is_no_study(tmp_path):
+    with pytest.raises(StudyError, match="study.json is missing"):
+        Study.open(tmp_path)
+    (tmp_path / "study.json").write_text("{")
+    with pytest.raises(StudyError, match="is it whole"):
+        Study.open(tmp_path)
+
+
+def test_warm_starts_outside_the_space_are_refused_before_anything_runs():
+    with pytest.raises(ScheduleError, match="warm start '6 5 4' does not fit.*4 equal intervals"):
+        warm_starts(make_config(warm_start=["6 5 4"]), FakeBench())
+    with pytest.raises(ScheduleError, match="published names"):
+        warm_starts(make_config(warm_start=["D9"]), FakeBench())
+
+
+def test_published_schedules_are_rescaled_to_the_network():
+    starts = warm_starts(make_config(num_intervals=10, warm_start=["full", "D3-DiT"]), FakeBench())
+    assert list(starts) == ["full", "D3-DiT"] and starts["D3-DiT"] == ExitSchedule.published("D3-DiT", 6)
+
+
+def test_non_dominated_against_brute_force():
+    points = [(1, 5), (2, 3), (2, 3), (3, 3), (4, 1), (5, 2), (0.5, 9)]
+    assert non_dominated(points) == [0, 1, 4, 6]
+
+
+def test_reading_while_another_thread_searches(tmp_path):
+    study = Study(make_config(num_trials=6), tmp_path)
+    thread = threading.Thread(target=study.run, args=(FakeBench(),))
+    thread.start()
+    seen = 0
+    while thread.is_alive():
+        now = len(Study.open(tmp_path).records())
+        assert now >= seen
+        seen = now
+    assert len(Study.open(tmp_path).records()) == 6

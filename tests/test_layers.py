@@ -1,0 +1,108 @@
+"""The house rules that a reader can't keep in mind: who imports whom, and which libraries load when."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent / "asesearch"
+LEVELS = {
+    "errors": 0,
+    "schedule": 1,
+    "config": 1,
+    "diffusion": 2,
+    "backbones": 2,
+    "data": 2,
+    "latents": 2,
+    "sampling": 3,
+    "finetuning": 3,
+    "evaluation": 3,
+    "search": 4,
+    "report": 5,
+    "deployment": 5,
+    "cli": 6,
+    "__main__": 7,
+    "__init__": 8,
+}
+# the only rooms that may import these at module level
+OWNERS = {
+    "pydantic": {"config"},
+    "torch_fidelity": {"evaluation"},
+    "torchvision": {"data", "evaluation"},
+    "PIL": {"data"},
+    "accelerate": {"finetuning"},
+    "optuna": {"search"},
+    "pandas": {"report"},
+    "matplotlib": {"report"},
+    "seaborn": {"report"},
+    "jinja2": {"report"},
+    "onnx": {"deployment"},
+    "onnxruntime": {"deployment"},
+    "typer": {"cli"},
+}
+FILES = sorted(ROOT.rglob("*.py"))
+
+
+def room_of(path):
+    return path.relative_to(ROOT).parts[0].removesuffix(".py")
+
+
+def imports(tree, everywhere):
+    """Modules imported, at module level or anywhere; `if TYPE_CHECKING:` counts as nowhere."""
+    nodes = list(ast.walk(tree)) if everywhere else list(tree.body)
+    typing_only = {
+        id(child)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)
+        for child in ast.walk(node)
+    }
+    for node in nodes:
+        if id(node) in typing_only:
+            continue
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "write absolute imports"
+            yield node.module or ""
+
+
+def breaches(path, tree):
+    own = room_of(path)
+    for name in imports(tree, everywhere=True):
+        parts = name.split(".")
+        if parts[0] == "asesearch" and len(parts) > 1 and parts[1] != own and LEVELS[parts[1]] > LEVELS[own]:
+            yield f"{path.name} (level {LEVELS[own]}) imports {name} (level {LEVELS[parts[1]]})"
+        same_level = parts[0] == "asesearch" and len(parts) > 1 and parts[1] != own and LEVELS[parts[1]] == LEVELS[own]
+        if same_level and (own, parts[1]) not in SIBLINGS:
+            yield f"{path.name} imports its sibling room {name}"
+    for name in imports(tree, everywhere=False):
+        library = name.split(".")[0]
+        if library in OWNERS and own not in OWNERS[library]:
+            yield f"{path.name} imports {library}, which {sorted(OWNERS[library])} owns"
+    if own in ("errors", "schedule", "config"):
+        yield from (f"{path.name} imports torch" for name in imports(tree, True) if name.split(".")[0] == "torch")
+
+
+SIBLINGS = {("latents", "data"), ("data", "latents")}
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: p.relative_to(ROOT).as_posix())
+def test_a_module_imports_only_from_below(path):
+    assert list(breaches(path, ast.parse(path.read_text(encoding="utf-8")))) == []
+
+
+def test_the_check_sees_a_breach():
+    tree = ast.parse("import pandas\nfrom asesearch.search import study\nfrom asesearch.report import page\n")
+    assert len(list(breaches(ROOT / "sampling.py", tree))) == 3
+
+
+def test_import_asesearch_is_light():
+    code = (
+        "import sys, asesearch, asesearch.schedule\n"
+        "heavy = {'torch', 'optuna', 'matplotlib', 'typer', 'torch_fidelity', 'pandas', 'diffusers'} & set(sys.modules)\n"
+        "assert not heavy, heavy\n"
+        "assert asesearch.ExitSchedule is asesearch.schedule.ExitSchedule\n"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
