@@ -1,0 +1,304 @@
+"""What a schedule costs: latency measured once a study, FLOPs, and the bound that block calls set.
+
+Three figures, each a fraction of the full network's and none of them the others: `ExitSchedule.block_frac` counts block calls
+only; `LatencyTable.bound_frac` adds the part of a call that no schedule can drop; `LatencyTable.time_frac` sums what was
+measured. `compare_sampling_time` then times whole samplings.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+from torch.func import functional_call
+from torch.utils.flop_counter import FlopCounterMode
+
+from asesearch.backbones.base import Backbone, Conditioning
+from asesearch.errors import EvaluationError, ScheduleError
+from asesearch.schedule import ExitSchedule
+
+Timer = Callable[[Callable[[], object]], float]  # runs a call, gives its milliseconds
+
+
+def _cost_frac(cost: Sequence[float] | npt.NDArray[np.floating], schedule: ExitSchedule, timesteps: npt.ArrayLike) -> float:
+    """Cost of network calls at `timesteps` over that at full depth; cost[d - 1] is one call's at exit depth d."""
+    table = np.asarray(cost, dtype=np.float64)
+    if schedule.depth != len(table):
+        raise ScheduleError(
+            f"the cost table is for a network of {len(table)} blocks; got a schedule for {schedule.depth}; "
+            f"use rescaled({len(table)})"
+        )
+    depths = np.atleast_1d(schedule.exit_depth_at(timesteps))
+    if depths.size == 0:
+        raise ScheduleError("timesteps must not be empty; got none; give the timesteps the sampler calls at")
+    return float(table[depths - 1].sum() / (table[-1] * depths.size))
+
+
+def _half_iqr(values: npt.ArrayLike, axis: int | None = None) -> Any:
+    low, high = np.quantile(np.asarray(values), [0.25, 0.75], axis=axis)
+    return (high - low) / 2
+
+
+# -- latency -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class LatencyTable:
+    """Time of one network call at each exit depth.
+
+    Attributes:
+        batch_size: images a call.
+        device: name of the device.
+        threads: CPU threads of torch.
+        dtype: of weights and images.
+        median_ms, spread_ms: median and half the distance between the quartiles, for exit depths 1…depth (index 0 =
+            depth 1). Depths below the network's least have its time.
+        repeats: timed calls a depth.
+    """
+
+    batch_size: int
+    device: str
+    threads: int
+    dtype: str
+    median_ms: tuple[float, ...]
+    spread_ms: tuple[float, ...]
+    repeats: int
+
+    def __post_init__(self) -> None:
+        ok = 0 < len(self.median_ms) == len(self.spread_ms) and all(0 < m < float("inf") for m in self.median_ms)
+        if not ok:
+            raise EvaluationError(
+                f"a latency table needs one positive median and one spread a depth; got {self.median_ms} and {self.spread_ms}; "
+                "measure it again"
+            )
+
+    @property
+    def fit(self) -> tuple[float, float]:
+        """Least-squares line through the medians: (fixed_ms, per_block_ms), neither below zero."""
+        depths, ms = np.arange(1, len(self.median_ms) + 1), np.asarray(self.median_ms)
+        if len(ms) == 1:
+            return 0.0, float(ms[0])
+        per_block, fixed = (float(c) for c in np.polyfit(depths, ms, 1))
+        if fixed < 0:
+            return 0.0, float(depths @ ms / (depths @ depths))
+        return (fixed, per_block) if per_block >= 0 else (float(ms.mean()), 0.0)
+
+    def time_frac(self, schedule: ExitSchedule, timesteps: npt.ArrayLike) -> float:
+        """Predicted sampling time over the full network's, from the medians.
+
+        Args:
+            timesteps: where the sampler calls the network, each call once.
+
+        Raises:
+            ScheduleError: a schedule for another depth, or no timesteps.
+        """
+        return _cost_frac(self.median_ms, schedule, timesteps)
+
+    def bound_frac(self, schedule: ExitSchedule, timesteps: npt.ArrayLike) -> float:
+        """As `time_frac`, from the fitted line: the block-call bound with the fixed part of a call counted in.
+
+        Raises:
+            ScheduleError: a schedule for another depth, or no timesteps.
+        """
+        fixed, per_block = self.fit
+        return _cost_frac(fixed + per_block * np.arange(1, len(self.median_ms) + 1), schedule, timesteps)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for JSON."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> LatencyTable:
+        """Inverse of `to_dict`.
+
+        Raises:
+            EvaluationError: a missing or surplus key.
+        """
+        keys = {f.name for f in fields(cls)}
+        if set(data) != keys:
+            raise EvaluationError(
+                f"a latency table has the keys {sorted(keys)}; got {sorted(data)}; delete it to measure again"
+            )
+        return cls(**{**data, "median_ms": tuple(data["median_ms"]), "spread_ms": tuple(data["spread_ms"])})
+
+
+def call_timer(device: torch.device) -> Timer:
+    """CUDA events between synchronisations on a GPU, the wall clock elsewhere."""
+
+    def wall(call: Callable[[], object]) -> float:
+        start = time.perf_counter()
+        call()
+        return (time.perf_counter() - start) * 1e3
+
+    def events(call: Callable[[], object]) -> float:
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+        with torch.cuda.device(device):
+            torch.cuda.synchronize()
+            start.record()
+            call()
+            end.record()
+            end.synchronize()
+        return float(start.elapsed_time(end))
+
+    return events if device.type == "cuda" else wall
+
+
+def _inputs(
+    backbone: Backbone, batch_size: int, device: torch.device, dtype: torch.dtype, y: Conditioning | None
+) -> tuple[Tensor, Tensor, Conditioning | None]:
+    x_t = torch.zeros(batch_size, backbone.in_channels, backbone.input_size, backbone.input_size, device=device, dtype=dtype)
+    t = torch.zeros(batch_size, dtype=torch.int64, device=device)
+    if y is None:
+        return x_t, t, t if backbone.num_classes else None
+    return x_t, t, {k: v.to(device) for k, v in y.items()} if isinstance(y, dict) else y.to(device)
+
+
+def measure_latency(
+    backbone: Backbone,
+    batch_size: int,
+    repeats: int = 15,
+    device: str | torch.device = "cpu",
+    y: Conditioning | None = None,
+    timer: Timer | None = None,
+) -> LatencyTable:
+    """Time one network call at every exit depth, the depths in a new random order each round.
+
+    Interleaving spreads a drift of the machine's speed over all depths alike. One round is run first and thrown away.
+
+    Args:
+        backbone: already on `device`; its training mode is left as it is.
+        batch_size: images a call; with classifier-free guidance a sampler's call has twice its images.
+        repeats: rounds.
+        y: conditioning of the batch, where the network takes more than class labels.
+        timer: runs a call and gives its milliseconds; by default `call_timer(device)`.
+
+    Raises:
+        EvaluationError: no repeats or no images.
+    """
+    if repeats < 1 or batch_size < 1:
+        raise EvaluationError(f"repeats and batch_size must be at least 1; got {repeats} and {batch_size}; 15 repeats do")
+    device = torch.device(device)
+    timer = timer or call_timer(device)
+    dtype = next(p.dtype for p in backbone.parameters())
+    x_t, t, y = _inputs(backbone, batch_size, device, dtype, y)
+    times = np.zeros((backbone.depth, repeats + 1))
+    order, rng = np.arange(backbone.depth), np.random.default_rng(0)
+    with torch.no_grad():
+        for repeat in range(repeats + 1):
+            rng.shuffle(order)
+            for i in order:
+                depth = max(int(i) + 1, backbone.min_exit_depth)
+                times[i, repeat] = timer(lambda d=depth: backbone(x_t, t, y, exit_depth=d))  # type: ignore[misc]
+    timed = times[:, 1:]
+    return LatencyTable(
+        batch_size=batch_size,
+        device=torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        threads=torch.get_num_threads(),
+        dtype=str(dtype).removeprefix("torch."),
+        median_ms=tuple(np.median(timed, axis=1).tolist()),
+        spread_ms=tuple(_half_iqr(timed, axis=1).tolist()),
+        repeats=repeats,
+    )
+
+
+@dataclass(frozen=True)
+class TimeRatio:
+    """How long A takes over how long B takes.
+
+    Attributes:
+        median: of the pairs' ratios.
+        spread: half the distance between the ratios' quartiles.
+        pairs: (A, B) in seconds, in the order measured.
+    """
+
+    median: float
+    spread: float
+    pairs: tuple[tuple[float, float], ...]
+
+
+def compare_sampling_time(
+    run_a: Callable[[], object], run_b: Callable[[], object], repeats: int = 5, timer: Timer | None = None
+) -> TimeRatio:
+    """Time two samplings in turn, A B, B A, A B, …, after one untimed run of each.
+
+    Args:
+        run_a, run_b: each makes the same number of images.
+        repeats: pairs.
+        timer: runs a call and gives its milliseconds; by default the wall clock, with the GPU synchronised.
+
+    Raises:
+        EvaluationError: no repeats.
+    """
+    if repeats < 1:
+        raise EvaluationError(f"repeats must be at least 1; got {repeats}; 5 give a spread")
+    clock = timer or _synchronised_wall
+    run_a()
+    run_b()
+    pairs = []
+    for repeat in range(repeats):
+        if repeat % 2 == 0:
+            a = clock(run_a)
+            b = clock(run_b)
+        else:
+            b = clock(run_b)
+            a = clock(run_a)
+        pairs.append((a / 1e3, b / 1e3))
+    ratios = [a / b for a, b in pairs]
+    return TimeRatio(float(np.median(ratios)), float(_half_iqr(ratios)), tuple(pairs))
+
+
+def _synchronised_wall(call: Callable[[], object]) -> float:
+    on_gpu = torch.cuda.is_available()
+    if on_gpu:
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    call()
+    if on_gpu:
+        torch.cuda.synchronize()
+    return (time.perf_counter() - start) * 1e3
+
+
+# -- FLOPs ---------------------------------------------------------------------------------------
+
+
+def count_flops(backbone: Backbone, exit_depth: int, batch_size: int = 1, y: Conditioning | None = None) -> float:
+    """FLOPs an image of one network call: matrix products, convolutions and attention, a multiply-add being two.
+
+    Nothing is computed: torch's counter follows shapes only, so the figure is the same on every machine.
+
+    Args:
+        exit_depth: blocks run.
+        batch_size: images a call.
+        y: conditioning of the batch, where the network takes more than class labels.
+
+    Raises:
+        ScheduleError: exit_depth outside the network's.
+    """
+    meta = torch.device("meta")
+    tensors = {**dict(backbone.named_parameters()), **dict(backbone.named_buffers())}
+    state = {name: torch.empty_like(value, device=meta) for name, value in tensors.items()}
+    dtype = next(p.dtype for p in backbone.parameters())
+    counter = FlopCounterMode(display=False)
+    with torch.no_grad(), counter:
+        functional_call(backbone, state, _inputs(backbone, batch_size, meta, dtype, y), {"exit_depth": exit_depth})
+    return counter.get_total_flops() / batch_size
+
+
+def flops_table(backbone: Backbone, y: Conditioning | None = None) -> tuple[float, ...]:
+    """`count_flops` at exit depths 1…depth (index 0 = depth 1), `y` for one image; depths below the least have its figure."""
+    return tuple(count_flops(backbone, max(d, backbone.min_exit_depth), 1, y) for d in range(1, backbone.depth + 1))
+
+
+def flops_frac(schedule: ExitSchedule, timesteps: npt.ArrayLike, flops: Sequence[float]) -> float:
+    """FLOPs of a whole sampling over the full network's, from a `flops_table`.
+
+    Raises:
+        ScheduleError: a schedule for another depth, or no timesteps.
+    """
+    return _cost_frac(flops, schedule, timesteps)

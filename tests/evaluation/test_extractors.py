@@ -1,0 +1,282 @@
+"""Extractors: what they take, what their digest covers, and what happens without their weights."""
+
+import email.message
+import io
+import urllib.error
+
+import numpy as np
+import pytest
+import torch
+import torch_fidelity
+from safetensors.torch import load_file, save_file
+
+from asesearch.data import ImageArray
+from asesearch.errors import AseSearchError, DataError, EvaluationError
+from asesearch.evaluation import extractors
+from asesearch.evaluation.extractors import (
+    FASHION_CNN_WEIGHTS,
+    FashionCNN,
+    classifier_accuracy,
+    extractor_metadata,
+    make_extractor,
+    register_extractor,
+    train_extractor,
+)
+from asesearch.evaluation.fidelity import extract_features, frechet_distance, reference_statistics
+
+
+def subset(data: ImageArray, count: int) -> ImageArray:
+    return ImageArray(data.images[:count].numpy(), data.labels[:count].numpy(), f"{data.name}[:{count}]", num_classes=10)
+
+
+# -- the shipped classifier ----------------------------------------------------------------------
+
+
+def test_the_shipped_classifier_reaches_its_accuracy_on_a_subset(shipped_images):
+    measured = float(extractor_metadata()["accuracy"])
+    found = classifier_accuracy(FashionCNN().eval(), subset(shipped_images, 2000))
+    assert found > measured - 0.02  # three standard errors of 2,000 images are 0.019
+    assert found > 0.89
+
+
+def test_random_weights_fail_the_accuracy_test(shipped_images):
+    assert classifier_accuracy(FashionCNN(trained=False).eval(), subset(shipped_images, 500)) < 0.5
+
+
+@pytest.mark.slow
+def test_the_shipped_classifier_reaches_its_recorded_accuracy(shipped_images):
+    found = classifier_accuracy(FashionCNN().eval(), shipped_images)
+    assert found >= 0.9
+    assert found == pytest.approx(float(extractor_metadata()["accuracy"]), abs=5e-4)
+
+
+def test_the_shipped_weights_say_where_they_come_from(shipped_images):
+    metadata = extractor_metadata()
+    assert metadata["test"] == f"{shipped_images.name} {shipped_images.digest}"
+    assert metadata["data"].startswith("fashion-mnist/train ")
+    assert metadata["seed"] == "0" and "train-extractor" in metadata["command"]
+    assert FASHION_CNN_WEIGHTS.stat().st_size < 1_000_000
+
+
+def test_the_features_are_64_float64_and_do_not_depend_on_the_batch(extractor, shipped_images):
+    images = shipped_images.images[:12]
+    features = extractor(images)
+    assert (features.shape, features.dtype, extractor.dim, extractor.channels) == ((12, 64), torch.float64, 64, 1)
+    alone = torch.cat([extractor(images[i : i + 1]) for i in range(12)])
+    assert torch.allclose(features, alone, atol=1e-4)
+
+
+def test_bytes_and_floats_in_minus_one_to_one_give_the_same_features(extractor, shipped_images):
+    images = shipped_images.images[:8]
+    with torch.no_grad():
+        assert torch.equal(extractor.net.features(images), extractor.net.features(images.float() / 127.5 - 1))
+
+
+@pytest.mark.parametrize(
+    ("images", "said"),
+    [
+        (torch.zeros(2, 1, 28, 28), "uint8"),
+        (torch.zeros(1, 28, 28, dtype=torch.uint8), "uint8"),
+        (torch.zeros(2, 3, 28, 28, dtype=torch.uint8), "channel"),
+        (torch.zeros(2, 1, 32, 32, dtype=torch.uint8), "28, 28"),
+    ],
+)
+def test_images_of_another_kind_are_refused(extractor, images, said):
+    with pytest.raises(EvaluationError, match=said):
+        extractor(images)
+
+
+# -- training ------------------------------------------------------------------------------------
+
+
+def test_training_repeats_and_records(tmp_path, shipped_images):
+    data, test = subset(shipped_images, 256), subset(shipped_images, 100)
+    before = torch.random.get_rng_state()
+    accuracy = train_extractor(data, tmp_path / "a.safetensors", test=test, epochs=1, seed=3)
+    assert torch.equal(before, torch.random.get_rng_state())
+    assert train_extractor(data, tmp_path / "b.safetensors", test=test, epochs=1, seed=3) == accuracy
+    train_extractor(data, tmp_path / "c.safetensors", test=test, epochs=1, seed=4)
+    a, b, c = (make_extractor("fashion-cnn", tmp_path / f"{n}.safetensors").digest for n in "abc")
+    assert a == b != c
+    metadata = extractor_metadata(tmp_path / "a.safetensors")
+    assert metadata["accuracy"] == f"{accuracy:.4f}" and metadata["data"] == f"{data.name} {data.digest}"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.safetensors", "b.safetensors", "c.safetensors"]
+
+
+def test_training_learns(tmp_path, shipped_images):
+    data = subset(shipped_images, 1000)
+    test = ImageArray(shipped_images.images[1000:1300].numpy(), shipped_images.labels[1000:1300].numpy(), "rest", 10)
+    assert train_extractor(data, tmp_path / "x.safetensors", test=test, epochs=2, batch_size=32) > 0.6
+
+
+def test_training_refuses_other_data(tmp_path, tiny_images, shipped_images):
+    with pytest.raises(DataError, match="28×28"):
+        train_extractor(tiny_images, tmp_path / "x", test=shipped_images)
+    with pytest.raises(DataError, match="0 classes"):
+        train_extractor(ImageArray(shipped_images.images[:9].numpy(), None, "bare"), tmp_path / "x", test=shipped_images)
+    with pytest.raises(EvaluationError, match="epochs"):
+        train_extractor(shipped_images, tmp_path / "x", test=shipped_images, epochs=0)
+    assert list(tmp_path.iterdir()) == []
+
+
+# -- registry, digest, weights -------------------------------------------------------------------
+
+
+def test_an_unknown_name_is_refused_with_the_known_ones():
+    with pytest.raises(EvaluationError, match="inception-v3-compat.*register_extractor"):
+        make_extractor("nothing")
+
+
+class TinyExtractor(torch_fidelity.FeatureExtractorBase):
+    """Mean of each channel."""
+
+    def __init__(self, name, features_list, feature_extractor_weights_path=None, **_):
+        super().__init__(name, features_list)
+
+    def forward(self, images):
+        return (images.float().mean((2, 3)),)
+
+    @staticmethod
+    def get_provided_features_list():
+        return ("mean",)
+
+    @staticmethod
+    def get_default_feature_layer_for_metric(metric):
+        return "mean"
+
+    @staticmethod
+    def get_dummy_input_for_compile():
+        return torch.zeros(1, 3, 4, 4, dtype=torch.uint8)
+
+
+def test_an_extractor_of_ones_own_takes_grey_images_as_three_channels():
+    register_extractor("tiny-mean", TinyExtractor)
+    mine = make_extractor("tiny-mean")
+    assert (mine.channels, mine.dim) == (3, 3)
+    grey = torch.arange(32, dtype=torch.uint8).view(2, 1, 4, 4)
+    assert mine(grey).tolist() == [[7.5] * 3, [23.5] * 3]
+    with pytest.raises(EvaluationError, match="already registered"):
+        register_extractor("tiny-mean", TinyExtractor)
+    with pytest.raises(EvaluationError, match="FeatureExtractorBase"):
+        register_extractor("no-class", lambda: None)
+    with pytest.raises(EvaluationError, match="4 in latents"):
+        mine.check_shape(4, "latents")
+
+
+def test_the_digest_covers_values_and_names_but_not_the_file(extractor, tmp_path):
+    state = load_file(FASHION_CNN_WEIGHTS)
+    save_file(state, tmp_path / "same.safetensors", {"another": "header"})
+    assert make_extractor("fashion-cnn", tmp_path / "same.safetensors").digest == extractor.digest
+    state["head.bias"] = state["head.bias"] + 1e-3
+    save_file(state, tmp_path / "other.safetensors")
+    assert make_extractor("fashion-cnn", tmp_path / "other.safetensors").digest != extractor.digest
+
+
+def test_weights_that_are_missing_or_of_another_network_give_one_line(tmp_path):
+    save_file({"conv1.weight": torch.zeros(3)}, tmp_path / "other.safetensors")
+    (tmp_path / "damaged.safetensors").write_bytes(b"nothing of use")
+    for name in ("absent", "other", "damaged"):
+        with pytest.raises(EvaluationError, match=name) as caught:
+            make_extractor("fashion-cnn", tmp_path / f"{name}.safetensors")
+        assert "\n" not in str(caught.value)
+
+
+def test_torch_fidelity_itself_can_use_the_extractor(extractor, shipped_images):
+    first, second = shipped_images.images[:150], 255 - shipped_images.images[150:300]
+    found = torch_fidelity.calculate_metrics(
+        input1=Bytes(first),
+        input2=Bytes(second),
+        feature_extractor="fashion-cnn",
+        fid=True,
+        cuda=False,
+        cache=False,
+        save_cpu_ram=True,
+        verbose=False,
+    )[torch_fidelity.KEY_METRIC_FID]
+    a, b = (extract_features(extractor, x) for x in (first, second))
+    ours = frechet_distance(a.mean(0), np.cov(a, rowvar=False), b.mean(0), np.cov(b, rowvar=False))
+    assert found == pytest.approx(ours, rel=1e-3)
+
+
+class Bytes(torch.utils.data.Dataset):
+    """Images as torch-fidelity takes them."""
+
+    def __init__(self, images):
+        self.images = images
+
+    def __len__(self):
+        return len(self.images)
+
+    def __getitem__(self, i):
+        return self.images[i]
+
+
+# -- Inception without and with its weights ------------------------------------------------------
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
+    return tmp_path / "hub"
+
+
+class Truncated(io.BytesIO):
+    def info(self):
+        headers = email.message.Message()
+        headers["Content-Length"] = "1000"
+        return headers
+
+
+def no_network(*_, **__):
+    raise urllib.error.URLError("Name or service not known")
+
+
+@pytest.mark.parametrize("answer", [no_network, lambda *_, **__: Truncated(b"half a file")], ids=["none", "truncated"])
+def test_without_weights_inception_says_which_file_to_put_where(hub, monkeypatch, answer):
+    monkeypatch.setattr(torch.hub, "urlopen", answer)
+    with pytest.raises(EvaluationError, match=r"weights-inception-2015-12-05-6726825d\.pth.*extractor_weights") as caught:
+        make_extractor("inception-v3-compat")
+    assert str(hub / "checkpoints") in str(caught.value) and "\n" not in str(caught.value)
+    assert [p for p in hub.rglob("*") if p.is_file()] == []
+
+
+def test_weights_that_are_not_inceptions_are_refused_before_they_are_unpickled(tmp_path, hub, monkeypatch):
+    monkeypatch.setattr(torch, "load", lambda *_, **__: pytest.fail("unpickled"))
+    other = tmp_path / "other.pth"
+    other.write_bytes(b"not the weights")
+    with pytest.raises(EvaluationError, match=r"6726825d.*other\.pth"):
+        make_extractor("inception-v3-compat", other)
+    damaged = hub / "checkpoints" / extractors.INCEPTION_FILE
+    damaged.parent.mkdir(parents=True)
+    damaged.write_bytes(b"half a file")
+    with pytest.raises(EvaluationError, match="damaged"):
+        make_extractor("inception-v3-compat")
+    with pytest.raises(AseSearchError, match="must be a file"):
+        make_extractor("inception-v3-compat", tmp_path / "absent.pth")
+
+
+def test_a_pickle_that_carries_code_is_refused(tmp_path):
+    register_extractor("my-inception", torch_fidelity.FeatureExtractorInceptionV3)
+    torch.save({"fc.bias": Truncated}, tmp_path / "code.pth")
+    with pytest.raises(EvaluationError, match="can't load the extractor my-inception") as caught:
+        make_extractor("my-inception", tmp_path / "code.pth")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.slow
+def test_inception_in_torch_fidelitys_format(tmp_path, monkeypatch, own_cache, shipped_images):
+    cls = torch_fidelity.FeatureExtractorInceptionV3
+    with monkeypatch.context() as patched, torch.random.fork_rng():
+        torch.manual_seed(0)
+        patched.setattr(torch_fidelity.feature_extractor_inceptionv3, "load_state_dict_from_url", lambda *_, **__: {})
+        patched.setattr(cls, "load_state_dict", lambda *_: None)
+        torch.save(cls("random", ["2048"]).state_dict(), tmp_path / "random.pth")
+    with pytest.raises(EvaluationError, match="under another name"):
+        make_extractor("inception-v3-compat", tmp_path / "random.pth")
+    register_extractor("random-inception", cls)
+    net = make_extractor("random-inception", tmp_path / "random.pth")
+    assert (net.channels, net.dim) == (3, 2048)
+    grey = shipped_images.images[:3]
+    assert torch.equal(net(grey), net(grey.expand(-1, 3, -1, -1)))
+    reference = reference_statistics(subset(shipped_images, 6), net)
+    assert reference.cov.shape == (2048, 2048) and np.isfinite(reference.cov).all() and reference.cov.any()

@@ -1,0 +1,55 @@
+"""Figures know their protocol, and refuse to be compared under another."""
+
+import dataclasses
+import json
+import math
+
+import pytest
+
+from asesearch.errors import EvaluationError
+from asesearch.evaluation.results import EvaluationResult, Protocol
+
+PROTOCOL = Protocol("frechet", "fashion-cnn", "e" * 64, 100, "ref", 60_000, "r" * 64, (0, 100, 200), "ddim", 50, 1.0)
+
+
+@pytest.mark.parametrize("field", [f.name for f in dataclasses.fields(Protocol)])
+def test_a_difference_in_any_field_is_refused_by_name(field):
+    value = getattr(PROTOCOL, field)
+    other = dataclasses.replace(PROTOCOL, **{field: (7, 8, 9) if field == "seeds" else f"{value}1"})
+    with pytest.raises(EvaluationError, match=rf"{field}: .*evaluate both alike"):
+        PROTOCOL.require_same(other)
+    PROTOCOL.require_same(dataclasses.replace(PROTOCOL))
+
+
+def test_only_inception_is_called_fid():
+    inception = dataclasses.replace(PROTOCOL, extractor="inception-v3-compat")
+    assert inception.metric_name == "FID"
+    assert dataclasses.replace(inception, metric="kid").metric_name == "KID"
+    assert PROTOCOL.metric_name == "Fréchet distance (fashion-cnn)"
+    assert dataclasses.replace(PROTOCOL, metric="kid").metric_name == "Kernel distance (fashion-cnn)"
+
+
+def test_value_and_standard_error():
+    result = EvaluationResult(PROTOCOL, (1.0, 2.0, 6.0))
+    assert result.value == 3.0 and result.std_error == pytest.approx(math.sqrt(7 / 3))
+    one = EvaluationResult(dataclasses.replace(PROTOCOL, seeds=(0,)), (1.0,))
+    assert one.std_error is None
+
+
+def test_the_standard_error_shrinks_with_the_repeats():
+    def spread(n):
+        protocol = dataclasses.replace(PROTOCOL, seeds=tuple(range(0, 100 * n, 100)))
+        return EvaluationResult(protocol, tuple(float(i % 2) for i in range(n))).std_error
+
+    assert spread(16) < spread(4) / 1.8
+
+
+def test_a_result_survives_json():
+    result = EvaluationResult(PROTOCOL, (1.0, 2.0, 6.0))
+    assert EvaluationResult.from_dict(json.loads(json.dumps(result.to_dict()))) == result
+
+
+@pytest.mark.parametrize("values", [(1.0,), (1.0, 2.0, math.nan), (1.0, 2.0, math.inf)])
+def test_missing_or_infinite_figures_are_refused(values):
+    with pytest.raises(EvaluationError, match="one finite value a repeat"):
+        EvaluationResult(PROTOCOL, values)
