@@ -5,6 +5,7 @@ A backbone takes `exit_depth` and knows no schedule, loss or solver.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -12,8 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from asesearch.errors import ConfigError, ScheduleError
+from asesearch.schedule import ExitSchedule
 
 ExitDepth = int | Tensor | None
+Conditioning = Tensor | dict[str, Tensor]  # class labels (N,), or a prompt's tensors, each with leading dimension N
 
 
 class Backbone(nn.Module):
@@ -28,6 +31,7 @@ class Backbone(nn.Module):
             classifier-free guidance where `has_null_label`.
         learn_sigma: True if the output has 2·C channels: eps, then the interpolation of the variance.
         guided_channels: classifier-free guidance acts on the first so many output channels.
+        prediction_type: `epsilon` (noise) or `flow` (velocity of rectified flow).
         config: the constructor arguments, so that `type(net)(**net.config)` makes the same network.
     """
 
@@ -39,6 +43,7 @@ class Backbone(nn.Module):
     has_null_label: bool
     learn_sigma: bool
     guided_channels: int
+    prediction_type: str = "epsilon"
     config: dict[str, Any]
 
     def forward(self, x_t: Tensor, t: Tensor, y: Tensor | None = None, *, exit_depth: ExitDepth = None) -> Tensor:
@@ -67,6 +72,16 @@ class Backbone(nn.Module):
         """Droppable block `index`, 0 first to run."""
         raise NotImplementedError
 
+    def null_labels(self, y: Conditioning) -> Conditioning:
+        """What takes the place of `y` in the unconditional half of classifier-free guidance, of the same kind and N.
+
+        Raises:
+            ConfigError: the network has no null label, or was given none.
+        """
+        if not self.has_null_label or not isinstance(y, Tensor):
+            raise ConfigError("guidance needs class labels and a network with a null label; got neither; use cfg_scale 1")
+        return torch.full_like(y, self.num_classes)
+
     def check_exit_depth(self, exit_depth: ExitDepth, batch: int) -> int | list[int]:
         """Validate `exit_depth`; an int for the whole batch, or one an image.
 
@@ -76,7 +91,7 @@ class Backbone(nn.Module):
         if exit_depth is None:
             return self.depth
         if isinstance(exit_depth, Tensor):
-            if exit_depth.shape != (batch,) or exit_depth.is_floating_point():
+            if exit_depth.shape != (batch,) or exit_depth.is_floating_point() or exit_depth.dtype == torch.bool:
                 raise ScheduleError(
                     f"exit_depth must be an integer tensor of shape ({batch},), one count a sample; "
                     f"got {exit_depth.dtype} of shape {tuple(exit_depth.shape)}; pass ExitSchedule.exit_depth_at(t)"
@@ -85,7 +100,10 @@ class Backbone(nn.Module):
             low, high = (min(depths), max(depths)) if depths else (self.depth, self.depth)
             result: int | list[int] = high if low == high else depths
         else:
-            low = high = result = int(exit_depth)
+            try:
+                low = high = result = operator.index(exit_depth)
+            except TypeError as error:
+                raise ScheduleError(f"exit_depth must be a whole number; got {exit_depth!r}; round it") from error
         if low < self.min_exit_depth or high > self.depth:
             raise ScheduleError(
                 f"exit_depth must lie in {self.min_exit_depth}…{self.depth} for this network; got {low}…{high}; "
@@ -107,6 +125,27 @@ def check_labels(net: Backbone, y: Tensor | None, batch: int) -> None:
         raise ConfigError(f"this network needs class labels 0…{net.num_classes - 1}; got none; pass y of shape ({batch},)")
     elif y.shape != (batch,):
         raise ConfigError(f"y must have shape ({batch},); got {tuple(y.shape)}; pass one label an image")
+
+
+def check_schedule(backbone: Backbone, num_train_timesteps: int, schedule: ExitSchedule) -> None:
+    """Refuse a schedule that was made for another network or chain.
+
+    Raises:
+        ScheduleError: depth, chain length or smallest exit depth do not fit.
+    """
+    if schedule.depth != backbone.depth:
+        raise ScheduleError(
+            f"the schedule is for a network of {schedule.depth} blocks; got one of {backbone.depth}; "
+            f"use rescaled({backbone.depth})"
+        )
+    if schedule.num_train_timesteps != num_train_timesteps:
+        raise ScheduleError(
+            f"the schedule is for a chain of {schedule.num_train_timesteps} timesteps; got one of {num_train_timesteps}"
+        )
+    if min(schedule.exit_depths) < backbone.min_exit_depth:
+        raise ScheduleError(
+            f"this network must run at least {backbone.min_exit_depth} blocks; got {min(schedule.exit_depths)} in the schedule"
+        )
 
 
 def run_blocks(

@@ -27,10 +27,11 @@ PRESETS: dict[str, tuple[int, int, int]] = {
 PATCH_SIZES = (2, 4, 8)
 
 
-def timestep_embedding(t: Tensor, dim: int, max_period: int = 10000) -> Tensor:
+def timestep_embedding(t: Tensor, dim: int, max_period: int = 10000, frequency_shift: int = 0) -> Tensor:
     """Sinusoidal embedding of t, cosines first: (N,) -> (N, dim) float32."""
     half = dim // 2
-    freqs = torch.exp(-math.log(max_period) * torch.arange(half, dtype=torch.float32, device=t.device) / half)
+    steps = torch.arange(half, dtype=torch.float32, device=t.device)
+    freqs = torch.exp(-math.log(max_period) * steps / (half - frequency_shift))
     args = t[:, None].float() * freqs[None]  # (N, dim/2)
     emb = torch.cat([torch.cos(args), torch.sin(args)], dim=-1)  # (N, dim)
     return F.pad(emb, (0, dim % 2))
@@ -62,16 +63,15 @@ class PatchEmbed(nn.Module):
 class TimestepEmbedder(nn.Module):
     """Timestep to vector: (N,) -> (N, D)."""
 
-    def __init__(self, hidden_size: int, frequency_embedding_size: int = 256) -> None:
+    def __init__(self, hidden_size: int, frequency_embedding_size: int = 256, frequency_shift: int = 0) -> None:
         super().__init__()
-        self.mlp = nn.Sequential(
-            nn.Linear(frequency_embedding_size, hidden_size), nn.SiLU(), nn.Linear(hidden_size, hidden_size)
-        )
-        self.frequency_embedding_size = frequency_embedding_size
+        first = nn.Linear(frequency_embedding_size, hidden_size)
+        self.mlp = nn.Sequential(first, nn.SiLU(), nn.Linear(hidden_size, hidden_size))
+        self.frequency_embedding_size, self.frequency_shift = frequency_embedding_size, frequency_shift
 
     def forward(self, t: Tensor) -> Tensor:
-        freqs = timestep_embedding(t, self.frequency_embedding_size)
-        out: Tensor = self.mlp(freqs.to(self.mlp[0].weight.dtype))
+        freqs = timestep_embedding(t, self.frequency_embedding_size, frequency_shift=self.frequency_shift)
+        out: Tensor = self.mlp(freqs.to(next(self.mlp.parameters()).dtype))
         return out
 
 
@@ -90,30 +90,31 @@ class LabelEmbedder(nn.Module):
 class Attention(nn.Module):
     """Multi-head self-attention with timm's parameter names: (N, L, D) -> (N, L, D)."""
 
-    def __init__(self, dim: int, num_heads: int) -> None:
+    def __init__(self, dim: int, num_heads: int, qkv_bias: bool = True, qk_scale: float | None = None) -> None:
         super().__init__()
-        self.num_heads = num_heads
-        self.qkv = nn.Linear(dim, dim * 3)
+        self.num_heads, self.qk_scale = num_heads, qk_scale
+        self.qkv = nn.Linear(dim, dim * 3, bias=qkv_bias)
         self.proj = nn.Linear(dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:
         n, length, dim = x.shape
         q, k, v = self.qkv(x).view(n, length, 3, self.num_heads, dim // self.num_heads).permute(2, 0, 3, 1, 4)
-        x = F.scaled_dot_product_attention(q, k, v)  # (N, heads, L, D/heads)
+        x = F.scaled_dot_product_attention(q, k, v, scale=self.qk_scale)  # (N, heads, L, D/heads)
         out: Tensor = self.proj(x.transpose(1, 2).reshape(n, length, dim))
         return out
 
 
 class Mlp(nn.Module):
-    """Two layers with the tanh GELU, timm's parameter names: (N, L, D) -> (N, L, D)."""
+    """Two layers with a GELU ("tanh" or exact, "none"), timm's parameter names: (N, L, D) -> (N, L, D)."""
 
-    def __init__(self, dim: int, hidden: int) -> None:
+    def __init__(self, dim: int, hidden: int, approximate: str = "tanh") -> None:
         super().__init__()
+        self.approximate = approximate
         self.fc1 = nn.Linear(dim, hidden)
         self.fc2 = nn.Linear(hidden, dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
+        out: Tensor = self.fc2(F.gelu(self.fc1(x), approximate=self.approximate))
         return out
 
 
@@ -125,11 +126,11 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
 class DiTBlock(nn.Module):
     """Transformer block with adaLN-Zero: (N, L, D), (N, D) -> (N, L, D)."""
 
-    def __init__(self, hidden_size: int, num_heads: int, mlp_ratio: float = 4.0) -> None:
+    def __init__(self, hidden_size: int, num_heads: int, mlp_ratio: float = 4.0, norm_eps: float = 1e-6) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
         self.attn = Attention(hidden_size, num_heads)
-        self.norm2 = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
+        self.norm2 = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=norm_eps)
         self.mlp = Mlp(hidden_size, int(hidden_size * mlp_ratio))
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 6 * hidden_size))
 
@@ -158,7 +159,8 @@ class DiT(Backbone):
     """Diffusion transformer whose trailing blocks may be dropped; the last block run feeds the final layer.
 
     Arguments are the official constructor's. Differences: labels are dropped by the training loop, not in here, so a
-    forward pass is deterministic; `num_classes` must be at least 1, as in the official code.
+    forward pass is deterministic; `num_classes` must be at least 1, as in the official code. `frequency_shift` and
+    `norm_eps` (of each block's second norm) are ours: diffusers' DiT has 1 and 1e-5 there.
 
     Raises:
         ConfigError: sizes that do not fit each other.
@@ -176,6 +178,8 @@ class DiT(Backbone):
         class_dropout_prob: float = 0.1,
         num_classes: int = 1000,
         learn_sigma: bool = True,
+        frequency_shift: int = 0,
+        norm_eps: float = 1e-6,
     ) -> None:
         super().__init__()
         if input_size % patch_size:
@@ -194,6 +198,8 @@ class DiT(Backbone):
             "num_classes": num_classes,
             "learn_sigma": learn_sigma,
         }
+        if (frequency_shift, norm_eps) != (0, 1e-6):  # official networks have the official arguments alone
+            self.config |= {"frequency_shift": frequency_shift, "norm_eps": norm_eps}
         self.depth, self.input_size, self.patch_size = depth, input_size, patch_size
         self.in_channels, self.learn_sigma, self.num_classes = in_channels, learn_sigma, num_classes
         self.has_null_label = class_dropout_prob > 0
@@ -201,10 +207,10 @@ class DiT(Backbone):
         self.guided_channels = min(3, in_channels)  # the official code guides three channels of four
         grid = input_size // patch_size
         self.x_embedder = PatchEmbed(patch_size, in_channels, hidden_size)
-        self.t_embedder = TimestepEmbedder(hidden_size)
+        self.t_embedder = TimestepEmbedder(hidden_size, frequency_shift=frequency_shift)
         self.y_embedder = LabelEmbedder(num_classes, hidden_size, class_dropout_prob)
         self.pos_embed = nn.Parameter(sincos_pos_embed(hidden_size, grid)[None], requires_grad=False)
-        self.blocks = nn.ModuleList(DiTBlock(hidden_size, num_heads, mlp_ratio) for _ in range(depth))
+        self.blocks = nn.ModuleList(DiTBlock(hidden_size, num_heads, mlp_ratio, norm_eps) for _ in range(depth))
         self.final_layer = FinalLayer(hidden_size, patch_size, self.out_channels)
         self.initialize_weights()
 
@@ -215,13 +221,21 @@ class DiT(Backbone):
         Raises:
             ConfigError: unknown name.
         """
+        return cls(**{**cls.preset_args(name), **changes})
+
+    @staticmethod
+    def preset_args(name: str) -> dict[str, Any]:
+        """The constructor arguments that an official size fixes.
+
+        Raises:
+            ConfigError: unknown name.
+        """
         size, _, patch = name.partition("/")
         if size not in PRESETS or patch not in map(str, PATCH_SIZES):
             known = ", ".join(f"{s}/{p}" for s in PRESETS for p in PATCH_SIZES)
             raise ConfigError(f"unknown DiT preset {name!r}; choose one of {known}")
         depth, hidden_size, num_heads = PRESETS[size]
-        config = {"depth": depth, "hidden_size": hidden_size, "num_heads": num_heads, "patch_size": int(patch)}
-        return cls(**{**config, **changes})
+        return {"depth": depth, "hidden_size": hidden_size, "num_heads": num_heads, "patch_size": int(patch)}
 
     def initialize_weights(self) -> None:
         """Initialise as the official code: Xavier, N(0, 0.02) embeddings, adaLN and output layer zero."""
@@ -233,13 +247,12 @@ class DiT(Backbone):
         nn.init.xavier_uniform_(proj.weight.view(proj.weight.shape[0], -1))
         if proj.bias is not None:
             nn.init.zeros_(proj.bias)
-        for weight in (self.y_embedder.embedding_table.weight, *(self.t_embedder.mlp[i].weight for i in (0, 2))):
-            nn.init.normal_(weight, std=0.02)
-        zeroed = [self.final_layer.linear, self.final_layer.adaLN_modulation[1]]
-        zeroed += [self.block_at(i).adaLN_modulation[1] for i in range(self.depth)]
-        for module in zeroed:
-            nn.init.zeros_(module.weight)
-            nn.init.zeros_(module.bias)
+        for weight in (*self.y_embedder.parameters(), *self.t_embedder.parameters()):
+            if weight.ndim == 2:
+                nn.init.normal_(weight, std=0.02)
+        for name, param in self.named_parameters():
+            if "adaLN_modulation" in name or name.startswith("final_layer.linear"):
+                nn.init.zeros_(param)
 
     def time_embedder(self) -> nn.Module:
         return self.t_embedder

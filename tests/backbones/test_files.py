@@ -1,0 +1,156 @@
+"""Checkpoint files: every format read, nothing executed."""
+
+import argparse
+import json
+import pickle
+from collections import OrderedDict
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from asesearch.backbones import read_state_dict
+from asesearch.backbones.files import resolve
+from asesearch.errors import CheckpointError, ConfigError
+
+STATE = {"a.weight": torch.arange(6.0).view(2, 3), "a.bias": torch.ones(2)}
+
+
+def same(got, expected=STATE) -> bool:
+    return got.keys() == expected.keys() and all(torch.equal(got[k], expected[k]) for k in expected)
+
+
+def test_a_plain_state_dict_is_read(tmp_path) -> None:
+    torch.save(OrderedDict(STATE), tmp_path / "x.pt")
+    state, source = read_state_dict(tmp_path / "x.pt")
+    assert same(state) and source == "weights"
+    save_file(STATE, tmp_path / "y.safetensors")
+    assert same(read_state_dict(tmp_path / "y.safetensors")[0])
+
+
+def test_the_format_is_told_by_content_not_by_name(tmp_path) -> None:
+    save_file(STATE, tmp_path / "x.pt")
+    torch.save(STATE, tmp_path / "y", _use_new_zipfile_serialization=False)  # torch before 1.6
+    torch.save(STATE, tmp_path / "z.bin")
+    assert all(same(read_state_dict(tmp_path / name)[0]) for name in ("x.pt", "y", "z.bin"))
+
+
+@pytest.mark.parametrize(("keys", "source"), [(("model", "ema"), "ema"), (("model",), "model")])
+def test_of_a_training_state_the_ema_is_taken(tmp_path, keys, source) -> None:
+    options = argparse.Namespace(model="DiT-XL/2", image_size=256, results_dir="results")
+    parts = {k: {n: v + i for n, v in STATE.items()} for i, k in enumerate(keys)}
+    torch.save({**parts, "opt": {"state": {}, "param_groups": [{"lr": 1e-4}]}, "args": options}, tmp_path / "x.pt")
+    state, got = read_state_dict(tmp_path / "x.pt")
+    assert got == source and same(state, parts[source])
+
+
+def test_a_u_vit_training_folder_gives_its_ema(tmp_path) -> None:
+    torch.save(STATE, tmp_path / "nnet_ema.pth")
+    torch.save({k: v + 1 for k, v in STATE.items()}, tmp_path / "nnet.pth")
+    state, source = read_state_dict(tmp_path)
+    assert same(state) and source == "ema"
+
+
+def write_folder(folder, shards) -> None:
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text("{}")
+    for name, state in shards.items():
+        save_file(state, folder / name)
+    index = {"weight_map": {k: name for name, state in shards.items() for k in state}}
+    (folder / "diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def test_diffusers_folders_whole_sharded_and_in_a_pipeline(tmp_path) -> None:
+    shards = {f"diffusion_pytorch_model-{i}.safetensors": {k: STATE[k]} for i, k in enumerate(STATE)}
+    write_folder(tmp_path / "pipeline" / "transformer", shards)
+    assert same(read_state_dict(tmp_path / "pipeline")[0])
+    assert same(read_state_dict(tmp_path / "pipeline" / "transformer")[0])
+    for suffix, write in (("safetensors", save_file), ("bin", torch.save)):
+        folder = tmp_path / suffix
+        folder.mkdir()
+        (folder / "config.json").write_text("{}")
+        write(STATE, folder / f"diffusion_pytorch_model.{suffix}")
+        assert same(read_state_dict(folder)[0])
+
+
+def test_writing_to_what_was_read_leaves_the_file_alone(tmp_path) -> None:
+    torch.save(STATE, tmp_path / "x.pt")
+    save_file(STATE, tmp_path / "x.safetensors")
+    for name in ("x.pt", "x.safetensors"):
+        state, _ = read_state_dict(tmp_path / name)
+        state["a.bias"].mul_(7)
+        assert state["a.bias"].tolist() == [7, 7]
+        assert same(read_state_dict(tmp_path / name)[0])
+
+
+class Touch:
+    """Pickled, it asks the reader to create a file."""
+
+    def __init__(self, path) -> None:
+        self.path = path
+
+    def __reduce__(self):
+        return open, (str(self.path), "w")
+
+
+@pytest.mark.parametrize("kind", ["raw", "zip", "legacy", "inside"])
+def test_a_pickle_with_code_is_refused_and_not_run(tmp_path, kind: str) -> None:
+    path, mark = tmp_path / "x.pt", tmp_path / "mark"
+    bomb = {"model": STATE, "args": argparse.Namespace(a=Touch(mark))} if kind == "inside" else {"a": Touch(mark)}
+    if kind == "raw":
+        path.write_bytes(pickle.dumps(bomb))
+    else:
+        torch.save(bomb, path, _use_new_zipfile_serialization=kind != "legacy")
+    with pytest.raises(CheckpointError, match="asks for code to be run, which is refused"):
+        read_state_dict(path)
+    assert not mark.exists()
+    if kind == "raw":  # the control: it does run where pickles are trusted
+        pickle.loads(path.read_bytes())["a"].close()
+        assert mark.exists()
+
+
+@pytest.mark.parametrize("name", ["x.pt", "x.safetensors", "legacy.pt"])
+def test_a_truncated_file_is_refused(tmp_path, name: str) -> None:
+    if name.endswith("pt"):
+        torch.save(STATE, tmp_path / name, _use_new_zipfile_serialization=name == "x.pt")
+    else:
+        save_file(STATE, tmp_path / name)
+    whole = (tmp_path / name).read_bytes()
+    for size in (0, 1, 8, 9, len(whole) // 2, len(whole) - 1):
+        (tmp_path / name).write_bytes(whole[:size])
+        with pytest.raises(CheckpointError, match=name):
+            read_state_dict(tmp_path / name)
+
+
+def test_what_is_no_checkpoint_is_refused(tmp_path) -> None:
+    (tmp_path / "text").write_text("a picture of a cat\n")
+    (tmp_path / "noise").write_bytes(bytes(range(256)) * 8)
+    torch.save([1, 2], tmp_path / "list")
+    torch.save({"a": 1}, tmp_path / "numbers")
+    torch.save({}, tmp_path / "nothing")
+    (tmp_path / "folder").mkdir()
+    for name in ("text", "noise", "list", "numbers", "nothing", "folder", "absent"):
+        with pytest.raises(CheckpointError, match=name):
+            read_state_dict(tmp_path / name)
+
+
+@pytest.mark.parametrize("index", ["[]", "{", "{}", '{"weight_map": {"a": "../x"}}', '{"weight_map": {"a": "gone"}}'])
+def test_a_damaged_folder_is_refused(tmp_path, index: str) -> None:
+    folder = tmp_path / "model"
+    folder.mkdir()
+    save_file(STATE, tmp_path / "x")  # outside of the folder
+    (folder / "config.json").write_text("{}")
+    with pytest.raises(CheckpointError, match="must hold diffusion_pytorch_model"):
+        read_state_dict(folder)
+    (folder / "diffusion_pytorch_model.safetensors.index.json").write_text(index)
+    with pytest.raises(CheckpointError):
+        read_state_dict(folder)
+    (folder / "config.json").write_text("[")
+    with pytest.raises(CheckpointError, match="not readable JSON"):
+        read_state_dict(folder)
+
+
+def test_shipped_names_resolve_within_the_package_only() -> None:
+    for name in ("shipped:no-such-network", "shipped:../errors", "shipped:fashion-cnn", "shipped:"):
+        with pytest.raises(ConfigError, match="no shipped network is called"):
+            resolve(name)
