@@ -1,0 +1,235 @@
+"""diffusers' transformers under the backbone contract, and their checkpoints."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+from diffusers.models.embeddings import LabelEmbedding
+from safetensors import SafetensorError
+from torch import Tensor, nn
+
+from asesearch.backbones.base import Backbone, Conditioning, ExitDepth, check_labels
+from asesearch.backbones.block_exits import SPECS, BlockExits
+from asesearch.errors import CheckpointError, ConfigError
+
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+#: Released DiT and PixArt folders name the class they were first made with; its `norm_type` tells which is meant.
+LEGACY_CLASS = "Transformer2DModel"
+LEGACY_NORMS = {"ada_norm_zero": "DiTTransformer2DModel", "ada_norm_single": "PixArtTransformer2DModel"}
+
+
+def _build(config: Mapping[str, Any]) -> nn.Module:
+    """A network with random weights from `_class_name` and the constructor's arguments."""
+    name = config.get("_class_name")
+    if name not in SPECS or not hasattr(diffusers, name):
+        raise ConfigError(f"_class_name must be a supported diffusers class; got {name!r}; supported are {', '.join(SPECS)}")
+    arguments = {k: v for k, v in config.items() if not k.startswith("_")}
+    try:
+        model = getattr(diffusers, name)(**arguments)
+    except (TypeError, ValueError, NotImplementedError) as error:
+        raise ConfigError(f"{name} must accept its constructor arguments; got {arguments}: {error}; correct them") from error
+    assert isinstance(model, nn.Module)
+    return model
+
+
+class DiffusersBackbone(Backbone):
+    """A diffusers transformer under the backbone contract. Its parameters are found under `transformer.`.
+
+    `y` is (N,) class labels for DiT. The other networks take a prompt's conditioning: a dict of tensors with leading
+    dimension N, keys as in `SPECS` (PixArt's micro-conditions `resolution` (N, 2) and `aspect_ratio` (N, 1) stand beside
+    the rest); `num_classes` is 0, and guidance needs `null_condition`. `prediction_type` is `flow` where the network
+    gives a velocity rather than noise: such a network can be trained and sampled by a flow-matching method only.
+
+    Args:
+        transformer: the network, which stays attached until `detach()`; or its diffusers config (`_class_name` and the
+            constructor's arguments), for one with random weights.
+        null_condition: what stands for "no prompt", as a rule the embedding of an empty one: tensors with leading
+            dimension 1. Moves with the network, but is in neither its state dict nor its config.
+
+    Raises:
+        ConfigError: as `BlockExits`; a config that makes no network; a null condition of other names or shapes.
+    """
+
+    def __init__(self, transformer: nn.Module | Mapping[str, Any], null_condition: Mapping[str, Tensor] | None = None) -> None:
+        super().__init__()
+        model: Any = transformer if isinstance(transformer, nn.Module) else _build(transformer)
+        self.exits = BlockExits(model)
+        self.transformer = model
+        config = dict(model.config)
+        arguments = {k: v for k, v in config.items() if not k.startswith("_")}
+        self.config = {"transformer": {"_class_name": type(model).__name__, **arguments}}
+        self.prediction_type = self.exits.spec.prediction_type
+        self.depth, self.input_size = len(self.exits.blocks), config["sample_size"]
+        self.in_channels = self.guided_channels = config["in_channels"]  # the pipelines guide every channel
+        self.num_classes = config["num_embeds_ada_norm"] if "class_labels" in self.exits.spec.required else 0
+        self.has_null_label = bool(self.num_classes or null_condition)
+        channels = config["out_channels"] or self.in_channels
+        if channels not in (self.in_channels, 2 * self.in_channels):
+            raise ConfigError(
+                f"out_channels must be in_channels = {self.in_channels}, or twice as many; got {channels}; "
+                "such a network predicts neither noise nor noise and variance"
+            )
+        self.learn_sigma = channels == 2 * self.in_channels
+        self._null = tuple(null_condition or ())
+        self._check_null(null_condition or {})
+        for name, value in (null_condition or {}).items():
+            self.register_buffer(f"null_{name}", value, persistent=False)
+        self.train(model.training)
+        self.exits.attach()
+
+    @property
+    def _keys(self) -> tuple[str, ...]:
+        spec = self.exits.spec
+        return spec.required + spec.optional + spec.added
+
+    def _check_null(self, null_condition: Mapping[str, Tensor]) -> None:
+        got = {k: tuple(v.shape) for k, v in null_condition.items()}
+        allowed = () if self.num_classes else self._keys
+        if not got.keys() <= set(allowed) or any(shape[:1] != (1,) for shape in got.values()):
+            raise ConfigError(
+                f"null_condition takes tensors with leading dimension 1 under the names {', '.join(allowed) or '(none)'}; "
+                f"got {got}; class labels have a null label of their own"
+            )
+
+    def train(self, mode: bool = True) -> DiffusersBackbone:
+        """As usual, but diffusers' own label dropout, one draw a block, stays off: the training loop drops labels."""
+        super().train(mode)
+        for module in self.transformer.modules():
+            if isinstance(module, LabelEmbedding):
+                module.training = False
+        return self
+
+    def forward(self, x_t: Tensor, t: Tensor, y: Conditioning | None = None, *, exit_depth: ExitDepth = None) -> Tensor:
+        exit_depths = self.check_exit_depth(exit_depth, x_t.shape[0])
+        conditioning = self._arguments(y, x_t.shape[0])
+        self.exits.begin(exit_depths)
+        try:
+            out: Tensor = self.transformer(x_t, timestep=t, return_dict=False, **conditioning)[0]
+        finally:
+            self.exits.end()
+        return out  # (N, C or 2·C, H, W)
+
+    def _arguments(self, y: Conditioning | None, batch: int) -> dict[str, Any]:
+        """`y` as arguments of the transformer's forward.
+
+        Raises:
+            ConfigError: labels for prompts or the reverse, missing or unknown names, another leading dimension.
+        """
+        spec = self.exits.spec
+        if self.num_classes and not isinstance(y, Mapping):
+            check_labels(self, y, batch)
+            return {"class_labels": y}
+        required = spec.required + (spec.added if getattr(self.transformer, "use_additional_conditions", False) else ())
+        got = {k: tuple(v.shape) for k, v in y.items()} if isinstance(y, Mapping) else {}
+        fits = set(required) <= got.keys() <= set(self._keys) and all(shape[:1] == (batch,) for shape in got.values())
+        if self.num_classes or not isinstance(y, Mapping) or not fits:
+            wanted = "(N,) class labels" if self.num_classes else f"a dict with {', '.join(required)}"
+            raise ConfigError(
+                f"y of {type(self.transformer).__name__} must be {wanted}, N = {batch}; got "
+                f"{got or type(y).__name__}; it may hold {', '.join(self._keys)} and no more"
+            )
+        added = {name: y[name] for name in spec.added if name in y}
+        rest = {name: value for name, value in y.items() if name not in added}
+        return {**rest, "added_cond_kwargs": added} if added else rest
+
+    def null_labels(self, y: Conditioning) -> Conditioning:
+        if isinstance(y, Tensor):
+            return super().null_labels(y)
+        if not self._null:
+            raise ConfigError(
+                "guidance needs a null condition; got none for this network; "
+                "pass null_condition, the embedding of an empty prompt, to DiffusersBackbone"
+            )
+        batch = next(iter(y.values())).shape[0]
+        null = {name: self.get_buffer(f"null_{name}") for name in self._null}
+        return {**y, **{name: value.expand(batch, *value.shape[1:]) for name, value in null.items()}}
+
+    def time_embedder(self) -> nn.Module:
+        """The timestep embedders: one, or one a block in DiT."""
+        found = [m for name, m in self.transformer.named_modules() if name.endswith("timestep_embedder")]
+        return nn.ModuleList(found)
+
+    def block_at(self, index: int) -> nn.Module:
+        return self.exits.blocks[index]
+
+    def detach(self) -> nn.Module:
+        """Give the diffusers transformer back as it was (the weights as they are now); this object is then spent."""
+        self.exits.detach()
+        self.transformer.train(self.training)
+        transformer: nn.Module = self.transformer
+        return transformer
+
+
+def load_diffusers(path: Path, null_condition: Mapping[str, Tensor] | None = None) -> DiffusersBackbone:
+    """Read a diffusers transformer in float32 from a local folder; nothing is downloaded, nothing unpickled.
+
+    Args:
+        path: folder with `config.json` and safetensors (sharded or not), or a pipeline's with these in `transformer/`.
+        null_condition: as in `DiffusersBackbone`.
+
+    Raises:
+        CheckpointError: a file is missing or unreadable, weights in pickle form only, an unsupported class, or weights
+            that do not fit the config.
+    """
+    folder = path if (path / "config.json").is_file() else path / "transformer"
+    name = _class_name(folder / "config.json")
+    _check_weight_files(folder)
+    try:
+        model, info = getattr(diffusers, name).from_pretrained(
+            folder, local_files_only=True, use_safetensors=True, torch_dtype=torch.float32, output_loading_info=True
+        )
+    except (OSError, ValueError, RuntimeError, TypeError, KeyError, ImportError, SafetensorError) as error:
+        text = " ".join(str(error).split())[:300]
+        raise CheckpointError(f"{folder} must hold a readable {name}; got {text}; save it again with diffusers") from error
+    bad = {key: sorted(map(str, info[key]))[:3] for key in ("missing_keys", "unexpected_keys", "mismatched_keys") if info[key]}
+    if bad:
+        raise CheckpointError(f"the weights in {folder} must fit its config; got {bad}; save it again with diffusers")
+    return DiffusersBackbone(model, null_condition)
+
+
+def _class_name(config_path: Path) -> str:
+    """The class a config.json names, today's name for a legacy one."""
+    try:
+        config = json.loads(config_path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise CheckpointError(
+            f"a diffusers folder must hold config.json or transformer/config.json; got neither at {config_path.parent}; "
+            "save the model or pipeline with save_pretrained"
+        ) from error
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{config_path} must be JSON; got {error}; save the model again with diffusers") from error
+    name = config.get("_class_name") if isinstance(config, dict) else None
+    if name == LEGACY_CLASS:
+        name = LEGACY_NORMS.get(config.get("norm_type"), name)
+    if name not in SPECS or not hasattr(diffusers, name):
+        raise CheckpointError(
+            f"_class_name in {config_path} must be a supported class of the installed diffusers; got {name!r}; "
+            f"supported are {', '.join(SPECS)}"
+        )
+    return str(name)
+
+
+def _check_weight_files(folder: Path) -> None:
+    """Refuse a folder without complete safetensors."""
+    index = folder / f"{WEIGHTS}.index.json"
+    needed = [WEIGHTS]
+    if index.is_file():
+        try:
+            needed = list(dict.fromkeys(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise CheckpointError(f"{index} must map names to files; got {error!r}; save the model again") from error
+    foreign = [
+        name for name in needed if not isinstance(name, str) or Path(name).name != name or Path(name).suffix != ".safetensors"
+    ]
+    if foreign:
+        raise CheckpointError(f"{index} must name safetensors files beside it; got {foreign[:3]}; save the model again")
+    missing = [name for name in needed if not (folder / name).is_file()]
+    if missing:
+        pickled = sorted(p.name for p in folder.iterdir() if p.suffix in {".bin", ".pt", ".pth", ".ckpt"})
+        fix = "convert the pickled weights with safetensors" if pickled else "copy them beside config.json"
+        raise CheckpointError(f"{folder} must hold {', '.join(missing[:3])}; got {pickled or 'no such files'}; {fix}")
