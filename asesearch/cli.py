@@ -112,8 +112,6 @@ def finetune(
 
 def _fit(config: StudyConfig, schedule_text: str, out: Path, run_dir: Path, dry_run: bool) -> None:
     """What `train` and `finetune` share."""
-    import torch
-
     from asesearch.backbones.checkpoints import load_backbone, save_backbone
     from asesearch.data import open_data
     from asesearch.diffusion import make_diffusion
@@ -121,8 +119,7 @@ def _fit(config: StudyConfig, schedule_text: str, out: Path, run_dir: Path, dry_
 
     if out.suffix != ".safetensors":
         raise ConfigError(f"weights are written as .safetensors; got {out}; change --out")
-    torch.manual_seed(config.train.seed)  # of the initial weights
-    backbone = load_backbone(config.backbone)
+    backbone = load_backbone(config.backbone, seed=config.train.seed)
     schedule = _schedule(schedule_text, backbone.depth, config.diffusion.num_train_timesteps)
     data, diffusion = open_data(config.data), make_diffusion(config.diffusion)
     trainer = Trainer(backbone, data, diffusion, schedule, config.train, None if dry_run else run_dir)

@@ -402,6 +402,11 @@ def check_fit(backbone: Backbone, data: DataSource, diffusion: Process, schedule
         DataError: images of another shape, or labels out of the network's range.
         ScheduleError: a schedule of another depth or chain, or shallower than the network allows.
     """
+    if backbone.prediction_type != "epsilon":
+        raise ConfigError(
+            f"fine-tuning is for networks that predict noise; got one that predicts {backbone.prediction_type!r} (rectified "
+            "flow); its schedules can be attached to a pipeline, not trained"
+        )
     expected = (backbone.in_channels, backbone.input_size, backbone.input_size)
     if data.shape != expected:
         raise DataError(f"the network takes images of shape {expected}; got {data.shape} from {data.name}; resize them")

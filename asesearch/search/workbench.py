@@ -11,6 +11,7 @@ import platform
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -22,12 +23,19 @@ from torch import Tensor
 from asesearch.backbones.base import Backbone, check_schedule
 from asesearch.backbones.checkpoints import load_backbone, save_backbone
 from asesearch.config import StudyConfig
-from asesearch.data import open_data
+from asesearch.data import DataSource, open_data
 from asesearch.diffusion import make_diffusion
 from asesearch.errors import ConfigError, EvaluationError
-from asesearch.evaluation.cost import LatencyTable, TimeRatio, compare_sampling_time, count_flops, measure_latency
-from asesearch.evaluation.extractors import make_extractor
-from asesearch.evaluation.fidelity import build_protocol, evaluate, reference_statistics, to_uint8
+from asesearch.evaluation.cost import LatencyTable, TimeRatio, compare_sampling_time, flops_frac, flops_table, measure_latency
+from asesearch.evaluation.extractors import Extractor, make_extractor
+from asesearch.evaluation.fidelity import (
+    SHIPPED,
+    ReferenceStats,
+    build_protocol,
+    evaluate,
+    reference_statistics,
+    to_uint8,
+)
 from asesearch.evaluation.results import EvaluationResult, Protocol
 from asesearch.finetuning import check_fit, finetune, weights_fingerprint
 from asesearch.sampling import SampleResult, sample
@@ -62,6 +70,23 @@ def default_device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
+def open_reference(config: StudyConfig, data: DataSource, extractor: Extractor) -> ReferenceStats:
+    """Statistics of the study's reference data, from the package where it ships them, so the data need not be here.
+
+    Raises:
+        DataError: the reference data are needed and not here.
+    """
+    wanted = config.evaluation.reference
+    if wanted is not None and wanted.path is None and (name := f"{wanted.kind}/{wanted.split}") in SHIPPED:
+        try:
+            return reference_statistics(name, extractor)
+        except EvaluationError:
+            pass  # none for this extractor: made from the data
+    if wanted is None and config.data.flip:
+        wanted = config.data.model_copy(update={"flip": False})  # the reference is the data as they are
+    return reference_statistics(data if wanted is None else open_data(wanted), extractor)
+
+
 class Workbench:
     """What every trial of a study shares.
 
@@ -85,13 +110,11 @@ class Workbench:
         check_fit(self.backbone, self.data, self.diffusion, self.full)
         evaluation = config.evaluation
         self.extractor = make_extractor(evaluation.extractor, evaluation.extractor_weights, self.device)
-        source = self.data if evaluation.reference is None else open_data(evaluation.reference)
-        self.reference = reference_statistics(source, self.extractor)
+        self.reference = open_reference(config, self.data, self.extractor)
         self.protocol = build_protocol(evaluation, config.sampling, self.extractor, self.reference)
         self.batch_size = min(config.sampling.batch_size, evaluation.num_samples)
         self.on_step: Callable[[int, float], None] | None = None  # sees (steps done, loss) of each fine-tuning
         self._latency: LatencyTable | None = None
-        self._flops: list[float] | None = None
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -120,17 +143,10 @@ class Workbench:
             os.replace(part, path)
         return self._latency
 
-    @property
-    def flops(self) -> list[float]:
+    @cached_property
+    def flops(self) -> tuple[float, ...]:
         """FLOPs of one network call for one image at exit depths 1…depth."""
-        if self._flops is None:
-            self._flops = [count_flops(self.backbone, d) for d in range(1, self.backbone.depth + 1)]
-        return self._flops
-
-    def flops_frac(self, schedule: ExitSchedule, timesteps: Sequence[float]) -> float:
-        """FLOPs of a whole sampling over the full network's."""
-        depths = schedule.exit_depth_at(timesteps)
-        return float(np.asarray(self.flops)[depths - 1].sum() / (self.flops[-1] * len(depths)))
+        return flops_table(self.backbone)
 
     # -- one schedule ----------------------------------------------------------------------------
 
@@ -196,7 +212,7 @@ class Workbench:
         return Outcome(
             quality,
             latency.time_frac(schedule, timesteps),
-            self.flops_frac(schedule, timesteps),
+            flops_frac(schedule, timesteps, self.flops),
             schedule.block_frac(timesteps),
             tuned.losses,
             {"finetune": tuned.seconds, "sample": sampling_s, "evaluate": evaluation_s},

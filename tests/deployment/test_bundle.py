@@ -1,0 +1,120 @@
+"""Bundles: the same images anywhere, and no damaged or foreign file accepted."""
+
+import json
+import os
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from asesearch.config import DiffusionConfig, SamplingConfig
+from asesearch.deployment.bundle import Bundle, load_bundle, write_bundle
+from asesearch.diffusion import Diffusion
+from asesearch.errors import CheckpointError, ScheduleError
+from asesearch.sampling import sample
+from asesearch.schedule import ExitSchedule
+
+SCHEDULE = ExitSchedule.from_string("4 4 2 1")
+
+
+@pytest.fixture
+def bundle(tiny_dit):
+    how = SamplingConfig(solver="ddim", num_steps=4, cfg_scale=1.5, batch_size=5)
+    return Bundle(tiny_dit, SCHEDULE, "dit", DiffusionConfig(), how, {"search": None}, {"study": "tiny", "trial": 3})
+
+
+@pytest.fixture
+def folder(bundle, tmp_path):
+    return write_bundle(bundle, tmp_path / "bundle")
+
+
+def test_round_trip_gives_identical_images(bundle, folder):
+    loaded = load_bundle(folder)
+    assert (loaded.schedule, loaded.sampling, loaded.diffusion) == (SCHEDULE, bundle.sampling, bundle.diffusion)
+    assert loaded.provenance == {"study": "tiny", "trial": 3} and loaded.kind == "dit"
+    seeds = [3, 4, 11]
+    y = torch.tensor([s % 3 for s in seeds])
+    expected = sample(
+        bundle.backbone, "ddim", SCHEDULE, diffusion=Diffusion(), num_steps=4, seeds=seeds, y=y, cfg_scale=1.5, batch_size=5
+    )
+    again = loaded.sample(seeds)
+    assert torch.equal(again.images, expected.images) and again.block_calls == expected.block_calls
+
+
+def test_steps_and_labels_can_be_chosen(folder):
+    loaded = load_bundle(folder)
+    assert loaded.sample([0, 1], num_steps=2).nfe == 4  # two steps, each with and without the label
+    one, other = (loaded.sample([5], torch.tensor([y])).images for y in (0, 2))
+    assert not torch.equal(one, other)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "parity.safetensors"])
+def test_a_flipped_byte_is_found_before_anything_is_read(folder, name):
+    path = folder / name
+    raw = bytearray(path.read_bytes())
+    raw[-3] ^= 1
+    path.write_bytes(raw)
+    with pytest.raises(CheckpointError, match=f"{name} is missing or damaged"):
+        load_bundle(folder)
+
+
+def test_missing_files_and_foreign_manifests_are_refused(folder, tmp_path):
+    with pytest.raises(CheckpointError, match="is .* a bundle"):
+        load_bundle(tmp_path / "nothing")
+    manifest = folder / "bundle.json"
+    data = json.loads(manifest.read_text())
+    for change, rule in (
+        ({"version": 9}, "bundle version 9"),
+        ({"format": "zip"}, "not the manifest"),
+        ({"sampling": {"solver": "magic"}}, "does not fit together"),
+        ({"schedule": ExitSchedule.full(5).to_dict()}, "network of 5 blocks"),
+    ):
+        manifest.write_text(json.dumps({**data, **change}))
+        with pytest.raises((CheckpointError, ScheduleError), match=rule):
+            load_bundle(folder)
+    (folder / "model.safetensors").unlink()
+    manifest.write_text(json.dumps(data))
+    with pytest.raises(CheckpointError, match="missing or damaged"):
+        load_bundle(folder)
+
+
+def test_a_network_that_computes_something_else_is_refused(folder):
+    """Negative control of the parity check: an expected output that is off by 1 %."""
+    path = folder / "parity.safetensors"
+    tensors = load_file(path)
+    save_file({k: v * 1.01 if k == "out.2" else v for k, v in tensors.items()}, path)
+    manifest = json.loads((folder / "bundle.json").read_text())
+    import hashlib
+
+    manifest["files"]["parity.safetensors"]["sha256"] = hashlib.sha256(path.read_bytes()).hexdigest()
+    (folder / "bundle.json").write_text(json.dumps(manifest))
+    with pytest.raises(CheckpointError, match="at exit depth 2 it is off by"):
+        load_bundle(folder)
+    assert load_bundle(folder, check_parity=False).schedule == SCHEDULE
+
+
+def test_nothing_is_overwritten_unasked(bundle, folder, tmp_path):
+    with pytest.raises(CheckpointError, match="exists already"):
+        write_bundle(bundle, folder)
+    write_bundle(bundle, folder, overwrite=True)
+    load_bundle(folder)
+    other = tmp_path / "precious"
+    other.mkdir()
+    (other / "thesis.tex").write_text("words")
+    with pytest.raises(CheckpointError, match="is not a bundle"):
+        write_bundle(bundle, other, overwrite=True)
+    assert (other / "thesis.tex").read_text() == "words"
+
+
+def test_a_failed_export_leaves_nothing(bundle, tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "replace", lambda *a: (_ for _ in ()).throw(OSError("disk full")))
+    with pytest.raises(CheckpointError, match="disk full"):
+        write_bundle(bundle, tmp_path / "bundle")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_schedule_for_another_network_is_refused(bundle, tmp_path):
+    wrong = Bundle(bundle.backbone, ExitSchedule.full(5), "dit", bundle.diffusion, bundle.sampling, {}, {})
+    with pytest.raises(ScheduleError, match="network of 5 blocks"):
+        write_bundle(wrong, tmp_path / "bundle")
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,82 @@
+"""Picking a point: by confirmed figures, within budgets, or not at all."""
+
+import pytest
+
+from asesearch.errors import ConfigError, StudyError
+from asesearch.evaluation.results import EvaluationResult
+from asesearch.schedule import ExitSchedule
+from asesearch.search.picking import pick, quality_limit
+from asesearch.search.records import Confirmation, StudyResults, TrialRecord
+from tests.search.fake_search import PROTOCOL
+
+
+def record(number, value, time, depths, origin="tpe"):
+    quality = EvaluationResult(PROTOCOL, (value - 0.1, value + 0.1))
+    return TrialRecord(number, origin, ExitSchedule.from_string(depths, 6), "complete", quality, time, time, time)
+
+
+RECORDS = (
+    record(0, 5.0, 1.0, "6", "full"),
+    record(1, 5.1, 0.8, "6 5"),
+    record(2, 5.6, 0.6, "6 3"),
+    record(3, 9.0, 0.3, "2 1"),
+    TrialRecord(4, "tpe", ExitSchedule.from_string("1", 6), "failed", failure="diverged"),
+)
+
+
+def results(confirmations=()):
+    return StudyResults("fake", {}, RECORDS, tuple(confirmations), (), {})
+
+
+def confirmed(number, value, time):
+    return Confirmation(number, EvaluationResult(PROTOCOL, (value - 0.2, value + 0.2)), time, 0.01)
+
+
+@pytest.mark.parametrize(
+    ("mode", "quality", "time", "number"),
+    [
+        ("best-quality", None, None, 0),
+        ("fastest-within", "5.7", None, 2),
+        ("fastest-within", "+3%", None, 1),
+        ("fastest-within", "1se", None, 1),
+        ("fastest-within", "0.5se", None, 0),
+        ("best-within", None, 0.7, 2),
+        ("best-within", None, 1.0, 0),
+    ],
+)
+def test_modes(mode, quality, time, number):
+    assert pick(results(), mode, quality, time).number == number
+
+
+def test_confirmed_figures_count_where_there_are_any():
+    fresh = [confirmed(0, 5.2, 1.0), confirmed(1, 5.0, 0.85), confirmed(2, 7.0, 0.62)]
+    assert pick(results(fresh), "best-quality").number == 1
+    assert pick(results(fresh), "fastest-within", "+20%").number == 1  # 2 was too good on the search's seeds
+    assert pick(results(fresh), "best-within", time_frac=0.7).number == 2  # 3 is not confirmed
+
+
+def test_budgets_that_nothing_meets_name_the_nearest():
+    with pytest.raises(StudyError, match="the best is 5 "):
+        pick(results(), "fastest-within", "4")
+    with pytest.raises(StudyError, match="the fastest takes 0.300"):
+        pick(results(), "best-within", time_frac=0.1)
+    with pytest.raises(StudyError, match="no evaluated schedule"):
+        pick(StudyResults("fake", {}, (), (), (), {}), "best-quality")
+
+
+@pytest.mark.parametrize(
+    ("mode", "quality", "time"), [("best", None, None), ("fastest-within", None, None), ("best-quality", "5", None), ("best-within", None, None)]
+)
+def test_wrong_questions_are_refused(mode, quality, time):
+    with pytest.raises(ConfigError):
+        pick(results(), mode, quality, time)
+
+
+def test_quality_budgets():
+    assert quality_limit("7.5", 5.0, None) == 7.5
+    assert quality_limit("+10%", 5.0, None) == pytest.approx(5.5)
+    assert quality_limit("2se", 5.0, 0.1) == pytest.approx(5.2)
+    with pytest.raises(ConfigError, match="needs a standard error"):
+        quality_limit("1se", 5.0, None)
+    with pytest.raises(ConfigError, match="got 'lots'"):
+        quality_limit("lots", 5.0, 0.1)

@@ -1,0 +1,230 @@
+"""Every command, as a user runs it, on a network small enough to train in a second."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+from asesearch.cli import app, main
+
+STUDY = """
+name = "tiny"
+[backbone]
+kind = "dit"
+{backbone}
+[data]
+kind = "fashion-mnist"
+split = "test"
+[train]
+num_steps = 4
+batch_size = 8
+lr = 1e-3
+[sampling]
+solver = "ddim"
+num_steps = 3
+batch_size = 40
+[evaluation]
+extractor = "fashion-cnn"
+num_samples = 70
+repeats = 2
+reference = {{ kind = "fashion-mnist", split = "train" }}
+[search]
+num_trials = 3
+num_intervals = 4
+warm_start = ["3 2 2 1"]
+[confirm]
+num_samples = 80
+repeats = 2
+time_images = 4
+time_repeats = 2
+"""
+ARGS = "args = { input_size = 28, patch_size = 14, in_channels = 1, hidden_size = 16, depth = 3, num_heads = 2, num_classes = 10 }"
+
+
+def call(*args, code=0):
+    """Run a command in this process; its exit code is checked, its stdout and stderr returned."""
+    result = CliRunner().invoke(app, [str(a) for a in args])
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    assert result.exit_code == code, result.stderr
+    return result.stdout, result.stderr
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A folder with study files, trained weights and a finished search."""
+    folder = tmp_path_factory.mktemp("cli")
+    (folder / "scratch.toml").write_text(STUDY.format(backbone=ARGS))
+    call("train", folder / "scratch.toml", "--out", folder / "net.safetensors", "--run-dir", folder / "runs/train")
+    (folder / "tiny.toml").write_text(STUDY.format(backbone=f'checkpoint = "{folder}/net.safetensors"'))
+    out, err = call("search", folder / "tiny.toml", "--out", folder / "runs/tiny", "--report", folder / "reports/tiny")
+    result = json.loads(out)
+    assert result["report"] == str(folder / "reports/tiny/index.html") and result["front"]
+    assert "confirming the front" in err
+    return folder
+
+
+def test_train_writes_weights_and_says_how_they_were_made(place):
+    from asesearch.backbones import inspect_checkpoint
+
+    info = inspect_checkpoint(place / "net.safetensors")
+    assert info.args["hidden_size"] == 16
+    out, err = call("train", place / "scratch.toml", "--out", place / "again.safetensors", "--run-dir", place / "runs/train")
+    assert "resuming at step 4 of 4" in err and json.loads(out)["steps"] == 4
+    assert (place / "again.safetensors").read_bytes() == (place / "net.safetensors").read_bytes()
+
+
+def test_search_left_a_report_and_resumes_with_more_trials(place):
+    page = (place / "reports/tiny/index.html").read_text()
+    assert "Fréchet distance (fashion-cnn)" in page and "3 2 2 1" in page
+    assert (place / "runs/tiny/confirmations.json").is_file()
+    copy = place / "longer.toml"
+    copy.write_text((place / "tiny.toml").read_text())
+    out, err = call(
+        "search", copy, "--out", place / "runs/tiny", "--trials", 4, "--report", place / "reports/longer"
+    )
+    assert "3 of 4 schedules on record" in err and json.loads(out)["front"]
+
+
+def test_a_comparability_break_is_refused(place):
+    changed = place / "changed.toml"
+    changed.write_text((place / "tiny.toml").read_text().replace("num_steps = 3", "num_steps = 2"))
+    from asesearch.errors import StudyError
+
+    with pytest.raises(StudyError, match=r"sampling\.num_steps: 3 -> 2"):
+        call("search", changed, "--out", place / "runs/tiny")
+
+
+def test_dry_run_prints_a_plan_and_leaves_nothing(place, tmp_path):
+    plan = json.loads(call("search", place / "tiny.toml", "--out", tmp_path / "dry", "--dry-run")[0])
+    assert plan["at_most"]["search_s"] > 0 and plan["study"]["search"]["num_trials"] == 3
+    assert not (tmp_path / "dry").exists()
+    plan = json.loads(call("finetune", place / "tiny.toml", "--schedule", "D3-DiT", "-o", tmp_path / "w.safetensors", "--dry-run")[0])
+    assert plan["schedule"] == "3 3 3 3 2 2 2 2 1 1" and plan["estimate"]["total_s"] > 0
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_finetune_under_a_schedule(place, tmp_path):
+    out, _ = call(
+        "finetune", place / "tiny.toml", "--schedule", "3 1", "--steps", 2, "-o", tmp_path / "w.safetensors",
+        "--run-dir", tmp_path / "run",
+    )  # fmt: skip
+    assert json.loads(out)["steps"] == 2 and (tmp_path / "w.safetensors").is_file()
+
+
+def test_report_alone(place, tmp_path):
+    assert json.loads(call("report", place / "runs/tiny", "--out", tmp_path / "r", "--dry-run")[0])["trials"] >= 3
+    assert Path(json.loads(call("report", place / "runs/tiny", "--out", tmp_path / "r")[0])["report"]).is_file()
+
+
+def test_export_and_sample_in_a_fresh_process(place, tmp_path):
+    from asesearch import load_bundle
+    from asesearch.evaluation.fidelity import to_uint8
+
+    chosen = json.loads(call("export", place / "runs/tiny", "--pick", "best-within", "--time", 1, "-o", tmp_path / "b", "--dry-run")[0])
+    assert chosen["evaluation"]["confirmed"] and not (tmp_path / "b").exists()
+    call("export", place / "runs/tiny", "--pick", "best-within", "--time", 1, "-o", tmp_path / "b")
+    command = [sys.executable, "-m", "asesearch", "sample", str(tmp_path / "b"), "-o", str(tmp_path / "x.npz"), "--num", "6", "--seed", "5"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert json.loads(done.stdout)["nfe"] == 3
+    images = np.load(tmp_path / "x.npz")["images"]
+    here = to_uint8(load_bundle(tmp_path / "b").sample(range(5, 11)).images).numpy()
+    assert np.array_equal(images, here)
+    call("sample", tmp_path / "b", "-o", tmp_path / "x.png", "--num", 5, "--label", 3, "--steps", 2)
+    assert (tmp_path / "x.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_export_after_full_finetuning_records_both_figures(place, tmp_path):
+    call("export", place / "runs/tiny", "--trial", 1, "--finetune-steps", 3, "-o", tmp_path / "b")
+    manifest = json.loads((tmp_path / "b/bundle.json").read_text())
+    after = manifest["evaluation"]["after_full_finetuning"]
+    assert after["num_steps"] == 3 and after["quality"]["protocol"]["num_samples"] == 80
+    assert manifest["evaluation"]["search"]["protocol"]["num_samples"] == 70
+    assert manifest["provenance"]["trial"] == 1
+
+
+def test_evaluate_reproduces_the_figure_on_record(place):
+    result = json.loads(call("evaluate", place / "runs/tiny", "--trial", 0, "--check")[0])
+    assert result["check"]["reproduced"] and result["metric"] == "Fréchet distance (fashion-cnn)"
+    untuned = json.loads(call("evaluate", place / "runs/tiny", "--schedule", "3 1 1 1")[0])
+    assert untuned["schedule"] == "3 1 1 1" and len(untuned["values"]) == 2
+
+
+def test_evaluate_check_fails_for_other_weights(place):
+    """Negative control: the full network's weights in the place of another trial's."""
+    trials = place / "runs/tiny/trials"
+    full, other = trials / "3/weights.safetensors", trials / "3-2-1_at_250-750/weights.safetensors"
+    kept = other.read_bytes()
+    other.unlink()  # weights in use may be mapped: never write in place
+    other.write_bytes(full.read_bytes())
+    out, _ = call("evaluate", place / "runs/tiny", "--trial", 1, "--check", code=1)
+    assert not json.loads(out)["check"]["reproduced"]
+    other.unlink()
+    other.write_bytes(kept)
+
+
+@pytest.mark.parametrize("command", ["train", "finetune", "sample", "evaluate", "search", "report", "export", "train-extractor"])
+def test_every_command_explains_itself(command):
+    out, _ = call(command, "--help")
+    assert "Usage" in out and len(out) > 300
+    assert all(option in out for option in (["--dry-run"] if command != "train-extractor" else ["--out"]))
+
+
+def as_program(monkeypatch, capsys, *args):
+    monkeypatch.setattr(sys, "argv", ["asesearch", *map(str, args)])
+    with pytest.raises(SystemExit) as caught:
+        main()
+    return caught.value.code, capsys.readouterr()
+
+
+WRONG = [
+    (("search", "missing.toml"), 1, "can't read missing.toml"),
+    (("search", "bad.toml"), 1, "unknown key search.tirals"),
+    (("search", "value.toml"), 1, "train.lr"),
+    (("search", "broken.toml"), 1, "is not valid TOML"),
+    (("report", "nowhere"), 1, "no study in nowhere"),
+    (("sample", "nowhere", "-o", "x.png"), 1, "can't read nowhere/bundle.json"),
+    (("sample", "nowhere", "-o", "x.jpg"), 1, "written as .png or .npz"),
+    (("train", "tiny.toml", "-o", "x.pt"), 1, "written as .safetensors"),
+    (("finetune", "deep.toml", "--schedule", "28 28", "-o", "x.safetensors"), 1, "rescale the schedule"),
+    (("finetune", "deep.toml", "--schedule", "D9-DiT", "-o", "x.safetensors"), 1, "published names"),
+    (("search",), 2, "Missing argument"),
+    (("export", "runs", "--time", "2", "-o", "b"), 2, "0.0<=x<=1.0"),
+]
+
+
+@pytest.mark.parametrize(("args", "code", "message"), WRONG, ids=[" ".join(w[0][:2]) for w in WRONG])
+def test_wrong_input_is_one_line_and_leaves_nothing(place, tmp_path, monkeypatch, capsys, args, code, message):
+    text = (place / "tiny.toml").read_text()
+    monkeypatch.chdir(tmp_path)
+    files = {
+        "bad.toml": text.replace("num_trials", "tirals"),
+        "value.toml": text.replace("lr = 1e-3", "lr = -1"),
+        "broken.toml": "name = ",
+        "tiny.toml": text,
+        "deep.toml": text,
+    }
+    for name, content in files.items():
+        Path(name).write_text(content)
+    got, said = as_program(monkeypatch, capsys, *args)
+    assert got == code and message in said.err and "Traceback" not in said.err
+    assert code == 2 or len(said.err.strip().splitlines()) == 1
+    assert sorted(p.name for p in tmp_path.iterdir()) == sorted(files)
+
+
+def test_debug_shows_the_traceback(monkeypatch):
+    from asesearch.errors import ConfigError
+
+    monkeypatch.setattr(sys, "argv", ["asesearch", "--debug", "search", "missing.toml"])
+    with pytest.raises(ConfigError):
+        main()
+
+
+def test_unwritable_study_directory(place, tmp_path, monkeypatch, capsys):
+    (tmp_path / "file").write_text("not a folder")
+    code, said = as_program(monkeypatch, capsys, "search", place / "tiny.toml", "--out", tmp_path / "file" / "run")
+    assert code == 1 and "can't write to" in said.err and said.err.count("\n") == 1
