@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import gzip
 import hashlib
+import math
 import os
 import struct
 import urllib.request
+import zlib
 from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
@@ -18,7 +20,7 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 
 from asesearch.config import DataConfig
@@ -58,8 +60,10 @@ class DataSource(Protocol):
 
     def __len__(self) -> int: ...
 
-    def batch(self, indices: Sequence[int], generator: torch.Generator | None = None) -> tuple[Tensor, Tensor | None]:
-        """x_start (N, C, H, W) float32 in [-1, 1] (or scaled latents), and y (N,) int64 or None.
+    def batch(
+        self, indices: Sequence[int], generator: torch.Generator | None = None
+    ) -> tuple[Tensor, Tensor | dict[str, Tensor] | None]:
+        """x_start (N, C, H, W) float32 in [-1, 1] (or scaled latents), and y: (N,) int64, a prompt's tensors, or None.
 
         `generator` feeds random augmentation; None means none is applied.
         """
@@ -125,13 +129,13 @@ def read_idx(path: str | os.PathLike[str]) -> npt.NDArray[np.uint8]:
     try:
         raw = path.read_bytes()
         data = gzip.decompress(raw) if raw[:2] == b"\x1f\x8b" else raw
-    except (OSError, EOFError, gzip.BadGzipFile) as error:
+    except (OSError, EOFError, zlib.error) as error:
         raise DataError(f"can't read the IDX file {path}: {error}; check the path or fetch the file again") from error
     if len(data) < 4 or data[:3] != b"\x00\x00\x08" or len(data) < 4 + 4 * data[3]:
         raise DataError(f"{path} is not an IDX file of unsigned bytes; MNIST's and Fashion-MNIST's files are")
     shape = struct.unpack(f">{data[3]}I", data[4 : 4 + 4 * data[3]])
     body = np.frombuffer(data, dtype=np.uint8, offset=4 + 4 * data[3])
-    if body.size != int(np.prod(shape, dtype=np.int64)):
+    if body.size != math.prod(shape):
         raise DataError(f"{path} is truncated or damaged: its header says {shape}, it holds {body.size} bytes; fetch it again")
     return body.reshape(shape)
 
@@ -232,7 +236,7 @@ class ImageFolder:
     """Image files, read when they are needed. Subfolders are classes (ImageNet's layout); a flat folder has no labels.
 
     Args:
-        path: the folder.
+        path: the folder; kept as `root`.
         image_size: side of the centre crop, in pixels.
         channels: 1 = grey, 3 = colour.
         flip: mirror half of the images left to right, where a generator is passed.
@@ -240,7 +244,8 @@ class ImageFolder:
     `digest` covers names and sizes of the files, not their content, which would mean reading all of ImageNet.
 
     Raises:
-        DataError: no such folder, no images in it, or images both beside and in subfolders; on reading, a damaged file.
+        DataError: no such folder, no images in it, images both beside and in subfolders, or a class folder without images
+            (the labels of those after it would shift); on reading, a damaged file.
     """
 
     def __init__(self, path: str | os.PathLike[str], image_size: int, channels: int = 3, flip: bool = False) -> None:
@@ -255,8 +260,13 @@ class ImageFolder:
             stray = next(p for p, n in zip(files, nested, strict=True) if not n)
             raise DataError(f"{root} holds images both in class folders and beside them ({stray.name}); move these")
         classes = sorted({p.relative_to(root).parts[0] for p in files}) if all(nested) else []
+        empty = sorted(p.name for p in root.iterdir() if p.is_dir() and p.name[0] != "." and p.name not in classes)
+        if classes and empty:
+            raise DataError(
+                f"every class folder of {root} must hold images; got none in {', '.join(empty[:5])}; remove or fill it"
+            )
         index = {name: i for i, name in enumerate(classes)}
-        self.files, self.channels, self.flip, self.name = files, channels, flip, root.name
+        self.root, self.files, self.channels, self.flip, self.name = root, files, channels, flip, root.resolve().name
         self.labels = torch.tensor([index[p.relative_to(root).parts[0]] for p in files]) if classes else None
         self.num_classes, self.shape = len(classes), (channels, image_size, image_size)
         listing = "\n".join(f"{p.relative_to(root).as_posix()} {p.stat().st_size}" for p in files)
@@ -270,7 +280,7 @@ class ImageFolder:
         try:
             with Image.open(self.files[index]) as image:
                 pixels = np.asarray(centre_crop(image.convert("L" if self.channels == 1 else "RGB"), self.shape[1]))
-        except (OSError, UnidentifiedImageError) as error:
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # all of them are Pillow's
             raise DataError(f"can't read the image {self.files[index]}: {error}; replace or remove it") from error
         return pixels.reshape(*self.shape[1:], self.channels).transpose(2, 0, 1)  # (H, W, C) -> (C, H, W)
 
@@ -299,6 +309,37 @@ def open_data(config: DataConfig) -> DataSource:
         return fashion_mnist(config.split, config.path, download=config.download)
     if config.path is None:
         raise ConfigError(f"data.path is needed for data of kind {config.kind!r}; got none; give the folder")
+    if config.kind == "latents":
+        from asesearch.latents import LatentShards  # here, because that module imports this one
+
+        return LatentShards(config.path, config.flip)
     if config.image_size is None:
         raise ConfigError("data.image_size is needed for an image folder; got none; give the side in pixels")
     return ImageFolder(config.path, config.image_size, config.channels, config.flip)
+
+
+def save_images(pixels: npt.NDArray[np.uint8], path: Path) -> None:
+    """Write (N, C, H, W) uint8 as a grid (.png, about as wide as high) or as an array `images` (.npz).
+
+    Raises:
+        DataError: the file can't be written.
+    """
+    n, c, h, w = pixels.shape
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with part.open("wb") as file:
+            if path.suffix == ".npz":
+                np.savez_compressed(file, images=pixels)
+            else:
+                columns = math.ceil(math.sqrt(n))
+                rows = math.ceil(n / columns)
+                grid = np.full((rows * columns, c, h, w), 255, np.uint8)
+                grid[:n] = pixels
+                grid = grid.reshape(rows, columns, c, h, w).transpose(0, 3, 1, 4, 2).reshape(rows * h, columns * w, c)
+                Image.fromarray(grid[..., 0] if c == 1 else grid[..., :3]).save(file, format="PNG")
+        os.replace(part, path)
+    except OSError as error:
+        raise DataError(f"can't write {path}: {error}; choose a folder you may write to") from error
+    finally:
+        part.unlink(missing_ok=True)

@@ -1,0 +1,305 @@
+"""Encoding: images, and captions if there are any, into a folder that `LatentShards` reads."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from asesearch.config import DataConfig
+from asesearch.data import DataSource, ImageFolder
+from asesearch.errors import ConfigError, DataError
+from asesearch.latents.networks import PathLike, TextEncoder, Vae
+from asesearch.latents.shards import FORMAT_VERSION, INDEX, Array, Entry, Index, file_sha256, write_array
+
+READERS = 16  # threads that read images, at most
+Precision = Literal["float16", "float32"]
+
+
+@dataclass
+class _Job:
+    """An encoding that has passed its checks."""
+
+    source: DataSource
+    vae: Vae
+    text: TextEncoder | None
+    captions: Sequence[str]
+    batch_size: int
+    flips: bool
+    dtype: torch.dtype
+    on_batch: Callable[[int], None]
+
+    def shard(self, indices: range) -> dict[str, Array]:
+        """The arrays of one shard, by part."""
+        latents: list[Tensor] = []
+        labels: list[Tensor] = []
+        prompts: list[Tensor] = []
+        for chunk, x_start, y in self._batches(indices):
+            where = f"images {chunk.start}…{chunk.stop - 1} of {self.source.name}"
+            views = (x_start, x_start.flip(-1)) if self.flips else (x_start,)
+            moments = torch.stack([self.vae.moments(view) for view in views], dim=1)  # (n, V, 2, C, h, w)
+            latents.append(self._stored(moments, where))
+            if self.text is not None:
+                prompts += [self._stored(p, where) for p in self.text.encode([self.captions[i] for i in chunk])]
+            elif y is not None:
+                labels.append(y)
+            self.on_batch(len(chunk))
+        parts = {"latents": torch.cat(latents)}
+        if labels:
+            parts["labels"] = torch.cat(labels)
+        if prompts:
+            parts["tokens"] = torch.cat(prompts)
+            parts["offsets"] = torch.tensor([0, *map(len, prompts)]).cumsum(0)
+        return {name: tensor.numpy() for name, tensor in parts.items()}
+
+    def null_prompt(self) -> Array | None:
+        """The empty prompt's embedding: (tokens, D)."""
+        return None if self.text is None else self._stored(self.text.encode([""])[0], "the empty prompt").numpy()
+
+    def _stored(self, values: Tensor, where: str) -> Tensor:
+        stored = values.to("cpu", self.dtype)
+        if not bool(torch.isfinite(stored).all()):
+            raise DataError(
+                f"latents and embeddings must be finite in {self.dtype}; got others in {where}; use float32, or other weights"
+            )
+        return stored
+
+    def _batches(self, indices: range) -> Iterator[tuple[range, Tensor, Tensor | None]]:
+        """Indices, images and labels, read by several threads, one batch ahead."""
+        chunks = [indices[i : i + self.batch_size] for i in range(0, len(indices), self.batch_size)]
+        with ThreadPoolExecutor(min(os.cpu_count() or 1, READERS)) as pool:
+
+            def submit(chunk: range) -> list[Future[tuple[Tensor, Any]]]:
+                return [pool.submit(self.source.batch, [i]) for i in chunk]
+
+            ahead = submit(chunks[0])
+            for chunk, following in zip(chunks, [*chunks[1:], range(0)], strict=True):
+                current, ahead = ahead, submit(following)
+                images, labels = zip(*(future.result() for future in current), strict=True)
+                yield chunk, torch.cat(images), None if labels[0] is None else torch.cat(labels)
+
+
+@torch.inference_mode()
+def encode_latents(
+    source: DataSource,
+    vae_path: PathLike,
+    out_dir: PathLike,
+    *,
+    batch_size: int = 32,
+    flips: bool = True,
+    shard_size: int = 1024,
+    device: str | torch.device = "cpu",
+    captions: Sequence[str] | None = None,
+    text_encoder_path: PathLike | None = None,
+    max_length: int = 120,
+    dtype: Precision = "float16",
+    progress: Callable[[int, int], None] | None = None,
+) -> None:
+    """Encode images, and captions if there are any, into a folder that `LatentShards` reads.
+
+    A run that was killed goes on when it is called again with the same arguments, and leaves the same bytes as one that was
+    not; a shard that is missing or damaged is made anew. `batch_size` and `device` may change, which changes numbers by
+    rounding only (with captions, from GPU to CPU or back is refused, as the text encoder's precision differs).
+
+    Args:
+        source: images (N, 3, H, W) in [-1, 1]; it is read without augmentation.
+        vae_path: local folder of a diffusers AutoencoderKL, or of a pipeline with one in `vae/`.
+        out_dir: a new or an empty folder, or one to go on with.
+        batch_size: images a pass.
+        flips: encode the mirror images too.
+        shard_size: images a file.
+        device: where the networks run.
+        captions: one an image, in the source's order; labels are then left out.
+        text_encoder_path: local folder of a transformers text encoder with its tokenizer, or of a pipeline with these in
+            `text_encoder/` and `tokenizer/`.
+        max_length: tokens a caption, the rest is cut off; PixArt-α's is 120.
+        dtype: of the stored numbers; float16 keeps three digits in half the space.
+        progress: called as (images done, images in all) after every batch, and for every shard that was done before.
+
+    Raises:
+        ConfigError: arguments out of range, or captions without a text encoder.
+        CheckpointError: VAE or text encoder missing or unreadable.
+        DataError: images or captions that don't fit, or `out_dir` holds another encoding: the message says what changed.
+    """
+    _check_arguments(source, batch_size, shard_size, dtype, captions, text_encoder_path)
+    vae, folder = Vae(vae_path, device), Path(out_dir)
+    _check_images(source, vae)
+    text = None if text_encoder_path is None else TextEncoder(text_encoder_path, device, max_length)
+    identity = {
+        "vae": vae.digest,
+        "source": source.digest,
+        "flips": flips,
+        "dtype": dtype,
+        "shard_size": shard_size,
+        "captions": None if captions is None else hashlib.sha256(json.dumps(list(captions)).encode()).hexdigest(),
+        "text_encoder": None if text is None else text.digest,
+        "max_length": None if text is None else max_length,
+    }
+    index, done = _resumed(folder, _fresh_index(source, vae, identity)), 0
+
+    def advance(images: int) -> None:
+        nonlocal done
+        done += images
+        if progress is not None:
+            progress(done, len(source))
+
+    job = _Job(source, vae, text, captions or (), batch_size, flips, getattr(torch, dtype), advance)
+    _run(job, index, folder)
+
+
+def _run(job: _Job, index: Index, folder: Path) -> None:
+    """Encode what `index` does not have yet, or what is no longer intact; the index follows each shard."""
+    null, size = job.null_prompt(), index.identity["shard_size"]
+    index.null_prompt = None if null is None else write_array(folder / "null-prompt.npy", null)
+    index.write(folder)
+    for number, start in enumerate(range(0, index.count, size)):
+        indices = range(start, min(start + size, index.count))
+        if number < len(index.shards) and all(_intact(folder, entry) for entry in index.shards[number].values()):
+            job.on_batch(len(indices))
+            continue
+        parts = job.shard(indices)
+        entries = {part: write_array(folder / f"{part}-{number:05d}.npy", array) for part, array in parts.items()}
+        index.shards[number : number + 1] = [entries]
+        index.write(folder)
+
+
+def _intact(folder: Path, entry: Entry) -> bool:
+    path, sha256 = folder / entry["file"], str(entry["sha256"])
+    return path.is_file() and file_sha256(path) == sha256
+
+
+def _fresh_index(source: DataSource, vae: Vae, identity: dict[str, Any]) -> Index:
+    num_classes = 0 if identity["captions"] else source.num_classes
+    shape = [len(vae.scale), source.shape[1] // vae.factor, source.shape[2] // vae.factor]
+    return Index(FORMAT_VERSION, identity, source.name, len(source), shape, num_classes, vae.shift, vae.scale, None, [])
+
+
+def _resumed(folder: Path, fresh: Index) -> Index:
+    """The index already in `folder`, if it is of the same encoding; `fresh` if the folder is new or empty.
+
+    Raises:
+        DataError: `folder` holds something else.
+    """
+    if not (folder / INDEX).is_file():
+        folder.mkdir(parents=True, exist_ok=True)
+        strange = sorted(p.name for p in folder.iterdir() if p.suffix != ".part")
+        if strange:
+            raise DataError(f"latents go into an empty folder; got {folder} with {strange[0]} in it; give another folder")
+        return fresh
+    index = Index.read(folder)
+    old, new = index.identity, fresh.identity
+    changed = [f"{k}: {old.get(k)} -> {new[k]}" for k in new if old.get(k) != new[k]]
+    if changed:
+        raise DataError(f"{folder} holds another encoding; changed: {'; '.join(changed)}; undo that, or give an empty folder")
+    return index
+
+
+def _check_arguments(
+    source: DataSource, batch_size: int, shard_size: int, dtype: str, captions: Sequence[str] | None, text: PathLike | None
+) -> None:
+    if batch_size < 1 or shard_size < 1:
+        raise ConfigError(f"batch_size and shard_size must be at least 1; got {batch_size} and {shard_size}; raise them")
+    if dtype not in ("float16", "float32"):
+        raise ConfigError(f"dtype must be float16 or float32; got {dtype!r}; choose one of them")
+    if (captions is None) != (text is None):
+        raise ConfigError("captions and a text encoder are needed together; got one of them; give both or none")
+    if captions is not None and len(captions) != len(source):
+        raise DataError(f"one caption an image is needed; got {len(captions)} for {len(source)} images; add captions")
+
+
+def _check_images(source: DataSource, vae: Vae) -> None:
+    channels, height, width = source.shape
+    if channels != vae.channels or height % vae.factor or width % vae.factor:
+        raise DataError(
+            f"this VAE encodes images of {vae.channels} channels whose sides are multiples of {vae.factor} pixels; "
+            f"got {source.shape} from {source.name}; change data.channels or data.image_size"
+        )
+
+
+# -- image folders ---------------------------------------------------------------------------------
+
+
+def read_captions(path: PathLike, images: ImageFolder) -> list[str]:
+    """The captions of a folder's images, in its order.
+
+    The file is JSON Lines with `file_name`, relative to the folder, and `text`: Hugging Face's `metadata.jsonl`.
+
+    Raises:
+        DataError: unreadable, a line of another form, two lines for an image, an image without caption or the reverse.
+    """
+    path = Path(path)
+    texts: dict[str, str] = {}
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")  # not splitlines(), which also splits at U+2028 inside a caption
+    except (OSError, ValueError) as error:
+        raise DataError(f"can't read the caption file {path}: {error}; check the path") from error
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+            name, text = PurePosixPath(row["file_name"]).as_posix(), row["text"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise DataError(f'{path}:{number} must read {{"file_name": …, "text": …}}; got {line[:60]!r}; mend it') from error
+        if name in texts or not isinstance(text, str):
+            raise DataError(f"{path}:{number} must give each image one text; got {text!r} for {name}; correct or remove it")
+        texts[name] = text
+    names = [file.relative_to(images.root).as_posix() for file in images.files]
+    bare, lost = [n for n in names if n not in texts], sorted(texts.keys() - set(names))
+    if bare or lost:
+        raise DataError(
+            f"images in {images.root} and captions in {path} must pair up; got {len(bare)} images without caption {bare[:3]} "
+            f"and {len(lost)} captions without image {lost[:3]}; add or remove them"
+        )
+    return [texts[n] for n in names]
+
+
+def encode_folder(
+    data: DataConfig,
+    vae: PathLike,
+    out: PathLike,
+    *,
+    captions: PathLike | None = None,
+    text_encoder: PathLike | None = None,
+    batch_size: int = 32,
+    flips: bool = True,
+    shard_size: int = 1024,
+    device: str | torch.device = "cpu",
+    max_length: int = 120,
+    dtype: Precision = "float16",
+    progress: Callable[[int, int], None] | None = None,
+) -> None:
+    """Encode a study file's image folder; `captions` is a file for `read_captions`, the rest is as in `encode_latents`.
+
+    Raises:
+        ConfigError: `data` is not an image folder, or lacks path or image_size.
+        ConfigError, CheckpointError, DataError: as `encode_latents` and `read_captions`.
+    """
+    if data.kind != "image-folder" or data.path is None or data.image_size is None:
+        raise ConfigError(
+            f"encoding takes data of kind 'image-folder' with path and image_size; got {data.kind!r}, path {data.path!r}, "
+            f"image_size {data.image_size!r}; complete the data section"
+        )
+    images = ImageFolder(data.path, data.image_size, data.channels)
+    encode_latents(
+        images,
+        vae,
+        out,
+        batch_size=batch_size,
+        flips=flips,
+        shard_size=shard_size,
+        device=device,
+        captions=None if captions is None else read_captions(captions, images),
+        text_encoder_path=text_encoder,
+        max_length=max_length,
+        dtype=dtype,
+        progress=progress,
+    )

@@ -1,0 +1,198 @@
+"""The folder of latents: its format, and reading it.
+
+Kept are the posterior's mean and standard deviation, so that every epoch draws its own sample, as the official DiT code does
+on the fly, and of each image its mirror image too, as the official U-ViT code does. A folder holds `index.json` (format
+version, digests of VAE, images and text encoder, scaling, and shape and SHA-256 of each file) and, for each shard of n images,
+
+    latents-00000.npy   (n, V, 2, C, h, w), V = 2 with mirror images; mean and standard deviation, not scaled
+    labels-00000.npy    (n,) int64, where the images have labels and no captions
+    tokens-00000.npy    (tokens, D), all captions' embeddings one after the other, without padding
+    offsets-00000.npy   (n + 1,) int64, where each caption begins and ends in `tokens`
+
+and with captions `null-prompt.npy` (tokens, D), the empty prompt's embedding.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from asesearch.errors import DataError
+
+INDEX = "index.json"
+FORMAT_VERSION = 1
+AGAIN = "encode into this folder again, which makes anew only what is missing or damaged"
+Array = npt.NDArray[Any]
+Entry = dict[str, Any]  # of an array file: file, sha256, shape, dtype
+
+
+@dataclass
+class Index:
+    """What `index.json` holds.
+
+    Attributes:
+        version: of the format.
+        identity: all that the shards' content depends on.
+        name: of the images.
+        count: number of images.
+        shape: C, h, w.
+        num_classes: number of labels, 0 with captions.
+        shift, scale: of each channel; the network sees (z - shift) · scale.
+        null_prompt: the empty prompt's embedding, None without captions.
+        shards: of those done, in order: part -> its file.
+    """
+
+    version: int
+    identity: dict[str, Any]
+    name: str
+    count: int
+    shape: list[int]
+    num_classes: int
+    shift: list[float]
+    scale: list[float]
+    null_prompt: Entry | None
+    shards: list[dict[str, Entry]]
+
+    @classmethod
+    def read(cls, folder: Path) -> Index:
+        """The index of a folder.
+
+        Raises:
+            DataError: missing, damaged, or of another version.
+        """
+        path = folder / INDEX
+        try:
+            data = json.loads(path.read_text(encoding="utf-8"))
+            if data["version"] == FORMAT_VERSION:
+                return cls(**data)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise DataError(f"can't read the index of latents {path}: {error}; check data.path, or encode anew") from error
+        raise DataError(f"{path} has version {data['version']!r}; this release reads {FORMAT_VERSION}; encode the images anew")
+
+    def write(self, folder: Path) -> None:
+        """Atomically."""
+        part = folder / f"{INDEX}.part"
+        part.write_text(json.dumps(asdict(self), indent=1), encoding="utf-8")
+        os.replace(part, folder / INDEX)
+
+
+def write_array(path: Path, array: Array) -> Entry:
+    """Write an array atomically; returns its entry in the index."""
+    part = path.with_name(f"{path.name}.part")
+    with part.open("wb") as file:
+        np.save(file, array, allow_pickle=False)
+    sha256 = file_sha256(part)
+    os.replace(part, path)
+    return {"file": path.name, "sha256": sha256, "shape": list(array.shape), "dtype": str(array.dtype)}
+
+
+def open_array(folder: Path, entry: Entry, verify: bool) -> Array:
+    """Map an array of the index into memory.
+
+    Raises:
+        DataError: missing, truncated, of another shape or type, or, with `verify`, of another SHA-256.
+    """
+    path = folder / entry["file"]
+    try:
+        array: Array = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (OSError, EOFError, ValueError) as error:
+        raise DataError(f"can't read {path}: {error}; {AGAIN}") from error
+    if list(array.shape) != entry["shape"] or str(array.dtype) != entry["dtype"]:
+        raise DataError(f"{path} must hold {entry['dtype']} {entry['shape']}; got {array.dtype} {list(array.shape)}; {AGAIN}")
+    if verify and file_sha256(path) != entry["sha256"]:
+        raise DataError(f"{path} must have the SHA-256 {entry['sha256']} of {INDEX}; got another, so it is damaged; {AGAIN}")
+    return array
+
+
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a file's content."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+class LatentShards:
+    """A folder of latents as a `DataSource`: read by memory map, never decoded.
+
+    `batch` gives x_start (N, C, h, w) float32, scaled: a sample of the posterior, or its mean where no generator is passed.
+    y is (N,) int64, None, or for captions `encoder_hidden_states` (N, L, D) float32, zero on padding, and
+    `encoder_attention_mask` (N, L) int64, 1 on tokens.
+
+    Args:
+        path: a folder made by `encode_latents`.
+        flip: take the mirror image's latents half of the time, where a generator is passed.
+        verify: read all files and compare their SHA-256 with the index's.
+
+    Attributes:
+        null_condition: the empty prompt's y with N = 1, None without captions.
+        scaling: shift and scale of each channel, (C, 1, 1) float32 each: x_start = (z - shift) · scale.
+
+    Raises:
+        DataError: not such a folder, not all images encoded, a file missing, truncated or damaged, or `flip` without
+            mirror images.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], flip: bool = False, verify: bool = False) -> None:
+        folder = Path(path)
+        index = Index.read(folder)
+        self._shard_size: int = index.identity["shard_size"]
+        done = min(len(index.shards) * self._shard_size, index.count)
+        if done < index.count:
+            raise DataError(f"all images must be encoded; got {done} of {index.count} in {folder}; {AGAIN}")
+        if flip and not index.identity["flips"]:
+            raise DataError(f"flip needs the mirror images' latents; got none in {folder}; encode them, or leave flip out")
+        self.name, self.flip, self.num_classes = f"{index.name}/latents", flip, index.num_classes
+        self.shape = (index.shape[0], index.shape[1], index.shape[2])
+        self._count, self._max_length = index.count, index.identity["max_length"]
+        self.scaling = torch.tensor(index.shift).view(-1, 1, 1), torch.tensor(index.scale).view(-1, 1, 1)
+        self._shards = [{k: open_array(folder, entry, verify) for k, entry in shard.items()} for shard in index.shards]
+        self._labels = None
+        if "labels" in self._shards[0]:
+            self._labels = torch.from_numpy(np.concatenate([shard["labels"] for shard in self._shards]))
+        null = index.null_prompt
+        self.null_condition = None if null is None else self._padded([open_array(folder, null, verify)])
+        content = [[entry["sha256"] for entry in shard.values()] for shard in index.shards]
+        text = json.dumps([index.identity, index.shift, index.scale, content, flip], sort_keys=True)
+        self.digest = hashlib.sha256(text.encode()).hexdigest()
+
+    def __len__(self) -> int:
+        return self._count
+
+    def batch(
+        self, indices: Sequence[int], generator: torch.Generator | None = None
+    ) -> tuple[Tensor, Tensor | dict[str, Tensor] | None]:
+        where = [divmod(i, self._shard_size) for i in indices]
+        mirrored = torch.zeros(len(where), dtype=torch.int64)
+        if self.flip and generator is not None:
+            mirrored = (torch.rand(len(where), generator=generator) < 0.5).long()
+        picked = [self._shards[s]["latents"][i, m] for (s, i), m in zip(where, mirrored.tolist(), strict=True)]
+        z, std = torch.from_numpy(np.stack(picked)).float().unbind(1)  # (N, C, h, w) each
+        if generator is not None:
+            z = z + std * torch.randn(z.shape, generator=generator)
+        shift, scale = self.scaling
+        x_start = (z - shift) * scale
+        if self.null_condition is not None:
+            return x_start, self._padded([self._caption(s, i) for s, i in where])
+        return x_start, None if self._labels is None else self._labels[torch.as_tensor(indices, dtype=torch.int64)]
+
+    def _caption(self, shard: int, i: int) -> Array:
+        """The embedding of one caption: (tokens, D)."""
+        begin, end = self._shards[shard]["offsets"][i : i + 2]
+        tokens: Array = self._shards[shard]["tokens"][begin:end]
+        return tokens
+
+    def _padded(self, captions: list[Array]) -> dict[str, Tensor]:
+        hidden = torch.zeros(len(captions), self._max_length, captions[0].shape[1])  # (N, L, D)
+        mask = torch.zeros(len(captions), self._max_length, dtype=torch.int64)  # (N, L)
+        for row, tokens in enumerate(captions):
+            hidden[row, : len(tokens)], mask[row, : len(tokens)] = torch.tensor(tokens), 1
+        return {"encoder_hidden_states": hidden, "encoder_attention_mask": mask}
