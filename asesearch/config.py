@@ -103,7 +103,7 @@ class DataConfig(_Section):
 class SamplingConfig(_Section):
     """How images are made: solver, steps, guidance (1 = none) and images a batch."""
 
-    solver: Literal["ddpm", "ddim", "dpm++2m", "euler-maruyama"] = "ddim"
+    solver: Literal["ddpm", "ddim", "dpm++2m", "dpm++2m-quadratic", "euler-maruyama"] = "ddim"
     num_steps: PositiveInt = 50
     cfg_scale: NonNegativeFloat = 1.0
     batch_size: PositiveInt = 100

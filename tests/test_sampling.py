@@ -1,0 +1,499 @@
+"""Solvers: parity with independent implementations, order and bias on Gaussians, and one contract for all."""
+
+import json
+import math
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DDPMScheduler, DPMSolverMultistepScheduler
+from safetensors import safe_open
+from torch import Tensor
+
+from asesearch.backbones import Backbone, DiT
+from asesearch.diffusion import VPSDE, Diffusion, Process
+from asesearch.errors import ConfigError, ScheduleError
+from asesearch.sampling import SOLVERS, SampleResult, Solver, guided, image_noise, sample
+from asesearch.schedule import ExitSchedule
+
+DATA = Path(__file__).parent / "data"
+CASES = [
+    ("ddpm", Diffusion()),
+    ("ddim", Diffusion()),
+    ("dpm++2m", Diffusion()),
+    ("dpm++2m-quadratic", Diffusion()),
+    ("ddim", VPSDE()),
+    ("dpm++2m", VPSDE()),
+    ("dpm++2m-quadratic", VPSDE()),
+    ("euler-maruyama", VPSDE()),
+]
+IDS = [f"{name} {type(process).__name__}" for name, process in CASES]
+every_solver = pytest.mark.parametrize(("solver", "process"), CASES, ids=IDS)
+SCHEDULE = ExitSchedule.from_string("4 3 3 1")
+
+
+def load(name: str) -> tuple[DiT, dict[str, Tensor], dict[str, str]]:
+    with safe_open(DATA / f"{name}.safetensors", "pt") as file:
+        data = {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118
+        metadata = file.metadata()
+    net = DiT(**json.loads(metadata["config"]))
+    net.load_state_dict({k.removeprefix("state."): v for k, v in data.items() if k.startswith("state.")})
+    return net.eval(), data, metadata
+
+
+@pytest.fixture(scope="module")
+def net() -> DiT:
+    """The official DiT of the fixtures: 4 blocks, 4 channels of 8 x 8, 10 classes and a null label, learned variance."""
+    return load("dit")[0]
+
+
+class Gaussian(Backbone):
+    """The exact noise prediction for data N(mean, std²); unconditional, and keeps a note of its calls."""
+
+    depth, in_channels, input_size, num_classes = 4, 1, 8, 0
+    has_null_label, learn_sigma, guided_channels = False, False, 1
+
+    def __init__(self, process: Process, mean: float = 0.3, std: float = 0.5) -> None:
+        super().__init__()
+        self.process, self.mean, self.std = process, mean, std
+        self.calls: list[tuple[float, object, int]] = []
+
+    def eps(self, x_t: Tensor, t: float) -> Tensor:
+        alpha, sigma = self.process.level(t)
+        return sigma * (x_t - alpha * self.mean) / (alpha**2 * self.std**2 + sigma**2)
+
+    def forward(self, x_t: Tensor, t: Tensor, y: Tensor | None = None, *, exit_depth: object = None) -> Tensor:
+        assert y is None and t.dtype == self.process.time_dtype and bool((t == t[0]).all())
+        self.calls.append((float(t[0]), exit_depth, len(x_t)))
+        return self.eps(x_t, t[0].item())
+
+    def flow(self, x: Tensor, t_from: float, t_to: float) -> Tensor:
+        """Exact solution of the probability-flow ODE."""
+        (a, s), (b, u) = self.process.level(t_from), self.process.level(t_to)
+        scale = math.sqrt((b**2 * self.std**2 + u**2) / (a**2 * self.std**2 + s**2))
+        return b * self.mean + scale * (x - a * self.mean)
+
+
+def grid_of(solver: str, process: Process, num_steps: int) -> tuple[float, ...]:
+    return process.timesteps(num_steps, SOLVERS[solver].quadratic)
+
+
+def pairs_of(process: Process, num_steps: int, solver: str = "ddim") -> list[tuple[float, float]]:
+    return list(pairwise((*grid_of(solver, process, num_steps), process.t_clean)))
+
+
+def no_noise() -> Tensor:
+    raise AssertionError("a deterministic solver draws no noise")
+
+
+def make(net: Backbone, solver: str, process: Process, seeds: Sequence[int], **changes: object) -> SampleResult:
+    y = torch.tensor([s % 10 for s in seeds]) if net.num_classes else None
+    schedule = ExitSchedule.from_string("4 3 3 1", num_train_timesteps=process.num_train_timesteps)
+    options = {"diffusion": process, "num_steps": 5, "y": y, "schedule": schedule, **changes}
+    return sample(net, solver, options.pop("schedule"), seeds=seeds, **options)
+
+
+# -- parity ----------------------------------------------------------------------------------------
+
+
+def ddim_error(steps: int, pairs: list[tuple[float, float]]) -> float:
+    net, data, _ = load(f"dit_ddim_{steps}")
+
+    def model(x: Tensor, t: float) -> Tensor:
+        return net(x, torch.full((len(x),), t), data["y"])
+
+    with torch.no_grad():
+        x_0 = SOLVERS["ddim"].integrate(model, data["z"], pairs, Diffusion(), no_noise)
+    return float((x_0 - data["x_0"]).abs().max())
+
+
+@pytest.mark.parametrize("steps", [20, 50])
+def test_ddim_is_the_official_trajectory(steps: int) -> None:
+    assert ddim_error(steps, pairs_of(Diffusion(), steps)) < 1e-3
+
+
+def test_ddim_on_another_grid_is_not() -> None:
+    strided = [*range(950, -1, -50), -1]  # the DDIM paper's stride
+    assert ddim_error(20, list(pairwise(strided))) > 1e-2
+
+
+def cfg_error(net: DiT, first: slice | None = None) -> float:
+    _, data, metadata = load("dit")
+    half = len(data["cfg.t"]) // 2
+    with torch.no_grad():
+        ours = guided(net, data["cfg.x_t"][:half], data["cfg.t"][:half], data["cfg.y"][:half], float(metadata["cfg_scale"]))
+    return float((ours - data["cfg.out"][:half]).abs().max())
+
+
+def test_guidance_is_the_official_one(net: DiT) -> None:
+    assert cfg_error(net) < 1e-4
+
+
+@pytest.mark.parametrize("channels", [2, 4, 8])
+def test_guidance_on_other_channels_is_not(channels: int) -> None:
+    net = load("dit")[0]
+    net.guided_channels = channels
+    assert cfg_error(net) > 1e-3
+
+
+def diffusers_states(scheduler: object, model: Callable, x: Tensor, steps: int, **options: object) -> Tensor:
+    scheduler.set_timesteps(timesteps=list(Diffusion().timesteps(steps)))
+    for i, t in enumerate(scheduler.timesteps.tolist()):
+        if i == steps - 2 and hasattr(scheduler, "lower_order_nums"):
+            scheduler.lower_order_nums = 0  # first order into the last timestep, as ours
+        x = scheduler.step(model(x, t), t, x, **options).prev_sample
+    return x
+
+
+def model_of(net: DiT, learned: bool, y: Tensor) -> Callable[[Tensor, float], Tensor]:
+    def model(x: Tensor, t: float) -> Tensor:
+        output = net(x, torch.full((len(x),), t), y)
+        return output if learned else output[:, :4]
+
+    return model
+
+
+@pytest.mark.parametrize("steps", [2, 12])  # it adds noise at the end of a single step
+@pytest.mark.parametrize("learned", [True, False])
+def test_ddpm_agrees_with_diffusers(net: DiT, learned: bool, steps: int) -> None:
+    """Respaced ancestral steps with the same noise, learned variance or the posterior's."""
+    seeds, model = (3, 4), model_of(net, learned, torch.tensor([1, 2]))
+    scheduler = DDPMScheduler(
+        trained_betas=Diffusion().betas.numpy(), clip_sample=False, variance_type="learned_range" if learned else "fixed_small"
+    )
+    noise = image_noise(seeds, (4, 8, 8), torch.device("cpu"))
+    generators = [torch.Generator().manual_seed(s) for s in seeds]
+    with torch.no_grad():
+        x = torch.cat([torch.randn(1, 4, 8, 8, generator=g) for g in generators])
+        theirs = diffusers_states(scheduler, model, x, steps, generator=generators)
+        ours = SOLVERS["ddpm"].integrate(model, noise(), pairs_of(Diffusion(), steps), Diffusion(), noise)
+    torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # inside diffusers
+@pytest.mark.parametrize("steps", [2, 3, 6, 20])
+def test_dpmpp_2m_agrees_with_diffusers(net: DiT, steps: int) -> None:
+    model = model_of(net, False, torch.tensor([1, 2]))
+    scheduler = DPMSolverMultistepScheduler(trained_betas=Diffusion().betas.numpy(), final_sigmas_type="zero")
+    x = image_noise((3, 4), (4, 8, 8), torch.device("cpu"))()
+    with torch.no_grad():
+        theirs = diffusers_states(scheduler, model, x, steps)
+        ours = SOLVERS["dpm++2m"].integrate(model, x, pairs_of(Diffusion(), steps), Diffusion(), no_noise)
+        first = SOLVERS["ddim"].integrate(model, x, pairs_of(Diffusion(), steps), Diffusion(), no_noise)
+    torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-3)
+    assert steps < 4 or float((first - theirs).abs().max()) > 0.01  # the second order is seen
+
+
+def test_a_ddpm_step_of_the_whole_chain_is_the_posterior(net: DiT) -> None:
+    """Mean and learned variance of diffusion.py, which the hybrid loss trains."""
+    d, t = Diffusion(), torch.tensor([400, 400])
+    x_t = image_noise((0, 1), (4, 8, 8), torch.device("cpu"))()
+    with torch.no_grad():
+        output = net(x_t, t, t % 10)
+        step = SOLVERS["ddpm"].integrate(lambda x, t: output, x_t, [(400, 399)], d, lambda: torch.ones_like(x_t))
+    mean, _ = d.posterior(d.predict_x_start(x_t, t, output[:, :4]), x_t, t)
+    torch.testing.assert_close(step, mean + torch.exp(0.5 * d.log_variance(output[:, 4:], t)), rtol=1e-5, atol=1e-5)
+
+
+# -- order and bias --------------------------------------------------------------------------------
+
+
+def slope(steps: Sequence[int], errors: Sequence[float]) -> float:
+    """Order of convergence: minus the slope of log error over log steps."""
+    return -float(np.polyfit(np.log(steps), np.log(errors), 1)[0])
+
+
+def flow_errors(solver: str, steps: Sequence[int]) -> list[float]:
+    """Error of the image against the exact flow to the last timestep followed by the exact denoiser, in float64."""
+    sde = VPSDE()
+    net, errors = Gaussian(sde), []
+    x = torch.linspace(-2, 2, 9, dtype=torch.float64).view(1, 1, 3, 3)
+    for n in steps:
+        pairs = pairs_of(sde, n, solver)
+        t_last = pairs[-1][0]
+        alpha, sigma = sde.level(t_last)
+        end = net.flow(x, pairs[0][0], t_last)
+        exact = (end - sigma * net.eps(end, t_last)) / alpha
+        ours = SOLVERS[solver].integrate(net.eps, x, pairs, sde, no_noise)
+        errors.append(float((ours - exact).abs().max()))
+    return errors
+
+
+@pytest.mark.parametrize(
+    ("solver", "order", "steps"),
+    [("ddim", 1, (50, 100, 200)), ("dpm++2m", 2, (250, 500, 1000)), ("dpm++2m-quadratic", 2, (100, 200, 400))],
+)
+def test_order_of_convergence(solver: str, order: int, steps: tuple[int, ...]) -> None:
+    assert slope(steps, flow_errors(solver, steps)) == pytest.approx(order, abs=0.25)
+
+
+@pytest.mark.parametrize("solver", ["dpm++2m", "dpm++2m-quadratic"])
+def test_second_order_pays_at_few_steps(solver: str) -> None:
+    for n in (20, 25, 50):
+        assert flow_errors(solver, [n])[0] < 0.5 * flow_errors("ddim", [n])[0]
+
+
+def test_extrapolating_into_the_last_timestep_does_harm() -> None:
+    """Why dpm++2m is first order there: with one more step after it, that step is extrapolated as any other."""
+    sde = VPSDE()
+    net, x, pairs = Gaussian(sde, mean=0.0), torch.full((1, 1, 1, 1), 1.5, dtype=torch.float64), pairs_of(sde, 20)
+    t_last = pairs[-1][0]
+    exact = net.flow(x, pairs[0][0], t_last)
+    good = SOLVERS["dpm++2m"].integrate(net.eps, x, [*pairs[:-1], (t_last, t_last * 0.99)], sde, no_noise)
+    bad = SOLVERS["dpm++2m"].integrate(net.eps, x, [*pairs[:-1], (t_last, t_last * 0.99), (1.0, 0.99)], sde, no_noise)
+    assert float((good - exact).abs()) < 0.3 * float((bad - exact).abs())
+
+
+def moments(solver: str, process: Process, num_steps: int, net: Gaussian) -> tuple[float, float]:
+    """Exact mean and standard deviation of the images a solver makes from a linear network, without sampling.
+
+    The image is linear in the noises drawn: image k of the batch gets a unit for its k-th noise and 0 for the others.
+    """
+    draws = iter(torch.eye(num_steps + 1, dtype=torch.float64))
+
+    def noise() -> Tensor:
+        return next(draws).view(-1, 1, 1, 1)
+
+    out = SOLVERS[solver].integrate(net.eps, noise(), pairs_of(process, num_steps, solver), process, noise).flatten()
+    return float(out[-1]), float((out[:-1] - out[-1]).square().sum().sqrt())  # the last row's noise is never drawn
+
+
+@pytest.mark.parametrize(("solver", "process"), [("ddpm", Diffusion()), ("euler-maruyama", VPSDE())], ids=["ddpm", "em"])
+def test_bias_of_the_stochastic_solvers_falls_as_the_first_order(solver: str, process: Process) -> None:
+    net, steps = Gaussian(process), (125, 250, 500)
+    means, stds = zip(*(moments(solver, process, n, net) for n in steps), strict=True)
+    assert slope(steps, [abs(s - net.std) for s in stds]) == pytest.approx(1, abs=0.35)
+    assert abs(means[-1] - net.mean) < 2e-3 and abs(stds[-1] - net.std) < 1e-2
+
+
+@every_solver
+def test_images_have_the_datas_moments(solver: str, process: Process) -> None:
+    net = Gaussian(process)
+    images = make(net, solver, process, range(64), num_steps=250).images  # 4096 independent pixels
+    assert float(images.mean()) == pytest.approx(net.mean, abs=4 * net.std / math.sqrt(4096) + 2e-3)
+    assert float(images.std()) == pytest.approx(net.std, abs=4 * net.std / math.sqrt(2 * 4096) + 1.5e-2)
+
+
+# -- contract of every solver ----------------------------------------------------------------------
+
+
+@every_solver
+@pytest.mark.parametrize("cfg_scale", [1.0, 1.5])
+def test_an_image_depends_on_seed_and_label_only(net: DiT, solver: str, process: Process, cfg_scale: float) -> None:
+    seeds = [3, 11, 4, 25, 5]
+    whole = make(net, solver, process, seeds, cfg_scale=cfg_scale).images
+    scale = float(whole.abs().max())
+    small = make(net, solver, process, seeds, cfg_scale=cfg_scale, batch_size=2).images
+    other = make(net, solver, process, [seeds[3], 7, seeds[0]], cfg_scale=cfg_scale).images[[2, 0]]
+    torch.testing.assert_close(small, whole, rtol=0, atol=1e-5 * scale)
+    torch.testing.assert_close(other, whole[[0, 3]], rtol=0, atol=1e-5 * scale)
+    assert float((whole[0] - whole[1]).abs().max()) > 0.1  # another seed, another image
+
+
+@every_solver
+def test_the_label_matters_and_the_seed_repeats(net: DiT, solver: str, process: Process) -> None:
+    a = make(net, solver, process, [1, 1, 1], y=torch.tensor([2, 2, 5])).images
+    torch.testing.assert_close(a[0], a[1], rtol=0, atol=1e-5 * float(a.abs().max()))
+    assert float((a[0] - a[2]).abs().max()) > 1e-3
+
+
+@every_solver
+@pytest.mark.parametrize("cfg_scale", [1.0, 4.0])
+@pytest.mark.parametrize("num_steps", [1, 2, 7])
+def test_counts_are_what_was_really_run(net: DiT, solver: str, process: Process, cfg_scale: float, num_steps: int) -> None:
+    images_through_blocks: list[int] = []
+    handles = [net.block_at(i).register_forward_hook(lambda *a: images_through_blocks.append(len(a[-1]))) for i in range(4)]
+    result = make(net, solver, process, [0, 1, 2], num_steps=num_steps, cfg_scale=cfg_scale, batch_size=2)
+    for handle in handles:
+        handle.remove()
+    passes = 1 if cfg_scale == 1 else 2
+    assert result.nfe == passes * num_steps
+    assert result.block_calls == passes * SCHEDULE.block_calls(result.timesteps) == sum(images_through_blocks) / 3
+    assert result.images.shape == (3, 4, 8, 8) and result.images.dtype == torch.float32 and not result.images.requires_grad
+    assert result.seconds > 0
+
+
+@every_solver
+@pytest.mark.parametrize("num_steps", [1, 2, 10])
+def test_the_network_is_called_at_the_published_timesteps_and_depths(solver: str, process: Process, num_steps: int) -> None:
+    net = Gaussian(process)
+    result = make(net, solver, process, [0, 1], num_steps=num_steps)
+    assert result.timesteps == grid_of(solver, process, num_steps)
+    assert [c[0] for c in net.calls] == pytest.approx(result.timesteps, rel=1e-6)
+    assert [c[1] for c in net.calls] == SCHEDULE.exit_depth_at(result.timesteps).tolist()
+    assert all(type(c[1]) is int and c[2] == 2 for c in net.calls)
+    assert all(a > b for a, b in pairwise(result.timesteps))
+    assert all(0 <= t < process.num_train_timesteps for t in result.timesteps)
+
+
+@every_solver
+def test_the_full_schedule_is_the_plain_network(net: DiT, solver: str, process: Process) -> None:
+    y, noise = torch.tensor([3, 4]), image_noise((3, 4), (4, 8, 8), torch.device("cpu"))
+
+    def plain(x: Tensor, t: float) -> Tensor:
+        return net(x, torch.full((2,), t, dtype=process.time_dtype), y)
+
+    with torch.no_grad():
+        expected = SOLVERS[solver].integrate(plain, noise(), pairs_of(process, 5, solver), process, noise)
+    full = make(net, solver, process, [3, 4], schedule=ExitSchedule.full(4)).images
+    torch.testing.assert_close(full, expected, rtol=0, atol=0)
+    short = make(net, solver, process, [3, 4]).images
+    assert float((short - expected).abs().max()) > 1e-3
+
+
+@every_solver
+def test_nan_is_not_swallowed(solver: str, process: Process) -> None:
+    net = Gaussian(process, std=math.nan)
+    assert bool(make(net, solver, process, [0]).images.isnan().all())
+
+
+@every_solver
+def test_images_are_not_clamped(solver: str, process: Process) -> None:
+    assert float(make(Gaussian(process, mean=5.0), solver, process, [0], num_steps=100).images.mean()) > 4
+
+
+# -- training and sampling agree -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("process", [Diffusion(), VPSDE()], ids=["chain", "sde"])
+def test_the_sampler_calls_the_network_that_was_trained(net: DiT, process: Process) -> None:
+    """For the same (x_t, t) a training batch with one exit a sample gives what the sampler's call with an int gives."""
+    t = process.draw_t(torch.tensor([0.95, 0.02, 0.4, 0.7, 0.1, 0.3]))
+    y, noise = torch.arange(6), image_noise(range(12), (4, 8, 8), torch.device("cpu"))()
+    x_t = process.q_sample(noise[:6], t, noise[6:])
+    with torch.no_grad():
+        trained = net(x_t, t, y, exit_depth=torch.from_numpy(SCHEDULE.exit_depth_at(t.numpy())))
+        for i in range(6):
+            depth = int(SCHEDULE.exit_depth_at(t[i].item()))
+            sampled = guided(net, x_t[i : i + 1], t[i : i + 1], y[i : i + 1], 1.0, depth)
+            torch.testing.assert_close(sampled[0], trained[i], rtol=0, atol=1e-5)
+
+
+# -- sample ----------------------------------------------------------------------------------------
+
+
+def test_guidance_without_strength_is_one_pass_and_zero_is_the_null_class(net: DiT) -> None:
+    with torch.no_grad():
+        x, t, y = torch.ones(2, 4, 8, 8), torch.tensor([9, 9]), torch.tensor([1, 2])
+        torch.testing.assert_close(guided(net, x, t, y, 1.0), net(x, t, y), rtol=0, atol=0)
+        null = net(x, t, torch.full_like(y, 10))
+        torch.testing.assert_close(guided(net, x, t, y, 0.0)[:, :3], null[:, :3], rtol=0, atol=1e-5)
+
+
+def test_noise_can_be_made_again_from_a_seed() -> None:
+    noise = image_noise([7, 2**32 - 1], (3, 4), torch.device("cpu"))
+    first, second = noise(), noise()
+    generator = torch.Generator().manual_seed(7)
+    for draw in (first, second):
+        torch.testing.assert_close(draw[0], torch.randn(3, 4, generator=generator), rtol=0, atol=0)
+
+
+def test_mode_is_restored_and_progress_told(net: DiT) -> None:
+    told: list[tuple[int, int]] = []
+
+    def on_batch(done: int, total: int) -> None:
+        assert not net.training
+        told.append((done, total))
+
+    net.train()
+    make(net, "ddim", Diffusion(), range(5), batch_size=2, on_batch=on_batch)
+    assert net.training and told == [(2, 5), (4, 5), (5, 5)]
+    net.guided_channels = 3
+    with pytest.raises(RuntimeError):
+        sample(net, Solver("broken", broken), SCHEDULE, diffusion=Diffusion(), num_steps=2, seeds=[0], y=torch.tensor([0]))
+    assert net.training
+    net.eval()
+
+
+def broken(*args: object) -> Tensor:
+    raise RuntimeError("broken")
+
+
+def test_a_solver_of_your_own() -> None:
+    def jump(model: Callable, x: Tensor, pairs: Sequence, diffusion: Process, noise: Callable) -> Tensor:
+        for t_cur, _ in pairs:
+            x = x - model(x, t_cur)
+        return x
+
+    result = make(Gaussian(Diffusion()), Solver("jump", jump), Diffusion(), [0, 1], num_steps=3)
+    assert result.nfe == 3 and result.timesteps == (999, 500, 0)
+
+
+def test_numpy_seeds_and_a_network_without_parameters() -> None:
+    net = Gaussian(Diffusion())
+    a = make(net, "ddim", Diffusion(), np.arange(3)).images
+    torch.testing.assert_close(a, make(net, "ddim", Diffusion(), [0, 1, 2]).images, rtol=0, atol=0)
+
+
+BAD = {
+    "solver": ({"solver": "heun"}, ConfigError, "unknown solver 'heun'.*ddpm, ddim"),
+    "em on a chain": ({"solver": "euler-maruyama"}, ConfigError, "VPSDE process; got Diffusion; choose one of ddpm, ddim, dpm"),
+    "ddpm on the sde": ({"solver": "ddpm", "diffusion": VPSDE()}, ConfigError, "choose one of ddim, dpm"),
+    "no steps": ({"num_steps": 0}, ConfigError, "1…1000.*got 0"),
+    "too many steps": ({"num_steps": 1001}, ConfigError, "1…1000.*got 1001"),
+    "no steps of the sde": ({"num_steps": 0, "diffusion": VPSDE()}, ConfigError, "got 0"),
+    "no seeds": ({"seeds": []}, ConfigError, "seeds"),
+    "negative seed": ({"seeds": [0, -1]}, ConfigError, "seeds"),
+    "seed torch cuts": ({"seeds": [0, 2**32]}, ConfigError, "2\\^32"),
+    "fraction": ({"seeds": [0, 1.5]}, ConfigError, "whole"),
+    "no labels": ({"y": None}, ConfigError, "needs class labels"),
+    "shape of labels": ({"y": torch.zeros(3, dtype=torch.long)}, ConfigError, "shape"),
+    "label too high": ({"y": torch.tensor([0, 11])}, ConfigError, "0…10"),
+    "label too low": ({"y": torch.tensor([0, -1])}, ConfigError, "0…10"),
+    "label not whole": ({"y": torch.tensor([0.0, 1.0])}, ConfigError, "whole"),
+    "batch size": ({"batch_size": 0}, ConfigError, "batch_size"),
+    "negative guidance": ({"cfg_scale": -1.0}, ConfigError, "cfg_scale"),
+    "guidance not a number": ({"cfg_scale": math.nan}, ConfigError, "cfg_scale"),
+    "depth": ({"schedule": ExitSchedule.full(5)}, ScheduleError, "rescaled"),
+    "chain": ({"schedule": ExitSchedule.full(4, 500)}, ScheduleError, "chain of 500"),
+}
+
+
+@pytest.mark.parametrize(("changes", "error", "message"), BAD.values(), ids=BAD.keys())
+def test_bad_arguments_are_refused_before_the_network_is_called(
+    changes: dict[str, object], error: type[Exception], message: str
+) -> None:
+    net = load("dit")[0]
+    net.register_forward_hook(lambda *a: pytest.fail("the network was called"))
+    options = {"solver": "ddim", "seeds": [0, 1], "diffusion": Diffusion(), "y": torch.tensor([0, 1]), **changes}
+    with pytest.raises(error, match=message):
+        make(net, options.pop("solver"), options.pop("diffusion"), options.pop("seeds"), **options)
+
+
+def test_guidance_needs_a_null_label() -> None:
+    with pytest.raises(ConfigError, match="null label"):
+        make(Gaussian(Diffusion()), "ddim", Diffusion(), [0], cfg_scale=1.5)
+
+
+def test_a_network_that_predicts_velocity_is_refused() -> None:
+    net = Gaussian(Diffusion())
+    net.prediction_type = "flow"
+    with pytest.raises(ConfigError, match="predicts noise.*'flow'"):
+        make(net, "ddim", Diffusion(), [0])
+
+
+class Prompted(Gaussian):
+    """Shifts the mean by what a prompt's tensors say; no prompt is 0."""
+
+    has_null_label = True
+
+    def null_labels(self, y: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {name: torch.zeros_like(value) for name, value in y.items()}
+
+    def forward(self, x_t: Tensor, t: Tensor, y: dict[str, Tensor], *, exit_depth: object = None) -> Tensor:
+        return self.eps(x_t - y["a"].view(-1, 1, 1, 1) - y["b"].sum(1).view(-1, 1, 1, 1), t[0].item())
+
+
+def test_prompts_are_cut_into_batches_and_guided() -> None:
+    net, seeds = Prompted(Diffusion()), [1, 2, 3]
+    y = {"a": torch.tensor([0.5, 0.0, -0.5]), "b": torch.tensor([[0.1, 0.2], [0.0, 0.0], [1.0, 0.0]])}
+    whole = make(net, "ddim", Diffusion(), seeds, y=y, cfg_scale=1.5).images
+    parts = make(net, "ddim", Diffusion(), seeds, y=y, cfg_scale=1.5, batch_size=2).images
+    torch.testing.assert_close(parts, whole, rtol=0, atol=1e-5)
+    scaled = {name: 1.5 * value for name, value in y.items()}  # this network is linear in y
+    torch.testing.assert_close(make(net, "ddim", Diffusion(), seeds, y=scaled).images, whole, rtol=0, atol=1e-3)
+    with pytest.raises(ConfigError, match="leading dimension 2.*'a': 3"):
+        make(net, "ddim", Diffusion(), [1, 2], y=y)
