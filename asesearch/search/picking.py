@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 from asesearch.errors import ConfigError, StudyError
 from asesearch.search.records import StudyResults, TrialRecord
 
@@ -15,18 +17,20 @@ def quality_limit(budget: str, full_value: float, full_std_error: float | None) 
         ConfigError: none of these, or standard errors of a figure from one repeat.
     """
     text = budget.strip()
+    form = re.fullmatch(r"\+(?P<percent>[\d.]+)%|(?P<se>[\d.]+)se|(?P<figure>-?[\d.]+)", text)
     try:
-        if text.startswith("+") and text.endswith("%"):
-            return full_value * (1 + float(text[1:-1]) / 100)
-        if text.endswith("se"):
-            if full_std_error is None:
-                raise ConfigError(f"quality budget {budget!r} needs a standard error; got one repeat; raise evaluation.repeats")
-            return full_value + float(text[:-2]) * full_std_error
-        return float(text)
-    except ValueError as error:
+        kind, number = next((k, float(v)) for k, v in (form.groupdict() if form else {}).items() if v is not None)
+    except (StopIteration, ValueError) as error:
         raise ConfigError(
             f"a quality budget is a figure (7.5), an excess over the full network (+5%) or standard errors (1se); got {text!r}"
         ) from error
+    if kind == "percent":
+        return full_value * (1 + number / 100)
+    if kind == "figure":
+        return number
+    if full_std_error is None:
+        raise ConfigError(f"quality budget {text!r} needs a standard error; got one repeat; raise evaluation.repeats")
+    return full_value + number * full_std_error
 
 
 def pick(results: StudyResults, mode: str, quality: str | None = None, time_frac: float | None = None) -> TrialRecord:
