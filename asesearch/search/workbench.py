@@ -92,17 +92,17 @@ class Workbench:
 
     Args:
         config: the study file.
-        run_dir: the study directory; the latency table is kept there, so that all trials share one.
+        run_dir: the study directory; the latency table is kept there, so that all trials share one. None keeps nothing.
 
     Raises:
         ConfigError, DataError, ScheduleError, CheckpointError, EvaluationError: parts that are missing, unreadable or do
             not fit each other, before anything expensive.
     """
 
-    def __init__(self, config: StudyConfig, run_dir: Path) -> None:
+    def __init__(self, config: StudyConfig, run_dir: Path | None = None) -> None:
         if config.backbone.checkpoint is None:
             raise ConfigError("a search needs pretrained weights; got no backbone.checkpoint; give a path or `shipped:NAME`")
-        self.config, self.run_dir, self.device = config, Path(run_dir), default_device()
+        self.config, self.run_dir, self.device = config, run_dir, default_device()
         self.backbone = load_backbone(config.backbone).to(self.device).eval()
         self.diffusion = make_diffusion(config.diffusion)
         self.data = open_data(config.data)
@@ -130,17 +130,18 @@ class Workbench:
     @property
     def latency(self) -> LatencyTable:
         """Time of one network call at each exit depth; measured on first use, once a study."""
-        path = self.run_dir / "latency.json"
-        if self._latency is None and path.is_file():
+        path = None if self.run_dir is None else self.run_dir / "latency.json"
+        if self._latency is None and path is not None and path.is_file():
             self._latency = LatencyTable.from_dict(json.loads(path.read_text(encoding="utf-8")))
         if self._latency is None:
             guided = self.config.sampling.cfg_scale != 1
             size = self.batch_size * (2 if guided else 1)
             self._latency = measure_latency(self.backbone, size, LATENCY_REPEATS, self.device)
-            self.run_dir.mkdir(parents=True, exist_ok=True)
-            part = path.with_name(f"latency.json.{os.getpid()}.part")
-            part.write_text(json.dumps(self._latency.to_dict()), encoding="utf-8")
-            os.replace(part, path)
+            if path is not None:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                part = path.with_name(f"latency.json.{os.getpid()}.part")
+                part.write_text(json.dumps(self._latency.to_dict()), encoding="utf-8")
+                os.replace(part, path)
         return self._latency
 
     @cached_property
