@@ -131,7 +131,7 @@ def _fit(config: StudyConfig, schedule_text: str, out: Path, run_dir: Path, dry_
                 "schedule": str(schedule),
                 "images": len(data),
                 "parameters": sum(p.numel() for p in backbone.parameters()),
-                "estimate": {"step_s": round(step_s, 4), "total_s": round(step_s * config.train.num_steps, 1)},
+                "estimate": {"step_s": round(step_s, 4), "total_s": round(step_s * config.train.num_steps, 3)},
             }
         )
         return
@@ -250,7 +250,7 @@ def search(
 
     config = _changed(load_study(study), "search", num_trials=trials, storage=storage)
     run_dir = out or Path("runs") / config.name
-    bench = Workbench(config, run_dir)
+    bench = Workbench(config, None if dry_run else run_dir)
     if dry_run:
         _print(
             {"study": config.model_dump(mode="json"), "protocol": vars(bench.protocol), "at_most": make_plan(bench).to_dict()}
