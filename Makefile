@@ -14,7 +14,7 @@ search: setup  ## search, report, export and sample the shipped study
 	@echo "The report: reports/$(NAME)/index.html   The bundle: runs/$(NAME)/bundle"
 
 test: setup-dev  ## the fast tests
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n 2
 
 test-slow: setup-dev  ## the long ones
 	$(BIN)/python -m pytest -q -m slow
@@ -39,7 +39,7 @@ $(VENV)/installed: pyproject.toml | $(BIN)/python
 	@touch $@
 
 $(VENV)/installed-dev: pyproject.toml | $(BIN)/python
-	$(BIN)/python -m pip install -q -e '.[dev,onnx,text]'
+	$(BIN)/python -m pip install -q -e '.[dev,text]'
 	@touch $@ $(VENV)/installed
 
 clean:

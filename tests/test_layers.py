@@ -38,8 +38,6 @@ OWNERS = {
     "matplotlib": {"report"},
     "seaborn": {"report"},
     "jinja2": {"report"},
-    "onnx": {"deployment"},
-    "onnxruntime": {"deployment"},
     "typer": {"cli"},
 }
 FILES = sorted(ROOT.rglob("*.py"))
