@@ -14,7 +14,7 @@ search: setup  ## search, report, export and sample the shipped study
 	@echo "The report: reports/$(NAME)/index.html   The bundle: runs/$(NAME)/bundle"
 
 test: setup-dev  ## the fast tests
-	$(BIN)/python -m pytest -q -n 2
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile
 
 test-slow: setup-dev  ## the long ones
 	$(BIN)/python -m pytest -q -m slow
