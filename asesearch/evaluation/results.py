@@ -97,6 +97,22 @@ class EvaluationResult:
             return None
         return math.sqrt(sum((v - self.value) ** 2 for v in self.values) / (n - 1) / n)
 
+    def minus(self, other: EvaluationResult) -> tuple[float, float | None]:
+        """Difference of the means and its standard error (None from one repeat).
+
+        Repeat r of both used the same image seeds, so the error is that of the differences repeat by repeat.
+
+        Raises:
+            EvaluationError: the protocols differ.
+        """
+        self.protocol.require_same(other.protocol)
+        pairs = zip(self.values, other.values, strict=True)
+        difference = self.value - other.value
+        n = len(self.values)
+        if n < 2:
+            return difference, None
+        return difference, math.sqrt(sum((a - b - difference) ** 2 for a, b in pairs) / (n - 1) / n)
+
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON."""
         return {"protocol": asdict(self.protocol), "values": list(self.values)}

@@ -1,0 +1,367 @@
+"""Figures of a report, each drawn from one table and nothing else, and saved beside it.
+
+Sized for a phone: at 360 px the smallest text is still 9 px high.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+import pandas as pd
+import seaborn
+from matplotlib.axes import Axes
+from matplotlib.axis import Axis
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, MaxNLocator, PercentFormatter
+
+from asesearch.report import tables
+from asesearch.report.labels import place_labels, spread_out
+from asesearch.report.wording import number
+from asesearch.schedule import PUBLISHED
+from asesearch.search.records import StudyResults
+
+#: Colour-blind safe: what a mark means is never said by its colour alone.
+BLUE, ORANGE, GREEN, VERMILION, PURPLE, _, _, GREY, _, SKY = seaborn.color_palette("colorblind").as_hex()
+WIDTH, HEIGHT, SMALL = 4.2, 3.3, 9.0
+STYLE: dict[Any, Any] = {
+    **seaborn.axes_style("whitegrid"),
+    "font.family": "sans-serif", "font.sans-serif": ["DejaVu Sans"], "font.size": 10.0, "axes.labelsize": 10.0,
+    "axes.titlesize": 10.0, "xtick.labelsize": SMALL, "ytick.labelsize": SMALL, "legend.fontsize": SMALL,
+    "text.parse_math": False, "axes.edgecolor": "0.7", "grid.color": "0.9", "axes.spines.top": False,
+    "axes.spines.right": False, "lines.linewidth": 1.6, "figure.facecolor": "white", "savefig.facecolor": "white",
+    "svg.hashsalt": "asesearch", "svg.fonttype": "path", "figure.dpi": 100.0,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """One figure and all it shows.
+
+    Attributes:
+        name: stem of its files.
+        title, caption: what it is and how to read it.
+        data: the table it is drawn from.
+        draw: makes the figure.
+    """
+
+    name: str
+    title: str
+    caption: str
+    data: pd.DataFrame
+    draw: Callable[[], Figure]
+
+    def save(self, folder: Path) -> bytes:
+        """Write NAME.svg, NAME.png and NAME.csv; returns the SVG. The same data give the same bytes."""
+        stem = folder / self.name
+        self.data.to_csv(stem.with_suffix(".csv"), index=False, lineterminator="\n")
+        with matplotlib.rc_context(STYLE):
+            figure = self.draw()
+            _settle(figure)
+            figure.savefig(stem.with_suffix(".svg"), metadata={"Date": None})
+            figure.savefig(stem.with_suffix(".png"), dpi=200)
+        return stem.with_suffix(".svg").read_bytes()
+
+
+def drawings(results: StudyResults) -> list[Drawing]:
+    """Every figure that the data allow, in the order of the page; nothing is drawn yet."""
+    out: list[Drawing] = []
+
+    def add(name: str, title: str, caption: str, data: pd.DataFrame, draw: Callable[[pd.DataFrame], Figure]) -> None:
+        if not data.empty:
+            out.append(Drawing(name, title, caption, data, lambda: draw(data)))
+
+    kind = tables.kind_of(results)
+    add("front", "Front", _FRONT[kind], tables.points(results, kind), draw_front)
+    if kind == "confirmed":
+        caption = _FRONT["search"] + " Filled marks went on to be confirmed."
+        add("front_search", "What the search saw", caption, tables.points(results, "search"), draw_front)
+    caption = "Blocks run at each noise level, fastest schedule on top."
+    add("schedules", "Schedules", caption, tables.schedule_matrix(results), draw_schedules)
+    caption = "The same seeds and labels in every row, fastest schedule on top."
+    add("samples", "Samples", caption, tables.samples(results), lambda data: draw_samples(data, results))
+    done = tables.trials(results)
+    add("trials", "Quality over trials", "Every trial under the search protocol; the line is the best so far.",
+        done[done["state"] == "complete"][["number", "label", "metric", "quality", "std_error", "time_frac", "best_quality"]],
+        draw_trials)  # fmt: skip
+    volume = tables.hypervolume(results)
+    add("hypervolume", "Hypervolume over trials", _hypervolume_caption(volume), volume, draw_hypervolume)
+    add("cost", "Cost: bound and clock", _COST, tables.cost(results), draw_cost)
+    caption = "Median time of one network call, and the straight line through it."
+    add("latency", "Latency by exit depth", caption, tables.latency(results), draw_latency)
+    caption = "Loss of front points and of the full network, averaged over stretches of steps."
+    add("losses", "Fine-tuning loss", caption, tables.losses(results), draw_losses)
+    return out
+
+
+_FRONT = {
+    "confirmed": "Confirmed on fresh seeds, against measured sampling time. Bars: one standard error, and half the distance "
+    "between the quartiles of the time. Down and left is better.",
+    "search": "All trials under the search protocol, against predicted sampling time. Bars: one standard error. "
+    "Down and left is better.",
+}
+_COST = (
+    "Sampling time against the block-call bound, both over the full network's. On the diagonal the clock saves all that the "
+    "blocks promise; above it, time goes to what no exit can skip."
+)
+
+
+def _hypervolume_caption(volume: pd.DataFrame) -> str:
+    if volume.empty:
+        return ""
+    last = volume.iloc[-1]
+    what = "the logarithm of the figure" if last["scale"] == "log" else "the figure"
+    return (
+        f"Area dominated in time fraction × {what}, below the reference point: time {last['reference_time_frac']:g}, "
+        f"{last['metric']} {number(last['reference_quality'])}."
+    )
+
+
+def _axes(height: float = HEIGHT) -> tuple[Figure, Axes]:
+    figure = Figure(figsize=(WIDTH, height), layout="constrained")
+    return figure, figure.add_subplot()
+
+
+def _settle(figure: Figure) -> None:
+    """Lay out once and for all: what is placed next stays where it is put."""
+    if figure.get_layout_engine() is not None:
+        figure.draw_without_rendering()
+        figure.set_layout_engine("none")
+
+
+def draw_front(data: pd.DataFrame) -> Figure:
+    """Figure against sampling time: `tables.points`."""
+    figure, ax = _axes(3.9)
+    front = data[data["on_front"]]
+    ax.step(front["time_frac"], front["quality"], where="post", color=BLUE, lw=1.4, alpha=0.8, zorder=2)
+    for _, row in data.iterrows():
+        full, named = row["label"] == tables.FULL, row["label"] in PUBLISHED
+        marker, colour = ("D", VERMILION) if full else ("s", ORANGE) if named else ("o", BLUE)
+        faint = not (row["on_front"] or full or named)
+        hollow = row["kind"] == "search" and not row["confirmed"]
+        ax.errorbar(
+            row["time_frac"], row["quality"], xerr=_bar(row["time_spread"]), yerr=_bar(row["std_error"]), fmt=marker,
+            color=GREY if faint else colour, mfc="white" if hollow else None, ms=5 if faint else 6.5, capsize=2, elinewidth=1,
+            alpha=0.6 if faint else 1.0, zorder=2 if faint else 4,
+        )  # fmt: skip
+    confirmed = data["kind"].iloc[0] == "confirmed"
+    ax.set_xlabel(f"{'measured' if confirmed else 'predicted'} sampling time / full network's")
+    ax.set_ylabel(f"{data['metric'].iloc[0]}  (lower is better)")
+    _percent_axis(ax.xaxis)
+    ax.margins(0.12)
+    low, high = ax.get_xlim()
+    if high - low < 0.2:
+        ax.set_xlim((low + high) / 2 - 0.1, (low + high) / 2 + 0.1)
+    if data["quality"].min() > 0 and data["quality"].max() > 4 * data["quality"].min():
+        _log_axis(ax)
+    _settle(figure)
+    steps = _step_points(front)
+    first = data["label"].isin([tables.FULL, *PUBLISHED])
+    ranked = pd.concat([data[first], data[data["on_front"] & ~first]])
+    place_labels(ax, _named(ranked, "time_frac", "quality"), [*_xy(data, "time_frac", "quality"), *steps], SMALL)
+    return figure
+
+
+def _xy(data: pd.DataFrame, x: str, y: str) -> list[tuple[float, float]]:
+    return [(float(a), float(b)) for a, b in zip(data[x], data[y], strict=True)]
+
+
+def _named(data: pd.DataFrame, x: str, y: str) -> list[tuple[float, float, str]]:
+    return [(a, b, str(name)) for (a, b), name in zip(_xy(data, x, y), data["label"], strict=True)]
+
+
+def _bar(value: float) -> float | None:
+    return None if math.isnan(value) or value == 0 else value
+
+
+def _percent_axis(axis: Axis) -> None:
+    axis.set_major_formatter(PercentFormatter(1.0, decimals=0, symbol=" %"))
+    axis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10]))
+
+
+def _log_axis(ax: Axes) -> None:
+    ax.set_yscale("log")
+    plain = FuncFormatter(lambda v, _: f"{v:g}")
+    ax.yaxis.set_major_formatter(plain)
+    ax.yaxis.set_minor_formatter(FuncFormatter(lambda v, _: f"{v:g}" if f"{v:e}"[0] in "25" else ""))
+
+
+def _step_points(front: pd.DataFrame) -> list[tuple[float, float]]:
+    """Data points along the front's line, so that no text covers it."""
+    out = []
+    for (x0, y0), (x1, y1) in pairwise(_xy(front, "time_frac", "quality")):
+        out += [(x0 + (x1 - x0) * i / 12, y0) for i in range(12)]
+        out += [(x1, y0 + (y1 - y0) * i / 12) for i in range(12)]
+    return out
+
+
+def draw_schedules(data: pd.DataFrame) -> Figure:
+    """Blocks over time: `tables.schedule_matrix`."""
+    columns = [c for c in data.columns if c.startswith("t")]
+    edges = [*(int(c[1:]) for c in columns), int(data["end"].iloc[0])]
+    blocks = data[columns].to_numpy()
+    figure, ax = _axes(1.1 + (0.3 if len(data) <= 20 else 0.2) * len(data))
+    depth = int(data["depth"].iloc[0])
+    rows = np.arange(len(data) + 1)
+    mesh = ax.pcolormesh(edges, rows, blocks, cmap="viridis", vmin=0, vmax=depth, edgecolors="white", linewidth=0.8)
+    if len(columns) <= 12:
+        for i, row in enumerate(blocks):
+            for j, value in enumerate(row):
+                colour = "white" if value < 0.6 * depth else "black"
+                middle = (edges[j] + edges[j + 1]) / 2
+                ax.text(middle, i + 0.5, str(value), ha="center", va="center", color=colour, fontsize=SMALL)
+    ax.invert_yaxis()
+    ax.set_yticks(rows[:-1] + 0.5, data["label"])
+    ax.set_xlabel("timestep (0 = data, right = noise)")
+    ax.grid(False)
+    ax.tick_params(left=False)
+    seaborn.despine(ax=ax, left=True, bottom=True)
+    bar = figure.colorbar(mesh, ax=ax, pad=0.02, aspect=14)
+    bar.set_label("blocks run")
+    bar.set_ticks(sorted({0, *(round(depth * i / 4) for i in range(1, 5))}))
+    bar.outline.set_visible(False)
+    return figure
+
+
+def draw_samples(data: pd.DataFrame, results: StudyResults) -> Figure:
+    """Images of `tables.samples`, one row a schedule."""
+    numbers = list(dict.fromkeys(data["number"]))
+    count = int(data["image"].max()) + 1
+    shape = results.samples[numbers[0]].shape
+    cell = WIDTH / (count + 1.6)
+    high = shape[2] / shape[3]
+    figure = Figure(figsize=(WIDTH, cell * high * len(numbers)))
+    ax = figure.add_axes((0, 0, 1, 1))
+    ax.set_axis_off()
+    for i, n in enumerate(numbers):
+        mine = data[data["number"] == n]
+        top, bottom = -i * high, -(i + 0.96) * high
+        for j in mine["image"]:
+            image = results.samples[n][j].transpose(1, 2, 0)  # (H, W, C)
+            image = image[..., 0] if image.shape[-1] == 1 else image
+            ax.imshow(image, cmap="gray", vmin=0, vmax=255, interpolation="nearest", extent=(j, j + 0.96, bottom, top))
+        text = mine["label"].iloc[0].replace(tables.FULL, "full\nnetwork")
+        ax.text(-0.12, (top + bottom) / 2, text, ha="right", va="center", fontsize=SMALL)
+    ax.set(xlim=(-1.6, count), ylim=(-high * len(numbers), 0), aspect="auto")
+    return figure
+
+
+def draw_trials(data: pd.DataFrame) -> Figure:
+    """Figure over trials, coloured by time: complete rows of `tables.trials`."""
+    figure, ax = _axes()
+    if data["std_error"].notna().any():
+        ax.errorbar(data["number"], data["quality"], data["std_error"], fmt="none", ecolor="0.6", elinewidth=1, zorder=2)
+    dots = ax.scatter(data["number"], data["quality"], 40, data["time_frac"], cmap="viridis", edgecolors="white", zorder=3)
+    dots.set_clim(min(0.5, data["time_frac"].min()), max(1.0, data["time_frac"].max()))
+    ax.step(data["number"], data["best_quality"], where="post", color=VERMILION, zorder=2)
+    bar = figure.colorbar(dots, ax=ax, pad=0.02, aspect=22)
+    bar.set_label("predicted time / full network's")
+    _percent_axis(bar.ax.yaxis)
+    bar.outline.set_visible(False)
+    _over_trials(ax, f"{data['metric'].iloc[0]}  (lower is better)")
+    if data["quality"].min() > 0 and data["quality"].max() > 4 * data["quality"].min():
+        _log_axis(ax)
+    ax.margins(0.08)
+    _settle(figure)
+    last = data.iloc[-1]
+    place_labels(ax, [(last["number"], last["best_quality"], "best so far")], _xy(data, "number", "quality"), SMALL)
+    return figure
+
+
+def _over_trials(ax: Axes, ylabel: str) -> None:
+    ax.set_xlabel("trial")
+    ax.set_ylabel(ylabel)
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+    low, high = ax.get_xlim()
+    ax.set_xlim(min(low, -0.5), max(high, 0.5))
+
+
+def draw_hypervolume(data: pd.DataFrame) -> Figure:
+    """`tables.hypervolume`."""
+    figure, ax = _axes(2.8)
+    ax.step(data["number"], data["hypervolume"], where="post", color=BLUE)
+    ax.plot(data["number"], data["hypervolume"], "o", color=BLUE, ms=3.5)
+    ax.set_ylim(bottom=0, top=max(1e-6, 1.1 * data["hypervolume"].max()))
+    _over_trials(ax, "hypervolume  (higher is better)")
+    return figure
+
+
+def draw_cost(data: pd.DataFrame) -> Figure:
+    """Time against the block-call bound: `tables.cost`."""
+    figure, ax = _axes(3.9)
+    measured = data[data["measured_time_frac"].notna()]
+    ax.plot(data["block_frac"], data["predicted_time_frac"], "o", mfc="white", color=GREY, ms=5, zorder=2)
+    ax.errorbar(
+        measured["block_frac"], measured["measured_time_frac"], yerr=measured["measured_time_spread"],
+        fmt="o", color=BLUE, ms=6, capsize=2, elinewidth=1, zorder=4,
+    )  # fmt: skip
+    low = float(data[["block_frac", "predicted_time_frac", "measured_time_frac"]].min().min())
+    span = (min(0.95, low) - 0.04, 1.04)
+    ax.plot(span, span, ls=(0, (4, 3)), color="0.5", lw=1, zorder=1)
+    ax.set_xlim(*span)
+    ax.set_ylim(span[0], max(1.04, 1.02 * float(data[["predicted_time_frac", "measured_time_frac"]].max().max())))
+    ax.set_xlabel("block calls / full network's  (bound)")
+    ax.set_ylabel("sampling time / full network's")
+    _percent_axis(ax.xaxis)
+    _percent_axis(ax.yaxis)
+    _settle(figure)
+    keys = [("measured", BLUE)] if len(measured) else []
+    for i, (text, colour) in enumerate([*keys, ("predicted from the latency table", "0.45"), ("time = blocks", "0.45")]):
+        ax.text(0.03, 0.97 - 0.065 * i, f"{'- - ' if text.startswith('time') else '○ ' if text[0] == 'p' else '● '}{text}",
+                transform=ax.transAxes, color=colour, va="top", fontsize=SMALL)  # fmt: skip
+    dots = [*_xy(data, "block_frac", "predicted_time_frac"), *((float(v), float(v)) for v in np.linspace(span[0], span[1], 40))]
+    every = max(1, -(-len(measured) // 8))
+    place_labels(ax, _named(measured.sort_values("block_frac")[::-every], "block_frac", "measured_time_frac"), dots, SMALL)
+    return figure
+
+
+def draw_latency(data: pd.DataFrame) -> Figure:
+    """`tables.latency`."""
+    figure, ax = _axes(2.9)
+    ax.plot(data["exit_depth"], data["latency_ms"], "o", color=BLUE, ms=5, zorder=3)
+    ax.set_ylim(0, 1.12 * float(data["latency_ms"].max()))
+    ax.set_xlim(left=0, right=len(data) + 0.5)
+    ax.set_xlabel("exit depth (blocks run)")
+    ax.set_ylabel("latency of one call, ms")
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+    if len(data) > 1:
+        slope = (data["fit_ms"].iloc[-1] - data["fit_ms"].iloc[0]) / (len(data) - 1)
+        base = data["fit_ms"].iloc[0] - slope
+        ax.plot([0, len(data)], [base, data["fit_ms"].iloc[-1]], color=VERMILION, lw=1.2, zorder=2)
+        text = f"{number(base)} ms + {number(slope)} ms a block"
+        ax.text(0.04, 0.95, text, transform=ax.transAxes, color=VERMILION, va="top", fontsize=SMALL)
+    return figure
+
+
+def draw_losses(data: pd.DataFrame) -> Figure:
+    """`tables.losses`, each curve named at its end."""
+    figure, ax = _axes()
+    names = list(dict.fromkeys(data["label"]))
+    rivals = [n for n in names if n != tables.FULL]
+    colours = dict(zip(rivals, seaborn.color_palette("crest", len(rivals)).as_hex(), strict=True)) | {tables.FULL: VERMILION}
+    for name in names:
+        mine = data[data["label"] == name]
+        ax.plot(mine["step"], mine["loss"], color=colours[name], lw=1.4, marker="o" if len(mine) == 1 else None)
+    if data["loss"].min() > 0 and data["loss"].max() > 4 * data["loss"].min():
+        _log_axis(ax)
+    ax.set_xlabel("fine-tuning step")
+    ax.set_ylabel("loss")
+    ends = [data[data["label"] == n].iloc[-1] for n in names]
+    ax.set_xlim(right=float(data["step"].max()) * 1.3)
+    _settle(figure)
+    places = ax.transAxes.inverted().transform(ax.transData.transform([(e["step"], e["loss"]) for e in ends]))  # (n, 2)
+    gap = 1.35 * SMALL * figure.dpi / 72 / ax.get_window_extent().height
+    heights = spread_out(places[:, 1].tolist(), gap, 0.02, 0.98)
+    for name, (x, y), height in zip(names, places, heights, strict=True):
+        line = {"arrowstyle": "-", "lw": 0.6, "color": colours[name], "shrinkA": 0, "shrinkB": 0}
+        ax.annotate(
+            name, (x, y), (x + 0.03, height), xycoords="axes fraction", textcoords="axes fraction",
+            color=VERMILION if name == tables.FULL else "0.2", fontsize=SMALL, va="center", arrowprops=line,
+        )  # fmt: skip
+    return figure

@@ -1,0 +1,140 @@
+"""Figures in words: how numbers are written, and the answer of a study in one sentence."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import pandas as pd
+
+from asesearch.report import tables
+from asesearch.search.records import StudyResults
+
+#: Saving of sampling time that the headline looks for.
+WORTHWHILE_SAVING = 0.25
+UNKNOWN = "spread unknown (one repeat)"
+
+
+def percent(frac: float) -> str:
+    """`0.312` as "31 %", with a space that does not break."""
+    return f"{100 * frac:.0f}\N{NO-BREAK SPACE}%".replace("-", "−")
+
+
+def number(value: float, std_error: float = math.nan) -> str:
+    """A figure to two digits of its standard error where there is one, else to four digits; "–" if missing."""
+    if math.isnan(value):
+        return "–"
+    if math.isnan(std_error) or std_error <= 0:
+        text = f"{value:#.4g}".rstrip(".")
+    else:
+        decimals = max(0, 1 - math.floor(math.log10(std_error)))
+        text = f"{value:.{decimals}f}"
+    return text.replace("-", "−")
+
+
+def figure(value: float, std_error: float) -> str:
+    """ "8.647 ± 0.052", or the bare figure where the spread is unknown."""
+    if math.isnan(value) or math.isnan(std_error):
+        return number(value)
+    return f"{number(value, std_error)} ± {number(std_error, std_error)}"
+
+
+@dataclass(frozen=True)
+class Headline:
+    """The answer.
+
+    Attributes:
+        answer: one sentence.
+        details: the figures it rests on, and what it leaves open, a sentence each.
+        success: a schedule saves enough at a figure that is not worse.
+        chosen: number of the trial it speaks of; None if there is none.
+    """
+
+    answer: str
+    details: tuple[str, ...]
+    success: bool = False
+    chosen: int | None = None
+
+
+def headline(results: StudyResults) -> Headline:
+    """What the study found, from its data alone."""
+    kind = tables.kind_of(results)
+    points = tables.points(results, kind)
+    failed = len(results.records) - len(results.complete)
+    counts = f"{len(results.complete)} of {len(results.records)} trials gave a figure; {failed} failed."
+    if points.empty:
+        return Headline("No trial has given a figure yet.", (counts,))
+    status = (
+        "Confirmed on fresh seeds, with measured sampling time."
+        if kind == "confirmed"
+        else "Figures and predicted times of the search: the best of many is flattered, and nothing is confirmed yet."
+    )
+    baseline = points[points["verdict"] == "the reference"]
+    rivals = points[points["verdict"] != "the reference"]
+    if baseline.empty:
+        return Headline("There is nothing to compare with: the full network has no figure of this kind.", (status, counts))
+    if rivals.empty:
+        return Headline("Only the full network has a figure so far.", (status, counts))
+    found = _unknown_spread(rivals) if rivals["difference_se"].isna().all() else _verdict(rivals)
+    details = (_figures(rivals, baseline.iloc[0], found.chosen), status, counts)
+    return Headline(found.answer, (*found.details, *details), found.success, found.chosen)
+
+
+def _name(row: pd.Series) -> str:
+    return str(row["label"]).replace("#", "trial ")
+
+
+def _saves(row: pd.Series) -> str:
+    saved = 1 - row["time_frac"]
+    verb = "is predicted to " if row["kind"] == "search" else ""
+    if saved < 0:
+        return f"{verb}cost{'' if verb else 's'} {percent(-saved)} more sampling time"
+    return f"{verb}save{'' if verb else 's'} {percent(saved)} of sampling time"
+
+
+def _verdict(rivals: pd.DataFrame) -> Headline:
+    """With a known spread: the fastest schedule that is not worse, or the closest."""
+    metric = rivals["metric"].iloc[0]
+    matching = rivals[(rivals["difference"] <= rivals["difference_se"]) & (rivals["time_frac"] < 1)]
+    if not matching.empty:
+        best = matching.iloc[0]  # fastest first
+        if best["time_frac"] <= 1 - WORTHWHILE_SAVING:
+            at = (
+                f"at a better {metric} than the full network's"
+                if best["difference"] < -best["difference_se"]
+                else f"at a {metric} that can't be told apart from the full network's"
+            )
+            answer = f"{_name(best)} {_saves(best)} {at}."
+            return Headline(answer[0].upper() + answer[1:], (), True, int(best["number"]))
+        rest = f"the best was {_name(best)}, which {_saves(best)}"
+    else:
+        faster = rivals[rivals["time_frac"] < 1]
+        pool = rivals if faster.empty else faster
+        best = pool.iloc[int(pool["difference"].to_numpy().argmin())]
+        rest = f"the closest was {_name(best)}, which {_saves(best)} and is worse by {number(best['difference'])}"
+    answer = f"No schedule saves {percent(WORTHWHILE_SAVING)} of sampling time within one standard error of the full network's"
+    return Headline(f"{answer} {metric}; {rest}.", (), False, int(best["number"]))
+
+
+def _unknown_spread(rivals: pd.DataFrame) -> Headline:
+    """From one repeat nothing can be told apart: name the best figure that saves enough."""
+    metric = rivals["metric"].iloc[0]
+    saving = rivals[rivals["time_frac"] <= 1 - WORTHWHILE_SAVING]
+    best = rivals.iloc[0] if saving.empty else saving.iloc[int(saving["quality"].to_numpy().argmin())]
+    side = "above" if best["difference"] >= 0 else "below"
+    answer = (
+        f"{_name(best)} {_saves(best)} at a {metric} {number(abs(best['difference']))} {side} the full network's; {UNKNOWN}."
+    )
+    answer = answer[0].upper() + answer[1:]
+    note = "Whether that difference is more than noise can't be said: several repeats (evaluation, confirm) would tell."
+    return Headline(answer, (note,), False, int(best["number"]))
+
+
+def _figures(rivals: pd.DataFrame, full: pd.Series, chosen: int | None) -> str:
+    row = rivals[rivals["number"] == chosen].iloc[0]
+    text = f"{full['metric']} {figure(row['quality'], row['std_error'])} against the full network's "
+    text += figure(full["quality"], full["std_error"])
+    if not math.isnan(row["difference_se"]):
+        text += f" (difference {number(row['difference'], row['difference_se'])}, "
+        text += f"standard error {number(row['difference_se'], row['difference_se'])})"
+    return f"{text}. Blocks run, data to noise: {row['schedule']}."

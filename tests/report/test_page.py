@@ -1,0 +1,286 @@
+"""The page and its figures: whole, self-contained, the same bytes for the same results, and honest in the odd cases."""
+
+import base64
+import re
+import tomllib
+from dataclasses import replace
+from html.parser import HTMLParser
+from itertools import combinations
+
+import matplotlib
+import numpy as np
+import pandas as pd
+import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.text import Annotation, Text
+
+from asesearch.config import parse_study
+from asesearch.errors import EvaluationError, StudyError
+from asesearch.report import page, plots, tables, write_report
+from asesearch.report.labels import spread_out
+
+NAMES = {"front", "front_search", "schedules", "samples", "trials", "hypervolume", "cost", "latency", "losses"}
+SCRIPT = "<script>alert('boom')</script>"
+VOID = {"meta", "img", "link", "br"}
+
+
+@pytest.fixture(scope="module")
+def results():
+    from tests.report.conftest import build
+
+    images = np.random.default_rng(0).integers(0, 256, (4, 1, 8, 8)).astype(np.uint8)
+    return build(12, samples=images, failure=SCRIPT)
+
+
+@pytest.fixture(scope="module")
+def folder(results, tmp_path_factory):
+    return write_report(results, tmp_path_factory.mktemp("site") / "report").parent
+
+
+@pytest.fixture(scope="module")
+def html(folder):
+    return (folder / "index.html").read_text(encoding="utf-8")
+
+
+def files(folder):
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def text_of(html):
+    """The page without its pictures, whose base64 may spell anything."""
+    return re.sub(r'src="data:[^"]*"', "", html)
+
+
+class Checker(HTMLParser):
+    """Collects references, and what is not closed in the order it was opened."""
+
+    def __init__(self):
+        super().__init__()
+        self.open, self.errors, self.references, self.ids, self.images = [], [], [], [], []
+
+    def handle_starttag(self, tag, attrs):
+        if tag not in VOID:
+            self.open.append(tag)
+        self.references += [value for name, value in attrs if name in ("src", "href", "srcset", "action", "poster")]
+        self.ids += [value for name, value in attrs if name == "id"]
+        if tag == "img":
+            self.images.append(dict(attrs))
+
+    def handle_endtag(self, tag):
+        if not self.open or self.open.pop() != tag:
+            self.errors.append((tag, self.getpos()))
+
+
+def check(html):
+    checker = Checker()
+    checker.feed(html)
+    checker.close()
+    assert not checker.errors and not checker.open
+    return checker
+
+
+# -- the figures ------------------------------------------------------------------------------------
+
+
+def test_every_figure_lies_beside_the_table_it_was_drawn_from(results, folder):
+    drawings = {d.name: d for d in plots.drawings(results)}
+    assert set(drawings) == NAMES
+    assert {p.name for p in (folder / "figures").iterdir()} == {f"{n}.{e}" for n in NAMES for e in ("svg", "png", "csv")}
+    for name, drawing in drawings.items():
+        stored = pd.read_csv(folder / "figures" / f"{name}.csv", keep_default_na=True)
+        pd.testing.assert_frame_equal(stored, drawing.data.reset_index(drop=True), check_dtype=False)
+    pd.testing.assert_frame_equal(drawings["front"].data, tables.points(results, "confirmed"))
+    pd.testing.assert_frame_equal(drawings["front_search"].data, tables.points(results, "search"))
+    pd.testing.assert_frame_equal(drawings["schedules"].data, tables.schedule_matrix(results))
+    pd.testing.assert_frame_equal(drawings["cost"].data, tables.cost(results))
+
+
+def test_tables_are_written_as_csv(results, folder):
+    for name in ("trials", "front", "confirmation"):
+        stored = pd.read_csv(folder / "tables" / f"{name}.csv", keep_default_na=False, na_values=[""])
+        expected = getattr(tables, name)(results)
+        assert list(stored.columns) == list(expected.columns) and len(stored) == len(expected)
+        np.testing.assert_array_equal(stored["number"], expected["number"])
+
+
+def test_front_draws_its_table(results):
+    with matplotlib.rc_context(plots.STYLE):
+        figure = plots.draw_front(tables.points(results, "confirmed"))
+    ax = figure.axes[0]
+    assert ax.get_ylabel().startswith("FID ") and "measured" in ax.get_xlabel()
+    front = tables.front(results)
+    np.testing.assert_array_equal(ax.lines[0].get_xdata(), front["time_frac"])
+    np.testing.assert_array_equal(ax.lines[0].get_ydata(), front["quality"])
+
+
+@pytest.mark.parametrize("draw", ["front", "front_search", "cost"])
+def test_labels_do_not_overlap_and_are_readable(study, draw):
+    results = study(40, seed=2)
+    with matplotlib.rc_context(plots.STYLE):
+        figure = next(d for d in plots.drawings(results) if d.name == draw).draw()
+        figure.draw_without_rendering()
+        renderer = FigureCanvasAgg(figure).get_renderer()
+        notes = [t for t in figure.findobj(Annotation) if t.get_text()]
+        boxes = [Text.get_window_extent(t, renderer) for t in notes]
+    assert "full network" in {t.get_text() for t in notes} and len(notes) >= 4
+    assert not any(a.overlaps(b) for a, b in combinations(boxes, 2))
+    assert min(t.get_fontsize() for t in figure.findobj(Text) if t.get_text()) >= plots.SMALL
+
+
+def test_spread_out_keeps_order_and_distance():
+    for values in ([0.5, 0.5, 0.5], [0.9, 0.1, 0.11], [1.0, 1.0, 0.0], [0.3]):
+        out = spread_out(values, 0.2, 0.0, 1.0)
+        assert min(out) >= 0 and max(out) <= 1 + 1e-12
+        assert all(b - a >= 0.2 - 1e-12 for a, b in zip(sorted(out), sorted(out)[1:], strict=False))
+    assert spread_out([0.1, 0.9], 0.2, 0.0, 1.0) == [0.1, 0.9]
+    assert spread_out([0.5] * 11, 0.2, 0.0, 1.0) == pytest.approx([i / 10 for i in range(11)])
+
+
+# -- the page ---------------------------------------------------------------------------------------
+
+
+def test_page_is_well_formed_and_shows_every_figure(html, folder):
+    checker = check(html)
+    assert len(checker.images) == len(NAMES) and all(i["alt"] for i in checker.images)
+    assert len(checker.ids) == len(set(checker.ids))
+    for image in checker.images:
+        kind, data = image["src"].split(",", 1)
+        assert kind == "data:image/svg+xml;base64" and base64.b64decode(data).lstrip().startswith(b"<?xml")
+
+
+def test_page_needs_nothing_from_outside(html, folder):
+    checker = check(html)
+    for reference in checker.references:
+        assert reference.startswith(("data:image/svg+xml;base64,", "#")) or (folder / reference).is_file(), reference[:60]
+    assert {r[1:] for r in checker.references if r.startswith("#")} <= set(checker.ids)
+    assert "http:" not in text_of(html) and "https:" not in text_of(html) and "@import" not in html and "<script" not in html
+
+
+def test_text_from_outside_is_escaped(html):
+    assert SCRIPT not in html and "&lt;script&gt;alert(&#39;boom&#39;)&lt;/script&gt;" in html
+
+
+def test_page_says_how_it_was_measured(html, results):
+    for fact in ("ab" * 32, "cd" * 32, "0, 1000, 2000", "1000000, 1001000, 1002000", "ddim", "fashion-mnist/train", "60000"):
+        assert fact in html
+    assert "2.14.0" in html and "asesearch search demo.toml" in html and "--pick best-quality" in html
+    assert results.records[7].failure == SCRIPT and 'id="failed"' in html
+
+
+def test_other_extractors_are_never_called_fid(study):
+    results = study(8, extractor="fashion-cnn")
+    html = page.render_page(results, [])
+    assert "Fréchet distance (fashion-cnn)" in html and "FID" not in html
+    with matplotlib.rc_context(plots.STYLE):
+        drawings = plots.drawings(results)
+        assert not any("FID" in d.caption + d.title for d in drawings)
+        for drawing in (d for d in drawings if d.name in ("front", "trials", "hypervolume")):
+            texts = {t.get_text() for t in drawing.draw().findobj(Text)}
+            assert not any("FID" in text for text in texts)
+    assert "FID" in page.render_page(study(8), [])  # negative control
+
+
+def test_versions_that_changed_between_trials_are_named(study):
+    results = study(4, failed=())
+    changed = replace(results.records[3], versions={"torch": "2.15.0"})
+    html = page.render_page(replace(results, records=(*results.records[:3], changed)), [])
+    assert "torch: changed between trials" in html and "2.14.0, 2.15.0" in html
+    assert "changed between trials" not in page.render_page(results, [])
+
+
+def test_study_file_comes_back_from_the_page_without_its_password(study):
+    results = study(2, failed=())
+    secret = {**results.config, "search": {**results.config["search"], "storage": "postgresql://me:hunter2@host/db"}}
+    assert "hunter2" not in page.render_page(replace(results, config=secret), [])
+    text = page.study_toml(results.config)
+    assert parse_study(tomllib.loads(text), "test").model_dump(mode="json") == results.config
+    odd = {"name": 'a "b"\n\\', "args": {"x y": [1, 2.5, True, "µ"], "rate": 1e-05, "deep": {"z": "1"}}}
+    assert tomllib.loads(page.study_toml(odd)) == odd
+
+
+ODD = {
+    "one trial": ({"num_trials": 1, "failed": ()}, "Only the full network has a figure"),
+    "only failures": ({"num_trials": 3, "failed": (0, 1, 2), "confirm": False}, "No trial has given a figure yet"),
+    "full network failed": ({"num_trials": 5, "failed": (0,), "confirm": False}, "nothing to compare with"),
+    "not confirmed": ({"num_trials": 5, "confirm": False}, "nothing is confirmed yet"),
+    "one repeat": ({"num_trials": 5, "repeats": 1, "confirm": False}, "spread unknown (one repeat)"),
+    "one repeat, confirmed": ({"num_trials": 8, "repeats": 1}, "spread unknown (one repeat)"),
+}
+
+
+@pytest.mark.parametrize("case", ODD)
+def test_odd_studies_have_a_page_and_figures(study, case):
+    arguments, words = ODD[case]
+    results = study(**arguments)
+    html = page.render_page(results, [])
+    check(html)
+    assert words in html and 'id="samples"' not in html and "nan" not in text_of(html).lower().replace("nant", "")
+    with matplotlib.rc_context(plots.STYLE):
+        for drawing in plots.drawings(results):
+            figure = drawing.draw()
+            if case == "one trial":
+                figure.draw_without_rendering()
+
+
+def test_a_study_without_latency_losses_or_environment_has_a_page(study):
+    results = study(5, failed=())
+    bare = replace(
+        results,
+        latency_ms=(),
+        environment={},
+        config={},
+        records=tuple(replace(r, losses=(), seconds={}) for r in results.records),
+    )
+    assert {"latency", "losses"}.isdisjoint(d.name for d in plots.drawings(bare))
+    check(page.render_page(bare, []))
+
+
+# -- writing ----------------------------------------------------------------------------------------
+
+
+def test_same_results_same_bytes_and_what_is_stale_goes(results, folder, tmp_path):
+    target = tmp_path / "report"
+    (target / "figures").mkdir(parents=True)
+    (target / "index.html").write_text(page.MARK)
+    (target / "figures" / "gone.svg").write_text("stale")
+    (target / "notes.md").write_text("mine")
+    assert write_report(results, target) == target / "index.html"
+    again = files(target)
+    assert again.pop("notes.md") == b"mine"
+    assert again == files(folder)
+    assert [p.name for p in tmp_path.iterdir()] == ["report"]
+
+
+def test_a_report_that_dies_leaves_the_old_one_whole(results, folder, monkeypatch):
+    before = files(folder)
+
+    def die(self, where):
+        (where / "front.svg").write_text("half")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(plots.Drawing, "save", die)
+    with pytest.raises(KeyboardInterrupt):
+        write_report(results, folder)
+    assert files(folder) == before and [p.name for p in folder.parent.iterdir()] == ["report"]
+
+
+def test_refused_before_anything_is_drawn(study, results, tmp_path, monkeypatch):
+    monkeypatch.setattr(plots.Drawing, "save", lambda *_: pytest.fail("drew"))
+    (tmp_path / "thesis.tex").write_text("precious")
+    with pytest.raises(StudyError, match="empty folder"):
+        write_report(results, tmp_path)
+    with pytest.raises(StudyError, match="empty folder"):
+        write_report(results, tmp_path / "thesis.tex")
+    with pytest.raises(StudyError, match="a trial that has ended"):
+        write_report(replace(results, records=(), confirmations=()), tmp_path / "new")
+    odd = replace(results.records[3].quality.protocol, num_steps=10)
+    mixed = replace(results.records[3], quality=replace(results.records[3].quality, protocol=odd))
+    with pytest.raises(EvaluationError, match="num_steps"):
+        write_report(replace(results, records=(*results.records[:3], mixed)), tmp_path / "new")
+    assert [p.name for p in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+def test_a_place_that_cannot_be_written_is_one_error(results, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StudyError, match="can't write"):
+        write_report(results, tmp_path / "file" / "report")

@@ -1,0 +1,244 @@
+"""Tables: against brute force, and never across protocols."""
+
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from asesearch.errors import EvaluationError, StudyError
+from asesearch.evaluation.results import EvaluationResult
+from asesearch.report import tables
+from asesearch.report.wording import figure, headline, number, percent
+from asesearch.schedule import ExitSchedule
+
+
+def dominated(p, points):
+    return any(q[0] <= p[0] and q[1] <= p[1] and q != p for q in points)
+
+
+@pytest.mark.parametrize("kind", ["search", "confirmed"])
+def test_front_is_what_nothing_dominates(study, kind):
+    results = study(30, seed=3)
+    table = tables.points(results, kind)
+    pairs = list(zip(table["time_frac"], table["quality"], strict=True))
+    assert list(table["on_front"]) == [not dominated(p, pairs) for p in pairs]
+    assert table["time_frac"].is_monotonic_increasing
+
+
+def test_front_stands_on_confirmed_figures_where_there_are_any(study):
+    results = study(30)
+    assert set(tables.front(results)["kind"]) == {"confirmed"}
+    unconfirmed = replace(results, confirmations=())
+    table = tables.front(unconfirmed)
+    assert set(table["kind"]) == {"search"}
+    assert list(table["number"]) == [r.number for r in unconfirmed.front()]
+
+
+def test_hypervolume_agrees_with_monte_carlo():
+    rng = np.random.default_rng(0)
+    darts = rng.uniform(0, 1, (200_000, 2))
+    for n in (1, 4, 15):
+        found = rng.uniform(0, 1.2, (n, 2))
+        hit = (found[None] <= darts[:, None]).all(axis=2).any(axis=1).mean()
+        assert tables.hypervolume_2d(found, (1.0, 1.0)) == pytest.approx(hit, abs=0.005)
+
+
+def test_hypervolume_of_known_shapes():
+    assert tables.hypervolume_2d(np.empty((0, 2)), (1.0, 1.0)) == 0
+    assert tables.hypervolume_2d(np.array([[0.25, 0.5]]), (1.0, 1.0)) == 0.375
+    assert tables.hypervolume_2d(np.array([[0.25, 0.5], [0.5, 0.25], [0.5, 0.25]]), (1.0, 1.0)) == 0.5
+    outside = np.array([[1.0, 0.0], [0.0, 1.5]])
+    assert tables.hypervolume_2d(outside, (1.0, 1.0)) == 0
+
+
+def test_hypervolume_never_falls_and_states_its_reference(study):
+    results = study(30)
+    table = tables.hypervolume(results)
+    assert (np.diff(table["hypervolume"]) >= -1e-12).all() and table["hypervolume"].iloc[-1] > 0
+    assert set(table["reference_time_frac"]) == {1.1} and set(table["scale"]) == {"log"}
+    assert table["reference_quality"].iloc[0] == pytest.approx(2 * results.full.quality.value)
+
+
+def test_hypervolume_of_figures_that_are_not_positive_is_linear(study):
+    results = study(6, failed=(), metric="kid")
+    low = replace(results.records[3], quality=replace(results.records[3].quality, values=(-0.1, 0.0, 0.1 - 1e-3)))
+    table = tables.hypervolume(replace(results, records=(*results.records[:3], low)))
+    assert set(table["scale"]) == {"linear"} and np.isfinite(table["hypervolume"]).all()
+
+
+@pytest.mark.parametrize("make", [tables.trials, tables.front, tables.hypervolume, tables.schedule_matrix])
+def test_figures_of_two_protocols_share_no_table(study, make):
+    results = study(6, failed=(), confirm=False)
+    make(results)  # negative control: one protocol is fine
+    other = replace(results.records[3].quality.protocol, num_samples=5000)
+    odd = replace(results.records[3], quality=EvaluationResult(other, results.records[3].quality.values))
+    mixed = replace(results, records=(*results.records[:3], odd, *results.records[4:]))
+    with pytest.raises(EvaluationError, match="num_samples: 1000 and 5000"):
+        make(mixed)
+
+
+def test_confirmations_of_two_protocols_share_no_table(study):
+    results = study(12)
+    first, *rest = results.confirmations
+    other = replace(first.quality.protocol, cfg_scale=4.0)
+    mixed = replace(results, confirmations=(replace(first, quality=replace(first.quality, protocol=other)), *rest))
+    for make in (tables.front, tables.confirmation):
+        with pytest.raises(EvaluationError, match="cfg_scale"):
+            make(mixed)
+
+
+def test_confirmation_of_an_unknown_trial_is_refused(study):
+    results = study(12)
+    stray = replace(results.confirmations[0], number=99)
+    with pytest.raises(StudyError, match="99"):
+        tables.points(replace(results, confirmations=(stray,)), "confirmed")
+
+
+def test_confirmation_puts_both_figures_side_by_side(study):
+    results = study(24)
+    table = tables.confirmation(results).set_index("number")
+    assert set(table.index) == {c.number for c in results.confirmations}
+    for c in results.confirmations:
+        row, record = table.loc[c.number], results.records[c.number]
+        assert row["search_quality"] == record.quality.value and row["confirmed_quality"] == c.quality.value
+        assert row["selection_bias"] == pytest.approx(c.quality.value - record.quality.value)
+        assert (row["predicted_time_frac"], row["measured_time_frac"]) == (record.time_frac, c.measured_time_frac)
+
+
+def test_no_selection_bias_where_more_than_the_seeds_differ(study):
+    results = study(12)
+    larger = [
+        replace(c, quality=replace(c.quality, protocol=replace(c.quality.protocol, num_samples=50_000)))
+        for c in results.confirmations
+    ]
+    assert tables.confirmation(replace(results, confirmations=tuple(larger)))["selection_bias"].isna().all()
+
+
+@pytest.mark.parametrize(
+    ("difference", "std_error", "words"),
+    [
+        (0.1, 0.1, "can't be told apart"),
+        (-0.1, 0.1, "can't be told apart"),
+        (0.11, 0.1, "worse"),
+        (-0.11, 0.1, "better"),
+        (0.1, None, "spread unknown (one repeat)"),
+        (math.nan, None, "no figure of the full network"),
+    ],
+)
+def test_verdict(difference, std_error, words):
+    assert tables.verdict(difference, std_error) == words
+
+
+def test_trials_holds_every_record(study):
+    results = study(12, failed=(7, 9))
+    table = tables.trials(results)
+    assert list(table["number"]) == list(range(12))
+    assert list(table.loc[table["state"] == "failed", "number"]) == [7, 9] and table.loc[7, "failure"]
+    record = results.records[4]
+    assert tuple(table.loc[4, ["repeat_1", "repeat_2", "repeat_3"]]) == record.quality.values
+    assert [c for c in table.columns if c.endswith("_s")] == ["finetune_s", "sample_s", "evaluate_s"]
+    figures = table["quality"].to_numpy()
+    assert list(table["best_quality"]) == [np.nanmin(figures[: i + 1]) for i in range(12)]
+
+
+def test_schedule_matrix_is_the_schedule_at_every_timestep(study):
+    results = study(12)
+    uneven = ExitSchedule(28, 1000, (0, 130, 777, 1000), (28, 9, 4))
+    fast = replace(results.records[3], schedule=uneven, time_frac=0.01)
+    results = replace(results, records=(*results.records[:3], fast, *results.records[4:]), confirmations=())
+    table = tables.schedule_matrix(results)
+    assert table["number"].iloc[0] == 3 and "full network" in set(table["label"])
+    starts = np.array([int(c[1:]) for c in table.columns if c.startswith("t")])
+    column = np.searchsorted(starts, np.arange(1000), side="right") - 1
+    for _, row in table.iterrows():
+        blocks = row[[f"t{t}" for t in starts]].to_numpy()[column]
+        assert (blocks == results.records[row["number"]].schedule.exit_depth_at(np.arange(1000))).all()
+
+
+def test_losses_keep_their_mean_and_count_the_study_files_steps(study):
+    results = study(12)
+    results = replace(results, config={"train": {"num_steps": 4000}})
+    table = tables.losses(results)
+    assert table["step"].max() <= 4000 and table["step"].max() > 3900
+    assert len(set(table["number"])) <= 6 and (table.groupby("number").size() <= 80).all()
+    mine = table[table["number"] == 0]
+    assert mine["loss"].mean() == pytest.approx(np.mean(results.records[0].losses), rel=0.02)
+
+
+def test_samples_name_the_pixels_they_show(study):
+    images = np.arange(10 * 16, dtype=np.uint8).reshape(10, 1, 4, 4)
+    table = tables.samples(study(12, samples=images))
+    assert table["image"].max() == 7 and len(set(table["number"])) <= 6 and "full network" in set(table["label"])
+    assert table.groupby("image")["sha256"].nunique().eq(1).all() and table["sha256"].nunique() == 8
+    with pytest.raises(StudyError, match="uint8"):
+        tables.samples(study(12, samples=images.astype(np.float32)))
+
+
+def test_difference_is_taken_repeat_by_repeat(study):
+    full = study(1).full.quality
+    shifted = replace(full, values=tuple(v + 0.5 for v in full.values))
+    difference, error = shifted.minus(full)
+    assert difference == pytest.approx(0.5) and error == pytest.approx(0, abs=1e-12)
+    uneven = replace(full, values=tuple(v + d for v, d in zip(full.values, (0.4, 0.5, 0.6), strict=True)))
+    assert uneven.minus(full)[1] == pytest.approx(0.1 / math.sqrt(3))
+    with pytest.raises(EvaluationError, match="solver"):
+        full.minus(replace(full, protocol=replace(full.protocol, solver="ddpm")))
+
+
+# -- in words ---------------------------------------------------------------------------------------
+
+
+def with_figures(results, figures):
+    """The study's first trials with these (time, values); the first is the full network."""
+    records = []
+    for record, (time, values) in zip(results.records, figures, strict=False):
+        records.append(replace(record, time_frac=time, quality=replace(record.quality, values=values)))
+    return replace(results, records=tuple(records))
+
+
+FULL = (1.0, (9.0, 9.1, 9.2))
+
+
+@pytest.mark.parametrize(
+    ("figures", "words", "success"),
+    [
+        (
+            [FULL, (0.69, (9.05, 9.0, 9.3))],
+            "D3-DiT is predicted to save 31 % of sampling time at a FID that can't be told",
+            True,
+        ),
+        ([FULL, (0.69, (8.0, 8.1, 8.3))], "31 % of sampling time at a better FID than the full network's", True),
+        ([FULL, (0.88, (9.05, 9.0, 9.3))], "No schedule saves 25 % of sampling time within one standard error", False),
+        ([FULL, (0.88, (9.05, 9.0, 9.3))], "the best was D3-DiT, which is predicted to save 12 %", False),
+        ([FULL, (0.5, (10.0, 10.1, 10.4))], "the closest was D3-DiT, which is predicted to save 50 %", False),
+        ([FULL], "Only the full network has a figure so far.", False),
+        ([FULL, (0.6, (9.1, 9.1, 9.1)), (0.5, (9.0, 9.15, 9.19))], "D4-DiT is predicted to save 50 %", True),
+    ],
+)
+def test_headline_says_what_the_data_say(study, figures, words, success):
+    answer = headline(with_figures(study(4, failed=(), confirm=False), figures))
+    assert words in answer.answer.replace("\N{NO-BREAK SPACE}", " ")
+    assert answer.success is success
+
+
+def test_headline_of_one_repeat_claims_nothing(study):
+    answer = headline(study(6, repeats=1, confirm=False))
+    assert "spread unknown (one repeat)" in answer.answer and not answer.success
+
+
+def test_headline_speaks_of_measured_time_once_confirmed(study):
+    answer = headline(study(24))
+    assert "predicted" not in answer.answer and any("fresh seeds" in d for d in answer.details)
+
+
+def test_headline_without_the_full_network_or_any_figure(study):
+    no_full = replace(study(6, failed=()), confirmations=(), records=study(6, failed=()).records[1:])
+    assert "nothing to compare with" in headline(no_full).answer
+    assert headline(study(2, failed=(0, 1), confirm=False)).answer == "No trial has given a figure yet."
+
+
+def test_numbers_are_written_to_the_digits_they_have():
+    assert figure(8.64713, 0.0523) == "8.647 ± 0.052" and figure(8.64713, math.nan) == "8.647"
+    assert number(-0.5) == "−0.5000" and number(math.nan) == "–" and number(12345.6) == "1.235e+04"
+    assert percent(0.312) == "31\N{NO-BREAK SPACE}%"
