@@ -5,16 +5,23 @@ from __future__ import annotations
 import re
 
 from asesearch.errors import ConfigError, StudyError
+from asesearch.evaluation.results import EvaluationResult
 from asesearch.search.records import StudyResults, TrialRecord
 
 MODES = ("best-quality", "fastest-within", "best-within")
 
 
-def quality_limit(budget: str, full_value: float, full_std_error: float | None) -> float:
-    """Read a quality budget: a figure ("7.5"), an excess over the full network ("+5%"), or standard errors of it ("1se").
+def within_quality(budget: str, quality: EvaluationResult, full: EvaluationResult) -> bool:
+    """Whether a figure is within a quality budget.
+
+    Args:
+        budget: a figure ("7.5"), an excess over the full network's ("+5%"), or standard errors of the difference to it, paired
+            by repeat ("1se").
+        quality: the schedule's figure.
+        full: the full network's.
 
     Raises:
-        ConfigError: none of these, or standard errors of a figure from one repeat.
+        ConfigError: none of these forms, or standard errors where there is one repeat.
     """
     text = budget.strip()
     form = re.fullmatch(r"\+(?P<percent>[\d.]+)%|(?P<se>[\d.]+)se|(?P<figure>-?[\d.]+)", text)
@@ -24,13 +31,14 @@ def quality_limit(budget: str, full_value: float, full_std_error: float | None) 
         raise ConfigError(
             f"a quality budget is a figure (7.5), an excess over the full network (+5%) or standard errors (1se); got {text!r}"
         ) from error
-    if kind == "percent":
-        return full_value * (1 + number / 100)
     if kind == "figure":
-        return number
-    if full_std_error is None:
+        return quality.value <= number
+    if kind == "percent":
+        return quality.value <= full.value * (1 + number / 100)
+    difference, std_error = quality.minus(full)
+    if std_error is None:
         raise ConfigError(f"quality budget {text!r} needs a standard error; got one repeat; raise evaluation.repeats")
-    return full_value + number * full_std_error
+    return difference <= number * std_error
 
 
 def pick(results: StudyResults, mode: str, quality: str | None = None, time_frac: float | None = None) -> TrialRecord:
@@ -38,7 +46,7 @@ def pick(results: StudyResults, mode: str, quality: str | None = None, time_frac
 
     Args:
         results: of the study.
-        mode: "best-quality"; "fastest-within" a `quality` budget (see `quality_limit`); "best-within" a `time_frac` of the
+        mode: "best-quality"; "fastest-within" a `quality` budget (see `within_quality`); "best-within" a `time_frac` of the
             full network's sampling time, in (0, 1].
 
     Raises:
@@ -71,12 +79,11 @@ def pick(results: StudyResults, mode: str, quality: str | None = None, time_frac
         if full is None:
             raise StudyError("the full network has no figure to measure a quality budget against; pick best-quality")
         assert quality is not None
-        limit = quality_limit(quality, full.value, full.std_error)
-        allowed = [p for p in points if p[1].value <= limit]
+        allowed = [p for p in points if within_quality(quality, p[1], full)]
         if not allowed:
             best = min(points, key=lambda p: p[1].value)
             raise StudyError(
-                f"no schedule is within the quality budget {limit:.4g}; the best is {best[1].value:.4g} ({best[0].schedule})"
+                f"no schedule is within the quality budget {quality!r}; the best is {best[1].value:.4g} ({best[0].schedule})"
             )
         return min(allowed, key=lambda p: (p[2], p[1].value))[0]
     assert time_frac is not None

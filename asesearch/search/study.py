@@ -40,6 +40,7 @@ FORMAT_VERSION = 1
 HEARTBEAT_S = 60
 MAX_REPEATS_IN_A_ROW = 50
 CURVE_POINTS = 500
+BUSY_WAIT_S = 120.0  # how long to wait for a SQLite file that another process holds
 
 
 def write_json(path: Path, data: Any) -> None:
@@ -106,7 +107,7 @@ class Study:
         with _storage_errors(shown), warnings.catch_warnings():
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
             optuna.logging.set_verbosity(optuna.logging.ERROR)
-            wait = {"connect_args": {"timeout": 120}} if self.url.startswith("sqlite") else {"pool_pre_ping": True}
+            wait = {"connect_args": {"timeout": BUSY_WAIT_S}} if self.url.startswith("sqlite") else {"pool_pre_ping": True}
             storage = optuna.storages.RDBStorage(self.url, engine_kwargs=wait, heartbeat_interval=HEARTBEAT_S)
             self.optuna = optuna.create_study(
                 study_name=config.name, storage=storage, directions=["minimize", "minimize"], load_if_exists=True

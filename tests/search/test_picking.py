@@ -1,11 +1,13 @@
 """Picking a point: by confirmed figures, within budgets, or not at all."""
 
+import dataclasses
+
 import pytest
 
 from asesearch.errors import ConfigError, StudyError
 from asesearch.evaluation.results import EvaluationResult
 from asesearch.schedule import ExitSchedule
-from asesearch.search.picking import pick, quality_limit
+from asesearch.search.picking import pick, within_quality
 from asesearch.search.records import Confirmation, StudyResults, TrialRecord
 from tests.search.fake_search import PROTOCOL
 
@@ -38,8 +40,6 @@ def confirmed(number, value, time):
         ("best-quality", None, None, 0),
         ("fastest-within", "5.7", None, 2),
         ("fastest-within", "+3%", None, 1),
-        ("fastest-within", "1se", None, 1),
-        ("fastest-within", "0.5se", None, 0),
         ("best-within", None, 0.7, 2),
         ("best-within", None, 1.0, 0),
     ],
@@ -73,10 +73,16 @@ def test_wrong_questions_are_refused(mode, quality, time):
 
 
 def test_quality_budgets():
-    assert quality_limit("7.5", 5.0, None) == 7.5
-    assert quality_limit("+10%", 5.0, None) == pytest.approx(5.5)
-    assert quality_limit("2se", 5.0, 0.1) == pytest.approx(5.2)
-    with pytest.raises(ConfigError, match="needs a standard error"):
-        quality_limit("1se", 5.0, None)
+    full, near = EvaluationResult(PROTOCOL, (5.0, 5.4)), EvaluationResult(PROTOCOL, (5.1, 5.8))
+    assert within_quality("5.5", near, full) and not within_quality("5.4", near, full)
+    assert within_quality("+5%", near, full) and not within_quality("+4%", near, full)
+    # paired by repeat: 0.25 apart, standard error of the two differences (0.1, 0.4) is 0.15
+    assert within_quality("1.7se", near, full) and not within_quality("1.6se", near, full)
     with pytest.raises(ConfigError, match="got 'lots'"):
-        quality_limit("lots", 5.0, 0.1)
+        within_quality("lots", near, full)
+
+
+def test_standard_errors_need_repeats():
+    once = EvaluationResult(dataclasses.replace(PROTOCOL, seeds=(0,)), (5.0,))
+    with pytest.raises(ConfigError, match="needs a standard error"):
+        within_quality("1se", once, once)

@@ -1,6 +1,7 @@
 """The study: resumes after any kill, never loses or repeats a trial, refuses what is not comparable."""
 
 import json
+import sqlite3
 import subprocess
 import sys
 import threading
@@ -220,6 +221,19 @@ def test_a_broken_database_is_one_line_and_kept(tmp_path):
     with pytest.raises(StudyError, match="can't be used.*not a database"):
         Study(make_config(), tmp_path)
     assert (tmp_path / "study.db").read_bytes().startswith(b"not a database")
+
+
+def test_a_busy_database_is_waited_for_and_then_named(tmp_path, monkeypatch):
+    run(make_config(num_trials=2), tmp_path)
+    monkeypatch.setattr("asesearch.search.study.BUSY_WAIT_S", 0.1)
+    study = Study(make_config(num_trials=3), tmp_path)
+    holder = sqlite3.connect(tmp_path / "study.db", isolation_level=None)
+    holder.execute("BEGIN EXCLUSIVE")
+    with pytest.raises(StudyError, match="can't be used: .*locked.*no other program holds it"):
+        study.run(FakeBench())
+    holder.close()
+    resumed, _ = run(make_config(num_trials=3), tmp_path)
+    assert len(resumed.records()) == 3
 
 
 def test_a_password_is_not_shown(tmp_path):
