@@ -220,7 +220,7 @@ def evaluate(
         _print({"schedule": str(chosen), "protocol": vars(bench.protocol)})
         return
     quality, seconds, _ = bench.evaluate(net, chosen, bench.protocol)
-    result = {"metric": bench.protocol.metric_name, "value": quality.value, "std_error": quality.std_error}
+    result: dict[str, Any] = {"metric": bench.protocol.metric_name, "value": quality.value, "std_error": quality.std_error}
     result |= {"schedule": str(chosen), "sampling_seconds": round(seconds, 2), **quality.to_dict()}
     if check:
         assert record is not None and record.quality is not None

@@ -98,13 +98,9 @@ class ExitSchedule:
                 value,
                 "lower it, or rescale the schedule with rescaled(depth)",
             )
-        for name, value in (
-            ("depth", depth),
-            ("num_train_timesteps", chain),
-            ("boundaries", bounds),
-            ("exit_depths", depths),
-        ):
-            object.__setattr__(self, name, value)
+        whole = {"depth": depth, "num_train_timesteps": chain, "boundaries": bounds, "exit_depths": depths}
+        for name, plain in whole.items():
+            object.__setattr__(self, name, plain)  # plain ints and tuples, whatever was passed
 
     # -- making one ------------------------------------------------------------------------------
 

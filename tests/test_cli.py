@@ -44,7 +44,9 @@ repeats = 2
 time_images = 4
 time_repeats = 2
 """
-ARGS = "args = { input_size = 28, patch_size = 14, in_channels = 1, hidden_size = 16, depth = 3, num_heads = 2, num_classes = 10 }"
+ARGS = (
+    "args = { input_size = 28, patch_size = 14, in_channels = 1, hidden_size = 16, depth = 3, num_heads = 2, num_classes = 10 }"
+)
 
 
 def call(*args, code=0):
@@ -87,9 +89,7 @@ def test_search_left_a_report_and_resumes_with_more_trials(place):
     assert (place / "runs/tiny/confirmations.json").is_file()
     copy = place / "longer.toml"
     copy.write_text((place / "tiny.toml").read_text())
-    out, err = call(
-        "search", copy, "--out", place / "runs/tiny", "--trials", 4, "--report", place / "reports/longer"
-    )
+    out, err = call("search", copy, "--out", place / "runs/tiny", "--trials", 4, "--report", place / "reports/longer")
     assert "3 of 4 schedules on record" in err and json.loads(out)["front"]
 
 
@@ -106,7 +106,9 @@ def test_dry_run_prints_a_plan_and_leaves_nothing(place, tmp_path):
     plan = json.loads(call("search", place / "tiny.toml", "--out", tmp_path / "dry", "--dry-run")[0])
     assert plan["at_most"]["search_s"] > 0 and plan["study"]["search"]["num_trials"] == 3
     assert not (tmp_path / "dry").exists()
-    plan = json.loads(call("finetune", place / "tiny.toml", "--schedule", "D3-DiT", "-o", tmp_path / "w.safetensors", "--dry-run")[0])
+    plan = json.loads(
+        call("finetune", place / "tiny.toml", "--schedule", "D3-DiT", "-o", tmp_path / "w.safetensors", "--dry-run")[0]
+    )
     assert plan["schedule"] == "3 3 3 3 2 2 2 2 1 1" and plan["estimate"]["total_s"] > 0
     assert list(tmp_path.iterdir()) == []
 
@@ -128,10 +130,24 @@ def test_export_and_sample_in_a_fresh_process(place, tmp_path):
     from asesearch import load_bundle
     from asesearch.evaluation.fidelity import to_uint8
 
-    chosen = json.loads(call("export", place / "runs/tiny", "--pick", "best-within", "--time", 1, "-o", tmp_path / "b", "--dry-run")[0])
+    chosen = json.loads(
+        call("export", place / "runs/tiny", "--pick", "best-within", "--time", 1, "-o", tmp_path / "b", "--dry-run")[0]
+    )
     assert chosen["evaluation"]["confirmed"] and not (tmp_path / "b").exists()
     call("export", place / "runs/tiny", "--pick", "best-within", "--time", 1, "-o", tmp_path / "b")
-    command = [sys.executable, "-m", "asesearch", "sample", str(tmp_path / "b"), "-o", str(tmp_path / "x.npz"), "--num", "6", "--seed", "5"]
+    command = [
+        sys.executable,
+        "-m",
+        "asesearch",
+        "sample",
+        str(tmp_path / "b"),
+        "-o",
+        str(tmp_path / "x.npz"),
+        "--num",
+        "6",
+        "--seed",
+        "5",
+    ]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert json.loads(done.stdout)["nfe"] == 3
     images = np.load(tmp_path / "x.npz")["images"]
@@ -171,7 +187,9 @@ def test_evaluate_check_fails_for_other_weights(place):
     path.write_bytes(kept)
 
 
-@pytest.mark.parametrize("command", ["train", "finetune", "sample", "evaluate", "search", "report", "export", "train-extractor"])
+@pytest.mark.parametrize(
+    "command", ["train", "finetune", "sample", "evaluate", "search", "report", "export", "train-extractor"]
+)
 def test_every_command_explains_itself(command):
     out, _ = call(command, "--help")
     assert "Usage" in out and len(out) > 300

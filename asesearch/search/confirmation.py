@@ -43,8 +43,11 @@ def confirm(study: Study, bench: Workbench, progress: Callable[[Confirmation], N
             "see the failed trials, lower train.lr, and search under another name"
         )
     protocol = bench.confirmation_protocol()
-    settings = {"protocol": asdict(protocol), "time": [study.config.confirm.time_images, study.config.confirm.time_repeats]}
-    settings = {**settings, "protocol": {**settings["protocol"], "seeds": list(protocol.seeds)}}
+    how = study.config.confirm
+    settings = {
+        "protocol": {**asdict(protocol), "seeds": list(protocol.seeds)},
+        "time": [how.time_images, how.time_repeats],
+    }
     path = study.run_dir / "confirmations.json"
     done: list[Confirmation] = []
     if path.is_file():
@@ -52,7 +55,7 @@ def confirm(study: Study, bench: Workbench, progress: Callable[[Confirmation], N
         if stored["settings"] == settings:
             done = [Confirmation.from_dict(c) for c in stored["confirmations"]]
     full_net = load_trial(study, results.full, bench.device)
-    for record in select(results.front(), results.full, study.config.confirm.max_points):
+    for record in select(results.front(), results.full, how.max_points):
         if any(c.number == record.number for c in done):
             continue
         net = load_trial(study, record, bench.device)
@@ -73,8 +76,10 @@ def trial_weights(study: Study, record: TrialRecord) -> Path:
     """File with a trial's weights.
 
     Raises:
-        StudyError: deleted, as `keep_weights = "front"` does off the front.
+        StudyError: the trial failed, or they were deleted, as `keep_weights = "front"` does off the front.
     """
+    if record.state != "complete":
+        raise StudyError(f"trial {record.number} failed, so it has no weights ({record.failure}); choose another")
     path = study.trial_dir(record.schedule) / "weights.safetensors"
     if not path.is_file():
         raise StudyError(

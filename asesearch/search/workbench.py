@@ -174,7 +174,8 @@ class Workbench:
 
         `shown`, if given, receives the first images made, as `images` (N, C, H, W) uint8.
         """
-        spent, steps = 0.0, ()
+        spent = 0.0
+        steps: tuple[float, ...] = ()
 
         def make_images(seeds: Sequence[int]) -> Tensor:
             nonlocal spent, steps

@@ -65,7 +65,8 @@ def test_budgets_that_nothing_meets_name_the_nearest():
 
 
 @pytest.mark.parametrize(
-    ("mode", "quality", "time"), [("best", None, None), ("fastest-within", None, None), ("best-quality", "5", None), ("best-within", None, None)]
+    ("mode", "quality", "time"),
+    [("best", None, None), ("fastest-within", None, None), ("best-quality", "5", None), ("best-within", None, None)],
 )
 def test_wrong_questions_are_refused(mode, quality, time):
     with pytest.raises(ConfigError):
