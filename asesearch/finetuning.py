@@ -74,8 +74,8 @@ def draw_batch(
     dropped = torch.rand(size, generator=gen) < config.class_dropout_prob
     mine = slice(rank * size // world, (rank + 1) * size // world)
     x_start, y = data.batch(indices[mine], seeded_generator(config.seed, step, 2, rank))
-    if isinstance(y, Tensor) and backbone.num_classes == 0:
-        y = None  # an unconditional network has no use for labels
+    if backbone.num_classes == 0 and not backbone.takes_prompt:
+        y = None  # an unconditional network has no use for labels or prompts
     if y is not None and backbone.has_null_label:
         y = _with_drops(y, backbone.null_labels(y), dropped[mine])
     return Batch(x_start, y, t[mine], noise[mine])
@@ -91,7 +91,8 @@ def _with_drops(y: Conditioning, null: Conditioning, dropped: Tensor) -> Conditi
 
 
 def _epoch_indices(total: int, size: int, step: int, seed: int) -> list[int]:
-    first, indices = step * size, []
+    first = step * size
+    indices: list[int] = []
     while len(indices) < size:
         epoch, offset = divmod(first + len(indices), total)
         order = np.random.default_rng([seed, epoch, 3]).permutation(total)
@@ -222,7 +223,8 @@ class Trainer:
         self.model: nn.Module
         self.model, self.optimizer = self.accelerator.prepare(self.backbone, optimizer)
         self.weight = PlateauWeight.make(config.loss_weight, schedule)
-        self.step, self.losses, self.seconds = 0, [], 0.0
+        self.step, self.seconds = 0, 0.0
+        self.losses: list[float] = []
         self.resumed_at = self._load() if self.run_dir is not None else 0
 
     # -- one step --------------------------------------------------------------------------------
@@ -399,7 +401,7 @@ def check_fit(backbone: Backbone, data: DataSource, diffusion: Process, schedule
     """Refuse parts that do not belong together.
 
     Raises:
-        DataError: images of another shape, or labels out of the network's range.
+        DataError: images of another shape, labels out of the network's range, or not the prompts it takes.
         ScheduleError: a schedule of another depth or chain, or shallower than the network allows.
     """
     if backbone.prediction_type != "epsilon":
@@ -412,6 +414,11 @@ def check_fit(backbone: Backbone, data: DataSource, diffusion: Process, schedule
         raise DataError(f"the network takes images of shape {expected}; got {data.shape} from {data.name}; resize them")
     if backbone.num_classes and not 0 < data.num_classes <= backbone.num_classes:
         raise DataError(f"the network has {backbone.num_classes} classes; got {data.num_classes} from {data.name}")
+    if backbone.takes_prompt:
+        try:
+            backbone.check_conditioning(data.batch([0])[1], 1)
+        except ConfigError as error:
+            raise DataError(f"{data.name} must give the prompts that the network takes: {error}") from error
     check_schedule(backbone, diffusion.num_train_timesteps, schedule)
 
 

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from asesearch.backbones.base import Backbone, Conditioning, check_labels, check_schedule
+from asesearch.backbones.base import Backbone, Conditioning, check_schedule
 from asesearch.diffusion import VPSDE, Diffusion, Process
 from asesearch.errors import ConfigError
 from asesearch.schedule import ExitSchedule
@@ -327,14 +327,9 @@ def _check_images(backbone: Backbone, seeds: Sequence[int], y: Conditioning | No
         raise ConfigError(f"cfg_scale must be a finite number of at least 0; got {cfg_scale}; 1 means no guidance")
     if cfg_scale != 1.0 and (y is None or not backbone.has_null_label):
         raise ConfigError(f"guidance needs conditions y and a network with a null label; got cfg_scale {cfg_scale}; use 1")
-    if isinstance(y, dict):
-        sizes = {name: len(value) for name, value in y.items()}
-        if set(sizes.values()) != {len(seeds)}:
-            raise ConfigError(f"y must have leading dimension {len(seeds)}, one an image; got {sizes}; repeat the prompts")
-        return
-    check_labels(backbone, y, len(seeds))
+    backbone.check_conditioning(y, len(seeds))
     top = backbone.num_classes - 1 + backbone.has_null_label
-    if y is not None and (y.dtype not in (torch.int32, torch.int64) or int(y.min()) < 0 or int(y.max()) > top):
+    if isinstance(y, Tensor) and (y.dtype not in (torch.int32, torch.int64) or int(y.min()) < 0 or int(y.max()) > top):
         raise ConfigError(f"labels must be whole numbers in 0…{top}; got {y.dtype} from {y.min()} to {y.max()}")
 
 

@@ -253,7 +253,7 @@ def test_a_network_that_predicts_velocity_is_refused() -> None:
 class Prompted(Gaussian):
     """Shifts the mean by what a prompt's tensors say; no prompt is 0."""
 
-    has_null_label = True
+    has_null_label = takes_prompt = True
 
     def null_labels(self, y: dict[str, Tensor]) -> dict[str, Tensor]:
         return {name: torch.zeros_like(value) for name, value in y.items()}

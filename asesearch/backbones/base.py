@@ -32,6 +32,8 @@ class Backbone(nn.Module):
         learn_sigma: True if the output has 2·C channels: eps, then the interpolation of the variance.
         guided_channels: classifier-free guidance acts on the first so many output channels.
         prediction_type: `epsilon` (noise) or `flow` (velocity of rectified flow).
+        takes_prompt: conditioned on a prompt's tensors rather than class labels.
+        null_condition: what stands for "no prompt": tensors with leading dimension 1, on the CPU; None where not known.
         config: the constructor arguments, so that `type(net)(**net.config)` makes the same network.
     """
 
@@ -44,6 +46,8 @@ class Backbone(nn.Module):
     learn_sigma: bool
     guided_channels: int
     prediction_type: str = "epsilon"
+    takes_prompt: bool = False
+    null_condition: dict[str, Tensor] | None = None
     config: dict[str, Any]
 
     def forward(self, x_t: Tensor, t: Tensor, y: Tensor | None = None, *, exit_depth: ExitDepth = None) -> Tensor:
@@ -82,6 +86,19 @@ class Backbone(nn.Module):
             raise ConfigError("guidance needs class labels and a network with a null label; got neither; use cfg_scale 1")
         return torch.full_like(y, self.num_classes)
 
+    def check_conditioning(self, y: Conditioning | None, batch: int) -> None:
+        """Refuse what `forward` can't take as `y` of a batch.
+
+        Raises:
+            ConfigError: labels for prompts or the reverse, missing, surplus, or of another shape.
+        """
+        if not self.takes_prompt:
+            return check_labels(self, y, batch)
+        sizes = {k: len(v) for k, v in y.items()} if isinstance(y, dict) else {}
+        if set(sizes.values()) != {batch}:
+            got = sizes or type(y).__name__
+            raise ConfigError(f"y must be a prompt's tensors with leading dimension {batch}, one an image; got {got}; repeat it")
+
     def check_exit_depth(self, exit_depth: ExitDepth, batch: int) -> int | list[int]:
         """Validate `exit_depth`; an int for the whole batch, or one an image.
 
@@ -112,12 +129,14 @@ class Backbone(nn.Module):
         return result
 
 
-def check_labels(net: Backbone, y: Tensor | None, batch: int) -> None:
+def check_labels(net: Backbone, y: Conditioning | None, batch: int) -> None:
     """Refuse labels of another shape, or none where the network needs them.
 
     Raises:
-        ConfigError: y missing, surplus, or not of shape (N,).
+        ConfigError: y missing, surplus, a prompt's tensors, or not of shape (N,).
     """
+    if isinstance(y, dict):
+        raise ConfigError(f"this network takes no prompts; got y with {', '.join(y)}; pass class labels, or none")
     if net.num_classes == 0:
         if y is not None:
             raise ConfigError("this network is unconditional and takes no labels; got y; leave y out")

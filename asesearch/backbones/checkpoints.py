@@ -30,6 +30,7 @@ from asesearch.config import BackboneConfig
 from asesearch.errors import CheckpointError, ConfigError
 
 VERSION = "1"
+NULL = "null_condition."  # begins the names of a null condition's tensors in the files we write
 RESERVED = ("format", "version", "kind", "config")
 BACKBONES: dict[str, type[DiT] | type[UViT]] = {"dit": DiT, "uvit": UViT}
 
@@ -237,18 +238,21 @@ def check_args(cls: type[Backbone], args: Mapping[str, Any]) -> None:
             raise ConfigError(f"{cls.__name__}'s {name} must be {rule}; got {value!r}; correct the study file")
 
 
-def load_backbone(config: BackboneConfig, seed: int = 0) -> Backbone:
+def load_backbone(
+    config: BackboneConfig, seed: int = 0, null_condition: Mapping[str, Tensor] | None = None
+) -> Backbone:
     """The network of a study file: with the checkpoint's weights, or random ones, drawn from `seed`, if it names none.
 
     The architecture is the checkpoint's own; `preset` and then `args` override it. Weights become float32; those that
     were float32 are mapped from the file, not copied, so don't overwrite the file in place while the network lives.
+    `null_condition` is for a network that takes prompts; by default it has that of a file of `save_backbone`.
 
     Raises:
         ConfigError: an unknown preset or argument, or heads that can't be known from the weights.
         CheckpointError: unreadable, of another kind, or entries that do not fit the network.
     """
     if config.kind == "diffusers":
-        return _load_diffusers(config)
+        return _load_diffusers(config, null_condition)
     cls = BACKBONES[config.kind]
     args = {**(cls.preset_args(config.preset) if config.preset else {}), **config.args}
     check_args(cls, args)
@@ -282,7 +286,7 @@ def _open(config: BackboneConfig, checkpoint: str) -> tuple[Contents, Checkpoint
     return contents, info
 
 
-def _load_diffusers(config: BackboneConfig) -> Backbone:
+def _load_diffusers(config: BackboneConfig, null_condition: Mapping[str, Tensor] | None) -> Backbone:
     """From a diffusers folder, or from a file that `save_backbone` wrote."""
     if config.checkpoint is None or config.preset is not None or config.args:
         raise ConfigError("kind = 'diffusers' needs a checkpoint folder, and takes neither preset nor args; correct [backbone]")
@@ -290,10 +294,11 @@ def _load_diffusers(config: BackboneConfig) -> Backbone:
 
     path = resolve(config.checkpoint)
     if path.is_dir():
-        return load_diffusers(path)
+        return load_diffusers(path, null_condition)
     contents, info = _open(config, config.checkpoint)
-    net = DiffusersBackbone(**info.args)
-    _fill(net, contents.state, f"{path} ({info.model})")
+    own = {k.removeprefix(NULL): v for k, v in contents.state.items() if k.startswith(NULL)}
+    net = DiffusersBackbone(**info.args, null_condition=null_condition or own)
+    _fill(net, {k: v for k, v in contents.state.items() if not k.startswith(NULL)}, f"{path} ({info.model})")
     return net
 
 
@@ -314,7 +319,7 @@ def save_backbone(backbone: Backbone, path: str | os.PathLike[str], extra: Mappi
     """Write a safetensors file that `load_backbone` needs no preset or args for.
 
     Args:
-        backbone: a DiT, U-ViT or diffusers network (its null condition is not in the file).
+        backbone: a DiT, U-ViT or diffusers network; its null condition goes into the file too.
         path: written atomically; folders are made.
         extra: text to keep with the weights; `inspect_checkpoint` gives it back.
 
@@ -333,5 +338,6 @@ def save_backbone(backbone: Backbone, path: str | os.PathLike[str], extra: Mappi
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f"{path.name}.part")
-    save_file({k: v.detach().cpu().contiguous() for k, v in backbone.state_dict().items()}, part, {**own, **(extra or {})})
+    tensors = backbone.state_dict() | {f"{NULL}{k}": v for k, v in (backbone.null_condition or {}).items()}
+    save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, part, {**own, **(extra or {})})
     os.replace(part, path)

@@ -49,7 +49,7 @@ class DiffusersBackbone(Backbone):
         transformer: the network, which stays attached until `detach()`; or its diffusers config (`_class_name` and the
             constructor's arguments), for one with random weights.
         null_condition: what stands for "no prompt", as a rule the embedding of an empty one: tensors with leading
-            dimension 1. Moves with the network, but is in neither its state dict nor its config.
+            dimension 1. It is in neither state dict nor config, but in the files of `save_backbone`.
 
     Raises:
         ConfigError: as `BlockExits`; a config that makes no network; a null condition of other names or shapes.
@@ -67,7 +67,9 @@ class DiffusersBackbone(Backbone):
         self.depth, self.input_size = len(self.exits.blocks), config["sample_size"]
         self.in_channels = self.guided_channels = config["in_channels"]  # the pipelines guide every channel
         self.num_classes = config["num_embeds_ada_norm"] if "class_labels" in self.exits.spec.required else 0
+        self.takes_prompt = not self.num_classes
         self.has_null_label = bool(self.num_classes or null_condition)
+        self._width = config.get("caption_channels") or config.get("joint_attention_dim") or config.get("cross_attention_dim")
         channels = config["out_channels"] or self.in_channels
         if channels not in (self.in_channels, 2 * self.in_channels):
             raise ConfigError(
@@ -75,8 +77,8 @@ class DiffusersBackbone(Backbone):
                 "such a network predicts neither noise nor noise and variance"
             )
         self.learn_sigma = channels == 2 * self.in_channels
-        self._null = tuple(null_condition or ())
         self._check_null(null_condition or {})
+        self.null_condition = {k: v.cpu() for k, v in null_condition.items()} if null_condition else None
         for name, value in (null_condition or {}).items():
             self.register_buffer(f"null_{name}", value, persistent=False)
         self.train(model.training)
@@ -114,6 +116,15 @@ class DiffusersBackbone(Backbone):
             self.exits.end()
         return out  # (N, C or 2·C, H, W)
 
+    def check_conditioning(self, y: Conditioning | None, batch: int) -> None:
+        self._arguments(y, batch)
+        width = y["encoder_hidden_states"].shape[-1] if isinstance(y, dict) else self._width
+        if self.takes_prompt and width != self._width:
+            raise ConfigError(
+                f"{type(self.transformer).__name__} takes prompt embeddings {self._width} wide; got {width}; "
+                "use the text encoder it was trained with"
+            )
+
     def _arguments(self, y: Conditioning | None, batch: int) -> dict[str, Any]:
         """`y` as arguments of the transformer's forward.
 
@@ -140,13 +151,15 @@ class DiffusersBackbone(Backbone):
     def null_labels(self, y: Conditioning) -> Conditioning:
         if isinstance(y, Tensor):
             return super().null_labels(y)
-        if not self._null:
+        if self.null_condition is None:
             raise ConfigError(
                 "guidance needs a null condition; got none for this network; "
                 "pass null_condition, the embedding of an empty prompt, to DiffusersBackbone"
             )
-        batch = next(iter(y.values())).shape[0]
-        null = {name: self.get_buffer(f"null_{name}") for name in self._null}
+        batch, device = next(iter(y.values())).shape[0], next(iter(y.values())).device
+        null = {name: self.get_buffer(f"null_{name}") for name in self.null_condition}
+        if any(value.device != device for value in null.values()):  # training drops prompts on the CPU
+            null = {name: value.to(device) for name, value in self.null_condition.items()}
         return {**y, **{name: value.expand(batch, *value.shape[1:]) for name, value in null.items()}}
 
     def time_embedder(self) -> nn.Module:

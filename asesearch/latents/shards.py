@@ -181,8 +181,18 @@ class LatentShards:
         shift, scale = self.scaling
         x_start = (z - shift) * scale
         if self.null_condition is not None:
-            return x_start, self._padded([self._caption(s, i) for s, i in where])
+            return x_start, self.conditions(indices)
         return x_start, None if self._labels is None else self._labels[torch.as_tensor(indices, dtype=torch.int64)]
+
+    def conditions(self, indices: Sequence[int]) -> dict[str, Tensor]:
+        """The captions' y alone, without reading latents.
+
+        Raises:
+            DataError: encoded without captions.
+        """
+        if self.null_condition is None:
+            raise DataError(f"prompts need captions; got none in {self.name}; encode the images with captions")
+        return self._padded([self._caption(*divmod(i, self._shard_size)) for i in indices])
 
     def _caption(self, shard: int, i: int) -> Array:
         """The embedding of one caption: (tokens, D)."""

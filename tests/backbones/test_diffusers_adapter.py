@@ -13,7 +13,9 @@ from diffusers import (
 from safetensors.torch import load_file, save_file
 
 from asesearch.backbones.block_exits import SPECS
+from asesearch.backbones.checkpoints import load_backbone, save_backbone
 from asesearch.backbones.diffusers_adapter import DiffusersBackbone, load_diffusers
+from asesearch.config import BackboneConfig
 from asesearch.errors import CheckpointError, ConfigError, ScheduleError
 
 DEPTH, N, TOKENS = 4, 5, 3
@@ -260,8 +262,33 @@ def test_null_labels():
     got = net.null_labels(y)
     assert got.keys() == y.keys() and all(torch.equal(got[k], null[k].repeat(N, *[1] * (y[k].ndim - 1))) for k in null)
     assert net(x_t, t, got).shape == (N, 8, 8, 8)
-    moved = copy.deepcopy(net).to("meta").null_labels(y)
-    assert moved["encoder_hidden_states"].device.type == "meta"
+    moved = copy.deepcopy(net).to("meta")
+    assert moved.null_labels({k: v.to("meta") for k, v in y.items()})["encoder_hidden_states"].device.type == "meta"
+    assert moved.null_labels(y)["encoder_hidden_states"].device.type == "cpu"  # as the training loop's batches
+
+
+def test_prompts_are_checked_before_the_forward():
+    model, _, _, y = case("pixart")
+    net = DiffusersBackbone(model)
+    net.check_conditioning(y, N)
+    with pytest.raises(ConfigError, match="embeddings 12 wide; got 11"):
+        net.check_conditioning({**y, "encoder_hidden_states": torch.zeros(N, TOKENS, 11)}, N)
+    for wrong in (None, torch.zeros(N, dtype=torch.int64), rows(y, slice(2))):
+        with pytest.raises(ConfigError, match="must be a dict with encoder_hidden_states, N = 5"):
+            net.check_conditioning(wrong, N)
+
+
+def test_a_file_of_ours_carries_the_null_condition(tmp_path):
+    null = {"encoder_hidden_states": torch.randn(1, TOKENS, 12), "encoder_attention_mask": torch.tensor([[1, 0, 0]])}
+    other = {"encoder_hidden_states": torch.randn(1, TOKENS, 12)}
+    save_backbone(DiffusersBackbone(pixart(), null), tmp_path / "net.safetensors")
+    config = BackboneConfig(kind="diffusers", checkpoint=str(tmp_path / "net.safetensors"))
+    again = load_backbone(config).null_condition
+    assert again.keys() == null.keys() and all(torch.equal(again[k], null[k]) for k in null)
+    assert torch.equal(load_backbone(config, null_condition=other).null_condition["encoder_hidden_states"], *other.values())
+    save_backbone(DiffusersBackbone(pixart()), tmp_path / "bare.safetensors")
+    bare = load_backbone(BackboneConfig(kind="diffusers", checkpoint=str(tmp_path / "bare.safetensors")))
+    assert bare.null_condition is None and not bare.has_null_label
 
 
 @pytest.mark.parametrize(
