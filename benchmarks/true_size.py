@@ -1,0 +1,247 @@
+"""Do the published schedules save, at the true size, the time that their block calls promise?
+
+The true network with random weights: time does not depend on what they are.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict
+from multiprocessing import get_context
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from measuring import Figure, gpu_or_cpu, options, parse, publish, say, wake
+from torch import Tensor, nn
+
+from asesearch.backbones import Backbone, DiT, UViT
+from asesearch.backbones.conversion import dit_to_diffusers
+from asesearch.evaluation.cost import LatencyTable, call_timer, compare_sampling_time, measure_latency
+from asesearch.schedule import ExitSchedule
+
+#: Model -> class, its published schedules, and what --tiny changes (not the depth: the schedules stay as published).
+MODELS: dict[str, tuple[type[DiT] | type[UViT], tuple[str, ...], dict[str, Any]]] = {
+    "DiT-XL/2": (
+        DiT,
+        ("D2-DiT", "D3-DiT", "D4-DiT", "D7-DiT"),
+        {"input_size": 8, "hidden_size": 32, "num_heads": 2, "num_classes": 10},
+    ),
+    "U-ViT-S/4-CelebA64": (
+        UViT,
+        ("D1-U-ViT", "D2-U-ViT", "D3-U-ViT", "D6-U-ViT"),
+        {"img_size": 16, "embed_dim": 32, "num_heads": 2},
+    ),
+}
+PARTS = ("memory", "latency", "schedules", "diffusers")
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+TIMESTEPS = tuple(range(50, 1000, 100))  # the middles of the ten intervals: every interval counts alike
+
+
+def build(args: argparse.Namespace) -> Backbone:
+    """The network in float32 on the CPU."""
+    kind, _, tiny = MODELS[args.model]
+    torch.manual_seed(args.seed)
+    net = kind.from_preset(args.model, **(tiny if args.tiny else {})).eval().requires_grad_(False)
+    wake(net, args.seed)
+    return net
+
+
+def on_device(net: nn.Module, args: argparse.Namespace) -> nn.Module:
+    """The network itself, moved."""
+    net.to(gpu_or_cpu())
+    return net if args.dtype == "float32" else net.to(DTYPES[args.dtype])
+
+
+def inputs(net: Backbone, args: argparse.Namespace) -> tuple[Tensor, Tensor | None]:
+    """x_t (N, C, H, W) and labels (N,)."""
+    generator = torch.Generator().manual_seed(args.seed)
+    x_t = torch.randn(args.batch, net.in_channels, net.input_size, net.input_size, generator=generator)
+    y = torch.randint(net.num_classes, (args.batch,), generator=generator) if net.num_classes else None
+    return x_t.to(gpu_or_cpu(), DTYPES[args.dtype]), None if y is None else y.to(gpu_or_cpu())
+
+
+# -- memory --------------------------------------------------------------------------------------
+
+
+def peak_memory_mb(args: argparse.Namespace, exit_depth: int) -> float:
+    """High-water mark of one forward in a process of its own, weights included: allocated on a GPU, resident on Linux."""
+    net = build(args)
+    on_device(net, args)
+    x_t, y = inputs(net, args)
+    t = torch.full((args.batch,), TIMESTEPS[-1], device=x_t.device)
+    if x_t.is_cuda:
+        torch.cuda.reset_peak_memory_stats()
+    else:
+        Path("/proc/self/clear_refs").write_text("5")  # sets the mark back to what is resident now
+    with torch.no_grad():
+        net(x_t, t, y, exit_depth=exit_depth)
+    if x_t.is_cuda:
+        return torch.cuda.max_memory_allocated() / 2**20
+    status = Path("/proc/self/status").read_text()
+    return int(status.split("VmHWM:")[1].split()[0]) / 2**10  # getrusage's mark is inherited from the parent
+
+
+def memory(args: argparse.Namespace) -> list[Figure]:
+    if not (torch.cuda.is_available() or os.access("/proc/self/clear_refs", os.W_OK)):
+        say("memory: left out, it needs a GPU or Linux")
+        return []
+    schedules = [ExitSchedule.published(name) for name in MODELS[args.model][1]]
+    depths = {"early exit": min(min(s.exit_depths) for s in schedules), "full": schedules[0].depth}
+    peaks = {}
+    for name, depth in depths.items():
+        say(f"memory: one forward, exit depth {depth}")
+        with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+            peaks[name] = pool.submit(peak_memory_mb, args, depth).result()
+    early, full = peaks.values()
+    return [
+        *(Figure(f"peak memory, {name} ({depths[name]} blocks)", mb, "MiB") for name, mb in peaks.items()),
+        Figure("peak memory, early exit / full", early / full, goal="<= 1.001"),  # processes differ by a few pages,
+    ]
+
+
+# -- time ----------------------------------------------------------------------------------------
+
+
+def latency(net: Backbone, args: argparse.Namespace) -> tuple[list[Figure], LatencyTable]:
+    say(f"latency: {net.depth} exit depths, {args.repeats} rounds and one to warm up")
+    table = measure_latency(net, args.batch, args.repeats, gpu_or_cpu())
+    rows = zip(table.median_ms, table.spread_ms, strict=True)
+    figures = [Figure(f"forward, exit depth {d}", ms, "ms", spread) for d, (ms, spread) in enumerate(rows, 1)]
+    fixed, per_block = table.fit
+    return [*figures, Figure("fixed part of a forward (fit)", fixed, "ms"), Figure("one block (fit)", per_block, "ms")], table
+
+
+def always_run(net: Backbone) -> int:
+    """Transformer blocks that no schedule drops: a U-ViT's encoder and its middle block."""
+    return len(net.in_blocks) + 1 if isinstance(net, UViT) else 0
+
+
+def bound(net: Backbone, schedule: ExitSchedule) -> float:
+    """Speed-up if time were transformer block calls and nothing else."""
+    kept = always_run(net)
+    return (kept + net.depth) / (kept + net.depth * schedule.block_frac(TIMESTEPS))
+
+
+def network_time(net: Backbone, schedule: ExitSchedule, args: argparse.Namespace) -> Callable[[], None]:
+    """The network calls of one sampling, without a solver."""
+    x_t, y = inputs(net, args)
+    calls = [(torch.full((args.batch,), t, device=x_t.device), int(schedule.exit_depth_at(t))) for t in TIMESTEPS]
+
+    def run() -> None:
+        with torch.no_grad():
+            for t, exit_depth in calls:
+                net(x_t, t, y, exit_depth=exit_depth)
+
+    return run
+
+
+def schedules(net: Backbone, table: LatencyTable | None, args: argparse.Namespace) -> tuple[list[Figure], dict[str, Any]]:
+    figures, raw = [], {}
+    full = network_time(net, ExitSchedule.full(net.depth), args)
+    for name in MODELS[args.model][1]:
+        schedule = ExitSchedule.published(name, net.depth)
+        say(f"schedules: {name}, {args.repeats} pairs of {len(TIMESTEPS)} calls and one to warm up")
+        ratio = compare_sampling_time(network_time(net, schedule, args), full, args.repeats, call_timer(gpu_or_cpu()))
+        measured, limit = 1 / ratio.median, bound(net, schedule)
+        spread = ratio.spread / ratio.median**2
+        goal = ">= 1.0" if args.model == "DiT-XL/2" else None
+        figures += [
+            Figure(f"{name}, speed-up measured", measured, spread=spread),
+            Figure(f"{name}, speed-up of the block calls (bound)", limit),
+            Figure(f"{name}, measured / bound", measured / limit, spread=spread / limit, goal=goal),
+        ]
+        if table is not None:
+            figures.append(
+                Figure(f"{name}, speed-up of the bound with the fixed part", 1 / table.bound_frac(schedule, TIMESTEPS))
+            )
+        raw[name] = asdict(ratio)
+    return figures, raw
+
+
+# -- diffusers -----------------------------------------------------------------------------------
+
+
+def as_diffusers(net: DiT) -> nn.Module:
+    """diffusers' DiT on the very tensors of `net`, doing the same arithmetic."""
+    from accelerate import init_empty_weights
+    from diffusers import DiTTransformer2DModel
+
+    state, config = dit_to_diffusers(net.state_dict(), net.config)
+    with init_empty_weights(include_buffers=False):
+        model = DiTTransformer2DModel(**config)
+    model.load_state_dict(state, assign=True)
+    for block in model.transformer_blocks:
+        block.norm1.emb.time_proj.downscale_freq_shift = 0  # 1 in diffusers, 0 in the official code
+    return model.eval().requires_grad_(False)
+
+
+def against_diffusers(net: Backbone, theirs: nn.Module, args: argparse.Namespace) -> tuple[list[Figure], dict[str, Any]]:
+    x_t, y = inputs(net, args)
+    t = torch.full((args.batch,), TIMESTEPS[5], device=x_t.device)
+
+    @torch.no_grad()
+    def ours_run() -> Tensor:
+        out: Tensor = net(x_t, t, y)
+        return out
+
+    @torch.no_grad()
+    def theirs_run() -> Tensor:
+        out: Tensor = theirs(x_t, timestep=t, class_labels=y).sample
+        return out
+
+    say(f"diffusers: {4 * args.repeats} pairs of full-depth forwards")
+    ours_out, theirs_out = ours_run().float(), theirs_run().float()
+    ratio = compare_sampling_time(ours_run, theirs_run, 4 * args.repeats, call_timer(gpu_or_cpu()))
+    ours_s, theirs_s = (median(side) for side in zip(*ratio.pairs, strict=True))
+    return [
+        Figure("full-depth forward", ours_s * 1e3, "ms"),
+        Figure("full-depth forward, diffusers", theirs_s * 1e3, "ms"),
+        Figure("full-depth forward / diffusers, of the medians", ours_s / theirs_s, goal="<= 0.97"),
+        Figure("full-depth forward / diffusers, of the pairs", ratio.median, spread=ratio.spread),
+        Figure("largest difference of the outputs", float((ours_out - theirs_out).abs().max()), ""),
+        Figure("largest output", float(theirs_out.abs().max()), ""),
+    ], asdict(ratio)
+
+
+def compile_blocks(net: Backbone, theirs: nn.Module | None) -> None:
+    """In place, so that every exit depth shares the compiled blocks."""
+    for i in range(net.depth):
+        net.block_at(i).compile()
+    for block in theirs.transformer_blocks if theirs is not None else ():
+        block.compile()
+
+
+def main() -> None:
+    parser = options(__doc__ or "", repeats=5, batch=1)
+    parser.add_argument("--model", choices=MODELS, default="DiT-XL/2")
+    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of weights and images (default %(default)s)")
+    parser.add_argument("--only", choices=PARTS, nargs="+", default=PARTS, help="parts to run (default all)")
+    args = parse(parser)
+    figures, raw = memory(args) if "memory" in args.only else [], {}
+    net = build(args)
+    theirs = as_diffusers(net) if "diffusers" in args.only and isinstance(net, DiT) else None
+    for model in (net, theirs):
+        if model is not None:
+            on_device(model, args)
+    if args.compile:
+        compile_blocks(net, theirs)
+    table = None
+    if "latency" in args.only:
+        more, table = latency(net, args)
+        figures, raw["latency"] = [*figures, *more], table.to_dict()
+    if "schedules" in args.only:
+        more, raw["schedules"] = schedules(net, table, args)
+        figures += more
+    if theirs is not None:
+        more, raw["diffusers"] = against_diffusers(net, theirs, args)
+        figures += more
+    publish("true_size", args, figures, raw)
+
+
+if __name__ == "__main__":
+    main()
