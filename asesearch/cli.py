@@ -119,9 +119,9 @@ def _fit(config: StudyConfig, schedule_text: str, out: Path, run_dir: Path, dry_
 
     if out.suffix != ".safetensors":
         raise ConfigError(f"weights are written as .safetensors; got {out}; change --out")
-    backbone = load_backbone(config.backbone, seed=config.train.seed)
-    schedule = _schedule(schedule_text, backbone.depth, config.diffusion.num_train_timesteps)
     data, diffusion = open_data(config.data), make_diffusion(config.diffusion)
+    backbone = load_backbone(config.backbone, config.train.seed, getattr(data, "null_condition", None))
+    schedule = _schedule(schedule_text, backbone.depth, config.diffusion.num_train_timesteps)
     trainer = Trainer(backbone, data, diffusion, schedule, config.train, None if dry_run else run_dir)
     if dry_run:
         step_s = seconds_per_step(trainer)
@@ -221,7 +221,7 @@ def evaluate(
         return
     quality, seconds, _ = bench.evaluate(net, chosen, bench.protocol)
     result: dict[str, Any] = {"metric": bench.protocol.metric_name, "value": quality.value, "std_error": quality.std_error}
-    result |= {"schedule": str(chosen), "sampling_seconds": round(seconds, 2), **quality.to_dict()}
+    result |= {"schedule": str(chosen), "sampling_seconds": round(seconds["sample"], 2), **quality.to_dict()}
     if check:
         assert record is not None and record.quality is not None
         result["check"] = compare(record.quality, quality)

@@ -88,11 +88,13 @@ class DataConfig(_Section):
     """A data set. `path` is relative to the working directory.
 
     `image_size` and `channels` say how an image folder's files are read: centre-cropped to a square of image_size pixels,
-    as grey (1) or colour (3).
+    as grey (1) or colour (3). `vae` is for latents: the folder of the AutoencoderKL that turns generated latents into
+    images, which evaluation needs.
     """
 
     kind: Literal["fashion-mnist", "image-folder", "latents"]
     path: str | None = None
+    vae: str | None = None
     split: Literal["train", "test"] = "train"
     image_size: PositiveInt | None = None
     channels: Literal[1, 3] = 3
@@ -172,10 +174,11 @@ class StudyConfig(_Section):
     confirm: ConfirmConfig = ConfirmConfig()
 
 
-#: Fields that may change between two runs of one study: they leave every finished trial comparable.
+#: Fields that may change between two runs of one study: they leave every finished trial comparable. (What lies at a changed
+#: path must have the content on record: `Workbench.identity`.)
 MAY_CHANGE = frozenset(
     {"search.num_trials", "search.storage", "search.keep_weights", "train.checkpoint_every", "train.compile",
-     "sampling.batch_size", "data.path", "data.download", "evaluation.extractor_weights",
+     "sampling.batch_size", "data.path", "data.vae", "data.download", "evaluation.extractor_weights",
      "evaluation.reference.path", "evaluation.reference.download"}
 )  # fmt: skip
 

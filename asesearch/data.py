@@ -15,7 +15,7 @@ import zlib
 from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -302,9 +302,11 @@ def open_data(config: DataConfig) -> DataSource:
     """The data set of a study file.
 
     Raises:
-        ConfigError: a setting that this kind of data needs is missing.
+        ConfigError: a setting that this kind of data needs is missing, or one that it has no use for.
         DataError: missing, empty or damaged data.
     """
+    if config.vae is not None and config.kind != "latents":
+        raise ConfigError(f"vae decodes latents; got it for data of kind {config.kind!r}; leave it out")
     if config.kind == "fashion-mnist":
         return fashion_mnist(config.split, config.path, download=config.download)
     if config.path is None:
@@ -318,8 +320,8 @@ def open_data(config: DataConfig) -> DataSource:
     return ImageFolder(config.path, config.image_size, config.channels, config.flip)
 
 
-def save_images(pixels: npt.NDArray[np.uint8], path: Path) -> None:
-    """Write (N, C, H, W) uint8 as a grid (.png, about as wide as high) or as an array `images` (.npz).
+def save_images(pixels: npt.NDArray[Any], path: Path, name: str = "images") -> None:
+    """Write (N, C, H, W) uint8 as a grid (.png, about as wide as high), or any array under `name` (.npz).
 
     Raises:
         DataError: the file can't be written.
@@ -330,7 +332,7 @@ def save_images(pixels: npt.NDArray[np.uint8], path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         with part.open("wb") as file:
             if path.suffix == ".npz":
-                np.savez_compressed(file, images=pixels)
+                np.savez_compressed(file, **{name: pixels})  # type: ignore[arg-type]  # numpy's stub takes the name for an option
             else:
                 columns = math.ceil(math.sqrt(n))
                 rows = math.ceil(n / columns)

@@ -264,10 +264,10 @@ def sample(
         ConfigError: arguments that do not fit the network or each other.
         ScheduleError: a schedule for another network or chain.
     """
-    solver = _checked_solver(solver, diffusion)
-    _check_images(backbone, seeds, y, cfg_scale, batch_size)
+    solver, timesteps = check_sampling(backbone, solver, diffusion, num_steps, cfg_scale)
+    _check_images(backbone, seeds, y, batch_size)
     check_schedule(backbone, diffusion.num_train_timesteps, schedule)
-    pairs = list(pairwise((*diffusion.timesteps(num_steps, solver.quadratic), diffusion.t_clean)))
+    pairs = list(pairwise((*timesteps, diffusion.t_clean)))
     place = torch.device(device or next(backbone.parameters(), torch.empty(0)).device)
     shape = (backbone.in_channels, backbone.input_size, backbone.input_size)
     images, seconds = torch.empty(len(seeds), *shape), 0.0
@@ -296,8 +296,22 @@ def _evaluating(backbone: Backbone) -> Iterator[None]:
         backbone.train(was_training)
 
 
-def _checked_solver(solver: str | Solver, diffusion: Process) -> Solver:
-    """The solver itself, or the errors of `sample` about it."""
+def check_sampling(
+    backbone: Backbone, solver: str | Solver, diffusion: Process, num_steps: int, cfg_scale: float
+) -> tuple[Solver, tuple[float, ...]]:
+    """Refuse a way of sampling that the network can't go, before anything is trained for it.
+
+    Returns:
+        The solver, and the timesteps it calls the network at.
+
+    Raises:
+        ConfigError: solver, process, network, steps and guidance do not fit each other.
+    """
+    if backbone.prediction_type != "epsilon":
+        raise ConfigError(
+            f"these solvers need a network that predicts noise (epsilon); got {backbone.prediction_type!r}; "
+            "sample it with its own diffusers pipeline"
+        )
     if isinstance(solver, str):
         if solver not in SOLVERS:
             raise ConfigError(f"unknown solver {solver!r}; choose one of {', '.join(SOLVERS)}")
@@ -306,16 +320,15 @@ def _checked_solver(solver: str | Solver, diffusion: Process) -> Solver:
         kinds = " or ".join(kind.__name__ for kind in solver.processes)
         fit = ", ".join(s.name for s in SOLVERS.values() if isinstance(diffusion, s.processes))
         raise ConfigError(f"{solver.name} is for a {kinds} process; got {type(diffusion).__name__}; choose one of {fit}")
-    return solver
+    if not (math.isfinite(cfg_scale) and cfg_scale >= 0):
+        raise ConfigError(f"cfg_scale must be a finite number of at least 0; got {cfg_scale}; 1 means no guidance")
+    if cfg_scale != 1.0 and not backbone.has_null_label:
+        raise ConfigError(f"guidance needs a network with a null label or null condition; got cfg_scale {cfg_scale}; use 1")
+    return solver, diffusion.timesteps(num_steps, solver.quadratic)
 
 
-def _check_images(backbone: Backbone, seeds: Sequence[int], y: Conditioning | None, cfg_scale: float, batch_size: int) -> None:
+def _check_images(backbone: Backbone, seeds: Sequence[int], y: Conditioning | None, batch_size: int) -> None:
     """The errors of `sample` about what to make."""
-    if backbone.prediction_type != "epsilon":
-        raise ConfigError(
-            f"these solvers need a network that predicts noise (epsilon); got {backbone.prediction_type!r}; "
-            "sample it with its own diffusers pipeline"
-        )
     if len(seeds) == 0 or not all(isinstance(seed, (int, np.integer)) and 0 <= seed < 2**32 for seed in seeds):
         raise ConfigError(
             "seeds must be whole numbers from 0 to 2^32 - 1 (torch's CPU generator ignores higher bits), one an image; "
@@ -323,10 +336,6 @@ def _check_images(backbone: Backbone, seeds: Sequence[int], y: Conditioning | No
         )
     if batch_size < 1:
         raise ConfigError(f"batch_size must be at least 1; got {batch_size}; 100 suits most networks")
-    if not (math.isfinite(cfg_scale) and cfg_scale >= 0):
-        raise ConfigError(f"cfg_scale must be a finite number of at least 0; got {cfg_scale}; 1 means no guidance")
-    if cfg_scale != 1.0 and (y is None or not backbone.has_null_label):
-        raise ConfigError(f"guidance needs conditions y and a network with a null label; got cfg_scale {cfg_scale}; use 1")
     backbone.check_conditioning(y, len(seeds))
     top = backbone.num_classes - 1 + backbone.has_null_label
     if isinstance(y, Tensor) and (y.dtype not in (torch.int32, torch.int64) or int(y.min()) < 0 or int(y.max()) > top):

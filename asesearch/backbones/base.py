@@ -97,7 +97,7 @@ class Backbone(nn.Module):
         sizes = {k: len(v) for k, v in y.items()} if isinstance(y, dict) else {}
         if set(sizes.values()) != {batch}:
             got = sizes or type(y).__name__
-            raise ConfigError(f"y must be a prompt's tensors with leading dimension {batch}, one an image; got {got}; repeat it")
+            raise ConfigError(f"y must be a prompt's tensors of leading dimension {batch}, one an image; got {got}; repeat it")
 
     def check_exit_depth(self, exit_depth: ExitDepth, batch: int) -> int | list[int]:
         """Validate `exit_depth`; an int for the whole batch, or one an image.

@@ -2,7 +2,8 @@
 
 `bundle.json` holds format version, schedule, network, solver, evaluation, provenance and the SHA-256 of each file;
 `model.safetensors` the weights; `parity.safetensors` inputs and outputs of the network at every exit depth that the
-schedule uses, so that whoever loads the bundle knows that it computes the same there.
+schedule uses, so that whoever loads the bundle knows that it computes the same there. For a network that takes prompts, the
+empty one is among the weights, and the inputs are a few real ones, which `sample` takes by default.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from asesearch.backbones.base import Backbone, check_schedule
+from asesearch.backbones.base import Backbone, Conditioning, check_schedule
 from asesearch.backbones.checkpoints import load_backbone, save_backbone
 from asesearch.config import BackboneConfig, DiffusionConfig, SamplingConfig
 from asesearch.diffusion import make_diffusion
@@ -32,7 +33,8 @@ from asesearch.schedule import ExitSchedule
 FORMAT = "asesearch.bundle"
 VERSION = 1
 FILES = ("model.safetensors", "parity.safetensors")
-PARITY_IMAGES = 2
+PARITY_IMAGES = 2  # or one a prompt
+PROMPT = "y."  # begins the names of the prompts' tensors in the parity file
 PARITY_TOLERANCE = 2e-3  # of the largest output; float32 on another processor stays far below
 
 
@@ -47,6 +49,9 @@ class Bundle:
         diffusion, sampling: the process, and the solver the schedule was evaluated with.
         evaluation: the recorded figures, as plain data.
         provenance: where it came from, as plain data.
+        prompts: a few examples of what a network that takes prompts is given, N first; None for other networks.
+        latents: how the latents that it makes were scaled, `shift` and `scale` of each channel, and the `digest` of the
+            VAE that decoded them; None where it makes images.
     """
 
     backbone: Backbone
@@ -56,14 +61,18 @@ class Bundle:
     sampling: SamplingConfig
     evaluation: dict[str, Any]
     provenance: dict[str, Any]
+    prompts: dict[str, Tensor] | None = None
+    latents: dict[str, Any] | None = None
 
-    def sample(self, seeds: Sequence[int], y: Tensor | None = None, num_steps: int | None = None) -> SampleResult:
-        """Images for these seeds, (N, C, H, W) float32, with the bundle's solver, guidance and (unless given) steps.
+    def sample(self, seeds: Sequence[int], y: Conditioning | None = None, num_steps: int | None = None) -> SampleResult:
+        """Images (or latents) for these seeds, (N, C, H, W) float32, by the bundle's solver, guidance and (unless given) steps.
 
-        `y` is (N,) class labels; by default seed modulo the number of classes.
+        `y` is (N,) class labels or a prompt's tensors; by default seed modulo the number of classes, or of `prompts`.
         """
         if y is None and self.backbone.num_classes:
             y = torch.tensor([s % self.backbone.num_classes for s in seeds])
+        elif y is None and self.prompts is not None:
+            y = {name: value[[s % len(value) for s in seeds]] for name, value in self.prompts.items()}
         return sample(
             self.backbone,
             self.sampling.solver,
@@ -82,11 +91,17 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def _prompts(parity: dict[str, Tensor]) -> dict[str, Tensor] | None:
+    """The prompts among the tensors of the parity file."""
+    return {k.removeprefix(PROMPT): v for k, v in parity.items() if k.startswith(PROMPT)} or None
+
+
 @torch.no_grad()
 def _parity_outputs(backbone: Backbone, tensors: dict[str, Tensor], depths: Sequence[int]) -> dict[str, Tensor]:
     device = next(backbone.parameters()).device
-    given = {k: v.to(device) for k, v in tensors.items() if k in ("x_t", "t", "y")}
-    outputs = {f"out.{d}": backbone(given["x_t"], given["t"], given.get("y"), exit_depth=d) for d in depths}
+    given = {k: v.to(device) for k, v in tensors.items() if not k.startswith("out.")}
+    y = given.get("y") if "y" in given else _prompts(given)
+    outputs = {f"out.{d}": backbone(given["x_t"], given["t"], y, exit_depth=d) for d in depths}
     return {k: v.float().cpu().contiguous() for k, v in outputs.items()}
 
 
@@ -95,10 +110,13 @@ def write_bundle(bundle: Bundle, folder: Path, *, overwrite: bool = False) -> Pa
 
     Raises:
         CheckpointError: the folder exists (and `overwrite` is not set) or can't be written.
+        ConfigError: no prompts for a network that takes them, or prompts that it does not take.
         ScheduleError: the schedule does not fit the network.
     """
     folder = Path(folder)
     check_schedule(bundle.backbone, bundle.diffusion.num_train_timesteps, bundle.schedule)
+    if bundle.backbone.takes_prompt:
+        bundle.backbone.check_conditioning(bundle.prompts, _parity_count(bundle))
     if folder.exists() and not overwrite:
         raise CheckpointError(f"{folder} exists already; choose another folder, or overwrite it (--overwrite)")
     if folder.exists() and any(folder.iterdir()) and not (folder / "bundle.json").is_file():
@@ -121,15 +139,19 @@ def write_bundle(bundle: Bundle, folder: Path, *, overwrite: bool = False) -> Pa
     return folder
 
 
+def _parity_count(bundle: Bundle) -> int:
+    return len(next(iter(bundle.prompts.values()))) if bundle.prompts else PARITY_IMAGES
+
+
 def _write_files(bundle: Bundle, folder: Path) -> None:
-    net = bundle.backbone
+    net, count = bundle.backbone, _parity_count(bundle)
     save_backbone(net, folder / FILES[0], {})
     generator = torch.Generator().manual_seed(0)
-    x_t = torch.randn(PARITY_IMAGES, net.in_channels, net.input_size, net.input_size, generator=generator)
-    t = torch.randint(bundle.diffusion.num_train_timesteps, (PARITY_IMAGES,), generator=generator)
-    tensors = {"x_t": x_t, "t": t}
+    x_t = torch.randn(count, net.in_channels, net.input_size, net.input_size, generator=generator)
+    t = torch.randint(bundle.diffusion.num_train_timesteps, (count,), generator=generator)
+    tensors = {"x_t": x_t, "t": t} | {f"{PROMPT}{k}": v for k, v in (bundle.prompts or {}).items()}
     if net.num_classes:
-        tensors["y"] = torch.arange(PARITY_IMAGES) % net.num_classes
+        tensors["y"] = torch.arange(count) % net.num_classes
     save_file(tensors | _parity_outputs(net, tensors, sorted(set(bundle.schedule.exit_depths))), folder / FILES[1])
     data = {
         "format": FORMAT,
@@ -140,6 +162,7 @@ def _write_files(bundle: Bundle, folder: Path) -> None:
         "sampling": bundle.sampling.model_dump(mode="json"),
         "evaluation": bundle.evaluation,
         "provenance": bundle.provenance,
+        "latents": bundle.latents,
         "files": {name: {"sha256": _sha256(folder / name), "bytes": (folder / name).stat().st_size} for name in FILES},
     }
     (folder / "bundle.json").write_text(json.dumps(data, indent=1), encoding="utf-8")
@@ -165,7 +188,8 @@ def load_bundle(folder: Path, device: torch.device | str = "cpu", *, check_parit
         net = load_backbone(BackboneConfig(kind=kind, checkpoint=str(folder / FILES[0]))).to(device).eval()
         check_schedule(net, diffusion.num_train_timesteps, schedule)
         parity = load_file(folder / FILES[1])
-        bundle = Bundle(net, schedule, kind, diffusion, sampling, data["evaluation"], data["provenance"])
+        facts = (data["evaluation"], data["provenance"], _prompts(parity), data.get("latents"))
+        bundle = Bundle(net, schedule, kind, diffusion, sampling, *facts)
     except (KeyError, TypeError, ValueError, SafetensorError) as error:
         raise CheckpointError(f"{folder} holds a bundle that does not fit together: {error}; export it again") from error
     if check_parity:

@@ -7,13 +7,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
 
 from asesearch.deployment.bundle import Bundle, write_bundle
+from asesearch.errors import StudyError
 from asesearch.finetuning import finetune
 from asesearch.search.confirmation import load_trial
 from asesearch.search.records import TrialRecord
-from asesearch.search.study import Study
-from asesearch.search.workbench import Workbench, environment
+from asesearch.search.study import Study, read_json
+from asesearch.search.workbench import PROMPTS_FILE, Workbench, environment
 
 
 def export(
@@ -33,7 +37,7 @@ def export(
     a `bench`.
 
     Raises:
-        StudyError: the trial's weights were deleted.
+        StudyError: the trial's weights or prompts were deleted.
         CheckpointError: the folder exists or can't be written.
     """
     config, evaluation = study.config, evaluation_of(study, record)
@@ -60,8 +64,17 @@ def export(
             "config": config.model_dump(mode="json"),
             "environment": environment(),
         },
+        prompts=_prompts(study.trial_dir(record.schedule) / PROMPTS_FILE) if net.takes_prompt else None,
+        latents=read_json(study.run_dir / "inputs.json")["decoder"] if config.data.kind == "latents" else None,
     )
     return write_bundle(bundle, folder, overwrite=overwrite)
+
+
+def _prompts(path: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise StudyError(f"can't read the trial's prompts {path}: {error}; restore it, or search anew") from error
 
 
 def evaluation_of(study: Study, record: TrialRecord) -> dict[str, Any]:

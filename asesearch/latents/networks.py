@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
@@ -111,14 +112,34 @@ class LatentDecoder:
 
     Attributes:
         digest: SHA-256 over configuration and weights.
+        factor: pixels a latent, each way.
+        channels: of the images.
+        shift, scale: of each latent channel: z = latent / scale + shift.
 
     Raises:
         CheckpointError: no AutoencoderKL there, or unreadable.
     """
 
     def __init__(self, path: PathLike, device: str | torch.device = "cpu") -> None:
-        self._vae = Vae(path, device)
-        self.digest = self._vae.digest
+        self._vae = vae = Vae(path, device)
+        self.digest, self.factor, self.shift, self.scale = vae.digest, vae.factor, vae.shift, vae.scale
+        self.channels: int = vae.net.config.out_channels
+
+    def check_scaling(self, shift: Sequence[float], scale: Sequence[float]) -> None:
+        """Refuse latents that another kind of VAE made (one that differs in its decoder only is welcome).
+
+        Args:
+            shift, scale: of each channel, as the latents were made.
+
+        Raises:
+            DataError: this VAE's are others.
+        """
+        own, others = np.array([self.shift, self.scale]), np.array([shift, scale])
+        if own.shape != others.shape or not np.allclose(own, others):
+            raise DataError(
+                f"the VAE must scale latents as the one that encoded them, by {list(scale)} after a shift of {list(shift)}; "
+                f"got {self.scale} and {self.shift}; use the latents' own VAE"
+            )
 
     @torch.inference_mode()
     def decode(self, latents: Tensor, batch_size: int = 32) -> Tensor:

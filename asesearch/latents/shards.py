@@ -134,7 +134,8 @@ class LatentShards:
 
     Attributes:
         null_condition: the empty prompt's y with N = 1, None without captions.
-        scaling: shift and scale of each channel, (C, 1, 1) float32 each: x_start = (z - shift) · scale.
+        shift, scale: of each channel.
+        scaling: the same, (C, 1, 1) float32 each: x_start = (z - shift) · scale.
 
     Raises:
         DataError: not such a folder, not all images encoded, a file missing, truncated or damaged, or `flip` without
@@ -153,6 +154,7 @@ class LatentShards:
         self.name, self.flip, self.num_classes = f"{index.name}/latents", flip, index.num_classes
         self.shape = (index.shape[0], index.shape[1], index.shape[2])
         self._count, self._max_length = index.count, index.identity["max_length"]
+        self.shift, self.scale = index.shift, index.scale
         self.scaling = torch.tensor(index.shift).view(-1, 1, 1), torch.tensor(index.scale).view(-1, 1, 1)
         self._shards = [{k: open_array(folder, entry, verify) for k, entry in shard.items()} for shard in index.shards]
         self._labels = None

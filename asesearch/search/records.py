@@ -28,7 +28,7 @@ class TrialRecord:
         time_frac: predicted sampling time over the full network's, from the latency table; None if failed.
         flops_frac, block_frac: FLOPs of the whole sampling, and block calls, over the full network's.
         losses: mean training loss of each fine-tuning step.
-        seconds: time spent by part: "finetune", "sample", "evaluate".
+        seconds: time spent by part: "finetune", "sample", "decode" (of latents), "evaluate".
         failure: why it failed, one line.
         versions: versions of the packages that made it.
         finished_at: UTC, ISO 8601.

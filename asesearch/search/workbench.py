@@ -18,9 +18,10 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
-from asesearch.backbones.base import Backbone, check_schedule
+from asesearch.backbones.base import Backbone, Conditioning, check_schedule
 from asesearch.backbones.checkpoints import load_backbone, save_backbone
 from asesearch.config import StudyConfig
 from asesearch.data import DataSource, open_data
@@ -38,10 +39,12 @@ from asesearch.evaluation.fidelity import (
 )
 from asesearch.evaluation.results import EvaluationResult, Protocol
 from asesearch.finetuning import check_fit, finetune, weights_fingerprint
-from asesearch.sampling import SampleResult, sample
+from asesearch.latents import LatentDecoder, LatentShards
+from asesearch.sampling import SampleResult, check_sampling, sample
 from asesearch.schedule import ExitSchedule
 
 SHOWN_IMAGES = 40  # images kept of each trial for the report
+PROMPTS_FILE, NUM_PROMPTS = "prompts.safetensors", 4  # kept beside a trial's weights, for its bundle
 LATENCY_REPEATS = 15
 FRESH_SEEDS = 1_000_000_000  # confirmation seeds begin here, out of reach of the search's
 
@@ -58,11 +61,16 @@ class Outcome:
     seconds: dict[str, float]
 
 
-def labels_for(backbone: Backbone, seeds: Sequence[int]) -> Tensor | None:
-    """Class labels of images: seed modulo the number of classes, so that every label occurs equally often."""
-    if not backbone.num_classes:
+def conditioning_for(backbone: Backbone, data: DataSource, seeds: Sequence[int]) -> Conditioning | None:
+    """What images are made of: class = seed modulo the number of classes, so that every class occurs equally often; for a
+    network that takes prompts, that of the data's image seed modulo their number; None for an unconditional network.
+    """
+    if backbone.num_classes:
+        return torch.tensor([s % backbone.num_classes for s in seeds])
+    if not backbone.takes_prompt:
         return None
-    return torch.tensor([s % backbone.num_classes for s in seeds])
+    assert isinstance(data, LatentShards)  # nothing else has prompts, see `check_fit`
+    return data.conditions([s % len(data) for s in seeds])
 
 
 def default_device() -> torch.device:
@@ -87,6 +95,46 @@ def open_reference(config: StudyConfig, data: DataSource, extractor: Extractor) 
     return reference_statistics(data if wanted is None else open_data(wanted), extractor)
 
 
+def check_evaluation(config: StudyConfig) -> None:
+    """Refuse a study whose samples can't be compared with its reference.
+
+    Raises:
+        ConfigError: latents as the reference, or a study of latents without VAE or images to compare with.
+    """
+    reference = config.evaluation.reference
+    kind = None if reference is None else reference.kind
+    if kind == "latents" or (config.data.kind == "latents" and kind != "image-folder"):
+        raise ConfigError(
+            "samples are compared as images, decoded where the network makes latents; got a reference of kind "
+            f"{kind or config.data.kind!r}; set evaluation.reference to the image folder: kind 'image-folder', path, image_size"
+        )
+    if config.data.kind == "latents" and config.data.vae is None:
+        raise ConfigError("generated latents are decoded for evaluation; got no data.vae; give the folder of the AutoencoderKL")
+
+
+def open_decoder(config: StudyConfig, backbone: Backbone, data: DataSource, device: torch.device) -> LatentDecoder | None:
+    """What turns a study's samples into images; None where they are images.
+
+    Raises:
+        CheckpointError: no AutoencoderKL at data.vae.
+        DataError: one that scales latents otherwise.
+        ConfigError: reference images of another size than the decoded ones.
+    """
+    reference = config.evaluation.reference
+    if not isinstance(data, LatentShards):
+        return None
+    assert config.data.vae is not None and reference is not None  # see `check_evaluation`
+    decoder = LatentDecoder(config.data.vae, device)
+    decoder.check_scaling(data.shift, data.scale)
+    decoded, wanted = (decoder.channels, decoder.factor * backbone.input_size), (reference.channels, reference.image_size)
+    if decoded != wanted:
+        raise ConfigError(
+            f"the reference must have the decoded images' channels and size, {decoded[0]} and {decoded[1]}; got {wanted[0]} "
+            f"and {wanted[1]}; change channels and image_size in evaluation.reference"
+        )
+    return decoder
+
+
 class Workbench:
     """What every trial of a study shares.
 
@@ -102,13 +150,17 @@ class Workbench:
     def __init__(self, config: StudyConfig, run_dir: Path | None = None) -> None:
         if config.backbone.checkpoint is None:
             raise ConfigError("a search needs pretrained weights; got no backbone.checkpoint; give a path or `shipped:NAME`")
+        check_evaluation(config)
         self.config, self.run_dir, self.device = config, run_dir, default_device()
-        self.backbone = load_backbone(config.backbone).to(self.device).eval()
-        self.diffusion = make_diffusion(config.diffusion)
         self.data = open_data(config.data)
+        null = getattr(self.data, "null_condition", None)
+        self.backbone = load_backbone(config.backbone, null_condition=null).to(self.device).eval()
+        self.diffusion = make_diffusion(config.diffusion)
         self.full = ExitSchedule.full(self.backbone.depth, config.diffusion.num_train_timesteps)
         check_fit(self.backbone, self.data, self.diffusion, self.full)
-        evaluation = config.evaluation
+        evaluation, how = config.evaluation, config.sampling
+        check_sampling(self.backbone, how.solver, self.diffusion, how.num_steps, how.cfg_scale)
+        self.decoder = open_decoder(config, self.backbone, self.data, self.device)
         self.extractor = make_extractor(evaluation.extractor, evaluation.extractor_weights, self.device)
         self.reference = open_reference(config, self.data, self.extractor)
         self.protocol = build_protocol(evaluation, config.sampling, self.extractor, self.reference)
@@ -119,11 +171,14 @@ class Workbench:
     @property
     def identity(self) -> dict[str, Any]:
         """Fingerprints of what the figures depend on and the study file only names."""
-        return {
+        out = {
             "weights": weights_fingerprint(self.backbone),
             "data": self.data.digest,
             "protocol": json.loads(json.dumps(asdict(self.protocol))),
         }
+        if (vae := self.decoder) is not None:
+            out["decoder"] = {"digest": vae.digest, "shift": vae.shift, "scale": vae.scale}
+        return out
 
     # -- cost ------------------------------------------------------------------------------------
 
@@ -136,7 +191,8 @@ class Workbench:
         if self._latency is None:
             guided = self.config.sampling.cfg_scale != 1
             size = self.batch_size * (2 if guided else 1)
-            self._latency = measure_latency(self.backbone, size, LATENCY_REPEATS, self.device)
+            y = conditioning_for(self.backbone, self.data, range(size))
+            self._latency = measure_latency(self.backbone, size, LATENCY_REPEATS, self.device, y)
             if path is not None:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 part = path.with_name(f"latency.json.{os.getpid()}.part")
@@ -147,12 +203,12 @@ class Workbench:
     @cached_property
     def flops(self) -> tuple[float, ...]:
         """FLOPs of one network call for one image at exit depths 1…depth."""
-        return flops_table(self.backbone)
+        return flops_table(self.backbone, conditioning_for(self.backbone, self.data, range(1)))
 
     # -- one schedule ----------------------------------------------------------------------------
 
     def sample(self, backbone: Backbone, schedule: ExitSchedule, seeds: Sequence[int]) -> SampleResult:
-        """Images of the study's solver for these seeds, with labels from `labels_for`."""
+        """Images (or latents) of the study's solver for these seeds, made of what `conditioning_for` gives."""
         how = self.config.sampling
         return sample(
             backbone,
@@ -161,35 +217,41 @@ class Workbench:
             diffusion=self.diffusion,
             num_steps=how.num_steps,
             seeds=seeds,
-            y=labels_for(backbone, seeds),
+            y=conditioning_for(backbone, self.data, seeds),
             cfg_scale=how.cfg_scale,
             batch_size=how.batch_size,
             device=self.device,
         )
 
     def evaluate(
-        self, backbone: Backbone, schedule: ExitSchedule, protocol: Protocol, shown: dict[str, Any] | None = None
-    ) -> tuple[EvaluationResult, float, tuple[float, ...]]:
-        """Figure under a protocol, seconds of it spent sampling, and the timesteps the solver called at.
+        self, backbone: Backbone, schedule: ExitSchedule, protocol: Protocol, shown: list[Tensor] | None = None
+    ) -> tuple[EvaluationResult, dict[str, float], tuple[float, ...]]:
+        """Figure under a protocol, seconds of it by part ("sample", and "decode" of latents), and the solver's timesteps.
 
-        `shown`, if given, receives the first images made, as `images` (N, C, H, W) uint8.
+        `shown`, if given, receives the first images made, (N, C, H, W) uint8, in parts of at least SHOWN_IMAGES together.
         """
-        spent = 0.0
+        seconds = {"sample": 0.0}
         steps: tuple[float, ...] = ()
 
         def make_images(seeds: Sequence[int]) -> Tensor:
-            nonlocal spent, steps
+            nonlocal steps
             result = self.sample(backbone, schedule, seeds)
-            spent, steps = spent + result.seconds, result.timesteps
-            if not bool(torch.isfinite(result.images).all()):
+            seconds["sample"] += result.seconds
+            images, steps = result.images, result.timesteps
+            if not bool(torch.isfinite(images).all()):
                 raise EvaluationError(f"the network gave images that are not finite under {schedule}; fine-tune it longer")
-            pixels = to_uint8(result.images)
-            if shown is not None and "images" not in shown:
-                shown["images"] = pixels[:SHOWN_IMAGES].numpy()
+            if self.decoder is not None:
+                start = time.perf_counter()
+                images = self.decoder.decode(images)
+                seconds["decode"] = seconds.get("decode", 0.0) + time.perf_counter() - start
+            pixels = to_uint8(images)
+            if shown is not None and sum(map(len, shown)) < SHOWN_IMAGES:
+                shown.append(pixels[:SHOWN_IMAGES])
             return pixels
 
-        quality = evaluate(make_images, protocol, self.extractor, self.reference)
-        return quality, spent, steps
+        chunk = self.batch_size if self.decoder is not None else 1000  # decoded images and prompts take much memory
+        quality = evaluate(make_images, protocol, self.extractor, self.reference, chunk)
+        return quality, seconds, steps
 
     def try_schedule(self, schedule: ExitSchedule, folder: Path) -> Outcome:
         """Fine-tune, sample, evaluate; weights and samples are left in `folder`.
@@ -201,15 +263,19 @@ class Workbench:
         latency = self.latency  # before any trial, not in one
         tuned = finetune(self.backbone, self.data, self.diffusion, schedule, self.config.train, folder, on_step=self.on_step)
         net = tuned.backbone
-        shown: dict[str, Any] = {}
+        shown: list[Tensor] = []
         start = time.perf_counter()
-        quality, sampling_s, timesteps = self.evaluate(net, schedule, self.protocol, shown)
-        evaluation_s = time.perf_counter() - start - sampling_s
+        quality, seconds, timesteps = self.evaluate(net, schedule, self.protocol, shown)
+        evaluation_s = time.perf_counter() - start - sum(seconds.values())
         folder.mkdir(parents=True, exist_ok=True)
         save_backbone(net, folder / "weights.safetensors", {"exit_schedule": schedule.to_json()})
         part = folder / f"samples.{os.getpid()}.part.npz"
-        np.savez_compressed(part, images=shown["images"])
+        np.savez_compressed(part, images=torch.cat(shown)[:SHOWN_IMAGES].numpy())
         os.replace(part, folder / "samples.npz")
+        if isinstance(prompts := conditioning_for(net, self.data, range(NUM_PROMPTS)), dict):
+            part = folder / f"{PROMPTS_FILE}.{os.getpid()}.part"
+            save_file(prompts, part)
+            os.replace(part, folder / PROMPTS_FILE)
         (folder / "training.safetensors").unlink(missing_ok=True)
         return Outcome(
             quality,
@@ -217,7 +283,7 @@ class Workbench:
             flops_frac(schedule, timesteps, self.flops),
             schedule.block_frac(timesteps),
             tuned.losses,
-            {"finetune": tuned.seconds, "sample": sampling_s, "evaluate": evaluation_s},
+            {"finetune": tuned.seconds, **seconds, "evaluate": evaluation_s},
         )
 
     # -- confirmation ----------------------------------------------------------------------------
