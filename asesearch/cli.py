@@ -163,12 +163,19 @@ def sample(
     num: Annotated[int, typer.Option(min=1, help="Number of images.")] = 64,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the first image; the others count up.")] = 0,
     label: Annotated[int | None, typer.Option(min=0, help="Class of all images; default: all classes in turn.")] = None,
+    prompt: Annotated[str | None, typer.Option(help="Text of all images; default: the bundle's examples in turn.")] = None,
+    text_encoder: Annotated[Path | None, typer.Option(help="Folder of the text encoder that --prompt needs.")] = None,
+    vae: Annotated[Path | None, typer.Option(help="Folder of the VAE that turns latents into images; .npz needs none.")] = None,
     steps: Annotated[int | None, typer.Option(min=1, help="Solver steps, in place of the bundle's.")] = None,
     dry_run: DryRun = False,
 ) -> None:
-    """Sample images from a bundle with its network, schedule and solver."""
+    """Sample images from a bundle with its network, schedule and solver.
+
+    A bundle of a latent network needs --vae for images; without it the .npz holds `latents`, float32.
+    """
     import torch
 
+    from asesearch.backbones.base import Conditioning
     from asesearch.data import save_images
     from asesearch.deployment.bundle import load_bundle
     from asesearch.evaluation.fidelity import to_uint8
@@ -176,7 +183,15 @@ def sample(
 
     if out.suffix not in (".png", ".npz"):
         raise ConfigError(f"images are written as .png or .npz; got {out}; change --out")
+    if (prompt is None) != (text_encoder is None) or (prompt is not None and label is not None):
+        raise ConfigError("--prompt goes with --text-encoder and without --label; got another combination; correct it")
     loaded = load_bundle(bundle, default_device())
+    if loaded.latents is not None and vae is None and out.suffix == ".png":
+        raise ConfigError("this bundle makes latents, and a picture needs --vae; got none; give it, or write .npz")
+    decoder = None if vae is None else loaded.decoder(vae)
+    y: Conditioning | None = None if label is None else torch.full((num,), label)
+    if prompt is not None and text_encoder is not None:
+        y = loaded.encode_prompts([prompt] * num, text_encoder)
     plan = {
         "schedule": str(loaded.schedule),
         "sampling": loaded.sampling.model_dump(mode="json"),
@@ -186,9 +201,11 @@ def sample(
     if dry_run:
         _print(plan)
         return
-    y = None if label is None else torch.full((num,), label)
     result = loaded.sample(range(seed, seed + num), y, steps)
-    save_images(to_uint8(result.images).numpy(), out)
+    if loaded.latents is not None and decoder is None:
+        save_images(result.images.numpy(), out, "latents")
+    else:
+        save_images(to_uint8(result.images if decoder is None else decoder.decode(result.images)).numpy(), out)
     _print({**plan, "out": str(out), "nfe": result.nfe, "block_calls": result.block_calls, "seconds": round(result.seconds, 3)})
 
 
@@ -342,6 +359,54 @@ def export(
     with _bar(finetune_steps or 0, "fine-tune") as on_step:
         folder = write(opened, record, out, bench=bench, finetune_steps=finetune_steps, overwrite=overwrite, on_step=on_step)
     _print({**chosen, "bundle": str(folder)})
+
+
+@app.command()
+def latents(
+    folder: Annotated[Path, typer.Argument(help="Image folder: class subfolders, or flat.")],
+    vae: Annotated[Path, typer.Option(help="Folder of a diffusers AutoencoderKL, or of a pipeline with one.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder to write, for data of kind 'latents'.")],
+    image_size: Annotated[int, typer.Option(min=1, help="Side of the centre crop that is encoded, in pixels.")],
+    captions: Annotated[Path | None, typer.Option(help='JSON Lines with "file_name" and "text" of every image.')] = None,
+    text_encoder: Annotated[Path | None, typer.Option(help="Folder of the text encoder that --captions needs.")] = None,
+    max_length: Annotated[int, typer.Option(min=1, help="Tokens a caption; PixArt-α's is 120.")] = 120,
+    flips: Annotated[bool, typer.Option("--flips/--no-flips", help="Encode the mirror images too.")] = True,
+    batch_size: Annotated[int, typer.Option(min=1, help="Images a pass.")] = 32,
+    dtype: Annotated[str, typer.Option(help="Of the stored numbers: float16 or float32.")] = "float16",
+    verify: Annotated[bool, typer.Option("--verify", help="Read all files again in the end; compare SHA-256.")] = False,
+    dry_run: DryRun = False,
+) -> None:
+    """Encode an image folder once through a VAE, and captions through a text encoder. Killed runs resume."""
+    from asesearch.config import DataConfig
+    from asesearch.latents import LatentShards, encode_folder
+    from asesearch.search.workbench import default_device
+
+    with tqdm(desc="encode", file=sys.stderr, dynamic_ncols=True, leave=False, delay=0.5, disable=dry_run) as bar:
+
+        def progress(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        plan = encode_folder(
+            DataConfig(kind="image-folder", path=str(folder), image_size=image_size),
+            vae,
+            out,
+            captions=captions,
+            text_encoder=text_encoder,
+            batch_size=batch_size,
+            flips=flips,
+            device=default_device(),
+            max_length=max_length,
+            dtype=dtype,
+            progress=progress,
+            dry_run=dry_run,
+        )
+    if plan is not None:
+        _print(vars(plan))
+        return
+    shards = LatentShards(out, flip=flips, verify=verify)
+    facts = {"latents": str(out), "images": len(shards), "shape": shards.shape, "classes": shards.num_classes}
+    _print({**facts, "prompts": shards.null_condition is not None, "verified": verify})
 
 
 @app.command("train-extractor")

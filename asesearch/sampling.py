@@ -213,7 +213,20 @@ class _ScheduledModel:
         self.timesteps.append(t_cur)
         self.nfe += passes
         self.block_calls += passes * exit_depth
-        return output
+        return output.float()
+
+
+@contextmanager
+def arithmetic(precision: str, device: torch.device) -> Iterator[None]:
+    """Inside, networks compute as `SamplingConfig.precision` says."""
+    before = torch.get_float32_matmul_precision()
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
+    try:
+        with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
+            yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def image_noise(seeds: Sequence[int], shape: tuple[int, ...], device: torch.device) -> Noise:
@@ -240,6 +253,7 @@ def sample(
     y: Conditioning | None = None,
     cfg_scale: float = 1.0,
     batch_size: int = 100,
+    precision: str = "float32",
     device: torch.device | str | None = None,
     on_batch: Callable[[int, int], None] | None = None,
 ) -> SampleResult:
@@ -257,6 +271,7 @@ def sample(
         y: (N,) labels, or a prompt's tensors with leading dimension N; None for an unconditional network.
         cfg_scale: strength of classifier-free guidance, 1 = none.
         batch_size: images at a time; under guidance the network sees twice as many.
+        precision: of the network's arithmetic, see `SamplingConfig`; the solver's is float32.
         device: by default where the network is.
         on_batch: called as (images done, of all) after each batch; its time is not counted.
 
@@ -271,7 +286,7 @@ def sample(
     place = torch.device(device or next(backbone.parameters(), torch.empty(0)).device)
     shape = (backbone.in_channels, backbone.input_size, backbone.input_size)
     images, seconds = torch.empty(len(seeds), *shape), 0.0
-    with _evaluating(backbone.to(place)):
+    with _evaluating(backbone.to(place)), arithmetic(precision, place):
         for first in range(0, len(seeds), batch_size):
             part = slice(first, min(first + batch_size, len(seeds)))
             start = _now(place)

@@ -272,3 +272,13 @@ def test_prompts_are_cut_into_batches_and_guided() -> None:
     torch.testing.assert_close(make(net, "ddim", Diffusion(), seeds, y=scaled).images, whole, rtol=0, atol=1e-3)
     with pytest.raises(ConfigError, match="leading dimension 2.*'a': 3"):
         make(net, "ddim", Diffusion(), [1, 2], y=y)
+
+
+def test_bfloat16_changes_the_network_s_arithmetic_only() -> None:
+    net, y = load("dit")[0], torch.tensor([0, 1])
+    exact = make(net, "ddim", Diffusion(), [0, 1], y=y).images
+    rough = make(net, "ddim", Diffusion(), [0, 1], y=y, precision="bf16").images
+    assert rough.dtype == torch.float32 and 0 < (rough - exact).abs().max() < 0.1 * exact.abs().max()
+    assert torch.equal(make(net, "ddim", Diffusion(), [0, 1], y=y).images, exact)  # nothing stays switched on
+    same = make(Gaussian(Diffusion()), "ddim", Diffusion(), [0], precision="bf16").images  # no matrix product in this one
+    assert torch.equal(same, make(Gaussian(Diffusion()), "ddim", Diffusion(), [0]).images)

@@ -26,7 +26,9 @@ from asesearch.backbones.base import Backbone, Conditioning, check_schedule
 from asesearch.backbones.checkpoints import load_backbone, save_backbone
 from asesearch.config import BackboneConfig, DiffusionConfig, SamplingConfig
 from asesearch.diffusion import make_diffusion
-from asesearch.errors import CheckpointError
+from asesearch.errors import CheckpointError, ConfigError
+from asesearch.latents import LatentDecoder, encode_prompts
+from asesearch.latents.networks import PathLike
 from asesearch.sampling import SampleResult, sample
 from asesearch.schedule import ExitSchedule
 
@@ -83,7 +85,34 @@ class Bundle:
             y=y,
             cfg_scale=self.sampling.cfg_scale,
             batch_size=self.sampling.batch_size,
+            precision=self.sampling.precision,
         )
+
+
+    def decoder(self, vae: PathLike) -> LatentDecoder:
+        """What turns the latents of `sample` into images, from the folder of their AutoencoderKL, on the network's device.
+
+        Raises:
+            ConfigError: this bundle makes images.
+            CheckpointError, DataError: no AutoencoderKL there, or one that scales latents otherwise.
+        """
+        if self.latents is None:
+            raise ConfigError(f"a VAE is for bundles that make latents; got {vae} for one that makes images; leave it out")
+        decoder = LatentDecoder(vae, next(self.backbone.parameters()).device)
+        decoder.check_scaling(self.latents["shift"], self.latents["scale"])
+        return decoder
+
+    def encode_prompts(self, texts: Sequence[str], text_encoder: PathLike) -> dict[str, Tensor]:
+        """Texts as `y` of `sample`, by the folder of the text encoder that the network was trained with.
+
+        Raises:
+            ConfigError: this bundle takes no prompts, or those of another text encoder.
+            CheckpointError: no text encoder there.
+        """
+        if self.prompts is None:
+            raise ConfigError(f"prompts are for networks that take them; got {texts[0]!r} for another; leave them out")
+        length = self.prompts["encoder_hidden_states"].shape[1]
+        return encode_prompts(texts, text_encoder, length, next(self.backbone.parameters()).device)
 
 
 def _sha256(path: Path) -> str:

@@ -299,6 +299,7 @@ def build_protocol(
         solver=sampling.solver,
         num_steps=sampling.num_steps,
         cfg_scale=sampling.cfg_scale,
+        precision=sampling.precision,
     )
 
 

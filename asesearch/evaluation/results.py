@@ -25,7 +25,7 @@ class Protocol:
         reference_size: its number of images.
         reference_digest: SHA-256 of its content.
         seeds: first image seed of each repeat; repeat r uses seeds[r] … seeds[r] + num_samples - 1.
-        solver, num_steps, cfg_scale: how the images were made.
+        solver, num_steps, cfg_scale, precision: how the images were made.
     """
 
     metric: str
@@ -39,6 +39,7 @@ class Protocol:
     solver: str
     num_steps: int
     cfg_scale: float
+    precision: str = "float32"
 
     @property
     def metric_name(self) -> str:

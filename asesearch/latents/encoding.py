@@ -5,11 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,10 +19,28 @@ from asesearch.config import DataConfig
 from asesearch.data import DataSource, ImageFolder
 from asesearch.errors import ConfigError, DataError
 from asesearch.latents.networks import PathLike, TextEncoder, Vae
-from asesearch.latents.shards import FORMAT_VERSION, INDEX, Array, Entry, Index, file_sha256, write_array
+from asesearch.latents.shards import FORMAT_VERSION, INDEX, Array, Entry, Index, file_sha256, pad_prompts, write_array
 
 READERS = 16  # threads that read images, at most
-Precision = Literal["float16", "float32"]
+
+
+@dataclass(frozen=True)
+class EncodingPlan:
+    """What an encoding will cost.
+
+    Attributes:
+        images: number of images.
+        shape: (C, h, w) of a latent.
+        image_s: seconds an image, measured on one batch.
+        total_s: of all images.
+        total_bytes: on disk, about.
+    """
+
+    images: int
+    shape: tuple[int, ...]
+    image_s: float
+    total_s: float
+    total_bytes: int
 
 
 @dataclass
@@ -59,6 +78,16 @@ class _Job:
             parts["tokens"] = torch.cat(prompts)
             parts["offsets"] = torch.tensor([0, *map(len, prompts)]).cumsum(0)
         return {name: tensor.numpy() for name, tensor in parts.items()}
+
+    def plan(self, shape: Sequence[int]) -> EncodingPlan:
+        """Encode one batch twice, and time the second."""
+        count, indices = len(self.source), range(min(self.batch_size, len(self.source)))
+        self.shard(indices)
+        start = time.perf_counter()
+        parts = self.shard(indices)
+        image_s = (time.perf_counter() - start) / len(indices)
+        size = sum(array.nbytes for array in parts.values())
+        return EncodingPlan(count, tuple(shape), image_s, image_s * count, size * count // len(indices))
 
     def null_prompt(self) -> Array | None:
         """The empty prompt's embedding: (tokens, D)."""
@@ -100,9 +129,10 @@ def encode_latents(
     captions: Sequence[str] | None = None,
     text_encoder_path: PathLike | None = None,
     max_length: int = 120,
-    dtype: Precision = "float16",
+    dtype: str = "float16",
     progress: Callable[[int, int], None] | None = None,
-) -> None:
+    dry_run: bool = False,
+) -> EncodingPlan | None:
     """Encode images, and captions if there are any, into a folder that `LatentShards` reads.
 
     A run that was killed goes on when it is called again with the same arguments, and leaves the same bytes as one that was
@@ -123,6 +153,7 @@ def encode_latents(
         max_length: tokens a caption, the rest is cut off; PixArt-α's is 120.
         dtype: of the stored numbers; float16 keeps three digits in half the space.
         progress: called as (images done, images in all) after every batch, and for every shard that was done before.
+        dry_run: check everything, time a batch, write nothing, and return the plan.
 
     Raises:
         ConfigError: arguments out of range, or captions without a text encoder.
@@ -143,7 +174,9 @@ def encode_latents(
         "text_encoder": None if text is None else text.digest,
         "max_length": None if text is None else max_length,
     }
-    index, done = _resumed(folder, _fresh_index(source, vae, identity)), 0
+    index, done = _fresh_index(source, vae, identity), 0
+    if folder.is_dir() or not dry_run:
+        index = _resumed(folder, index)
 
     def advance(images: int) -> None:
         nonlocal done
@@ -152,7 +185,10 @@ def encode_latents(
             progress(done, len(source))
 
     job = _Job(source, vae, text, captions or (), batch_size, flips, getattr(torch, dtype), advance)
+    if dry_run:
+        return job.plan(index.shape)
     _run(job, index, folder)
+    return None
 
 
 def _run(job: _Job, index: Index, folder: Path) -> None:
@@ -274,9 +310,10 @@ def encode_folder(
     shard_size: int = 1024,
     device: str | torch.device = "cpu",
     max_length: int = 120,
-    dtype: Precision = "float16",
+    dtype: str = "float16",
     progress: Callable[[int, int], None] | None = None,
-) -> None:
+    dry_run: bool = False,
+) -> EncodingPlan | None:
     """Encode a study file's image folder; `captions` is a file for `read_captions`, the rest is as in `encode_latents`.
 
     Raises:
@@ -289,7 +326,7 @@ def encode_folder(
             f"image_size {data.image_size!r}; complete the data section"
         )
     images = ImageFolder(data.path, data.image_size, data.channels)
-    encode_latents(
+    return encode_latents(
         images,
         vae,
         out,
@@ -302,4 +339,18 @@ def encode_folder(
         max_length=max_length,
         dtype=dtype,
         progress=progress,
+        dry_run=dry_run,
     )
+
+
+@torch.inference_mode()
+def encode_prompts(
+    prompts: Sequence[str], text_encoder: PathLike, max_length: int, device: str | torch.device = "cpu"
+) -> dict[str, Tensor]:
+    """Prompts as the y of a network that takes them, on the CPU: as `LatentShards` gives captions.
+
+    Raises:
+        ConfigError, CheckpointError: as `TextEncoder`.
+    """
+    embeddings = TextEncoder(text_encoder, device, max_length).encode(prompts)
+    return pad_prompts([e.float().cpu().numpy() for e in embeddings], max_length)

@@ -161,7 +161,7 @@ class LatentShards:
         if "labels" in self._shards[0]:
             self._labels = torch.from_numpy(np.concatenate([shard["labels"] for shard in self._shards]))
         null = index.null_prompt
-        self.null_condition = None if null is None else self._padded([open_array(folder, null, verify)])
+        self.null_condition = None if null is None else pad_prompts([open_array(folder, null, verify)], self._max_length)
         content = [[entry["sha256"] for entry in shard.values()] for shard in index.shards]
         text = json.dumps([index.identity, index.shift, index.scale, content, flip], sort_keys=True)
         self.digest = hashlib.sha256(text.encode()).hexdigest()
@@ -194,7 +194,7 @@ class LatentShards:
         """
         if self.null_condition is None:
             raise DataError(f"prompts need captions; got none in {self.name}; encode the images with captions")
-        return self._padded([self._caption(*divmod(i, self._shard_size)) for i in indices])
+        return pad_prompts([self._caption(*divmod(i, self._shard_size)) for i in indices], self._max_length)
 
     def _caption(self, shard: int, i: int) -> Array:
         """The embedding of one caption: (tokens, D)."""
@@ -202,9 +202,11 @@ class LatentShards:
         tokens: Array = self._shards[shard]["tokens"][begin:end]
         return tokens
 
-    def _padded(self, captions: list[Array]) -> dict[str, Tensor]:
-        hidden = torch.zeros(len(captions), self._max_length, captions[0].shape[1])  # (N, L, D)
-        mask = torch.zeros(len(captions), self._max_length, dtype=torch.int64)  # (N, L)
-        for row, tokens in enumerate(captions):
-            hidden[row, : len(tokens)], mask[row, : len(tokens)] = torch.tensor(tokens), 1
-        return {"encoder_hidden_states": hidden, "encoder_attention_mask": mask}
+
+def pad_prompts(prompts: Sequence[Array], max_length: int) -> dict[str, Tensor]:
+    """Embeddings (tokens, D) each as a network's y: `encoder_hidden_states`, `encoder_attention_mask`; see `LatentShards`."""
+    hidden = torch.zeros(len(prompts), max_length, prompts[0].shape[1])  # (N, L, D)
+    mask = torch.zeros(len(prompts), max_length, dtype=torch.int64)  # (N, L)
+    for row, tokens in enumerate(prompts):
+        hidden[row, : len(tokens)], mask[row, : len(tokens)] = torch.tensor(tokens), 1
+    return {"encoder_hidden_states": hidden, "encoder_attention_mask": mask}

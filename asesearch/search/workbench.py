@@ -40,7 +40,7 @@ from asesearch.evaluation.fidelity import (
 from asesearch.evaluation.results import EvaluationResult, Protocol
 from asesearch.finetuning import check_fit, finetune, weights_fingerprint
 from asesearch.latents import LatentDecoder, LatentShards
-from asesearch.sampling import SampleResult, check_sampling, sample
+from asesearch.sampling import SampleResult, arithmetic, check_sampling, sample
 from asesearch.schedule import ExitSchedule
 
 SHOWN_IMAGES = 40  # images kept of each trial for the report
@@ -192,7 +192,8 @@ class Workbench:
             guided = self.config.sampling.cfg_scale != 1
             size = self.batch_size * (2 if guided else 1)
             y = conditioning_for(self.backbone, self.data, range(size))
-            self._latency = measure_latency(self.backbone, size, LATENCY_REPEATS, self.device, y)
+            with arithmetic(self.config.sampling.precision, self.device):
+                self._latency = measure_latency(self.backbone, size, LATENCY_REPEATS, self.device, y)
             if path is not None:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 part = path.with_name(f"latency.json.{os.getpid()}.part")
@@ -220,6 +221,7 @@ class Workbench:
             y=conditioning_for(backbone, self.data, seeds),
             cfg_scale=how.cfg_scale,
             batch_size=how.batch_size,
+            precision=how.precision,
             device=self.device,
         )
 
