@@ -56,7 +56,7 @@ class PatchEmbed(nn.Module):
         self.proj = nn.Conv2d(in_channels, hidden_size, kernel_size=patch_size, stride=patch_size)
 
     def forward(self, x: Tensor) -> Tensor:
-        tokens: Tensor = self.proj(x).flatten(2).transpose(1, 2)  # (N, L, D)
+        tokens: Tensor = self.proj(x).flatten(2).transpose(1, 2).contiguous()  # (N, L, D); else the blocks run on transposed tokens
         return tokens
 
 
