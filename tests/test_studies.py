@@ -1,0 +1,297 @@
+"""Every study file loads, and those for large networks run to the end on tiny networks and data of the same kind.
+
+Only sizes, paths and numbers are made small; all else is as in the file.
+"""
+
+import copy
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch_fidelity import FeatureExtractorBase
+
+from asesearch.backbones import DiT, UViT
+from asesearch.backbones.diffusers_adapter import DiffusersBackbone
+from asesearch.config import DataConfig, load_study, parse_study, read_toml
+from asesearch.deployment.bundle import load_bundle
+from asesearch.deployment.export import export
+from asesearch.diffusion import Diffusion
+from asesearch.errors import AseSearchError, ConfigError, DataError
+from asesearch.evaluation.extractors import register_extractor
+from asesearch.finetuning import check_fit
+from asesearch.latents import LatentShards
+from asesearch.report import write_report
+from asesearch.schedule import ExitSchedule
+from asesearch.search import Study, Workbench, search, workbench
+from asesearch.search.plan import make_plan
+from tests.test_cli import call
+
+FOLDER = Path(__file__).parent.parent / "studies"
+STUDIES = sorted(FOLDER.glob("*.toml"))
+SMALL = {
+    "train": {"num_steps": 2, "batch_size": 4, "mixed_precision": "no", "warmup_steps": 1},
+    "sampling": {"num_steps": 3, "batch_size": 8},
+    "evaluation": {"extractor": "thumbnail", "num_samples": 14},
+    "search": {"num_trials": 3},
+    "confirm": {"num_samples": 14, "max_points": 1, "time_images": 2, "time_repeats": 1},
+}
+PIXELS = 16  # two latents of the tiny VAE make eight
+
+
+class Thumbnail(FeatureExtractorBase):
+    """Features of colour images that cost nothing: their 2 x 2 thumbnails."""
+
+    def __init__(self, name="thumbnail", features_list=("12",), feature_extractor_weights_path=None, **_):
+        super().__init__(name, list(features_list))
+
+    def forward(self, images):
+        return (torch.nn.functional.adaptive_avg_pool2d(images.float() / 255, 2).flatten(1),)
+
+    @staticmethod
+    def get_provided_features_list():
+        return ("12",)
+
+    @staticmethod
+    def get_default_feature_layer_for_metric(metric):
+        return "12"
+
+    @staticmethod
+    def can_be_compiled():
+        return True
+
+    @staticmethod
+    def get_dummy_input_for_compile():
+        return torch.zeros(1, 3, PIXELS, PIXELS, dtype=torch.uint8)
+
+
+register_extractor("thumbnail", Thumbnail)
+
+
+def randomised(net):
+    """Every parameter random and small: as initialised, these networks answer 0."""
+    generator = torch.Generator().manual_seed(0)
+    for p in net.parameters():
+        p.data = torch.randn(p.shape, generator=generator) * 0.05
+    return net
+
+
+def make_images(folder, classes=(".",), count=24):
+    """PNGs of 20 x 18 pixels, in turn in each class folder."""
+    rng = np.random.default_rng(0)
+    for i in range(count):
+        path = folder / classes[i % len(classes)] / f"{i:02}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 256, (18, 20, 3), np.uint8)).save(path)
+    return folder
+
+
+def small(name, **changes):
+    """The study file with `SMALL` and `changes`, section by section."""
+    data = copy.deepcopy(read_toml(FOLDER / f"{name}.toml"))
+    for section, values in [*SMALL.items(), *changes.items()]:
+        data[section] = {**data[section], **values}
+    return parse_study(data, name)
+
+
+def run(config, folder):
+    """Search, confirm, report and export; the bundle's folder."""
+    results = search(config, folder / "run")
+    assert [r.origin for r in results.complete] == list(config.search.warm_start[:3]), [r.failure for r in results.records]
+    assert results.confirmations[0].number == 0 and results.samples[0].shape == (14, 3, PIXELS, PIXELS)
+    assert write_report(results, folder / "report").is_file()
+    study = Study.open(folder / "run")
+    return export(study, study.record(results.confirmations[-1].number), folder / "bundle")
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch, tmp_path):
+    monkeypatch.setattr(workbench, "LATENCY_REPEATS", 1)
+    monkeypatch.setenv("ASESEARCH_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.mark.parametrize("path", STUDIES, ids=lambda p: p.stem)
+def test_every_study_file_loads_and_is_called_what_it_is(path):
+    assert load_study(path).name == path.stem
+    text = path.read_text()
+    assert text.startswith("# Question:") and "asesearch" in text
+
+
+# -- CelebA, U-ViT ---------------------------------------------------------------------------------
+
+
+def test_celeba(tmp_path):
+    net = UViT(img_size=PIXELS, patch_size=8, in_chans=3, embed_dim=16, depth=12, num_heads=2, num_classes=-1)
+    torch.save(randomised(net).state_dict(), tmp_path / "uvit.pth")
+    config = small(
+        "celeba64-uvit-s4",
+        backbone={"checkpoint": str(tmp_path / "uvit.pth"), "args": {"num_heads": 2}},
+        data={"path": str(make_images(tmp_path / "faces")), "image_size": PIXELS},
+    )
+    bundle = run(config, tmp_path)
+    assert load_bundle(bundle).sample([0, 1]).images.shape == (2, 3, PIXELS, PIXELS)
+    call("sample", bundle, "--num", 3, "-o", tmp_path / "x.png")
+    assert (tmp_path / "x.png").is_file()
+
+
+# -- ImageNet, DiT on latents ----------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def imagenet(tmp_path_factory):
+    """Images of three classes, their latents, the VAE, and a DiT for them: all that the study names."""
+    from tests.test_latents import make_vae
+
+    place = tmp_path_factory.mktemp("imagenet")
+    make_images(place / "train", ("n01", "n02", "n03"))
+    make_vae(place / "vae", scaling_factor=0.25)
+    options = ("--vae", place / "vae", "--image-size", PIXELS, "--out", place / "latents", "--batch-size", 16)
+    plan = json.loads(call("latents", place / "train", *options, "--dry-run")[0])
+    assert plan["images"] == 24 and plan["shape"] == [4, 8, 8] and plan["total_s"] > 0 and not (place / "latents").exists()
+    made = json.loads(call("latents", place / "train", *options, "--verify")[0])
+    assert made["images"] == 24 and made["classes"] == 3 and made["verified"]
+    on_disk = sum(p.stat().st_size for p in (place / "latents").glob("l*.npy"))
+    assert plan["total_bytes"] <= on_disk < 1.1 * plan["total_bytes"]
+    net = DiT(input_size=8, patch_size=4, in_channels=4, hidden_size=16, depth=4, num_heads=2, num_classes=3)
+    torch.save(randomised(net).state_dict(), place / "dit.pt")
+    return place
+
+
+def imagenet_study(place, **data):
+    return small(
+        "imagenet256-dit-xl2",
+        backbone={"checkpoint": str(place / "dit.pt"), "args": {"num_heads": 2}},
+        data={"path": str(place / "latents"), "vae": str(place / "vae"), **data},
+        evaluation={**SMALL["evaluation"], "reference": reference(place)},
+        search={"num_trials": 3, "min_exit_depth": 1},
+    )
+
+
+def reference(place, image_size=PIXELS):
+    return {"kind": "image-folder", "path": str(place / "train"), "image_size": image_size}
+
+
+def test_imagenet(imagenet, tmp_path):
+    config = imagenet_study(imagenet)
+    bundle = run(config, tmp_path)
+    record = Study.open(tmp_path / "run").record(1)
+    assert {"finetune", "sample", "decode", "evaluate"} == record.seconds.keys()
+    manifest = json.loads((bundle / "bundle.json").read_text())
+    assert manifest["latents"]["scale"] == [0.25] * 4 and manifest["provenance"]["config"]["data"]["kind"] == "latents"
+    call("sample", bundle, "--num", 3, "-o", tmp_path / "x.npz")
+    loaded, latents = load_bundle(bundle), np.load(tmp_path / "x.npz")["latents"]
+    assert latents.dtype == np.float32 and np.array_equal(latents, loaded.sample(range(3)).images.numpy())
+    call("sample", bundle, "--num", 3, "--vae", imagenet / "vae", "-o", tmp_path / "y.npz")
+    decoded = loaded.decoder(imagenet / "vae").decode(torch.from_numpy(latents))
+    assert np.array_equal(np.load(tmp_path / "y.npz")["images"], workbench.to_uint8(decoded).numpy())
+    with pytest.raises(ConfigError, match="picture needs --vae"):
+        call("sample", bundle, "-o", tmp_path / "z.png")
+
+
+def test_a_study_of_latents_that_can_t_be_evaluated_is_refused_before_the_network_is_read(imagenet, tmp_path):
+    from tests.test_latents import make_vae
+
+    good = imagenet_study(imagenet)
+
+    def changed(**sections):
+        data = good.model_dump()
+        for section, values in sections.items():
+            data[section] |= values
+        return parse_study(data, "changed")
+
+    make_vae(tmp_path / "other", scaling_factor=0.5)
+    latents = {"kind": "latents", "path": str(imagenet / "latents")}
+    wrong = [
+        (changed(data={"vae": None}, backbone={"checkpoint": "nowhere"}), ConfigError, "got no data.vae"),
+        (changed(evaluation={"reference": None}, backbone={"checkpoint": "nowhere"}), ConfigError, "set evaluation.reference"),
+        (changed(evaluation={"reference": latents}), ConfigError, "set evaluation.reference"),
+        (changed(evaluation={"reference": reference(imagenet, 8)}), ConfigError, "3 and 16; got 3 and 8"),
+        (changed(data={"vae": str(tmp_path / "other")}), DataError, r"by \[0.25.*after a shift.*got \[0.5"),
+        (changed(data={"vae": str(imagenet / "latents")}), AseSearchError, "config.json"),
+        (changed(sampling={"solver": "euler-maruyama"}), ConfigError, "VPSDE process"),
+    ]
+    for config, error, message in wrong:
+        with pytest.raises(error, match=message):
+            Workbench(config)
+    with pytest.raises(ConfigError, match="vae decodes latents"):
+        workbench.open_data(DataConfig(kind="image-folder", path="x", image_size=8, vae="y"))
+
+
+def test_prompts_and_labels_are_no_substitute_for_each_other(imagenet):
+    from diffusers import PixArtTransformer2DModel
+
+    heads = {"num_attention_heads": 2, "attention_head_dim": 8, "num_layers": 4, "sample_size": 8}
+    net = DiffusersBackbone(PixArtTransformer2DModel(**heads, cross_attention_dim=16, caption_channels=16))
+    with pytest.raises(DataError, match="must give the prompts that the network takes.*got Tensor"):
+        check_fit(net, LatentShards(imagenet / "latents"), Diffusion(), ExitSchedule.full(4))
+    with pytest.raises(DataError, match="prompts need captions"):
+        LatentShards(imagenet / "latents").conditions([0])
+
+
+def test_a_plan_counts_the_decoding(imagenet):
+    plan = make_plan(Workbench(imagenet_study(imagenet)))
+    assert plan.decode_s > 0 and plan.trial_s > 2 * plan.train_step_s + 14 * plan.decode_s
+
+
+def test_another_decoder_is_another_study(imagenet, tmp_path):
+    """The path of the VAE may change, what lies there may not."""
+    import shutil
+
+    from tests.test_latents import make_vae
+
+    first = Workbench(imagenet_study(imagenet)).identity
+    shutil.copytree(imagenet / "vae", tmp_path / "moved")
+    make_vae(tmp_path / "other", seed=1, scaling_factor=0.25)
+    assert Workbench(imagenet_study(imagenet, vae=str(tmp_path / "moved"))).identity == first
+    assert Workbench(imagenet_study(imagenet, vae=str(tmp_path / "other"))).identity["decoder"] != first["decoder"]
+
+
+# -- PixArt, text to image -------------------------------------------------------------------------
+
+
+def test_pixart(tmp_path):
+    from diffusers import PixArtTransformer2DModel
+
+    from tests.test_latents import make_text_encoder, make_vae
+
+    images = make_images(tmp_path / "train")
+    lines = [{"file_name": p.name, "text": f"a {['red', 'blue'][i % 2]} shirt"} for i, p in enumerate(sorted(images.iterdir()))]
+    (images / "metadata.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    make_vae(tmp_path / "vae")
+    text = make_text_encoder(tmp_path / "text")
+    call(
+        "latents", images, "--vae", tmp_path / "vae", "--image-size", PIXELS, "--no-flips", "--out", tmp_path / "latents",
+        "--captions", images / "metadata.jsonl", "--text-encoder", text, "--max-length", 8,
+    )  # fmt: skip
+    heads = {"num_attention_heads": 2, "attention_head_dim": 8, "num_layers": 4, "sample_size": 8}
+    net = PixArtTransformer2DModel(**heads, in_channels=4, out_channels=8, cross_attention_dim=16, caption_channels=16)
+    randomised(net).save_pretrained(tmp_path / "pixart" / "transformer")
+    config = small(
+        "pixart-alpha-256",
+        backbone={"checkpoint": str(tmp_path / "pixart")},
+        data={"path": str(tmp_path / "latents"), "vae": str(tmp_path / "vae")},
+        evaluation={**SMALL["evaluation"], "reference": reference(tmp_path)},
+        search={"num_trials": 3, "min_exit_depth": 1},
+    )
+    bundle = run(config, tmp_path)
+    loaded = load_bundle(bundle)
+    bench = Workbench(config)
+    seeds = range(5)
+    expected = bench.sample(loaded.backbone, loaded.schedule, seeds).images[:4]
+    assert torch.equal(loaded.sample(seeds).images[:4], expected)  # its own prompts are the data's first four
+    y = loaded.encode_prompts(["a  red shirt", "a blue shirt"], text)
+    own = {name: value[:2] for name, value in loaded.prompts.items()}
+    torch.testing.assert_close(y["encoder_hidden_states"], own["encoder_hidden_states"], atol=2e-3, rtol=0)
+    assert torch.equal(y["encoder_attention_mask"], own["encoder_attention_mask"])
+    assert not torch.equal(loaded.sample([0, 0], y).images[0], loaded.sample([0, 0], y).images[1])
+    call(
+        "sample", bundle, "--num", 2, "--prompt", "a blue shirt", "--text-encoder", text, "--vae", tmp_path / "vae",
+        "-o", tmp_path / "x.png",
+    )  # fmt: skip
+    assert (tmp_path / "x.png").is_file()
+    with pytest.raises(ConfigError, match="--prompt goes with --text-encoder"):
+        call("sample", bundle, "--prompt", "a shirt", "-o", tmp_path / "y.npz")
+    with pytest.raises(ConfigError, match="must be a dict"):
+        call("sample", bundle, "--label", 3, "-o", tmp_path / "y.npz")
