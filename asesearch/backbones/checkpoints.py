@@ -238,9 +238,7 @@ def check_args(cls: type[Backbone], args: Mapping[str, Any]) -> None:
             raise ConfigError(f"{cls.__name__}'s {name} must be {rule}; got {value!r}; correct the study file")
 
 
-def load_backbone(
-    config: BackboneConfig, seed: int = 0, null_condition: Mapping[str, Tensor] | None = None
-) -> Backbone:
+def load_backbone(config: BackboneConfig, seed: int = 0, null_condition: Mapping[str, Tensor] | None = None) -> Backbone:
     """The network of a study file: with the checkpoint's weights, or random ones, drawn from `seed`, if it names none.
 
     The architecture is the checkpoint's own; `preset` and then `args` override it. Weights become float32; those that

@@ -88,7 +88,6 @@ class Bundle:
             precision=self.sampling.precision,
         )
 
-
     def decoder(self, vae: PathLike) -> LatentDecoder:
         """What turns the latents of `sample` into images, from the folder of their AutoencoderKL, on the network's device.
 

@@ -48,9 +48,7 @@ def test_early_exit_equals_the_released_early_exit_code(parity) -> None:
     assert (net(*args) - data["out"]).abs().max() > 100 * TOLERANCE  # the exits matter
 
 
-@pytest.mark.parametrize(
-    ("name", "millions"), [("DiT-XL/2", 675), ("DiT-L/2", 458), ("DiT-B/2", 130.5), ("DiT-S/2", 33)]
-)
+@pytest.mark.parametrize(("name", "millions"), [("DiT-XL/2", 675), ("DiT-L/2", 458), ("DiT-B/2", 130.5), ("DiT-S/2", 33)])
 def test_presets_have_the_published_size(name: str, millions: float) -> None:
     with torch.device("meta"):
         net = DiT.from_preset(name)
