@@ -2,10 +2,14 @@
 
 import json
 import math
+import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from asesearch.backbones import DiT
 from asesearch.config import LossWeight, TrainConfig
@@ -277,6 +281,34 @@ def test_parts_that_do_not_fit_are_refused(tiny_dit, tiny_images):
         finetune(tiny_dit, tiny_images, Diffusion(), ExitSchedule.full(4, 500), CONFIG)
     with pytest.raises(ConfigError, match="needs a GPU"):
         finetune(tiny_dit, tiny_images, Diffusion(), SCHEDULE, with_(CONFIG, mixed_precision="bf16"))
+
+
+@pytest.mark.slow
+def test_two_processes_give_the_result_of_one(tmp_path):
+    """Real processes and real gradient reduction: only the order of summation differs."""
+    study = tmp_path / "study.toml"
+    study.write_text(
+        'name = "two"\n[backbone]\nkind = "dit"\ncheckpoint = "shipped:fashion-mnist-dit"\n'
+        '[data]\nkind = "fashion-mnist"\nsplit = "test"\n[train]\nnum_steps = 6\nbatch_size = 16\ncheckpoint_every = 3\n'
+    )
+    states = []
+    for processes in (1, 2):
+        out = tmp_path / f"{processes}.safetensors"
+        command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes), "-m", "asesearch"]
+        command += [
+            "finetune",
+            str(study),
+            "--schedule",
+            "D3-DiT",
+            "-o",
+            str(out),
+            "--run-dir",
+            str(tmp_path / f"run{processes}"),
+        ]
+        subprocess.run(command, check=True, capture_output=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        states.append(load_file(out))
+    largest = max(float((states[0][k] - states[1][k]).abs().max()) for k in states[0])
+    assert 0 < largest < 1e-4  # 0 would mean that no gradient was reduced
 
 
 def test_progress_is_plain_json(tiny_dit, tiny_images, tmp_path):
