@@ -178,6 +178,10 @@ class StudyConfig(_Section):
     search: SearchConfig = SearchConfig()
     confirm: ConfirmConfig = ConfirmConfig()
 
+    def shareable(self) -> dict[str, Any]:
+        """Plain data for what leaves this machine: without the storage, whose URL may hold a password."""
+        return self.model_dump(mode="json", exclude={"search": {"storage"}})
+
 
 #: Fields that may change between two runs of one study: they leave every finished trial comparable. (What lies at a changed
 #: path must have the content on record: `Workbench.identity`.)

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from asesearch.config import DataConfig
 from asesearch.errors import ConfigError, DataError
+from asesearch.files import replacing
 
 #: Where Debian's and Ubuntu's package `dataset-fashion-mnist` puts the files.
 DEBIAN_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
@@ -199,19 +200,16 @@ def _checked_idx(path: Path, name: str) -> npt.NDArray[np.uint8]:
 
 def _download_fashion_mnist(name: str, folder: Path) -> Path:
     target = folder / f"{name}.gz"
-    part = target.with_suffix(f".part{os.getpid()}")
     try:
-        folder.mkdir(parents=True, exist_ok=True)
         with urllib.request.urlopen(f"{FASHION_MNIST_URL}{name}.gz", timeout=60) as response:
-            part.write_bytes(response.read())
-        _checked_idx(part, name)
-        os.replace(part, target)
+            content = response.read()
     except OSError as error:
         raise DataError(
             f"can't download {FASHION_MNIST_URL}{name}.gz to {folder}: {error}; fetch the files by hand and give their folder"
         ) from error
-    finally:
-        part.unlink(missing_ok=True)
+    with replacing(target, shared=True) as part:
+        part.write_bytes(content)
+        _checked_idx(part, name)
     return target
 
 
@@ -324,24 +322,20 @@ def save_images(pixels: npt.NDArray[Any], path: Path, name: str = "images") -> N
     """Write (N, C, H, W) uint8 as a grid (.png, about as wide as high), or any array under `name` (.npz).
 
     Raises:
-        DataError: the file can't be written.
+        WriteError: the file can't be written.
     """
+    with replacing(path) as part, part.open("wb") as file:
+        if path.suffix == ".npz":
+            np.savez_compressed(file, **{name: pixels})  # type: ignore[arg-type]  # numpy's stub takes the name for an option
+        else:
+            _grid(pixels).save(file, format="PNG")
+
+
+def _grid(pixels: npt.NDArray[np.uint8]) -> Image.Image:
     n, c, h, w = pixels.shape
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with part.open("wb") as file:
-            if path.suffix == ".npz":
-                np.savez_compressed(file, **{name: pixels})  # type: ignore[arg-type]  # numpy's stub takes the name for an option
-            else:
-                columns = math.ceil(math.sqrt(n))
-                rows = math.ceil(n / columns)
-                grid = np.full((rows * columns, c, h, w), 255, np.uint8)
-                grid[:n] = pixels
-                grid = grid.reshape(rows, columns, c, h, w).transpose(0, 3, 1, 4, 2).reshape(rows * h, columns * w, c)
-                Image.fromarray(grid[..., 0] if c == 1 else grid[..., :3]).save(file, format="PNG")
-        os.replace(part, path)
-    except OSError as error:
-        raise DataError(f"can't write {path}: {error}; choose a folder you may write to") from error
-    finally:
-        part.unlink(missing_ok=True)
+    columns = math.ceil(math.sqrt(n))
+    rows = math.ceil(n / columns)
+    grid = np.full((rows * columns, c, h, w), 255, np.uint8)
+    grid[:n] = pixels
+    grid = grid.reshape(rows, columns, c, h, w).transpose(0, 3, 1, 4, 2).reshape(rows * h, columns * w, c)
+    return Image.fromarray(grid[..., 0] if c == 1 else grid[..., :3])

@@ -25,6 +25,10 @@ class EvaluationError(AseSearchError, RuntimeError):
     """A metric can't be computed, or two results may not be compared."""
 
 
+class WriteError(AseSearchError, OSError):
+    """A file or folder can't be written."""
+
+
 class StudyError(AseSearchError, RuntimeError):
     """A study can't be opened, resumed or continued."""
 

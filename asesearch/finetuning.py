@@ -14,7 +14,6 @@ import copy
 import hashlib
 import json
 import math
-import os
 import statistics
 import time
 from collections.abc import Callable
@@ -36,6 +35,7 @@ from asesearch.config import LossWeight, TrainConfig
 from asesearch.data import DataSource
 from asesearch.diffusion import Process
 from asesearch.errors import CheckpointError, ConfigError, DataError, TrainingDiverged
+from asesearch.files import replacing
 from asesearch.schedule import ExitSchedule
 
 SYNC_EVERY = 10  # steps between looks at the loss: each is a device synchronisation
@@ -347,10 +347,8 @@ class Trainer:
             "seconds": self.seconds,
         }
         metadata = {"identity": json.dumps(self._identity(), sort_keys=True), "progress": json.dumps(progress)}
-        self.run_dir.mkdir(parents=True, exist_ok=True)
-        part = self.run_dir / f"{CHECKPOINT}.part"
-        save_file(tensors, part, metadata)
-        os.replace(part, self.run_dir / CHECKPOINT)
+        with replacing(self.run_dir / CHECKPOINT) as part:
+            save_file(tensors, part, metadata)
 
     def _load(self) -> int:
         assert self.run_dir is not None

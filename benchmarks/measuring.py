@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from asesearch.search.study import write_json
+from asesearch.files import write_json
 from asesearch.search.workbench import environment
 
 QUICK, TINY = 2, 1  # repeats of --quick and --tiny

@@ -10,6 +10,7 @@ import pytest
 ROOT = Path(__file__).parent.parent / "asesearch"
 LEVELS = {
     "errors": 0,
+    "files": 1,
     "schedule": 1,
     "config": 1,
     "diffusion": 2,

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -49,6 +49,24 @@ class Backbone(nn.Module):
     takes_prompt: bool = False
     null_condition: dict[str, Tensor] | None = None
     config: dict[str, Any]
+
+    @classmethod
+    def from_preset(cls, name: str, **changes: Any) -> Self:
+        """A published network by name, such as `"DiT-XL/2"`; keyword arguments override its constructor arguments.
+
+        Raises:
+            ConfigError: unknown name.
+        """
+        return cls(**{**cls.preset_args(name), **changes})
+
+    @staticmethod
+    def preset_args(name: str) -> dict[str, Any]:
+        """The constructor arguments that a published name fixes.
+
+        Raises:
+            ConfigError: unknown name.
+        """
+        raise ConfigError(f"this kind of network has no presets; got {name!r}; give a checkpoint")
 
     def forward(self, x_t: Tensor, t: Tensor, y: Tensor | None = None, *, exit_depth: ExitDepth = None) -> Tensor:
         """Predict the noise (and the variance where learned).

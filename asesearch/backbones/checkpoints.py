@@ -12,7 +12,6 @@ import math
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -28,6 +27,7 @@ from asesearch.backbones.files import FORMAT, Contents, read_checkpoint, resolve
 from asesearch.backbones.uvit import UViT
 from asesearch.config import BackboneConfig
 from asesearch.errors import CheckpointError, ConfigError
+from asesearch.files import replacing
 
 VERSION = "1"
 NULL = "null_condition."  # begins the names of a null condition's tensors in the files we write
@@ -333,9 +333,6 @@ def save_backbone(backbone: Backbone, path: str | os.PathLike[str], extra: Mappi
     if taken:
         raise ConfigError(f"extra must not use the keys {', '.join(RESERVED)}; got {', '.join(sorted(taken))}; rename it")
     own = {"format": FORMAT, "version": VERSION, "kind": kind, "config": json.dumps(backbone.config)}
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f"{path.name}.part")
     tensors = backbone.state_dict() | {f"{NULL}{k}": v for k, v in (backbone.null_condition or {}).items()}
-    save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, part, {**own, **(extra or {})})
-    os.replace(part, path)
+    with replacing(path) as part:
+        save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, part, {**own, **(extra or {})})

@@ -215,15 +215,6 @@ class DiT(Backbone):
         self.final_layer = FinalLayer(hidden_size, patch_size, self.out_channels)
         self.initialize_weights()
 
-    @classmethod
-    def from_preset(cls, name: str, **changes: Any) -> DiT:
-        """An official size by name, such as `"DiT-XL/2"`; keyword arguments override its constructor arguments.
-
-        Raises:
-            ConfigError: unknown name.
-        """
-        return cls(**{**cls.preset_args(name), **changes})
-
     @staticmethod
     def preset_args(name: str) -> dict[str, Any]:
         """The constructor arguments that an official size fixes.

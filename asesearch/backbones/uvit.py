@@ -164,15 +164,6 @@ class UViT(Backbone):
         self.final_layer: nn.Module = nn.Conv2d(in_chans, in_chans, 3, padding=1) if conv else nn.Identity()
         self.initialize_weights()
 
-    @classmethod
-    def from_preset(cls, name: str, **changes: Any) -> UViT:
-        """A released network by name, such as `"U-ViT-S/4-CelebA64"`; keyword arguments override its constructor arguments.
-
-        Raises:
-            ConfigError: unknown name.
-        """
-        return cls(**{**cls.preset_args(name), **changes})
-
     @staticmethod
     def preset_args(name: str) -> dict[str, Any]:
         """The constructor arguments of a released network.

@@ -8,7 +8,6 @@ empty one is among the weights, and the inputs are a few real ones, which `sampl
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
@@ -27,6 +26,7 @@ from asesearch.backbones.checkpoints import load_backbone, save_backbone
 from asesearch.config import BackboneConfig, DiffusionConfig, SamplingConfig
 from asesearch.diffusion import make_diffusion
 from asesearch.errors import CheckpointError, ConfigError
+from asesearch.files import file_sha256
 from asesearch.latents import LatentDecoder, encode_prompts
 from asesearch.latents.networks import PathLike
 from asesearch.sampling import SampleResult, sample
@@ -114,11 +114,6 @@ class Bundle:
         return encode_prompts(texts, text_encoder, length, next(self.backbone.parameters()).device)
 
 
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def _prompts(parity: dict[str, Tensor]) -> dict[str, Tensor] | None:
     """The prompts among the tensors of the parity file."""
     return {k.removeprefix(PROMPT): v for k, v in parity.items() if k.startswith(PROMPT)} or None
@@ -191,7 +186,7 @@ def _write_files(bundle: Bundle, folder: Path) -> None:
         "evaluation": bundle.evaluation,
         "provenance": bundle.provenance,
         "latents": bundle.latents,
-        "files": {name: {"sha256": _sha256(folder / name), "bytes": (folder / name).stat().st_size} for name in FILES},
+        "files": {name: {"sha256": file_sha256(folder / name), "bytes": (folder / name).stat().st_size} for name in FILES},
     }
     (folder / "bundle.json").write_text(json.dumps(data, indent=1), encoding="utf-8")
 
@@ -206,7 +201,7 @@ def load_bundle(folder: Path, device: torch.device | str = "cpu", *, check_parit
     data = _read_manifest(folder)
     for name in FILES:
         entry = data["files"].get(name, {})
-        if not (folder / name).is_file() or _sha256(folder / name) != entry.get("sha256"):
+        if not (folder / name).is_file() or file_sha256(folder / name) != entry.get("sha256"):
             raise CheckpointError(
                 f"{folder / name} is missing or damaged (its SHA-256 is not the recorded one); copy the bundle again"
             )

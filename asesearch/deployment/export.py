@@ -61,7 +61,7 @@ def export(
             "study": config.name,
             "trial": record.number,
             "origin": record.origin,
-            "config": config.model_dump(mode="json"),
+            "config": config.shareable(),
             "environment": environment(),
         },
         prompts=_prompts(study.trial_dir(record.schedule) / PROMPTS_FILE) if net.takes_prompt else None,

@@ -27,6 +27,7 @@ from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY
 
 from asesearch.data import ImageArray
 from asesearch.errors import DataError, EvaluationError
+from asesearch.files import file_sha256, replacing
 
 INCEPTION = "inception-v3-compat"
 INCEPTION_FILE = URL_INCEPTION_V3.rsplit("/", 1)[-1]
@@ -161,8 +162,7 @@ def _inception_weights(name: str, path: Path | None) -> Path:
         if not path.is_file():
             _download_inception(path)
     if name == INCEPTION:
-        with path.open("rb") as file:
-            found = hashlib.file_digest(file, "sha256").hexdigest()
+        found = file_sha256(path)
         if not found.startswith(INCEPTION_SHA256_PREFIX):
             raise EvaluationError(
                 f"the extractor {INCEPTION} needs {INCEPTION_FILE} (SHA-256 {INCEPTION_SHA256_PREFIX}…); got {path} "
@@ -309,10 +309,8 @@ def train_extractor(
         "command": f"asesearch train-extractor --out {Path(out).name} --seed {seed}",
         "torch": torch.__version__,
     }
-    part = Path(out).with_name(f"{Path(out).name}.{os.getpid()}.part")
-    part.parent.mkdir(parents=True, exist_ok=True)
-    save_file(net.state_dict(), part, metadata)
-    os.replace(part, out)
+    with replacing(out) as part:
+        save_file(net.state_dict(), part, metadata)
     return accuracy
 
 

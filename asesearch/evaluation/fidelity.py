@@ -10,7 +10,6 @@ import io
 import json
 import logging
 import math
-import os
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Sequence
@@ -33,6 +32,7 @@ from asesearch.data import DataSource, cache_dir
 from asesearch.errors import EvaluationError
 from asesearch.evaluation.extractors import Extractor
 from asesearch.evaluation.results import EvaluationResult, Protocol
+from asesearch.files import replacing
 
 Floats = npt.NDArray[np.float64]
 
@@ -180,12 +180,8 @@ def _make_reference(source: DataSource, extractor: Extractor, batch_size: int = 
 def write_reference(path: Path, reference: ReferenceStats) -> None:
     """Store a reference, atomically."""
     facts = {k: getattr(reference, k) for k in ("name", "size", "digest", "extractor", "extractor_digest")}
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    buffer = io.BytesIO()
-    np.savez(buffer, facts=json.dumps(facts), mean=reference.mean, cov=reference.cov, features=reference.features)
-    part.write_bytes(buffer.getvalue())
-    os.replace(part, path)
+    with replacing(path, shared=True) as part, part.open("wb") as file:
+        np.savez(file, facts=json.dumps(facts), mean=reference.mean, cov=reference.cov, features=reference.features)
 
 
 def _read_reference(path: Path, extractor: Extractor, digest: str) -> ReferenceStats | None:

@@ -18,8 +18,9 @@ from torch import Tensor
 from asesearch.config import DataConfig
 from asesearch.data import DataSource, ImageFolder
 from asesearch.errors import ConfigError, DataError
+from asesearch.files import file_sha256
 from asesearch.latents.networks import PathLike, TextEncoder, Vae
-from asesearch.latents.shards import FORMAT_VERSION, INDEX, Array, Entry, Index, file_sha256, pad_prompts, write_array
+from asesearch.latents.shards import FORMAT_VERSION, INDEX, Array, Entry, Index, pad_prompts, write_array
 
 READERS = 16  # threads that read images, at most
 

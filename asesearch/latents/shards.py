@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 
 from asesearch.errors import DataError
+from asesearch.files import file_sha256, replacing, write_json
 
 INDEX = "index.json"
 FORMAT_VERSION = 1
@@ -81,18 +82,15 @@ class Index:
 
     def write(self, folder: Path) -> None:
         """Atomically."""
-        part = folder / f"{INDEX}.part"
-        part.write_text(json.dumps(asdict(self), indent=1), encoding="utf-8")
-        os.replace(part, folder / INDEX)
+        write_json(folder / INDEX, asdict(self))
 
 
 def write_array(path: Path, array: Array) -> Entry:
     """Write an array atomically; returns its entry in the index."""
-    part = path.with_name(f"{path.name}.part")
-    with part.open("wb") as file:
-        np.save(file, array, allow_pickle=False)
-    sha256 = file_sha256(part)
-    os.replace(part, path)
+    with replacing(path) as part:
+        with part.open("wb") as file:
+            np.save(file, array, allow_pickle=False)
+        sha256 = file_sha256(part)
     return {"file": path.name, "sha256": sha256, "shape": list(array.shape), "dtype": str(array.dtype)}
 
 
@@ -112,12 +110,6 @@ def open_array(folder: Path, entry: Entry, verify: bool) -> Array:
     if verify and file_sha256(path) != entry["sha256"]:
         raise DataError(f"{path} must have the SHA-256 {entry['sha256']} of {INDEX}; got another, so it is damaged; {AGAIN}")
     return array
-
-
-def file_sha256(path: Path) -> str:
-    """SHA-256 of a file's content."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 class LatentShards:

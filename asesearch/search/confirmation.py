@@ -15,8 +15,9 @@ from asesearch.backbones.base import Backbone
 from asesearch.backbones.checkpoints import load_backbone
 from asesearch.config import BackboneConfig
 from asesearch.errors import StudyError
+from asesearch.files import write_json
 from asesearch.search.records import Confirmation, TrialRecord
-from asesearch.search.study import Study, read_json, write_json
+from asesearch.search.study import Study, read_json
 from asesearch.search.workbench import Workbench
 
 

@@ -29,6 +29,7 @@ from optuna.trial import TrialState
 
 from asesearch.config import SearchConfig, StudyConfig, changed_fields, parse_study
 from asesearch.errors import EvaluationError, ScheduleError, StudyError, TrainingDiverged
+from asesearch.files import write_json
 from asesearch.schedule import ExitSchedule
 from asesearch.search.records import Confirmation, StudyResults, TrialRecord
 from asesearch.search.space import Space
@@ -41,14 +42,6 @@ HEARTBEAT_S = 60
 MAX_REPEATS_IN_A_ROW = 50
 CURVE_POINTS = 500
 BUSY_WAIT_S = 120.0  # how long to wait for a SQLite file that another process holds
-
-
-def write_json(path: Path, data: Any) -> None:
-    """Write JSON whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
-    part.write_text(json.dumps(data, indent=1), encoding="utf-8")
-    os.replace(part, path)
 
 
 def read_json(path: Path) -> Any:
@@ -128,10 +121,9 @@ class Study:
                     f"the study in {self.run_dir} was begun with other settings, so its trials could not be compared with new "
                     f"ones ({'; '.join(differ)}); undo the change, or choose another name or directory"
                 )
-        try:
-            write_json(path, {"version": FORMAT_VERSION, "config": config.model_dump(mode="json")})
-        except OSError as error:
-            raise StudyError(f"can't write to {self.run_dir}: {error}; choose a directory you may write to") from error
+        data = {"version": FORMAT_VERSION, "config": config.model_dump(mode="json")}
+        if not path.is_file() or read_json(path) != data:  # so that a study is read where it can't be written
+            write_json(path, data)
         return config
 
     @classmethod

@@ -16,7 +16,6 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
@@ -24,7 +23,7 @@ from torch import Tensor
 from asesearch.backbones.base import Backbone, Conditioning, check_schedule
 from asesearch.backbones.checkpoints import load_backbone, save_backbone
 from asesearch.config import StudyConfig
-from asesearch.data import DataSource, open_data
+from asesearch.data import DataSource, open_data, save_images
 from asesearch.diffusion import make_diffusion
 from asesearch.errors import ConfigError, EvaluationError
 from asesearch.evaluation.cost import LatencyTable, TimeRatio, compare_sampling_time, flops_frac, flops_table, measure_latency
@@ -38,6 +37,7 @@ from asesearch.evaluation.fidelity import (
     to_uint8,
 )
 from asesearch.evaluation.results import EvaluationResult, Protocol
+from asesearch.files import replacing, write_json
 from asesearch.finetuning import check_fit, finetune, weights_fingerprint
 from asesearch.latents import LatentDecoder, LatentShards
 from asesearch.sampling import SampleResult, arithmetic, check_sampling, sample
@@ -195,10 +195,7 @@ class Workbench:
             with arithmetic(self.config.sampling.precision, self.device):
                 self._latency = measure_latency(self.backbone, size, LATENCY_REPEATS, self.device, y)
             if path is not None:
-                path.parent.mkdir(parents=True, exist_ok=True)
-                part = path.with_name(f"latency.json.{os.getpid()}.part")
-                part.write_text(json.dumps(self._latency.to_dict()), encoding="utf-8")
-                os.replace(part, path)
+                write_json(path, self._latency.to_dict())
         return self._latency
 
     @cached_property
@@ -269,15 +266,11 @@ class Workbench:
         start = time.perf_counter()
         quality, seconds, timesteps = self.evaluate(net, schedule, self.protocol, shown)
         evaluation_s = time.perf_counter() - start - sum(seconds.values())
-        folder.mkdir(parents=True, exist_ok=True)
         save_backbone(net, folder / "weights.safetensors", {"exit_schedule": schedule.to_json()})
-        part = folder / f"samples.{os.getpid()}.part.npz"
-        np.savez_compressed(part, images=torch.cat(shown)[:SHOWN_IMAGES].numpy())
-        os.replace(part, folder / "samples.npz")
+        save_images(torch.cat(shown)[:SHOWN_IMAGES].numpy(), folder / "samples.npz")
         if isinstance(prompts := conditioning_for(net, self.data, range(NUM_PROMPTS)), dict):
-            part = folder / f"{PROMPTS_FILE}.{os.getpid()}.part"
-            save_file(prompts, part)
-            os.replace(part, folder / PROMPTS_FILE)
+            with replacing(folder / PROMPTS_FILE) as part:
+                save_file(prompts, part)
         (folder / "training.safetensors").unlink(missing_ok=True)
         return Outcome(
             quality,
