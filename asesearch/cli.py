@@ -72,13 +72,6 @@ def _schedule(text: str, depth: int, chain: int) -> ExitSchedule:
     return ExitSchedule.from_string(text, depth, chain)
 
 
-def _changed(config: StudyConfig, section: str, **changes: Any) -> StudyConfig:
-    """The study with options of the command line in place of the file's."""
-    given = {k: v for k, v in changes.items() if v is not None}
-    part = type(getattr(config, section)).model_validate({**getattr(config, section).model_dump(), **given})
-    return config.model_copy(update={section: part})
-
-
 @app.command()
 def train(
     study: StudyFile,
@@ -104,7 +97,7 @@ def finetune(
 
     On several GPUs: accelerate launch -m asesearch finetune …
     """
-    config = _changed(load_study(study), "train", num_steps=steps)
+    config = load_study(study).with_options("train", num_steps=steps)
     if config.backbone.checkpoint is None:
         raise ConfigError("fine-tuning needs pretrained weights; got no backbone.checkpoint; give it, or use `asesearch train`")
     _fit(config, schedule, out, run_dir or Path("runs") / f"{config.name}-finetune", dry_run)
@@ -115,10 +108,13 @@ def _fit(config: StudyConfig, schedule_text: str, out: Path, run_dir: Path, dry_
     from asesearch.backbones.checkpoints import load_backbone, save_backbone
     from asesearch.data import open_data
     from asesearch.diffusion import make_diffusion
+    from asesearch.files import check_writable
     from asesearch.finetuning import Trainer, seconds_per_step
 
     if out.suffix != ".safetensors":
         raise ConfigError(f"weights are written as .safetensors; got {out}; change --out")
+    if not dry_run:
+        check_writable(out)
     data, diffusion = open_data(config.data), make_diffusion(config.diffusion)
     backbone = load_backbone(config.backbone, config.train.seed, getattr(data, "null_condition", None))
     schedule = _schedule(schedule_text, backbone.depth, config.diffusion.num_train_timesteps)
@@ -127,7 +123,7 @@ def _fit(config: StudyConfig, schedule_text: str, out: Path, run_dir: Path, dry_
         step_s = seconds_per_step(trainer)
         _print(
             {
-                "study": config.model_dump(mode="json"),
+                "study": config.shareable(),
                 "schedule": str(schedule),
                 "images": len(data),
                 "parameters": sum(p.numel() for p in backbone.parameters()),
@@ -142,7 +138,7 @@ def _fit(config: StudyConfig, schedule_text: str, out: Path, run_dir: Path, dry_
         result = trainer.run(on_step)
     if not trainer.accelerator.is_main_process:
         return
-    command = f"asesearch {'train' if schedule.is_full else 'finetune'}: {config.model_dump_json()}"
+    command = f"asesearch {'train' if schedule.is_full else 'finetune'}: {json.dumps(config.shareable())}"
     save_backbone(result.backbone.cpu(), out, {"exit_schedule": schedule.to_json(), "made_by": command})
     last = result.losses[-100:]
     _print(
@@ -265,13 +261,11 @@ def search(
     from asesearch.search import Study, Workbench, confirm
     from asesearch.search.plan import make_plan
 
-    config = _changed(load_study(study), "search", num_trials=trials, storage=storage)
+    config = load_study(study).with_options("search", num_trials=trials, storage=storage)
     run_dir = out or Path("runs") / config.name
     bench = Workbench(config, None if dry_run else run_dir)
     if dry_run:
-        _print(
-            {"study": config.model_dump(mode="json"), "protocol": vars(bench.protocol), "at_most": make_plan(bench).to_dict()}
-        )
+        _print({"study": config.shareable(), "protocol": vars(bench.protocol), "at_most": make_plan(bench).to_dict()})
         return
     opened = Study(config, run_dir)
     total, done = config.search.num_trials, len(opened.records())

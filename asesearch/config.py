@@ -178,6 +178,19 @@ class StudyConfig(_Section):
     search: SearchConfig = SearchConfig()
     confirm: ConfirmConfig = ConfirmConfig()
 
+    def with_options(self, section: str, **options: Any) -> StudyConfig:
+        """The study with a section's fields replaced by those options of a command line that are not None.
+
+        Raises:
+            ConfigError: a value out of range.
+        """
+        given = {k: v for k, v in options.items() if v is not None}
+        own = getattr(self, section)
+        try:
+            return self.model_copy(update={section: type(own).model_validate({**own.model_dump(), **given})})
+        except ValidationError as error:
+            raise ConfigError(explain(error, f"options for {section}")) from error
+
     def shareable(self) -> dict[str, Any]:
         """Plain data for what leaves this machine: without the storage, whose URL may hold a password."""
         return self.model_dump(mode="json", exclude={"search": {"storage"}})

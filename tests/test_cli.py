@@ -214,6 +214,8 @@ WRONG = [
     (("train", "tiny.toml", "-o", "x.pt"), 1, "written as .safetensors"),
     (("finetune", "deep.toml", "--schedule", "28 28", "-o", "x.safetensors"), 1, "rescale the schedule"),
     (("finetune", "deep.toml", "--schedule", "D9-DiT", "-o", "x.safetensors"), 1, "published names"),
+    (("search", "tiny.toml", "--trials", "0"), 1, "search: num_trials"),
+    (("train", "tiny.toml", "-o", "tiny.toml/x.safetensors"), 1, "can't write to tiny.toml/"),
     (("search",), 2, "Missing argument"),
     (("export", "runs", "--time", "2", "-o", "b"), 2, "less than or equal to 1"),
 ]

@@ -25,7 +25,7 @@ import numpy as np
 import optuna
 import sqlalchemy.exc
 import torch
-from optuna.trial import TrialState
+from optuna.trial import FrozenTrial, TrialState
 
 from asesearch.config import SearchConfig, StudyConfig, changed_fields, parse_study
 from asesearch.errors import EvaluationError, ScheduleError, StudyError, TrainingDiverged
@@ -182,7 +182,7 @@ class Study:
         path = self.run_dir / "environment.json"
         return StudyResults(
             self.config.name,
-            self.config.model_dump(mode="json"),
+            self.config.shareable(),
             tuple(records),
             tuple(confirmations),
             latency,
@@ -198,7 +198,19 @@ class Study:
         for trial in self.optuna.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
             where, _, pid = str(trial.user_attrs.get(WORKER, ":")).rpartition(":")
             if where == host and pid.isdecimal() and not _alive(int(pid)):
-                self.optuna.tell(trial.number, state=TrialState.FAIL, skip_if_finished=True)
+                self._close(trial)
+
+    def _close(self, trial: FrozenTrial) -> None:
+        """End a trial whose process is gone or broke off: with its figures, if they were on record already."""
+        record = TrialRecord.from_dict(json.loads(trial.user_attrs[RECORD])) if RECORD in trial.user_attrs else None
+        values = None if record is None or record.quality is None else self._values(record)
+        self.optuna.tell(trial.number, values, state=None if values else TrialState.FAIL, skip_if_finished=True)
+
+    def _values(self, record: TrialRecord) -> tuple[float, float]:
+        """The two objectives of a trial that has a figure."""
+        cost = record.time_frac if self.config.search.cost == "time" else record.flops_frac
+        assert cost is not None and record.quality is not None
+        return record.quality.value, cost
 
     def _enqueue_warm_start(self, space: Space, warm: dict[str, ExitSchedule], records: list[TrialRecord]) -> None:
         """Queue the first warm start that is not queued, running or on record (so one whose trial was killed comes again)."""
@@ -264,7 +276,7 @@ class Study:
 
     def _one_trial(self, space: Space, bench: Workbench, progress: Callable[[TrialRecord], None] | None) -> bool:
         """Propose and try one schedule; False if it has been tried before, which costs nothing."""
-        fresh = False
+        fresh: TrialRecord | None = None
 
         def objective(trial: optuna.Trial) -> tuple[float, float]:
             nonlocal fresh
@@ -273,18 +285,14 @@ class Study:
             records = self.records()
             record = next((r for r in records if r.schedule.merged() == schedule.merged()), None)
             if record is None:
-                fresh, record = True, run_trial(bench, trial, schedule, self)
+                fresh = record = run_trial(bench, trial, schedule, self)
                 trial.set_user_attr(RECORD, json.dumps(record.to_dict()))
                 self._prune_weights([*records, record])
-                if progress is not None:
-                    progress(record)
             else:
                 trial.set_user_attr("repeat_of", record.number)
             if record.quality is None:
                 raise _Failed(record.failure)
-            cost = record.time_frac if self.config.search.cost == "time" else record.flops_frac
-            assert cost is not None
-            return record.quality.value, cost
+            return self._values(record)
 
         try:
             self.optuna.optimize(objective, n_trials=1, catch=(_Failed,))
@@ -292,9 +300,11 @@ class Study:
             # an interrupted or broken trial must not stay open: this process is still alive
             for trial in self.optuna.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
                 if trial.user_attrs.get(WORKER) == f"{socket.gethostname()}:{os.getpid()}":
-                    self.optuna.tell(trial.number, state=TrialState.FAIL, skip_if_finished=True)
+                    self._close(trial)
             raise
-        return fresh
+        if fresh is not None and progress is not None:
+            progress(fresh)
+        return fresh is not None
 
     def _prune_weights(self, records: list[TrialRecord]) -> None:
         """With keep_weights = "front": delete weights of schedules that are off the front (never the full network's)."""

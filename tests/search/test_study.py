@@ -11,7 +11,7 @@ import optuna
 import pytest
 
 from asesearch.config import MAY_CHANGE, StudyConfig
-from asesearch.errors import ScheduleError, StudyError
+from asesearch.errors import ScheduleError, StudyError, WriteError
 from asesearch.schedule import ExitSchedule
 from asesearch.search.records import TrialRecord, non_dominated
 from asesearch.search.study import RECORD, Study, warm_starts
@@ -98,6 +98,8 @@ def test_interrupt_leaves_no_open_trial(tmp_path):
     assert all(t.state.is_finished() or t.state == optuna.trial.TrialState.WAITING for t in study.optuna.get_trials())
     resumed, _ = run(make_config(), tmp_path)
     assert len(resumed.records()) == 8
+    # the trial on record when the interrupt came keeps its figures for the proposer
+    assert all(t.values is not None for t in resumed.optuna.get_trials())
 
 
 def test_a_diverging_schedule_is_recorded_and_the_search_goes_on(tmp_path):
@@ -240,6 +242,22 @@ def test_a_password_is_not_shown(tmp_path):
     with pytest.raises(StudyError) as caught:
         Study(make_config(storage="nosuchdb://user:secret@host/name"), tmp_path)
     assert "secret" not in str(caught.value)
+
+
+def test_a_password_does_not_travel(tmp_path):
+    storage = f"sqlite:///file:{tmp_path}/shared.db?uri=true&key=secret"
+    study = Study(make_config(storage=storage), tmp_path / "run")
+    assert "secret" not in json.dumps(study.results().config) + json.dumps(study.config.shareable())
+
+
+def test_a_study_is_read_where_it_can_not_be_written(tmp_path, monkeypatch):
+    run(make_config(num_trials=2), tmp_path)
+
+    def refuse(*args):
+        raise WriteError("read-only")
+
+    monkeypatch.setattr("asesearch.search.study.write_json", refuse)
+    assert len(Study.open(tmp_path).results().records) == 2
 
 
 def test_opening_what_is_no_study(tmp_path):
