@@ -25,6 +25,7 @@ import numpy as np
 import optuna
 import sqlalchemy.exc
 import torch
+from filelock import FileLock, Timeout
 from optuna.trial import FrozenTrial, TrialState
 
 from asesearch.config import SearchConfig, StudyConfig, changed_fields, parse_study
@@ -37,6 +38,7 @@ from asesearch.search.workbench import Workbench, environment
 
 RECORD = "record"  # user attribute that holds the TrialRecord
 WORKER = "worker"  # user attribute "host:pid" of the process that runs the trial
+REPEAT = "repeat_of"  # user attribute of a trial whose schedule is on record (its number), or in another worker's hands
 FORMAT_VERSION = 1
 HEARTBEAT_S = 60
 MAX_REPEATS_IN_A_ROW = 50
@@ -227,7 +229,7 @@ class Study:
     def _seed_proposer(self) -> None:
         """A proposer whose seed follows from the study's and from what is on record."""
         trials = self.optuna.get_trials(deepcopy=False)
-        ended = sum(t.state == TrialState.COMPLETE or RECORD in t.user_attrs for t in trials)
+        ended = sum(t.state == TrialState.COMPLETE or RECORD in t.user_attrs or REPEAT in t.user_attrs for t in trials)
         running = sum(t.state == TrialState.RUNNING for t in trials)
         words = np.random.SeedSequence([self.config.search.seed, ended, running]).generate_state(1)
         self.optuna.sampler = make_proposer(self.config.search, int(words[0]) % 2**31)
@@ -282,14 +284,18 @@ class Study:
             nonlocal fresh
             trial.set_user_attr(WORKER, f"{socket.gethostname()}:{os.getpid()}")
             schedule = space.suggest(trial)
-            records = self.records()
-            record = next((r for r in records if r.schedule.merged() == schedule.merged()), None)
-            if record is None:
-                fresh = record = run_trial(bench, trial, schedule, self)
-                trial.set_user_attr(RECORD, json.dumps(record.to_dict()))
-                self._prune_weights([*records, record])
-            else:
-                trial.set_user_attr("repeat_of", record.number)
+            with self._claim(schedule) as mine:
+                records = self.records()
+                record = next((r for r in records if r.schedule.merged() == schedule.merged()), None)
+                if record is None and not mine:
+                    trial.set_user_attr(REPEAT, "in flight")
+                    raise _Failed("another worker is at this schedule")
+                if record is None:
+                    fresh = record = run_trial(bench, trial, schedule, self)
+                    trial.set_user_attr(RECORD, json.dumps(record.to_dict()))
+                    self._prune_weights([*records, record])
+                else:
+                    trial.set_user_attr(REPEAT, record.number)
             if record.quality is None:
                 raise _Failed(record.failure)
             return self._values(record)
@@ -305,6 +311,22 @@ class Study:
         if fresh is not None and progress is not None:
             progress(fresh)
         return fresh is not None
+
+    @contextmanager
+    def _claim(self, schedule: ExitSchedule) -> Iterator[bool]:
+        """Whether this worker alone has the schedule in hands; the claim of a process that dies is free again."""
+        folder = self.run_dir / "locks"
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(folder / f"{self.trial_dir(schedule).name}.lock", timeout=0)
+        try:
+            lock.acquire()
+        except Timeout:
+            yield False
+            return
+        try:
+            yield True
+        finally:
+            lock.release()
 
     def _prune_weights(self, records: list[TrialRecord]) -> None:
         """With keep_weights = "front": delete weights of schedules that are off the front (never the full network's)."""

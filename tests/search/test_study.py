@@ -14,7 +14,7 @@ from asesearch.config import MAY_CHANGE, StudyConfig
 from asesearch.errors import ScheduleError, StudyError, WriteError
 from asesearch.schedule import ExitSchedule
 from asesearch.search.records import TrialRecord, non_dominated
-from asesearch.search.study import RECORD, Study, warm_starts
+from asesearch.search.study import RECORD, Study, make_space, warm_starts
 from tests.search.fake_search import FakeBench, make_config
 
 PROPOSERS = ["tpe", "nsga2", "random"]
@@ -130,8 +130,20 @@ def test_two_workers_share_a_study(tmp_path):
         assert worker.returncode == 0, err.decode()
     records = Study.open(tmp_path).records()
     schedules = [r.schedule.merged() for r in records]
-    assert 10 <= len(records) <= 11 and len(set(schedules)) >= len(schedules) - 1
+    assert 10 <= len(records) <= 11 and len(set(schedules)) == len(schedules)  # nothing is paid for twice
     assert {r.origin for r in records} == {"full", "6 6 3 3", "tpe"}
+
+
+def test_a_schedule_in_another_workers_hands_is_left_to_it(tmp_path):
+    study, bench = Study(make_config(num_trials=3), tmp_path), FakeBench()
+    other = Study.open(tmp_path)
+    with other._claim(ExitSchedule.full(6)) as mine, study._claim(ExitSchedule.full(6)) as ours:
+        assert mine and not ours
+        study.optuna.enqueue_trial(make_space(study.config, bench).encode(ExitSchedule.full(6)))
+        study._one_trial(make_space(study.config, bench), bench, None)
+        assert bench.tried == [] and study.records() == []
+    study.run(bench)  # the claim was given back
+    assert [r.origin for r in study.records()][:2] == ["full", "6 6 3 3"] and len(bench.tried) == 3
 
 
 def test_larger_budget_continues_and_a_smaller_one_does_nothing(tmp_path):
