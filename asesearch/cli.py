@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from tqdm import tqdm
@@ -15,6 +15,9 @@ from tqdm import tqdm
 from asesearch.config import StudyConfig, load_study
 from asesearch.errors import AseSearchError, ConfigError
 from asesearch.schedule import ExitSchedule
+
+if TYPE_CHECKING:
+    from asesearch.search.records import TrialRecord
 
 app = typer.Typer(
     help="Search early-exit schedules for diffusion transformers: search, look at the front, pick a point, ship it.",
@@ -232,7 +235,8 @@ def evaluate(
     if dry_run:
         _print({"schedule": str(chosen), "protocol": vars(bench.protocol)})
         return
-    quality, seconds, _ = bench.evaluate(net, chosen, bench.protocol)
+    sampler = "" if record is None else record.sampler
+    quality, seconds = bench.evaluate(net, chosen, bench.protocol, sampler)
     result: dict[str, Any] = {"metric": bench.protocol.metric_name, "value": quality.value, "std_error": quality.std_error}
     result |= {"schedule": str(chosen), "sampling_seconds": round(seconds["sample"], 2), **quality.to_dict()}
     if check:
@@ -248,12 +252,14 @@ def search(
     study: StudyFile,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Study directory; default runs/NAME.")] = None,
     trials: Annotated[int | None, typer.Option(help="Schedules in all, in place of the study's search.num_trials.")] = None,
+    budget: Annotated[str | None, typer.Option(help="Time in place of a number of trials: 90m, 2h, 1d.")] = None,
     storage: Annotated[str | None, typer.Option(help="Optuna storage URL; default a SQLite file in the directory.")] = None,
     report_dir: Annotated[Path | None, typer.Option("--report", help="Report folder; default reports/NAME.")] = None,
     dry_run: DryRun = False,
 ) -> None:
     """Search exit schedules: fine-tune, sample and evaluate each, confirm the front on fresh seeds, write the report.
 
+    With --budget, warm-up, trials and confirmation together take that time, within a tenth; what is on record counts.
     Ctrl-C or a crash loses at most the trial in flight; the same command resumes, and with more --trials it continues.
     Several processes may share one study: give all the same file and a --storage that all can reach.
     """
@@ -261,25 +267,28 @@ def search(
     from asesearch.search import Study, Workbench, confirm
     from asesearch.search.plan import make_plan
 
-    config = load_study(study).with_options("search", num_trials=trials, storage=storage)
+    if trials is not None and budget is not None:
+        raise ConfigError(f"give --trials or --budget, not both; got {trials} and {budget}; leave one out")
+    config = load_study(study).with_options("search", num_trials=trials, budget=budget, storage=storage)
+    if trials is not None:
+        config = config.model_copy(update={"search": config.search.model_copy(update={"budget": None})})
     run_dir = out or Path("runs") / config.name
     bench = Workbench(config, None if dry_run else run_dir)
     if dry_run:
-        _print({"study": config.shareable(), "protocol": vars(bench.protocol), "at_most": make_plan(bench).to_dict()})
+        _print({"study": config.shareable(), "protocol": vars(bench.protocol), "plan": make_plan(bench).to_dict()})
         return
     opened = Study(config, run_dir)
-    total, done = config.search.num_trials, len(opened.records())
+    total, done = None if config.search.budget else config.search.num_trials, len(opened.records())
     if done:
-        _say(f"{run_dir}: {done} of {total} schedules on record; continuing")
-    with tqdm(total=total, initial=min(done, total), desc="search", file=sys.stderr, dynamic_ncols=True) as bar:
+        _say(f"{run_dir}: {done} of {total or 'unlimited'} schedules on record; continuing")
+    with tqdm(total=total, initial=min(done, total or done), desc="search", file=sys.stderr, dynamic_ncols=True) as bar:
         bench.on_step = lambda step, loss: bar.set_postfix_str(f"step {step} loss {loss:.4f}")
 
-        def on_trial(record: Any) -> None:
+        def on_trial(record: TrialRecord) -> None:
             bar.update()
-            figure = f"{record.quality.value:.4g} at {record.time_frac:.3f} of the time" if record.quality else record.failure
-            bar.write(f"trial {record.number} ({record.origin}) {record.schedule}: {figure}", file=sys.stderr)
+            bar.write(_trial_line(record), file=sys.stderr)
 
-        opened.run(bench, on_trial)
+        opened.run(bench, on_trial, lambda step, loss: bar.set_postfix_str(f"warm-up {step} loss {loss:.4f}"))
     _say("confirming the front on fresh seeds")
     confirm(opened, bench, lambda c: _say(f"trial {c.number}: {c.quality.value:.4g} at {c.measured_time_frac:.3f} measured"))
     results = opened.results()
@@ -292,6 +301,7 @@ def search(
                 {
                     "trial": r.number,
                     "schedule": str(r.schedule),
+                    "sampler": r.sampler,
                     "quality": r.quality and r.quality.value,
                     "time_frac": r.time_frac,
                 }
@@ -299,6 +309,16 @@ def search(
             ],
         }
     )
+
+
+def _trial_line(record: TrialRecord) -> str:
+    """One line about a trial that has ended."""
+    point = f"trial {record.number} ({record.origin}) {record.schedule} {record.sampler}".rstrip()
+    if record.quality is not None:
+        return f"{point}: {record.quality.value:.4g} at {record.time_frac:.3f} of the time"
+    if record.cheap is not None and record.failure is None:
+        return f"{point}: cheap figure {record.cheap.quality.value:.4g}, {record.cheap.reason}: not fine-tuned"
+    return f"{point}: {record.failure}"
 
 
 @app.command()
@@ -317,6 +337,53 @@ def report(
         _print({"trials": len(results.records), "confirmed": len(results.confirmations), "out": str(folder)})
         return
     _print({"report": str(write_report(results, folder))})
+
+
+@app.command("map")
+def map_command(
+    study: StudyFile,
+    weights: Annotated[
+        Path | None, typer.Option(help="Weights to measure against the study's own network, in place of that network itself.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="Folder to write; default reports/NAME-map.")] = None,
+    dry_run: DryRun = False,
+) -> None:
+    """Measure the difficulty map: the error of every exit depth at every noise level, in one pass, without sampling.
+
+    Where few blocks already come close to the full network, an exit schedule may be shallow. The network may be trained or
+    not. The images are those of [map.data], or else the study's: give some it was not trained on.
+    """
+    from asesearch.backbones.checkpoints import load_backbone
+    from asesearch.data import open_data
+    from asesearch.diffusion import make_diffusion
+    from asesearch.files import check_writable
+    from asesearch.report.difficulty import write_map
+    from asesearch.search.difficulty import map_seconds, measure_map
+    from asesearch.search.workbench import default_device
+
+    config = load_study(study)
+    folder, device = out or Path("reports") / f"{config.name}-map", default_device()
+    data, diffusion = open_data(config.map.data or config.data), make_diffusion(config.diffusion)
+    null = getattr(data, "null_condition", None)
+    backbone, reference = load_backbone(config.backbone, config.train.seed, null).to(device), None
+    names = {"weights": config.backbone.checkpoint or f"random, seed {config.train.seed}", "reference": "itself"}
+    if weights is not None:
+        if config.backbone.checkpoint is not None:
+            reference, names["reference"] = backbone, config.backbone.checkpoint
+        given = config.backbone.model_copy(update={"checkpoint": str(weights)})
+        backbone, names["weights"] = load_backbone(given, null_condition=null).to(device), str(weights)
+    parts = (backbone, data, diffusion, config.map, reference)
+    facts = {**names, "data": data.name, "num_images": config.map.num_images, "num_bins": config.map.num_bins}
+    if dry_run:
+        _print({**facts, "out": str(folder), "estimate": {"total_s": round(map_seconds(*parts), 2)}})
+        return
+    check_writable(folder / "map.json")
+    with tqdm(total=config.map.num_bins, desc="map", file=sys.stderr, dynamic_ncols=True, leave=False) as bar:
+        found = measure_map(*parts, config.sampling.batch_size, lambda done, _: bar.update(done - bar.n))
+    files = [str(path) for path in write_map(found, folder)]
+    ends = {"data": 0, "middle": found.num_bins // 2, "noise": found.num_bins - 1}
+    means = {name: [float(f"{v:.4g}") for v in found.error_full[i]] for name, i in ends.items()}
+    _print({**facts, "files": files, "error_by_exit_depth": means})
 
 
 @app.command()

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import re
 import tomllib
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import (
     BaseModel,
@@ -63,6 +64,46 @@ class TrainConfig(_Section):
     seed: NonNegativeInt = 0
 
 
+class ElasticConfig(TrainConfig):
+    """The elastic warm-up: one fine-tuning in which every sample draws its own exit depth, so that one network serves every
+    schedule. Done once a study; all trials start from its weights.
+
+    `depth_law`: `uniform` draws depths evenly at every noise level; `noise-easy` deeper near data and shallower near noise,
+    as the schedules it will serve: with u uniform and τ = t / T, min + (depth - min + 1) u^(1/2 + 3τ/2), rounded down.
+    `full_frac` of the samples run all blocks whatever the law, so that the full network is not forgotten.
+    """
+
+    num_steps: PositiveInt = 500
+    depth_law: Literal["uniform", "noise-easy"] = "uniform"
+    full_frac: float = Field(default=0.1, ge=0.0, le=1.0)
+
+
+class MapConfig(_Section):
+    """The difficulty map: the error of every exit depth in `num_bins` equal noise levels, on `num_images` images each.
+
+    `data` holds the images; give some that the network is not fine-tuned on. By default the study's own.
+    """
+
+    num_bins: PositiveInt = 20
+    num_images: int = Field(default=128, ge=2)
+    seed: NonNegativeInt = 0
+    data: DataConfig | None = None
+
+
+class PromotionConfig(_Section):
+    """Cheap evaluation first: which schedules are worth their brief fine-tuning.
+
+    A schedule is sampled with the elastic weights, `repeats` times `num_samples` images, and is fine-tuned if it belongs to
+    the front with a probability of at least `threshold`, judged by all figures so far and their spread. The first `always`
+    proposals are fine-tuned whatever their cheap figure, so that there is something to judge by.
+    """
+
+    num_samples: int = Field(default=200, ge=2)
+    repeats: PositiveInt = 2
+    threshold: float = Field(default=0.3, ge=0.0, le=1.0)
+    always: NonNegativeInt = 1
+
+
 class BackboneConfig(_Section):
     """The network: `kind` and either a preset, constructor `args`, or both; weights from `checkpoint`.
 
@@ -102,6 +143,12 @@ class DataConfig(_Section):
     download: bool = False
 
 
+SolverName = Literal["ddpm", "ddim", "dpm++2m", "dpm++2m-quadratic", "euler-maruyama"]
+
+#: A way to sample as "SOLVER-STEPS".
+SamplerName = Annotated[str, Field(pattern=rf"^({'|'.join(map(re.escape, get_args(SolverName)))})-[1-9][0-9]*$")]
+
+
 class SamplingConfig(_Section):
     """How images are made: solver, steps, guidance (1 = none), images a batch, and arithmetic.
 
@@ -109,7 +156,7 @@ class SamplingConfig(_Section):
     the official DiT code samples, or in bfloat16.
     """
 
-    solver: Literal["ddpm", "ddim", "dpm++2m", "dpm++2m-quadratic", "euler-maruyama"] = "ddim"
+    solver: SolverName = "ddim"
     num_steps: PositiveInt = 50
     cfg_scale: NonNegativeFloat = 1.0
     batch_size: PositiveInt = 100
@@ -151,18 +198,31 @@ class SearchConfig(_Section):
 
     `cost` is the second objective, as a fraction of the full network's: `time` (latency measured once a study), or `flops`
     (the same on every run, so that a study repeats trial by trial).
+    `samplers` are other ways to sample that compete with the schedules on one front, as "SOLVER-STEPS" ("ddim-10"): each
+    trial has one of them or the study's own. Time is counted over the full network's under the study's own.
+    `budget` ("90m", "2h", "1d") ends the search when the time on record and what is still to be confirmed reach it.
+    `proposer`: `difficulty` (ours) needs the difficulty map, which is measured once a study; the others are Optuna's.
     """
 
-    proposer: Literal["tpe", "nsga2", "random"] = "tpe"
+    proposer: Literal["difficulty", "tpe", "nsga2", "gp", "random"] = "tpe"
     num_trials: PositiveInt = 20
+    budget: str | None = Field(default=None, pattern=r"^[0-9.]+[smhd]$")
     num_intervals: int = Field(default=10, ge=1)
     noise_easy: bool = True
     min_exit_depth: PositiveInt | None = None
     warm_start: tuple[str, ...] = ("full",)
+    samplers: tuple[SamplerName, ...] = ()
     cost: Literal["time", "flops"] = "time"
     seed: NonNegativeInt = 0
     storage: str | None = None
     keep_weights: Literal["all", "front"] = "front"
+
+    @property
+    def budget_s(self) -> float | None:
+        """`budget` in seconds."""
+        if self.budget is None:
+            return None
+        return float(self.budget[:-1]) * {"s": 1, "m": 60, "h": 3600, "d": 86400}[self.budget[-1]]
 
 
 class StudyConfig(_Section):
@@ -173,9 +233,12 @@ class StudyConfig(_Section):
     data: DataConfig
     diffusion: DiffusionConfig = DiffusionConfig()
     train: TrainConfig = TrainConfig()
+    elastic: ElasticConfig | None = None
+    map: MapConfig = MapConfig()
     sampling: SamplingConfig = SamplingConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     search: SearchConfig = SearchConfig()
+    promotion: PromotionConfig | None = None
     confirm: ConfirmConfig = ConfirmConfig()
 
     def with_options(self, section: str, **options: Any) -> StudyConfig:
@@ -199,9 +262,9 @@ class StudyConfig(_Section):
 #: Fields that may change between two runs of one study: they leave every finished trial comparable. (What lies at a changed
 #: path must have the content on record: `Workbench.identity`.)
 MAY_CHANGE = frozenset(
-    {"search.num_trials", "search.storage", "search.keep_weights", "train.checkpoint_every", "train.compile",
+    {"search.num_trials", "search.budget", "search.storage", "search.keep_weights", "train.checkpoint_every", "train.compile",
      "sampling.batch_size", "data.path", "data.vae", "data.download", "evaluation.extractor_weights",
-     "evaluation.reference.path", "evaluation.reference.download"}
+     "evaluation.reference.path", "evaluation.reference.download", "map.data.path", "map.data.download"}
 )  # fmt: skip
 
 

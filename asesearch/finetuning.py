@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, send_to_device
@@ -36,8 +37,9 @@ from asesearch.data import DataSource
 from asesearch.diffusion import Process
 from asesearch.errors import CheckpointError, ConfigError, DataError, TrainingDiverged
 from asesearch.files import replacing
-from asesearch.schedule import ExitSchedule
+from asesearch.schedule import ElasticDepths, ExitSchedule
 
+Depths = ExitSchedule | ElasticDepths  # blocks to run: one schedule, or a law that every sample draws from
 SYNC_EVERY = 10  # steps between looks at the loss: each is a device synchronisation
 CHECKPOINT = "training.safetensors"
 
@@ -50,12 +52,13 @@ def seeded_generator(*key: int) -> torch.Generator:
 
 @dataclass
 class Batch:
-    """What one process needs for one step, on the CPU."""
+    """What one process needs for one step, on the CPU. `u` (N,) in [0, 1) draws the depth where a law does."""
 
     x_start: Tensor
     y: Conditioning | None
     t: Tensor
     noise: Tensor
+    u: Tensor
 
 
 def draw_batch(
@@ -78,7 +81,9 @@ def draw_batch(
         y = None  # an unconditional network has no use for labels or prompts
     if y is not None and backbone.has_null_label:
         y = _with_drops(y, backbone.null_labels(y), dropped[mine])
-    return Batch(x_start, y, t[mine], noise[mine])
+    depth_gen = seeded_generator(config.seed, step, 4)
+    u = (torch.randperm(size, generator=depth_gen) + torch.rand(size, generator=depth_gen)) / size
+    return Batch(x_start, y, t[mine], noise[mine], u[mine])
 
 
 def _with_drops(y: Conditioning, null: Conditioning, dropped: Tensor) -> Conditioning:
@@ -110,7 +115,7 @@ class PlateauWeight:
     ended_at: int | None = None
 
     @classmethod
-    def make(cls, config: LossWeight, schedule: ExitSchedule) -> PlateauWeight:
+    def make(cls, config: LossWeight, schedule: Depths) -> PlateauWeight:
         """For a schedule; nothing is raised if it drops nothing."""
         flat = config.shape == "none" or config.peak == 1.0 or schedule.is_full
         return cls(config, 1 - min(schedule.exit_depths) / schedule.depth, ended_at=0 if flat else None)
@@ -171,7 +176,7 @@ class Trainer:
         backbone: the network to start from; it is copied, not changed.
         data: training images.
         diffusion: forward process; its chain must be the schedule's.
-        schedule: blocks to run at each noise level.
+        schedule: blocks to run at each noise level, or the law of an elastic warm-up.
         config: see `TrainConfig`.
         run_dir: folder for the checkpoint that makes the run resumable; None = not resumable.
         teacher: full-depth network for distillation; by default a frozen copy of `backbone`, if `distill_frac` > 0.
@@ -187,7 +192,7 @@ class Trainer:
         backbone: Backbone,
         data: DataSource,
         diffusion: Process,
-        schedule: ExitSchedule,
+        schedule: Depths,
         config: TrainConfig,
         run_dir: Path | None = None,
         teacher: Backbone | None = None,
@@ -211,6 +216,7 @@ class Trainer:
         self.teacher = None
         if config.distill_frac > 0:
             self.teacher = copy.deepcopy(teacher or backbone).to(device).eval().requires_grad_(False)
+        self._learnt = [n for n, p in self.backbone.named_parameters() if p.requires_grad]
         frozen = self.backbone.time_embedder() if config.freeze_time_embedder else None
         if frozen is not None:
             frozen.requires_grad_(False)
@@ -229,10 +235,15 @@ class Trainer:
 
     # -- one step --------------------------------------------------------------------------------
 
+    def _exit_depth(self, batch: Batch) -> npt.NDArray[np.int64]:
+        if isinstance(self.schedule, ElasticDepths):
+            return self.schedule.draw(batch.t.numpy(), batch.u.numpy())
+        return self.schedule.exit_depth_at(batch.t.numpy())
+
     def _loss(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Weighted mean loss for the gradient, and (sum of loss, sum and count of it on shortened intervals)."""
         device, t = self.accelerator.device, batch.t
-        exit_depth = torch.from_numpy(self.schedule.exit_depth_at(t.numpy()))
+        exit_depth = torch.from_numpy(self._exit_depth(batch))
         dropped = 1 - exit_depth.float() / self.schedule.depth
         x_start, noise = batch.x_start.to(device, non_blocking=True), batch.noise.to(device, non_blocking=True)
         y, td = send_to_device(batch.y, device, non_blocking=True), t.to(device, non_blocking=True)
@@ -314,6 +325,8 @@ class Trainer:
                     if due or (self.step == total and self.run_dir is not None):
                         self._save()
             ahead.cancel()
+        for name in self._learnt:
+            self.ema_of[name].requires_grad_(True)  # so that it can be trained further
         return TrainResult(self.ema, self.losses, self.weight.ended_at, self.seconds)
 
     # -- save and resume -------------------------------------------------------------------------
@@ -395,7 +408,7 @@ def _difference(old: Any, new: Any) -> str:
     return f"{old!r} then, {new!r} now"
 
 
-def check_fit(backbone: Backbone, data: DataSource, diffusion: Process, schedule: ExitSchedule) -> None:
+def check_fit(backbone: Backbone, data: DataSource, diffusion: Process, schedule: Depths) -> None:
     """Refuse parts that do not belong together.
 
     Raises:
@@ -424,7 +437,7 @@ def finetune(
     backbone: Backbone,
     data: DataSource,
     diffusion: Process,
-    schedule: ExitSchedule,
+    schedule: Depths,
     config: TrainConfig,
     run_dir: Path | None = None,
     teacher: Backbone | None = None,

@@ -104,7 +104,7 @@ def test_a_comparability_break_is_refused(place):
 
 def test_dry_run_prints_a_plan_and_leaves_nothing(place, tmp_path):
     plan = json.loads(call("search", place / "tiny.toml", "--out", tmp_path / "dry", "--dry-run")[0])
-    assert plan["at_most"]["search_s"] > 0 and plan["study"]["search"]["num_trials"] == 3
+    assert plan["plan"]["search_s"] > 0 and plan["study"]["search"]["num_trials"] == 3
     assert not (tmp_path / "dry").exists()
     plan = json.loads(
         call("finetune", place / "tiny.toml", "--schedule", "D3-DiT", "-o", tmp_path / "w.safetensors", "--dry-run")[0]

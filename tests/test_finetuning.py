@@ -26,7 +26,7 @@ from asesearch.finetuning import (
     lr_factor,
     seeded_generator,
 )
-from asesearch.schedule import ExitSchedule
+from asesearch.schedule import ElasticDepths, ExitSchedule
 
 SCHEDULE = ExitSchedule.from_string("4 3 2 1")
 CONFIG = TrainConfig(num_steps=12, batch_size=8, lr=1e-3, warmup_steps=2, checkpoint_every=5, seed=3)
@@ -319,3 +319,39 @@ def test_progress_is_plain_json(tiny_dit, tiny_images, tmp_path):
     with safe_open(tmp_path / CHECKPOINT, "pt") as file:
         progress = json.loads(file.metadata()["progress"])
     assert progress["step"] == 2 and len(progress["losses"]) == 2
+
+
+def test_elastic_warm_up_draws_a_depth_a_sample_and_resumes(tiny_dit, tiny_images, tmp_path):
+    law, config = ElasticDepths(4, 1000, 1, "noise-easy", 0.2), with_(CONFIG, distill_frac=1.0)
+    trainer = Trainer(tiny_dit, tiny_images, Diffusion(), law, config)
+    drawn = []
+    for step in range(40):
+        batch = draw_batch(tiny_images, tiny_dit, config, Diffusion(), step, (0, 1))
+        assert batch.u.shape == (8,) and ((batch.u >= 0) & (batch.u < 1)).all()
+        drawn.append(trainer._exit_depth(batch))
+    assert set(np.concatenate(drawn)) == {1, 2, 3, 4} and len({tuple(sorted(d)) for d in drawn}) > 1
+    straight = finetune(tiny_dit, tiny_images, Diffusion(), law, config)
+    with pytest.raises(Killed):
+        finetune(tiny_dit, tiny_images, Diffusion(), law, config, tmp_path, on_step=kill_at(10))
+    resumed = finetune(tiny_dit, tiny_images, Diffusion(), law, config, tmp_path)
+    assert same(weights(straight.backbone), weights(resumed.backbone)) and straight.losses == resumed.losses
+    with pytest.raises(CheckpointError, match="another schedule"):
+        finetune(tiny_dit, tiny_images, Diffusion(), ElasticDepths(4, 1000, 2), config, tmp_path)
+
+
+def test_one_elastic_network_serves_every_depth_better_than_the_pretrained(tiny_dit, tiny_images):
+    torch.manual_seed(0)
+    shape = {**tiny_dit.config, "hidden_size": 32}
+    config = TrainConfig(num_steps=150, batch_size=32, lr=3e-3, ema_decay=0.9)
+    full = finetune(DiT(**shape), tiny_images, Diffusion(), ExitSchedule.full(4), config).backbone
+    config = with_(config, num_steps=80, lr=1e-3, distill_frac=1.0)
+    elastic = finetune(full, tiny_images, Diffusion(), ElasticDepths(4, 1000, 1), config).backbone
+    batch = draw_batch(tiny_images, full, with_(config, batch_size=96, seed=9), Diffusion(), 0, (0, 1))
+    x_t = Diffusion().q_sample(batch.x_start, batch.t, batch.noise)
+
+    def error(net, depth):
+        with torch.no_grad():
+            truth, found = full(x_t, batch.t, batch.y), net(x_t, batch.t, batch.y, exit_depth=depth)
+        return float((truth - found)[:, :1].pow(2).mean())
+
+    assert all(error(elastic, depth) < 0.7 * error(full, depth) for depth in (1, 2, 3))

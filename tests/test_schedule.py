@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from asesearch.errors import ScheduleError
-from asesearch.schedule import PUBLISHED, ExitSchedule
+from asesearch.schedule import PUBLISHED, ElasticDepths, ExitSchedule
 
 
 @st.composite
@@ -133,3 +133,25 @@ def test_a_changed_file_is_refused(change):
 def test_is_frozen():
     with pytest.raises(AttributeError):
         ExitSchedule.full(4).depth = 3
+
+
+@pytest.mark.parametrize("law", ["uniform", "noise-easy"])
+def test_elastic_depths_cover_their_range_by_their_law(law):
+    depths = ElasticDepths(12, 1000, 3, law, full_frac=0.25)
+    u = (np.arange(4000) + 0.5) / 4000
+    near_data, near_noise = depths.draw(np.full(4000, 10), u), depths.draw(np.full(4000, 990), u)
+    assert set(near_data) == set(near_noise) == set(range(3, 13))
+    for drawn in (near_data, near_noise):
+        assert (drawn == 12).mean() == pytest.approx(0.25 + 0.75 * (drawn[u < 0.75] == 12).mean(), abs=1e-3)
+    if law == "uniform":
+        counts = np.bincount(near_noise[u < 0.75], minlength=13)[3:]
+        assert np.array_equal(near_data, near_noise) and counts.max() - counts.min() <= 1
+    else:
+        assert near_data.mean() > near_noise.mean() + 2
+
+
+def test_elastic_depths_know_their_limits():
+    with pytest.raises(ScheduleError, match="min_exit_depth must lie in 1…12"):
+        ElasticDepths(12, 1000, 13)
+    assert ElasticDepths(12, 1000, full_frac=1.0).is_full and not ElasticDepths(12, 1000).is_full
+    assert (ElasticDepths(12, 1000, full_frac=1.0).draw([0, 999], [0.0, 0.999]) == 12).all()

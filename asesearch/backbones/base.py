@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from asesearch.errors import ConfigError, ScheduleError
-from asesearch.schedule import ExitSchedule
+from asesearch.schedule import ElasticDepths, ExitSchedule
 
 ExitDepth = int | Tensor | None
 Conditioning = Tensor | dict[str, Tensor]  # class labels (N,), or a prompt's tensors, each with leading dimension N
@@ -164,7 +164,7 @@ def check_labels(net: Backbone, y: Conditioning | None, batch: int) -> None:
         raise ConfigError(f"y must have shape ({batch},); got {tuple(y.shape)}; pass one label an image")
 
 
-def check_schedule(backbone: Backbone, num_train_timesteps: int, schedule: ExitSchedule) -> None:
+def check_schedule(backbone: Backbone, num_train_timesteps: int, schedule: ExitSchedule | ElasticDepths) -> None:
     """Refuse a schedule that was made for another network or chain.
 
     Raises:

@@ -16,8 +16,10 @@ from asesearch.errors import StudyError
 from asesearch.finetuning import finetune
 from asesearch.search.confirmation import load_trial
 from asesearch.search.records import TrialRecord
-from asesearch.search.study import Study, read_json
-from asesearch.search.workbench import PROMPTS_FILE, Workbench, environment
+from asesearch.search.storage import read_json
+from asesearch.search.study import Study
+from asesearch.search.warmup import warm_up
+from asesearch.search.workbench import PROMPTS_FILE, Workbench, environment, sampling_as
 
 
 def export(
@@ -32,9 +34,9 @@ def export(
 ) -> Path:
     """Write the bundle of one point, with the weights of its trial or, with `finetune_steps`, fully fine-tuned ones.
 
-    A full fine-tuning starts from the pretrained weights under the study's `train` settings with another number of steps,
-    is resumable (its checkpoint lies in the trial's folder), and is evaluated under the confirmation protocol; it needs
-    a `bench`.
+    A full fine-tuning starts where the trial's did (from the elastic weights, where the study has them; the full network from
+    the pretrained ones) under the study's `train` settings with another number of steps. It is resumable (its checkpoint lies
+    in the trial's folder), and is evaluated under the confirmation protocol; it needs a `bench`.
 
     Raises:
         StudyError: the trial's weights or prompts were deleted.
@@ -45,17 +47,20 @@ def export(
         net = load_trial(study, record, torch.device("cpu"))
     else:
         bench = bench or Workbench(config, study.run_dir)
-        train = config.train.model_copy(update={"num_steps": finetune_steps})
+        warm_up(bench, study.run_dir)
+        start, train = bench.tuning(record.schedule)
+        train = train.model_copy(update={"num_steps": finetune_steps})
+        teacher = bench.backbone if train.distill_frac > 0 else None
         where = study.trial_dir(record.schedule) / f"finetune-{finetune_steps}"
-        net = finetune(bench.backbone, bench.data, bench.diffusion, record.schedule, train, where, on_step=on_step).backbone
-        quality, _, _ = bench.evaluate(net, record.schedule, bench.confirmation_protocol())
+        net = finetune(start, bench.data, bench.diffusion, record.schedule, train, where, teacher, on_step).backbone
+        quality, _ = bench.evaluate(net, record.schedule, bench.confirmation_protocol(), record.sampler)
         evaluation["after_full_finetuning"] = {"num_steps": finetune_steps, "quality": quality.to_dict()}
     bundle = Bundle(
         backbone=net.cpu(),
         schedule=record.schedule,
         kind=config.backbone.kind,
         diffusion=config.diffusion,
-        sampling=config.sampling,
+        sampling=sampling_as(config.sampling, record.sampler),
         evaluation=evaluation,
         provenance={
             "study": config.name,

@@ -25,7 +25,8 @@ class Protocol:
         reference_size: its number of images.
         reference_digest: SHA-256 of its content.
         seeds: first image seed of each repeat; repeat r uses seeds[r] … seeds[r] + num_samples - 1.
-        solver, num_steps, cfg_scale, precision: how the images were made.
+        solver, num_steps, cfg_scale, precision: how the images were made. Solver and steps are None where they compete on
+            one front: there they are part of what is measured, beside the schedule.
     """
 
     metric: str
@@ -36,8 +37,8 @@ class Protocol:
     reference_size: int
     reference_digest: str
     seeds: tuple[int, ...]
-    solver: str
-    num_steps: int
+    solver: str | None
+    num_steps: int | None
     cfg_scale: float
     precision: str = "float32"
 

@@ -17,8 +17,9 @@ import pandas as pd
 
 from asesearch.errors import AseSearchError, StudyError
 from asesearch.evaluation.results import Protocol
-from asesearch.report import tables
-from asesearch.report.plots import Drawing, drawings
+from asesearch.report import ladder, tables
+from asesearch.report.plots import drawings
+from asesearch.report.style import Drawing
 from asesearch.report.wording import UNKNOWN, figure, headline, number, percent
 from asesearch.search.picking import pick
 from asesearch.search.records import StudyResults
@@ -74,7 +75,8 @@ def _write(results: StudyResults, folder: Path) -> None:
     for name in ("figures", "tables"):
         (folder / name).mkdir()
     shown = [(drawing, drawing.save(folder / "figures")) for drawing in drawings(results)]
-    for name, make in (("trials", tables.trials), ("front", tables.front), ("confirmation", tables.confirmation)):
+    makers = {"trials": tables.trials, "front": tables.front, "confirmation": tables.confirmation, "rungs": ladder.rungs}
+    for name, make in makers.items():
         table = make(results)
         if not table.empty:
             table.to_csv(folder / "tables" / f"{name}.csv", index=False, lineterminator="\n")
@@ -118,7 +120,7 @@ def render_page(results: StudyResults, shown: list[tuple[Drawing, bytes]]) -> st
         front=_front_grid(results, answer.chosen), confirmation=_confirmation_grid(results), trials=_trials_grid(results),
         cost=_cost_grid(results), protocol=_protocol_grid({"search": search, "confirmation": confirmed}),
         environment=_environment_grid(results), failed=_failed_grid(results),
-        picks=_picks(results, answer.chosen), toml=study_toml(results.config),
+        picks=_picks(results, answer.chosen), rungs=_rungs_grid(results), toml=study_toml(results.config),
         one_repeat=used is not None and len(used.seeds) == 1, unknown=UNKNOWN,
         check=next((r.number for r in results.complete), None) if answer.chosen is None else answer.chosen,
         finished=max(r.finished_at for r in results.records),
@@ -130,6 +132,7 @@ def _front_grid(results: StudyResults, chosen: int | None) -> Grid:
     points = tables.points(results, tables.kind_of(results))
     points = points[points["on_front"].astype(bool) | (points["label"] == tables.FULL)]
     metric = points["metric"].iloc[0] if len(points) else "figure"
+    several = _several(results)
     rows = [
         (
             row["label"],
@@ -138,13 +141,29 @@ def _front_grid(results: StudyResults, chosen: int | None) -> Grid:
             figure(row["quality"], row["std_error"]),
             _difference(row),
             row["verdict"] if row["on_front"] else f"{row['verdict']}, off the front",
+            *((row["sampler"],) if several else ()),
             row["schedule"],
         )
         for _, row in points.iterrows()
     ]
     marked = tuple(i for i, n in enumerate(points["number"]) if n == chosen)
-    head = ("schedule", "saved", "time", metric, "difference", "against the full network", "blocks run, data to noise")
+    sampler = ("sampler",) if several else ()
+    head = (
+        "schedule",
+        "saved",
+        "time",
+        metric,
+        "difference",
+        "against the full network",
+        *sampler,
+        "blocks run, data to noise",
+    )
     return Grid(head, rows, marked)
+
+
+def _several(results: StudyResults) -> bool:
+    """Whether ways of sampling compete."""
+    return any(r.sampler for r in results.records)
 
 
 def _picks(results: StudyResults, chosen: int | None) -> list[tuple[str, str]]:
@@ -195,11 +214,12 @@ def _trials_grid(results: StudyResults) -> Grid:
     table = tables.trials(results)
     repeats = [c for c in table.columns if c.startswith("repeat_")]
     seconds = [c for c in table.columns if c.endswith("_s")]
-    metric = next((m for m in table["metric"] if m), "figure")
+    metric, several = next((m for m in table["metric"] if m), "figure"), _several(results)
     rows = [
         (
             str(row["number"]),
             row["origin"],
+            *((row["sampler"],) if several else ()),
             row["schedule"],
             figure(row["quality"], row["std_error"]) if row["state"] == "complete" else row["state"],
             *(number(row[c]) for c in (repeats if len(repeats) > 1 else ())),
@@ -208,7 +228,7 @@ def _trials_grid(results: StudyResults) -> Grid:
         )
         for _, row in table.iterrows()
     ]
-    head = ["no.", "origin", "blocks run, data to noise", metric]
+    head = ["no.", "origin", *(("sampler",) if several else ()), "blocks run, data to noise", metric]
     head += [c.replace("_", " ") for c in repeats] if len(repeats) > 1 else []
     head += ["time", "FLOPs", "block calls", *(f"{c.removesuffix('_s')}, s" for c in seconds)]
     return Grid(tuple(head), rows, tuple(i for i, front in enumerate(table["on_front"]) if front))
@@ -242,7 +262,10 @@ def _protocol_grid(protocols: dict[str, Protocol | None]) -> Grid:
     used = {name: p for name, p in protocols.items() if p is not None}
     rows = [("metric name", *(p.metric_name for p in used.values()))] if used else []
     for f in fields(Protocol):
-        rows.append((f.name.replace("_", " "), *(_plain(getattr(p, f.name)) for p in used.values())))
+        free = f.name in ("solver", "num_steps")  # None where ways of sampling compete
+        values = (getattr(p, f.name) for p in used.values())
+        shown = ("any: part of the point" if free and v is None else _plain(v) for v in values)
+        rows.append((f.name.replace("_", " "), *shown))
     return Grid(("", *used), rows if used else [])
 
 
@@ -257,8 +280,22 @@ def _environment_grid(results: StudyResults) -> Grid:
     return Grid(("", ""), rows)
 
 
+def _rungs_grid(results: StudyResults) -> Grid:
+    """Decisions at the cheap rung."""
+    rows = [
+        (
+            row["label"],
+            figure(row["cheap_quality"], row["cheap_std_error"]),
+            "up" if row["promoted"] else "stopped",
+            row["reason"],
+        )
+        for _, row in ladder.rungs(results).iterrows()
+    ]
+    return Grid(("schedule", "cheap figure", "went", "because"), rows)
+
+
 def _failed_grid(results: StudyResults) -> Grid:
-    failed = [r for r in results.records if r.state != "complete"]
+    failed = [r for r in results.records if r.state == "failed"]
     rows = [(str(r.number), r.origin, str(r.schedule), r.failure or "no reason on record") for r in failed]
     return Grid(("no.", "origin", "blocks run, data to noise", "reason"), rows)
 

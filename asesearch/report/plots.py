@@ -1,72 +1,25 @@
-"""Figures of a report, each drawn from one table and nothing else, and saved beside it.
-
-Sized for a phone: at 360 px the smallest text is still 9 px high.
-"""
+"""Figures of a report, each drawn from one table and nothing else, and saved beside it."""
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 from itertools import pairwise
-from pathlib import Path
-from typing import Any
 
-import matplotlib
 import numpy as np
 import pandas as pd
 import seaborn
 from matplotlib.axes import Axes
-from matplotlib.axis import Axis
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, MaxNLocator, PercentFormatter
+from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from asesearch.report import tables
+from asesearch.report import difficulty, ladder, tables
 from asesearch.report.labels import place_labels, spread_out
+from asesearch.report.style import BLUE, GREY, ORANGE, SMALL, VERMILION, WIDTH, Drawing, axes, percent_axis, settle
 from asesearch.report.wording import number
 from asesearch.schedule import PUBLISHED
 from asesearch.search.records import StudyResults
-
-#: Colour-blind safe: what a mark means is never said by its colour alone.
-BLUE, ORANGE, GREEN, VERMILION, PURPLE, _, _, GREY, _, SKY = seaborn.color_palette("colorblind").as_hex()
-WIDTH, HEIGHT, SMALL = 4.2, 3.3, 9.0
-STYLE: dict[Any, Any] = {
-    **seaborn.axes_style("whitegrid"),
-    "font.family": "sans-serif", "font.sans-serif": ["DejaVu Sans"], "font.size": 10.0, "axes.labelsize": 10.0,
-    "axes.titlesize": 10.0, "xtick.labelsize": SMALL, "ytick.labelsize": SMALL, "legend.fontsize": SMALL,
-    "text.parse_math": False, "axes.edgecolor": "0.7", "grid.color": "0.9", "axes.spines.top": False,
-    "axes.spines.right": False, "lines.linewidth": 1.6, "figure.facecolor": "white", "savefig.facecolor": "white",
-    "svg.hashsalt": "asesearch", "svg.fonttype": "path", "figure.dpi": 100.0,
-}  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Drawing:
-    """One figure and all it shows.
-
-    Attributes:
-        name: stem of its files.
-        title, caption: what it is and how to read it.
-        data: the table it is drawn from.
-        draw: makes the figure.
-    """
-
-    name: str
-    title: str
-    caption: str
-    data: pd.DataFrame
-    draw: Callable[[], Figure]
-
-    def save(self, folder: Path) -> bytes:
-        """Write NAME.svg, NAME.png and NAME.csv; returns the SVG. The same data give the same bytes."""
-        stem = folder / self.name
-        self.data.to_csv(stem.with_suffix(".csv"), index=False, lineterminator="\n")
-        with matplotlib.rc_context(STYLE):
-            figure = self.draw()
-            _settle(figure)
-            figure.savefig(stem.with_suffix(".svg"), metadata={"Date": None})
-            figure.savefig(stem.with_suffix(".png"), dpi=200)
-        return stem.with_suffix(".svg").read_bytes()
 
 
 def drawings(results: StudyResults) -> list[Drawing]:
@@ -84,12 +37,15 @@ def drawings(results: StudyResults) -> list[Drawing]:
         add("front_search", "What the search saw", caption, tables.points(results, "search"), draw_front)
     caption = "Blocks run at each noise level, fastest schedule on top."
     add("schedules", "Schedules", caption, tables.schedule_matrix(results), draw_schedules)
+    if (drawn := difficulty.drawing(results.difficulty_map)) is not None:
+        out.append(drawn)
     caption = "The same seeds and labels in every row, fastest schedule on top."
     add("samples", "Samples", caption, tables.samples(results), lambda data: draw_samples(data, results))
     done = tables.trials(results)
     add("trials", "Quality over trials", "Every trial under the search protocol; the line is the best so far.",
         done[done["state"] == "complete"][["number", "label", "metric", "quality", "std_error", "time_frac", "best_quality"]],
         draw_trials)  # fmt: skip
+    ladder.add_drawings(add, results)
     volume = tables.hypervolume(results)
     add("hypervolume", "Hypervolume over trials", _hypervolume_caption(volume), volume, draw_hypervolume)
     add("cost", "Cost: bound and clock", _COST, tables.cost(results), draw_cost)
@@ -123,26 +79,17 @@ def _hypervolume_caption(volume: pd.DataFrame) -> str:
     )
 
 
-def _axes(height: float = HEIGHT) -> tuple[Figure, Axes]:
-    figure = Figure(figsize=(WIDTH, height), layout="constrained")
-    return figure, figure.add_subplot()
-
-
-def _settle(figure: Figure) -> None:
-    """Lay out once and for all: what is placed next stays where it is put."""
-    if figure.get_layout_engine() is not None:
-        figure.draw_without_rendering()
-        figure.set_layout_engine("none")
-
-
 def draw_front(data: pd.DataFrame) -> Figure:
     """Figure against sampling time: `tables.points`."""
-    figure, ax = _axes(3.9)
+    figure, ax = axes(3.9)
     front = data[data["on_front"]]
+    samplers = list(dict.fromkeys([*data.loc[data["label"] == tables.FULL, "sampler"], *sorted(data["sampler"])]))  # own first
+    markers = dict(zip(samplers, itertools.cycle("o^vsDP"), strict=False))
     ax.step(front["time_frac"], front["quality"], where="post", color=BLUE, lw=1.4, alpha=0.8, zorder=2)
     for _, row in data.iterrows():
-        full, named = row["label"] == tables.FULL, row["label"] in PUBLISHED
-        marker, colour = ("D", VERMILION) if full else ("s", ORANGE) if named else ("o", BLUE)
+        full, named = row["label"].startswith("full"), row["label"] in PUBLISHED
+        colour = VERMILION if full else ORANGE if named else BLUE
+        marker = markers[row["sampler"]]
         faint = not (row["on_front"] or full or named)
         hollow = row["kind"] == "search" and not row["confirmed"]
         ax.errorbar(
@@ -153,16 +100,20 @@ def draw_front(data: pd.DataFrame) -> Figure:
     confirmed = data["kind"].iloc[0] == "confirmed"
     ax.set_xlabel(f"{'measured' if confirmed else 'predicted'} sampling time / full network's")
     ax.set_ylabel(f"{data['metric'].iloc[0]}  (lower is better)")
-    _percent_axis(ax.xaxis)
+    percent_axis(ax.xaxis)
     ax.margins(0.12)
+    if len(samplers) > 1:
+        for name in samplers:
+            ax.plot([], [], markers[name], color="0.4", ms=5, label=name)
+        ax.legend(frameon=False, loc="upper right", handletextpad=0.2)
     low, high = ax.get_xlim()
     if high - low < 0.2:
         ax.set_xlim((low + high) / 2 - 0.1, (low + high) / 2 + 0.1)
     if data["quality"].min() > 0 and data["quality"].max() > 4 * data["quality"].min():
         _log_axis(ax)
-    _settle(figure)
+    settle(figure)
     steps = _step_points(front)
-    first = data["label"].isin([tables.FULL, *PUBLISHED])
+    first = data["label"].isin([tables.FULL, *PUBLISHED]) | data["label"].str.startswith("full")
     ranked = pd.concat([data[first], data[data["on_front"] & ~first]])
     place_labels(ax, _named(ranked, "time_frac", "quality"), [*_xy(data, "time_frac", "quality"), *steps], SMALL)
     return figure
@@ -178,11 +129,6 @@ def _named(data: pd.DataFrame, x: str, y: str) -> list[tuple[float, float, str]]
 
 def _bar(value: float) -> float | None:
     return None if math.isnan(value) or value == 0 else value
-
-
-def _percent_axis(axis: Axis) -> None:
-    axis.set_major_formatter(PercentFormatter(1.0, decimals=0, symbol=" %"))
-    axis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10]))
 
 
 def _log_axis(ax: Axes) -> None:
@@ -206,7 +152,7 @@ def draw_schedules(data: pd.DataFrame) -> Figure:
     columns = [c for c in data.columns if c.startswith("t")]
     edges = [*(int(c[1:]) for c in columns), int(data["end"].iloc[0])]
     blocks = data[columns].to_numpy()
-    figure, ax = _axes(1.1 + (0.3 if len(data) <= 20 else 0.2) * len(data))
+    figure, ax = axes(1.1 + (0.3 if len(data) <= 20 else 0.2) * len(data))
     depth = int(data["depth"].iloc[0])
     rows = np.arange(len(data) + 1)
     mesh = ax.pcolormesh(edges, rows, blocks, cmap="viridis", vmin=0, vmax=depth, edgecolors="white", linewidth=0.8)
@@ -254,7 +200,7 @@ def draw_samples(data: pd.DataFrame, results: StudyResults) -> Figure:
 
 def draw_trials(data: pd.DataFrame) -> Figure:
     """Figure over trials, coloured by time: complete rows of `tables.trials`."""
-    figure, ax = _axes()
+    figure, ax = axes()
     if data["std_error"].notna().any():
         ax.errorbar(data["number"], data["quality"], data["std_error"], fmt="none", ecolor="0.6", elinewidth=1, zorder=2)
     dots = ax.scatter(data["number"], data["quality"], 40, data["time_frac"], cmap="viridis", edgecolors="white", zorder=3)
@@ -262,13 +208,13 @@ def draw_trials(data: pd.DataFrame) -> Figure:
     ax.step(data["number"], data["best_quality"], where="post", color=VERMILION, zorder=2)
     bar = figure.colorbar(dots, ax=ax, pad=0.02, aspect=22)
     bar.set_label("predicted time / full network's")
-    _percent_axis(bar.ax.yaxis)
+    percent_axis(bar.ax.yaxis)
     bar.outline.set_visible(False)
     _over_trials(ax, f"{data['metric'].iloc[0]}  (lower is better)")
     if data["quality"].min() > 0 and data["quality"].max() > 4 * data["quality"].min():
         _log_axis(ax)
     ax.margins(0.08)
-    _settle(figure)
+    settle(figure)
     last = data.iloc[-1]
     place_labels(ax, [(last["number"], last["best_quality"], "best so far")], _xy(data, "number", "quality"), SMALL)
     return figure
@@ -284,7 +230,7 @@ def _over_trials(ax: Axes, ylabel: str) -> None:
 
 def draw_hypervolume(data: pd.DataFrame) -> Figure:
     """`tables.hypervolume`."""
-    figure, ax = _axes(2.8)
+    figure, ax = axes(2.8)
     ax.step(data["number"], data["hypervolume"], where="post", color=BLUE)
     ax.plot(data["number"], data["hypervolume"], "o", color=BLUE, ms=3.5)
     ax.set_ylim(bottom=0, top=max(1e-6, 1.1 * data["hypervolume"].max()))
@@ -294,7 +240,7 @@ def draw_hypervolume(data: pd.DataFrame) -> Figure:
 
 def draw_cost(data: pd.DataFrame) -> Figure:
     """Time against the block-call bound: `tables.cost`."""
-    figure, ax = _axes(3.9)
+    figure, ax = axes(3.9)
     measured = data[data["measured_time_frac"].notna()]
     ax.plot(data["block_frac"], data["predicted_time_frac"], "o", mfc="white", color=GREY, ms=5, zorder=2)
     ax.errorbar(
@@ -308,9 +254,9 @@ def draw_cost(data: pd.DataFrame) -> Figure:
     ax.set_ylim(span[0], max(1.04, 1.02 * float(data[["predicted_time_frac", "measured_time_frac"]].max().max())))
     ax.set_xlabel("block calls / full network's  (bound)")
     ax.set_ylabel("sampling time / full network's")
-    _percent_axis(ax.xaxis)
-    _percent_axis(ax.yaxis)
-    _settle(figure)
+    percent_axis(ax.xaxis)
+    percent_axis(ax.yaxis)
+    settle(figure)
     keys = [("measured", BLUE)] if len(measured) else []
     for i, (text, colour) in enumerate([*keys, ("predicted from the latency table", "0.45"), ("time = blocks", "0.45")]):
         ax.text(0.03, 0.97 - 0.065 * i, f"{'- - ' if text.startswith('time') else '○ ' if text[0] == 'p' else '● '}{text}",
@@ -323,7 +269,7 @@ def draw_cost(data: pd.DataFrame) -> Figure:
 
 def draw_latency(data: pd.DataFrame) -> Figure:
     """`tables.latency`."""
-    figure, ax = _axes(2.9)
+    figure, ax = axes(2.9)
     ax.plot(data["exit_depth"], data["latency_ms"], "o", color=BLUE, ms=5, zorder=3)
     ax.set_ylim(0, 1.12 * float(data["latency_ms"].max()))
     ax.set_xlim(left=0, right=len(data) + 0.5)
@@ -341,7 +287,7 @@ def draw_latency(data: pd.DataFrame) -> Figure:
 
 def draw_losses(data: pd.DataFrame) -> Figure:
     """`tables.losses`, each curve named at its end."""
-    figure, ax = _axes()
+    figure, ax = axes()
     names = list(dict.fromkeys(data["label"]))
     rivals = [n for n in names if n != tables.FULL]
     colours = dict(zip(rivals, seaborn.color_palette("crest", len(rivals)).as_hex(), strict=True)) | {tables.FULL: VERMILION}
@@ -354,7 +300,7 @@ def draw_losses(data: pd.DataFrame) -> Figure:
     ax.set_ylabel("loss")
     ends = [data[data["label"] == n].iloc[-1] for n in names]
     ax.set_xlim(right=float(data["step"].max()) * 1.3)
-    _settle(figure)
+    settle(figure)
     places = ax.transAxes.inverted().transform(ax.transData.transform([(e["step"], e["loss"]) for e in ends]))  # (n, 2)
     gap = 1.35 * SMALL * figure.dpi / 72 / ax.get_window_extent().height
     heights = spread_out(places[:, 1].tolist(), gap, 0.02, 0.98)

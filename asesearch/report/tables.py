@@ -29,10 +29,20 @@ MAX_CURVE_POINTS, MAX_SHOWN, MAX_SAMPLES = 80, 5, 8
 
 
 def label(record: TrialRecord) -> str:
-    """What to call a trial in figures and tables: "full network", a published name, or "#12"."""
+    """What to call a trial in figures and tables: "full network", a published name, or "#12"; with its steps where it is
+    sampled otherwise than the study is: "full, 8 steps", "#12, 8 steps"."""
     if record.origin == "full":
         return FULL
+    if record.sampler:
+        name = "full" if record.schedule.is_full else f"#{record.number}"
+        return f"{name}, {record.sampler.rpartition('-')[2]} steps"
     return record.origin if record.origin in PUBLISHED else f"#{record.number}"
+
+
+def own_sampler(results: StudyResults) -> str:
+    """The study's own way of sampling, "SOLVER-STEPS"."""
+    how = results.config.get("sampling")
+    return f"{how['solver']}-{how['num_steps']}" if how else "the study's own"
 
 
 def protocol_of(results: StudyResults, kind: Kind) -> Protocol | None:
@@ -73,12 +83,13 @@ def trials(results: StudyResults) -> pd.DataFrame:
     protocol = protocol_of(results, "search")
     repeats = len(protocol.seeds) if protocol else 0
     parts = sorted({part for r in results.records for part in r.seconds}, key=_part_order)
-    on_front = {r.number for r in results.front()}
+    on_front, own = {r.number for r in results.front()}, own_sampler(results)
     rows = []
     for r in results.records:
         values = r.quality.values if r.quality else ()
         row = {
-            "number": r.number, "label": label(r), "origin": r.origin, "schedule": str(r.schedule), "state": r.state,
+            "number": r.number, "label": label(r), "origin": r.origin, "schedule": str(r.schedule), "sampler": r.sampler or own,
+            "state": r.state,
             "metric": protocol.metric_name if protocol else "",
             "quality": r.quality.value if r.quality else math.nan,
             "std_error": _std_error(r.quality),
@@ -86,6 +97,7 @@ def trials(results: StudyResults) -> pd.DataFrame:
         row |= {f"repeat_{i + 1}": values[i] if values else math.nan for i in range(repeats)}
         row |= {f"{c}_frac": _nan(getattr(r, f"{c}_frac")) for c in ("time", "flops", "block")}
         row |= {f"{part}_s": r.seconds.get(part, math.nan) for part in parts}
+        row["gflops"] = sum(r.gflops.values()) if r.gflops else math.nan
         rows.append(row | {"on_front": r.number in on_front, "failure": r.failure or "", "finished_at": r.finished_at})
     table = pd.DataFrame(rows)
     table["best_quality"] = table["quality"].cummin().ffill()
@@ -93,7 +105,7 @@ def trials(results: StudyResults) -> pd.DataFrame:
 
 
 def _part_order(part: str) -> tuple[int, str]:
-    known = ("finetune", "sample", "evaluate")
+    known = ("cheap", "finetune", "sample", "decode", "evaluate", "other")
     return (known.index(part) if part in known else len(known), part)
 
 
@@ -110,7 +122,7 @@ def points(results: StudyResults, kind: Kind) -> pd.DataFrame:
 
     `difference` is the figure minus the full network's, `difference_se` its standard error, `verdict` says it in words.
     """
-    records = by_number(results)
+    records, own = by_number(results), own_sampler(results)
     full = results.full
     found: list[tuple[TrialRecord, EvaluationResult, float, float]] = []
     if kind == "search":
@@ -125,7 +137,7 @@ def points(results: StudyResults, kind: Kind) -> pd.DataFrame:
     for i, (r, quality, time, spread) in enumerate(found):
         difference, error = (math.nan, None) if baseline is None else quality.minus(baseline)
         rows.append({
-            "number": r.number, "label": label(r), "schedule": str(r.schedule), "kind": kind,
+            "number": r.number, "label": label(r), "schedule": str(r.schedule), "sampler": r.sampler or own, "kind": kind,
             "metric": protocol.metric_name if protocol else "",
             "time_frac": time, "time_spread": spread, "quality": quality.value, "std_error": _std_error(quality),
             "difference": difference, "difference_se": _nan(error),
@@ -136,7 +148,7 @@ def points(results: StudyResults, kind: Kind) -> pd.DataFrame:
 
 
 _POINT_COLUMNS = [
-    "number", "label", "schedule", "kind", "metric", "time_frac", "time_spread", "quality", "std_error",
+    "number", "label", "schedule", "sampler", "kind", "metric", "time_frac", "time_spread", "quality", "std_error",
     "difference", "difference_se", "verdict", "on_front", "confirmed",
 ]  # fmt: skip
 

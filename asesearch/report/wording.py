@@ -60,8 +60,9 @@ def headline(results: StudyResults) -> Headline:
     """What the study found, from its data alone."""
     kind = tables.kind_of(results)
     points = tables.points(results, kind)
-    failed = len(results.records) - len(results.complete)
-    counts = f"{len(results.complete)} of {len(results.records)} trials gave a figure; {failed} failed."
+    failed, stopped = (sum(r.state == state for r in results.records) for state in ("failed", "stopped"))
+    counts = f"{len(results.complete)} of {len(results.records)} trials gave a figure; {failed} failed"
+    counts += f", and {stopped} were stopped at their cheap figure." if stopped else "."
     if points.empty:
         return Headline("No trial has given a figure yet.", (counts,))
     status = (
@@ -137,4 +138,4 @@ def _figures(rivals: pd.DataFrame, full: pd.Series, chosen: int | None) -> str:
     if not math.isnan(row["difference_se"]):
         text += f" (difference {number(row['difference'], row['difference_se'])}, "
         text += f"standard error {number(row['difference_se'], row['difference_se'])})"
-    return f"{text}. Blocks run, data to noise: {row['schedule']}."
+    return f"{text}. Blocks run, data to noise: {row['schedule']}, sampled by {row['sampler']}."

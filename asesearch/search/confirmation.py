@@ -5,6 +5,7 @@ The best of many noisy figures is too good on average; what is reported and expo
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -16,19 +17,10 @@ from asesearch.backbones.checkpoints import load_backbone
 from asesearch.config import BackboneConfig
 from asesearch.errors import StudyError
 from asesearch.files import write_json
-from asesearch.search.records import Confirmation, TrialRecord
-from asesearch.search.study import Study, read_json
-from asesearch.search.workbench import Workbench
-
-
-def select(front: tuple[TrialRecord, ...], full: TrialRecord, max_points: int) -> list[TrialRecord]:
-    """The full network and at most `max_points` front points, spread evenly over time, both ends included."""
-    points = [r for r in front if r.number != full.number]
-    if len(points) > max_points:
-        last = len(points) - 1
-        keep = sorted({round(i * last / max(1, max_points - 1)) for i in range(max_points)})
-        points = [points[i] for i in keep]
-    return [full, *points]
+from asesearch.search.records import Confirmation, TrialRecord, select
+from asesearch.search.storage import read_json
+from asesearch.search.study import Study
+from asesearch.search.workbench import WEIGHTS_FILE, Workbench
 
 
 def confirm(study: Study, bench: Workbench, progress: Callable[[Confirmation], None] | None = None) -> list[Confirmation]:
@@ -59,14 +51,14 @@ def confirm(study: Study, bench: Workbench, progress: Callable[[Confirmation], N
     for record in select(results.front(), results.full, how.max_points):
         if any(c.number == record.number for c in done):
             continue
+        begun = time.perf_counter()
         net = load_trial(study, record, bench.device)
-        quality, _, _ = bench.evaluate(net, record.schedule, protocol)
-        if record.schedule.is_full:
-            ratio, spread = 1.0, 0.0
-        else:
-            time = bench.measured_time(net, record.schedule, full_net)
-            ratio, spread = time.median, time.spread
-        done.append(Confirmation(record.number, quality, ratio, spread))
+        quality, _ = bench.evaluate(net, record.schedule, protocol, record.sampler)
+        ratio, spread = 1.0, 0.0
+        if record is not results.full:
+            measured = bench.measured_time(net, record.schedule, full_net, record.sampler)
+            ratio, spread = measured.median, measured.spread
+        done.append(Confirmation(record.number, quality, ratio, spread, time.perf_counter() - begun))
         write_json(path, {"settings": settings, "confirmations": [c.to_dict() for c in done]})
         if progress is not None:
             progress(done[-1])
@@ -80,8 +72,9 @@ def trial_weights(study: Study, record: TrialRecord) -> Path:
         StudyError: the trial failed, or they were deleted, as `keep_weights = "front"` does off the front.
     """
     if record.state != "complete":
-        raise StudyError(f"trial {record.number} failed, so it has no weights ({record.failure}); choose another")
-    path = study.trial_dir(record.schedule) / "weights.safetensors"
+        why = record.failure or "its cheap figure did not promote it"
+        raise StudyError(f"trial {record.number} {record.state}, so it has no weights ({why}); choose another")
+    path = study.trial_dir(record.schedule) / WEIGHTS_FILE
     if not path.is_file():
         raise StudyError(
             f"trial {record.number} has no weights in {path.parent}: weights off the front are deleted; "

@@ -1,4 +1,4 @@
-"""What a search will cost, measured on this machine before it starts."""
+"""How a search will spend its time, measured on this machine before it starts."""
 
 from __future__ import annotations
 
@@ -8,35 +8,56 @@ from typing import Any
 
 import torch
 
-from asesearch.finetuning import Trainer, seconds_per_step
+from asesearch.finetuning import Depths, Trainer, seconds_per_step
+from asesearch.search.budget import MARGIN, confirmation_s
+from asesearch.search.warmup import elastic_depths, needs_map
 from asesearch.search.workbench import Workbench
+
+#: Of the full network's cost: what a proposed schedule is expected to take, where the plan has to guess.
+TYPICAL_FRAC = 0.65
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Upper bounds, in seconds: every schedule is counted at the cost of the full network.
+    """Seconds, each part in the order it is spent.
+
+    Without a budget these are upper bounds: every schedule is counted at the cost of the full network, and as promoted. With
+    one they are expectations: schedules at 0.65 of it.
 
     Attributes:
         train_step_s: one fine-tuning step at full depth.
-        image_s: sampling one image at full depth.
+        image_s: sampling one image at full depth with the study's own sampler.
         decode_s: turning one latent into an image; 0 where the network makes images.
-        trial_s: one trial.
-        search_s: all of `num_trials`.
-        confirm_s: confirmation of the front, its timing included.
         calls_an_image: network calls.
+        elastic_s, map_s: the warm-up; 0 where the study has none.
+        full_s: tuning and evaluating the full network, which all others are compared with.
+        cheap_s: the cheap rung of one trial; 0 without promotion.
+        trial_s: one trial that is fine-tuned, its cheap rung included.
+        num_trials: schedules besides the full network; with a budget, how many it leaves room for if all are fine-tuned.
+        search_s: all trials.
+        confirm_s: confirmation of the front, its timing included.
+        total_s: of all this.
+        budget_s: the study's budget, which the search keeps to; None without one.
     """
 
     train_step_s: float
     image_s: float
     decode_s: float
+    calls_an_image: int
+    elastic_s: float
+    map_s: float
+    full_s: float
+    cheap_s: float
     trial_s: float
+    num_trials: int
     search_s: float
     confirm_s: float
-    calls_an_image: int
+    total_s: float
+    budget_s: float | None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, seconds rounded to milliseconds."""
-        return {k: round(v, 3) for k, v in vars(self).items()}
+        return {k: round(v, 3) if isinstance(v, float) else v for k, v in vars(self).items()}
 
 
 def _decode_s(bench: Workbench) -> float:
@@ -53,16 +74,32 @@ def _decode_s(bench: Workbench) -> float:
 def make_plan(bench: Workbench) -> Plan:
     """Time a few steps and calls, and multiply."""
     config = bench.config
-    steps = bench.diffusion.timesteps(config.sampling.num_steps)
-    calls = len(steps) * (2 if config.sampling.cfg_scale != 1 else 1)
-    table = bench.latency
-    image_s = len(steps) * table.median_ms[-1] / 1000 / bench.batch_size
+    steps = next(iter(bench.samplers.values()))
+    image_s = len(steps) * bench.latency.median_ms[-1] / 1000 / bench.batch_size
     decode_s = _decode_s(bench)
-    step_s = seconds_per_step(Trainer(bench.backbone, bench.data, bench.diffusion, bench.full, config.train))
-    shown_s = image_s + decode_s
-    per_trial = config.train.num_steps * step_s + config.evaluation.num_samples * config.evaluation.repeats * shown_s
-    confirm = config.confirm
-    points = min(confirm.max_points, config.search.num_trials - 1)
-    quality = (points + 1) * confirm.num_samples * confirm.repeats * shown_s
-    timing = points * 2 * (confirm.time_repeats + 1) * confirm.time_images * image_s
-    return Plan(step_s, image_s, decode_s, per_trial, per_trial * config.search.num_trials, quality + timing, calls)
+
+    def step_s(depths: Depths, settings: Any) -> float:
+        return seconds_per_step(Trainer(bench.backbone, bench.data, bench.diffusion, depths, settings))
+
+    full_step_s, elastic, budget_s = step_s(bench.full, config.train), config.elastic, config.search.budget_s
+    elastic_s = 0.0 if elastic is None else elastic.num_steps * step_s(elastic_depths(bench), elastic)
+    calls = config.map.num_bins * config.map.num_images * (sum(bench.flops) / bench.flops[-1] + 1)
+    map_s = calls * image_s / len(steps) if needs_map(bench) else 0.0
+    share = 1.0 if budget_s is None else TYPICAL_FRAC
+    images = config.evaluation.num_samples * config.evaluation.repeats
+    cheap_images = 0 if config.promotion is None else config.promotion.num_samples * config.promotion.repeats
+    full_s = bench.tuning(bench.full)[1].num_steps * full_step_s + (images + cheap_images) * (image_s + decode_s)
+    cheap_s = cheap_images * (share * image_s + decode_s)
+    trial_s = config.train.num_steps * share * full_step_s + images * (share * image_s + decode_s) + cheap_s
+    trials, points = config.search.num_trials - 1, config.confirm.max_points
+    if budget_s is None:
+        points = min(points, trials)
+    confirm_s = confirmation_s(config, image_s + decode_s, [share] * points)
+    if budget_s is not None:
+        trials = max(0, int((budget_s * (1 - MARGIN) - elastic_s - map_s - full_s - confirm_s) / trial_s))
+    search_s = trials * trial_s
+    total_s = elastic_s + map_s + full_s + search_s + confirm_s
+    return Plan(
+        full_step_s, image_s, decode_s, len(steps) * (2 if config.sampling.cfg_scale != 1 else 1), elastic_s, map_s, full_s,
+        cheap_s, trial_s, trials, search_s, confirm_s, total_s, budget_s,
+    )  # fmt: skip

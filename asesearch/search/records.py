@@ -13,22 +13,58 @@ import numpy as np
 
 from asesearch.evaluation.results import EvaluationResult
 from asesearch.schedule import ExitSchedule
+from asesearch.search.difficulty import DifficultyMap
+
+RECORD = "record"  # user attribute of an Optuna trial that holds its TrialRecord
+REPEAT = "repeat_of"  # user attribute of a trial whose schedule is on record (its number), or in another worker's hands
+
+
+@dataclass(frozen=True)
+class CheapRung:
+    """The first rung of a trial: the schedule under the elastic weights, before any fine-tuning of its own.
+
+    Attributes:
+        quality: under the cheap protocol, which is compared with nothing but other cheap figures.
+        promoted: whether the schedule went on to its brief fine-tuning.
+        probability: that it belongs to the front of fine-tuned figures, judged by all figures of both kinds so far; None
+            where nothing was judged.
+        reason: the decision in words.
+    """
+
+    quality: EvaluationResult
+    promoted: bool
+    probability: float | None
+    reason: str
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for JSON."""
+        return {**vars(self), "quality": self.quality.to_dict()}
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> CheapRung:
+        """Inverse of `to_dict`."""
+        return cls(**{**data, "quality": EvaluationResult.from_dict(data["quality"])})
 
 
 @dataclass(frozen=True)
 class TrialRecord:
-    """One schedule: fine-tuned, sampled, evaluated.
+    """One point, a schedule under a way of sampling: fine-tuned, sampled, evaluated.
 
     Attributes:
         number: trial number in the study, from 0.
         origin: "full" (the full network, fine-tuned for as long), a published name ("D3-DiT"), or the proposer's name.
         schedule: what was tried.
-        state: "complete" or "failed".
-        quality: the figure under the search protocol; None if failed.
-        time_frac: predicted sampling time over the full network's, from the latency table; None if failed.
-        flops_frac, block_frac: FLOPs of the whole sampling, and block calls, over the full network's.
+        state: "complete", "stopped" (not promoted from the cheap rung) or "failed".
+        quality: the figure under the search protocol; None if stopped or failed.
+        time_frac: predicted sampling time over the full network's under the study's own sampler, from the latency table;
+            None if failed.
+        flops_frac, block_frac: FLOPs of the whole sampling, and block calls, over the same.
+        sampler: "SOLVER-STEPS"; empty = the study's own, where the study has no others.
+        cheap: the cheap rung; None without promotion.
         losses: mean training loss of each fine-tuning step.
-        seconds: time spent by part: "finetune", "sample", "decode" (of latents), "evaluate".
+        seconds: time spent by part: "cheap", "finetune", "sample", "decode" (of latents), "evaluate".
+        gflops: arithmetic spent by part, "cheap", "finetune" and "sample": network calls times their FLOPs, a training step
+            counting three calls of its samples and one of the teacher.
         failure: why it failed, one line.
         versions: versions of the packages that made it.
         finished_at: UTC, ISO 8601.
@@ -42,8 +78,11 @@ class TrialRecord:
     time_frac: float | None = None
     flops_frac: float | None = None
     block_frac: float | None = None
+    sampler: str = ""
+    cheap: CheapRung | None = None
     losses: tuple[float, ...] = ()
     seconds: dict[str, float] = field(default_factory=dict)
+    gflops: dict[str, float] = field(default_factory=dict)
     failure: str | None = None
     versions: dict[str, str] = field(default_factory=dict)
     finished_at: str = ""
@@ -53,6 +92,7 @@ class TrialRecord:
         data = asdict(self)
         data["schedule"] = self.schedule.to_dict()
         data["quality"] = None if self.quality is None else self.quality.to_dict()
+        data["cheap"] = None if self.cheap is None else self.cheap.to_dict()
         return data
 
     @classmethod
@@ -64,6 +104,7 @@ class TrialRecord:
                 **data,
                 "schedule": ExitSchedule.from_dict(data["schedule"]),
                 "quality": None if quality is None else EvaluationResult.from_dict(quality),
+                "cheap": CheapRung.from_dict(data["cheap"]) if data.get("cheap") else None,
                 "losses": tuple(data["losses"]),
             }
         )
@@ -78,12 +119,14 @@ class Confirmation:
         quality: under the confirmation protocol (fresh seeds, its own N).
         measured_time_frac: median over interleaved pairs of (sampling time / the full network's).
         measured_time_spread: half the distance between the quartiles of those ratios.
+        seconds: that it took in all.
     """
 
     number: int
     quality: EvaluationResult
     measured_time_frac: float
     measured_time_spread: float
+    seconds: float = 0.0
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON."""
@@ -107,6 +150,8 @@ class StudyResults:
         latency_ms: median latency of one network call of the cost batch at exit depths 1…depth (index 0 = depth 1).
         environment: machine, versions, device, threads.
         samples: trial number -> (N, C, H, W) uint8 images for the same seeds and labels in every trial.
+        difficulty_map: of the weights that trials started from; None where the search used none.
+        warm_up: "seconds" and "gflops" of "elastic" and "map", and the "losses" of the elastic warm-up; empty without one.
     """
 
     name: str
@@ -116,6 +161,8 @@ class StudyResults:
     latency_ms: tuple[float, ...]
     environment: dict[str, Any]
     samples: dict[int, np.ndarray] = field(default_factory=dict)
+    difficulty_map: DifficultyMap | None = None
+    warm_up: dict[str, Any] = field(default_factory=dict)
 
     @property
     def complete(self) -> tuple[TrialRecord, ...]:
@@ -132,6 +179,26 @@ class StudyResults:
         points = [(r.time_frac, r.quality.value) for r in self.complete if r.time_frac is not None and r.quality is not None]
         keep = non_dominated(points)
         return tuple(sorted((self.complete[i] for i in keep), key=lambda r: r.time_frac or 0.0))
+
+
+CURVE_POINTS = 500
+
+
+def shortened(losses: Sequence[float]) -> list[float]:
+    """A loss curve as at most CURVE_POINTS means of equal stretches."""
+    if len(losses) <= CURVE_POINTS:
+        return list(losses)
+    return [float(part.mean()) for part in np.array_split(np.asarray(losses), CURVE_POINTS)]
+
+
+def select(front: tuple[TrialRecord, ...], full: TrialRecord, max_points: int) -> list[TrialRecord]:
+    """The full network and at most `max_points` front points, spread evenly over time, both ends included."""
+    points = [r for r in front if r.number != full.number]
+    if len(points) > max_points:
+        last = len(points) - 1
+        keep = sorted({round(i * last / max(1, max_points - 1)) for i in range(max_points)})
+        points = [points[i] for i in keep]
+    return [full, *points]
 
 
 def non_dominated(points: Sequence[tuple[float, ...]]) -> list[int]:

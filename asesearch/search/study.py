@@ -12,74 +12,48 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import socket
-import warnings
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from datetime import UTC, datetime
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import optuna
-import sqlalchemy.exc
-import torch
 from filelock import FileLock, Timeout
 from optuna.trial import FrozenTrial, TrialState
 
 from asesearch.config import SearchConfig, StudyConfig, changed_fields, parse_study
-from asesearch.errors import EvaluationError, ScheduleError, StudyError, TrainingDiverged
+from asesearch.errors import ScheduleError, StudyError
 from asesearch.files import write_json
 from asesearch.schedule import ExitSchedule
-from asesearch.search.records import Confirmation, StudyResults, TrialRecord
+from asesearch.search.budget import room_for_trial
+from asesearch.search.difficulty import DifficultyMap
+from asesearch.search.promotion import run_trial, same_point
+from asesearch.search.proposer import DifficultySampler, Problem
+from asesearch.search.records import RECORD, REPEAT, Confirmation, StudyResults, TrialRecord
 from asesearch.search.space import Space
-from asesearch.search.workbench import Workbench, environment
+from asesearch.search.storage import alive, experimental, open_optuna, read_json, storage_errors, without_password
+from asesearch.search.warmup import COST, MAP, warm_up
+from asesearch.search.workbench import Workbench, environment, sampler_name, samples_file
 
-RECORD = "record"  # user attribute that holds the TrialRecord
 WORKER = "worker"  # user attribute "host:pid" of the process that runs the trial
-REPEAT = "repeat_of"  # user attribute of a trial whose schedule is on record (its number), or in another worker's hands
 FORMAT_VERSION = 1
-HEARTBEAT_S = 60
 MAX_REPEATS_IN_A_ROW = 50
-CURVE_POINTS = 500
-BUSY_WAIT_S = 120.0  # how long to wait for a SQLite file that another process holds
-
-
-def read_json(path: Path) -> Any:
-    """Read JSON.
-
-    Raises:
-        StudyError: missing, unreadable or not JSON.
-    """
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise StudyError(f"can't read {path}: {error}; is this a study directory, and is it whole?") from error
 
 
 def make_proposer(config: SearchConfig, seed: int) -> optuna.samplers.BaseSampler:
-    """The Optuna sampler of a study file."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+    """The Optuna sampler of a study file, where it is one of Optuna's own."""
+    with experimental():
         if config.proposer == "tpe":
             return optuna.samplers.TPESampler(seed=seed, n_startup_trials=8, multivariate=True, constant_liar=True)
         if config.proposer == "nsga2":
             return optuna.samplers.NSGAIISampler(seed=seed, population_size=10)
+        if config.proposer == "gp":
+            return optuna.samplers.GPSampler(seed=seed, n_startup_trials=8)
         return optuna.samplers.RandomSampler(seed=seed)
-
-
-@contextmanager
-def _storage_errors(where: str) -> Iterator[None]:
-    """Turn a database's errors into one line."""
-    try:
-        yield
-    except (sqlalchemy.exc.SQLAlchemyError, optuna.exceptions.StorageInternalError, ModuleNotFoundError) as error:
-        reason = str(getattr(error, "orig", None) or error.__cause__ or error).splitlines()[0]
-        raise StudyError(
-            f"the study's storage {where} can't be used: {reason}; check the path or URL, its permissions, and that no other "
-            "program holds it; the trials on record are kept, and the same command resumes"
-        ) from error
 
 
 class Study:
@@ -98,17 +72,9 @@ class Study:
         self.config = self._settle(config)
         path = self.run_dir / "study.db"
         self.url = config.search.storage or f"sqlite:///{path}"
-        shown = sqlalchemy_safe(self.url)
-        with _storage_errors(shown), warnings.catch_warnings():
-            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-            optuna.logging.set_verbosity(optuna.logging.ERROR)
-            wait = {"connect_args": {"timeout": BUSY_WAIT_S}} if self.url.startswith("sqlite") else {"pool_pre_ping": True}
-            storage = optuna.storages.RDBStorage(self.url, engine_kwargs=wait, heartbeat_interval=HEARTBEAT_S)
-            self.optuna = optuna.create_study(
-                study_name=config.name, storage=storage, directions=["minimize", "minimize"], load_if_exists=True
-            )
-            self.optuna.set_metric_names(["quality", "cost_frac"])
-        self._shown = shown
+        self._shown = without_password(self.url)
+        with storage_errors(self._shown):
+            self.optuna = open_optuna(self.url, config.name)
 
     def _settle(self, config: StudyConfig) -> StudyConfig:
         """Compare with the study file on record; put this one on record."""
@@ -143,10 +109,12 @@ class Study:
     # -- what is on record -----------------------------------------------------------------------
 
     def records(self) -> list[TrialRecord]:
-        """Trials that ended with a record, by number; repeats of a schedule left out."""
-        with _storage_errors(self._shown):
+        """Points that were tried, by number: the last record of each, so a stopped one that was promoted later counts once."""
+        with storage_errors(self._shown):
             trials = self.optuna.get_trials(deepcopy=False)
-        return [TrialRecord.from_dict(json.loads(t.user_attrs[RECORD])) for t in trials if RECORD in t.user_attrs]
+        found = [TrialRecord.from_dict(json.loads(t.user_attrs[RECORD])) for t in trials if RECORD in t.user_attrs]
+        last = {(r.schedule.merged(), r.sampler): r for r in found}
+        return [r for r in found if last[r.schedule.merged(), r.sampler] is r]
 
     def record(self, number: int) -> TrialRecord:
         """One trial.
@@ -175,12 +143,15 @@ class Study:
             confirmations = [Confirmation.from_dict(c) for c in read_json(path)["confirmations"]]
         samples = {}
         for record in records:
-            file = self.trial_dir(record.schedule) / "samples.npz"
+            file = self.trial_dir(record.schedule) / samples_file(record.sampler)
             if record.state == "complete" and file.is_file():
                 with np.load(file, allow_pickle=False) as data:
                     samples[record.number] = data["images"]
         path = self.run_dir / "latency.json"
         latency = tuple(read_json(path)["median_ms"]) if path.is_file() else ()
+        path = self.run_dir / MAP
+        difficulty_map = DifficultyMap.from_dict(read_json(path)) if path.is_file() else None
+        warm_up = read_json(self.run_dir / COST) if (self.run_dir / COST).is_file() else {}
         path = self.run_dir / "environment.json"
         return StudyResults(
             self.config.name,
@@ -190,6 +161,8 @@ class Study:
             latency,
             read_json(path) if path.is_file() else environment(),
             samples,
+            difficulty_map,
+            warm_up,
         )
 
     # -- searching -------------------------------------------------------------------------------
@@ -199,14 +172,16 @@ class Study:
         host = socket.gethostname()
         for trial in self.optuna.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
             where, _, pid = str(trial.user_attrs.get(WORKER, ":")).rpartition(":")
-            if where == host and pid.isdecimal() and not _alive(int(pid)):
+            if where == host and pid.isdecimal() and not alive(int(pid)):
                 self._close(trial)
 
     def _close(self, trial: FrozenTrial) -> None:
         """End a trial whose process is gone or broke off: with its figures, if they were on record already."""
         record = TrialRecord.from_dict(json.loads(trial.user_attrs[RECORD])) if RECORD in trial.user_attrs else None
         values = None if record is None or record.quality is None else self._values(record)
-        self.optuna.tell(trial.number, values, state=None if values else TrialState.FAIL, skip_if_finished=True)
+        stopped = record is not None and record.state == "stopped"
+        state = None if values else TrialState.PRUNED if stopped else TrialState.FAIL
+        self.optuna.tell(trial.number, values, state=state, skip_if_finished=True)
 
     def _values(self, record: TrialRecord) -> tuple[float, float]:
         """The two objectives of a trial that has a figure."""
@@ -214,32 +189,51 @@ class Study:
         assert cost is not None and record.quality is not None
         return record.quality.value, cost
 
-    def _enqueue_warm_start(self, space: Space, warm: dict[str, ExitSchedule], records: list[TrialRecord]) -> None:
+    def _enqueue_warm_start(self, space: Space, warm: dict[str, Start], records: list[TrialRecord]) -> None:
         """Queue the first warm start that is not queued, running or on record (so one whose trial was killed comes again)."""
-        known = {r.schedule.merged() for r in records}
+        known = {(r.schedule.merged(), r.sampler) for r in records}
         for trial in self.optuna.get_trials(deepcopy=False, states=(TrialState.WAITING, TrialState.RUNNING)):
             params = trial.system_attrs.get("fixed_params") or trial.params
             if set(params) == set(space.distributions()):
-                known.add(space.decode(params).merged())
-        for origin, schedule in warm.items():
-            if schedule.merged() not in known:
-                self.optuna.enqueue_trial(space.encode(schedule), user_attrs={"origin": origin})
+                known.add((space.decode(params).merged(), self._sampler(space, params)))
+        for origin, (schedule, sampler) in warm.items():
+            if (schedule.merged(), sampler) not in known:
+                self.optuna.enqueue_trial(space.encode(schedule, sampler), user_attrs={"origin": origin})
                 return
 
-    def _seed_proposer(self) -> None:
+    def _sampler(self, space: Space, params: dict[str, Any]) -> str:
+        """The way of sampling of a set of parameters; empty for the study's own."""
+        chosen = space.sampler(params)
+        return "" if chosen == sampler_name(self.config.sampling) else chosen
+
+    def _seed_proposer(self, problem: Problem | None) -> None:
         """A proposer whose seed follows from the study's and from what is on record."""
         trials = self.optuna.get_trials(deepcopy=False)
         ended = sum(t.state == TrialState.COMPLETE or RECORD in t.user_attrs or REPEAT in t.user_attrs for t in trials)
         running = sum(t.state == TrialState.RUNNING for t in trials)
         words = np.random.SeedSequence([self.config.search.seed, ended, running]).generate_state(1)
-        self.optuna.sampler = make_proposer(self.config.search, int(words[0]) % 2**31)
+        seed = int(words[0]) % 2**31
+        if self.config.search.proposer == "difficulty":
+            assert problem is not None
+            self.optuna.sampler = DifficultySampler(
+                problem.space, problem.samplers, problem.cost_table, problem.full_cost, problem.difficulty_map, seed=seed
+            )
+        else:
+            self.optuna.sampler = make_proposer(self.config.search, seed)
 
-    def run(self, bench: Workbench, progress: Callable[[TrialRecord], None] | None = None) -> None:
-        """Search until `num_trials` schedules have ended (failed ones count; repeats and killed ones do not).
+    def run(
+        self,
+        bench: Workbench,
+        progress: Callable[[TrialRecord], None] | None = None,
+        on_warm_up: Callable[[int, float], None] | None = None,
+    ) -> None:
+        """Search until `num_trials` points have ended (failed and stopped ones count; repeats and killed ones do not), or, with
+        a `budget`, until its time is spent. The warm-up comes first, where the study has one.
 
         Args:
             bench: fine-tunes, samples and evaluates a schedule.
             progress: called with each record of this process.
+            on_warm_up: called as (steps done, loss) in the elastic warm-up.
 
         Raises:
             StudyError: the storage can't be used, or the space holds no further schedule.
@@ -247,18 +241,26 @@ class Study:
         self._check_inputs(bench)
         write_json(self.run_dir / "environment.json", environment())
         space, warm = make_space(self.config, bench), warm_starts(self.config, bench)
+        made = warm_up(bench, self.run_dir, on_warm_up)
+        problem = None if made.difficulty_map is None else make_problem(space, bench, made.difficulty_map)
         repeats = 0
-        with _storage_errors(self._shown):
-            while len(records := self.records()) < self.config.search.num_trials:
+        with storage_errors(self._shown):
+            while self._goes_on(bench, records := self.records()):
                 self._release_dead()
                 self._enqueue_warm_start(space, warm, records)
-                self._seed_proposer()
-                repeats = 0 if self._one_trial(space, bench, progress) else repeats + 1
+                self._seed_proposer(problem)
+                repeats = 0 if self._one_trial(space, bench, problem, progress) else repeats + 1
                 if repeats == MAX_REPEATS_IN_A_ROW:
                     raise StudyError(
                         f"the last {repeats} proposals were all schedules tried before; the space is as good as exhausted: "
                         "lower num_trials or widen the space; the trials on record are kept"
                     )
+
+    def _goes_on(self, bench: Workbench, records: list[TrialRecord]) -> bool:
+        """Whether another trial is to be begun."""
+        if self.config.search.budget_s is None:
+            return len(records) < self.config.search.num_trials
+        return room_for_trial(self.config, bench, self.results())
 
     def _check_inputs(self, bench: Workbench) -> None:
         """Refuse network or data that changed behind the same path.
@@ -276,26 +278,41 @@ class Study:
             )
         write_json(path, bench.identity)
 
-    def _one_trial(self, space: Space, bench: Workbench, progress: Callable[[TrialRecord], None] | None) -> bool:
-        """Propose and try one schedule; False if it has been tried before, which costs nothing."""
+    def _one_trial(
+        self,
+        space: Space,
+        bench: Workbench,
+        problem: Problem | None,
+        progress: Callable[[TrialRecord], None] | None,
+    ) -> bool:
+        """Propose and try one point; False if it has been tried before, which costs nothing."""
         fresh: TrialRecord | None = None
+        begun = time.perf_counter()
 
         def objective(trial: optuna.Trial) -> tuple[float, float]:
             nonlocal fresh
             trial.set_user_attr(WORKER, f"{socket.gethostname()}:{os.getpid()}")
-            schedule = space.suggest(trial)
+            schedule, chosen = space.suggest(trial)
+            sampler = "" if chosen == sampler_name(self.config.sampling) else chosen
             with self._claim(schedule) as mine:
                 records = self.records()
-                record = next((r for r in records if r.schedule.merged() == schedule.merged()), None)
+                record = next((r for r in records if same_point(r, schedule, sampler) and r.state != "stopped"), None)
                 if record is None and not mine:
                     trial.set_user_attr(REPEAT, "in flight")
                     raise _Failed("another worker is at this schedule")
                 if record is None:
-                    fresh = record = run_trial(bench, trial, schedule, self)
+                    origin = trial.user_attrs.get("origin", self.config.search.proposer)
+                    begin = TrialRecord(trial.number, origin, schedule, "", sampler=sampler)
+                    judged_by = problem if self.config.promotion is not None else None
+                    record = run_trial(bench, begin, self.trial_dir(schedule), records, judged_by)
+                    other_s = time.perf_counter() - begun - sum(record.seconds.values())
+                    fresh = record = replace(record, seconds={**record.seconds, "other": max(0.0, other_s)})
                     trial.set_user_attr(RECORD, json.dumps(record.to_dict()))
                     self._prune_weights([*records, record])
                 else:
                     trial.set_user_attr(REPEAT, record.number)
+            if record.state == "stopped":
+                raise optuna.TrialPruned
             if record.quality is None:
                 raise _Failed(record.failure)
             return self._values(record)
@@ -333,9 +350,10 @@ class Study:
         if self.config.search.keep_weights == "all":
             return
         results = StudyResults(self.config.name, {}, tuple(records), (), (), {})
-        keep = {r.number for r in results.front()} | ({results.full.number} if results.full else set())
+        kept = [*results.front(), *((results.full,) if results.full else ())]
+        keep = {r.schedule.merged() for r in kept}  # ways of sampling share a schedule's weights
         for record in results.complete:
-            if record.number not in keep:
+            if record.schedule.merged() not in keep:
                 (self.trial_dir(record.schedule) / "weights.safetensors").unlink(missing_ok=True)
 
 
@@ -343,84 +361,37 @@ class _Failed(Exception):
     """A trial whose failure is on record."""
 
 
-def _alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
-
-
-def sqlalchemy_safe(url: str) -> str:
-    """A storage URL without its password, to be shown.
-
-    Raises:
-        StudyError: not a URL.
-    """
-    try:
-        return sqlalchemy.engine.make_url(url).render_as_string(hide_password=True)
-    except sqlalchemy.exc.ArgumentError as error:
-        raise StudyError(f"search.storage must be a database URL such as postgresql://user@host/name; got {url!r}") from error
+Start = tuple[ExitSchedule, str]  # a schedule, and a way of sampling other than the study's own, or empty
 
 
 def make_space(config: StudyConfig, bench: Workbench) -> Space:
     """The study's search space for its network."""
-    search, net = config.search, bench.backbone
-    low = max(1, net.min_exit_depth) if search.min_exit_depth is None else search.min_exit_depth
-    return Space(net.depth, config.diffusion.num_train_timesteps, search.num_intervals, search.noise_easy, low)
+    search, chain = config.search, config.diffusion.num_train_timesteps
+    samplers = tuple(bench.samplers) if len(bench.samplers) > 1 else ()
+    return Space(bench.backbone.depth, chain, search.num_intervals, search.noise_easy, bench.min_exit_depth, samplers)
 
 
-def warm_starts(config: StudyConfig, bench: Workbench) -> dict[str, ExitSchedule]:
-    """Schedules to try first, by origin; the full network is always the first.
+def make_problem(space: Space, bench: Workbench, difficulty_map: DifficultyMap) -> Problem:
+    """What the quality model needs to know of the study."""
+    own, table = next(iter(bench.samplers.values())), np.asarray(bench.call_cost)
+    return Problem(space, bench.samplers, table, len(own) * float(table[-1]), difficulty_map)
+
+
+def warm_starts(config: StudyConfig, bench: Workbench) -> dict[str, Start]:
+    """Points to try first, by origin: the full network, the study's schedules, and the full network under other samplers.
 
     Raises:
         ScheduleError: an unknown name, or a schedule outside the space.
     """
     space, depth, chain = make_space(config, bench), bench.backbone.depth, config.diffusion.num_train_timesteps
-    out = {"full": ExitSchedule.full(depth, chain)}
+    full = ExitSchedule.full(depth, chain)
+    out: dict[str, Start] = {"full": (full, "")}
     for text in config.search.warm_start:
         if text != "full":
-            out[text] = ExitSchedule.from_string(text, depth, chain)
-    for name, schedule in out.items():
+            out[text] = ExitSchedule.from_string(text, depth, chain), ""
+    for name, (schedule, _) in out.items():
         try:
             space.encode(schedule)
         except ScheduleError as error:
             raise ScheduleError(f"warm start {name!r} does not fit the search space: {error}") from error
-    return out
-
-
-def run_trial(bench: Workbench, trial: optuna.Trial, schedule: ExitSchedule, study: Study) -> TrialRecord:
-    """Fine-tune, sample, evaluate one schedule; a failure of the schedule's own is returned, not raised."""
-    origin = trial.user_attrs.get("origin", study.config.search.proposer)
-    folder = study.trial_dir(schedule)
-    try:
-        outcome = bench.try_schedule(schedule, folder)
-    except (TrainingDiverged, EvaluationError, torch.cuda.OutOfMemoryError) as error:
-        reason = str(error).splitlines()[0]
-        shutil.rmtree(folder, ignore_errors=True)
-        return TrialRecord(
-            trial.number, origin, schedule, "failed", failure=reason, versions=environment()["versions"], finished_at=_now()
-        )
-    losses = outcome.losses
-    if len(losses) > CURVE_POINTS:
-        losses = [float(part.mean()) for part in np.array_split(np.asarray(losses), CURVE_POINTS)]
-    return TrialRecord(
-        number=trial.number,
-        origin=origin,
-        schedule=schedule,
-        state="complete",
-        quality=outcome.quality,
-        time_frac=outcome.time_frac,
-        flops_frac=outcome.flops_frac,
-        block_frac=outcome.block_frac,
-        losses=tuple(losses),
-        seconds=outcome.seconds,
-        versions=environment()["versions"],
-        finished_at=_now(),
-    )
-
-
-def _now() -> str:
-    return datetime.now(UTC).isoformat(timespec="seconds")
+    return out | {f"full {sampler}": (full, sampler) for sampler in list(bench.samplers)[1:]}

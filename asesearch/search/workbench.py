@@ -10,19 +10,20 @@ import os
 import platform
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
 from asesearch.backbones.base import Backbone, Conditioning, check_schedule
 from asesearch.backbones.checkpoints import load_backbone, save_backbone
-from asesearch.config import StudyConfig
+from asesearch.config import BackboneConfig, EvaluationConfig, SamplingConfig, StudyConfig, TrainConfig
 from asesearch.data import DataSource, open_data, save_images
 from asesearch.diffusion import make_diffusion
 from asesearch.errors import ConfigError, EvaluationError
@@ -38,13 +39,14 @@ from asesearch.evaluation.fidelity import (
 )
 from asesearch.evaluation.results import EvaluationResult, Protocol
 from asesearch.files import replacing, write_json
-from asesearch.finetuning import check_fit, finetune, weights_fingerprint
+from asesearch.finetuning import CHECKPOINT, Depths, TrainResult, check_fit, finetune, weights_fingerprint
 from asesearch.latents import LatentDecoder, LatentShards
 from asesearch.sampling import SampleResult, arithmetic, check_sampling, sample
-from asesearch.schedule import ExitSchedule
+from asesearch.schedule import ElasticDepths, ExitSchedule
 
 SHOWN_IMAGES = 40  # images kept of each trial for the report
 PROMPTS_FILE, NUM_PROMPTS = "prompts.safetensors", 4  # kept beside a trial's weights, for its bundle
+WEIGHTS_FILE = "weights.safetensors"
 LATENCY_REPEATS = 15
 FRESH_SEEDS = 1_000_000_000  # confirmation seeds begin here, out of reach of the search's
 
@@ -59,6 +61,7 @@ class Outcome:
     block_frac: float
     losses: list[float]
     seconds: dict[str, float]
+    gflops: dict[str, float]
 
 
 def conditioning_for(backbone: Backbone, data: DataSource, seeds: Sequence[int]) -> Conditioning | None:
@@ -163,10 +166,21 @@ class Workbench:
         self.decoder = open_decoder(config, self.backbone, self.data, self.device)
         self.extractor = make_extractor(evaluation.extractor, evaluation.extractor_weights, self.device)
         self.reference = open_reference(config, self.data, self.extractor)
-        self.protocol = build_protocol(evaluation, config.sampling, self.extractor, self.reference)
         self.batch_size = min(config.sampling.batch_size, evaluation.num_samples)
+        self.min_exit_depth = max(1, self.backbone.min_exit_depth, config.search.min_exit_depth or 1)
+        self.start = self.backbone  # what trials are fine-tuned from; `warm_up` puts the elastic weights here
+        self.samplers = self._samplers()
+        self.protocol = self._protocol(evaluation)
         self.on_step: Callable[[int, float], None] | None = None  # sees (steps done, loss) of each fine-tuning
         self._latency: LatencyTable | None = None
+
+    def _samplers(self) -> dict[str, tuple[float, ...]]:
+        """Timesteps at which each way of sampling calls the network, the study's own first."""
+        net, found = self.backbone, {}
+        for name in (sampler_name(self.config.sampling), *self.config.search.samplers):
+            how = sampling_as(self.config.sampling, name)
+            _, found[name] = check_sampling(net, how.solver, self.diffusion, how.num_steps, how.cfg_scale)
+        return found
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -203,11 +217,44 @@ class Workbench:
         """FLOPs of one network call for one image at exit depths 1…depth."""
         return flops_table(self.backbone, conditioning_for(self.backbone, self.data, range(1)))
 
+    def cost_fracs(self, schedule: ExitSchedule, sampler: str = "") -> tuple[float, float, float]:
+        """Predicted time, FLOPs and block calls of a whole sampling over the full network's under the study's own sampler."""
+        own = next(iter(self.samplers.values()))
+        steps = self.samplers[sampler] if sampler else own
+        share = len(steps) / len(own)
+        fracs = self.latency.time_frac(schedule, steps), flops_frac(schedule, steps, self.flops), schedule.block_frac(steps)
+        return fracs[0] * share, fracs[1] * share, fracs[2] * share
+
+    @property
+    def call_cost(self) -> tuple[float, ...]:
+        """Cost of one network call at exit depths 1…depth in the units of the second objective."""
+        return self.latency.median_ms if self.config.search.cost == "time" else self.flops
+
+    def sampling_gflops(self, schedule: ExitSchedule, sampler: str, protocol: Protocol) -> float:
+        """Arithmetic of sampling a protocol's images."""
+        steps = self.samplers[sampler] if sampler else next(iter(self.samplers.values()))
+        calls = [self.flops[d - 1] for d in schedule.exit_depth_at(steps)]
+        passes = 1 if self.config.sampling.cfg_scale == 1 else 2
+        return float(passes * sum(calls)) * protocol.num_samples * len(protocol.seeds) / 1e9
+
+    def training_gflops(self, depths: Depths, config: TrainConfig) -> float:
+        """Arithmetic of a training run, in expectation: a step counts three calls a sample, and one of a teacher."""
+        chain = depths.num_train_timesteps
+        t = np.arange(chain)
+        if isinstance(depths, ElasticDepths):
+            u = (np.arange(64) + 0.5) / 64
+            drawn = depths.draw(np.repeat(t, 64), np.tile(u, chain))
+        else:
+            drawn = depths.exit_depth_at(t)
+        call = float(np.asarray(self.flops)[drawn - 1].mean())
+        teacher = self.flops[-1] if config.distill_frac > 0 else 0.0
+        return float(config.num_steps * config.batch_size * (3 * call + teacher) / 1e9)
+
     # -- one schedule ----------------------------------------------------------------------------
 
-    def sample(self, backbone: Backbone, schedule: ExitSchedule, seeds: Sequence[int]) -> SampleResult:
-        """Images (or latents) of the study's solver for these seeds, made of what `conditioning_for` gives."""
-        how = self.config.sampling
+    def sample(self, backbone: Backbone, schedule: ExitSchedule, seeds: Sequence[int], sampler: str = "") -> SampleResult:
+        """Images (or latents) of a sampler for these seeds, made of what `conditioning_for` gives."""
+        how = sampling_as(self.config.sampling, sampler)
         return sample(
             backbone,
             how.solver,
@@ -223,20 +270,23 @@ class Workbench:
         )
 
     def evaluate(
-        self, backbone: Backbone, schedule: ExitSchedule, protocol: Protocol, shown: list[Tensor] | None = None
-    ) -> tuple[EvaluationResult, dict[str, float], tuple[float, ...]]:
-        """Figure under a protocol, seconds of it by part ("sample", and "decode" of latents), and the solver's timesteps.
+        self,
+        backbone: Backbone,
+        schedule: ExitSchedule,
+        protocol: Protocol,
+        sampler: str = "",
+        shown: list[Tensor] | None = None,
+    ) -> tuple[EvaluationResult, dict[str, float]]:
+        """Figure under a protocol, and seconds of it by part: "sample", "decode" (of latents), "evaluate".
 
         `shown`, if given, receives the first images made, (N, C, H, W) uint8, in parts of at least SHOWN_IMAGES together.
         """
-        seconds = {"sample": 0.0}
-        steps: tuple[float, ...] = ()
+        seconds, begun = {"sample": 0.0}, time.perf_counter()
 
         def make_images(seeds: Sequence[int]) -> Tensor:
-            nonlocal steps
-            result = self.sample(backbone, schedule, seeds)
+            result = self.sample(backbone, schedule, seeds, sampler)
             seconds["sample"] += result.seconds
-            images, steps = result.images, result.timesteps
+            images = result.images
             if not bool(torch.isfinite(images).all()):
                 raise EvaluationError(f"the network gave images that are not finite under {schedule}; fine-tune it longer")
             if self.decoder is not None:
@@ -250,36 +300,76 @@ class Workbench:
 
         chunk = self.batch_size if self.decoder is not None else 1000  # decoded images and prompts take much memory
         quality = evaluate(make_images, protocol, self.extractor, self.reference, chunk)
-        return quality, seconds, steps
+        seconds["evaluate"] = time.perf_counter() - begun - sum(seconds.values())
+        return quality, seconds
 
-    def try_schedule(self, schedule: ExitSchedule, folder: Path) -> Outcome:
+    def tuning(self, schedule: ExitSchedule) -> tuple[Backbone, TrainConfig]:
+        """What a schedule's brief fine-tuning starts from, and its settings.
+
+        The full network, which all others are compared with, is tuned for as long as they were in all: from its pretrained
+        weights, for the steps of the elastic warm-up and of the brief fine-tuning together.
+        """
+        config, elastic = self.config.train, self.config.elastic
+        if elastic is None or not schedule.is_full:
+            return self.start, config
+        return self.backbone, config.model_copy(update={"num_steps": elastic.num_steps + config.num_steps})
+
+    def _tuned(self, schedule: ExitSchedule, folder: Path) -> TrainResult:
+        """The schedule's fine-tuned network; from its file where another sampler's trial left it."""
+        path = folder / WEIGHTS_FILE
+        if path.is_file():
+            own = BackboneConfig(kind=self.config.backbone.kind, checkpoint=str(path))
+            return TrainResult(load_backbone(own).to(self.device).eval(), [], None, 0.0)
+        start, config = self.tuning(schedule)
+        teacher = self.backbone if config.distill_frac > 0 else None
+        tuned = finetune(start, self.data, self.diffusion, schedule, config, folder, teacher, self.on_step)
+        save_backbone(tuned.backbone, path, {"exit_schedule": schedule.to_json()})
+        (folder / CHECKPOINT).unlink(missing_ok=True)
+        return tuned
+
+    def try_schedule(self, schedule: ExitSchedule, folder: Path, sampler: str = "") -> Outcome:
         """Fine-tune, sample, evaluate; weights and samples are left in `folder`.
 
         Raises:
             TrainingDiverged, EvaluationError: the schedule's own failure.
         """
         check_schedule(self.backbone, self.diffusion.num_train_timesteps, schedule)
-        latency = self.latency  # before any trial, not in one
-        tuned = finetune(self.backbone, self.data, self.diffusion, schedule, self.config.train, folder, on_step=self.on_step)
-        net = tuned.backbone
+        _ = self.latency  # before any trial, not in one
+        tuned = self._tuned(schedule, folder)
         shown: list[Tensor] = []
-        start = time.perf_counter()
-        quality, seconds, timesteps = self.evaluate(net, schedule, self.protocol, shown)
-        evaluation_s = time.perf_counter() - start - sum(seconds.values())
-        save_backbone(net, folder / "weights.safetensors", {"exit_schedule": schedule.to_json()})
-        save_images(torch.cat(shown)[:SHOWN_IMAGES].numpy(), folder / "samples.npz")
-        if isinstance(prompts := conditioning_for(net, self.data, range(NUM_PROMPTS)), dict):
+        quality, seconds = self.evaluate(tuned.backbone, schedule, self.protocol, sampler, shown)
+        save_images(torch.cat(shown)[:SHOWN_IMAGES].numpy(), folder / samples_file(sampler))
+        if isinstance(prompts := conditioning_for(tuned.backbone, self.data, range(NUM_PROMPTS)), dict):
             with replacing(folder / PROMPTS_FILE) as part:
                 save_file(prompts, part)
-        (folder / "training.safetensors").unlink(missing_ok=True)
-        return Outcome(
-            quality,
-            latency.time_frac(schedule, timesteps),
-            flops_frac(schedule, timesteps, self.flops),
-            schedule.block_frac(timesteps),
-            tuned.losses,
-            {"finetune": tuned.seconds, **seconds, "evaluate": evaluation_s},
-        )
+        gflops = {"sample": self.sampling_gflops(schedule, sampler, self.protocol)}
+        if tuned.seconds:
+            gflops["finetune"] = self.training_gflops(schedule, self.tuning(schedule)[1])
+        costs = self.cost_fracs(schedule, sampler)
+        return Outcome(quality, *costs, tuned.losses, {"finetune": tuned.seconds, **seconds}, gflops)
+
+    def try_cheaply(self, schedule: ExitSchedule, sampler: str = "") -> tuple[EvaluationResult, float, float]:
+        """The cheap rung: figure of the schedule under the elastic weights as they are, seconds and GFLOPs it took.
+
+        Raises:
+            EvaluationError: images that are not finite.
+        """
+        protocol = self.cheap_protocol
+        quality, seconds = self.evaluate(self.start, schedule, protocol, sampler)
+        return quality, sum(seconds.values()), self.sampling_gflops(schedule, sampler, protocol)
+
+    @cached_property
+    def cheap_protocol(self) -> Protocol:
+        """The cheap rung's protocol: the search's with fewer images."""
+        cheap = self.config.promotion
+        assert cheap is not None
+        changes = {"num_samples": cheap.num_samples, "repeats": cheap.repeats}
+        return self._protocol(self.config.evaluation.model_copy(update=changes))
+
+    def _protocol(self, evaluation: EvaluationConfig) -> Protocol:
+        """An evaluation's protocol; where ways of sampling compete, they are no part of it but of what is measured."""
+        built = build_protocol(evaluation, self.config.sampling, self.extractor, self.reference)
+        return replace(built, solver=None, num_steps=None) if len(self.samplers) > 1 else built
 
     # -- confirmation ----------------------------------------------------------------------------
 
@@ -289,15 +379,35 @@ class Workbench:
         changed = self.config.evaluation.model_copy(
             update={"num_samples": confirm.num_samples, "repeats": confirm.repeats, "seed": FRESH_SEEDS}
         )
-        return build_protocol(changed, self.config.sampling, self.extractor, self.reference)
+        return self._protocol(changed)
 
-    def measured_time(self, net: Backbone, schedule: ExitSchedule, full_net: Backbone) -> TimeRatio:
-        """Whole-sampling time under the schedule over the full network's, interleaved."""
+    def measured_time(self, net: Backbone, schedule: ExitSchedule, full_net: Backbone, sampler: str = "") -> TimeRatio:
+        """Whole-sampling time under schedule and sampler over the full network's under the study's own, interleaved."""
         confirm = self.config.confirm
         seeds = range(confirm.time_images)
         return compare_sampling_time(
-            lambda: self.sample(net, schedule, seeds), lambda: self.sample(full_net, self.full, seeds), confirm.time_repeats
+            lambda: self.sample(net, schedule, seeds, sampler),
+            lambda: self.sample(full_net, self.full, seeds),
+            confirm.time_repeats,
         )
+
+
+def sampler_name(how: SamplingConfig) -> str:
+    """A way of sampling as "SOLVER-STEPS"."""
+    return f"{how.solver}-{how.num_steps}"
+
+
+def sampling_as(how: SamplingConfig, name: str) -> SamplingConfig:
+    """A way of sampling with the solver and steps of "SOLVER-STEPS"; as it is if empty."""
+    if not name:
+        return how
+    solver, _, steps = name.rpartition("-")
+    return how.model_copy(update={"solver": solver, "num_steps": int(steps)})
+
+
+def samples_file(sampler: str) -> str:
+    """Name of the file with a trial's images."""
+    return f"samples_{sampler}.npz" if sampler else "samples.npz"
 
 
 def environment() -> dict[str, Any]:

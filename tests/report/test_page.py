@@ -16,10 +16,10 @@ from matplotlib.text import Annotation, Text
 
 from asesearch.config import parse_study
 from asesearch.errors import EvaluationError, StudyError
-from asesearch.report import page, plots, tables, write_report
+from asesearch.report import page, plots, style, tables, write_report
 from asesearch.report.labels import spread_out
 
-NAMES = {"front", "front_search", "schedules", "samples", "trials", "hypervolume", "cost", "latency", "losses"}
+NAMES = {"spending", "front", "front_search", "schedules", "samples", "trials", "hypervolume", "cost", "latency", "losses"}
 SCRIPT = "<script>alert('boom')</script>"
 VOID = {"meta", "img", "link", "br"}
 
@@ -104,7 +104,7 @@ def test_tables_are_written_as_csv(results, folder):
 
 
 def test_front_draws_its_table(results):
-    with matplotlib.rc_context(plots.STYLE):
+    with matplotlib.rc_context(style.STYLE):
         figure = plots.draw_front(tables.points(results, "confirmed"))
     ax = figure.axes[0]
     assert ax.get_ylabel().startswith("FID ") and "measured" in ax.get_xlabel()
@@ -116,7 +116,7 @@ def test_front_draws_its_table(results):
 @pytest.mark.parametrize("draw", ["front", "front_search", "cost"])
 def test_labels_do_not_overlap_and_are_readable(study, draw):
     results = study(40, seed=2)
-    with matplotlib.rc_context(plots.STYLE):
+    with matplotlib.rc_context(style.STYLE):
         figure = next(d for d in plots.drawings(results) if d.name == draw).draw()
         figure.draw_without_rendering()
         renderer = FigureCanvasAgg(figure).get_renderer()
@@ -124,7 +124,7 @@ def test_labels_do_not_overlap_and_are_readable(study, draw):
         boxes = [Text.get_window_extent(t, renderer) for t in notes]
     assert "full network" in {t.get_text() for t in notes} and len(notes) >= 4
     assert not any(a.overlaps(b) for a, b in combinations(boxes, 2))
-    assert min(t.get_fontsize() for t in figure.findobj(Text) if t.get_text()) >= plots.SMALL
+    assert min(t.get_fontsize() for t in figure.findobj(Text) if t.get_text()) >= style.SMALL
 
 
 def test_spread_out_keeps_order_and_distance():
@@ -171,7 +171,7 @@ def test_other_extractors_are_never_called_fid(study):
     results = study(8, extractor="fashion-cnn")
     html = page.render_page(results, [])
     assert "Fréchet distance (fashion-cnn)" in html and "FID" not in html
-    with matplotlib.rc_context(plots.STYLE):
+    with matplotlib.rc_context(style.STYLE):
         drawings = plots.drawings(results)
         assert not any("FID" in d.caption + d.title for d in drawings)
         for drawing in (d for d in drawings if d.name in ("front", "trials", "hypervolume")):
@@ -215,7 +215,7 @@ def test_odd_studies_have_a_page_and_figures(study, case):
     html = page.render_page(results, [])
     check(html)
     assert words in html and 'id="samples"' not in html and "nan" not in text_of(html).lower().replace("nant", "")
-    with matplotlib.rc_context(plots.STYLE):
+    with matplotlib.rc_context(style.STYLE):
         for drawing in plots.drawings(results):
             figure = drawing.draw()
             if case == "one trial":
@@ -258,14 +258,14 @@ def test_a_report_that_dies_leaves_the_old_one_whole(results, folder, monkeypatc
         (where / "front.svg").write_text("half")
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(plots.Drawing, "save", die)
+    monkeypatch.setattr(style.Drawing, "save", die)
     with pytest.raises(KeyboardInterrupt):
         write_report(results, folder)
     assert files(folder) == before and [p.name for p in folder.parent.iterdir()] == ["report"]
 
 
 def test_refused_before_anything_is_drawn(study, results, tmp_path, monkeypatch):
-    monkeypatch.setattr(plots.Drawing, "save", lambda *_: pytest.fail("drew"))
+    monkeypatch.setattr(style.Drawing, "save", lambda *_: pytest.fail("drew"))
     (tmp_path / "thesis.tex").write_text("precious")
     with pytest.raises(StudyError, match="empty folder"):
         write_report(results, tmp_path)

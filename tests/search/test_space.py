@@ -27,7 +27,7 @@ def test_round_trip(data, noise_easy, num_intervals, depth):
 def test_every_proposal_is_noise_easy_and_in_range(depth, num_intervals, seed):
     space = Space(depth, 1000, num_intervals, True, max(1, depth // 3))
     study = optuna.create_study(directions=["minimize", "minimize"], sampler=optuna.samplers.RandomSampler(seed=seed))
-    schedule = space.suggest(study.ask())
+    schedule, _ = space.suggest(study.ask())
     assert schedule.is_noise_easy and len(schedule.exit_depths) == num_intervals
     assert max(1, depth // 3) <= min(schedule.exit_depths)
 
@@ -36,7 +36,7 @@ def test_random_proposals_cover_all_budgets():
     """Independent sorted depths would crowd around half of the blocks (their mean varies by 0.09 only)."""
     space = Space(12)
     study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
-    fracs = [space.suggest(study.ask()).block_frac() for _ in range(300)]
+    fracs = [space.suggest(study.ask())[0].block_frac() for _ in range(300)]
     for low in (0.1, 0.3, 0.5, 0.7):
         assert sum(low <= f < low + 0.2 for f in fracs) > 15
 

@@ -12,17 +12,20 @@ import pytest
 
 from asesearch.config import MAY_CHANGE, StudyConfig
 from asesearch.errors import ScheduleError, StudyError, WriteError
+from asesearch.files import write_json
 from asesearch.schedule import ExitSchedule
-from asesearch.search.records import TrialRecord, non_dominated
-from asesearch.search.study import RECORD, Study, make_space, warm_starts
-from tests.search.fake_search import FakeBench, make_config
+from asesearch.search.budget import MARGIN, confirmation_s, image_s, spent_s
+from asesearch.search.difficulty import DifficultyMap
+from asesearch.search.records import RECORD, TrialRecord, non_dominated, select
+from asesearch.search.study import Study, make_space, warm_starts
+from tests.search.fake_search import CHEAP, DEPTH, FakeBench, make_config
 
-PROPOSERS = ["tpe", "nsga2", "random"]
+PROPOSERS = ["tpe", "nsga2", "gp", "random"]
 
 
 def run(config, run_dir, **bench):
     study = Study(config, run_dir)
-    fake = FakeBench(**bench)
+    fake = FakeBench(config=config, **bench)
     study.run(fake)
     return study, fake
 
@@ -31,12 +34,11 @@ def trials_of(study):
     return [(r.origin, r.schedule, r.quality and r.quality.values) for r in study.records()]
 
 
-def in_process(config_search, run_dir, die_at=-1):
+def in_process(config_search, run_dir, die_at=-1, sections=None):
     script = Path(__file__).with_name("fake_search.py")
     root = Path(__file__).parents[2]
-    return subprocess.Popen(
-        [sys.executable, str(script), json.dumps(config_search), str(run_dir), str(die_at)], cwd=root, stderr=subprocess.PIPE
-    )
+    args = [json.dumps(config_search), str(run_dir), str(die_at), json.dumps(sections or {})]
+    return subprocess.Popen([sys.executable, str(script), *args], cwd=root, stderr=subprocess.PIPE)
 
 
 @pytest.mark.parametrize("proposer", PROPOSERS)
@@ -114,7 +116,7 @@ def test_a_diverging_schedule_is_recorded_and_the_search_goes_on(tmp_path):
 
 def test_an_unexpected_error_is_not_swallowed(tmp_path):
     bench = FakeBench()
-    bench.try_schedule = lambda schedule, folder: 1 / 0
+    bench.try_schedule = lambda schedule, folder, sampler: 1 / 0
     study = Study(make_config(), tmp_path)
     with pytest.raises(ZeroDivisionError):
         study.run(bench)
@@ -140,7 +142,7 @@ def test_a_schedule_in_another_workers_hands_is_left_to_it(tmp_path):
     with other._claim(ExitSchedule.full(6)) as mine, study._claim(ExitSchedule.full(6)) as ours:
         assert mine and not ours
         study.optuna.enqueue_trial(make_space(study.config, bench).encode(ExitSchedule.full(6)))
-        study._one_trial(make_space(study.config, bench), bench, None)
+        study._one_trial(make_space(study.config, bench), bench, None, None)
         assert bench.tried == [] and study.records() == []
     study.run(bench)  # the claim was given back
     assert [r.origin for r in study.records()][:2] == ["full", "6 6 3 3"] and len(bench.tried) == 3
@@ -239,7 +241,7 @@ def test_a_broken_database_is_one_line_and_kept(tmp_path):
 
 def test_a_busy_database_is_waited_for_and_then_named(tmp_path, monkeypatch):
     run(make_config(num_trials=2), tmp_path)
-    monkeypatch.setattr("asesearch.search.study.BUSY_WAIT_S", 0.1)
+    monkeypatch.setattr("asesearch.search.storage.BUSY_WAIT_S", 0.1)
     study = Study(make_config(num_trials=3), tmp_path)
     holder = sqlite3.connect(tmp_path / "study.db", isolation_level=None)
     holder.execute("BEGIN EXCLUSIVE")
@@ -289,7 +291,7 @@ def test_warm_starts_outside_the_space_are_refused_before_anything_runs():
 
 def test_published_schedules_are_rescaled_to_the_network():
     starts = warm_starts(make_config(num_intervals=10, warm_start=["full", "D3-DiT"]), FakeBench())
-    assert list(starts) == ["full", "D3-DiT"] and starts["D3-DiT"] == ExitSchedule.published("D3-DiT", 6)
+    assert list(starts) == ["full", "D3-DiT"] and starts["D3-DiT"] == (ExitSchedule.published("D3-DiT", 6), "")
 
 
 def test_non_dominated_against_brute_force():
@@ -297,6 +299,7 @@ def test_non_dominated_against_brute_force():
     assert non_dominated(points) == [0, 1, 4, 6]
 
 
+@pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning")  # two threads share one list of filters
 def test_reading_while_another_thread_searches(tmp_path):
     study = Study(make_config(num_trials=6), tmp_path)
     thread = threading.Thread(target=study.run, args=(FakeBench(),))
@@ -307,3 +310,104 @@ def test_reading_while_another_thread_searches(tmp_path):
         assert now >= seen
         seen = now
     assert len(Study.open(tmp_path).records()) == 6
+
+
+# -- warm-up, rungs, ways of sampling, budget ----------------------------------------------------
+
+
+def ready(run_dir):
+    """A study directory whose difficulty map is made already."""
+    error = [[float((DEPTH - d) ** 2) / (1 + i) for d in range(1, DEPTH + 1)] for i in range(4)]
+    table = tuple(map(tuple, error))
+    spread = tuple(tuple(0.1 * e for e in row) for row in error)
+    found = DifficultyMap(1000, (0, 250, 500, 750, 1000), table, spread, table, spread, 16, "fake", "0", "w", "w")
+    write_json(run_dir / "map.json", found.to_dict())
+    return run_dir
+
+
+LADDER = {"promotion": {"num_samples": 20, "repeats": 2, "always": 2, "threshold": 0.5}}
+
+
+def test_difficulty_proposer_resumes_and_repeats_like_any_other(tmp_path):
+    config = make_config(proposer="difficulty", num_trials=9)
+    straight, bench = run(config, ready(tmp_path / "straight"))
+    assert len(bench.tried) == 9 and len({r.schedule.merged() for r in straight.records()}) == 9
+    assert all(r.schedule.is_noise_easy for r in straight.records())
+    run(make_config(proposer="difficulty", num_trials=6), ready(tmp_path / "parts"))
+    resumed, bench = run(config, tmp_path / "parts")
+    assert len(bench.tried) == 3 and trials_of(resumed) == trials_of(straight)
+
+
+@pytest.mark.parametrize("proposer", ["difficulty", "tpe"])
+def test_only_promising_schedules_are_fine_tuned(tmp_path, proposer):
+    config = make_config(LADDER, proposer=proposer, num_trials=16)
+    study, bench = run(config, ready(tmp_path))
+    records = study.records()
+    stopped = [r for r in records if r.state == "stopped"]
+    assert len(records) == 16 and (stopped or proposer == "difficulty") and len(bench.tried) == 16 - len(stopped)
+    assert len({(s.merged()) for s in bench.cheaply}) == len(bench.cheaply)  # no cheap figure is paid for twice
+    for r in records:
+        assert r.cheap is not None and r.cheap.quality.protocol == CHEAP and r.seconds["cheap"] == 0.5
+    for r in stopped:
+        assert r.quality is None and r.cheap.probability < 0.5 and "threshold 0.5" in r.cheap.reason
+        assert r.time_frac == pytest.approx(r.schedule.block_frac(bench.samplers["ddim-50"]))
+    judged = [r for r in records if r.state == "complete" and r.cheap.probability is not None]
+    assert all(r.cheap.probability >= 0.5 for r in judged if "again" not in r.cheap.reason)
+    warm = [r for r in records if r.origin != proposer]
+    assert [r.cheap.reason for r in warm] == ["a warm start"] * 2
+    # cheap figures are on no front and no value of Optuna's
+    assert not {r.number for r in stopped} & {r.number for r in study.results().front()}
+    states = {t.number: t.state for t in study.optuna.get_trials()}
+    assert all(states[r.number] == optuna.trial.TrialState.PRUNED for r in stopped)
+
+
+def test_a_stopped_schedule_that_is_proposed_again_goes_up_without_a_second_cheap_figure(tmp_path):
+    config = make_config(LADDER, proposer="random", num_trials=16)
+    study, bench = run(config, ready(tmp_path))
+    stopped = next(r for r in study.records() if r.state == "stopped")
+    space = make_space(config, bench)
+    study.optuna.enqueue_trial(space.encode(stopped.schedule))
+    bench.cheaply.clear()
+    larger, bench = run(make_config(LADDER, proposer="random", num_trials=17), tmp_path)
+    again = [r for r in larger.records() if r.schedule.merged() == stopped.schedule.merged()]
+    assert len(again) == 1 and again[0].state == "complete" and again[0].number > stopped.number
+    assert again[0].cheap.quality == stopped.cheap.quality and stopped.schedule not in bench.cheaply
+
+
+def test_kill_9_on_the_ladder(tmp_path):
+    search = {"num_trials": 9, "proposer": "difficulty"}
+    process = in_process(search, ready(tmp_path / "killed"), 3, LADDER)
+    process.communicate()
+    assert process.returncode == -9
+    resumed, _ = run(make_config(LADDER, **search), tmp_path / "killed")
+    straight, _ = run(make_config(LADDER, **search), ready(tmp_path / "straight"))
+    assert trials_of(resumed) == trials_of(straight)
+
+
+@pytest.mark.parametrize("proposer", ["difficulty", "tpe", "nsga2", "gp", "random"])
+def test_ways_of_sampling_compete_with_schedules(tmp_path, proposer):
+    config = make_config(proposer=proposer, num_trials=12, samplers=["ddim-25"])
+    study, _ = run(config, ready(tmp_path))
+    records = study.records()
+    assert [r.origin for r in records[:3]] == ["full", "6 6 3 3", "full ddim-25"]
+    half = records[2]
+    assert half.sampler == "ddim-25" and half.time_frac == pytest.approx(0.5) and half.quality.value == pytest.approx(6.25)
+    assert {r.sampler for r in records} == {"", "ddim-25"}
+    points = [(r.schedule.merged(), r.sampler) for r in records]
+    assert len(set(points)) == len(points)
+    assert study.results().full.number == 0
+    before = trials_of(study)
+    resumed, bench = run(make_config(proposer=proposer, num_trials=13, samplers=["ddim-25"]), tmp_path)
+    assert len(bench.tried) == 1 and trials_of(resumed)[:12] == before
+
+
+def test_a_budget_ends_the_search_in_time_for_the_confirmation(tmp_path):
+    config = make_config({"confirm": {"max_points": 2, "num_samples": 100, "repeats": 1}}, budget="30s", num_trials=1)
+    study, bench = run(config, tmp_path)
+    results = study.results()
+    spent, image = spent_s(results), image_s(bench, results)
+    assert spent == pytest.approx(sum(sum(r.seconds.values()) for r in results.records)) and len(results.records) > 10
+    left = 30 * (1 - MARGIN) - spent
+    assert left >= confirmation_s(config, image, [r.time_frac for r in select(results.front(), results.full, 2)[1:]])
+    again, bench = run(config, tmp_path)
+    assert bench.tried == [] and len(again.records()) == len(results.records)

@@ -1,0 +1,79 @@
+"""What all figures share: colours, sizes, axes, and how they are saved.
+
+Sized for a phone: at 360 px the smallest text is still 9 px high.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import pandas as pd
+import seaborn
+from matplotlib.axes import Axes
+from matplotlib.axis import Axis
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator, PercentFormatter
+
+#: Colour-blind safe: what a mark means is never said by its colour alone.
+BLUE, ORANGE, GREEN, VERMILION, PURPLE, _, _, GREY, _, SKY = seaborn.color_palette("colorblind").as_hex()
+WIDTH, HEIGHT, SMALL = 4.2, 3.3, 9.0
+STYLE: dict[Any, Any] = {
+    **seaborn.axes_style("whitegrid"),
+    "font.family": "sans-serif", "font.sans-serif": ["DejaVu Sans"], "font.size": 10.0, "axes.labelsize": 10.0,
+    "axes.titlesize": 10.0, "xtick.labelsize": SMALL, "ytick.labelsize": SMALL, "legend.fontsize": SMALL,
+    "text.parse_math": False, "axes.edgecolor": "0.7", "grid.color": "0.9", "axes.spines.top": False,
+    "axes.spines.right": False, "lines.linewidth": 1.6, "figure.facecolor": "white", "savefig.facecolor": "white",
+    "svg.hashsalt": "asesearch", "svg.fonttype": "path", "figure.dpi": 100.0,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """One figure and all it shows.
+
+    Attributes:
+        name: stem of its files.
+        title, caption: what it is and how to read it.
+        data: the table it is drawn from.
+        draw: makes the figure.
+    """
+
+    name: str
+    title: str
+    caption: str
+    data: pd.DataFrame
+    draw: Callable[[], Figure]
+
+    def save(self, folder: Path) -> bytes:
+        """Write NAME.svg, NAME.png and NAME.csv; returns the SVG. The same data give the same bytes."""
+        stem = folder / self.name
+        self.data.to_csv(stem.with_suffix(".csv"), index=False, lineterminator="\n")
+        with matplotlib.rc_context(STYLE):
+            figure = self.draw()
+            settle(figure)
+            figure.savefig(stem.with_suffix(".svg"), metadata={"Date": None})
+            figure.savefig(stem.with_suffix(".png"), dpi=200)
+        return stem.with_suffix(".svg").read_bytes()
+
+
+def settle(figure: Figure) -> None:
+    """Lay out once and for all: what is placed next stays where it is put."""
+    if figure.get_layout_engine() is not None:
+        figure.draw_without_rendering()
+        figure.set_layout_engine("none")
+
+
+def axes(height: float = HEIGHT) -> tuple[Figure, Axes]:
+    """A figure of the usual width with one pair of axes, laid out by matplotlib."""
+    figure = Figure(figsize=(WIDTH, height), layout="constrained")
+    return figure, figure.add_subplot()
+
+
+def percent_axis(axis: Axis) -> None:
+    """Ticks as whole per cent."""
+    axis.set_major_formatter(PercentFormatter(1.0, decimals=0, symbol=" %"))
+    axis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10]))

@@ -1,0 +1,113 @@
+"""One trial from rung to rung: cheap figure, decision, brief fine-tuning, the search protocol's figure.
+
+Optuna refuses pruning where there are two objectives, so the rungs lie within a trial. The third rung, the full protocol on
+fresh seeds, is `confirmation`. Figures of different rungs are never compared: a cheap one speaks only through the quality
+model, which has learned from trials with both figures what it is worth.
+"""
+
+from __future__ import annotations
+
+import shutil
+from datetime import UTC, datetime
+from pathlib import Path
+
+import torch
+
+from asesearch.errors import EvaluationError, TrainingDiverged
+from asesearch.evaluation.results import EvaluationResult
+from asesearch.schedule import ExitSchedule
+from asesearch.search.proposer import Problem, judge
+from asesearch.search.records import CheapRung, TrialRecord, shortened
+from asesearch.search.workbench import Workbench, environment
+
+
+def run_trial(
+    bench: Workbench,
+    trial: TrialRecord,
+    folder: Path,
+    records: list[TrialRecord],
+    problem: Problem | None,
+) -> TrialRecord:
+    """Take one point up the rungs.
+
+    Args:
+        bench: fine-tunes, samples and evaluates.
+        trial: number, origin, schedule and sampler of the trial; state and figures are filled in.
+        folder: for its weights and images.
+        records: of the study so far; one of the same point, stopped before, lends its cheap figure.
+        problem: what the quality model needs to judge a point; None without promotion.
+
+    Returns:
+        The finished record. A failure of the schedule's own is recorded, not raised.
+    """
+    seconds: dict[str, float] = {}
+    gflops: dict[str, float] = {}
+    cheap: CheapRung | None = None
+    try:
+        if problem is not None:
+            cheap = _cheap_rung(bench, trial, records, problem, seconds, gflops)
+            if not cheap.promoted:
+                time_frac, flops_frac, block_frac = bench.cost_fracs(trial.schedule, trial.sampler)
+                return _ended(
+                    trial, "stopped", cheap=cheap, seconds=seconds, gflops=gflops,
+                    time_frac=time_frac, flops_frac=flops_frac, block_frac=block_frac,
+                )  # fmt: skip
+        outcome = bench.try_schedule(trial.schedule, folder, trial.sampler)
+    except (TrainingDiverged, EvaluationError, torch.cuda.OutOfMemoryError) as error:
+        if not any(r.state == "complete" and r.schedule.merged() == trial.schedule.merged() for r in records):
+            shutil.rmtree(folder, ignore_errors=True)
+        return _ended(trial, "failed", failure=str(error).splitlines()[0], cheap=cheap, seconds=seconds, gflops=gflops)
+    return _ended(
+        trial,
+        "complete",
+        cheap=cheap,
+        quality=outcome.quality,
+        time_frac=outcome.time_frac,
+        flops_frac=outcome.flops_frac,
+        block_frac=outcome.block_frac,
+        losses=tuple(shortened(outcome.losses)),
+        seconds={**seconds, **outcome.seconds},
+        gflops={**gflops, **outcome.gflops},
+    )
+
+
+def _cheap_rung(
+    bench: Workbench,
+    trial: TrialRecord,
+    records: list[TrialRecord],
+    problem: Problem,
+    seconds: dict[str, float],
+    gflops: dict[str, float],
+) -> CheapRung:
+    """The point's cheap figure, measured or on record, and whether it is promoted."""
+    before = next((r.cheap for r in records if same_point(r, trial.schedule, trial.sampler)), None)
+    if before is not None:
+        return CheapRung(before.quality, True, before.probability, "proposed again in the light of later trials")
+    quality, seconds["cheap"], gflops["cheap"] = bench.try_cheaply(trial.schedule, trial.sampler)
+    promoted, probability, reason = _decide(bench, trial, records, problem, quality)
+    return CheapRung(quality, promoted, probability, reason)
+
+
+def _decide(
+    bench: Workbench, trial: TrialRecord, records: list[TrialRecord], problem: Problem, quality: EvaluationResult
+) -> tuple[bool, float | None, str]:
+    config = bench.config.promotion
+    assert config is not None
+    if trial.origin != bench.config.search.proposer:
+        return True, None, "a warm start"
+    dear = sum(r.state == "complete" and r.origin == trial.origin for r in records)
+    if dear < config.always:
+        return True, None, f"among the first {config.always} proposals"
+    probability = judge(problem, records, problem.point(trial.schedule, trial.sampler), quality)
+    promoted = probability >= config.threshold
+    return promoted, probability, f"on the front with probability {probability:.2f}, threshold {config.threshold:g}"
+
+
+def same_point(record: TrialRecord, schedule: ExitSchedule, sampler: str) -> bool:
+    """Whether a record is of this schedule under this way of sampling."""
+    return record.sampler == sampler and record.schedule.merged() == schedule.merged()
+
+
+def _ended(trial: TrialRecord, state: str, **fields: object) -> TrialRecord:
+    data = {**vars(trial), "state": state, "versions": environment()["versions"], **fields}
+    return TrialRecord(**{**data, "finished_at": datetime.now(UTC).isoformat(timespec="seconds")})

@@ -1,0 +1,399 @@
+"""The proposer that knows the network: schedules that are optimal under what the difficulty map and the trials say together.
+
+`quality_model` holds what is believed, `pareto` what is optimal under it; here are the candidates, and the choice of the one
+that is expected to push the front furthest. Nothing is kept between proposals: all follows from the seed and the trials on
+record, those in flight included.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import zlib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import optuna
+from optuna.distributions import BaseDistribution, CategoricalDistribution, IntDistribution
+from optuna.trial import FrozenTrial, TrialState
+
+from asesearch.evaluation.results import EvaluationResult
+from asesearch.schedule import ExitSchedule
+from asesearch.search.pareto import expected_hypervolume_improvement, optimal_schedules, probability_on_front
+from asesearch.search.quality_model import NUM_WEIGHTS, Encoder, ErrorMap, Inputs, Level, Observation, Point, QualityModel
+from asesearch.search.records import RECORD, REPEAT, CheapRung, TrialRecord
+from asesearch.search.space import Space
+
+Array = npt.NDArray[np.float64]
+#: Reference point of the hypervolume: 1.1 times the full network's cost, twice its figure (as in the report).
+REFERENCE_COST, REFERENCE_LOG_QUALITY = 1.1, math.log(2.0)
+NUM_INITIAL = 1  # trials besides the full network's that are spread over budgets before improvement decides
+WEIGHT_DRAWS, BLIND_DRAWS, MAX_BUDGETS = 15, 6, 40  # dynamic programmes a sampler: by the map, without it; schedules of each
+RANDOM_CANDIDATES, MUTANTS, REFINED, ROUNDS = 200, 200, 20, 2
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What can be tried, and what it costs.
+
+    Attributes:
+        space: of schedules.
+        samplers: name -> timesteps of its network calls; the first is the study's own.
+        cost_table: (depth,) cost of one network call at exit depths 1…depth.
+        full_cost: of the whole sampling with the full network under the study's own sampler, in the same unit.
+        difficulty_map: errors by timestep and exit depth.
+    """
+
+    space: Space
+    samplers: dict[str, tuple[float, ...]]
+    cost_table: Array
+    full_cost: float
+    difficulty_map: ErrorMap
+
+    def __post_init__(self) -> None:
+        assert len(self.samplers) == 1 or self.names == self.space.samplers
+
+    @cached_property
+    def encoder(self) -> Encoder:
+        """Points to model inputs."""
+        return Encoder(self.difficulty_map, self.space.num_train_timesteps)
+
+    @cached_property
+    def names(self) -> tuple[str, ...]:
+        """Samplers in order."""
+        return tuple(self.samplers)
+
+    @cached_property
+    def boundaries(self) -> tuple[int, ...]:
+        """Of the space's intervals."""
+        count, chain = self.space.num_intervals, self.space.num_train_timesteps
+        return tuple(i * chain // count for i in range(count + 1))
+
+    @cached_property
+    def calls(self) -> npt.NDArray[np.int64]:
+        """(samplers, intervals) network calls in each interval."""
+        edges = self.boundaries[1:-1]
+        rows = [np.searchsorted(edges, times, side="right") for times in self.samplers.values()]
+        return np.stack([np.bincount(row, minlength=self.space.num_intervals) for row in rows])
+
+    def point(self, schedule: ExitSchedule, sampler: str = "") -> Point:
+        """A point by its sampler's name; empty = the study's own."""
+        name = sampler or self.names[0]
+        return Point(schedule, name, self.samplers[name])
+
+    def cost_frac(self, point: Point) -> float:
+        """Cost of sampling, over the full network's."""
+        return float(self.cost_table[point.schedule.exit_depth_at(point.timesteps) - 1].sum() / self.full_cost)
+
+    def depths_of(self, schedule: ExitSchedule) -> tuple[int, ...]:
+        """Exit depth in each of the space's intervals."""
+        return tuple(schedule.exit_depth_at(self.boundaries[:-1]).tolist())
+
+    def key(self, point: Point) -> tuple[int, ...]:
+        """Equal for equal points of the space; a row of `Candidates`."""
+        return (self.names.index(point.sampler), *self.depths_of(point.schedule))
+
+    def observations(self, records: Sequence[TrialRecord]) -> list[Observation]:
+        """Figures on record, one a point and level (the latest)."""
+        latest: dict[Level, dict[tuple[ExitSchedule, str], tuple[Point, EvaluationResult]]] = {"cheap": {}, "dear": {}}
+        for record in records:
+            if not record.sampler or record.sampler in self.samplers:
+                point = self.point(record.schedule, record.sampler)
+                key = point.schedule.merged(), point.sampler
+                if record.cheap is not None:
+                    latest["cheap"][key] = point, record.cheap.quality
+                if record.quality is not None:
+                    latest["dear"][key] = point, record.quality
+        return [
+            Observation(point, level, *figure)
+            for level, found in latest.items()
+            for (point, _), figure in zip(found.values(), _log_figures([q for _, q in found.values()]), strict=True)
+        ]
+
+
+def _log_figures(found: list[EvaluationResult]) -> list[tuple[float, float]]:
+    """Logs and their standard errors; where a figure may not be positive (kernel distances), figures over their mean size."""
+    values = np.array([q.value for q in found])
+    errors = np.array([math.nan if q.std_error is None else q.std_error for q in found])
+    if (values > np.nan_to_num(errors)).all():
+        values, errors = np.log(values), errors / values
+    else:
+        typical = float(np.abs(values).mean()) or 1.0
+        values, errors = values / typical, errors / typical
+    return list(zip(values.tolist(), errors.tolist(), strict=True))
+
+
+class FrontBelief:
+    """What the trials on record say of the front of dear figures.
+
+    Args:
+        problem: what can be tried.
+        records: trials on record.
+        pending: points in flight: their figures are drawn along with those of evaluated points, so that no second worker
+            finds an improvement where the first is already at work.
+        num_draws: joint draws of the figures on the front.
+        seed: of the draws; the same for all questions.
+    """
+
+    def __init__(
+        self,
+        problem: Problem,
+        records: Sequence[TrialRecord],
+        pending: Sequence[Point] = (),
+        num_draws: int = 64,
+        seed: int = 0,
+    ) -> None:
+        self.problem, self._draws, self._seed = problem, num_draws, seed
+        found = problem.observations(records)
+        self.model = QualityModel(problem.encoder, found)
+        self.evaluated = [o.point for o in found if o.level == "dear"]
+        self.known = [*self.evaluated, *pending]
+        self._inputs = problem.encoder.encode(self.known)
+        self._costs = np.array([problem.cost_frac(p) for p in self.known])
+        full = problem.point(ExitSchedule.full(problem.space.depth, problem.space.num_train_timesteps))
+        best, _ = self.model.posterior([full])
+        self.reference = (REFERENCE_COST, float(best[0]) + REFERENCE_LOG_QUALITY)
+
+    def improvement(self, inputs: Inputs, costs: Array) -> Array:
+        """(n,) expected enlargement of the dominated area, cost fraction times log figure, by a dear figure of each point."""
+        draws = self.model.conditional_draws(np.random.default_rng(self._seed), self._inputs, inputs, self._draws)
+        return expected_hypervolume_improvement(self._costs, draws[0], costs, draws[1], draws[2], self.reference)
+
+    def probability(self, point: Point) -> float:
+        """That a point is on the front, and better than twice the full network's figure.
+
+        A point whose dear figure is on record is compared with the others.
+        """
+        key = self.problem.key(point)
+        others = [i for i, p in enumerate(self.known) if self.problem.key(p) != key]
+        inputs, costs = self.problem.encoder.encode([self.known[i] for i in others]), self._costs[others]
+        asked, cost = self.problem.encoder.encode([point]), np.array([self.problem.cost_frac(point)])
+        draws = self.model.conditional_draws(np.random.default_rng(self._seed), inputs, asked, 4 * self._draws)
+        return float(probability_on_front(costs, draws[0], cost, draws[1], draws[2], self.reference[1])[0])
+
+
+def judge(problem: Problem, records: Sequence[TrialRecord], point: Point, cheap: EvaluationResult | None = None) -> float:
+    """Probability that a point belongs to the front of dear figures, its cheap figure included.
+
+    Args:
+        problem: what can be tried.
+        records: trials on record.
+        point: the one to be judged.
+        cheap: its figure under the elastic weights.
+    """
+    if cheap is not None:
+        rung = CheapRung(cheap, promoted=False, probability=None, reason="")
+        records = [*records, TrialRecord(-1, "", point.schedule, "stopped", sampler=point.sampler, cheap=rung)]
+    return FrontBelief(problem, records).probability(point)
+
+
+class Candidates:
+    """Rows (sampler's index, exit depth of each interval), no two alike, none of those to be left out."""
+
+    def __init__(self, problem: Problem, left_out: set[tuple[int, ...]]) -> None:
+        self.problem, self._seen, self.rows = problem, set(left_out), np.zeros((0, problem.space.num_intervals + 1), int)
+
+    def add(self, sampler: int, depths: npt.ArrayLike) -> None:
+        """Schedules (n, intervals) of one sampler."""
+        table = np.asarray(depths, dtype=np.int64).reshape(-1, self.problem.space.num_intervals)
+        self.extend(np.column_stack((np.full(len(table), sampler), table)).tolist())
+
+    def extend(self, rows: Iterable[Sequence[int]]) -> None:
+        """Rows of any samplers."""
+        new = [row for row in dict.fromkeys(map(tuple, rows)) if row not in self._seen]
+        self._seen.update(new)
+        self.rows = np.concatenate((self.rows, np.array(new, dtype=np.int64).reshape(-1, self.rows.shape[1])))
+
+    def costs(self, start: int = 0) -> Array:
+        """(n,) cost fractions of the rows from `start`."""
+        rows, problem = self.rows[start:], self.problem
+        return np.asarray((problem.calls[rows[:, 0]] * problem.cost_table[rows[:, 1:] - 1]).sum(axis=1) / problem.full_cost)
+
+    def inputs(self, start: int = 0) -> Inputs:
+        """Model inputs of the rows from `start`."""
+        rows, problem = self.rows[start:], self.problem
+        at = [np.flatnonzero(rows[:, 0] == i) for i in range(len(problem.names))]
+        encode = problem.encoder.encode_depths
+        parts = [encode(rows[a, 1:], problem.boundaries, *how) for a, how in zip(at, problem.samplers.items(), strict=True)]
+        return Inputs.join(parts).take(np.argsort(np.concatenate(at)))
+
+    # -- where they come from --------------------------------------------------------------------
+
+    def add_optimal(self, model: QualityModel, rng: np.random.Generator) -> None:
+        """Optimal schedules at every budget under the weights believed in, under draws of them, and without the map."""
+        mean = np.maximum(model.weights()[0], 0.0)
+        drawn = np.vstack((mean, model.draw_weights(rng, WEIGHT_DRAWS)))
+        slopes = rng.normal(0, 1.5, (BLIND_DRAWS, 1)) * np.linspace(-1, 1, NUM_WEIGHTS)
+        blind = np.exp(slopes + rng.normal(0, 0.5, (BLIND_DRAWS, NUM_WEIGHTS)))
+        problem = self.problem
+        for i, times in enumerate(problem.samplers.values()):
+            by_map = problem.encoder.interval_errors(drawn, times, problem.boundaries, model.shape)
+            by_depth = problem.encoder.interval_errors(blind, times, problem.boundaries, "depth")
+            for errors in (*by_map, *by_depth):
+                found = self.optimal(errors, i)
+                keep = np.unique(np.linspace(0, len(found) - 1, MAX_BUDGETS).round().astype(int))
+                self.add(i, [found[k] for k in keep])
+
+    def optimal(self, errors: Array, sampler: int) -> list[tuple[int, ...]]:
+        """`optimal_schedules` of the space under one sampler."""
+        space, calls = self.problem.space, self.problem.calls[sampler]
+        return optimal_schedules(errors, calls, noise_easy=space.noise_easy, min_exit_depth=space.min_exit_depth)
+
+    def add_random(self, rng: np.random.Generator, count: int) -> None:
+        """Schedules drawn from the space as a random search draws them."""
+        space = self.problem.space
+        rows = []
+        for _ in range(count):
+            params = {name: _draw(dist, rng) for name, dist in space.distributions().items()}
+            rows.append(self.problem.key(self.problem.point(space.decode(params), space.sampler(params))))
+        self.extend(rows)
+
+    def add_mutants(self, parents: npt.NDArray[np.int64], rng: np.random.Generator, count: int) -> None:
+        """Parents changed by up to three blocks over a run of intervals, and now and then in their sampler."""
+        if not len(parents):
+            return
+        space, width = self.problem.space, self.problem.space.num_intervals
+        rows = parents[rng.integers(len(parents), size=count)]
+        ends = np.sort(rng.integers(width + 1, size=(count, 2)), axis=1)
+        place = np.arange(width)
+        inside = (place >= ends[:, :1]) & (place <= ends[:, 1:])
+        change = rng.integers(1, 4, size=count) * rng.choice([-1, 1], size=count)
+        depths = np.clip(rows[:, 1:] + inside * change[:, None], space.min_exit_depth, space.depth)
+        if space.noise_easy:  # what was deepened lifts the intervals towards data, what was thinned lowers those towards noise
+            up = np.maximum.accumulate(depths[:, ::-1], axis=1)[:, ::-1]
+            depths = np.where(change[:, None] > 0, up, np.minimum.accumulate(depths, axis=1))
+        other = rng.random(count) < 0.2
+        sampler = np.where(other, rng.integers(len(self.problem.names), size=count), rows[:, 0])
+        self.extend(np.column_stack((sampler, depths)).tolist())
+
+
+def _draw(dist: BaseDistribution, rng: np.random.Generator) -> Any:
+    """A uniform value of a depth, a share or a choice."""
+    if isinstance(dist, CategoricalDistribution):
+        return dist.choices[int(rng.integers(len(dist.choices)))]
+    if isinstance(dist, IntDistribution):
+        return int(rng.integers(dist.low, dist.high + 1))
+    return rng.random()
+
+
+class DifficultySampler(optuna.samplers.BaseSampler):
+    """An Optuna sampler for two objectives, quality and cost fraction, over `Space` and, where there are several, samplers.
+
+    Args:
+        space: of schedules.
+        samplers: name -> timesteps of its network calls; the first is the study's own.
+        cost_table, full_cost: see `Problem`.
+        difficulty_map: errors by timestep and exit depth.
+        seed: of all random choices.
+        num_draws: see `FrontBelief`.
+    """
+
+    def __init__(
+        self,
+        space: Space,
+        samplers: dict[str, tuple[float, ...]],
+        cost_table: npt.ArrayLike,
+        full_cost: float,
+        difficulty_map: ErrorMap,
+        *,
+        seed: int = 0,
+        num_draws: int = 64,
+    ) -> None:
+        self.problem = Problem(space, samplers, np.asarray(cost_table, dtype=np.float64), full_cost, difficulty_map)
+        self.seed, self.num_draws = seed, num_draws
+
+    # -- what Optuna asks ------------------------------------------------------------------------
+
+    def infer_relative_search_space(self, study: optuna.Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
+        """All parameters, unless the trial's are given."""
+        space = self.problem.space.distributions()
+        return {} if set(space) <= set(trial.system_attrs.get("fixed_params", {})) else space
+
+    def sample_relative(
+        self, study: optuna.Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
+    ) -> dict[str, Any]:
+        """The next point's parameters; none where the space holds nothing new."""
+        if not search_space:
+            return {}
+        records, pending, rng = self._on_record(study, trial)
+        row = self._choose(records, pending, rng)
+        if row is None:
+            return {}
+        space = self.problem.space
+        schedule = ExitSchedule.uniform_intervals(row[1:], space.depth, space.num_train_timesteps)
+        return space.encode(schedule, self.problem.names[row[0]])
+
+    def sample_independent(
+        self, study: optuna.Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
+    ) -> Any:
+        """A random value."""
+        *_, rng = self._on_record(study, trial)
+        seed = int(rng.integers(2**31)) ^ zlib.crc32(param_name.encode()) >> 1
+        return optuna.samplers.RandomSampler(seed=seed).sample_independent(study, trial, param_name, param_distribution)
+
+    def _on_record(self, study: optuna.Study, trial: FrozenTrial) -> tuple[list[TrialRecord], list[Point], np.random.Generator]:
+        """Trials on record, points in flight, and a generator that follows from the seed and their numbers."""
+        trials = [t for t in study.get_trials(deepcopy=False) if t.number != trial.number]
+        records = [TrialRecord.from_dict(json.loads(t.user_attrs[RECORD])) for t in trials if RECORD in t.user_attrs]
+        pending, space = [], self.problem.space
+        for t in trials:
+            params = t.system_attrs.get("fixed_params", {}) | t.params
+            if not t.state.is_finished() and RECORD not in t.user_attrs and set(space.distributions()) <= set(params):
+                pending.append(self.problem.point(space.decode(params), space.sampler(params)))
+        ended = sum(t.state == TrialState.COMPLETE or RECORD in t.user_attrs or REPEAT in t.user_attrs for t in trials)
+        return records, pending, np.random.default_rng([self.seed, ended, len(pending)])
+
+    # -- choosing --------------------------------------------------------------------------------
+
+    def _choose(self, records: list[TrialRecord], pending: list[Point], rng: np.random.Generator) -> tuple[int, ...] | None:
+        """The best candidate's row; None if there is none."""
+        belief = FrontBelief(self.problem, records, pending, self.num_draws, int(rng.integers(2**31)))
+        tried = [self.problem.key(p) for p in belief.known]
+        left_out = {*tried, *self._rows(records, "failed")}
+        begun = sum(not p.schedule.is_full for p in belief.known)
+        early = begun < NUM_INITIAL or not belief.evaluated  # there is nothing to improve upon
+        if early and (row := self._first(belief.model, begun, left_out)):
+            return row
+        pool = Candidates(self.problem, left_out)
+        pool.add_optimal(belief.model, rng)
+        pool.extend(self._rows(records, "stopped"))
+        pool.add_random(rng, RANDOM_CANDIDATES)
+        pool.add_mutants(np.array(tried, dtype=np.int64).reshape(-1, pool.rows.shape[1]), rng, MUTANTS)
+        if not len(pool.rows):
+            return None
+        scores = self._scores(belief, pool)
+        for _ in range(ROUNDS):
+            start = len(pool.rows)
+            pool.add_mutants(pool.rows[np.argsort(-scores, kind="stable")[:REFINED]], rng, MUTANTS)
+            scores = np.concatenate((scores, self._scores(belief, pool, start)))
+        return tuple(pool.rows[int(scores.argmax())].tolist())
+
+    def _rows(self, records: list[TrialRecord], state: str) -> list[tuple[int, ...]]:
+        """Points on record that ended in a state."""
+        names = ("", *self.problem.names)
+        known = [self.problem.point(r.schedule, r.sampler) for r in records if r.state == state and r.sampler in names]
+        return [self.problem.key(p) for p in known]
+
+    def _scores(self, belief: FrontBelief, pool: Candidates, start: int = 0) -> Array:
+        return belief.improvement(pool.inputs(start), pool.costs(start))
+
+    def _first(self, model: QualityModel, index: int, left_out: set[tuple[int, ...]]) -> tuple[int, ...] | None:
+        """Before there is a front: optimal schedules by the prior, their costs spread evenly (van der Corput)."""
+        sampler = index % len(self.problem.names)
+        times = self.problem.samplers[self.problem.names[sampler]]
+        pool = Candidates(self.problem, left_out)
+        weights = np.maximum(model.weights()[0], 1e-3)
+        errors = self.problem.encoder.interval_errors(weights, times, self.problem.boundaries, model.shape)
+        pool.add(sampler, pool.optimal(errors, sampler))
+        if not len(pool.rows):
+            return None
+        costs = pool.costs()
+        shift = np.random.default_rng(self.seed).random()
+        bits = f"{index + 1:b}"
+        place = (int(bits[::-1], 2) / 2 ** len(bits) + shift / 4) % 1.0
+        target = costs.max() - (costs.max() - costs.min()) * 0.75 * place  # the fastest quarter is seldom worth a trial
+        return tuple(pool.rows[int(np.abs(costs - target).argmin())].tolist())

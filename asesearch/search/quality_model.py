@@ -1,0 +1,398 @@
+"""How good a schedule will be: a Gaussian process over log figures, with the difficulty map as its mean.
+
+    log figure = intercept(level, sampler) + sum_k w_k φ_k(point) + g(point) + noise
+
+φ_k is the map's error at the sampler's calls near noise level k. The noise-level weights w are unknown: near noise an error of
+the network may matter much or hardly, and the map can't say. Their prior is one common positive value that varies smoothly
+over noise levels; trials make a posterior of it. The residual g sees only the depth profile, so that it overrules a map that
+misleads. Two levels, figures under the elastic weights ("cheap") and after the brief fine-tuning ("dear"), are coupled by a
+correlation and a ratio, both learned: the intrinsic coregionalisation model.
+
+Source: Rasmussen & Williams 2006, sections 2.7 (explicit basis functions) and 5.4 (marginal likelihood); Bonilla et al. 2008
+(coregionalisation). We differ in taking the hyperparameters where marginal likelihood times prior is largest.
+No torch and no optuna in here.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import numpy as np
+import numpy.typing as npt
+from scipy.linalg import cho_solve, solve_triangular
+from scipy.optimize import Bounds, minimize
+
+from asesearch.schedule import ExitSchedule
+
+Array = npt.NDArray[np.float64]
+Integers = npt.NDArray[np.int64]
+Level = Literal["cheap", "dear"]
+
+NUM_WEIGHTS = 8  # hat functions over the noise level
+NUM_BINS = 10  # of the depth profile
+#: What stands in for the map's error, chosen by marginal likelihood: itself, its root, or the share of blocks left out,
+#: squared, which needs no map. The last is charged nats: the map is believed until the trials speak against it.
+SHAPES = ("identity", "sqrt", "depth")
+SHAPE_LOG_PRIOR = (0.0, 0.0, -2.0)
+#: Hyperparameters, all on log scale (correlation: logit): prior mean and standard deviation.
+#: weight: common noise-level weight, in log figure per typical map error; spread: of the weights around it, relative;
+#: residual: standard deviation of g; length: its length in root mean square depth fraction; ratio: cheap over dear effect;
+#: training: standard deviation of the dear figure from fine-tuning alone.
+PRIOR = {
+    "weight": (0.0, 1.0), "spread": (np.log(0.7), 0.7), "residual": (np.log(0.25), 0.7), "length": (np.log(0.4), 0.5),
+    "ratio": (0.0, 0.4), "correlation": (1.7, 1.0), "training": (np.log(0.05), 0.7),
+}  # fmt: skip
+_MEAN, _STD = (np.array(column) for column in zip(*PRIOR.values(), strict=True))
+_BOUNDS = Bounds(_MEAN - 4 * _STD, _MEAN + 4 * _STD)
+COMMON_SPREAD = 0.5  # of the common weight, relative
+WEIGHT_LENGTH = 2.0  # knots over which weights vary
+LEVEL_STD, LEVEL_SAMPLER_STD = 3.0, 0.2  # intercepts: a level's, and a sampler's own at one level
+STEPS_SLOPE, STEPS_STD, SAMPLER_STD = -0.5, 0.5, 0.4  # figure over log number of calls, and samplers around that line
+SAMPLER_CORRELATION = 0.8  # of residuals under two samplers
+DEFAULT_ERROR, CHEAP_NOISE = 0.05, 0.02  # of a log figure: unknown standard error; what the cheap level's model can't say
+POOL_WEIGHT = 4.0  # a reported variance (few repeats) counts one, the mean over all counts this
+
+
+class ErrorMap(Protocol):
+    """A difficulty map: mean square error of each exit depth against the full network."""
+
+    def error_at(self, timesteps: npt.ArrayLike, /) -> Array:
+        """(n,) timesteps -> (n, depth) errors; column d - 1 is exit depth d."""
+        ...
+
+
+@dataclass(frozen=True)
+class Point:
+    """What a trial tries: a schedule, the sampler's name, and the timesteps at which that sampler calls the network."""
+
+    schedule: ExitSchedule
+    sampler: str
+    timesteps: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Observation:
+    """A figure on record: its log, and the standard error of the log (standard error / figure; nan = unknown)."""
+
+    point: Point
+    level: Level
+    log_quality: float
+    std_error: float
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Points in arrays.
+
+    Attributes:
+        features: (shapes, n, NUM_WEIGHTS) φ for each of `SHAPES`.
+        profile: (n, NUM_BINS) mean depth fraction in equal bins of the chain.
+        log_calls: (n,) log of the number of network calls.
+        sampler: (n,) a number that stands for the sampler's name.
+    """
+
+    features: Array
+    profile: Array
+    log_calls: Array
+    sampler: Integers
+
+    def __len__(self) -> int:
+        return len(self.profile)
+
+    def take(self, order: Integers) -> Inputs:
+        """The points at these indices."""
+        return Inputs(self.features[:, order], self.profile[order], self.log_calls[order], self.sampler[order])
+
+    @staticmethod
+    def join(parts: Sequence[Inputs]) -> Inputs:
+        """One after another; at least one."""
+        return Inputs(
+            np.concatenate([p.features for p in parts], axis=1),
+            *(np.concatenate([getattr(p, name) for p in parts]) for name in ("profile", "log_calls", "sampler")),
+        )
+
+
+class Encoder:
+    """Points to model inputs under one difficulty map.
+
+    Args:
+        difficulty_map: errors by timestep and exit depth.
+        num_train_timesteps: length of the chain.
+    """
+
+    def __init__(self, difficulty_map: ErrorMap, num_train_timesteps: int) -> None:
+        self.map, self.num_train_timesteps = difficulty_map, num_train_timesteps
+        self._grid = (np.arange(4 * NUM_BINS) + 0.5) * num_train_timesteps / (4 * NUM_BINS)
+        self._scales = np.ones(len(SHAPES))
+        raw = self._shaped(self._grid)  # (shapes, grid, depth)
+        self.depth = raw.shape[2]
+        sizes = raw[:, :, : max(1, self.depth - 1)].mean(axis=(1, 2))
+        self._scales = np.where(sizes > 0, sizes, 1.0)
+
+    def _shaped(self, timesteps: npt.ArrayLike) -> Array:
+        """(n,) timesteps -> (shapes, n, depth) errors above the full depth's; 1 is typical."""
+        errors = np.asarray(self.map.error_at(np.asarray(timesteps, dtype=np.float64)), dtype=np.float64)
+        above = np.maximum(errors - errors[:, -1:], 0.0)
+        left_out = 1 - np.arange(1, errors.shape[1] + 1) / errors.shape[1]
+        shapes = np.stack([above, np.sqrt(above), np.broadcast_to(left_out**2, errors.shape)])
+        return np.asarray(shapes / self._scales[:, None, None])
+
+    def _basis(self, timesteps: npt.ArrayLike) -> Array:
+        """(n,) timesteps -> (n, NUM_WEIGHTS) hat functions on equally spaced knots; each row sums to 1."""
+        place = np.asarray(timesteps, dtype=np.float64) / self.num_train_timesteps * (NUM_WEIGHTS - 1)
+        return np.asarray(np.clip(1 - np.abs(place[:, None] - np.arange(NUM_WEIGHTS)), 0.0, 1.0))
+
+    def encode(self, points: Sequence[Point]) -> Inputs:
+        """Any points, one by one."""
+        if not points:
+            return self.encode_depths(np.ones((0, 1), int), (0, self.num_train_timesteps), "", (0.0,))
+        depths = [(p.schedule.exit_depth_at(p.timesteps)[None], p.schedule.exit_depth_at(self._grid)[None]) for p in points]
+        return Inputs.join([self._encode(*d, p.sampler, p.timesteps) for d, p in zip(depths, points, strict=True)])
+
+    def encode_depths(self, depths: Integers, boundaries: Sequence[int], sampler: str, timesteps: Sequence[float]) -> Inputs:
+        """Many schedules of one sampler at once: (n, intervals) depths over common boundaries."""
+        edges = np.asarray(boundaries)[1:-1]
+        calls = depths[:, np.searchsorted(edges, np.asarray(timesteps), side="right")]  # (n, calls)
+        return self._encode(calls, depths[:, np.searchsorted(edges, self._grid, side="right")], sampler, timesteps)
+
+    def _encode(self, calls: Integers, grid: Integers, sampler: str, timesteps: Sequence[float]) -> Inputs:
+        n, count = calls.shape
+        table, basis = self._shaped(timesteps), self._basis(timesteps)
+        errors = table[:, np.arange(count), calls - 1]  # (shapes, n, calls)
+        profile = grid.reshape(n, NUM_BINS, grid.shape[1] // NUM_BINS).mean(axis=2) / self.depth
+        name = zlib.crc32(sampler.encode())
+        return Inputs(errors @ basis / count, profile, np.full(n, np.log(count)), np.full(n, name, dtype=np.int64))
+
+    def interval_errors(self, weights: Array, timesteps: Sequence[float], boundaries: Sequence[int], shape: str) -> Array:
+        """Additive errors for `optimal_schedules`: (…, NUM_WEIGHTS) weights -> (…, intervals, depth) in log figure."""
+        table, basis = self._shaped(timesteps)[SHAPES.index(shape)], self._basis(timesteps)  # (calls, depth), (calls, weights)
+        interval = np.searchsorted(np.asarray(boundaries)[1:-1], np.asarray(timesteps), side="right")
+        inside = interval[None, :] == np.arange(len(boundaries) - 1)[:, None]  # (intervals, calls)
+        total = np.einsum("...k,jk,jd,ij->...id", weights, basis, table, inside.astype(float), optimize=True)
+        return np.asarray(total / len(timesteps))
+
+
+class QualityModel:
+    """The posterior given observations; fitted when made, and the same for the same observations.
+
+    Args:
+        encoder: the difficulty map, ready to be asked.
+        observations: figures on record, any number from none.
+
+    Attributes:
+        shape: of `SHAPES`, the one chosen.
+        hyperparameters: by name, as in `PRIOR`, on their natural scale.
+    """
+
+    def __init__(self, encoder: Encoder, observations: Sequence[Observation] = ()) -> None:
+        self.encoder = encoder
+        self._inputs = encoder.encode([o.point for o in observations])
+        self._cheap = np.array([o.level == "cheap" for o in observations], dtype=bool)
+        values = np.array([o.log_quality for o in observations], dtype=np.float64)
+        self._offset = {c: _offset(values, self._cheap, c) for c in (True, False)}
+        self._y = values - np.where(self._cheap, self._offset[True], self._offset[False])
+        self._noise = _noise(np.array([o.std_error for o in observations], dtype=np.float64), self._cheap)
+        self._blocks = [_Blocks(self._inputs, self._inputs, i) for i in range(len(SHAPES))]
+        self._fit()
+
+    # -- fitting ---------------------------------------------------------------------------------
+
+    def _fit(self) -> None:
+        """Maximise marginal likelihood times prior over hyperparameters, for each shape, then choose."""
+        best, self._theta, index = -np.inf, _MEAN.copy(), 0
+        unlike = _MEAN + np.array([-2.0, 0.5, 0.7, 0.0, 0.0, 0.0, 0.0])  # the map says little, the depth profile much
+        for i, start in [(0, _MEAN), (0, unlike), (1, _MEAN), (2, _MEAN)] if len(self._y) > 2 else []:
+            found = minimize(self._objective, start, (i,), "L-BFGS-B", True, bounds=_BOUNDS, tol=1e-6, options={"maxiter": 40})
+            value = SHAPE_LOG_PRIOR[i] - float(found.fun)
+            if np.isfinite(value) and value > best:
+                best, self._theta, index = value, np.asarray(found.x), i
+        self._index, self.shape = index, SHAPES[index]
+        natural = np.exp(self._theta)
+        self.hyperparameters = dict(zip(PRIOR, natural.tolist(), strict=True))
+        self.hyperparameters["correlation"] = float(natural[5] / (1 + natural[5]))
+        cov = self._cov(self._blocks[index], self._cheap, self._cheap)
+        self._factor = cholesky(cov + np.diag(self._variance(self._theta)))
+        self._alpha = cho_solve((self._factor, True), self._y - self._mean(self._inputs, self._cheap))
+
+    def _variance(self, theta: Array) -> Array:
+        return np.asarray(self._noise + np.where(self._cheap, CHEAP_NOISE**2, np.exp(2 * theta[6])))
+
+    def _objective(self, theta: Array, shape: int) -> tuple[float, Array]:
+        """Minus log (marginal likelihood times prior), and its gradient.
+
+        Source: Rasmussen & Williams 2006, equations 5.8 and 5.9, with the mean's dependence added.
+        """
+        blocks, cheap = self._blocks[shape], self._cheap
+        parts, levels = blocks.evaluate(theta), _levels(theta, cheap, cheap)
+        cov = levels * sum(parts.values()) + blocks.intercepts(cheap, cheap)
+        factor = cholesky(cov + np.diag(self._variance(theta)))
+        total = self._inputs.features[shape].sum(axis=1)
+        slope = _scale(theta, cheap) * np.exp(theta[0]) * total  # d mean / d log weight
+        steps = _scale(theta, cheap) * STEPS_SLOPE * self._inputs.log_calls
+        rest = self._y - slope - steps
+        alpha = cho_solve((factor, True), rest)
+        inverse = cho_solve((factor, True), np.eye(len(rest)))
+        outer = np.outer(alpha, alpha) - inverse  # 2 d likelihood / d cov
+        inner = levels * outer
+        either = cheap[:, None].astype(float) + cheap[None, :]
+        odds = 1 / (1 + np.exp(theta[5]))  # 1 - correlation
+        mixed = np.where(cheap[:, None] != cheap[None, :], odds, 0.0)
+        all_parts = inner * sum(parts.values())
+        gradient = np.array([
+            (inner * parts["weights"]).sum() + alpha @ slope,
+            (inner * blocks.spread(theta)).sum(),
+            (inner * parts["residual"]).sum(),
+            0.5 * (inner * blocks.length(theta)).sum(),
+            0.5 * (all_parts * either).sum() + alpha @ ((slope + steps) * cheap),
+            0.5 * (all_parts * mixed).sum(),
+            np.exp(2 * theta[6]) * np.diag(outer)[~cheap].sum(),
+        ])  # fmt: skip
+        away = (theta - _MEAN) / _STD
+        value = 0.5 * rest @ alpha + np.log(np.diag(factor)).sum() + 0.5 * away @ away
+        return float(value), away / _STD - gradient
+
+    # -- asking ----------------------------------------------------------------------------------
+
+    def _mean(self, inputs: Inputs, cheap: npt.NDArray[np.bool_]) -> Array:
+        total = np.exp(self._theta[0]) * inputs.features[self._index].sum(axis=1) + STEPS_SLOPE * inputs.log_calls
+        return np.asarray(_scale(self._theta, cheap) * total)
+
+    def _cov(self, blocks: _Blocks, cheap: npt.NDArray[np.bool_], others: npt.NDArray[np.bool_]) -> Array:
+        parts = sum(blocks.evaluate(self._theta).values())
+        return np.asarray(_levels(self._theta, cheap, others) * parts + blocks.intercepts(cheap, others))
+
+    def _whitened(self, inputs: Inputs, level: Level) -> tuple[Array, Array]:
+        """(observations, n) cross covariance over the factor of the observations', and the (n,) posterior mean."""
+        cheap = np.full(len(inputs), level == "cheap")
+        cross = self._cov(_Blocks(self._inputs, inputs, self._index), self._cheap, cheap)
+        mean = self._mean(inputs, cheap) + cross.T @ self._alpha + self._offset[level == "cheap"]
+        return np.asarray(solve_triangular(self._factor, cross, lower=True, check_finite=False)), mean
+
+    def posterior(self, points: Sequence[Point] | Inputs, level: Level = "dear") -> tuple[Array, Array]:
+        """Mean (n,) and covariance (n, n) of the log figure, free of noise, at one level."""
+        inputs = points if isinstance(points, Inputs) else self.encoder.encode(points)
+        (white, mean), cheap = self._whitened(inputs, level), np.full(len(inputs), level == "cheap")
+        return mean, self._cov(_Blocks(inputs, inputs, self._index), cheap, cheap) - white.T @ white
+
+    def conditional_draws(
+        self, rng: np.random.Generator, known: Inputs, candidates: Inputs, size: int
+    ) -> tuple[Array, Array, Array]:
+        """Joint draws of the log figure at the known points' dear level, and what each draw says of each candidate.
+
+        Candidates need no joint draw: a candidate is compared with the known points, never with another candidate, so its
+        Gaussian given the draw is all there is to know. That spares the covariance of candidates and their Monte Carlo noise.
+
+        Returns:
+            (size, known) draws; (size, candidates) means given the draw; (candidates,) standard deviations given any draw.
+        """
+        white, mean = self._whitened(candidates, "dear")
+        known_mean, cov = self.posterior(known)
+        a, b = np.zeros(len(known), dtype=bool), np.zeros(len(candidates), dtype=bool)
+        cross = self._cov(_Blocks(known, candidates, self._index), a, b) - self._whitened(known, "dear")[0].T @ white
+        factor = cholesky(cov)
+        gain = solve_triangular(factor, cross, lower=True, check_finite=False)  # (known, candidates)
+        normal = rng.standard_normal((size, len(known)))
+        variance = self._prior_variance(candidates) - (white**2).sum(axis=0) - (gain**2).sum(axis=0)
+        return known_mean + normal @ factor.T, mean + normal @ gain, np.sqrt(np.maximum(variance, 1e-12))
+
+    def _prior_variance(self, inputs: Inputs) -> Array:
+        """(n,) diagonal of the prior covariance at the dear level."""
+        phi = inputs.features[self._index]
+        own = np.einsum("nk,kl,nl->n", phi, self._weight_cov(), phi)
+        own += np.exp(2 * self._theta[2]) + STEPS_STD**2 * inputs.log_calls**2 + SAMPLER_STD**2
+        return np.asarray(own + LEVEL_STD**2 + LEVEL_SAMPLER_STD**2)
+
+    def _weight_cov(self) -> Array:
+        return np.asarray(np.exp(2 * self._theta[0]) * (COMMON_SPREAD**2 + np.exp(2 * self._theta[1]) * _SMOOTH))
+
+    def weights(self) -> tuple[Array, Array]:
+        """Mean (NUM_WEIGHTS,) and covariance of the dear level's noise-level weights; not clipped."""
+        prior, levels = self._weight_cov(), _levels(self._theta, np.zeros(1, dtype=bool), self._cheap)  # (1, observations)
+        cross = prior @ self._inputs.features[self._index].T * levels  # (weights, observations)
+        white = solve_triangular(self._factor, cross.T, lower=True, check_finite=False)
+        return np.exp(self._theta[0]) + cross @ self._alpha, prior - white.T @ white
+
+    def draw_weights(self, rng: np.random.Generator, size: int) -> Array:
+        """(size, NUM_WEIGHTS) draws of the noise-level weights, negative ones set to zero."""
+        mean, cov = self.weights()
+        return np.asarray(np.maximum(mean + rng.standard_normal((size, NUM_WEIGHTS)) @ cholesky(cov).T, 0.0))
+
+
+class _Blocks:
+    """Covariance of two lists of points, in the parts that hyperparameters scale. All (n, m)."""
+
+    def __init__(self, a: Inputs, b: Inputs, shape: int) -> None:
+        phi, psi = a.features[shape], b.features[shape]
+        self._common = COMMON_SPREAD**2 * np.outer(phi.sum(axis=1), psi.sum(axis=1))
+        self._smooth = phi @ _SMOOTH @ psi.T
+        square = (a.profile**2).sum(axis=1)[:, None] + (b.profile**2).sum(axis=1) - 2 * a.profile @ b.profile.T
+        self._distance = np.sqrt(np.maximum(square, 0.0) * 5 / NUM_BINS)  # Matérn's root of 5 included
+        self._same = (a.sampler[:, None] == b.sampler).astype(float)
+        self._alike = SAMPLER_CORRELATION + (1 - SAMPLER_CORRELATION) * self._same
+        self._steps = STEPS_STD**2 * np.outer(a.log_calls, b.log_calls) + SAMPLER_STD**2 * self._same
+
+    def evaluate(self, theta: Array) -> dict[str, Array]:
+        """Covariance from the weights, the residual (Matérn 5/2) and the sampler."""
+        scaled = self._distance / np.exp(theta[3])
+        residual = np.exp(2 * theta[2]) * self._alike * (1 + scaled + scaled**2 / 3) * np.exp(-scaled)
+        weights = np.exp(2 * theta[0]) * (self._common + np.exp(2 * theta[1]) * self._smooth)
+        return {"weights": weights, "residual": residual, "sampler": self._steps}
+
+    def spread(self, theta: Array) -> Array:
+        """Half the derivative by log spread."""
+        return np.asarray(np.exp(2 * theta[0] + 2 * theta[1]) * self._smooth)
+
+    def length(self, theta: Array) -> Array:
+        """Derivative by log length."""
+        scaled = self._distance / np.exp(theta[3])
+        return np.asarray(np.exp(2 * theta[2]) * self._alike * scaled**2 / 3 * (1 + scaled) * np.exp(-scaled))
+
+    def intercepts(self, cheap: npt.NDArray[np.bool_], others: npt.NDArray[np.bool_]) -> Array:
+        """Covariance of the level's and the level's sampler's intercepts."""
+        same_level = cheap[:, None] == others[None, :]
+        return np.asarray(same_level * (LEVEL_STD**2 + LEVEL_SAMPLER_STD**2 * self._same))
+
+
+_SMOOTH = np.exp(-0.5 * ((np.arange(NUM_WEIGHTS)[:, None] - np.arange(NUM_WEIGHTS)) / WEIGHT_LENGTH) ** 2)
+
+
+def _scale(theta: Array, cheap: npt.NDArray[np.bool_]) -> Array:
+    return np.asarray(np.where(cheap, np.exp(theta[4]), 1.0))
+
+
+def _levels(theta: Array, cheap: npt.NDArray[np.bool_], others: npt.NDArray[np.bool_]) -> Array:
+    """Coregionalisation: ratio of effects, times the correlation where levels differ."""
+    correlation = 1 / (1 + np.exp(-theta[5]))
+    product = _scale(theta, cheap)[:, None] * _scale(theta, others)
+    return np.asarray(product * np.where(cheap[:, None] == others, 1.0, correlation))
+
+
+def _offset(values: Array, cheap: npt.NDArray[np.bool_], level: bool) -> float:
+    """Mean figure of a level, of the other where it has none, else zero."""
+    own = values[cheap == level]
+    return float(own.mean()) if len(own) else float(values.mean()) if len(values) else 0.0
+
+
+def _noise(std_errors: Array, cheap: npt.NDArray[np.bool_]) -> Array:
+    """Variances, each drawn to the mean of its level: a standard error from two repeats is off by a factor easily."""
+    out = np.empty_like(std_errors)
+    for level in (True, False):
+        own = std_errors[cheap == level] ** 2
+        known = own[np.isfinite(own)]
+        pooled = float(known.mean()) if len(known) else DEFAULT_ERROR**2
+        out[cheap == level] = (np.where(np.isfinite(own), own, pooled) + POOL_WEIGHT * pooled) / (1 + POOL_WEIGHT)
+    return out
+
+
+def cholesky(cov: Array) -> Array:
+    """Lower Cholesky factor; where rounding leaves none, as little as needed is added to the diagonal."""
+    size = max(float(np.diag(cov).mean()), 1e-12) if len(cov) else 1.0
+    for exponent in range(-10, 1):
+        try:
+            return np.asarray(np.linalg.cholesky(cov + size * 10.0**exponent * np.eye(len(cov))))
+        except np.linalg.LinAlgError:
+            continue
+    return np.diag(np.sqrt(np.maximum(np.diag(cov), 1e-12)))

@@ -1,0 +1,131 @@
+"""What a study makes once and all its workers share: the elastic weights that serve every schedule, and the difficulty map.
+
+One worker makes it, the others wait for it (a lock that a dying process gives back); killed, it goes on from its checkpoint.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock
+
+from asesearch.backbones.base import Backbone
+from asesearch.backbones.checkpoints import load_backbone, save_backbone
+from asesearch.config import BackboneConfig
+from asesearch.data import open_data
+from asesearch.errors import StudyError
+from asesearch.files import write_json
+from asesearch.finetuning import CHECKPOINT, finetune
+from asesearch.schedule import ElasticDepths
+from asesearch.search.difficulty import DifficultyMap, measure_map
+from asesearch.search.records import shortened
+from asesearch.search.workbench import Workbench
+
+WEIGHTS = "elastic.safetensors"
+MAP = "map.json"
+COST = "warm-up.json"
+
+
+@dataclass
+class WarmUp:
+    """What the warm-up gave.
+
+    Attributes:
+        start: weights that every trial's fine-tuning starts from: the elastic ones, or the pretrained.
+        difficulty_map: of `start` against the pretrained network; None where nothing needs it.
+        seconds, gflops: spent on "elastic" and "map".
+        losses: of the elastic warm-up.
+    """
+
+    start: Backbone
+    difficulty_map: DifficultyMap | None = None
+    seconds: dict[str, float] = field(default_factory=dict)
+    gflops: dict[str, float] = field(default_factory=dict)
+    losses: list[float] = field(default_factory=list)
+
+
+def needs_map(bench: Workbench) -> bool:
+    """Whether the study's proposer or promotion uses the difficulty map."""
+    return bench.config.search.proposer == "difficulty" or bench.config.promotion is not None
+
+
+def warm_up(bench: Workbench, run_dir: Path, on_step: Callable[[int, float], None] | None = None) -> WarmUp:
+    """Make or load the study's elastic weights and difficulty map, and let the bench start its trials from them.
+
+    Raises:
+        TrainingDiverged: the warm-up; nothing can be searched then.
+        StudyError: files of an earlier warm-up that can't be read.
+    """
+    made = WarmUp(bench.backbone)
+    if bench.config.elastic is None and not needs_map(bench):
+        return made
+    run_dir.mkdir(parents=True, exist_ok=True)
+    with FileLock(run_dir / "warm-up.lock"):
+        _read_cost(made, run_dir / COST)
+        if bench.config.elastic is not None:
+            made.start = _elastic(bench, run_dir, made, on_step)
+        if needs_map(bench):
+            made.difficulty_map = _map(bench, run_dir, made)
+    bench.start = made.start
+    return made
+
+
+def _read_cost(made: WarmUp, path: Path) -> None:
+    if path.is_file():
+        stored = _read(path)
+        made.seconds, made.gflops, made.losses = stored["seconds"], stored["gflops"], stored["losses"]
+
+
+def _read(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise StudyError(f"can't read {path}: {error}; delete it to make it anew") from error
+
+
+def elastic_depths(bench: Workbench) -> ElasticDepths:
+    """The law of the study's elastic warm-up."""
+    config, low = bench.config.elastic, bench.min_exit_depth
+    assert config is not None
+    chain = bench.full.num_train_timesteps
+    return ElasticDepths(bench.backbone.depth, chain, low, config.depth_law, config.full_frac)
+
+
+def _elastic(bench: Workbench, run_dir: Path, made: WarmUp, on_step: Callable[[int, float], None] | None) -> Backbone:
+    path, config = run_dir / WEIGHTS, bench.config.elastic
+    assert config is not None
+    if not path.is_file():
+        law, folder = elastic_depths(bench), run_dir / "elastic"
+        teacher = bench.backbone if config.distill_frac > 0 else None
+        tuned = finetune(bench.backbone, bench.data, bench.diffusion, law, config, folder, teacher, on_step)
+        made.seconds["elastic"], made.losses = tuned.seconds, shortened(tuned.losses)
+        made.gflops["elastic"] = bench.training_gflops(law, config)
+        write_json(run_dir / COST, _cost_of(made))
+        save_backbone(tuned.backbone, path, {"elastic_depths": json.dumps(law.to_dict())})
+        (folder / CHECKPOINT).unlink(missing_ok=True)
+    own = BackboneConfig(kind=bench.config.backbone.kind, checkpoint=str(path))
+    return load_backbone(own).to(bench.device).eval()
+
+
+def _map(bench: Workbench, run_dir: Path, made: WarmUp) -> DifficultyMap:
+    path, config = run_dir / MAP, bench.config.map
+    if path.is_file():
+        return DifficultyMap.from_dict(_read(path))
+    data = bench.data if config.data is None else open_data(config.data)
+    start = time.perf_counter()
+    found = measure_map(made.start, data, bench.diffusion, config, bench.backbone)
+    made.seconds["map"] = time.perf_counter() - start
+    calls = sum(bench.flops) + bench.flops[-1]
+    made.gflops["map"] = config.num_bins * found.num_images * calls / 1e9
+    write_json(run_dir / COST, _cost_of(made))
+    write_json(path, found.to_dict())
+    return found
+
+
+def _cost_of(made: WarmUp) -> dict[str, Any]:
+    return {"seconds": made.seconds, "gflops": made.gflops, "losses": made.losses}

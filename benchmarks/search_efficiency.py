@@ -1,0 +1,226 @@
+"""Hypervolume against compute: Optuna's random, TPE, NSGA-II and GP, each schedule fine-tuned from the pretrained weights,
+against elastic warm-up, difficulty proposer and promotion.
+
+One study a method and repeat, on the shipped network and images. Compute counts all arithmetic: warm-up, map, fine-tuning and
+sampling. Warm starts that several rivals share are run once and charged to each. Killed, the same command goes on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from measuring import Figure, parse, publish, say
+
+from asesearch.config import StudyConfig, TrainConfig, parse_study
+from asesearch.evaluation.results import EvaluationResult, Protocol
+from asesearch.files import write_json
+from asesearch.schedule import ExitSchedule
+from asesearch.search import Study, Workbench
+from asesearch.search.confirmation import load_trial
+from asesearch.search.records import TrialRecord
+from asesearch.search.workbench import FRESH_SEEDS, Outcome
+
+RIVALS = ("random", "tpe", "nsga2", "gp")
+OURS = "difficulty"
+REFERENCE = (1.1, 2.0)  # of the hypervolume: times the full network's time and figure
+TRAIN: dict[str, Any] = {
+    "batch_size": 32, "lr": 8e-4, "warmup_steps": 10, "ema_decay": 0.9, "min_snr_gamma": 5.0, "checkpoint_every": 1000,
+    "loss_weight": {"shape": "none"},
+}  # fmt: skip
+
+
+def study_of(method: str, repeat: int, args: argparse.Namespace) -> StudyConfig:
+    """The study of one method: all but the way of searching is the same."""
+    ours = method == OURS
+    tiny = args.tiny
+    evaluation = {"extractor": "fashion-cnn", "num_samples": 80 if tiny else 300, "repeats": 2, "seed": 10_000 * (repeat + 1)}
+    data: dict[str, Any] = {
+        "name": f"{method}-{repeat}",
+        "backbone": {"kind": "dit", "checkpoint": "shipped:fashion-mnist-dit"},
+        "data": {"kind": "fashion-mnist", "split": "test"},
+        "train": {**TRAIN, "num_steps": args.own_steps if ours else args.steps, "seed": repeat},
+        "sampling": {"solver": "dpm++2m-quadratic", "num_steps": 8},
+        "evaluation": {**evaluation, "reference": {"kind": "fashion-mnist", "split": "train"}},
+        "search": {
+            "proposer": method, "num_trials": args.own_trials if ours else args.trials, "num_intervals": 10,
+            "min_exit_depth": 2, "seed": repeat, "cost": "flops", "keep_weights": "front",
+            "warm_start": ["full", "D2-DiT", "D3-DiT", "D7-DiT"],
+        },
+    }  # fmt: skip
+    if ours:
+        elastic = {"num_steps": args.elastic_steps, "lr": 1e-3, "ema_decay": 0.98, "distill_frac": 1.0, "seed": repeat}
+        data["elastic"] = {**TRAIN, **elastic, "depth_law": "noise-easy", "warmup_steps": 20}
+        data["map"] = {"num_bins": 10, "num_images": 32, "seed": repeat}
+        data["train"] = {**data["train"], "distill_frac": 1.0, "ema_decay": 0.8}
+        data["promotion"] = {"num_samples": 80 if tiny else 100, "repeats": 2, "always": 0}
+        data["search"]["warm_start"] = ["full"]
+    return parse_study(data, "search_efficiency")
+
+
+class Bench(Workbench):
+    """A workbench whose trials are shared by the rivals of one repeat, and whose full network is tuned alike for all."""
+
+    def __init__(self, config: StudyConfig, run_dir: Path, shared: Path | None, full_train: TrainConfig) -> None:
+        super().__init__(config, run_dir)
+        self.shared, self.full_train = shared, full_train
+
+    def tuning(self, schedule: ExitSchedule) -> Any:
+        return (self.backbone, self.full_train) if schedule.is_full else super().tuning(schedule)
+
+    def try_schedule(self, schedule: ExitSchedule, folder: Path, sampler: str = "") -> Outcome:
+        if self.shared is None:
+            return super().try_schedule(schedule, folder, sampler)
+        path = self.shared / folder.name
+        if not (path / "outcome.json").is_file():
+            outcome = super().try_schedule(schedule, path, sampler)
+            write_json(path / "outcome.json", {**vars(outcome), "quality": outcome.quality.to_dict()})
+        shutil.copytree(path, folder, dirs_exist_ok=True)
+        stored = json.loads((path / "outcome.json").read_text())
+        return Outcome(**{**stored, "quality": EvaluationResult.from_dict(stored["quality"])})
+
+
+def run_one(method: str, repeat: int, work: Path, args: argparse.Namespace) -> dict[str, Any]:
+    """One study, begun or gone on with, and its front on fresh seeds."""
+    config = study_of(method, repeat, args)
+    run_dir = work / config.name
+    done = run_dir / "result.json"
+    if done.is_file():
+        return json.loads(done.read_text())  # type: ignore[no-any-return]
+    shared = None if method == OURS else work / f"shared-{repeat}"
+    bench = Bench(config, run_dir, shared, study_of("random", repeat, args).train)
+    study = Study(config, run_dir)
+    study.run(bench, lambda r: say(f"  {config.name} #{r.number} {r.schedule}: {r.quality.value if r.quality else r.state}"))
+    results = study.results()
+    fresh = fresh_figures(study, bench, list(results.front()))
+    extra = sum(results.warm_up.get("gflops", {}).values())
+    rows = [row(r, bench.flops) for r in study.records()]
+    result = {"method": method, "repeat": repeat, "warm_up_gflops": extra, "trials": rows, "fresh": fresh}
+    write_json(done, result)
+    return result
+
+
+def row(record: TrialRecord, flops: tuple[float, ...]) -> dict[str, Any]:
+    """One trial as plain data."""
+    quality = None if record.quality is None else record.quality.value
+    return {
+        "number": record.number, "origin": record.origin, "schedule": str(record.schedule), "state": record.state,
+        "quality": quality, "cost": record.flops_frac, "gflops": sum(record.gflops.values()),
+    }  # fmt: skip
+
+
+def fresh_figures(study: Study, bench: Workbench, front: list[TrialRecord]) -> list[dict[str, Any]]:
+    """The front's points on seeds that no search has seen."""
+    seeds = tuple(FRESH_SEEDS + 1000 * i for i in range(2))
+    protocol: Protocol = type(bench.protocol)(**{**vars(bench.protocol), "seeds": seeds})
+    out = []
+    for record in front:
+        quality, _ = bench.evaluate(load_trial(study, record, bench.device), record.schedule, protocol)
+        out.append({"schedule": str(record.schedule), "cost": record.flops_frac, "quality": quality.value})
+    return out
+
+
+def hypervolume(points: list[tuple[float, float]], full_quality: float) -> float:
+    """Area in cost fraction × log figure that the points dominate below `REFERENCE`, at most 1.1 × something."""
+    limit = (REFERENCE[0], math.log(REFERENCE[1] * full_quality))
+    inside = sorted((c, math.log(q)) for c, q in points if c < limit[0] and math.log(q) < limit[1])
+    area, ceiling = 0.0, limit[1]
+    for c, q in inside:
+        if q < ceiling:
+            area, ceiling = area + (limit[0] - c) * (ceiling - q), q
+    return area
+
+
+def curve(result: dict[str, Any], full_quality: float) -> list[tuple[float, float]]:
+    """(GFLOPs spent, hypervolume of dear figures) after each trial."""
+    spent, points, out = result["warm_up_gflops"], [], [(result["warm_up_gflops"], 0.0)]
+    for trial in result["trials"]:
+        spent += trial["gflops"]
+        if trial["quality"] is not None:
+            points.append((trial["cost"], trial["quality"]))
+        out.append((spent, hypervolume(points, full_quality)))
+    return out
+
+
+def reached_at(points: list[tuple[float, float]], level: float) -> float:
+    """Compute at which a curve first reaches a level; infinite if never."""
+    return next((spent for spent, volume in points if volume >= level), math.inf)
+
+
+def compare(results: list[dict[str, Any]]) -> tuple[list[Figure], dict[str, Any]]:
+    """Figures of all repeats."""
+    repeats = sorted({r["repeat"] for r in results})
+    curves: dict[str, list[list[tuple[float, float]]]] = {}
+    ratios, fresh, final, covered = [], {}, {}, []
+    for repeat in repeats:
+        own = {r["method"]: r for r in results if r["repeat"] == repeat}
+        full = next(t["quality"] for t in own[RIVALS[0]]["trials"] if t["origin"] == "full")
+        for method, result in own.items():
+            curves.setdefault(method, []).append(curve(result, full))
+            final.setdefault(method, []).append(curves[method][-1][-1][1])
+            points = [(p["cost"], p["quality"]) for p in result["fresh"]]
+            fresh.setdefault(method, []).append(hypervolume(points, full))
+        best = max(RIVALS, key=lambda m: final[m][-1])
+        total = curves[best][-1][-1][0]
+        ratios.append(reached_at(curves[OURS][-1], final[best][-1]) / total)
+        covered.append(dominated(own[OURS]["fresh"], own[best]["fresh"]))
+    figures = [
+        Figure("our compute at the best rival's hypervolume / its", float(np.median(ratios)), "x", half(ratios), "<= 0.2"),
+        Figure("share of the best rival's fresh front that ours dominates", float(np.mean(covered)), "", half(covered), ">= 1"),
+    ]  # fmt: skip
+    for method in (*RIVALS, OURS):
+        figures.append(Figure(f"hypervolume, fresh seeds: {method}", float(np.mean(fresh[method])), "", half(fresh[method])))
+    for method in (*RIVALS, OURS):
+        spent = [c[-1][0] / 1000 for c in curves[method]]
+        figures.append(Figure(f"compute: {method}", float(np.mean(spent)), "TFLOP", half(spent)))
+    return figures, {"curves": curves, "fresh_hypervolume": fresh, "final_hypervolume": final, "compute_ratios": ratios}
+
+
+def dominated(ours: list[dict[str, Any]], theirs: list[dict[str, Any]]) -> float:
+    """Share of their points that one of ours is at least as good as in both objectives (the full network's left out)."""
+    rivals = [p for p in theirs if p["cost"] < 1]
+    hit = [any(o["cost"] <= p["cost"] + 1e-9 and o["quality"] <= p["quality"] for o in ours) for p in rivals]
+    return float(np.mean(hit)) if hit else math.nan
+
+
+def half(values: list[float]) -> float:
+    """Half the range over the repeats."""
+    return (max(values) - min(values)) / 2
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--repeats", type=int, default=3, help="training, sampling and search seeds (default %(default)s)")
+    parser.add_argument("--trials", type=int, default=12, help="of a rival (default %(default)s)")
+    parser.add_argument("--steps", type=int, default=120, help="of a rival's fine-tuning (default %(default)s)")
+    parser.add_argument("--own-trials", type=int, default=14, help="of ours, stopped ones included (default %(default)s)")
+    parser.add_argument("--own-steps", type=int, default=40, help="of ours, from the elastic weights (default %(default)s)")
+    parser.add_argument("--elastic-steps", type=int, default=200, help="of the warm-up (default %(default)s)")
+    parser.add_argument("--work", type=Path, default=Path("runs/search-efficiency"), help="folder of the studies")
+    parser.add_argument("--report", type=Path, help="folder for the page, its figures and tables")
+    parser.add_argument("--tiny", action="store_true", help="few steps and images, to see that the script runs")
+    parser.add_argument("--out", type=Path, help="write the results to this JSON file")
+    parser.set_defaults(batch=32, quick=False)
+    args = parse(parser)
+    if args.tiny:
+        args.trials, args.own_trials, args.steps, args.own_steps, args.elastic_steps = 5, 5, 3, 3, 3
+    results = []
+    for repeat in range(args.repeats):
+        for method in (OURS, *RIVALS):
+            say(f"{method}, repeat {repeat}")
+            results.append(run_one(method, repeat, args.work, args))
+    figures, raw = compare(results)
+    if args.report is not None:
+        from efficiency_page import write_page
+
+        write_page(args.report, figures, raw, results, args)
+    publish("search_efficiency", args, figures, {**raw, "results": results})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,86 @@
+"""Rungs, ways of sampling and time spent, in tables, figures and page."""
+
+import math
+from dataclasses import replace
+
+import pytest
+from scipy.stats import spearmanr
+
+from asesearch.evaluation.results import EvaluationResult
+from asesearch.report import ladder, page, tables
+from asesearch.report.plots import drawings
+from asesearch.search.records import CheapRung
+from tests.report.conftest import protocol
+
+CHEAP = protocol(2, num_samples=100)
+FAST = "dpm++2m-8"
+
+
+@pytest.fixture
+def climbed(study):
+    """A study whose every fifth trial was stopped and every seventh is sampled in 8 steps."""
+    results = study(20, failed=(7,))
+    records = []
+    for r in results.records:
+        if r.state == "failed":
+            records.append(r)
+            continue
+        stopped = r.number % 5 == 4
+        values = tuple(2 * v + 0.01 * r.number for v in r.quality.values[:2])
+        cheap = CheapRung(EvaluationResult(CHEAP, values), not stopped, 0.1 if stopped else 0.8, "by its probability")
+        changes = {"cheap": cheap, "gflops": {"cheap": 1.0, "finetune": 10.0}, "seconds": {**r.seconds, "cheap": 2.0}}
+        if stopped:
+            changes |= {"state": "stopped", "quality": None, "seconds": {"cheap": 2.0}, "gflops": {"cheap": 1.0}}
+        if r.number % 7 == 6:
+            changes |= {"sampler": FAST}
+        records.append(replace(r, **changes))
+    kept = [c for c in results.confirmations if records[c.number].state == "complete"]
+    warm_up = {"seconds": {"elastic": 120.0, "map": 30.0}, "gflops": {"elastic": 50.0, "map": 5.0}, "losses": []}
+    return replace(results, records=tuple(records), confirmations=tuple(kept), warm_up=warm_up)
+
+
+def test_cheap_figures_have_a_table_of_their_own(climbed):
+    table = ladder.rungs(climbed)
+    assert len(table) == 19 and set(table["cheap_num_samples"]) == {100}
+    stopped = table[~table["promoted"].astype(bool)]
+    assert list(stopped["number"]) == [4, 9, 14, 19] and stopped["dear_quality"].isna().all()
+    both = table.dropna(subset=["dear_quality"])
+    expected = spearmanr(both["cheap_quality"], both["dear_quality"]).statistic
+    assert ladder.rank_correlation(table) == pytest.approx(expected) and expected > 0.5
+    assert math.isnan(ladder.rank_correlation(table.head(2)))
+    for kind in ("search", "confirmed"):  # none of them is on a front, or in a table of other figures
+        assert not set(tables.points(climbed, kind)["number"]) & set(stopped["number"])
+    assert len(tables.hypervolume(climbed)) == len(climbed.complete)
+
+
+def test_time_spent_adds_up_to_what_is_on_record(climbed):
+    table = ladder.spending(climbed).set_index("part")
+    trials = sum(sum(r.seconds.values()) for r in climbed.records)
+    assert table["seconds"].sum() == pytest.approx(150 + trials)
+    assert table.loc["elastic", "seconds"] == 120 and table.loc["cheap", "seconds"] == 2 * 19
+    assert table.loc["cheap", "gflops"] == 19 and table.loc["finetune", "gflops"] == 10 * 15
+
+
+def test_page_names_samplers_rungs_and_spending(climbed):
+    shown = {d.name for d in drawings(climbed)}
+    assert {"rungs", "cheap_dear", "spending"} <= shown
+    html = page.render_page(climbed, [])
+    assert FAST in html and "ddim-50" in html and "4 were stopped at their cheap figure" in html
+    assert "1 failed" in html and html.count("by its probability") == 19
+    fast = next(r for r in climbed.complete if r.sampler == FAST)
+    assert tables.label(fast) == f"#{fast.number}, 8 steps"
+
+
+def test_figures_of_the_ladder_can_be_drawn(climbed, tmp_path):
+    for drawing in drawings(climbed):
+        if drawing.name in ("rungs", "cheap_dear", "spending", "front_search"):
+            assert b"<svg" in drawing.save(tmp_path) and (tmp_path / f"{drawing.name}.csv").is_file()
+
+
+def test_competing_samplers_are_said_to_be_part_of_the_point(climbed):
+    free = protocol(3, solver=None, num_steps=None)
+    records = tuple(
+        r if r.quality is None else replace(r, quality=EvaluationResult(free, r.quality.values)) for r in climbed.records
+    )
+    html = page.render_page(replace(climbed, records=records, confirmations=()), [])
+    assert html.count("any: part of the point") == 2

@@ -1,0 +1,173 @@
+"""The warm-up: made once, shared by all workers, gone on with where it was killed; and what trials make of it."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from filelock import FileLock, Timeout
+
+from asesearch.backbones import DiT
+from asesearch.backbones.checkpoints import save_backbone
+from asesearch.config import parse_study
+from asesearch.errors import CheckpointError, StudyError
+from asesearch.evaluation.cost import LatencyTable
+from asesearch.schedule import ExitSchedule
+from asesearch.search.study import Study
+from asesearch.search.warmup import COST, MAP, WEIGHTS, warm_up
+from asesearch.search.workbench import Workbench
+
+SHAPE = {"input_size": 28, "patch_size": 14, "in_channels": 1, "hidden_size": 16, "depth": 3, "num_heads": 2, "num_classes": 10}
+
+
+@pytest.fixture(scope="module")
+def network():
+    torch.manual_seed(0)
+    net = DiT(**SHAPE)
+    for p in net.parameters():
+        if p.requires_grad and not p.any():
+            torch.nn.init.normal_(p, std=0.05)
+    return net
+
+
+@pytest.fixture
+def study(network, tmp_path):
+    save_backbone(network, tmp_path / "net.safetensors", {})
+    return parse_study(
+        {
+            "name": "tiny",
+            "backbone": {"kind": "dit", "checkpoint": str(tmp_path / "net.safetensors")},
+            "data": {"kind": "fashion-mnist", "split": "test"},
+            "train": {"num_steps": 3, "batch_size": 8},
+            "elastic": {"num_steps": 4, "batch_size": 8, "checkpoint_every": 2, "distill_frac": 1.0},
+            "map": {"num_bins": 4, "num_images": 4},
+            "sampling": {"solver": "ddim", "num_steps": 4, "batch_size": 40},
+            "evaluation": {
+                "extractor": "fashion-cnn", "num_samples": 70, "repeats": 2,
+                "reference": {"kind": "fashion-mnist", "split": "train"},
+            },
+            "search": {"proposer": "difficulty", "num_intervals": 4, "num_trials": 4, "samplers": ["dpm++2m-2"]},
+            "promotion": {"num_samples": 66, "repeats": 1, "always": 1},
+            "confirm": {"num_samples": 70, "repeats": 2, "time_images": 4, "time_repeats": 1, "max_points": 2},
+        },
+        "test",
+    )  # fmt: skip
+
+
+def weights(net):
+    return torch.cat([p.detach().flatten() for p in net.parameters()])
+
+
+class Killed(BaseException):
+    pass
+
+
+def test_made_once_and_the_same_after_a_kill(study, tmp_path):
+    straight = warm_up(Workbench(study, tmp_path / "a"), tmp_path / "a")
+    assert straight.seconds["elastic"] > 0 and straight.seconds["map"] > 0 and len(straight.losses) == 4
+    assert straight.gflops["elastic"] > 0 and straight.gflops["map"] > 0
+    calls = []
+
+    def die(step, loss):
+        calls.append(step)
+        if step >= 4:
+            raise Killed
+
+    with pytest.raises(Killed):
+        warm_up(Workbench(study, tmp_path / "b"), tmp_path / "b", die)
+    assert not (tmp_path / "b" / WEIGHTS).exists()
+    resumed = warm_up(Workbench(study, tmp_path / "b"), tmp_path / "b", lambda step, loss: calls.append(step))
+    assert calls == [2, 4, 4]  # the first two steps were not made again
+    assert torch.equal(weights(resumed.start), weights(straight.start))
+    assert resumed.difficulty_map == straight.difficulty_map
+    bench = Workbench(study, tmp_path / "b")
+    again = warm_up(bench, tmp_path / "b", lambda *_: pytest.fail("made a second time"))
+    assert torch.equal(weights(bench.start), weights(straight.start)) and again.seconds == resumed.seconds
+    assert not torch.equal(weights(bench.start), weights(bench.backbone))
+
+
+def test_other_workers_wait_for_the_first(study, tmp_path):
+    taken = []
+
+    def try_lock(step, loss):
+        with pytest.raises(Timeout):
+            FileLock(tmp_path / "run" / "warm-up.lock", timeout=0).acquire()
+        taken.append(step)
+
+    warm_up(Workbench(study, tmp_path / "run"), tmp_path / "run", try_lock)
+    assert taken
+
+
+def test_nothing_is_made_where_nothing_needs_it(study, tmp_path):
+    plain = study.model_copy(
+        update={
+            "elastic": None,
+            "promotion": None,
+            "search": study.search.model_copy(update={"proposer": "tpe"}),
+        }
+    )
+    bench = Workbench(plain, tmp_path / "run")
+    made = warm_up(bench, tmp_path / "run")
+    assert made.start is bench.backbone and made.difficulty_map is None and made.seconds == {}
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(("name", "error"), [(MAP, StudyError), (COST, StudyError), (WEIGHTS, CheckpointError)])
+def test_damaged_files_are_named(study, tmp_path, name, error):
+    warm_up(Workbench(study, tmp_path / "run"), tmp_path / "run")
+    (tmp_path / "run" / name).write_text("{")
+    with pytest.raises(error, match=name):
+        warm_up(Workbench(study, tmp_path / "run"), tmp_path / "run")
+
+
+def test_the_full_network_is_tuned_for_as_long_as_warm_up_and_tuning_together(study, tmp_path):
+    bench = Workbench(study, tmp_path / "run")
+    warm_up(bench, tmp_path / "run")
+    start, config = bench.tuning(bench.full)
+    assert start is bench.backbone and config.num_steps == 4 + 3
+    start, config = bench.tuning(ExitSchedule.from_string("3 1"))
+    assert start is bench.start and config == study.train
+
+
+def test_costs_are_over_the_full_network_under_the_studys_own_sampler(study, tmp_path):
+    bench = Workbench(study, tmp_path / "run")
+    bench._latency = LatencyTable(40, "cpu", 1, "float32", (2.0, 3.0, 4.0), (0.1, 0.1, 0.1), 3)
+    assert bench.cost_fracs(bench.full)[0] == bench.cost_fracs(bench.full)[2] == 1.0
+    assert bench.cost_fracs(bench.full, "dpm++2m-2") == (0.5, 0.5, 0.5)
+    time, flops, blocks = bench.cost_fracs(ExitSchedule.from_string("1", 3), "dpm++2m-2")
+    assert time == 0.25 and blocks == pytest.approx(1 / 6) and blocks < flops < 0.5
+    # arithmetic: samples times calls times FLOPs, three calls a training sample and one of the teacher
+    images = study.evaluation.num_samples * study.evaluation.repeats
+    assert bench.sampling_gflops(bench.full, "", bench.protocol) == pytest.approx(4 * images * bench.flops[-1] / 1e9)
+    spent = bench.training_gflops(bench.full, study.train.model_copy(update={"distill_frac": 1.0}))
+    assert spent == pytest.approx(3 * 8 * 4 * bench.flops[-1] / 1e9)
+
+
+def test_protocol_leaves_competing_samplers_out(study, tmp_path):
+    bench = Workbench(study, tmp_path / "run")
+    assert bench.protocol.solver is None and bench.protocol.num_steps is None
+    alone = study.model_copy(update={"search": study.search.model_copy(update={"samplers": ()})})
+    assert Workbench(alone).protocol.num_steps == 4
+
+
+def test_a_whole_search_on_the_ladder(study, tmp_path):
+    from asesearch.deployment.bundle import load_bundle
+    from asesearch.deployment.export import export
+    from asesearch.search import search
+
+    results = search(study, tmp_path / "run")
+    assert [r.origin for r in results.records[:2]] == ["full", "full dpm++2m-2"] and len(results.records) == 4
+    fast = results.records[1]
+    assert fast.seconds["finetune"] == 0 and "finetune" not in fast.gflops  # the full network's weights serve both samplers
+    assert fast.time_frac == pytest.approx(0.5) and fast.quality.value != results.full.quality.value
+    assert all(r.cheap is not None and r.cheap.quality.protocol.num_samples == 66 for r in results.records)
+    assert results.difficulty_map is not None and results.warm_up["seconds"]["elastic"] > 0
+    assert {c.number for c in results.confirmations} >= {0} and all(c.seconds > 0 for c in results.confirmations)
+    opened = Study.open(tmp_path / "run")
+    folder = export(opened, fast, tmp_path / "bundle")
+    bundle = load_bundle(folder)
+    assert (bundle.sampling.solver, bundle.sampling.num_steps) == ("dpm++2m", 2)
+    images = bundle.sample(range(4)).images
+    shown = np.load(opened.trial_dir(fast.schedule) / "samples_dpm++2m-2.npz")["images"][:4]
+    assert np.abs(((images * 127.5 + 128).clamp(0, 255).to(torch.uint8).numpy()).astype(int) - shown.astype(int)).max() <= 1
+    assert json.loads((folder / "bundle.json").read_text())["sampling"]["num_steps"] == 2
