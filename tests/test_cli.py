@@ -188,7 +188,7 @@ def test_evaluate_check_fails_for_other_weights(place):
 
 
 @pytest.mark.parametrize(
-    "command", ["train", "finetune", "sample", "evaluate", "search", "report", "export", "latents", "train-extractor"]
+    "command", ["train", "finetune", "sample", "evaluate", "map", "search", "report", "export", "latents", "train-extractor"]
 )
 def test_every_command_explains_itself(command):
     out, _ = call(command, "--help")

@@ -83,7 +83,7 @@ def make_plan(bench: Workbench) -> Plan:
 
     full_step_s, elastic, budget_s = step_s(bench.full, config.train), config.elastic, config.search.budget_s
     elastic_s = 0.0 if elastic is None else elastic.num_steps * step_s(elastic_depths(bench), elastic)
-    calls = config.map.num_bins * config.map.num_images * (sum(bench.flops) / bench.flops[-1] + 1)
+    calls = config.map.num_bins * config.map.num_images * 3
     map_s = calls * image_s / len(steps) if needs_map(bench) else 0.0
     share = 1.0 if budget_s is None else TYPICAL_FRAC
     images = config.evaluation.num_samples * config.evaluation.repeats

@@ -118,9 +118,9 @@ def _map(bench: Workbench, run_dir: Path, made: WarmUp) -> DifficultyMap:
         return DifficultyMap.from_dict(_read(path))
     data = bench.data if config.data is None else open_data(config.data)
     start = time.perf_counter()
-    found = measure_map(made.start, data, bench.diffusion, config, bench.backbone)
+    found = measure_map(made.start, data, bench.diffusion, config, bench.backbone, bench.config.sampling.batch_size)
     made.seconds["map"] = time.perf_counter() - start
-    calls = sum(bench.flops) + bench.flops[-1]
+    calls = 3 * bench.flops[-1]  # all exits in one call and a little, and the reference's
     made.gflops["map"] = config.num_bins * found.num_images * calls / 1e9
     write_json(run_dir / COST, _cost_of(made))
     write_json(path, found.to_dict())

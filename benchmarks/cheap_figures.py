@@ -1,0 +1,224 @@
+"""Which cheap figure predicts the full protocol, and what a fine-tuning is best done with.
+
+One part a question: `predict` compares cheap figures of schedules with their figure after the longest fine-tuning, by rank;
+`ablate` compares ways of fine-tuning after equal compute. Killed, the same command goes on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from measuring import Figure, parse, publish, say
+from scipy.stats import spearmanr
+
+from asesearch.backbones.base import Backbone
+from asesearch.backbones.checkpoints import load_backbone, save_backbone
+from asesearch.config import BackboneConfig, ElasticConfig, LossWeight, MapConfig, StudyConfig, TrainConfig, parse_study
+from asesearch.evaluation.fidelity import build_protocol
+from asesearch.files import write_json
+from asesearch.finetuning import finetune
+from asesearch.schedule import ElasticDepths, ExitSchedule
+from asesearch.search import Workbench
+from asesearch.search.difficulty import DifficultyMap, measure_map
+
+SHORT = {"min_snr_gamma": 5.0, "batch_size": 32, "loss_weight": {"shape": "none"}}
+
+
+def study(args: argparse.Namespace) -> StudyConfig:
+    """The shipped network and images; eight second-order steps, which are as good as fifty of DDIM."""
+    return parse_study(
+        {
+            "name": "cheap-figures",
+            "backbone": {"kind": "dit", "checkpoint": "shipped:fashion-mnist-dit"},
+            "data": {"kind": "fashion-mnist", "split": "test"},
+            "sampling": {"solver": "dpm++2m-quadratic", "num_steps": 8},
+            "evaluation": {
+                "extractor": "fashion-cnn", "num_samples": 80 if args.tiny else 250, "repeats": 2,
+                "reference": {"kind": "fashion-mnist", "split": "train"},
+            },
+            "search": {"min_exit_depth": 2, "cost": "flops"},
+        },
+        "cheap_figures",
+    )  # fmt: skip
+
+
+class Lab:
+    """Network, elastic weights and map, made once."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.args, self.bench = args, Workbench(study(args))
+        self.depth = self.bench.backbone.depth
+        self.steps = next(iter(self.bench.samplers.values()))
+        self.work: Path = args.work
+        self.work.mkdir(parents=True, exist_ok=True)
+
+    def remembered(self, key: str, make: Any) -> Any:
+        """`make()`'s JSON value, kept under a key."""
+        path = self.work / f"{key}.json"
+        if not path.is_file():
+            write_json(path, make())
+            say(f"{key}: {path.read_text()[:90]}")
+        return json.loads(path.read_text())
+
+    def tuned(self, key: str, start: Backbone, depths: ExitSchedule | ElasticDepths, config: TrainConfig) -> Backbone:
+        """A fine-tuned network, kept under a key."""
+        path = self.work / f"{key}.safetensors"
+        if not path.is_file():
+            net = finetune(start, self.bench.data, self.bench.diffusion, depths, config, teacher=self.bench.backbone).backbone
+            save_backbone(net, path, {})
+        return load_backbone(BackboneConfig(checkpoint=str(path))).eval()
+
+    def figure(self, net: Backbone, schedule: ExitSchedule, num_samples: int | None = None, seed: int = 0) -> list[float]:
+        """Values of the repeats."""
+        changes = {"seed": seed} | ({"num_samples": num_samples} if num_samples else {})
+        evaluation = self.bench.config.evaluation.model_copy(update=changes)
+        protocol = build_protocol(evaluation, self.bench.config.sampling, self.bench.extractor, self.bench.reference)
+        return list(self.bench.evaluate(net, schedule, protocol)[0].values)
+
+    def elastic(self) -> Backbone:
+        """The elastic network that `predict` and the warm-started parts of `ablate` share."""
+        steps = 3 if self.args.tiny else self.args.elastic_steps
+        config = ElasticConfig(**SHORT, num_steps=steps, lr=1e-3, warmup_steps=20, ema_decay=0.98, distill_frac=1.0)
+        law = ElasticDepths(self.depth, 1000, 2, "noise-easy", 0.1)
+        return self.tuned("elastic", self.bench.backbone, law, config)
+
+    def map(self) -> DifficultyMap:
+        """Of the elastic network against the pretrained one."""
+        config = MapConfig(num_bins=10, num_images=8 if self.args.tiny else 48)
+        data, diffusion = self.bench.data, self.bench.diffusion
+        made = self.remembered(
+            "map", lambda: measure_map(self.elastic(), data, diffusion, config, self.bench.backbone).to_dict()
+        )
+        return DifficultyMap.from_dict(made)
+
+
+def schedules(lab: Lab, count: int, budget: float | None, seed: int) -> list[ExitSchedule]:
+    """Random schedules of any shape, noise-easy or not, of one budget (share of block calls) or of budgets from 0.35 to 0.9."""
+    rng, out = np.random.default_rng(seed), []
+    while len(out) < count:
+        target = budget or rng.uniform(0.35, 0.9)
+        shape = np.sort(rng.uniform(0, 1, 10)) ** rng.uniform(0.4, 2.5)
+        shape = rng.permuted(shape) if rng.random() < 0.25 else shape[::-1]
+        low = rng.integers(2, 7)
+        depths = np.clip(np.round(low + (lab.depth - low) * shape), 2, lab.depth).astype(int)
+        schedule = ExitSchedule.uniform_intervals(depths.tolist(), lab.depth)
+        close = 0.006 if budget else 0.03
+        if abs(schedule.block_frac(lab.steps) - target) < close and schedule.merged() not in {s.merged() for s in out}:
+            out.append(schedule)
+    return out
+
+
+def predict(lab: Lab) -> tuple[list[Figure], dict[str, Any]]:
+    """Rank correlation of each cheap figure with the longest fine-tuning."""
+    count, lengths = (4, (1, 2, 3)) if lab.args.tiny else (lab.args.schedules, (10, 30, 80))
+    elastic, table = lab.elastic(), lab.map()
+    snr = np.array([float(lab.bench.diffusion.snr()[int(t)]) for t in lab.steps])
+    weightings = {"unweighted": np.ones(len(snr)), "1/SNR": 1 / snr, "log(1+SNR)": np.log1p(snr)}
+    figures, raw = [], {}
+    for name, budget in (("one budget", 0.62), ("mixed budgets", None)):
+        rows = []
+        for i, schedule in enumerate(schedules(lab, count, budget, 1 if budget else 2)):
+            rows.append(lab.remembered(f"{name[:3]}-{i}", lambda s=schedule: one(lab, elastic, table, weightings, s, lengths)))
+        raw[name] = rows
+        truth = [r[f"tuned {lengths[-1]}"] for r in rows]
+        for key in [k for k in rows[0] if k not in ("schedule", "block_frac", f"tuned {lengths[-1]}")]:
+            values = [r[key] for r in rows]
+            figures.append(Figure(f"{name}: {key}", float(spearmanr(values, truth).statistic), "", bootstrap(values, truth)))
+    return figures, raw
+
+
+def one(
+    lab: Lab,
+    elastic: Backbone,
+    table: DifficultyMap,
+    weightings: dict[str, Any],
+    schedule: ExitSchedule,
+    lengths: tuple[int, ...],
+) -> dict[str, Any]:
+    """All figures of one schedule."""
+    depths = schedule.exit_depth_at(lab.steps)
+    errors = table.error_at(lab.steps)[np.arange(len(lab.steps)), depths - 1]
+    out: dict[str, Any] = {"schedule": str(schedule), "block_frac": schedule.block_frac(lab.steps)}
+    out |= {f"map error, {name}": float((w * errors).sum()) for name, w in weightings.items()}
+    out["map error, root"] = float(np.sqrt(errors).sum())
+    out["elastic, 100 images"] = float(np.mean(lab.figure(elastic, schedule, None if lab.args.tiny else 100)))
+    out["elastic, 250 images"] = float(np.mean(lab.figure(elastic, schedule)))
+    for steps in lengths:
+        config = TrainConfig(**SHORT, num_steps=steps, lr=6e-4, warmup_steps=5, ema_decay=0.9, distill_frac=1.0)
+        data, diffusion, teacher = lab.bench.data, lab.bench.diffusion, lab.bench.backbone
+        net = finetune(elastic, data, diffusion, schedule, config, teacher=teacher).backbone
+        out[f"tuned {steps}"] = float(np.mean(lab.figure(net, schedule)))
+    return out
+
+
+def bootstrap(a: list[float], b: list[float]) -> float:
+    """Standard error of a rank correlation, over resampled schedules."""
+    rng, pairs = np.random.default_rng(0), np.array([a, b])
+    draws = [pairs[:, rng.integers(0, len(a), len(a))] for _ in range(400)]
+    ranks = [spearmanr(*d).statistic for d in draws if len(set(d[0])) > 2 and len(set(d[1])) > 2]
+    return float(np.nanstd(ranks))
+
+
+def ablate(lab: Lab) -> tuple[list[Figure], dict[str, Any]]:
+    """Figure of one schedule after equal compute, by target, loss weight and start."""
+    schedule = ExitSchedule.published("D7-DiT", lab.depth)
+    frac = float(np.mean(np.asarray(lab.bench.flops)[schedule.exit_depth_at(np.arange(1000)) - 1]) / lab.bench.flops[-1])
+    budget = 4 if lab.args.tiny else lab.args.ablation_steps  # steps with noise targets
+    figures, raw = [], {}
+    flat, raised = LossWeight(shape="none"), LossWeight(shape="dropped", peak=2.0, window=20)
+    for start in ("pretrained", "elastic"):
+        net = lab.bench.backbone if start == "pretrained" else lab.elastic()
+        for distill in (0.0, 0.5, 1.0):
+            for name, weight in (("λ = 1", flat), ("λ(t) to 2", raised)):
+                steps = budget if distill == 0 else max(1, round(budget * 3 * frac / (3 * frac + 1)))
+                values = []
+                for repeat in range(1 if lab.args.tiny else lab.args.repeats):
+                    config = TrainConfig(
+                        **{**SHORT, "loss_weight": weight}, num_steps=steps, lr=8e-4, warmup_steps=10, ema_decay=0.9,
+                        distill_frac=distill, seed=repeat,
+                    )  # fmt: skip
+                    key = f"ablate-{start}-{distill}-{weight.shape}-{repeat}"
+                    values.append(lab.remembered(key, lambda n=net, c=config, r=repeat: tune_once(lab, n, schedule, c, r)))
+                means = [float(np.mean(v)) for v in values]
+                what = "noise targets" if distill == 0 else f"distillation {distill:g}"
+                spread = float(np.std(means, ddof=1) / np.sqrt(len(means))) if len(means) > 1 else None
+                figures.append(Figure(f"{start} start, {what}, {name} ({steps} steps)", float(np.mean(means)), "", spread))
+                raw[f"{start} {distill} {weight.shape}"] = values
+    return figures, raw
+
+
+def tune_once(lab: Lab, start: Backbone, schedule: ExitSchedule, config: TrainConfig, repeat: int) -> list[float]:
+    """Values of one run."""
+    data, diffusion = lab.bench.data, lab.bench.diffusion
+    net = finetune(start, data, diffusion, schedule, config, teacher=lab.bench.backbone).backbone
+    return lab.figure(net, schedule, seed=50_000 * (repeat + 1))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--only", choices=("predict", "ablate"), help="one part alone")
+    parser.add_argument("--schedules", type=int, default=20, help="of each kind in `predict` (default %(default)s)")
+    parser.add_argument("--elastic-steps", type=int, default=300, help="of 32 images (default %(default)s)")
+    parser.add_argument("--ablation-steps", type=int, default=80, help="with noise targets, of 32 images (default %(default)s)")
+    parser.add_argument("--repeats", type=int, default=3, help="training and sampling seeds of `ablate` (default %(default)s)")
+    parser.add_argument("--work", type=Path, default=Path("runs/cheap-figures"), help="folder of what is kept")
+    parser.add_argument("--tiny", action="store_true", help="few steps and images, to see that the script runs")
+    parser.add_argument("--out", type=Path, help="write the results to this JSON file")
+    parser.set_defaults(batch=32, quick=False)
+    tiny_repeats = parser.get_default("repeats")
+    args = parse(parser)
+    args.repeats = args.repeats if not args.tiny else tiny_repeats
+    lab, figures, raw = Lab(args), [], {}
+    for part in (ablate, predict):
+        if args.only in (None, part.__name__):
+            more, raw[part.__name__] = part(lab)
+            figures += more
+    publish("cheap_figures", args, figures, raw)
+
+
+if __name__ == "__main__":
+    main()
