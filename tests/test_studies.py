@@ -106,6 +106,20 @@ def run(config, folder):
     return export(study, study.record(results.confirmations[-1].number), folder / "bundle")
 
 
+def climb(config, folder):
+    """The same study with warm-up, map, our proposer, a cheap rung and a second way of sampling."""
+    data = config.model_dump()
+    data["elastic"] = {**data["train"], "num_steps": 2, "distill_frac": 1.0}
+    data["map"] = {"num_bins": 2, "num_images": 3}
+    data["promotion"] = {"num_samples": 14, "repeats": 1}
+    data["search"] |= {"proposer": "difficulty", "warm_start": ["full"], "samplers": ["ddim-2"], "num_trials": 4}
+    results = search(parse_study(data, "climb"), folder)
+    assert results.difficulty_map is not None and results.difficulty_map.num_bins == 2
+    assert [r.origin for r in results.records] == ["full", "full ddim-2", "difficulty", "difficulty"]
+    assert all(r.cheap is not None for r in results.records) and results.warm_up["gflops"]["elastic"] > 0
+    assert results.confirmations and write_report(results, folder / "report").is_file()
+
+
 @pytest.fixture(autouse=True)
 def quick(monkeypatch, tmp_path):
     monkeypatch.setattr(workbench, "LATENCY_REPEATS", 1)
@@ -134,6 +148,7 @@ def test_celeba(tmp_path):
     assert load_bundle(bundle).sample([0, 1]).images.shape == (2, 3, PIXELS, PIXELS)
     call("sample", bundle, "--num", 3, "-o", tmp_path / "x.png")
     assert (tmp_path / "x.png").is_file()
+    climb(config, tmp_path / "ladder")
 
 
 # -- ImageNet, DiT on latents ----------------------------------------------------------------------
@@ -177,7 +192,7 @@ def test_imagenet(imagenet, tmp_path):
     config = imagenet_study(imagenet)
     bundle = run(config, tmp_path)
     record = Study.open(tmp_path / "run").record(1)
-    assert {"finetune", "sample", "decode", "evaluate"} == record.seconds.keys()
+    assert {"finetune", "sample", "decode", "evaluate", "other"} == record.seconds.keys()
     manifest = json.loads((bundle / "bundle.json").read_text())
     assert manifest["latents"]["scale"] == [0.25] * 4 and manifest["provenance"]["config"]["data"]["kind"] == "latents"
     call("sample", bundle, "--num", 3, "-o", tmp_path / "x.npz")
@@ -295,3 +310,4 @@ def test_pixart(tmp_path):
         call("sample", bundle, "--prompt", "a shirt", "-o", tmp_path / "y.npz")
     with pytest.raises(ConfigError, match="must be a dict"):
         call("sample", bundle, "--label", 3, "-o", tmp_path / "y.npz")
+    climb(config, tmp_path / "ladder")
