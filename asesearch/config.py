@@ -206,7 +206,7 @@ class SearchConfig(_Section):
 
     proposer: Literal["difficulty", "tpe", "nsga2", "gp", "random"] = "tpe"
     num_trials: PositiveInt = 20
-    budget: str | None = Field(default=None, pattern=r"^[0-9.]+[smhd]$")
+    budget: str | None = Field(default=None, pattern=r"^[0-9]+(\.[0-9]+)?[smhd]$")
     num_intervals: int = Field(default=10, ge=1)
     noise_easy: bool = True
     min_exit_depth: PositiveInt | None = None

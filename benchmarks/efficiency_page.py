@@ -135,7 +135,8 @@ DPM-Solver++(2M). Rivals share the warm starts full, D2, D3 and D7; ours starts 
 alike for all.</p>
 <div class="figures">{pictures}</div>
 <h2>Figures</h2><div class="scroll"><table>
-<thead><tr><th>figure</th><td>value ± half the range over repeats</td><td>goal</td></tr></thead><tbody>{rows}</tbody></table></div>
+<thead><tr><th>figure</th><td>value ± half the range over repeats</td><td>goal</td></tr></thead>
+<tbody>{rows}</tbody></table></div>
 <h2>Reproduce</h2><p><code>python benchmarks/search_efficiency.py --report reports/search-efficiency</code> ({settings})</p>
 </body></html>
 """

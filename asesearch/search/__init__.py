@@ -7,12 +7,24 @@ from pathlib import Path
 
 from asesearch.config import StudyConfig
 from asesearch.search.confirmation import confirm
+from asesearch.search.difficulty import DifficultyMap, measure_map
 from asesearch.search.picking import pick
 from asesearch.search.records import Confirmation, StudyResults, TrialRecord
 from asesearch.search.study import Study
 from asesearch.search.workbench import Workbench
 
-__all__ = ["Confirmation", "Study", "StudyResults", "TrialRecord", "Workbench", "confirm", "pick", "search"]
+__all__ = [
+    "Confirmation",
+    "DifficultyMap",
+    "Study",
+    "StudyResults",
+    "TrialRecord",
+    "Workbench",
+    "confirm",
+    "measure_map",
+    "pick",
+    "search",
+]
 
 
 def search(
@@ -21,7 +33,8 @@ def search(
     on_trial: Callable[[TrialRecord], None] | None = None,
     on_confirmation: Callable[[Confirmation], None] | None = None,
 ) -> StudyResults:
-    """Run (or resume) a study: search until `search.num_trials` schedules have ended, then confirm the front.
+    """Run (or resume) a study: warm up, search until `search.num_trials` schedules have ended or the budget is spent, then
+    confirm the front.
 
     Raises:
         AseSearchError: see `Workbench`, `Study` and `Study.run`.
