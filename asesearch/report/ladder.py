@@ -13,7 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from asesearch.report import tables
-from asesearch.report.style import BLUE, GREEN, GREY, HEIGHT, ORANGE, SKY, SMALL, VERMILION, axes, percent_axis
+from asesearch.report.style import BLUE, GREEN, GREY, HEIGHT, ORANGE, SKY, SMALL, VERMILION, axes, log_axis, percent_axis
 from asesearch.search.records import StudyResults
 
 #: Part of the time on record -> what to call it, and its colour.
@@ -105,7 +105,7 @@ def draw_cheap_dear(data: pd.DataFrame) -> Figure:
 
 def _log_if_wide(ax: Axes, values: pd.Series) -> None:
     if values.min() > 0 and values.max() > 4 * values.min():
-        ax.set_yscale("log")
+        log_axis(ax)
 
 
 def draw_spending(data: pd.DataFrame) -> Figure:

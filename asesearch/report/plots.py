@@ -12,11 +12,11 @@ import pandas as pd
 import seaborn
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, MaxNLocator
+from matplotlib.ticker import MaxNLocator
 
 from asesearch.report import difficulty, ladder, tables
 from asesearch.report.labels import place_labels, spread_out
-from asesearch.report.style import BLUE, GREY, ORANGE, SMALL, VERMILION, WIDTH, Drawing, axes, percent_axis, settle
+from asesearch.report.style import BLUE, GREY, ORANGE, SMALL, VERMILION, WIDTH, Drawing, axes, log_axis, percent_axis, settle
 from asesearch.report.wording import number
 from asesearch.schedule import PUBLISHED
 from asesearch.search.records import StudyResults
@@ -110,7 +110,7 @@ def draw_front(data: pd.DataFrame) -> Figure:
     if high - low < 0.2:
         ax.set_xlim((low + high) / 2 - 0.1, (low + high) / 2 + 0.1)
     if data["quality"].min() > 0 and data["quality"].max() > 4 * data["quality"].min():
-        _log_axis(ax)
+        log_axis(ax)
     settle(figure)
     steps = _step_points(front)
     first = data["label"].isin([tables.FULL, *PUBLISHED]) | data["label"].str.startswith("full")
@@ -129,13 +129,6 @@ def _named(data: pd.DataFrame, x: str, y: str) -> list[tuple[float, float, str]]
 
 def _bar(value: float) -> float | None:
     return None if math.isnan(value) or value == 0 else value
-
-
-def _log_axis(ax: Axes) -> None:
-    ax.set_yscale("log")
-    plain = FuncFormatter(lambda v, _: f"{v:g}")
-    ax.yaxis.set_major_formatter(plain)
-    ax.yaxis.set_minor_formatter(FuncFormatter(lambda v, _: f"{v:g}" if f"{v:e}"[0] in "25" else ""))
 
 
 def _step_points(front: pd.DataFrame) -> list[tuple[float, float]]:
@@ -192,7 +185,7 @@ def draw_samples(data: pd.DataFrame, results: StudyResults) -> Figure:
             image = results.samples[n][j].transpose(1, 2, 0)  # (H, W, C)
             image = image[..., 0] if image.shape[-1] == 1 else image
             ax.imshow(image, cmap="gray", vmin=0, vmax=255, interpolation="nearest", extent=(j, j + 0.96, bottom, top))
-        text = mine["label"].iloc[0].replace(tables.FULL, "full\nnetwork")
+        text = mine["label"].iloc[0].replace(tables.FULL, "full\nnetwork").replace(", ", "\n")
         ax.text(-0.12, (top + bottom) / 2, text, ha="right", va="center", fontsize=SMALL)
     ax.set(xlim=(-1.6, count), ylim=(-high * len(numbers), 0), aspect="auto")
     return figure
@@ -212,7 +205,7 @@ def draw_trials(data: pd.DataFrame) -> Figure:
     bar.outline.set_visible(False)
     _over_trials(ax, f"{data['metric'].iloc[0]}  (lower is better)")
     if data["quality"].min() > 0 and data["quality"].max() > 4 * data["quality"].min():
-        _log_axis(ax)
+        log_axis(ax)
     ax.margins(0.08)
     settle(figure)
     last = data.iloc[-1]
@@ -295,7 +288,7 @@ def draw_losses(data: pd.DataFrame) -> Figure:
         mine = data[data["label"] == name]
         ax.plot(mine["step"], mine["loss"], color=colours[name], lw=1.4, marker="o" if len(mine) == 1 else None)
     if data["loss"].min() > 0 and data["loss"].max() > 4 * data["loss"].min():
-        _log_axis(ax)
+        log_axis(ax)
     ax.set_xlabel("fine-tuning step")
     ax.set_ylabel("loss")
     ends = [data[data["label"] == n].iloc[-1] for n in names]

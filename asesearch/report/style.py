@@ -16,7 +16,7 @@ import seaborn
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator, PercentFormatter
+from matplotlib.ticker import FuncFormatter, MaxNLocator, PercentFormatter
 
 #: Colour-blind safe: what a mark means is never said by its colour alone.
 BLUE, ORANGE, GREEN, VERMILION, PURPLE, _, _, GREY, _, SKY = seaborn.color_palette("colorblind").as_hex()
@@ -77,3 +77,11 @@ def percent_axis(axis: Axis) -> None:
     """Ticks as whole per cent."""
     axis.set_major_formatter(PercentFormatter(1.0, decimals=0, symbol=" %"))
     axis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10]))
+
+
+def log_axis(ax: Axes) -> None:
+    """A logarithmic vertical axis with plain numbers."""
+    ax.set_yscale("log")
+    plain = FuncFormatter(lambda v, _: f"{v:g}")
+    ax.yaxis.set_major_formatter(plain)
+    ax.yaxis.set_minor_formatter(FuncFormatter(lambda v, _: f"{v:g}" if f"{v:e}"[0] in "25" else ""))

@@ -82,7 +82,7 @@ def headline(results: StudyResults) -> Headline:
 
 
 def _name(row: pd.Series) -> str:
-    return str(row["label"]).replace("#", "trial ")
+    return str(row["label"]).replace("#", "trial ").replace("full, ", "the full network, ").replace(", ", " in ")
 
 
 def _saves(row: pd.Series) -> str:
