@@ -203,6 +203,20 @@ def as_program(monkeypatch, capsys, *args):
     return caught.value.code, capsys.readouterr()
 
 
+def test_a_budget_is_planned_and_kept(place, tmp_path):
+    study = tmp_path / "timed.toml"
+    study.write_text((place / "tiny.toml").read_text().replace("num_intervals = 4", "num_intervals = 8"))
+    args = ("search", study, "--out", tmp_path / "run", "--report", tmp_path / "report", "--budget", "15s")
+    plan = json.loads(call(*args, "--dry-run")[0])["plan"]
+    assert plan["budget_s"] == 15 and plan["total_s"] <= 15 and plan["num_trials"] >= 1
+    out, _ = call(*args)
+    from asesearch.search import Study
+    from asesearch.search.budget import spent_s
+
+    results = Study.open(tmp_path / "run").results()
+    assert json.loads(out)["front"] and len(results.records) > 1 and spent_s(results) <= 1.1 * 15
+
+
 WRONG = [
     (("search", "missing.toml"), 1, "can't read missing.toml"),
     (("search", "bad.toml"), 1, "unknown key search.tirals"),
@@ -215,6 +229,9 @@ WRONG = [
     (("finetune", "deep.toml", "--schedule", "28 28", "-o", "x.safetensors"), 1, "rescale the schedule"),
     (("finetune", "deep.toml", "--schedule", "D9-DiT", "-o", "x.safetensors"), 1, "published names"),
     (("search", "tiny.toml", "--trials", "0"), 1, "search: num_trials"),
+    (("search", "tiny.toml", "--budget", "soon"), 1, "search: budget"),
+    (("search", "tiny.toml", "--budget", "1h", "--trials", "4"), 1, "--trials or --budget, not both"),
+    (("search", "sampler.toml"), 1, "search.samplers.0"),
     (("train", "tiny.toml", "-o", "tiny.toml/x.safetensors"), 1, "can't write to tiny.toml/"),
     (("search",), 2, "Missing argument"),
     (("export", "runs", "--time", "2", "-o", "b"), 2, "less than or equal to 1"),
@@ -231,6 +248,7 @@ def test_wrong_input_is_one_line_and_leaves_nothing(place, tmp_path, monkeypatch
         "broken.toml": "name = ",
         "tiny.toml": text,
         "deep.toml": text,
+        "sampler.toml": text.replace("[search]", '[search]\nsamplers = ["heun-8"]'),
     }
     for name, content in files.items():
         Path(name).write_text(content)

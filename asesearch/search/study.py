@@ -228,7 +228,7 @@ class Study:
         on_warm_up: Callable[[int, float], None] | None = None,
     ) -> None:
         """Search until `num_trials` points have ended (failed and stopped ones count; repeats and killed ones do not), or, with
-        a `budget`, until its time is spent. The warm-up comes first, where the study has one.
+        a `budget`, until its time is spent or nothing new is found. The warm-up comes first, where the study has one.
 
         Args:
             bench: fine-tunes, samples and evaluates a schedule.
@@ -251,6 +251,8 @@ class Study:
                 self._seed_proposer(problem)
                 repeats = 0 if self._one_trial(space, bench, problem, progress) else repeats + 1
                 if repeats == MAX_REPEATS_IN_A_ROW:
+                    if self.config.search.budget_s is not None:
+                        return  # nothing is left to spend it on
                     raise StudyError(
                         f"the last {repeats} proposals were all schedules tried before; the space is as good as exhausted: "
                         "lower num_trials or widen the space; the trials on record are kept"

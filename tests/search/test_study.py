@@ -162,6 +162,8 @@ def test_an_exhausted_space_ends_the_search(tmp_path):
     with pytest.raises(StudyError, match="as good as exhausted"):
         study.run(FakeBench())
     assert len(study.records()) == 6  # every depth, once
+    timed, _ = run(make_config(num_intervals=1, warm_start=[], budget="1h"), tmp_path / "timed")  # with time to spare
+    assert len(timed.records()) == 6
 
 
 @pytest.mark.parametrize(
