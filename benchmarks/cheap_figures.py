@@ -37,7 +37,7 @@ def study(args: argparse.Namespace) -> StudyConfig:
             "data": {"kind": "fashion-mnist", "split": "test"},
             "sampling": {"solver": "dpm++2m-quadratic", "num_steps": 8},
             "evaluation": {
-                "extractor": "fashion-cnn", "num_samples": 80 if args.tiny else 250, "repeats": 2,
+                "extractor": "fashion-cnn", "num_samples": 80 if args.tiny else 200, "repeats": 2,
                 "reference": {"kind": "fashion-mnist", "split": "train"},
             },
             "search": {"min_exit_depth": 2, "cost": "flops"},
@@ -114,7 +114,7 @@ def schedules(lab: Lab, count: int, budget: float | None, seed: int) -> list[Exi
 
 def predict(lab: Lab) -> tuple[list[Figure], dict[str, Any]]:
     """Rank correlation of each cheap figure with the longest fine-tuning."""
-    count, lengths = (4, (1, 2, 3)) if lab.args.tiny else (lab.args.schedules, (10, 30, 80))
+    count, lengths = (4, (1, 2, 3)) if lab.args.tiny else (lab.args.schedules, (8, 24, 64))
     elastic, table = lab.elastic(), lab.map()
     snr = np.array([float(lab.bench.diffusion.snr()[int(t)]) for t in lab.steps])
     weightings = {"unweighted": np.ones(len(snr)), "1/SNR": 1 / snr, "log(1+SNR)": np.log1p(snr)}
@@ -146,7 +146,7 @@ def one(
     out |= {f"map error, {name}": float((w * errors).sum()) for name, w in weightings.items()}
     out["map error, root"] = float(np.sqrt(errors).sum())
     out["elastic, 100 images"] = float(np.mean(lab.figure(elastic, schedule, None if lab.args.tiny else 100)))
-    out["elastic, 250 images"] = float(np.mean(lab.figure(elastic, schedule)))
+    out["elastic, 200 images"] = float(np.mean(lab.figure(elastic, schedule)))
     for steps in lengths:
         config = TrainConfig(**SHORT, num_steps=steps, lr=6e-4, warmup_steps=5, ema_decay=0.9, distill_frac=1.0)
         data, diffusion, teacher = lab.bench.data, lab.bench.diffusion, lab.bench.backbone
@@ -203,7 +203,7 @@ def main() -> None:
     parser.add_argument("--only", choices=("predict", "ablate"), help="one part alone")
     parser.add_argument("--schedules", type=int, default=20, help="of each kind in `predict` (default %(default)s)")
     parser.add_argument("--elastic-steps", type=int, default=300, help="of 32 images (default %(default)s)")
-    parser.add_argument("--ablation-steps", type=int, default=80, help="with noise targets, of 32 images (default %(default)s)")
+    parser.add_argument("--ablation-steps", type=int, default=64, help="with noise targets, of 32 images (default %(default)s)")
     parser.add_argument("--repeats", type=int, default=3, help="training and sampling seeds of `ablate` (default %(default)s)")
     parser.add_argument("--work", type=Path, default=Path("runs/cheap-figures"), help="folder of what is kept")
     parser.add_argument("--tiny", action="store_true", help="few steps and images, to see that the script runs")
