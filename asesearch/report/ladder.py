@@ -116,8 +116,8 @@ def draw_spending(data: pd.DataFrame) -> Figure:
     for i, (m, share) in enumerate(zip(minutes, minutes / minutes.sum(), strict=True)):
         ax.text(m, i, f" {m:.1f} min, {100 * share:.0f} %", va="center", fontsize=SMALL)
     ax.invert_yaxis()
-    ax.set_xlim(0, 1.45 * float(minutes.max()))
-    ax.set_xlabel("minutes on record, all workers together")
+    ax.set_xlim(0, 1.75 * float(minutes.max()))
+    ax.set_xlabel("minutes on record")
     ax.grid(False)
     ax.spines["left"].set_visible(False)
     ax.tick_params(left=False)
@@ -138,5 +138,5 @@ def add_drawings(add: Add, results: StudyResults) -> None:
     both = found.dropna(subset=["dear_quality"]) if len(found) else found
     caption = "Schedules that have both: how well the cheap figure foretold the one after fine-tuning."
     add("cheap_dear", "What a cheap figure is worth", caption, both, draw_cheap_dear)
-    caption = "Time on record. A part that is done once serves every schedule."
+    caption = "Time on record, all workers together. A part that is done once serves every schedule."
     add("spending", "Where the time went", caption, spending(results), draw_spending)
