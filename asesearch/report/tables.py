@@ -18,13 +18,18 @@ import pandas as pd
 from asesearch.errors import EvaluationError, StudyError
 from asesearch.evaluation.results import EvaluationResult, Protocol
 from asesearch.schedule import PUBLISHED
-from asesearch.search.records import Confirmation, StudyResults, TrialRecord, non_dominated
+from asesearch.search.records import (
+    REFERENCE_QUALITY,
+    REFERENCE_TIME,
+    Confirmation,
+    StudyResults,
+    TrialRecord,
+    non_dominated,
+)
 
 FULL = "full network"
 #: Kind of a figure: as the search saw it (predicted time), or confirmed on fresh seeds (measured time).
 Kind = Literal["search", "confirmed"]
-#: Reference point of the hypervolume, as multiples of the full network's time and figure.
-REFERENCE_TIME, REFERENCE_QUALITY = 1.1, 2.0
 MAX_CURVE_POINTS, MAX_SHOWN, MAX_SAMPLES = 80, 5, 8
 
 

@@ -25,12 +25,10 @@ from asesearch.evaluation.results import EvaluationResult
 from asesearch.schedule import ExitSchedule
 from asesearch.search.pareto import expected_hypervolume_improvement, optimal_schedules, probability_on_front
 from asesearch.search.quality_model import NUM_WEIGHTS, Encoder, ErrorMap, Inputs, Level, Observation, Point, QualityModel
-from asesearch.search.records import RECORD, REPEAT, CheapRung, TrialRecord
+from asesearch.search.records import RECORD, REFERENCE_QUALITY, REFERENCE_TIME, REPEAT, CheapRung, TrialRecord
 from asesearch.search.space import Space
 
 Array = npt.NDArray[np.float64]
-#: Reference point of the hypervolume: 1.1 times the full network's cost, twice its figure (as in the report).
-REFERENCE_COST, REFERENCE_LOG_QUALITY = 1.1, math.log(2.0)
 NUM_INITIAL = 1  # trials besides the full network's that are spread over budgets before improvement decides
 WEIGHT_DRAWS, BLIND_DRAWS, MAX_BUDGETS = 15, 6, 40  # dynamic programmes a sampler: by the map, without it; schedules of each
 RANDOM_CANDIDATES, MUTANTS, REFINED, ROUNDS = 200, 200, 20, 2
@@ -156,7 +154,7 @@ class FrontBelief:
         self._costs = np.array([problem.cost_frac(p) for p in self.known])
         full = problem.point(ExitSchedule.full(problem.space.depth, problem.space.num_train_timesteps))
         best, _ = self.model.posterior([full])
-        self.reference = (REFERENCE_COST, float(best[0]) + REFERENCE_LOG_QUALITY)
+        self.reference = (REFERENCE_TIME, float(best[0]) + math.log(REFERENCE_QUALITY))
 
     def improvement(self, inputs: Inputs, costs: Array) -> Array:
         """(n,) expected enlargement of the dominated area, cost fraction times log figure, by a dear figure of each point."""

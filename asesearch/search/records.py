@@ -15,6 +15,8 @@ from asesearch.evaluation.results import EvaluationResult
 from asesearch.schedule import ExitSchedule
 from asesearch.search.difficulty import DifficultyMap
 
+#: Beyond these multiples of the full network's time and figure a point is worth nothing: reference point of hypervolumes.
+REFERENCE_TIME, REFERENCE_QUALITY = 1.1, 2.0
 RECORD = "record"  # user attribute of an Optuna trial that holds its TrialRecord
 REPEAT = "repeat_of"  # user attribute of a trial whose schedule is on record (its number), or in another worker's hands
 
@@ -192,8 +194,13 @@ def shortened(losses: Sequence[float]) -> list[float]:
 
 
 def select(front: tuple[TrialRecord, ...], full: TrialRecord, max_points: int) -> list[TrialRecord]:
-    """The full network and at most `max_points` front points, spread evenly over time, both ends included."""
+    """The full network and at most `max_points` front points, spread evenly over the front, both ends included.
+
+    Points with more than REFERENCE_QUALITY times the full network's figure are left out, unless there are no others.
+    """
     points = [r for r in front if r.number != full.number]
+    good = [r for r in points if r.quality and full.quality and r.quality.value <= REFERENCE_QUALITY * abs(full.quality.value)]
+    points = good or points
     if len(points) > max_points:
         last = len(points) - 1
         keep = sorted({round(i * last / max(1, max_points - 1)) for i in range(max_points)})

@@ -8,7 +8,7 @@ from asesearch.errors import ConfigError, StudyError
 from asesearch.evaluation.results import EvaluationResult
 from asesearch.schedule import ExitSchedule
 from asesearch.search.picking import pick, within_quality
-from asesearch.search.records import Confirmation, StudyResults, TrialRecord
+from asesearch.search.records import Confirmation, StudyResults, TrialRecord, select
 from tests.search.fake_search import PROTOCOL
 
 
@@ -87,3 +87,11 @@ def test_standard_errors_need_repeats():
     once = EvaluationResult(dataclasses.replace(PROTOCOL, seeds=(0,)), (5.0,))
     with pytest.raises(ConfigError, match="needs a standard error"):
         within_quality("1se", once, once)
+
+
+def test_confirmation_leaves_out_what_is_worth_nothing():
+    full = record(0, 10.0, 1.0, "6", "full")
+    front = tuple(record(i, v, 0.1 * i, "6 3") for i, v in enumerate((35.0, 19.0, 17.0, 15.0, 13.0, 11.0), 1))
+    chosen = select((*front, full), full, 3)
+    assert [r.number for r in chosen] == [0, 2, 4, 6]  # the fastest has 3.5 times the full network's figure
+    assert [r.number for r in select((front[0], full), full, 3)] == [0, 1]  # but nothing else is there
