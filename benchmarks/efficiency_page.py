@@ -14,7 +14,7 @@ from matplotlib.figure import Figure as Picture
 from measuring import Figure
 
 from asesearch.files import replacing
-from asesearch.report.style import BLUE, GREEN, GREY, HEIGHT, ORANGE, PURPLE, VERMILION, Drawing, axes, percent_axis
+from asesearch.report.style import BLUE, GREEN, GREY, HEIGHT, ORANGE, PURPLE, VERMILION, Drawing, axes, log_axis, percent_axis
 
 COLOURS = {"difficulty": VERMILION, "random": GREY, "tpe": BLUE, "nsga2": GREEN, "gp": ORANGE, "other": PURPLE}
 NAMES = {"difficulty": "asesearch", "random": "random", "tpe": "TPE", "nsga2": "NSGA-II", "gp": "GP"}
@@ -58,10 +58,10 @@ def draw_fronts(data: pd.DataFrame) -> Picture:
     figure, ax = axes(HEIGHT + 0.4)
     for method, mine in data.groupby("method", sort=False):
         ax.plot(mine["cost"], mine["quality"], "o", color=COLOURS[method], ms=5, alpha=0.8, label=NAMES[method])
-    ax.set_xlabel("FLOPs of sampling / full network's")
-    ax.set_ylabel("Fréchet distance (fashion-cnn), fresh seeds")
+    ax.set_xlabel("sampling FLOPs / full network's")
+    ax.set_ylabel("Fréchet distance (fashion-cnn)")
     percent_axis(ax.xaxis)
-    ax.set_yscale("log")
+    log_axis(ax)
     ax.legend(frameon=False)
     return figure
 
@@ -114,7 +114,8 @@ def answer(figures: list[Figure]) -> str:
 
 COMPUTE = (
     "Every trial, mean over repeats thick. All arithmetic counts: warm-up, map, fine-tuning, sampling. Reference point: 1.1 "
-    "times the full network's cost, twice its figure; area in cost fraction times log figure."
+    "times the full network's cost, twice its figure; area in cost fraction times log figure. NSGA-II's first generation is "
+    "random: with so few trials it is random search."
 )
 FRONTS = "The points of each method's final front, sampled again on seeds that no search has seen."
 PAGE = """<!DOCTYPE html>

@@ -101,7 +101,7 @@ def publish(benchmark: str, args: argparse.Namespace, figures: Sequence[Figure],
         spread = "" if f.spread is None else f"{f.spread:.4g}"
         goal = "" if f.goal is None else f"{f.goal}  {'met' if f.met else 'MISSED'}"
         print(f"{f.name:{width}}  {f.value:12.5g} {f.unit:4} {spread:>8}  {goal}".rstrip())
-    settings = {k: v for k, v in vars(args).items() if k not in ("out", "load_before", "started")}
+    settings = {k: v for k, v in vars(args).items() if k not in ("out", "work", "report", "load_before", "started")}
     record = {
         "benchmark": benchmark,
         "settings": settings,
