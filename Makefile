@@ -9,7 +9,7 @@ NAME := $(basename $(notdir $(STUDY)))
 
 search: setup  ## search, report, export and sample the shipped study
 	$(BIN)/asesearch search $(STUDY)
-	$(BIN)/asesearch export runs/$(NAME) --pick best-within --time 0.6 --out runs/$(NAME)/bundle --overwrite
+	$(BIN)/asesearch export runs/$(NAME) --pick best-within --time 0.35 --out runs/$(NAME)/bundle --overwrite
 	$(BIN)/asesearch sample runs/$(NAME)/bundle --num 40 --out runs/$(NAME)/bundle-samples.png
 	@echo "The report: reports/$(NAME)/index.html   The bundle: runs/$(NAME)/bundle"
 
