@@ -20,15 +20,15 @@ from measuring import Figure, parse, publish, say
 from asesearch.config import StudyConfig, TrainConfig, parse_study
 from asesearch.evaluation.results import EvaluationResult, Protocol
 from asesearch.files import write_json
+from asesearch.report.tables import hypervolume_2d
 from asesearch.schedule import ExitSchedule
 from asesearch.search import Study, Workbench
 from asesearch.search.confirmation import load_trial
-from asesearch.search.records import TrialRecord
+from asesearch.search.records import REFERENCE_QUALITY, REFERENCE_TIME, TrialRecord
 from asesearch.search.workbench import FRESH_SEEDS, Outcome
 
 RIVALS = ("random", "tpe", "nsga2", "gp")
 OURS = "difficulty"
-REFERENCE = (1.1, 2.0)  # of the hypervolume: times the full network's time and figure
 TRAIN: dict[str, Any] = {
     "batch_size": 32, "lr": 8e-4, "warmup_steps": 10, "ema_decay": 0.9, "min_snr_gamma": 5.0, "checkpoint_every": 1000,
     "loss_weight": {"shape": "none"},
@@ -126,14 +126,9 @@ def fresh_figures(study: Study, bench: Workbench, front: list[TrialRecord]) -> l
 
 
 def hypervolume(points: list[tuple[float, float]], full_quality: float) -> float:
-    """Area in cost fraction × log figure that the points dominate below `REFERENCE`, at most 1.1 × something."""
-    limit = (REFERENCE[0], math.log(REFERENCE[1] * full_quality))
-    inside = sorted((c, math.log(q)) for c, q in points if c < limit[0] and math.log(q) < limit[1])
-    area, ceiling = 0.0, limit[1]
-    for c, q in inside:
-        if q < ceiling:
-            area, ceiling = area + (limit[0] - c) * (ceiling - q), q
-    return area
+    """Area in cost fraction × log figure that the points dominate below 1.1 times the full network's cost, twice its figure."""
+    found = np.array([(cost, math.log(quality)) for cost, quality in points]).reshape(-1, 2)
+    return hypervolume_2d(found, (REFERENCE_TIME, math.log(REFERENCE_QUALITY * full_quality)))
 
 
 def curve(result: dict[str, Any], full_quality: float) -> list[tuple[float, float]]:

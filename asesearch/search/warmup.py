@@ -18,12 +18,12 @@ from asesearch.backbones.base import Backbone
 from asesearch.backbones.checkpoints import load_backbone, save_backbone
 from asesearch.config import BackboneConfig
 from asesearch.data import open_data
-from asesearch.errors import StudyError
 from asesearch.files import write_json
 from asesearch.finetuning import CHECKPOINT, finetune
 from asesearch.schedule import ElasticDepths
 from asesearch.search.difficulty import DifficultyMap, measure_map
 from asesearch.search.records import shortened
+from asesearch.search.storage import read_json
 from asesearch.search.workbench import Workbench
 
 WEIGHTS = "elastic.safetensors"
@@ -77,15 +77,8 @@ def warm_up(bench: Workbench, run_dir: Path, on_step: Callable[[int, float], Non
 
 def _read_cost(made: WarmUp, path: Path) -> None:
     if path.is_file():
-        stored = _read(path)
+        stored = read_json(path)
         made.seconds, made.gflops, made.losses = stored["seconds"], stored["gflops"], stored["losses"]
-
-
-def _read(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise StudyError(f"can't read {path}: {error}; delete it to make it anew") from error
 
 
 def elastic_depths(bench: Workbench) -> ElasticDepths:
@@ -115,7 +108,7 @@ def _elastic(bench: Workbench, run_dir: Path, made: WarmUp, on_step: Callable[[i
 def _map(bench: Workbench, run_dir: Path, made: WarmUp) -> DifficultyMap:
     path, config = run_dir / MAP, bench.config.map
     if path.is_file():
-        return DifficultyMap.from_dict(_read(path))
+        return DifficultyMap.from_dict(read_json(path))
     data = bench.data if config.data is None else open_data(config.data)
     start = time.perf_counter()
     found = measure_map(made.start, data, bench.diffusion, config, bench.backbone, bench.config.sampling.batch_size)
