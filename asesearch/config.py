@@ -94,14 +94,18 @@ class PromotionConfig(_Section):
     """Cheap evaluation first: which schedules are worth their brief fine-tuning.
 
     A schedule is sampled with the elastic weights, `repeats` times `num_samples` images, and is fine-tuned if it belongs to
-    the front with a probability of at least `threshold`, judged by all figures so far and their spread. The first `always`
-    proposals are fine-tuned whatever their cheap figure, so that there is something to judge by.
+    the front with a probability of at least `threshold`, judged by all figures so far and their spread.
+
+    The `difficulty` proposer looks around first: its first `explore` proposals (never more than half of `num_trials`) follow
+    the front of cheap figures and are not fine-tuned yet; the best of them come again. Of those that follow, the first `always`
+    are fine-tuned whatever their cheap figure, so that there is something to judge by.
     """
 
     num_samples: int = Field(default=200, ge=2)
     repeats: PositiveInt = 2
     threshold: float = Field(default=0.3, ge=0.0, le=1.0)
     always: NonNegativeInt = 1
+    explore: NonNegativeInt = 8
 
 
 class BackboneConfig(_Section):

@@ -24,11 +24,12 @@ from asesearch.report.tables import hypervolume_2d
 from asesearch.schedule import ExitSchedule
 from asesearch.search import Study, Workbench
 from asesearch.search.confirmation import load_trial
-from asesearch.search.records import REFERENCE_QUALITY, REFERENCE_TIME, TrialRecord
+from asesearch.search.records import RECORD, REFERENCE_QUALITY, REFERENCE_TIME, TrialRecord
 from asesearch.search.workbench import FRESH_SEEDS, Outcome
 
 RIVALS = ("random", "tpe", "nsga2", "gp")
 OURS = "difficulty"
+METHODS = (OURS, *RIVALS)
 TRAIN: dict[str, Any] = {
     "batch_size": 32, "lr": 8e-4, "warmup_steps": 10, "ema_decay": 0.9, "min_snr_gamma": 5.0, "checkpoint_every": 1000,
     "loss_weight": {"shape": "none"},
@@ -50,7 +51,7 @@ def study_of(method: str, repeat: int, args: argparse.Namespace) -> StudyConfig:
         "search": {
             "proposer": method, "num_trials": args.own_trials if ours else args.trials, "num_intervals": 10,
             "min_exit_depth": 2, "seed": repeat, "cost": "flops", "keep_weights": "front",
-            "warm_start": ["full", "D2-DiT", "D3-DiT", "D7-DiT"],
+            "warm_start": ["full", "D2-DiT", "D3-DiT", "D4-DiT", "D7-DiT"],
         },
     }  # fmt: skip
     if ours:
@@ -58,7 +59,7 @@ def study_of(method: str, repeat: int, args: argparse.Namespace) -> StudyConfig:
         data["elastic"] = {**TRAIN, **elastic, "depth_law": "noise-easy", "warmup_steps": 20}
         data["map"] = {"num_bins": 10, "num_images": 32, "seed": repeat}
         data["train"] = {**data["train"], "distill_frac": 1.0, "ema_decay": 0.8}
-        data["promotion"] = {"num_samples": 80 if tiny else 100, "repeats": 2, "always": 0}
+        data["promotion"] = {"num_samples": 80 if tiny else 100, "repeats": 2, "explore": args.explore}
         data["search"]["warm_start"] = ["full"]
     return parse_study(data, "search_efficiency")
 
@@ -99,19 +100,27 @@ def run_one(method: str, repeat: int, work: Path, args: argparse.Namespace) -> d
     results = study.results()
     fresh = fresh_figures(study, bench, list(results.front()))
     extra = sum(results.warm_up.get("gflops", {}).values())
-    rows = [row(r, bench.flops) for r in study.records()]
+    rows = rows_of(study)
     result = {"method": method, "repeat": repeat, "warm_up_gflops": extra, "trials": rows, "fresh": fresh}
     write_json(done, result)
     return result
 
 
-def row(record: TrialRecord, flops: tuple[float, ...]) -> dict[str, Any]:
-    """One trial as plain data."""
-    quality = None if record.quality is None else record.quality.value
-    return {
-        "number": record.number, "origin": record.origin, "schedule": str(record.schedule), "state": record.state,
-        "quality": quality, "cost": record.flops_frac, "gflops": sum(record.gflops.values()),
-    }  # fmt: skip
+def rows_of(study: Study) -> list[dict[str, Any]]:
+    """Trials as plain data, in order; one that was stopped and came again has two rows, each with what was spent in it."""
+    spent: dict[ExitSchedule, float] = {}
+    rows = []
+    for trial in study.optuna.get_trials(deepcopy=False):
+        if RECORD in trial.user_attrs:
+            record = TrialRecord.from_dict(json.loads(trial.user_attrs[RECORD]))
+            total, key = sum(record.gflops.values()), record.schedule.merged()
+            rows.append({
+                "number": record.number, "origin": record.origin, "schedule": str(record.schedule), "state": record.state,
+                "quality": None if record.quality is None else record.quality.value, "cost": record.flops_frac,
+                "gflops": total - spent.get(key, 0.0),
+            })  # fmt: skip
+            spent[key] = total
+    return rows
 
 
 def fresh_figures(study: Study, bench: Workbench, front: list[TrialRecord]) -> list[dict[str, Any]]:
@@ -191,11 +200,14 @@ def half(values: list[float]) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--repeats", type=int, default=3, help="training, sampling and search seeds (default %(default)s)")
-    parser.add_argument("--trials", type=int, default=12, help="of a rival (default %(default)s)")
-    parser.add_argument("--steps", type=int, default=120, help="of a rival's fine-tuning (default %(default)s)")
-    parser.add_argument("--own-trials", type=int, default=14, help="of ours, stopped ones included (default %(default)s)")
+    parser.add_argument("--trials", type=int, default=24, help="of a rival (default %(default)s)")
+    parser.add_argument("--steps", type=int, default=200, help="of a rival's fine-tuning (default %(default)s)")
+    parser.add_argument("--own-trials", type=int, default=24, help="of ours, stopped ones included (default %(default)s)")
+    parser.add_argument("--explore", type=int, default=10, help="of ours, that only look around (default %(default)s)")
     parser.add_argument("--own-steps", type=int, default=40, help="of ours, from the elastic weights (default %(default)s)")
-    parser.add_argument("--elastic-steps", type=int, default=200, help="of the warm-up (default %(default)s)")
+    parser.add_argument("--elastic-steps", type=int, default=300, help="of the warm-up (default %(default)s)")
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS, help="run these studies alone")
+    parser.add_argument("--first", type=int, default=0, help="begin at this repeat: processes can share the work")
     parser.add_argument("--work", type=Path, default=Path("runs/search-efficiency"), help="folder of the studies")
     parser.add_argument("--report", type=Path, help="folder for the page, its figures and tables")
     parser.add_argument("--tiny", action="store_true", help="few steps and images, to see that the script runs")
@@ -205,10 +217,13 @@ def main() -> None:
     if args.tiny:
         args.trials, args.own_trials, args.steps, args.own_steps, args.elastic_steps = 5, 5, 3, 3, 3
     results = []
-    for repeat in range(args.repeats):
-        for method in (OURS, *RIVALS):
+    for repeat in range(args.first, args.repeats):
+        for method in args.methods:
             say(f"{method}, repeat {repeat}")
             results.append(run_one(method, repeat, args.work, args))
+    if args.first or set(args.methods) != set(METHODS):
+        say("a part of the studies: run again without --first and --methods to compare them")
+        return
     figures, raw = compare(results)
     if args.report is not None:
         from efficiency_page import write_page

@@ -51,6 +51,8 @@ def room_for_trial(config: StudyConfig, bench: Workbench, results: StudyResults)
 
 
 def _next_s(records: tuple[TrialRecord, ...]) -> float:
-    """What a trial took so far, fine-tuned ones and stopped ones alike; the full network, tuned for longer, left out."""
-    took = [sum(r.seconds.values()) for r in records if not r.schedule.is_full]
-    return fmean(took[-8:]) if took else 0.0
+    """What a fine-tuned trial took so far (a stopped one where there is none); the full network, tuned for longer, left out."""
+    took = {state: [sum(r.seconds.values()) for r in records if not r.schedule.is_full and r.state == state]
+            for state in ("complete", "stopped")}  # fmt: skip
+    found = took["complete"] or took["stopped"]
+    return fmean(found[-8:]) if found else 0.0

@@ -13,10 +13,11 @@ from pathlib import Path
 
 import torch
 
+from asesearch.config import StudyConfig
 from asesearch.errors import EvaluationError, TrainingDiverged
 from asesearch.evaluation.results import EvaluationResult
 from asesearch.schedule import ExitSchedule
-from asesearch.search.proposer import Problem, judge
+from asesearch.search.proposer import NAME, Problem, judge
 from asesearch.search.records import CheapRung, TrialRecord, shortened
 from asesearch.search.workbench import Workbench, environment
 
@@ -80,9 +81,11 @@ def _cheap_rung(
     gflops: dict[str, float],
 ) -> CheapRung:
     """The point's cheap figure, measured or on record, and whether it is promoted."""
-    before = next((r.cheap for r in records if same_point(r, trial.schedule, trial.sampler)), None)
-    if before is not None:
-        return CheapRung(before.quality, True, before.probability, "proposed again in the light of later trials")
+    before = next((r for r in records if same_point(r, trial.schedule, trial.sampler)), None)
+    if before is not None and before.cheap is not None:
+        seconds |= before.seconds  # this record takes the place of that one
+        gflops |= before.gflops
+        return CheapRung(before.cheap.quality, True, before.cheap.probability, "proposed again in the light of later trials")
     quality, seconds["cheap"], gflops["cheap"] = bench.try_cheaply(trial.schedule, trial.sampler)
     promoted, probability, reason = _decide(bench, trial, records, problem, quality)
     return CheapRung(quality, promoted, probability, reason)
@@ -95,12 +98,26 @@ def _decide(
     assert config is not None
     if trial.origin != bench.config.search.proposer:
         return True, None, "a warm start"
+    looked = sum(r.cheap is not None and r.origin == trial.origin for r in records)
+    if looked < num_explored(bench.config):
+        return False, None, "a first look around"
     dear = sum(r.state == "complete" and r.origin == trial.origin for r in records)
     if dear < config.always:
         return True, None, f"among the first {config.always} proposals"
     probability = judge(problem, records, problem.point(trial.schedule, trial.sampler), quality)
     promoted = probability >= config.threshold
     return promoted, probability, f"on the front with probability {probability:.2f}, threshold {config.threshold:g}"
+
+
+def num_explored(config: StudyConfig) -> int:
+    """How many of the proposals only look around; `promotion.explore`, and no more than half of all trials.
+
+    Proposers that take no account of cheap figures would never come back to such a point: theirs none.
+    """
+    if config.promotion is None or config.search.proposer != NAME:
+        return 0
+    few = config.search.budget_s is None
+    return min(config.promotion.explore, config.search.num_trials // 2) if few else config.promotion.explore
 
 
 def same_point(record: TrialRecord, schedule: ExitSchedule, sampler: str) -> bool:

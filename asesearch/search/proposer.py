@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -29,6 +29,7 @@ from asesearch.search.records import RECORD, REFERENCE_QUALITY, REFERENCE_TIME, 
 from asesearch.search.space import Space
 
 Array = npt.NDArray[np.float64]
+NAME = "difficulty"  # the proposer's, in study files and as origin of its trials
 NUM_INITIAL = 1  # trials besides the full network's that are spread over budgets before improvement decides
 WEIGHT_DRAWS, BLIND_DRAWS, MAX_BUDGETS = 15, 6, 40  # dynamic programmes a sampler: by the map, without it; schedules of each
 RANDOM_CANDIDATES, MUTANTS, REFINED, ROUNDS = 200, 200, 20, 2
@@ -126,7 +127,7 @@ def _log_figures(found: list[EvaluationResult]) -> list[tuple[float, float]]:
 
 
 class FrontBelief:
-    """What the trials on record say of the front of dear figures.
+    """What the trials on record say of the front of one level's figures.
 
     Args:
         problem: what can be tried.
@@ -135,6 +136,7 @@ class FrontBelief:
             finds an improvement where the first is already at work.
         num_draws: joint draws of the figures on the front.
         seed: of the draws; the same for all questions.
+        level: whose front is asked for; figures of both levels inform it.
     """
 
     def __init__(
@@ -144,33 +146,36 @@ class FrontBelief:
         pending: Sequence[Point] = (),
         num_draws: int = 64,
         seed: int = 0,
+        level: Level = "dear",
     ) -> None:
-        self.problem, self._draws, self._seed = problem, num_draws, seed
+        self.problem, self._draws, self._seed, self.level = problem, num_draws, seed, level
         found = problem.observations(records)
         self.model = QualityModel(problem.encoder, found)
-        self.evaluated = [o.point for o in found if o.level == "dear"]
+        self.evaluated = [o.point for o in found if o.level == level]
         self.known = [*self.evaluated, *pending]
         self._inputs = problem.encoder.encode(self.known)
         self._costs = np.array([problem.cost_frac(p) for p in self.known])
         full = problem.point(ExitSchedule.full(problem.space.depth, problem.space.num_train_timesteps))
-        best, _ = self.model.posterior([full])
+        best, _ = self.model.posterior([full], level)
         self.reference = (REFERENCE_TIME, float(best[0]) + math.log(REFERENCE_QUALITY))
 
     def improvement(self, inputs: Inputs, costs: Array) -> Array:
-        """(n,) expected enlargement of the dominated area, cost fraction times log figure, by a dear figure of each point."""
-        draws = self.model.conditional_draws(np.random.default_rng(self._seed), self._inputs, inputs, self._draws)
+        """(n,) expected enlargement of the dominated area, cost fraction times log figure, by a figure of each point."""
+        rng = np.random.default_rng(self._seed)
+        draws = self.model.conditional_draws(rng, self._inputs, inputs, self._draws, self.level)
         return expected_hypervolume_improvement(self._costs, draws[0], costs, draws[1], draws[2], self.reference)
 
     def probability(self, point: Point) -> float:
         """That a point is on the front, and better than twice the full network's figure.
 
-        A point whose dear figure is on record is compared with the others.
+        A point whose figure is on record is compared with the others.
         """
         key = self.problem.key(point)
         others = [i for i, p in enumerate(self.known) if self.problem.key(p) != key]
         inputs, costs = self.problem.encoder.encode([self.known[i] for i in others]), self._costs[others]
         asked, cost = self.problem.encoder.encode([point]), np.array([self.problem.cost_frac(point)])
-        draws = self.model.conditional_draws(np.random.default_rng(self._seed), inputs, asked, 4 * self._draws)
+        rng = np.random.default_rng(self._seed)
+        draws = self.model.conditional_draws(rng, inputs, asked, 4 * self._draws, self.level)
         return float(probability_on_front(costs, draws[0], cost, draws[1], draws[2], self.reference[1])[0])
 
 
@@ -288,6 +293,7 @@ class DifficultySampler(optuna.samplers.BaseSampler):
         difficulty_map: errors by timestep and exit depth.
         seed: of all random choices.
         num_draws: see `FrontBelief`.
+        explore: so many proposals first follow the front of cheap figures; see `config.PromotionConfig`.
     """
 
     def __init__(
@@ -300,9 +306,10 @@ class DifficultySampler(optuna.samplers.BaseSampler):
         *,
         seed: int = 0,
         num_draws: int = 64,
+        explore: int = 0,
     ) -> None:
         self.problem = Problem(space, samplers, np.asarray(cost_table, dtype=np.float64), full_cost, difficulty_map)
-        self.seed, self.num_draws = seed, num_draws
+        self.seed, self.num_draws, self.explore = seed, num_draws, explore
 
     # -- what Optuna asks ------------------------------------------------------------------------
 
@@ -349,16 +356,19 @@ class DifficultySampler(optuna.samplers.BaseSampler):
 
     def _choose(self, records: list[TrialRecord], pending: list[Point], rng: np.random.Generator) -> tuple[int, ...] | None:
         """The best candidate's row; None if there is none."""
-        belief = FrontBelief(self.problem, records, pending, self.num_draws, int(rng.integers(2**31)))
+        looked = len(self._rows(records, lambda r: r.cheap is not None and r.origin == NAME)) + len(pending)
+        level: Level = "cheap" if looked < self.explore else "dear"
+        belief = FrontBelief(self.problem, records, pending, self.num_draws, int(rng.integers(2**31)), level)
         tried = [self.problem.key(p) for p in belief.known]
-        left_out = {*tried, *self._rows(records, "failed")}
-        begun = sum(not p.schedule.is_full for p in belief.known)
+        left_out = {*tried, *self._rows(records, lambda r: r.state == "failed")}
+        begun = looked + sum(not p.schedule.is_full for p in belief.evaluated)
         early = begun < NUM_INITIAL or not belief.evaluated  # there is nothing to improve upon
         if early and (row := self._first(belief.model, begun, left_out)):
             return row
         pool = Candidates(self.problem, left_out)
         pool.add_optimal(belief.model, rng)
-        pool.extend(self._rows(records, "stopped"))
+        if level == "dear":
+            pool.extend(sorted(self._rows(records, lambda r: r.state == "stopped")))
         pool.add_random(rng, RANDOM_CANDIDATES)
         pool.add_mutants(np.array(tried, dtype=np.int64).reshape(-1, pool.rows.shape[1]), rng, MUTANTS)
         if not len(pool.rows):
@@ -370,11 +380,11 @@ class DifficultySampler(optuna.samplers.BaseSampler):
             scores = np.concatenate((scores, self._scores(belief, pool, start)))
         return tuple(pool.rows[int(scores.argmax())].tolist())
 
-    def _rows(self, records: list[TrialRecord], state: str) -> list[tuple[int, ...]]:
-        """Points on record that ended in a state."""
+    def _rows(self, records: list[TrialRecord], which: Callable[[TrialRecord], bool]) -> set[tuple[int, ...]]:
+        """Points on record that a condition holds for."""
         names = ("", *self.problem.names)
-        known = [self.problem.point(r.schedule, r.sampler) for r in records if r.state == state and r.sampler in names]
-        return [self.problem.key(p) for p in known]
+        points = [self.problem.point(r.schedule, r.sampler) for r in records if r.sampler in names and which(r)]
+        return {self.problem.key(p) for p in points}
 
     def _scores(self, belief: FrontBelief, pool: Candidates, start: int = 0) -> Array:
         return belief.improvement(pool.inputs(start), pool.costs(start))

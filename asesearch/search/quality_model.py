@@ -278,9 +278,9 @@ class QualityModel:
         return mean, self._cov(_Blocks(inputs, inputs, self._index), cheap, cheap) - white.T @ white
 
     def conditional_draws(
-        self, rng: np.random.Generator, known: Inputs, candidates: Inputs, size: int
+        self, rng: np.random.Generator, known: Inputs, candidates: Inputs, size: int, level: Level = "dear"
     ) -> tuple[Array, Array, Array]:
-        """Joint draws of the log figure at the known points' dear level, and what each draw says of each candidate.
+        """Joint draws of the known points' log figure at one level, and what each draw says of each candidate.
 
         Candidates need no joint draw: a candidate is compared with the known points, never with another candidate, so its
         Gaussian given the draw is all there is to know. That spares the covariance of candidates and their Monte Carlo noise.
@@ -288,22 +288,22 @@ class QualityModel:
         Returns:
             (size, known) draws; (size, candidates) means given the draw; (candidates,) standard deviations given any draw.
         """
-        white, mean = self._whitened(candidates, "dear")
-        known_mean, cov = self.posterior(known)
-        a, b = np.zeros(len(known), dtype=bool), np.zeros(len(candidates), dtype=bool)
-        cross = self._cov(_Blocks(known, candidates, self._index), a, b) - self._whitened(known, "dear")[0].T @ white
+        white, mean = self._whitened(candidates, level)
+        known_mean, cov = self.posterior(known, level)
+        a, b = np.full(len(known), level == "cheap"), np.full(len(candidates), level == "cheap")
+        cross = self._cov(_Blocks(known, candidates, self._index), a, b) - self._whitened(known, level)[0].T @ white
         factor = cholesky(cov)
         gain = solve_triangular(factor, cross, lower=True, check_finite=False)  # (known, candidates)
         normal = rng.standard_normal((size, len(known)))
-        variance = self._prior_variance(candidates) - (white**2).sum(axis=0) - (gain**2).sum(axis=0)
+        variance = self._prior_variance(candidates, b) - (white**2).sum(axis=0) - (gain**2).sum(axis=0)
         return known_mean + normal @ factor.T, mean + normal @ gain, np.sqrt(np.maximum(variance, 1e-12))
 
-    def _prior_variance(self, inputs: Inputs) -> Array:
-        """(n,) diagonal of the prior covariance at the dear level."""
+    def _prior_variance(self, inputs: Inputs, cheap: npt.NDArray[np.bool_]) -> Array:
+        """(n,) diagonal of the prior covariance."""
         phi = inputs.features[self._index]
         own = np.einsum("nk,kl,nl->n", phi, self._weight_cov(), phi)
         own += np.exp(2 * self._theta[2]) + STEPS_STD**2 * inputs.log_calls**2 + SAMPLER_STD**2
-        return np.asarray(own + LEVEL_STD**2 + LEVEL_SAMPLER_STD**2)
+        return np.asarray(_scale(self._theta, cheap) ** 2 * own + LEVEL_STD**2 + LEVEL_SAMPLER_STD**2)
 
     def _weight_cov(self) -> Array:
         return np.asarray(np.exp(2 * self._theta[0]) * (COMMON_SPREAD**2 + np.exp(2 * self._theta[1]) * _SMOOTH))

@@ -31,8 +31,8 @@ from asesearch.files import write_json
 from asesearch.schedule import ExitSchedule
 from asesearch.search.budget import room_for_trial
 from asesearch.search.difficulty import DifficultyMap
-from asesearch.search.promotion import run_trial, same_point
-from asesearch.search.proposer import DifficultySampler, Problem
+from asesearch.search.promotion import num_explored, run_trial, same_point
+from asesearch.search.proposer import NAME, DifficultySampler, Problem
 from asesearch.search.records import RECORD, REPEAT, Confirmation, StudyResults, TrialRecord
 from asesearch.search.space import Space
 from asesearch.search.storage import alive, experimental, open_optuna, read_json, storage_errors, without_password
@@ -213,11 +213,12 @@ class Study:
         running = sum(t.state == TrialState.RUNNING for t in trials)
         words = np.random.SeedSequence([self.config.search.seed, ended, running]).generate_state(1)
         seed = int(words[0]) % 2**31
-        if self.config.search.proposer == "difficulty":
+        if self.config.search.proposer == NAME:
             assert problem is not None
             self.optuna.sampler = DifficultySampler(
-                problem.space, problem.samplers, problem.cost_table, problem.full_cost, problem.difficulty_map, seed=seed
-            )
+                problem.space, problem.samplers, problem.cost_table, problem.full_cost, problem.difficulty_map, seed=seed,
+                explore=num_explored(self.config),
+            )  # fmt: skip
         else:
             self.optuna.sampler = make_proposer(self.config.search, seed)
 

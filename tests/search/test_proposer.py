@@ -189,7 +189,7 @@ def test_what_failed_is_left_out_and_what_was_stopped_may_return():
     better = [*records, record(first, 0, state="stopped", cheap=0.01), record(FULL, 0, "gone", state="stopped", cheap=3.0)]
     assert propose(problem, better)[0] is not None
     pool = Candidates(problem, set())
-    pool.extend(make_sampler(problem)._rows(better, "stopped"))
+    pool.extend(make_sampler(problem)._rows(better, lambda r: r.state == "stopped"))
     assert pool.rows.tolist() == [list(problem.key(problem.point(first)))]
 
 

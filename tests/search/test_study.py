@@ -16,6 +16,7 @@ from asesearch.files import write_json
 from asesearch.schedule import ExitSchedule
 from asesearch.search.budget import MARGIN, confirmation_s, image_s, spent_s
 from asesearch.search.difficulty import DifficultyMap
+from asesearch.search.promotion import num_explored
 from asesearch.search.records import RECORD, TrialRecord, non_dominated, select
 from asesearch.search.study import Study, make_space, warm_starts
 from tests.search.fake_search import CHEAP, DEPTH, FakeBench, make_config
@@ -327,7 +328,7 @@ def ready(run_dir):
     return run_dir
 
 
-LADDER = {"promotion": {"num_samples": 20, "repeats": 2, "always": 2, "threshold": 0.5}}
+LADDER = {"promotion": {"num_samples": 20, "repeats": 2, "always": 2, "threshold": 0.5, "explore": 0}}
 
 
 def test_difficulty_proposer_resumes_and_repeats_like_any_other(tmp_path):
@@ -361,6 +362,27 @@ def test_only_promising_schedules_are_fine_tuned(tmp_path, proposer):
     assert not {r.number for r in stopped} & {r.number for r in study.results().front()}
     states = {t.number: t.state for t in study.optuna.get_trials()}
     assert all(states[r.number] == optuna.trial.TrialState.PRUNED for r in stopped)
+
+
+def test_the_proposer_looks_around_before_anything_is_fine_tuned(tmp_path):
+    config = make_config({"promotion": {**LADDER["promotion"], "explore": 5}}, proposer="difficulty", num_trials=14)
+    study, bench = run(config, ready(tmp_path))
+    first = [TrialRecord.from_dict(json.loads(t.user_attrs[RECORD])) for t in study.optuna.get_trials()][:7]
+    assert [r.state for r in first] == ["complete"] * 2 + ["stopped"] * 5  # warm starts, then the look around
+    assert {r.cheap.reason for r in first[2:]} == {"a first look around"}
+    assert len(study.records()) == 14
+    # the best of what was seen come again, at the price of their fine-tuning alone
+    again = [r for r in study.records() if r.cheap.reason.startswith("proposed again")]
+    seen = {r.schedule.merged() for r in first[2:]}
+    assert again and {r.schedule.merged() for r in again} <= seen
+    assert all(r.state == "complete" and r.seconds["cheap"] == 0.5 and r.gflops["cheap"] > 0 for r in again)
+    assert len(set(bench.cheaply)) == len(bench.cheaply)
+
+
+def test_no_more_than_half_of_the_trials_look_around():
+    assert num_explored(make_config({"promotion": {"explore": 9}}, proposer="difficulty", num_trials=10)) == 5
+    assert num_explored(make_config({"promotion": {"explore": 9}}, proposer="difficulty", num_trials=40)) == 9
+    assert num_explored(make_config({"promotion": {"explore": 9}}, proposer="tpe", num_trials=40)) == 0
 
 
 def test_a_stopped_schedule_that_is_proposed_again_goes_up_without_a_second_cheap_figure(tmp_path):
