@@ -147,7 +147,7 @@ class DataConfig(_Section):
     download: bool = False
 
 
-SolverName = Literal["ddpm", "ddim", "dpm++2m", "dpm++2m-quadratic", "euler-maruyama"]
+SolverName = Literal["ddpm", "ddim", "dpm++2m", "dpm++2m-quadratic", "unipc-quadratic", "euler-maruyama"]
 
 #: A way to sample as "SOLVER-STEPS".
 SamplerName = Annotated[str, Field(pattern=rf"^({'|'.join(map(re.escape, get_args(SolverName)))})-[1-9][0-9]*$")]
@@ -267,6 +267,7 @@ class StudyConfig(_Section):
 #: path must have the content on record: `Workbench.identity`.)
 MAY_CHANGE = frozenset(
     {"search.num_trials", "search.budget", "search.storage", "search.keep_weights", "train.checkpoint_every", "train.compile",
+     "promotion.threshold", "promotion.always", "promotion.explore",
      "sampling.batch_size", "data.path", "data.vae", "data.download", "evaluation.extractor_weights",
      "evaluation.reference.path", "evaluation.reference.download", "map.data.path", "map.data.download"}
 )  # fmt: skip

@@ -21,9 +21,11 @@ CASES = [
     ("ddim", Diffusion()),
     ("dpm++2m", Diffusion()),
     ("dpm++2m-quadratic", Diffusion()),
+    ("unipc-quadratic", Diffusion()),
     ("ddim", VPSDE()),
     ("dpm++2m", VPSDE()),
     ("dpm++2m-quadratic", VPSDE()),
+    ("unipc-quadratic", VPSDE()),
     ("euler-maruyama", VPSDE()),
 ]
 IDS = [f"{name} {type(process).__name__}" for name, process in CASES]

@@ -6,7 +6,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
-from diffusers import DDPMScheduler, DPMSolverMultistepScheduler
+from diffusers import DDPMScheduler, DPMSolverMultistepScheduler, UniPCMultistepScheduler
 from torch import Tensor
 
 from asesearch.backbones import DiT
@@ -112,6 +112,27 @@ def test_dpmpp_2m_agrees_with_diffusers(net: DiT, steps: int) -> None:
     assert steps < 4 or float((first - theirs).abs().max()) > 0.01  # the second order is seen
 
 
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # inside diffusers
+@pytest.mark.parametrize("steps", [1, 2, 3, 6, 20])
+def test_unipc_agrees_with_diffusers(net: DiT, steps: int) -> None:
+    model = model_of(net, False, torch.tensor([1, 2]))
+    scheduler = UniPCMultistepScheduler(trained_betas=Diffusion().betas.numpy(), final_sigmas_type="zero")
+    pairs = pairs_of(Diffusion(), steps, "unipc-quadratic")
+    timesteps = [int(t) for t, _ in pairs]
+    scheduler.set_timesteps(steps)
+    scheduler.timesteps = torch.tensor(timesteps)  # it has no quadratic grid of its own
+    noise_to_data = ((1 - scheduler.alphas_cumprod) / scheduler.alphas_cumprod).sqrt()[timesteps]
+    scheduler.sigmas = torch.cat([noise_to_data, torch.zeros(1)])
+    x = theirs = image_noise((3, 4), (4, 8, 8), torch.device("cpu"))()
+    with torch.no_grad():
+        for t in timesteps:
+            theirs = scheduler.step(model(theirs, t), t, theirs).prev_sample
+        ours = SOLVERS["unipc-quadratic"].integrate(model, x, pairs, Diffusion(), no_noise)
+        second = SOLVERS["dpm++2m"].integrate(model, x, pairs, Diffusion(), no_noise)
+    torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-3)
+    assert steps < 3 or float((second - theirs).abs().max()) > 0.01  # the corrector is seen
+
+
 def test_a_ddpm_step_of_the_whole_chain_is_the_posterior(net: DiT) -> None:
     """Mean and learned variance of diffusion.py, which the hybrid loss trains."""
     d, t = Diffusion(), torch.tensor([400, 400])
@@ -149,14 +170,19 @@ def flow_errors(solver: str, steps: Sequence[int]) -> list[float]:
 
 @pytest.mark.parametrize(
     ("solver", "order", "steps"),
-    [("ddim", 1, (50, 100, 200)), ("dpm++2m", 2, (250, 500, 1000)), ("dpm++2m-quadratic", 2, (100, 200, 400))],
+    [
+        ("ddim", 1, (50, 100, 200)),
+        ("dpm++2m", 2, (250, 500, 1000)),
+        ("dpm++2m-quadratic", 2, (100, 200, 400)),
+        ("unipc-quadratic", 3, (100, 200, 400)),
+    ],
 )
 def test_order_of_convergence(solver: str, order: int, steps: tuple[int, ...]) -> None:
     assert slope(steps, flow_errors(solver, steps)) == pytest.approx(order, abs=0.25)
 
 
-@pytest.mark.parametrize("solver", ["dpm++2m", "dpm++2m-quadratic"])
-def test_second_order_pays_at_few_steps(solver: str) -> None:
+@pytest.mark.parametrize("solver", ["dpm++2m", "dpm++2m-quadratic", "unipc-quadratic"])
+def test_higher_order_pays_at_few_steps(solver: str) -> None:
     for n in (20, 25, 50):
         assert flow_errors(solver, [n])[0] < 0.5 * flow_errors("ddim", [n])[0]
 

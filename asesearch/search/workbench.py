@@ -307,12 +307,14 @@ class Workbench:
         """What a schedule's brief fine-tuning starts from, and its settings.
 
         The full network, which all others are compared with, is tuned for as long as they were in all: from its pretrained
-        weights, for the steps of the elastic warm-up and of the brief fine-tuning together.
+        weights, for the steps of the elastic warm-up and of the brief fine-tuning together. It learns noise targets: from a
+        teacher that it equals it would learn nothing.
         """
         config, elastic = self.config.train, self.config.elastic
-        if elastic is None or not schedule.is_full:
+        if not schedule.is_full:
             return self.start, config
-        return self.backbone, config.model_copy(update={"num_steps": elastic.num_steps + config.num_steps})
+        steps = config.num_steps + (0 if elastic is None else elastic.num_steps)
+        return self.backbone, config.model_copy(update={"num_steps": steps, "distill_frac": 0.0})
 
     def _tuned(self, schedule: ExitSchedule, folder: Path) -> TrainResult:
         """The schedule's fine-tuned network; from its file where another sampler's trial left it."""
