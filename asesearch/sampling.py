@@ -138,8 +138,10 @@ def _unipc_step(
         targets.append(factor * math.factorial(k) / math.expm1(-h))
         factor = factor / -h - 1 / math.factorial(k + 1)
     weights = np.full(1, 0.5) if len(others) == 1 else np.linalg.solve(np.vander(ratios, increasing=True).T, targets)
-    change = sum((w / r) * (images[i] - here) for w, r, i in zip(weights, ratios, others, strict=True))
-    return sigma_next / sigma * x - alpha_next * math.expm1(-h) * (here + change)
+    mean = here  # of the predicted image over the step
+    for weight, i in zip((weights / ratios).tolist(), others, strict=True):
+        mean = mean + weight * (images[i] - here)
+    return sigma_next / sigma * x - alpha_next * math.expm1(-h) * mean
 
 
 def euler_maruyama(model: Model, x: Tensor, pairs: Pairs, diffusion: Process, noise: Noise) -> Tensor:

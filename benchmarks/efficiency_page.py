@@ -114,8 +114,8 @@ def answer(figures: list[Figure]) -> str:
 
 COMPUTE = (
     "Every trial, mean over repeats thick. All arithmetic counts: warm-up, map, fine-tuning, sampling. Reference point: 1.1 "
-    "times the full network's cost, twice its figure; area in cost fraction times log figure. NSGA-II's first generation is "
-    "random: with so few trials it is random search."
+    "times the full network's cost, twice its figure; area in cost fraction times log figure. The first trials are the same "
+    "for all rivals: warm starts, then random draws (up to the 8th for TPE and GP, the 10th for NSGA-II)."
 )
 FRONTS = "The points of each method's final front, sampled again on seeds that no search has seen."
 PAGE = """<!DOCTYPE html>
@@ -132,7 +132,7 @@ th {{ font-weight: normal; }} .big {{ font-size: 1.25rem; }}
 <p>Random, TPE, NSGA-II and GP (Optuna's) fine-tune every schedule from the pretrained weights. asesearch pays for one
 elastic warm-up and a difficulty map first, then fine-tunes more briefly what its cheap figures promote. One study a method
 and repeat, on the shipped Fashion-MNIST network (12 blocks) and the 10,000 shipped images, sampled in 8 steps of
-DPM-Solver++(2M). Rivals share the warm starts full, D2, D3 and D7; ours starts from the full network alone, which is tuned
+DPM-Solver++(2M). Rivals share the warm starts full, D2, D3, D4 and D7; ours starts from the full network alone, which is tuned
 alike for all.</p>
 <div class="figures">{pictures}</div>
 <h2>Figures</h2><div class="scroll"><table>

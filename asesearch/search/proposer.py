@@ -92,9 +92,28 @@ class Problem:
         """Exit depth in each of the space's intervals."""
         return tuple(schedule.exit_depth_at(self.boundaries[:-1]).tolist())
 
-    def key(self, point: Point) -> tuple[int, ...]:
-        """Equal for equal points of the space; a row of `Candidates`."""
+    def row(self, point: Point) -> tuple[int, ...]:
+        """A row of `Candidates`: the sampler's index, and the exit depth of each interval."""
         return (self.names.index(point.sampler), *self.depths_of(point.schedule))
+
+    @cached_property
+    def _called(self) -> npt.NDArray[np.int64]:
+        """(samplers, intervals) the interval whose depth stands in where a sampler makes no call; else the interval itself."""
+        out = []
+        for calls in self.calls:
+            called = np.flatnonzero(calls)
+            place = np.searchsorted(called, np.arange(len(calls)), side="right") - 1
+            out.append(called[np.maximum(place, 0)])
+        return np.stack(out)
+
+    def keys(self, rows: npt.NDArray[np.int64]) -> list[tuple[int, ...]]:
+        """Equal for rows that run the same blocks at the same calls: depths that a sampler never asks for do not count."""
+        depths = np.take_along_axis(rows[:, 1:], self._called[rows[:, 0]], axis=1)
+        return [tuple(key) for key in np.column_stack((rows[:, 0], depths)).tolist()]
+
+    def key(self, point: Point) -> tuple[int, ...]:
+        """Of one point; see `keys`."""
+        return self.keys(np.array([self.row(point)], dtype=np.int64))[0]
 
     def observations(self, records: Sequence[TrialRecord]) -> list[Observation]:
         """Figures on record, one a point and level (the latest)."""
@@ -195,7 +214,7 @@ def judge(problem: Problem, records: Sequence[TrialRecord], point: Point, cheap:
 
 
 class Candidates:
-    """Rows (sampler's index, exit depth of each interval), no two alike, none of those to be left out."""
+    """Rows (sampler's index, exit depth of each interval), no two alike in what they run, none with a key to be left out."""
 
     def __init__(self, problem: Problem, left_out: set[tuple[int, ...]]) -> None:
         self.problem, self._seen, self.rows = problem, set(left_out), np.zeros((0, problem.space.num_intervals + 1), int)
@@ -207,9 +226,13 @@ class Candidates:
 
     def extend(self, rows: Iterable[Sequence[int]]) -> None:
         """Rows of any samplers."""
-        new = [row for row in dict.fromkeys(map(tuple, rows)) if row not in self._seen]
-        self._seen.update(new)
-        self.rows = np.concatenate((self.rows, np.array(new, dtype=np.int64).reshape(-1, self.rows.shape[1])))
+        table = np.array(list(rows), dtype=np.int64).reshape(-1, self.rows.shape[1])
+        new = []
+        for i, key in enumerate(self.problem.keys(table)):
+            if key not in self._seen:
+                self._seen.add(key)
+                new.append(i)
+        self.rows = np.concatenate((self.rows, table[new]))
 
     def costs(self, start: int = 0) -> Array:
         """(n,) cost fractions of the rows from `start`."""
@@ -252,7 +275,7 @@ class Candidates:
         rows = []
         for _ in range(count):
             params = {name: _draw(dist, rng) for name, dist in space.distributions().items()}
-            rows.append(self.problem.key(self.problem.point(space.decode(params), space.sampler(params))))
+            rows.append(self.problem.row(self.problem.point(space.decode(params), space.sampler(params))))
         self.extend(rows)
 
     def add_mutants(self, parents: npt.NDArray[np.int64], rng: np.random.Generator, count: int) -> None:
@@ -356,11 +379,12 @@ class DifficultySampler(optuna.samplers.BaseSampler):
 
     def _choose(self, records: list[TrialRecord], pending: list[Point], rng: np.random.Generator) -> tuple[int, ...] | None:
         """The best candidate's row; None if there is none."""
-        looked = len(self._rows(records, lambda r: r.cheap is not None and r.origin == NAME)) + len(pending)
+        looked = len(self._keys(self._rows(records, lambda r: r.cheap is not None and r.origin == NAME))) + len(pending)
         level: Level = "cheap" if looked < self.explore else "dear"
         belief = FrontBelief(self.problem, records, pending, self.num_draws, int(rng.integers(2**31)), level)
-        tried = [self.problem.key(p) for p in belief.known]
-        left_out = {*tried, *self._rows(records, lambda r: r.state == "failed")}
+        tried = [self.problem.row(p) for p in belief.known]
+        gone = self._rows(records, lambda r: r.state == "failed")
+        left_out = {self.problem.key(p) for p in belief.known} | self._keys(gone)
         begun = looked + sum(not p.schedule.is_full for p in belief.evaluated)
         early = begun < NUM_INITIAL or not belief.evaluated  # there is nothing to improve upon
         if early and (row := self._first(belief.model, begun, left_out)):
@@ -384,7 +408,10 @@ class DifficultySampler(optuna.samplers.BaseSampler):
         """Points on record that a condition holds for."""
         names = ("", *self.problem.names)
         points = [self.problem.point(r.schedule, r.sampler) for r in records if r.sampler in names and which(r)]
-        return {self.problem.key(p) for p in points}
+        return {self.problem.row(p) for p in points}
+
+    def _keys(self, rows: set[tuple[int, ...]]) -> set[tuple[int, ...]]:
+        return set(self.problem.keys(np.array(sorted(rows), dtype=np.int64).reshape(-1, len(self.problem.boundaries))))
 
     def _scores(self, belief: FrontBelief, pool: Candidates, start: int = 0) -> Array:
         return belief.improvement(pool.inputs(start), pool.costs(start))

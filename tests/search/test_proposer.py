@@ -190,7 +190,19 @@ def test_what_failed_is_left_out_and_what_was_stopped_may_return():
     assert propose(problem, better)[0] is not None
     pool = Candidates(problem, set())
     pool.extend(make_sampler(problem)._rows(better, lambda r: r.state == "stopped"))
-    assert pool.rows.tolist() == [list(problem.key(problem.point(first)))]
+    assert pool.rows.tolist() == [list(problem.row(problem.point(first)))]
+
+
+def test_depths_that_a_sampler_never_asks_for_make_no_other_point():
+    samplers = {"ten": tuple(range(950, 0, -100)), "three": (950.0, 450.0, 50.0)}  # three: intervals 9, 4 and 0
+    problem = make_problem(space=Space(DEPTH, CHAIN, 10, samplers=tuple(samplers)), samplers=samplers)
+    one, other = ((1, *((8,) * 4), *((5,) * 5), 3), (1, 8, 7, 6, 6, *((5,) * 4), 4, 3))
+    assert problem.keys(np.array([one, other])) == [one[:1] + (8, 8, 8, 8, 5, 5, 5, 5, 5, 3)] * 2
+    rows = [(0, *one[1:]), (0, *other[1:])]
+    assert problem.keys(np.array(rows)) == rows  # ten calls see the difference
+    pool = Candidates(problem, {problem.keys(np.array([one]))[0]})
+    pool.extend([other, *rows])
+    assert pool.rows.tolist() == [list(r) for r in rows]
 
 
 def test_several_samplers_compete():
