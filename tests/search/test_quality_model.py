@@ -123,7 +123,7 @@ def test_weights_of_noise_levels_are_recovered():
     points = [Point(ExitSchedule.uniform_intervals(row.tolist(), DEPTH), "a", CALLS) for row in depths]
     model = QualityModel(truth.encoder, observe(points, truth, rng, noise=0.01))
     mean, cov = model.weights()
-    assert model.shape == "identity"
+    assert model.shape == "log"
     assert np.all(np.abs(mean - truth.weights) < 4 * np.sqrt(np.diag(cov)) + 0.1)
     assert np.corrcoef(mean, truth.weights)[0, 1] > 0.9
     draws = model.draw_weights(rng, 2000)
