@@ -292,7 +292,7 @@ def draw_losses(data: pd.DataFrame) -> Figure:
     ax.set_xlabel("fine-tuning step")
     ax.set_ylabel("loss")
     ends = [data[data["label"] == n].iloc[-1] for n in names]
-    ax.set_xlim(right=float(data["step"].max()) * 1.3)
+    ax.set_xlim(right=float(data["step"].max()) * (1.1 + 0.025 * max(map(len, names))))
     settle(figure)
     places = ax.transAxes.inverted().transform(ax.transData.transform([(e["step"], e["loss"]) for e in ends]))  # (n, 2)
     gap = 1.35 * SMALL * figure.dpi / 72 / ax.get_window_extent().height

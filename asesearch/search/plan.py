@@ -10,6 +10,7 @@ import torch
 
 from asesearch.finetuning import Depths, Trainer, seconds_per_step
 from asesearch.search.budget import MARGIN, confirmation_s
+from asesearch.search.promotion import num_explored
 from asesearch.search.warmup import elastic_depths, needs_map
 from asesearch.search.workbench import Workbench
 
@@ -34,7 +35,7 @@ class Plan:
         cheap_s: the cheap rung of one trial; 0 without promotion.
         trial_s: one trial that is fine-tuned, its cheap rung included.
         num_trials: schedules besides the full network; with a budget, how many it leaves room for if all are fine-tuned.
-        search_s: all trials.
+        search_s: all trials; with a budget, also the first look around (`promotion.explore` cheap figures).
         confirm_s: confirmation of the front, its timing included.
         total_s: of all this.
         budget_s: the study's budget, which the search keeps to; None without one.
@@ -95,9 +96,11 @@ def make_plan(bench: Workbench) -> Plan:
     if budget_s is None:
         points = min(points, trials)
     confirm_s = confirmation_s(config, image_s + decode_s, [share] * points)
+    look_s = 0.0
     if budget_s is not None:
-        trials = max(0, int((budget_s * (1 - MARGIN) - elastic_s - map_s - full_s - confirm_s) / trial_s))
-    search_s = trials * trial_s
+        look_s = num_explored(config) * cheap_s
+        trials = max(0, int((budget_s * (1 - MARGIN) - elastic_s - map_s - full_s - look_s - confirm_s) / trial_s))
+    search_s = look_s + trials * trial_s
     total_s = elastic_s + map_s + full_s + search_s + confirm_s
     return Plan(
         full_step_s, image_s, decode_s, len(steps) * (2 if config.sampling.cfg_scale != 1 else 1), elastic_s, map_s, full_s,
