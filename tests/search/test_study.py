@@ -371,11 +371,7 @@ def test_the_proposer_looks_around_before_anything_is_fine_tuned(tmp_path):
     assert [r.state for r in first] == ["complete"] * 2 + ["stopped"] * 5  # warm starts, then the look around
     assert {r.cheap.reason for r in first[2:]} == {"a first look around"}
     assert len(study.records()) == 14
-    # the best of what was seen come again, at the price of their fine-tuning alone
-    again = [r for r in study.records() if r.cheap.reason.startswith("proposed again")]
-    seen = {r.schedule.merged() for r in first[2:]}
-    assert again and {r.schedule.merged() for r in again} <= seen
-    assert all(r.state == "complete" and r.seconds["cheap"] == 0.5 and r.gflops["cheap"] > 0 for r in again)
+    assert sum(r.state == "complete" and r.origin == "difficulty" for r in study.records()) >= LADDER["promotion"]["always"]
     assert len(set(bench.cheaply)) == len(bench.cheaply)
 
 
@@ -396,6 +392,7 @@ def test_a_stopped_schedule_that_is_proposed_again_goes_up_without_a_second_chea
     again = [r for r in larger.records() if r.schedule.merged() == stopped.schedule.merged()]
     assert len(again) == 1 and again[0].state == "complete" and again[0].number > stopped.number
     assert again[0].cheap.quality == stopped.cheap.quality and stopped.schedule not in bench.cheaply
+    assert again[0].seconds["cheap"] == 0.5 and again[0].gflops["cheap"] > 0  # what it cost then is still on record
 
 
 def test_kill_9_on_the_ladder(tmp_path):
