@@ -97,8 +97,8 @@ class PromotionConfig(_Section):
     the front with a probability of at least `threshold`, judged by all figures so far and their spread.
 
     The `difficulty` proposer looks around first: its first `explore` proposals (never more than half of `num_trials`) follow
-    the front of cheap figures and are not fine-tuned yet; the best of them come again. Of those that follow, the first `always`
-    are fine-tuned whatever their cheap figure, so that there is something to judge by.
+    the front of cheap figures and are not fine-tuned yet; the best of them may come again. Of those that follow, the first
+    `always` are fine-tuned whatever their cheap figure, so that there is something to judge by.
     """
 
     num_samples: int = Field(default=200, ge=2)

@@ -52,7 +52,6 @@ def room_for_trial(config: StudyConfig, bench: Workbench, results: StudyResults)
 
 def _next_s(records: tuple[TrialRecord, ...]) -> float:
     """What a fine-tuned trial took so far (a stopped one where there is none); the full network, tuned for longer, left out."""
-    took = {state: [sum(r.seconds.values()) for r in records if not r.schedule.is_full and r.state == state]
-            for state in ("complete", "stopped")}  # fmt: skip
-    found = took["complete"] or took["stopped"]
-    return fmean(found[-8:]) if found else 0.0
+    rivals = [r for r in records if not r.schedule.is_full and r.state != "failed"]
+    found = [r for r in rivals if r.state == "complete"] or rivals
+    return fmean(sum(r.seconds.values()) for r in found[-8:]) if found else 0.0

@@ -25,8 +25,8 @@ def optimal_schedules(
 
     Args:
         errors: (intervals, depth) additive error of running d blocks in an interval, column d - 1; any finite numbers.
-        costs: (intervals,) whole network calls in each interval. An interval without calls takes the depth of the nearest
-            interval with calls towards data (towards noise if there is none): its error counts nothing.
+        costs: (intervals,) whole network calls in each interval. One without calls takes another's depth, see `stand_ins`: its
+            error counts nothing.
         noise_easy: whether depths must never rise from data to noise.
         min_exit_depth: the fewest blocks.
 
@@ -43,8 +43,16 @@ def optimal_schedules(
     before = np.minimum.accumulate(np.concatenate(([np.inf], best[:-1])))
     budgets = np.flatnonzero(best < before)
     found = _backward(total, choices, budgets, calls[called], depths)
-    source = np.maximum(np.searchsorted(called, np.arange(len(calls)), side="right") - 1, 0)
-    return [tuple(row) for row in found[:, source].tolist()]
+    return [tuple(row) for row in found[:, np.searchsorted(called, stand_ins(calls))].tolist()]
+
+
+def stand_ins(calls: Integers) -> Integers:
+    """(intervals,) calls -> the interval whose depth each takes: itself, or without calls the nearest that has some.
+
+    Nearest towards data, towards noise if there is none. At least one interval must have calls.
+    """
+    called = np.flatnonzero(calls > 0)
+    return called[np.maximum(np.searchsorted(called, np.arange(len(calls)), side="right") - 1, 0)]
 
 
 def _forward(errors: Array, calls: Integers, depths: Integers, noise_easy: bool) -> tuple[Array, list[Integers]]:

@@ -23,7 +23,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from asesearch.evaluation.results import EvaluationResult
 from asesearch.schedule import ExitSchedule
-from asesearch.search.pareto import expected_hypervolume_improvement, optimal_schedules, probability_on_front
+from asesearch.search.pareto import expected_hypervolume_improvement, optimal_schedules, probability_on_front, stand_ins
 from asesearch.search.quality_model import NUM_WEIGHTS, Encoder, ErrorMap, Inputs, Level, Observation, Point, QualityModel
 from asesearch.search.records import RECORD, REFERENCE_QUALITY, REFERENCE_TIME, REPEAT, CheapRung, TrialRecord
 from asesearch.search.space import Space
@@ -97,18 +97,13 @@ class Problem:
         return (self.names.index(point.sampler), *self.depths_of(point.schedule))
 
     @cached_property
-    def _called(self) -> npt.NDArray[np.int64]:
-        """(samplers, intervals) the interval whose depth stands in where a sampler makes no call; else the interval itself."""
-        out = []
-        for calls in self.calls:
-            called = np.flatnonzero(calls)
-            place = np.searchsorted(called, np.arange(len(calls)), side="right") - 1
-            out.append(called[np.maximum(place, 0)])
-        return np.stack(out)
+    def _stand_ins(self) -> npt.NDArray[np.int64]:
+        """(samplers, intervals) of each sampler."""
+        return np.stack([stand_ins(calls) for calls in self.calls])
 
     def keys(self, rows: npt.NDArray[np.int64]) -> list[tuple[int, ...]]:
         """Equal for rows that run the same blocks at the same calls: depths that a sampler never asks for do not count."""
-        depths = np.take_along_axis(rows[:, 1:], self._called[rows[:, 0]], axis=1)
+        depths = np.take_along_axis(rows[:, 1:], self._stand_ins[rows[:, 0]], axis=1)
         return [tuple(key) for key in np.column_stack((rows[:, 0], depths)).tolist()]
 
     def key(self, point: Point) -> tuple[int, ...]:

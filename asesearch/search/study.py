@@ -308,8 +308,11 @@ class Study:
                     begin = TrialRecord(trial.number, origin, schedule, "", sampler=sampler)
                     judged_by = problem if self.config.promotion is not None else None
                     record = run_trial(bench, begin, self.trial_dir(schedule), records, judged_by)
-                    other_s = time.perf_counter() - begun - sum(record.seconds.values())
-                    fresh = record = replace(record, seconds={**record.seconds, "other": max(0.0, other_s)})
+                    # of a stopped trial whose place this one takes; counted in already
+                    before = next((r.seconds for r in records if same_point(r, schedule, sampler)), {})
+                    here_s = sum(record.seconds.values()) - sum(before.values())
+                    other_s = before.get("other", 0.0) + max(0.0, time.perf_counter() - begun - here_s)
+                    fresh = record = replace(record, seconds={**record.seconds, "other": other_s})
                     trial.set_user_attr(RECORD, json.dumps(record.to_dict()))
                     self._prune_weights([*records, record])
                 else:

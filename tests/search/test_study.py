@@ -5,6 +5,8 @@ import sqlite3
 import subprocess
 import sys
 import threading
+import time
+from dataclasses import replace
 from pathlib import Path
 
 import optuna
@@ -393,6 +395,33 @@ def test_a_stopped_schedule_that_is_proposed_again_goes_up_without_a_second_chea
     assert len(again) == 1 and again[0].state == "complete" and again[0].number > stopped.number
     assert again[0].cheap.quality == stopped.cheap.quality and stopped.schedule not in bench.cheaply
     assert again[0].seconds["cheap"] == 0.5 and again[0].gflops["cheap"] > 0  # what it cost then is still on record
+
+
+def test_the_rest_of_a_trials_time_is_kept_when_it_comes_again(tmp_path):
+    """What was spent beside the parts: of the stopped trial and of the one in its place, together."""
+
+    class Slow(FakeBench):
+        def try_cheaply(self, schedule, sampler=""):
+            time.sleep(0.05)
+            return *super().try_cheaply(schedule, sampler)[:1], 0.01, 1.0
+
+        def try_schedule(self, schedule, folder, sampler=""):
+            time.sleep(0.05)
+            return replace(super().try_schedule(schedule, folder, sampler), seconds={"finetune": 0.01})
+
+    def search(num_trials):
+        study = Study(make_config(LADDER, proposer="random", num_trials=num_trials), tmp_path)
+        study.run(bench := Slow(config=study.config))
+        return study, bench
+
+    ready(tmp_path)
+    study, bench = search(16)
+    stopped = next(r for r in study.records() if r.state == "stopped")
+    study.optuna.enqueue_trial(make_space(study.config, bench).encode(stopped.schedule))
+    study, _ = search(17)
+    again = next(r for r in study.records() if r.schedule.merged() == stopped.schedule.merged())
+    assert again.state == "complete" and stopped.seconds["other"] > 0.04
+    assert again.seconds["other"] > stopped.seconds["other"] + 0.04
 
 
 def test_kill_9_on_the_ladder(tmp_path):
