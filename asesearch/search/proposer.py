@@ -20,6 +20,7 @@ import numpy.typing as npt
 import optuna
 from optuna.distributions import BaseDistribution, CategoricalDistribution, IntDistribution
 from optuna.trial import FrozenTrial, TrialState
+from threadpoolctl import threadpool_limits
 
 from asesearch.evaluation.results import EvaluationResult
 from asesearch.schedule import ExitSchedule
@@ -205,7 +206,15 @@ def judge(problem: Problem, records: Sequence[TrialRecord], point: Point, cheap:
     if cheap is not None:
         rung = CheapRung(cheap, promoted=False, probability=None, reason="")
         records = [*records, TrialRecord(-1, "", point.schedule, "stopped", sampler=point.sampler, cheap=rung)]
-    return FrontBelief(problem, records).probability(point)
+    with one_thread():
+        return FrontBelief(problem, records).probability(point)
+
+
+def one_thread() -> threadpool_limits:
+    """Linear algebra on one thread: these matrices are small, and on a busy machine threads that
+    wait for each other take a hundred times as long.
+    """
+    return threadpool_limits(1, user_api="blas")
 
 
 class Candidates:
@@ -343,7 +352,8 @@ class DifficultySampler(optuna.samplers.BaseSampler):
         if not search_space:
             return {}
         records, pending, rng = self._on_record(study, trial)
-        row = self._choose(records, pending, rng)
+        with one_thread():
+            row = self._choose(records, pending, rng)
         if row is None:
             return {}
         space = self.problem.space

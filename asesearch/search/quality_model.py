@@ -55,6 +55,7 @@ STEPS_SLOPE, STEPS_STD, SAMPLER_STD = -0.5, 0.5, 0.4  # figure over log number o
 SAMPLER_CORRELATION = 0.8  # of residuals under two samplers
 DEFAULT_ERROR, CHEAP_NOISE = 0.05, 0.02  # of a log figure: unknown standard error; what the cheap level's model can't say
 POOL_WEIGHT = 4.0  # a reported variance (few repeats) counts one, the mean over all counts this
+FIT_SIZE = 200  # observations that hyperparameters are fitted to; the posterior takes them all
 
 
 class ErrorMap(Protocol):
@@ -202,17 +203,34 @@ class QualityModel:
         self._offset = {c: _offset(values, self._cheap, c) for c in (True, False)}
         self._y = values - np.where(self._cheap, self._offset[True], self._offset[False])
         self._noise = _noise(np.array([o.std_error for o in observations], dtype=np.float64), self._cheap)
-        self._blocks = [_Blocks(self._inputs, self._inputs, i) for i in range(len(SHAPES))]
         self._fit()
 
     # -- fitting ---------------------------------------------------------------------------------
 
     def _fit(self) -> None:
-        """Maximise marginal likelihood times prior over hyperparameters, for each shape, then choose."""
-        best, self._theta, index = -np.inf, _MEAN.copy(), 0
-        unlike = _MEAN + np.array([-2.0, 0.5, 0.7, 0.0, 0.0, 0.0, 0.0])  # the map says little, the depth profile much
-        for i, start in [(0, _MEAN), (0, unlike), (1, _MEAN), (2, _MEAN)] if len(self._y) > 2 else []:
-            found = minimize(self._objective, start, (i,), "L-BFGS-B", True, bounds=_BOUNDS, tol=1e-6, options={"maxiter": 40})
+        """Maximise marginal likelihood times prior over hyperparameters, for each shape, then choose.
+
+        The marginal likelihood is that of at most FIT_SIZE observations, spread over the record:
+        it takes cubic time, a hundred times over, and seven hyperparameters need no more.
+        """
+        best = -np.inf
+        index = 0
+        self._theta = _MEAN.copy()
+        part = _Evidence(self._inputs, self._y, self._noise, self._cheap, _spread(self._cheap))
+        # the map says little, the depth profile much
+        unlike = _MEAN + np.array([-2.0, 0.5, 0.7, 0.0, 0.0, 0.0, 0.0])
+        starts = [(0, _MEAN), (0, unlike), (1, _MEAN), (2, _MEAN)] if len(self._y) > 2 else []
+        for i, start in starts:
+            found = minimize(
+                part.objective,
+                start,
+                (i,),
+                "L-BFGS-B",
+                True,
+                bounds=_BOUNDS,
+                tol=1e-6,
+                options={"maxiter": 40},
+            )
             value = SHAPE_LOG_PRIOR[i] - float(found.fun)
             if np.isfinite(value) and value > best:
                 best, self._theta, index = value, np.asarray(found.x), i
@@ -220,46 +238,9 @@ class QualityModel:
         natural = np.exp(self._theta)
         self.hyperparameters = dict(zip(PRIOR, natural.tolist(), strict=True))
         self.hyperparameters["correlation"] = float(natural[5] / (1 + natural[5]))
-        cov = self._cov(self._blocks[index], self._cheap, self._cheap)
-        self._factor = cholesky(cov + np.diag(self._variance(self._theta)))
+        cov = self._cov(_Blocks(self._inputs, self._inputs, index), self._cheap, self._cheap)
+        self._factor = cholesky(cov + np.diag(_variance(self._noise, self._cheap, self._theta)))
         self._alpha = cho_solve((self._factor, True), self._y - self._mean(self._inputs, self._cheap))
-
-    def _variance(self, theta: Array) -> Array:
-        return np.asarray(self._noise + np.where(self._cheap, CHEAP_NOISE**2, np.exp(2 * theta[6])))
-
-    def _objective(self, theta: Array, shape: int) -> tuple[float, Array]:
-        """Minus log (marginal likelihood times prior), and its gradient.
-
-        Source: Rasmussen & Williams 2006, equations 5.8 and 5.9, with the mean's dependence added.
-        """
-        blocks, cheap = self._blocks[shape], self._cheap
-        parts, (scales, alike) = blocks.evaluate(theta), _levels(theta, cheap, cheap)
-        coupled = scales * (parts["weights"] + parts["sampler"] + alike * parts["residual"])
-        cov = coupled + blocks.intercepts(cheap, cheap)
-        factor = cholesky(cov + np.diag(self._variance(theta)))
-        total = self._inputs.features[shape].sum(axis=1)
-        slope = _scale(theta, cheap) * np.exp(theta[0]) * total  # d mean / d log weight
-        steps = _scale(theta, cheap) * STEPS_SLOPE * self._inputs.log_calls
-        rest = self._y - slope - steps
-        alpha = cho_solve((factor, True), rest)
-        inverse = cho_solve((factor, True), np.eye(len(rest)))
-        outer = np.outer(alpha, alpha) - inverse  # 2 d likelihood / d cov
-        inner, own = scales * outer, scales * alike * outer
-        either = cheap[:, None].astype(float) + cheap[None, :]
-        odds = 1 / (1 + np.exp(theta[5]))  # 1 - correlation
-        mixed = np.where(cheap[:, None] != cheap[None, :], odds, 0.0)
-        gradient = np.array([
-            (inner * parts["weights"]).sum() + alpha @ slope,
-            (inner * blocks.spread(theta)).sum(),
-            (own * parts["residual"]).sum(),
-            0.5 * (own * blocks.length(theta)).sum(),
-            0.5 * (outer * coupled * either).sum() + alpha @ ((slope + steps) * cheap),
-            0.5 * (own * parts["residual"] * mixed).sum(),
-            np.exp(2 * theta[6]) * np.diag(outer)[~cheap].sum(),
-        ])  # fmt: skip
-        away = (theta - _MEAN) / _STD
-        value = 0.5 * rest @ alpha + np.log(np.diag(factor)).sum() + 0.5 * away @ away
-        return float(value), away / _STD - gradient
 
     # -- asking ----------------------------------------------------------------------------------
 
@@ -329,6 +310,63 @@ class QualityModel:
         return np.asarray(np.maximum(mean + rng.standard_normal((size, NUM_WEIGHTS)) @ cholesky(cov).T, 0.0))
 
 
+class _Evidence:
+    """Marginal likelihood times prior of some of the observations, as hyperparameters vary.
+
+    Args:
+        inputs, y, noise, cheap: of all observations; `y` and `noise` (n,) are values and variances.
+        chosen: indices of those that count.
+    """
+
+    def __init__(
+        self,
+        inputs: Inputs,
+        y: Array,
+        noise: Array,
+        cheap: npt.NDArray[np.bool_],
+        chosen: Integers,
+    ) -> None:
+        self._inputs = inputs.take(chosen)
+        self._y = y[chosen]
+        self._noise = noise[chosen]
+        self._cheap = cheap[chosen]
+        self._blocks = [_Blocks(self._inputs, self._inputs, i) for i in range(len(SHAPES))]
+
+    def objective(self, theta: Array, shape: int) -> tuple[float, Array]:
+        """Minus log (marginal likelihood times prior), and its gradient.
+
+        Source: Rasmussen & Williams 2006, equations 5.8 and 5.9, with the mean's dependence added.
+        """
+        blocks, cheap = self._blocks[shape], self._cheap
+        parts, (scales, alike) = blocks.evaluate(theta), _levels(theta, cheap, cheap)
+        coupled = scales * (parts["weights"] + parts["sampler"] + alike * parts["residual"])
+        cov = coupled + blocks.intercepts(cheap, cheap)
+        factor = cholesky(cov + np.diag(_variance(self._noise, cheap, theta)))
+        total = self._inputs.features[shape].sum(axis=1)
+        slope = _scale(theta, cheap) * np.exp(theta[0]) * total  # d mean / d log weight
+        steps = _scale(theta, cheap) * STEPS_SLOPE * self._inputs.log_calls
+        rest = self._y - slope - steps
+        alpha = cho_solve((factor, True), rest)
+        inverse = cho_solve((factor, True), np.eye(len(rest)))
+        outer = np.outer(alpha, alpha) - inverse  # 2 d likelihood / d cov
+        inner, own = scales * outer, scales * alike * outer
+        either = cheap[:, None].astype(float) + cheap[None, :]
+        odds = 1 / (1 + np.exp(theta[5]))  # 1 - correlation
+        mixed = np.where(cheap[:, None] != cheap[None, :], odds, 0.0)
+        gradient = np.array([
+            (inner * parts["weights"]).sum() + alpha @ slope,
+            (inner * blocks.spread(theta)).sum(),
+            (own * parts["residual"]).sum(),
+            0.5 * (own * blocks.length(theta)).sum(),
+            0.5 * (outer * coupled * either).sum() + alpha @ ((slope + steps) * cheap),
+            0.5 * (own * parts["residual"] * mixed).sum(),
+            np.exp(2 * theta[6]) * np.diag(outer)[~cheap].sum(),
+        ])  # fmt: skip
+        away = (theta - _MEAN) / _STD
+        value = 0.5 * rest @ alpha + np.log(np.diag(factor)).sum() + 0.5 * away @ away
+        return float(value), away / _STD - gradient
+
+
 class _Blocks:
     """Covariance of two lists of points, in the parts that hyperparameters scale. All (n, m)."""
 
@@ -365,6 +403,20 @@ class _Blocks:
 
 
 _SMOOTH = np.exp(-0.5 * ((np.arange(NUM_WEIGHTS)[:, None] - np.arange(NUM_WEIGHTS)) / WEIGHT_LENGTH) ** 2)
+
+
+def _spread(cheap: npt.NDArray[np.bool_]) -> Integers:
+    """At most FIT_SIZE indices, evenly over the record: half of each level, or more where one has few."""
+    levels = [np.flatnonzero(cheap), np.flatnonzero(~cheap)]
+    half = FIT_SIZE // 2
+    sizes = [min(len(own), max(half, FIT_SIZE - len(other))) for own, other in (levels, levels[::-1])]
+    parts = [own[np.linspace(0, len(own) - 1, size).round().astype(np.int64)] for own, size in zip(levels, sizes, strict=True)]
+    return np.sort(np.concatenate(parts))
+
+
+def _variance(noise: Array, cheap: npt.NDArray[np.bool_], theta: Array) -> Array:
+    """(n,) variances of the values: the score's own, and what its level adds."""
+    return np.asarray(noise + np.where(cheap, CHEAP_NOISE**2, np.exp(2 * theta[6])))
 
 
 def _scale(theta: Array, cheap: npt.NDArray[np.bool_]) -> Array:

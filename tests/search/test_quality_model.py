@@ -1,10 +1,12 @@
 """The quality model: exact gradients, honest spread, what it learns from trials, and figures nobody would wish for."""
 
 import math
+import time
 from itertools import product
 
 import numpy as np
 import pytest
+from threadpoolctl import threadpool_limits
 
 from asesearch.schedule import ExitSchedule
 from asesearch.search import quality_model as module
@@ -61,11 +63,14 @@ def test_gradient_is_that_of_the_objective():
     points = some_points(rng, 6) + some_points(rng, 6, "b", CALLS[::2])
     observations = observe(points, truth, rng) + observe(points[3:], truth, rng, level="cheap")
     model = QualityModel(truth.encoder, observations)
+    everything = np.arange(len(observations))
+    parts = (model._inputs, model._y, model._noise, model._cheap)
+    objective = module._Evidence(*parts, everything).objective
     for shape, _ in product(range(3), range(3)):
         theta = module._MEAN + rng.normal(size=len(PRIOR)) * module._STD
-        _, gradient = model._objective(theta, shape)
+        _, gradient = objective(theta, shape)
         steps = 1e-5 * np.eye(len(PRIOR))
-        differences = [(model._objective(theta + h, shape)[0] - model._objective(theta - h, shape)[0]) / 2e-5 for h in steps]
+        differences = [(objective(theta + h, shape)[0] - objective(theta - h, shape)[0]) / 2e-5 for h in steps]
         assert gradient == pytest.approx(differences, rel=1e-4, abs=1e-4)
 
 
@@ -221,3 +226,55 @@ def test_same_observations_same_model_in_any_order():
     first, again = (QualityModel(truth.encoder, figures).posterior(asked)[0] for _ in range(2))
     assert np.array_equal(first, again)
     assert QualityModel(truth.encoder, figures[::-1]).posterior(asked)[0] == pytest.approx(first, abs=1e-2)
+
+
+# -- large studies -------------------------------------------------------------------------------
+
+
+def test_a_large_study_is_fitted_to_a_part_and_believes_all_of_it(monkeypatch):
+    """Hyperparameters of a part lie near those of all; the posterior takes every observation."""
+    rng, truth = np.random.default_rng(0), Truth()
+    points = some_points(rng, 260)
+    observations = observe(points[:90], truth, rng)
+    observations += observe(points, truth, rng, noise=0.05, level="cheap")
+    quick = QualityModel(truth.encoder, observations)
+    monkeypatch.setattr(module, "FIT_SIZE", 1000)
+    thorough = QualityModel(truth.encoder, observations)
+    for name in ("weight", "length", "ratio"):
+        a, b = quick.hyperparameters[name], thorough.hyperparameters[name]
+        assert a == pytest.approx(b, rel=0.25), name
+    unseen = some_points(rng, 40)
+    mean, cov = quick.posterior(unseen)
+    other, _ = thorough.posterior(unseen)
+    assert np.abs(mean - other).max() < 0.05
+    errors = (mean - [truth(p) for p in unseen]) / np.sqrt(np.diag(cov))
+    assert np.abs(errors).mean() < 1.5
+    known, _ = quick.posterior(points[:90])  # also those that the fit left out
+    assert np.abs(known - [truth(p) for p in points[:90]]).max() < 0.06
+
+
+@pytest.mark.parametrize("counts", [(500, 500), (900, 12), (0, 700), (3, 0)])
+def test_the_part_is_spread_over_levels_and_record(counts):
+    cheap = np.array([True] * counts[0] + [False] * counts[1])
+    chosen = module._spread(cheap)
+    assert len(chosen) == len(set(chosen)) == min(sum(counts), module.FIT_SIZE)
+    dear = chosen[~cheap[chosen]]
+    assert len(dear) == min(counts[1], max(module.FIT_SIZE // 2, module.FIT_SIZE - counts[0]))
+    if len(dear) > 1:
+        assert {dear[0], dear[-1]} == {counts[0], sum(counts) - 1}  # first and latest
+
+
+def test_a_thousand_records_are_fitted_in_seconds():
+    """Measured against the same fit of a fifth as many: cubic growth would make it 125 times."""
+
+    def seconds(count):
+        rng, truth = np.random.default_rng(0), Truth()
+        points = some_points(rng, count)
+        observations = observe(points[: count // 3], truth, rng)
+        observations += observe(points, truth, rng, level="cheap")
+        with threadpool_limits(1, user_api="blas"):
+            begun = time.process_time()
+            QualityModel(truth.encoder, observations)
+            return time.process_time() - begun
+
+    assert seconds(1000) < 12 * seconds(200)
