@@ -393,7 +393,13 @@ def export(
     pick: Annotated[str, typer.Option(help="best-quality, fastest-within (needs --quality) or best-within (needs --time).")] = (
         "best-quality"
     ),
-    quality: Annotated[str | None, typer.Option(help='Quality budget: "7.5", "+5%" over the full network, or "1se".')] = None,
+    quality: Annotated[
+        str | None,
+        typer.Option(
+            help='Quality budget: "7.5", "+5%" over the full network, "ci" (not worse than it at 95 % confidence), or "1se" '
+            "(within one standard error)."
+        ),
+    ] = None,
     time: Annotated[
         float | None, typer.Option(min=0.0, max=1.0, help="Time budget, as a fraction of the full network's.")
     ] = None,

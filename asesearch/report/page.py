@@ -28,7 +28,7 @@ MARK = '<meta name="generator" content="asesearch report">'
 #: Ways to pick a point: mode, its quality and time budgets, and what they mean.
 PICKS: tuple[tuple[str, str | None, float | None, str], ...] = (
     ("best-quality", None, None, "the best figure"),
-    ("fastest-within", "1se", None, "the fastest within one standard error of the full network's figure"),
+    ("fastest-within", "ci", None, f"the fastest that is not worse than the full network ({tables.LEVEL})"),
     ("best-within", None, 0.75, "the best figure within three quarters of the full network's time"),
 )
 
@@ -121,7 +121,7 @@ def render_page(results: StudyResults, shown: list[tuple[Drawing, bytes]]) -> st
         cost=_cost_grid(results), protocol=_protocol_grid({"search": search, "confirmation": confirmed}),
         environment=_environment_grid(results), failed=_failed_grid(results),
         picks=_picks(results, answer.chosen), rungs=_rungs_grid(results), toml=study_toml(results.config),
-        one_repeat=used is not None and len(used.seeds) == 1, unknown=UNKNOWN,
+        one_repeat=used is not None and len(used.seeds) == 1, unknown=UNKNOWN, level=tables.LEVEL,
         check=next((r.number for r in results.complete), None) if answer.chosen is None else answer.chosen,
         finished=max(r.finished_at for r in results.records),
     )  # fmt: skip
@@ -154,7 +154,7 @@ def _front_grid(results: StudyResults, chosen: int | None) -> Grid:
         "time",
         metric,
         "difference",
-        "against the full network",
+        f"against the full network ({tables.LEVEL})",
         *sampler,
         "blocks run, data to noise",
     )
@@ -191,7 +191,7 @@ def _time(frac: float, spread: float) -> str:
 def _difference(row: pd.Series) -> str:
     if row["verdict"] == "the reference":
         return "–"
-    return ("+" if row["difference"] > 0 else "") + figure(row["difference"], row["difference_se"])
+    return ("+" if row["difference"] > 0 else "") + figure(row["difference"], row["difference_margin"])
 
 
 def _confirmation_grid(results: StudyResults) -> Grid:

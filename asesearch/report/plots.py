@@ -42,7 +42,8 @@ def drawings(results: StudyResults) -> list[Drawing]:
     caption = "The same seeds and labels in every row, fastest schedule on top."
     add("samples", "Samples", caption, tables.samples(results), lambda data: draw_samples(data, results))
     done = tables.trials(results)
-    add("trials", "Quality over trials", "Every trial under the search protocol; the line is the best so far.",
+    add("trials", "Quality over trials",
+        "Every trial under the search protocol; the line is the best so far. Bars: one standard error.",
         done[done["state"] == "complete"][["number", "label", "metric", "quality", "std_error", "time_frac", "best_quality"]],
         draw_trials)  # fmt: skip
     ladder.add_drawings(add, results)
@@ -56,10 +57,12 @@ def drawings(results: StudyResults) -> list[Drawing]:
     return out
 
 
+#: Two bars that miss each other prove nothing.
+_NO_VERDICT = f"(no verdict: that is the table's, at {tables.LEVEL})"
 _FRONT = {
-    "confirmed": "Confirmed on fresh seeds, against measured sampling time. Bars: one standard error, and half the distance "
-    "between the quartiles of the time. Down and left is better.",
-    "search": "All trials under the search protocol, against predicted sampling time. Bars: one standard error. "
+    "confirmed": f"Confirmed on fresh seeds, against measured sampling time. Bars: one standard error {_NO_VERDICT}, and half "
+    "the distance between the quartiles of the time. Down and left is better.",
+    "search": f"All trials under the search protocol, against predicted sampling time. Bars: one standard error {_NO_VERDICT}. "
     "Down and left is better.",
 }
 _COST = (

@@ -16,7 +16,7 @@ import numpy.typing as npt
 import pandas as pd
 
 from asesearch.errors import EvaluationError, StudyError
-from asesearch.evaluation.results import EvaluationResult, Protocol
+from asesearch.evaluation.results import CONFIDENCE, EvaluationResult, Protocol
 from asesearch.schedule import PUBLISHED
 from asesearch.search.records import (
     REFERENCE_QUALITY,
@@ -28,6 +28,7 @@ from asesearch.search.records import (
 )
 
 FULL = "full network"
+LEVEL = f"{100 * CONFIDENCE:.0f}\N{NO-BREAK SPACE}% confidence"  # said with every verdict
 #: Kind of a figure: as the search saw it (predicted time), or confirmed on fresh seeds (measured time).
 Kind = Literal["search", "confirmed"]
 MAX_CURVE_POINTS, MAX_SHOWN, MAX_SAMPLES = 80, 5, 8
@@ -125,7 +126,8 @@ def _std_error(quality: EvaluationResult | None) -> float:
 def points(results: StudyResults, kind: Kind) -> pd.DataFrame:
     """Every figure of one kind against sampling time, fastest first, compared with the full network of the same kind.
 
-    `difference` is the figure minus the full network's, `difference_se` its standard error, `verdict` says it in words.
+    `difference` is the figure minus the full network's, `difference_se` its standard error, `difference_margin` half the
+    width of its interval of that `confidence`; `verdict` says in words whether the interval leaves out 0.
     """
     records, own = by_number(results), own_sampler(results)
     full = results.full
@@ -141,12 +143,14 @@ def points(results: StudyResults, kind: Kind) -> pd.DataFrame:
     rows = []
     for i, (r, quality, time, spread) in enumerate(found):
         difference, error = (math.nan, None) if baseline is None else quality.minus(baseline)
+        margin = None if baseline is None else quality.margin(baseline)
         rows.append({
             "number": r.number, "label": label(r), "schedule": str(r.schedule), "sampler": r.sampler or own, "kind": kind,
             "metric": protocol.metric_name if protocol else "",
             "time_frac": time, "time_spread": spread, "quality": quality.value, "std_error": _std_error(quality),
-            "difference": difference, "difference_se": _nan(error),
-            "verdict": "the reference" if r is full else verdict(difference, error),
+            "difference": difference, "difference_se": _nan(error), "difference_margin": _nan(margin),
+            "confidence": CONFIDENCE,
+            "verdict": "the reference" if r is full else verdict(difference, margin),
             "on_front": i in front, "confirmed": r.number in confirmed,
         })  # fmt: skip
     return pd.DataFrame(rows, columns=_POINT_COLUMNS).sort_values(["time_frac", "number"], ignore_index=True)
@@ -154,17 +158,22 @@ def points(results: StudyResults, kind: Kind) -> pd.DataFrame:
 
 _POINT_COLUMNS = [
     "number", "label", "schedule", "sampler", "kind", "metric", "time_frac", "time_spread", "quality", "std_error",
-    "difference", "difference_se", "verdict", "on_front", "confirmed",
+    "difference", "difference_se", "difference_margin", "confidence", "verdict", "on_front", "confirmed",
 ]  # fmt: skip
 
 
-def verdict(difference: float, std_error: float | None) -> str:
-    """A figure against the full network's, in words: told apart or not, by one standard error of the difference."""
+def verdict(difference: float, margin: float | None) -> str:
+    """A figure against the full network's, in words.
+
+    Args:
+        difference: the figure minus the full network's.
+        margin: half the width of the confidence interval of the difference, see `EvaluationResult.margin`.
+    """
     if math.isnan(difference):
         return "no figure of the full network"
-    if std_error is None or math.isnan(std_error):
+    if margin is None or math.isnan(margin):
         return "spread unknown (one repeat)"
-    if abs(difference) <= std_error:
+    if abs(difference) <= margin:
         return "can't be told apart"
     return "better" if difference < 0 else "worse"
 
@@ -249,7 +258,8 @@ def confirmation(results: StudyResults) -> pd.DataFrame:
             "selection_bias": _selection_bias(r.quality, c),
             "predicted_time_frac": _nan(r.time_frac), "measured_time_frac": c.measured_time_frac,
             "measured_time_spread": c.measured_time_spread,
-            "difference": row["difference"], "difference_se": row["difference_se"], "verdict": row["verdict"],
+            "difference": row["difference"], "difference_se": row["difference_se"],
+            "difference_margin": row["difference_margin"], "confidence": row["confidence"], "verdict": row["verdict"],
         })  # fmt: skip
     return pd.DataFrame(rows)
 

@@ -13,6 +13,10 @@ from asesearch.search.records import StudyResults
 #: Saving of sampling time that the headline looks for.
 WORTHWHILE_SAVING = 0.25
 UNKNOWN = "spread unknown (one repeat)"
+TWO_REPEATS = (
+    "From two repeats the interval of a difference reaches 12.7 standard errors either way, from three 4.3: more repeats "
+    "(evaluation, confirm) would tell more schedules from the full network."
+)
 
 
 def percent(frac: float) -> str:
@@ -77,8 +81,10 @@ def headline(results: StudyResults) -> Headline:
     if rivals.empty:
         return Headline("Only the full network has a figure so far.", (status, counts))
     found = _unknown_spread(rivals) if rivals["difference_se"].isna().all() else _verdict(rivals)
+    protocol = tables.protocol_of(results, kind)
+    notes = (TWO_REPEATS,) if protocol is not None and len(protocol.seeds) == 2 else found.details
     details = (_figures(rivals, baseline.iloc[0], found.chosen), status, counts)
-    return Headline(found.answer, (*found.details, *details), found.success, found.chosen)
+    return Headline(found.answer, (*notes, *details), found.success, found.chosen)
 
 
 def _name(row: pd.Series) -> str:
@@ -96,16 +102,16 @@ def _saves(row: pd.Series) -> str:
 def _verdict(rivals: pd.DataFrame) -> Headline:
     """With a known spread: the fastest schedule that is not worse, or the closest."""
     metric = rivals["metric"].iloc[0]
-    matching = rivals[(rivals["difference"] <= rivals["difference_se"]) & (rivals["time_frac"] < 1)]
+    matching = rivals[(rivals["difference"] <= rivals["difference_margin"]) & (rivals["time_frac"] < 1)]
     if not matching.empty:
         best = matching.iloc[0]  # fastest first
         if best["time_frac"] <= 1 - WORTHWHILE_SAVING:
             at = (
                 f"at a better {metric} than the full network's"
-                if best["difference"] < -best["difference_se"]
+                if best["difference"] < -best["difference_margin"]
                 else f"at a {metric} that can't be told apart from the full network's"
             )
-            answer = f"{_name(best)} {_saves(best)} {at}."
+            answer = f"{_name(best)} {_saves(best)} {at} ({tables.LEVEL}: {_interval(best)})."
             return Headline(answer[0].upper() + answer[1:], (), True, int(best["number"]))
         rest = f"the best was {_name(best)}, which {_saves(best)}"
     else:
@@ -113,8 +119,19 @@ def _verdict(rivals: pd.DataFrame) -> Headline:
         pool = rivals if faster.empty else faster
         best = pool.iloc[int(pool["difference"].to_numpy().argmin())]
         rest = f"the closest was {_name(best)}, which {_saves(best)} and is worse by {number(best['difference'])}"
-    answer = f"No schedule saves {percent(WORTHWHILE_SAVING)} of sampling time within one standard error of the full network's"
-    return Headline(f"{answer} {metric}; {rest}.", (), False, int(best["number"]))
+    answer = f"No schedule saves {percent(WORTHWHILE_SAVING)} of sampling time at a {metric} that can't be told apart from the "
+    answer += f"full network's ({tables.LEVEL})"
+    return Headline(f"{answer}; {rest}.", (), False, int(best["number"]))
+
+
+def _interval(row: pd.Series) -> str:
+    """Between what the true difference lies: "the difference lies between −0.21 and +0.48"."""
+    low, high = row["difference"] - row["difference_margin"], row["difference"] + row["difference_margin"]
+    return f"the difference lies between {_signed(low, row['difference_se'])} and {_signed(high, row['difference_se'])}"
+
+
+def _signed(value: float, std_error: float) -> str:
+    return f"{'+' if value > 0 else ''}{number(value, std_error)}"
 
 
 def _unknown_spread(rivals: pd.DataFrame) -> Headline:
@@ -136,6 +153,6 @@ def _figures(rivals: pd.DataFrame, full: pd.Series, chosen: int | None) -> str:
     text = f"{full['metric']} {figure(row['quality'], row['std_error'])} against the full network's "
     text += figure(full["quality"], full["std_error"])
     if not math.isnan(row["difference_se"]):
-        text += f" (difference {number(row['difference'], row['difference_se'])}, "
+        text += f" (difference {_signed(row['difference'], row['difference_se'])}, "
         text += f"standard error {number(row['difference_se'], row['difference_se'])})"
     return f"{text}. Blocks run, data to noise: {row['schedule']}, sampled by {row['sampler']}."

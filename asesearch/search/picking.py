@@ -15,21 +15,29 @@ def within_quality(budget: str, quality: EvaluationResult, full: EvaluationResul
     """Whether a figure is within a quality budget.
 
     Args:
-        budget: a figure ("7.5"), an excess over the full network's ("+5%"), or standard errors of the difference to it, paired
-            by repeat ("1se").
+        budget: a figure ("7.5"); an excess over the full network's ("+5%"); "ci", not worse than the full network at 95 %
+            confidence (the interval of the difference begins at 0 or below, see `EvaluationResult.margin`); or standard
+            errors of the difference, paired by repeat ("1se"), which is no verdict: at three repeats a figure as good as
+            the full network's misses it in one case of five.
         quality: the schedule's figure.
         full: the full network's.
 
     Raises:
-        ConfigError: none of these forms, or standard errors where there is one repeat.
+        ConfigError: none of these forms, or a spread is needed where there is one repeat.
     """
     text = budget.strip()
+    if text == "ci":
+        margin = quality.margin(full)
+        if margin is None:
+            raise ConfigError(f"quality budget {text!r} needs repeats; got one; raise evaluation.repeats and confirm.repeats")
+        return quality.value - full.value <= margin
     form = re.fullmatch(r"\+(?P<percent>[\d.]+)%|(?P<se>[\d.]+)se|(?P<figure>-?[\d.]+)", text)
     try:
         kind, number = next((k, float(v)) for k, v in (form.groupdict() if form else {}).items() if v is not None)
     except (StopIteration, ValueError) as error:
         raise ConfigError(
-            f"a quality budget is a figure (7.5), an excess over the full network (+5%) or standard errors (1se); got {text!r}"
+            "a quality budget is a figure (7.5), an excess over the full network (+5%), ci (not worse at 95 % confidence) or "
+            f"standard errors (1se); got {text!r}"
         ) from error
     if kind == "figure":
         return quality.value <= number

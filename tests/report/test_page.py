@@ -164,6 +164,7 @@ def test_page_says_how_it_was_measured(html, results):
     for fact in ("ab" * 32, "cd" * 32, "0, 1000, 2000", "1000000, 1001000, 1002000", "ddim", "fashion-mnist/train", "60000"):
         assert fact in html
     assert "2.14.0" in html and "asesearch search demo.toml" in html and "--pick best-quality" in html
+    assert "95\N{NO-BREAK SPACE}% confidence" in html and "--pick fastest-within --quality ci" in html
     assert results.records[7].failure == SCRIPT and 'id="failed"' in html
 
 

@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import scipy.stats
 
 from asesearch.errors import EvaluationError, StudyError
 from asesearch.evaluation.results import EvaluationResult
@@ -116,7 +117,7 @@ def test_no_selection_bias_where_more_than_the_seeds_differ(study):
 
 
 @pytest.mark.parametrize(
-    ("difference", "std_error", "words"),
+    ("difference", "margin", "words"),
     [
         (0.1, 0.1, "can't be told apart"),
         (-0.1, 0.1, "can't be told apart"),
@@ -126,8 +127,43 @@ def test_no_selection_bias_where_more_than_the_seeds_differ(study):
         (math.nan, None, "no figure of the full network"),
     ],
 )
-def test_verdict(difference, std_error, words):
-    assert tables.verdict(difference, std_error) == words
+def test_verdict(difference, margin, words):
+    assert tables.verdict(difference, margin) == words
+
+
+@pytest.mark.parametrize("repeats", [2, 3, 5])
+def test_one_null_difference_in_twenty_is_called_better_or_worse(study, repeats):
+    """Schedules exactly as good as the full network, with noise that both share and noise of their own."""
+    rng, cases = np.random.default_rng(repeats), 4000
+    protocol = study(1, repeats=repeats, confirm=False).full.quality.protocol
+
+    def called(offset):
+        shared = 9 + rng.normal(0, 1, (cases, repeats))
+        full, other = (shared + rng.normal(0, 0.1, (cases, repeats)) for _ in range(2))
+        pairs = [[EvaluationResult(protocol, tuple(row)) for row in table.tolist()] for table in (full, other + offset)]
+        words = [tables.verdict(b.minus(a)[0], b.margin(a)) for a, b in zip(*pairs, strict=True)]
+        return {word: words.count(word) for word in ("better", "worse", "can't be told apart")}
+
+    null = called(0.0)
+    low, high = scipy.stats.binom.ppf([5e-6, 1 - 5e-6], cases, 0.025)
+    assert low <= null["better"] <= high and low <= null["worse"] <= high  # one standard error calls a third to a half
+    # differences of sixty times their noise are found, on the right side
+    assert called(6.0)["worse"] > 0.99 * cases and called(-6.0)["better"] > 0.99 * cases
+
+
+@pytest.mark.parametrize(
+    ("differences", "word"),  # of three repeats: mean 0.2 · size, standard error 0.1 / √3 = 0.0577, times 4.303
+    [((0.1, 0.2, 0.3), "can't be told apart"), ((0.2, 0.3, 0.4), "worse"), ((-0.2, -0.3, -0.4), "better")],
+)
+def test_the_verdict_of_a_point_is_that_of_the_interval(study, differences, word):
+    results = study(2, failed=(), confirm=False)
+    full, rival = results.records
+    values = tuple(v + d for v, d in zip(full.quality.values, differences, strict=True))
+    rival = replace(rival, quality=replace(rival.quality, values=values))
+    row = tables.points(replace(results, records=(full, rival)), "search").set_index("number").loc[rival.number]
+    assert row["verdict"] == word and row["confidence"] == 0.95
+    assert row["difference_margin"] == pytest.approx(4.30265 * 0.1 / math.sqrt(3), rel=1e-5)  # Student's t, table value
+    assert row["difference_se"] == pytest.approx(0.1 / math.sqrt(3))
 
 
 def test_trials_holds_every_record(study):
@@ -205,11 +241,12 @@ FULL = (1.0, (9.0, 9.1, 9.2))
     [
         (
             [FULL, (0.69, (9.05, 9.0, 9.3))],
-            "D3-DiT is predicted to save 31 % of sampling time at a FID that can't be told",
+            "D3-DiT is predicted to save 31 % of sampling time at a FID that can't be told apart from the "
+            "full network's (95 % confidence: the difference lies between −0.242 and +0.275).",
             True,
         ),
         ([FULL, (0.69, (8.0, 8.1, 8.3))], "31 % of sampling time at a better FID than the full network's", True),
-        ([FULL, (0.88, (9.05, 9.0, 9.3))], "No schedule saves 25 % of sampling time within one standard error", False),
+        ([FULL, (0.88, (9.05, 9.0, 9.3))], "No schedule saves 25 % of sampling time at a FID that can't be told", False),
         ([FULL, (0.88, (9.05, 9.0, 9.3))], "the best was D3-DiT, which is predicted to save 12 %", False),
         ([FULL, (0.5, (10.0, 10.1, 10.4))], "the closest was D3-DiT, which is predicted to save 50 %", False),
         ([FULL], "Only the full network has a figure so far.", False),
@@ -220,6 +257,12 @@ def test_headline_says_what_the_data_say(study, figures, words, success):
     answer = headline(with_figures(study(4, failed=(), confirm=False), figures))
     assert words in answer.answer.replace("\N{NO-BREAK SPACE}", " ")
     assert answer.success is success
+
+
+def test_headline_of_two_repeats_says_how_wide_their_interval_is(study):
+    two, three = (headline(study(6, repeats=n, confirm=False)) for n in (2, 3))
+    assert any("12.7 standard errors" in d for d in two.details) and not any("12.7" in d for d in three.details)
+    assert "95\N{NO-BREAK SPACE}% confidence" in two.answer and "95\N{NO-BREAK SPACE}% confidence" in three.answer
 
 
 def test_headline_of_one_repeat_claims_nothing(study):

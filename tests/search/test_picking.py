@@ -83,10 +83,29 @@ def test_quality_budgets():
         within_quality("lots", near, full)
 
 
-def test_standard_errors_need_repeats():
+@pytest.mark.parametrize(
+    ("differences", "within"),  # mean, times 4.303 standard errors of 0.1 / √3: the interval reaches 0.2484 either way
+    [((0.14, 0.24, 0.34), True), ((0.16, 0.26, 0.36), False), ((-0.9, -1.0, -1.1), True), ((0.0, 0.0, 0.0), True)],
+)
+def test_not_worse_at_95_percent(differences, within):
+    protocol = dataclasses.replace(PROTOCOL, seeds=(0, 100, 200))
+    values = (5.0, 5.4, 4.1)
+    full = EvaluationResult(protocol, values)
+    near = EvaluationResult(protocol, tuple(v + d for v, d in zip(values, differences, strict=True)))
+    assert within_quality("ci", near, full) is within and within_quality(" ci ", near, full) is within
+
+
+def test_the_fastest_that_is_not_worse_is_picked():
+    assert pick(results(), "fastest-within", "ci").number == 0  # equal spreads: each difference is exact
+    wide = [dataclasses.replace(r, quality=EvaluationResult(PROTOCOL, (5.0, 5.9))) if r.number == 2 else r for r in RECORDS]
+    assert pick(StudyResults("fake", {}, tuple(wide), (), (), {}), "fastest-within", "ci").number == 2
+
+
+@pytest.mark.parametrize("budget", ["1se", "ci"])
+def test_a_spread_needs_repeats(budget):
     once = EvaluationResult(dataclasses.replace(PROTOCOL, seeds=(0,)), (5.0,))
-    with pytest.raises(ConfigError, match="needs a standard error"):
-        within_quality("1se", once, once)
+    with pytest.raises(ConfigError, match="got one.*raise evaluation.repeats"):
+        within_quality(budget, once, once)
 
 
 def test_confirmation_leaves_out_what_is_worth_nothing():
