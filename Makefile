@@ -1,17 +1,21 @@
 # `make search` and `make test` set up what they need in .venv; nothing else has to be installed by hand.
-PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-STUDY ?= studies/fashion-mnist-quick.toml
-NAME := $(basename $(notdir $(STUDY)))
+export PYTHON STUDY
 
-.PHONY: search test test-slow lint setup setup-dev clean
+.DEFAULT_GOAL := help
+.NOTPARALLEL:
+.PHONY: help search test test-slow lint setup setup-dev install venv clean
 
-search: setup  ## search, report, export and sample the shipped study
-	$(BIN)/asesearch search $(STUDY)
-	$(BIN)/asesearch export runs/$(NAME) --pick best-within --time 0.35 --out runs/$(NAME)/bundle --overwrite
-	$(BIN)/asesearch sample runs/$(NAME)/bundle --num 40 --out runs/$(NAME)/bundle-samples.png
-	@echo "The report: reports/$(NAME)/index.html   The bundle: runs/$(NAME)/bundle"
+help:  ## this list
+	@echo "make search                     $$(sed -n 's/^search:.*## //p' Makefile)"
+	@echo "make search STUDY=studies/X.toml  the same with any study"
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1|\2/p' Makefile | grep -v '^make search|' | \
+	  while IFS='|' read -r target text; do printf '%-33s %s\n' "$$target" "$$text"; done
+	@echo "PYTHON=python3.12 chooses the Python (3.11 or newer) that .venv is made with."
+
+search: setup  ## search the shipped model, write the report, export a bundle and sample from it
+	@$(BIN)/python studies/make_search.py "$$STUDY"
 
 test: setup-dev  ## the fast tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile
@@ -24,23 +28,27 @@ lint: setup-dev  ## linters and types
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-setup: $(VENV)/installed
-setup-dev: $(VENV)/installed-dev
+# A stamp holds what was installed: by which Python, from which pyproject.toml, for which folder. It is written last, so that
+# whatever broke off or changed since is installed again.
+STATE = $$($(BIN)/python -V 2>/dev/null && cksum < pyproject.toml && pwd)
+installed = [ -s $(VENV)/$(1) ] && [ "$(STATE)" = "$$(cat $(VENV)/$(1))" ]
 
-$(BIN)/python:
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "asesearch needs Python 3.11 or newer: make PYTHON=python3.12 …"; exit 1; }
-	@$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); \
-	  echo "python3 -m venv is missing; installing Debian's python3-venv"; \
-	  if [ "$$(id -u)" = 0 ]; then apt-get update -q && apt-get install -qy python3-venv; \
-	  else sudo apt-get update -q && sudo apt-get install -qy python3-venv; fi && $(PYTHON) -m venv $(VENV); }
+setup:  ## only install what `make search` needs
+	@$(call installed,installed) || $(MAKE) --no-print-directory install WHAT=. STAMPS=installed
 
-$(VENV)/installed: pyproject.toml | $(BIN)/python
-	$(BIN)/python -m pip install -q -e .
-	@touch $@
+setup-dev:  ## only install what tests and linters need
+	@$(call installed,installed-dev) || \
+	  $(MAKE) --no-print-directory install WHAT='.[dev,text]' STAMPS='installed-dev installed'
 
-$(VENV)/installed-dev: pyproject.toml | $(BIN)/python
-	$(BIN)/python -m pip install -q -e '.[dev,text]'
-	@touch $@ $(VENV)/installed
+install: venv
+	@echo "installing into $(VENV): once, minutes and several GB (PyTorch)"
+	@$(BIN)/python -m pip install -q --disable-pip-version-check -e '$(WHAT)' || { \
+	  echo "pip could not install (see above); the same make goes on from here" >&2; exit 1; }
+	@for stamp in $(STAMPS); do printf '%s\n' "$(STATE)" > $(VENV)/$$stamp; done
 
-clean:
+venv:
+	@if ! $(BIN)/python -m pip --version >/dev/null 2>&1 && ! $(BIN)/python -m ensurepip >/dev/null 2>&1; then \
+	  sh .ci/venv $(VENV); fi
+
+clean:  ## remove .venv and caches
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -390,9 +390,13 @@ def map_command(
 def export(
     run_dir: RunDir,
     out: Annotated[Path, typer.Option("--out", "-o", help="Bundle folder to write.")],
-    pick: Annotated[str, typer.Option(help="best-quality, fastest-within (needs --quality) or best-within (needs --time).")] = (
-        "best-quality"
-    ),
+    pick: Annotated[
+        str | None,
+        typer.Option(
+            help="best-quality (the default), fastest-within (needs --quality) or best-within "
+            "(needs --time): by confirmed scores where there are any."
+        ),
+    ] = None,
     quality: Annotated[
         str | None,
         typer.Option(
@@ -401,8 +405,21 @@ def export(
         ),
     ] = None,
     time: Annotated[
-        float | None, typer.Option(min=0.0, max=1.0, help="Time budget, as a fraction of the full network's.")
+        float | None,
+        typer.Option(min=0.0, max=1.0, help="Time budget, as a fraction of the full network's."),
     ] = None,
+    early_exit: Annotated[
+        bool,
+        typer.Option("--early-exit", help="Pick among schedules that exit early, not full depth in fewer steps."),
+    ] = False,
+    or_nearest: Annotated[
+        bool,
+        typer.Option(
+            "--or-nearest",
+            help="Where nothing is within the budget, take the nearest point and say so; with "
+            "--early-exit and no such point on the front, the fastest of full depth.",
+        ),
+    ] = False,
     trial: Annotated[int | None, typer.Option(help="Export this trial instead of picking.")] = None,
     finetune_steps: Annotated[
         int | None, typer.Option(min=1, help="Fine-tune the point fully first, for so many steps.")
@@ -413,12 +430,27 @@ def export(
     """Pick a point of the front and write it as a bundle that samples anywhere."""
     from asesearch.deployment.export import evaluation_of
     from asesearch.deployment.export import export as write
-    from asesearch.search import Study, Workbench
+    from asesearch.search import Study, Workbench, pick_nearest
     from asesearch.search import pick as pick_point
 
+    choosing = (pick, quality, time, early_exit or None, or_nearest or None)
+    if trial is not None and any(option is not None for option in choosing):
+        raise ConfigError(
+            "--trial names the point to export, so nothing is picked; got it with --pick, --quality, --time, --early-exit or "
+            "--or-nearest; leave out one or the other"
+        )
     opened = Study.open(run_dir)
-    record = pick_point(opened.results(), pick, quality, time) if trial is None else opened.record(trial)
+    if trial is not None:
+        record = opened.record(trial)
+    elif or_nearest:
+        asked = pick or "best-quality", quality, time
+        record, shortfall = pick_nearest(opened.results(), *asked, early_exit=early_exit)
+        if shortfall:
+            _say(shortfall)
+    else:
+        record = pick_point(opened.results(), pick or "best-quality", quality, time, early_exit=early_exit)
     chosen = {"trial": record.number, "origin": record.origin, "schedule": str(record.schedule)}
+    chosen |= {"sampler": record.sampler} if record.sampler else {}
     if dry_run:
         _print({**chosen, "evaluation": evaluation_of(opened, record), "out": str(out)})
         return

@@ -8,7 +8,7 @@ from pathlib import Path
 from asesearch.config import StudyConfig
 from asesearch.search.confirmation import confirm
 from asesearch.search.difficulty import DifficultyMap, measure_map
-from asesearch.search.picking import pick
+from asesearch.search.picking import pick, pick_nearest
 from asesearch.search.records import Confirmation, StudyResults, TrialRecord
 from asesearch.search.study import Study
 from asesearch.search.workbench import Workbench
@@ -23,6 +23,7 @@ __all__ = [
     "confirm",
     "measure_map",
     "pick",
+    "pick_nearest",
     "search",
 ]
 

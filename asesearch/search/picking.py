@@ -3,63 +3,203 @@
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass
 
 from asesearch.errors import ConfigError, StudyError
 from asesearch.evaluation.results import EvaluationResult
 from asesearch.search.records import StudyResults, TrialRecord
 
 MODES = ("best-quality", "fastest-within", "best-within")
+FORMS = "a score (7.5), an excess over the full network's (+5%), ci (not worse at 95 % confidence) or standard errors (1se)"
 
 
-def within_quality(budget: str, quality: EvaluationResult, full: EvaluationResult) -> bool:
-    """Whether a figure is within a quality budget.
+def parse_budget(text: str) -> tuple[str, float]:
+    """A quality budget as ("score", "percent", "se" or "ci", its number, 0 for "ci").
+
+    Raises:
+        ConfigError: it has none of these forms.
+    """
+    if text.strip() == "ci":
+        return "ci", 0.0
+    number = r"\d+(?:\.\d*)?|\.\d+"
+    form = re.fullmatch(rf"\+(?P<percent>{number})%|(?P<se>{number})se|(?P<score>-?(?:{number}))", text.strip())
+    if form is None:
+        raise ConfigError(f"a quality budget is {FORMS}; got {text!r}; write one of these")
+    kind = form.lastgroup
+    assert kind is not None
+    return kind, float(form[kind])
+
+
+def within_quality(budget: str, quality: EvaluationResult, full: EvaluationResult | None) -> bool:
+    """Whether a score is within a quality budget.
 
     Args:
-        budget: a figure ("7.5"); an excess over the full network's ("+5%"); "ci", not worse than the full network at 95 %
+        budget: a score ("7.5"); an excess over the full network's ("+5%"); "ci", not worse than the full network at 95 %
             confidence (the interval of the difference begins at 0 or below, see `EvaluationResult.margin`); or standard
-            errors of the difference, paired by repeat ("1se"), which is no verdict: at three repeats a figure as good as
+            errors of the difference, paired by repeat ("1se"), which is no verdict: at three repeats a score as good as
             the full network's misses it in one case of five.
-        quality: the schedule's figure.
-        full: the full network's.
+        quality: the schedule's score.
+        full: the full network's under the same protocol; a budget that is a score needs none.
 
     Raises:
         ConfigError: none of these forms, or a spread is needed where there is one repeat.
+        StudyError: the budget is relative to the full network, which has no score.
     """
-    text = budget.strip()
-    if text == "ci":
-        margin = quality.margin(full)
-        if margin is None:
-            raise ConfigError(f"quality budget {text!r} needs repeats; got one; raise evaluation.repeats and confirm.repeats")
-        return quality.value - full.value <= margin
-    form = re.fullmatch(r"\+(?P<percent>[\d.]+)%|(?P<se>[\d.]+)se|(?P<figure>-?[\d.]+)", text)
-    try:
-        kind, number = next((k, float(v)) for k, v in (form.groupdict() if form else {}).items() if v is not None)
-    except (StopIteration, ValueError) as error:
-        raise ConfigError(
-            "a quality budget is a figure (7.5), an excess over the full network (+5%), ci (not worse at 95 % confidence) or "
-            f"standard errors (1se); got {text!r}"
-        ) from error
-    if kind == "figure":
+    kind, number = parse_budget(budget)
+    if kind == "score":
         return quality.value <= number
+    if full is None:
+        raise StudyError(
+            f"the full network has no score to measure the quality budget {budget!r} against; "
+            "give a score (7.5) as the budget, or pick best-quality"
+        )
     if kind == "percent":
-        return quality.value <= full.value * (1 + number / 100)
+        return quality.value <= full.value + abs(full.value) * number / 100
     difference, std_error = quality.minus(full)
-    if std_error is None:
-        raise ConfigError(f"quality budget {text!r} needs a standard error; got one repeat; raise evaluation.repeats")
-    return difference <= number * std_error
+    allowed = quality.margin(full) if kind == "ci" else std_error and number * std_error
+    if allowed is None:
+        raise ConfigError(
+            f"quality budget {budget!r} needs repeats; got one; raise evaluation.repeats and confirm.repeats, or give a score "
+            "(7.5) or an excess (+5%) as the budget"
+        )
+    return difference <= allowed
 
 
-def pick(results: StudyResults, mode: str, quality: str | None = None, time_frac: float | None = None) -> TrialRecord:
-    """One point of the study, by confirmed figures where there are any, else by the search's.
+@dataclass(frozen=True)
+class _Point:
+    """A record with the score and time that it is picked by."""
+
+    record: TrialRecord
+    quality: EvaluationResult
+    time_frac: float
+
+    def __str__(self) -> str:
+        sampler = f" under {self.record.sampler}" if self.record.sampler else ""
+        return (
+            f"trial {self.record.number} with {self.quality.value:.4g} at {self.time_frac:.3f} of "
+            f"the time ({self.record.schedule}{sampler})"
+        )
+
+    @property
+    def early(self) -> bool:
+        """Whether its schedule exits early anywhere."""
+        return not self.record.schedule.is_full
+
+
+def pick(
+    results: StudyResults,
+    mode: str,
+    quality: str | None = None,
+    time_frac: float | None = None,
+    *,
+    early_exit: bool = False,
+) -> TrialRecord:
+    """One point of the front, by confirmed scores where there are any, else by the search's.
 
     Args:
         results: of the study.
         mode: "best-quality"; "fastest-within" a `quality` budget (see `within_quality`); "best-within" a `time_frac` of the
             full network's sampling time, in (0, 1].
+        early_exit: only schedules that exit early, not all blocks under a faster sampler.
 
     Raises:
         ConfigError: unknown mode, or its budget is missing.
         StudyError: no point meets the budget; the message names the nearest.
+    """
+    record, shortfall = _choose(results, mode, quality, time_frac, early_exit)
+    if shortfall:
+        raise StudyError(f"{shortfall}; --or-nearest takes it, or change the budget")
+    return record
+
+
+def pick_nearest(
+    results: StudyResults,
+    mode: str,
+    quality: str | None = None,
+    time_frac: float | None = None,
+    *,
+    early_exit: bool = False,
+) -> tuple[TrialRecord, str]:
+    """As `pick`, but where no point meets the budget the next best one, and words on what it falls short of.
+
+    The next best is the point nearest to the budget (the lowest score, or the shortest time); with `early_exit` and no such
+    point on the front, the fastest of full depth.
+
+    Returns:
+        The point, and one line in words; empty where it is what was asked for.
+
+    Raises:
+        ConfigError: unknown mode, or its budget is missing.
+        StudyError: the study has no score at all.
+    """
+    record, shortfall = _choose(results, mode, quality, time_frac, early_exit)
+    return record, f"{shortfall}; taking it" if shortfall else ""
+
+
+def _choose(
+    results: StudyResults,
+    mode: str,
+    quality: str | None,
+    time_frac: float | None,
+    early_exit: bool,
+) -> tuple[TrialRecord, str]:
+    """The point picked, and what it falls short of in words that name it last; empty if nothing."""
+    _check_question(mode, quality, time_frac)
+    points = _confirmed(results) or _searched(results)
+    if not points:
+        raise StudyError("the study has no evaluated schedule to pick from; run `asesearch search` first")
+    if not early_exit:
+        point, shortfall = _best(points, points, mode, quality, time_frac, "schedule")
+        return point.record, shortfall
+    unconfirmed = "no early-exit schedule is confirmed; by the search's scores "
+    for among, prefix in ((points, ""), (_searched(results), unconfirmed)):
+        exits = [p for p in among if p.early]
+        if exits:
+            what = "early-exit schedule"
+            point, shortfall = _best(exits, among, mode, quality, time_frac, what)
+            if prefix:
+                shortfall = prefix + (shortfall or f"there is {point}")
+            return point.record, shortfall
+    fastest = min(points, key=lambda p: (p.time_frac, p.quality.value))
+    return fastest.record, (f"no early-exit schedule is on the front{_tried(results)}; the fastest of full depth is {fastest}")
+
+
+def _best(
+    points: list[_Point],
+    among: list[_Point],
+    mode: str,
+    quality: str | None,
+    time_frac: float | None,
+    what: str,
+) -> tuple[_Point, str]:
+    """The best of `points`, and what it falls short of; the full network is looked for `among` all of their protocol."""
+    best = min(points, key=lambda p: (p.quality.value, p.time_frac))
+    if mode == "best-quality":
+        return best, ""
+    if quality is not None:
+        full = next((p.quality for p in among if p.record.origin == "full"), None)
+        if full is None and parse_budget(quality)[0] != "score":
+            return best, (
+                f"the full network has no score to measure the quality budget {quality!r} against "
+                f"(`asesearch search` tries and confirms it); the {what} with the best score is {best}"
+            )
+        allowed = [p for p in points if within_quality(quality, p.quality, full)]
+        if allowed:
+            return min(allowed, key=lambda p: (p.time_frac, p.quality.value)), ""
+        return best, f"no {what} is within {_in_words(quality, full)}; the nearest is {best}"
+    assert time_frac is not None
+    allowed = [p for p in points if p.time_frac <= time_frac]
+    if allowed:
+        return min(allowed, key=lambda p: (p.quality.value, p.time_frac)), ""
+    fastest = min(points, key=lambda p: (p.time_frac, p.quality.value))
+    return fastest, f"no {what} is within the time budget {time_frac:g}; the nearest is {fastest}"
+
+
+def _check_question(mode: str, quality: str | None, time_frac: float | None) -> None:
+    """Refuse a mode without its budget, and a budget without its mode, before the study is read.
+
+    Raises:
+        ConfigError: as said, or a budget of no known form.
     """
     if mode not in MODES:
         raise ConfigError(f"pick one of {', '.join(MODES)}; got {mode!r}")
@@ -68,37 +208,42 @@ def pick(results: StudyResults, mode: str, quality: str | None = None, time_frac
             "fastest-within takes a quality budget, best-within a time budget, best-quality none; "
             f"got {mode} with quality {quality!r} and time {time_frac!r}"
         )
-    confirmed = {c.number: c for c in results.confirmations}
-    points = []  # (record, quality, time)
-    for record in results.complete:
-        if record.quality is None or record.time_frac is None:
-            continue
-        if record.number in confirmed:
-            c = confirmed[record.number]
-            points.append((record, c.quality, c.measured_time_frac))
-        elif not confirmed:
-            points.append((record, record.quality, record.time_frac))
-    if not points:
-        raise StudyError("the study has no evaluated schedule to pick from; run `asesearch search` first")
-    if mode == "best-quality":
-        return min(points, key=lambda p: (p[1].value, p[2]))[0]
-    if mode == "fastest-within":
-        full = next((q for r, q, _ in points if r.origin == "full"), None)
-        if full is None:
-            raise StudyError("the full network has no figure to measure a quality budget against; pick best-quality")
-        assert quality is not None
-        allowed = [p for p in points if within_quality(quality, p[1], full)]
-        if not allowed:
-            best = min(points, key=lambda p: p[1].value)
-            raise StudyError(
-                f"no schedule is within the quality budget {quality!r}; the best is {best[1].value:.4g} ({best[0].schedule})"
-            )
-        return min(allowed, key=lambda p: (p[2], p[1].value))[0]
-    assert time_frac is not None
-    allowed = [p for p in points if p[2] <= time_frac]
-    if not allowed:
-        best = min(points, key=lambda p: p[2])
-        raise StudyError(
-            f"no schedule is within the time budget {time_frac:g}; the fastest takes {best[2]:.3f} ({best[0].schedule})"
-        )
-    return min(allowed, key=lambda p: (p[1].value, p[2]))[0]
+    if quality is not None:
+        parse_budget(quality)
+
+
+def _searched(results: StudyResults) -> list[_Point]:
+    """The front and the full network by the search's scores."""
+    records = {r.number: r for r in results.front()}
+    if results.full is not None:
+        records[results.full.number] = results.full
+    return [_Point(r, r.quality, r.time_frac) for r in records.values() if r.quality is not None and r.time_frac is not None]
+
+
+def _confirmed(results: StudyResults) -> list[_Point]:
+    """The points with confirmed scores, but those whose weights are deleted since they left the search's front."""
+    scored = {r.number: r for r in results.complete}
+    found = [_Point(scored[c.number], c.quality, c.measured_time_frac) for c in results.confirmations if c.number in scored]
+    if results.config.get("search", {}).get("keep_weights") != "front":
+        return found
+    kept = {p.record.schedule.merged() for p in _searched(results)}
+    return [p for p in found if p.record.schedule.merged() in kept]
+
+
+def _tried(results: StudyResults) -> str:
+    """How many early-exit schedules have a score, in words; empty if none."""
+    number = sum(not r.schedule.is_full for r in results.complete)
+    return f" ({number} have a score and are dominated)" if number else ""
+
+
+def _in_words(quality: str, full: EvaluationResult | None) -> str:
+    """A quality budget with the score it comes to."""
+    kind, number = parse_budget(quality)
+    if kind == "percent" and full is not None:
+        limit = full.value + abs(full.value) * number / 100
+        return f"the quality budget {quality!r} of the full network's {full.value:.4g}, {limit:.4g}"
+    if kind == "se" and full is not None:
+        return f"{number:g} standard errors of the full network's {full.value:.4g}"
+    if kind == "ci" and full is not None:
+        return f"the 95 % interval of the full network's {full.value:.4g}"
+    return f"the quality budget {quality!r}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -38,6 +39,8 @@ class Plan:
         search_s: all trials; with a budget, also the first look around (`promotion.explore` cheap figures).
         confirm_s: confirmation of the front, its timing included.
         total_s: of all this.
+        expected_s: what the search is expected to take: schedules at 0.65 of the full network's blocks, under the study's
+            samplers in equal parts, and the exploration phase at its low-fidelity scores alone; with a budget `total_s`.
         budget_s: the study's budget, which the search keeps to; None without one.
     """
 
@@ -54,6 +57,7 @@ class Plan:
     search_s: float
     confirm_s: float
     total_s: float
+    expected_s: float
     budget_s: float | None
 
     def to_dict(self) -> dict[str, Any]:
@@ -102,7 +106,16 @@ def make_plan(bench: Workbench) -> Plan:
         trials = max(0, int((budget_s * (1 - MARGIN) - elastic_s - map_s - full_s - look_s - confirm_s) / trial_s))
     search_s = look_s + trials * trial_s
     total_s = elastic_s + map_s + full_s + search_s + confirm_s
+    expected_s = total_s
+    if budget_s is None:
+        pace = TYPICAL_FRAC * fmean(len(calls) for calls in bench.samplers.values()) / len(steps)
+        typical_cheap_s = cheap_images * (pace * image_s + decode_s)
+        typical_s = config.train.num_steps * TYPICAL_FRAC * full_step_s
+        typical_s += images * (pace * image_s + decode_s) + typical_cheap_s
+        looks = min(trials, num_explored(config))
+        expected_s = elastic_s + map_s + full_s + looks * typical_cheap_s + (trials - looks) * typical_s
+        expected_s += confirmation_s(config, image_s + decode_s, [pace] * points)
     return Plan(
         full_step_s, image_s, decode_s, len(steps) * (2 if config.sampling.cfg_scale != 1 else 1), elastic_s, map_s, full_s,
-        cheap_s, trial_s, trials, search_s, confirm_s, total_s, budget_s,
+        cheap_s, trial_s, trials, search_s, confirm_s, total_s, expected_s, budget_s,
     )  # fmt: skip
