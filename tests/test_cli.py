@@ -157,6 +157,18 @@ def test_export_and_sample_in_a_fresh_process(place, tmp_path):
     assert (tmp_path / "x.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_export_takes_the_nearest_only_where_it_is_asked_to(place, tmp_path):
+    from asesearch.errors import StudyError
+
+    args = ("export", place / "runs/tiny", "--pick", "fastest-within", "--quality", "0.5", "-o", tmp_path / "b", "--dry-run")
+    with pytest.raises(StudyError, match=r"no schedule is within the quality budget '0.5'; the nearest is .*--or-nearest"):
+        call(*args)
+    out, err = call(*args, "--early-exit", "--or-nearest")
+    chosen = json.loads(out)
+    assert chosen["schedule"] != "3" and "no early-exit schedule is " in err
+    assert f"trial {chosen['trial']} with " in err and err.endswith("; taking it\n")
+
+
 def test_export_after_full_finetuning_records_both_figures(place, tmp_path):
     call("export", place / "runs/tiny", "--trial", 1, "--finetune-steps", 3, "-o", tmp_path / "b")
     manifest = json.loads((tmp_path / "b/bundle.json").read_text())
@@ -235,6 +247,8 @@ WRONG = [
     (("search", "tiny.toml", "--budget", "1h", "--trials", "4"), 1, "--trials or --budget, not both"),
     (("search", "sampler.toml"), 1, "search.samplers.0"),
     (("train", "tiny.toml", "-o", "tiny.toml/x.safetensors"), 1, "can't write to tiny.toml/"),
+    (("export", "runs", "--trial", "1", "--pick", "best-quality", "-o", "b"), 1, "--trial names the point"),
+    (("export", "runs", "--trial", "1", "--or-nearest", "-o", "b"), 1, "--trial names the point"),
     (("search",), 2, "Missing argument"),
     (("export", "runs", "--time", "2", "-o", "b"), 2, "less than or equal to 1"),
 ]

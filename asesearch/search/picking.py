@@ -67,11 +67,12 @@ def within_quality(budget: str, quality: EvaluationResult, full: EvaluationResul
 
 @dataclass(frozen=True)
 class _Point:
-    """A record with the score and time that it is picked by."""
+    """A record with the score and time that it is picked by: confirmed ones or the search's."""
 
     record: TrialRecord
     quality: EvaluationResult
     time_frac: float
+    confirmed: bool
 
     def __str__(self) -> str:
         sampler = f" under {self.record.sampler}" if self.record.sampler else ""
@@ -179,9 +180,10 @@ def _best(
     if quality is not None:
         full = next((p.quality for p in among if p.record.origin == "full"), None)
         if full is None and parse_budget(quality)[0] != "score":
+            kind = "confirmed score" if best.confirmed else "score"
             return best, (
-                f"the full network has no score to measure the quality budget {quality!r} against "
-                f"(`asesearch search` tries and confirms it); the {what} with the best score is {best}"
+                f"the full network has no {kind} to measure the quality budget {quality!r} against "
+                f"(`asesearch search` gives it one); the {what} with the best is {best}"
             )
         allowed = [p for p in points if within_quality(quality, p.quality, full)]
         if allowed:
@@ -217,13 +219,17 @@ def _searched(results: StudyResults) -> list[_Point]:
     records = {r.number: r for r in results.front()}
     if results.full is not None:
         records[results.full.number] = results.full
-    return [_Point(r, r.quality, r.time_frac) for r in records.values() if r.quality is not None and r.time_frac is not None]
+    return [
+        _Point(r, r.quality, r.time_frac, False) for r in records.values() if r.quality is not None and r.time_frac is not None
+    ]
 
 
 def _confirmed(results: StudyResults) -> list[_Point]:
     """The points with confirmed scores, but those whose weights are deleted since they left the search's front."""
     scored = {r.number: r for r in results.complete}
-    found = [_Point(scored[c.number], c.quality, c.measured_time_frac) for c in results.confirmations if c.number in scored]
+    found = [
+        _Point(scored[c.number], c.quality, c.measured_time_frac, True) for c in results.confirmations if c.number in scored
+    ]
     if results.config.get("search", {}).get("keep_weights") != "front":
         return found
     kept = {p.record.schedule.merged() for p in _searched(results)}

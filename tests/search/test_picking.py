@@ -7,7 +7,7 @@ import pytest
 from asesearch.errors import ConfigError, StudyError
 from asesearch.evaluation.results import EvaluationResult
 from asesearch.schedule import ExitSchedule
-from asesearch.search.picking import pick, within_quality
+from asesearch.search.picking import pick, pick_nearest, within_quality
 from asesearch.search.records import Confirmation, StudyResults, TrialRecord, select
 from tests.search.fake_search import PROTOCOL
 
@@ -26,8 +26,8 @@ RECORDS = (
 )
 
 
-def results(confirmations=()):
-    return StudyResults("fake", {}, RECORDS, tuple(confirmations), (), {})
+def results(confirmations=(), records=RECORDS, config=None):
+    return StudyResults("fake", config or {}, tuple(records), tuple(confirmations), (), {})
 
 
 def confirmed(number, value, time):
@@ -56,27 +56,138 @@ def test_confirmed_figures_count_where_there_are_any():
 
 
 def test_budgets_that_nothing_meets_name_the_nearest():
-    with pytest.raises(StudyError, match="the best is 5 "):
+    nearest = r"within the quality budget '4'; the nearest is trial 0 with 5 at 1.000 .*; --or-nearest"
+    with pytest.raises(StudyError, match=nearest):
         pick(results(), "fastest-within", "4")
-    with pytest.raises(StudyError, match="the fastest takes 0.300"):
+    with pytest.raises(StudyError, match="the nearest is trial 3 with 9 at 0.300 of the time"):
         pick(results(), "best-within", time_frac=0.1)
     with pytest.raises(StudyError, match="no evaluated schedule"):
         pick(StudyResults("fake", {}, (), (), (), {}), "best-quality")
 
 
+def test_an_early_exit_is_picked_where_full_depth_in_fewer_steps_would_be():
+    fewer = dataclasses.replace(record(5, 5.2, 0.25, "6", "full unipc-5"), sampler="unipc-5")
+    exits = record(6, 5.4, 0.2, "6 4")
+    found = results(records=(*RECORDS, fewer, exits))
+    assert pick(found, "best-within", time_frac=0.3).number == 5
+    assert pick(found, "best-within", time_frac=0.3, early_exit=True).number == 6
+    assert pick(found, "best-quality", early_exit=True).number == 1
+    # 2 and 3 are dominated by full depth in fewer steps, so they are no points of the front
+    assert pick(found, "fastest-within", "+100%", early_exit=True).number == 6
+    assert pick_nearest(found, "fastest-within", "+100%", early_exit=True) == (exits, "")
+
+
+@pytest.mark.parametrize(
+    ("question", "number", "words"),
+    [
+        (("fastest-within", "+10%"), 1, ""),
+        (
+            ("fastest-within", "+1%"),
+            1,
+            "no early-exit schedule is within the quality budget '+1%' of the full network's 5, 5.05; the nearest is trial 1 "
+            "with 5.1 at 0.800 of the time (6 5); taking it",
+        ),
+        (
+            ("fastest-within", "4.5"),
+            1,
+            "no early-exit schedule is within the quality budget '4.5'; the nearest is trial 1 with 5.1 at 0.800 of the time "
+            "(6 5); taking it",
+        ),
+        (
+            ("best-within", None, 0.2),
+            3,
+            "no early-exit schedule is within the time budget 0.2; the nearest is trial 3 with 9 at 0.300 of the time (2 1); "
+            "taking it",
+        ),
+    ],
+)
+def test_the_nearest_is_taken_and_said(question, number, words):
+    record, said = pick_nearest(results(), *question, early_exit=True)
+    assert (record.number, said) == (number, words)
+    if words:
+        with pytest.raises(StudyError, match="--or-nearest takes it"):
+            pick(results(), *question, early_exit=True)
+
+
+def test_a_front_of_full_depth_alone():
+    """Exits that are dominated are counted in the words; their weights may be gone."""
+    fewer = dataclasses.replace(record(1, 4.0, 0.2, "6", "full unipc-5"), sampler="unipc-5")
+    found = results([confirmed(0, 5.2, 1.0), confirmed(1, 4.4, 0.21)], (RECORDS[0], fewer, *RECORDS[3:]))
+    record_, said = pick_nearest(found, "fastest-within", "+25%", early_exit=True)
+    assert record_ == fewer
+    assert said == (
+        "no early-exit schedule is on the front (1 have a score and are dominated); the fastest of full depth is trial 1 with "
+        "4.4 at 0.210 of the time (6 under unipc-5); taking it"
+    )
+    with pytest.raises(StudyError, match="no early-exit schedule is on the front.*--or-nearest"):
+        pick(found, "fastest-within", "+25%", early_exit=True)
+    none_tried = results(records=RECORDS[:1])
+    record_, said = pick_nearest(none_tried, "best-within", time_frac=0.5, early_exit=True)
+    assert record_.number == 0 and said.startswith("no early-exit schedule is on the front; the fastest")
+
+
+def test_unconfirmed_exits_are_taken_with_words_alone():
+    """Killed while the front was confirmed: of the confirmed points none exits early."""
+    found = results([confirmed(0, 5.2, 1.0)])
+    record_, said = pick_nearest(found, "fastest-within", "+15%", early_exit=True)
+    assert record_.number == 2  # by the search's scores alone: 5.6 of 5
+    assert said == (
+        "no early-exit schedule is confirmed; by the search's scores there is trial 2 with 5.6 at 0.600 of the time (6 3); "
+        "taking it"
+    )
+    with pytest.raises(StudyError, match="no early-exit schedule is confirmed"):
+        pick(found, "fastest-within", "+15%", early_exit=True)
+    assert pick(found, "best-quality").number == 0  # where full depth will do, confirmed scores alone count
+
+
+@pytest.mark.parametrize("budget", ["+5%", "1se"])
+def test_a_full_network_without_a_score(budget):
+    """Neither tried nor confirmed: a relative budget has nothing to be measured against, a score as budget has."""
+    unscored = results(records=RECORDS[1:])
+    unconfirmed = results([confirmed(1, 5.3, 0.85), confirmed(2, 6.0, 0.62)])
+    for found, kind in ((unscored, "score"), (unconfirmed, "confirmed score")):
+        with pytest.raises(StudyError, match=f"the full network has no {kind} to measure"):
+            pick(found, "fastest-within", budget)
+        record_, said = pick_nearest(found, "fastest-within", budget)
+        assert record_.number == 1 and f"to measure the quality budget {budget!r}" in said
+        assert pick(found, "fastest-within", "6.5").number == 2
+
+
+def test_points_that_left_the_front_lost_their_weights():
+    fresh = [confirmed(0, 5.2, 1.0), confirmed(2, 5.0, 0.62)]
+    better = record(5, 5.05, 0.55, "6 2")
+    left = results(fresh, (*RECORDS, better), {"search": {"keep_weights": "front"}})
+    kept = results(fresh, (*RECORDS, better), {"search": {"keep_weights": "all"}})
+    assert pick(left, "best-quality").number == 0
+    assert pick(kept, "best-quality").number == 2
+
+
 @pytest.mark.parametrize(
     ("mode", "quality", "time"),
-    [("best", None, None), ("fastest-within", None, None), ("best-quality", "5", None), ("best-within", None, None)],
+    [
+        ("best", None, None),
+        ("fastest-within", None, None),
+        ("best-quality", "5", None),
+        ("best-within", None, None),
+        ("fastest-within", "5%", None),
+        ("fastest-within", "1.2.3", None),
+        ("fastest-within", "+5", None),
+        ("fastest-within", "", None),
+    ],
 )
 def test_wrong_questions_are_refused(mode, quality, time):
-    with pytest.raises(ConfigError):
-        pick(results(), mode, quality, time)
+    for choose in (pick, pick_nearest):
+        with pytest.raises(ConfigError):
+            choose(results(), mode, quality, time)
 
 
 def test_quality_budgets():
     full, near = EvaluationResult(PROTOCOL, (5.0, 5.4)), EvaluationResult(PROTOCOL, (5.1, 5.8))
     assert within_quality("5.5", near, full) and not within_quality("5.4", near, full)
     assert within_quality("+5%", near, full) and not within_quality("+4%", near, full)
+    assert within_quality(" +4.9 % ".replace(" %", "%"), near, full) and within_quality("5.45", near, None)
+    below = EvaluationResult(PROTOCOL, (-0.98, -0.98)), EvaluationResult(PROTOCOL, (-1.0, -1.0))
+    assert within_quality("+2%", *below) and not within_quality("+1%", *below)  # kernel distances may be negative
     # paired by repeat: 0.25 apart, standard error of the two differences (0.1, 0.4) is 0.15
     assert within_quality("1.7se", near, full) and not within_quality("1.6se", near, full)
     with pytest.raises(ConfigError, match="got 'lots'"):

@@ -1,0 +1,226 @@
+"""`make` as a new user meets it, with stand-ins for asesearch, pip and apt-get that note what they are asked."""
+
+import os
+import shutil
+import stat
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+QUICK, SMALL = "studies/fashion-mnist-quick.toml", "studies/fashion-mnist-small.toml"
+PICK = "--pick fastest-within --quality +25% --early-exit --or-nearest"
+STANDIN = f"""case "$*" in
+  "-m pip install"*) echo "$*" >> pip.txt; ! [ -e fail-install ]; exit;;
+  "-m pip"*|"-m ensurepip"*) ! [ -e fail-pip ]; exit;;
+esac
+exec {sys.executable} "$@"
+"""
+ASESEARCH = """
+import json, pathlib, sys, tomllib
+args = sys.argv[1:]
+with open("calls.txt", "a") as log:
+    print(*args, sep="|", file=log)
+fail = pathlib.Path("fail-" + args[0])
+if "--dry-run" in args:
+    print(json.dumps({"plan": {"expected_s": json.loads(pathlib.Path("seconds.json").read_text())[args[1]]}}))
+elif args[0] == "search":
+    name = tomllib.loads(pathlib.Path(args[1]).read_text())["name"]
+    run = pathlib.Path("runs") / name
+    run.mkdir(parents=True, exist_ok=True)
+    (run / "study.json").write_text("{}")
+    if fail.exists():
+        sys.exit("error: as asked")
+    print(json.dumps({"study": str(run), "report": f"reports/{name}/index.html"}))
+elif args[0] == "export":
+    print("no early-exit schedule is within the budget; taking trial 3", file=sys.stderr)
+    print(json.dumps({"trial": 3, "schedule": "12 7"}))
+else:
+    print("{}")
+"""
+
+
+def program(path, text):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("#!/bin/sh\n" + text)
+    path.chmod(path.stat().st_mode | stat.S_IXUSR)
+
+
+@pytest.fixture
+def clone(tmp_path):
+    """A fresh clone with a blank and an apostrophe in its path, set up but for what pip installs."""
+    folder = tmp_path / "a user's clone"
+    (folder / "studies").mkdir(parents=True)
+    (folder / ".ci").mkdir()
+    for name in ("Makefile", "pyproject.toml", ".ci/venv", "studies/make_search.py", QUICK, SMALL):
+        shutil.copy(ROOT / name, folder / name)
+    program(
+        folder / ".venv/bin/python",
+        STANDIN,
+    )
+    (folder / "asesearch").mkdir()
+    (folder / "asesearch/__main__.py").write_text(ASESEARCH)
+    (folder / "seconds.json").write_text(f'{{"{QUICK}": 500.0, "{SMALL}": 90.0}}')
+    return folder
+
+
+def make(clone, *args, code=0, **env):
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(("MAKE", "PYTHON", "STUDY", "MFLAGS"))}
+    kept["HOME"] = "/proc"  # where nobody can write
+    done = subprocess.run(["make", *args], cwd=clone, env=kept | env, capture_output=True, text=True, timeout=60)
+    assert done.returncode == code, done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
+def calls(clone):
+    return [line.replace("|", " ") for line in (clone / "calls.txt").read_text().splitlines()]
+
+
+def installs(clone):
+    lines = (clone / "pip.txt").read_text().splitlines()
+    return [line.split()[-1] for line in lines if line.startswith("-m pip install")]
+
+
+def after_search(name):
+    run = f"runs/{name}"
+    return [
+        f"export {run} {PICK} --out {run}/bundle --overwrite",
+        f"sample {run}/bundle --num 40 --out {run}/bundle-samples.png",
+    ]
+
+
+def test_the_quick_study_where_it_is_quick(clone):
+    said = make(clone, "search")
+    assert calls(clone) == [f"search {QUICK} --dry-run", f"search {QUICK}", *after_search("fashion-mnist-quick")]
+    assert f"searching {QUICK}: about 8 minutes" in said
+    assert "no early-exit schedule is within the budget; taking trial 3" in said
+    assert "The report: reports/fashion-mnist-quick/index.html" in said
+    assert "The bundle: runs/fashion-mnist-quick/bundle (trial 3: 12 7)" in said
+
+
+def test_the_small_study_where_the_quick_one_is_long_and_again(clone):
+    (clone / "seconds.json").write_text(f'{{"{QUICK}": 1860.0, "{SMALL}": 430.0}}')
+    said = make(clone, "search")
+    first = [f"search {QUICK} --dry-run", f"search {SMALL} --dry-run"]
+    rest = [f"search {SMALL}", *after_search("fashion-mnist-small")]
+    assert calls(clone) == first + rest
+    assert f"{QUICK} would take about 31 minutes here, more than 20, so {SMALL} is searched in its place" in said
+    assert f"searching {SMALL}: about 7 minutes" in said and f"make search STUDY={QUICK}" in said
+    (clone / "seconds.json").write_text("{}")  # not asked again: what was begun goes on, however busy the machine is now
+    said = make(clone, "search")
+    assert calls(clone) == first + rest + rest
+    assert f"{SMALL} was begun here (runs/fashion-mnist-small): going on with it" in said
+    assert f"make search STUDY={QUICK}" in said
+
+
+@pytest.mark.parametrize(("seconds", "study"), [(1200.0, QUICK), (1201.0, SMALL)])
+def test_the_limit(clone, seconds, study):
+    (clone / "seconds.json").write_text(f'{{"{QUICK}": {seconds}, "{SMALL}": 5.0}}')
+    make(clone, "search")
+    assert f"search {study}" in calls(clone)
+
+
+def test_any_study_by_its_own_name(clone):
+    """The study's directory is what the search says; latents are decoded by the study's VAE."""
+    (clone / "my studies").mkdir()
+    (clone / "my studies/file.toml").write_text('name = "other"\n[data]\nvae = "the vae"\n')
+    make(clone, "search", "STUDY=my studies/file.toml")
+    exported, sampled = after_search("other")
+    assert calls(clone) == ["search my studies/file.toml", exported, f"{sampled} --vae the vae"]
+
+
+def test_a_failed_search_ends_make_and_the_next_goes_on(clone):
+    (clone / "fail-search").touch()
+    said = make(clone, "search", code=2)
+    assert "error: as asked" in said and calls(clone)[-1] == f"search {QUICK}"
+    (clone / "fail-search").unlink()
+    make(clone, "search")
+    assert calls(clone)[2:] == [f"search {QUICK}", *after_search("fashion-mnist-quick")]
+
+
+def test_installed_once_and_again_when_something_changed(clone):
+    (clone / "fail-pip").touch()
+    said = make(clone, "setup", code=2, PYTHON="/bin/false")
+    assert "Python 3.11 or newer" in said  # no pip, so the environment is made again, by the Python that was named
+    (clone / "fail-pip").unlink()
+    make(clone, "setup")
+    assert installs(clone) == ["."] and (clone / ".venv/installed").read_text().endswith("clone\n")
+    make(clone, "setup")
+    assert installs(clone) == ["."]
+    make(clone, "setup-dev")
+    make(clone, "setup")
+    assert installs(clone) == [".", ".[dev,text]"]
+    project = clone / "pyproject.toml"
+    project.write_text(project.read_text() + "\n# a new dependency\n")
+    make(clone, "setup")
+    assert installs(clone) == [".", ".[dev,text]", "."]
+    (clone / ".venv/installed").write_text("")  # the power went
+    make(clone, "setup")
+    assert len(installs(clone)) == 4
+    moved = clone.parent / "moved"
+    clone.rename(moved)
+    assert "installing into .venv" in make(moved, "setup")
+
+
+def test_a_failed_install_is_begun_again(clone):
+    (clone / "fail-install").touch()
+    assert "the same make goes on from here" in make(clone, "search", code=2)
+    assert not (clone / "calls.txt").exists()
+    (clone / "fail-install").unlink()
+    make(clone, "search")
+    assert installs(clone) == [".", "."] and f"search {QUICK}" in calls(clone)
+
+
+OLD = "case $2 in import*) exit 1;; esac; echo Python 3.10.12\n"
+NEW = """case "$*" in
+  "-c "*) exit 0;;
+  "-m venv"*) [ -e "$TMP/venv-installed" ] || { echo "ensurepip is not available"; exit 1; }
+    mkdir -p "$4/bin"; echo "$0" > "$4/made-by";;
+esac
+"""
+APT = 'echo "$*" >> "$TMP/apt.txt"; [ -e "$TMP/offline" ] && exit 100; touch "$TMP/venv-installed"\n'
+
+
+def venv(tmp_path, code=0, **env):
+    """Run .ci/venv where nothing but these programs is to be found."""
+    for name in ("mkdir", "touch", "basename", "sh"):
+        (tmp_path / name).exists() or (tmp_path / name).symlink_to(shutil.which(name))
+    program(tmp_path / "id", "echo 0\n")
+    env = {"PATH": str(tmp_path), "TMP": str(tmp_path), **env}
+    args = ["sh", str(ROOT / ".ci/venv"), str(tmp_path / "made")]
+    done = subprocess.run(args, env=env, capture_output=True, text=True, timeout=60)
+    assert done.returncode == code, done.stderr
+    return done.stderr
+
+
+def test_a_new_enough_python_is_found(tmp_path):
+    (tmp_path / "venv-installed").touch()
+    program(tmp_path / "python3", OLD)
+    assert "got Python 3.10.12; install one and name it" in venv(tmp_path, code=1)
+    program(tmp_path / "python3.12", NEW)
+    venv(tmp_path)
+    assert (tmp_path / "made/made-by").read_text().strip().endswith("python3.12")
+    said = venv(tmp_path, code=1, PYTHON="python3")
+    assert "got PYTHON=python3, Python 3.10.12; name another" in said
+
+
+@pytest.mark.parametrize("python", ["python3", "python3.13"])
+def test_debians_venv_package_is_installed(tmp_path, python):
+    program(tmp_path / python, NEW)
+    assert f"install {python}-venv as root" in venv(tmp_path, code=1)  # no apt-get here
+    program(tmp_path / "apt-get", APT)
+    (tmp_path / "offline").touch()
+    assert "ensurepip is not available" in venv(tmp_path, code=1)
+    (tmp_path / "offline").unlink()
+    venv(tmp_path)
+    assert (tmp_path / "apt.txt").read_text().splitlines()[-1] == f"install -qy {python}-venv"
+    assert (tmp_path / "made/bin").is_dir()
+
+
+def test_make_alone_lists_every_target(clone):
+    said = make(clone)
+    targets = {line.split()[1] for line in said.splitlines() if line.startswith("make ")}
+    assert targets == {"search", "help", "test", "test-slow", "lint", "setup", "setup-dev", "clean"}
+    assert not (clone / "calls.txt").exists()
