@@ -42,6 +42,8 @@ from asesearch.schedule import ElasticDepths, ExitSchedule
 Depths = ExitSchedule | ElasticDepths  # blocks to run: one schedule, or a law that every sample draws from
 SYNC_EVERY = 10  # steps between looks at the loss: each is a device synchronisation
 CHECKPOINT = "training.safetensors"
+#: Steps in a row that fp16's loss scaler may skip: each halves its scale, which begins at 2^16, so that it is 1/16 after them.
+MAX_SKIPPED = 20
 
 
 def seeded_generator(*key: int) -> torch.Generator:
@@ -229,7 +231,7 @@ class Trainer:
         self.model: nn.Module
         self.model, self.optimizer = self.accelerator.prepare(self.backbone, optimizer)
         self.weight = PlateauWeight.make(config.loss_weight, schedule)
-        self.step, self.seconds = 0, 0.0
+        self.step, self.seconds, self.skipped = 0, 0.0, 0
         self.losses: list[float] = []
         self.resumed_at = self._load() if self.run_dir is not None else 0
 
@@ -264,32 +266,61 @@ class Trainer:
         return (loss * self.weight.at(dropped).to(device)).mean(), stats
 
     def train_step(self, batch: Batch) -> Tensor:
-        """One optimiser step and one EMA step; the statistics of `_loss` plus the gradient norm, on the device."""
+        """One optimiser step and one EMA step; the statistics of `_loss`, the gradient norm and 1 if skipped, on the device.
+
+        Where gradients overflow in fp16, the loss scaler skips the step and lowers its scale: network and EMA stay as they
+        are, and the learning rate goes on by step.
+        """
         for group in self.optimizer.param_groups:
             group["lr"] = self.config.lr * lr_factor(self.step, self.config)
         loss, stats = self._loss(batch)
         self.accelerator.backward(loss)
         norm = self.accelerator.clip_grad_norm_(list(self.named.values()), self.config.grad_clip or math.inf)
-        self.optimizer.step()
+        skipped = self._optimizer_step()
         self.optimizer.zero_grad()
-        decay = min(self.config.ema_decay, (1 + self.step) / (10 + self.step))
-        with torch.no_grad():
-            torch._foreach_lerp_([self.ema_of[n] for n in self.named], list(self.named.values()), 1 - decay)
+        if not skipped:
+            decay = min(self.config.ema_decay, (1 + self.step) / (10 + self.step))
+            with torch.no_grad():
+                torch._foreach_lerp_([self.ema_of[n] for n in self.named], list(self.named.values()), 1 - decay)
         self.step += 1
-        norm = torch.zeros(()) if norm is None else torch.as_tensor(norm)
-        return torch.cat([stats, norm.to(stats).view(1)])
+        norm = torch.zeros(()) if norm is None or skipped else torch.as_tensor(norm)
+        return torch.cat([stats, norm.to(stats).view(1), stats.new_full((1,), float(skipped))])
+
+    def _optimizer_step(self) -> bool:
+        """Whether the loss scaler skipped it. (accelerate's `optimizer_step_was_skipped` misses it: fused AdamW is called in
+        any case and skips by itself.)
+        """
+        scaler = self.accelerator.scaler
+        if scaler is None:
+            self.optimizer.step()
+            return False
+        scale = scaler.get_scale()
+        self.optimizer.step()
+        return bool(scaler.get_scale() < scale)
 
     def _absorb(self, stats: list[Tensor]) -> None:
-        """Bring the statistics of the last steps to the host, over all processes; guard against NaN."""
+        """Bring the statistics of the last steps to the host, over all processes; guard against NaN.
+
+        Raises:
+            TrainingDiverged: a loss or a gradient is not finite, or the loss scaler skips one step after the other.
+        """
         if not stats:
             return
-        table = self.accelerator.reduce(torch.stack(stats), "sum").cpu().double()  # (steps, 4)
+        table = self.accelerator.reduce(torch.stack(stats), "sum").cpu().double()  # (steps, 5)
         first = self.step - len(stats)
-        for i, (total, short, count, norm) in enumerate(table.tolist()):
+        for i, (total, short, count, norm, skipped) in enumerate(table.tolist()):
             if not (math.isfinite(total) and math.isfinite(norm)):
+                other = ", or train in bf16" if self.config.mixed_precision == "fp16" else ""
                 raise TrainingDiverged(
                     f"loss or gradient is not finite at step {first + i} of {self.config.num_steps}; "
-                    f"lower the learning rate ({self.config.lr:g}) or give a longer warm-up"
+                    f"lower the learning rate ({self.config.lr:g}) or give a longer warm-up{other}"
+                )
+            self.skipped = self.skipped + 1 if skipped else 0
+            if self.skipped >= MAX_SKIPPED:
+                raise TrainingDiverged(
+                    f"the gradients overflow in fp16 whatever the loss scale: {self.skipped} steps in a row were skipped up to "
+                    f"step {first + i} of {self.config.num_steps}; train in bf16, or lower the learning rate "
+                    f"({self.config.lr:g})"
                 )
             self.losses.append(total / self.config.batch_size)
             self.weight.update(short / count if count else math.nan, first + i)
@@ -358,6 +389,8 @@ class Trainer:
             "weight_losses": self.weight.losses,
             "weight_ended_at": self.weight.ended_at,
             "seconds": self.seconds,
+            "skipped": self.skipped,
+            "loss_scaler": None if self.accelerator.scaler is None else self.accelerator.scaler.state_dict(),
         }
         metadata = {"identity": json.dumps(self._identity(), sort_keys=True), "progress": json.dumps(progress)}
         with replacing(self.run_dir / CHECKPOINT) as part:
@@ -390,6 +423,9 @@ class Trainer:
                 self.optimizer.state[p] = {**state, "step": state["step"].reshape(())}
         self.step, self.losses, self.seconds = progress["step"], progress["losses"], progress["seconds"]
         self.weight.losses, self.weight.ended_at = progress["weight_losses"], progress["weight_ended_at"]
+        self.skipped = progress.get("skipped", 0)
+        if self.accelerator.scaler is not None and progress.get("loss_scaler"):
+            self.accelerator.scaler.load_state_dict(progress["loss_scaler"])
         return self.step
 
 

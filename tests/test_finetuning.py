@@ -9,6 +9,8 @@ import sys
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 
 from asesearch.backbones import DiT
@@ -355,3 +357,64 @@ def test_one_elastic_network_serves_every_depth_better_than_the_pretrained(tiny_
         return float((truth - found)[:, :1].pow(2).mean())
 
     assert all(error(elastic, depth) < 0.7 * error(full, depth) for depth in (1, 2, 3))
+
+
+# -- fp16 ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def half_precision():
+    """Makes accelerators that train in fp16 with a loss scaler of that first scale, on the CPU."""
+
+    def make(init_scale):
+        AcceleratorState._reset_state()
+        accelerator = Accelerator(mixed_precision="fp16", cpu=True)
+        accelerator.native_amp = True  # accelerate itself leaves loss scaling to devices that are not the CPU
+        accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=init_scale)
+        return accelerator
+
+    yield make
+    AcceleratorState._reset_state()
+
+
+def in_halves(net, images, accelerator, run_dir=None, **changes):
+    return Trainer(net, images, Diffusion(), SCHEDULE, with_(CONFIG, **changes), run_dir, accelerator=accelerator)
+
+
+def test_a_loss_scale_that_overflows_is_no_divergence(tiny_dit, tiny_images, half_precision):
+    trainer = in_halves(tiny_dit, tiny_images, half_precision(2.0**24), num_steps=30)
+    moved = []
+    for step in range(20):
+        before, ema = weights(trainer.backbone), weights(trainer.ema)
+        trainer._absorb([trainer.train_step(draw_batch(tiny_images, tiny_dit, trainer.config, Diffusion(), step, (0, 1)))])
+        moved.append((not same(before, weights(trainer.backbone)), not same(ema, weights(trainer.ema))))
+    assert all(net == ema for net, ema in moved)  # a skipped step leaves both alone
+    skipped = [step for step, (net, _) in enumerate(moved) if not net]
+    assert 2 <= len(skipped) <= 14 and skipped[0] == 0 and moved[-1] == (True, True)
+    assert trainer.accelerator.scaler.get_scale() == 2.0 ** (24 - len(skipped))
+    assert len(trainer.losses) == 20 and np.isfinite(trainer.losses).all() and trainer.skipped == 0
+    # the learning rate goes by step, whatever was skipped
+    assert trainer.optimizer.param_groups[0]["lr"] == pytest.approx(1e-3 * 0.5 * (1 + math.cos(math.pi * 17 / 28)))
+
+
+def test_a_scale_that_never_fits_is_divergence_and_says_so(tiny_dit, tiny_images, half_precision):
+    trainer = in_halves(tiny_dit, tiny_images, half_precision(2.0**70), num_steps=60)
+    with pytest.raises(TrainingDiverged, match="overflow in fp16.*20 steps in a row.*step 19 of 60.*bf16"):
+        trainer.run()
+
+
+def test_a_loss_that_is_not_finite_is_divergence_in_fp16_too(tiny_dit, tiny_images, half_precision):
+    trainer = in_halves(tiny_dit, tiny_images, half_precision(1024.0))
+    batch = draw_batch(tiny_images, tiny_dit, CONFIG, Diffusion(), 0, (0, 1))
+    batch.x_start[0] = math.nan
+    with pytest.raises(TrainingDiverged, match="not finite at step 0"):
+        trainer._absorb([trainer.train_step(batch)])
+
+
+def test_the_loss_scale_is_resumed(tiny_dit, tiny_images, half_precision, tmp_path):
+    straight = in_halves(tiny_dit, tiny_images, half_precision(2.0**24)).run()
+    with pytest.raises(Killed):
+        in_halves(tiny_dit, tiny_images, half_precision(2.0**24), tmp_path).run(kill_at(6))
+    resumed = in_halves(tiny_dit, tiny_images, half_precision(2.0**24), tmp_path)
+    assert resumed.resumed_at == 5 and resumed.accelerator.scaler.get_scale() < 2.0**24
+    assert same(weights(straight.backbone), weights(resumed.run().backbone)) and straight.losses == resumed.losses

@@ -19,7 +19,7 @@ from asesearch.evaluation.results import EvaluationResult
 from asesearch.schedule import ExitSchedule
 from asesearch.search.proposer import NAME, Problem, judge
 from asesearch.search.records import CheapRung, TrialRecord, shortened
-from asesearch.search.workbench import Workbench, environment
+from asesearch.search.workbench import Outcome, Workbench, environment
 
 
 def run_trial(
@@ -35,11 +35,13 @@ def run_trial(
         bench: fine-tunes, samples and evaluates.
         trial: number, origin, schedule and sampler of the trial; state and figures are filled in.
         folder: for its weights and images.
-        records: of the study so far; one of the same point, stopped before, lends its cheap figure.
+        records: of the study so far; one of the same point, stopped before, lends its cheap figure, and one of the same
+            schedule its fine-tuning, which is counted once.
         problem: what the quality model needs to judge a point; None without promotion.
 
     Returns:
-        The finished record. A failure of the schedule's own is recorded, not raised.
+        The finished record; that of the same point where it was stopped before and is again. A failure of the schedule's
+        own is recorded, not raised.
     """
     seconds: dict[str, float] = {}
     gflops: dict[str, float] = {}
@@ -47,6 +49,9 @@ def run_trial(
     try:
         if problem is not None:
             cheap = _cheap_rung(bench, trial, records, problem, seconds, gflops)
+            before = _on_record(trial, records)
+            if not cheap.promoted and before is not None:
+                return before  # judged again, with the same result
             if not cheap.promoted:
                 time_frac, flops_frac, block_frac = bench.cost_fracs(trial.schedule, trial.sampler)
                 return _ended(
@@ -58,6 +63,10 @@ def run_trial(
         if not any(r.state == "complete" and r.schedule.merged() == trial.schedule.merged() for r in records):
             shutil.rmtree(folder, ignore_errors=True)
         return _ended(trial, "failed", failure=str(error).splitlines()[0], cheap=cheap, seconds=seconds, gflops=gflops)
+    if _counted(trial, outcome, records):
+        outcome.losses = []
+        outcome.seconds["finetune"] = 0.0
+        outcome.gflops.pop("finetune", None)
     return _ended(
         trial,
         "complete",
@@ -72,6 +81,21 @@ def run_trial(
     )
 
 
+def _on_record(trial: TrialRecord, records: list[TrialRecord]) -> TrialRecord | None:
+    """The record of the trial's point, stopped before."""
+    return next((r for r in records if same_point(r, trial.schedule, trial.sampler)), None)
+
+
+def _counted(trial: TrialRecord, outcome: Outcome, records: list[TrialRecord]) -> bool:
+    """Whether the fine-tuning that gave the outcome's weights is on record already, by the trial of another sampler.
+
+    No two fine-tunings take the same time to the last digit, so the seconds tell them apart: weights that were deleted and
+    made again are counted again.
+    """
+    same = [r for r in records if r.schedule.merged() == trial.schedule.merged()]
+    return any(r.seconds.get("finetune") == outcome.seconds["finetune"] for r in same)
+
+
 def _cheap_rung(
     bench: Workbench,
     trial: TrialRecord,
@@ -80,15 +104,22 @@ def _cheap_rung(
     seconds: dict[str, float],
     gflops: dict[str, float],
 ) -> CheapRung:
-    """The point's cheap figure, measured or on record, and whether it is promoted."""
-    before = next((r for r in records if same_point(r, trial.schedule, trial.sampler)), None)
-    if before is not None and before.cheap is not None:
-        seconds |= before.seconds  # this record takes the place of that one
-        gflops |= before.gflops
-        return CheapRung(before.cheap.quality, True, before.cheap.probability, "proposed again in the light of later trials")
-    quality, seconds["cheap"], gflops["cheap"] = bench.try_cheaply(trial.schedule, trial.sampler)
+    """The point's cheap figure, measured or on record, and whether it is promoted.
+
+    The difficulty proposer returns to a stopped point because it expects more of it than of any other, in the light of all
+    figures so far: that is the judgement. Others know nothing of cheap figures, so that such a point is judged again.
+    """
+    before = _on_record(trial, records)
+    if before is None or before.cheap is None:
+        quality, seconds["cheap"], gflops["cheap"] = bench.try_cheaply(trial.schedule, trial.sampler)
+        return CheapRung(quality, *_decide(bench, trial, records, problem, quality))
+    seconds |= before.seconds  # this record takes the place of that one
+    gflops |= before.gflops
+    quality = before.cheap.quality
+    if trial.origin == NAME:
+        return CheapRung(quality, True, before.cheap.probability, "proposed again in the light of later trials")
     promoted, probability, reason = _decide(bench, trial, records, problem, quality)
-    return CheapRung(quality, promoted, probability, reason)
+    return CheapRung(quality, promoted, probability, f"proposed again: {reason}")
 
 
 def _decide(

@@ -308,6 +308,7 @@ class Study:
                     begin = TrialRecord(trial.number, origin, schedule, "", sampler=sampler)
                     judged_by = problem if self.config.promotion is not None else None
                     record = run_trial(bench, begin, self.trial_dir(schedule), records, judged_by)
+                if record.number == trial.number:
                     # of a stopped trial whose place this one takes; counted in already
                     before = next((r.seconds for r in records if same_point(r, schedule, sampler)), {})
                     here_s = sum(record.seconds.values()) - sum(before.values())

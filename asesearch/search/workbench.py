@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from asesearch.backbones.base import Backbone, Conditioning, check_schedule
-from asesearch.backbones.checkpoints import load_backbone, save_backbone
+from asesearch.backbones.checkpoints import inspect_checkpoint, load_backbone, save_backbone
 from asesearch.config import BackboneConfig, EvaluationConfig, SamplingConfig, StudyConfig, TrainConfig
 from asesearch.data import DataSource, open_data, save_images
 from asesearch.diffusion import make_diffusion
@@ -43,10 +43,12 @@ from asesearch.finetuning import CHECKPOINT, Depths, TrainResult, check_fit, fin
 from asesearch.latents import LatentDecoder, LatentShards
 from asesearch.sampling import SampleResult, arithmetic, check_sampling, sample
 from asesearch.schedule import ElasticDepths, ExitSchedule
+from asesearch.search.records import shortened
 
 SHOWN_IMAGES = 40  # images kept of each trial for the report
 PROMPTS_FILE, NUM_PROMPTS = "prompts.safetensors", 4  # kept beside a trial's weights, for its bundle
 WEIGHTS_FILE = "weights.safetensors"
+TOOK = "fine_tuning"  # in the metadata of that file: seconds and losses of the fine-tuning that made it
 LATENCY_REPEATS = 15
 FRESH_SEEDS = 1_000_000_000  # confirmation seeds begin here, out of reach of the search's
 
@@ -317,15 +319,22 @@ class Workbench:
         return self.backbone, config.model_copy(update={"num_steps": steps, "distill_frac": 0.0})
 
     def _tuned(self, schedule: ExitSchedule, folder: Path) -> TrainResult:
-        """The schedule's fine-tuned network; from its file where another sampler's trial left it."""
+        """The schedule's fine-tuned network, and what it took.
+
+        From its file where another sampler's trial left it, or one that was killed before it was on record: the file keeps
+        what the fine-tuning took.
+        """
         path = folder / WEIGHTS_FILE
         if path.is_file():
             own = BackboneConfig(kind=self.config.backbone.kind, checkpoint=str(path))
-            return TrainResult(load_backbone(own).to(self.device).eval(), [], None, 0.0)
+            net = load_backbone(own).to(self.device).eval()
+            took = json.loads(inspect_checkpoint(path).metadata.get(TOOK, "null")) or {"seconds": 0.0, "losses": []}
+            return TrainResult(net, took["losses"], None, took["seconds"])
         start, config = self.tuning(schedule)
         teacher = self.backbone if config.distill_frac > 0 else None
         tuned = finetune(start, self.data, self.diffusion, schedule, config, folder, teacher, self.on_step)
-        save_backbone(tuned.backbone, path, {"exit_schedule": schedule.to_json()})
+        took = {"seconds": tuned.seconds, "losses": shortened(tuned.losses)}
+        save_backbone(tuned.backbone, path, {"exit_schedule": schedule.to_json(), TOOK: json.dumps(took)})
         (folder / CHECKPOINT).unlink(missing_ok=True)
         return tuned
 

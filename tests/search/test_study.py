@@ -19,9 +19,9 @@ from asesearch.schedule import ExitSchedule
 from asesearch.search.budget import MARGIN, confirmation_s, image_s, spent_s
 from asesearch.search.difficulty import DifficultyMap
 from asesearch.search.promotion import num_explored
-from asesearch.search.records import RECORD, TrialRecord, non_dominated, select
+from asesearch.search.records import RECORD, REPEAT, TrialRecord, non_dominated, select
 from asesearch.search.study import Study, make_space, warm_starts
-from tests.search.fake_search import CHEAP, DEPTH, FakeBench, make_config
+from tests.search.fake_search import CHEAP, DEPTH, FakeBench, figures, make_config
 
 PROPOSERS = ["tpe", "nsga2", "gp", "random"]
 
@@ -343,27 +343,40 @@ def test_difficulty_proposer_resumes_and_repeats_like_any_other(tmp_path):
     assert len(bench.tried) == 3 and trials_of(resumed) == trials_of(straight)
 
 
+class Surprising(FakeBench):
+    """Cheap figures that contradict the difficulty map: schedules of odd depth near data have three times their figure."""
+
+    def try_cheaply(self, schedule, sampler=""):
+        quality, seconds, gflops = super().try_cheaply(schedule, sampler)
+        odd = schedule.exit_depths[0] % 2
+        return replace(quality, values=tuple((3 if odd else 1) * v for v in quality.values)), seconds, gflops
+
+
 @pytest.mark.parametrize("proposer", ["difficulty", "tpe"])
 def test_only_promising_schedules_are_fine_tuned(tmp_path, proposer):
-    config = make_config(LADDER, proposer=proposer, num_trials=16)
-    study, bench = run(config, ready(tmp_path))
+    config = make_config({"promotion": {**LADDER["promotion"], "threshold": 0.8}}, proposer=proposer, num_trials=12)
+    study, bench = Study(config, ready(tmp_path)), Surprising(config=config)
+    study.run(bench)
     records = study.records()
     stopped = [r for r in records if r.state == "stopped"]
-    assert len(records) == 16 and (stopped or proposer == "difficulty") and len(bench.tried) == 16 - len(stopped)
+    assert len(records) == 12 and stopped and len(bench.tried) == 12 - len(stopped)
     assert len({(s.merged()) for s in bench.cheaply}) == len(bench.cheaply)  # no cheap figure is paid for twice
     for r in records:
         assert r.cheap is not None and r.cheap.quality.protocol == CHEAP and r.seconds["cheap"] == 0.5
     for r in stopped:
-        assert r.quality is None and r.cheap.probability < 0.5 and "threshold 0.5" in r.cheap.reason
+        assert r.quality is None and r.cheap.probability < 0.8 and "threshold 0.8" in r.cheap.reason
         assert r.time_frac == pytest.approx(r.schedule.block_frac(bench.samplers["ddim-50"]))
-    judged = [r for r in records if r.state == "complete" and r.cheap.probability is not None]
-    assert all(r.cheap.probability >= 0.5 for r in judged if "again" not in r.cheap.reason)
+    returned = [r for r in records if r.state == "complete" and "again" in r.cheap.reason]
+    judged = [r for r in records if r.state == "complete" and r.cheap.probability is not None and r not in returned]
+    assert judged and min(r.cheap.probability for r in judged) >= 0.8
+    assert bool(returned) == (proposer == "difficulty")  # which alone returns to what it stopped
     warm = [r for r in records if r.origin != proposer]
     assert [r.cheap.reason for r in warm] == ["a warm start"] * 2
     # cheap figures are on no front and no value of Optuna's
     assert not {r.number for r in stopped} & {r.number for r in study.results().front()}
-    states = {t.number: t.state for t in study.optuna.get_trials()}
-    assert all(states[r.number] == optuna.trial.TrialState.PRUNED for r in stopped)
+    trials = {t.number: t for t in study.optuna.get_trials()}
+    assert {trials[r.number].state for r in stopped} == {optuna.trial.TrialState.PRUNED}
+    assert all(trials[r.number].values is None for r in stopped)
 
 
 def test_the_proposer_looks_around_before_anything_is_fine_tuned(tmp_path):
@@ -383,18 +396,63 @@ def test_no_more_than_half_of_the_trials_look_around():
     assert num_explored(make_config({"promotion": {"explore": 9}}, proposer="tpe", num_trials=40)) == 0
 
 
-def test_a_stopped_schedule_that_is_proposed_again_goes_up_without_a_second_cheap_figure(tmp_path):
-    config = make_config(LADDER, proposer="random", num_trials=16)
-    study, bench = run(config, ready(tmp_path))
+def proposed_again(proposer, run_dir, **promotion):
+    """A study whose first stopped schedule is proposed again, under other settings of the promotion."""
+    config = make_config(LADDER, proposer=proposer, num_trials=12)
+    study, bench = run(config, ready(run_dir))
     stopped = next(r for r in study.records() if r.state == "stopped")
-    space = make_space(config, bench)
-    study.optuna.enqueue_trial(space.encode(stopped.schedule))
-    bench.cheaply.clear()
-    larger, bench = run(make_config(LADDER, proposer="random", num_trials=17), tmp_path)
-    again = [r for r in larger.records() if r.schedule.merged() == stopped.schedule.merged()]
-    assert len(again) == 1 and again[0].state == "complete" and again[0].number > stopped.number
-    assert again[0].cheap.quality == stopped.cheap.quality and stopped.schedule not in bench.cheaply
-    assert again[0].seconds["cheap"] == 0.5 and again[0].gflops["cheap"] > 0  # what it cost then is still on record
+    study.optuna.enqueue_trial(make_space(config, bench).encode(stopped.schedule))
+    larger, bench = run(
+        make_config({"promotion": {**LADDER["promotion"], **promotion}}, proposer=proposer, num_trials=13), run_dir
+    )
+    (again,) = (r for r in larger.records() if r.schedule.merged() == stopped.schedule.merged())
+    return stopped, again, larger, bench
+
+
+@pytest.mark.parametrize("proposer", ["random", "tpe"])
+def test_what_is_proposed_again_by_chance_is_stopped_again_and_costs_nothing(tmp_path, proposer):
+    stopped, again, study, bench = proposed_again(proposer, tmp_path)
+    assert again == stopped and again.cheap.probability < 0.1
+    assert stopped.schedule not in bench.tried and stopped.schedule not in bench.cheaply
+    assert len(study.records()) == 13 and len(bench.cheaply) == 1  # another schedule took the place
+    repeat = next(t for t in study.optuna.get_trials() if t.user_attrs.get(REPEAT) == stopped.number)
+    assert repeat.state == optuna.trial.TrialState.PRUNED and RECORD not in repeat.user_attrs
+
+
+def test_what_is_proposed_again_goes_up_where_it_is_judged_better_now(tmp_path):
+    stopped, again, _, bench = proposed_again("random", tmp_path, threshold=0.0)
+    assert again.state == "complete" and again.number > stopped.number and stopped.schedule in bench.tried
+    assert again.cheap.reason.startswith("proposed again: on the front with probability")
+    assert again.cheap.quality == stopped.cheap.quality and stopped.schedule not in bench.cheaply
+    assert again.seconds["cheap"] == 0.5 and again.gflops["cheap"] == 1.0  # what it cost then is still on record
+    assert again.quality.values == figures(stopped.schedule)
+
+
+def test_the_difficulty_proposers_own_return_is_the_judgement(tmp_path):
+    config = make_config({"promotion": {**LADDER["promotion"], "threshold": 1.0}}, proposer="difficulty", num_trials=9)
+    study, bench = Study(config, ready(tmp_path)), Surprising(config=config)
+    study.run(bench)
+    first = [
+        TrialRecord.from_dict(json.loads(t.user_attrs[RECORD])) for t in study.optuna.get_trials() if RECORD in t.user_attrs
+    ]
+    stopped = {r.schedule.merged(): r for r in first if r.state == "stopped"}
+    returned = [r for r in study.records() if r.cheap.reason == "proposed again in the light of later trials"]
+    assert returned and len(set(bench.cheaply)) == len(bench.cheaply)
+    for r in returned:
+        before = stopped[r.schedule.merged()]
+        assert r.state == "complete" and r.cheap.probability == before.cheap.probability < 1.0
+        assert r.cheap.quality == before.cheap.quality and r.number > before.number
+
+
+def test_a_space_of_stopped_schedules_ends_the_search(tmp_path, monkeypatch):
+    """Stopped again and again is nothing new: the search must not go round for ever."""
+    monkeypatch.setattr("asesearch.search.study.MAX_REPEATS_IN_A_ROW", 15)
+    sections = {"promotion": {**LADDER["promotion"], "always": 0, "threshold": 1.0}}
+    config = make_config(sections, proposer="random", num_intervals=1, warm_start=[], num_trials=50)
+    study, bench = Study(config, ready(tmp_path)), FakeBench(config=config)
+    with pytest.raises(StudyError, match="as good as exhausted"):
+        study.run(bench)
+    assert 4 <= len(study.records()) == len(bench.cheaply) <= 6 and len(bench.tried) < 6
 
 
 def test_the_rest_of_a_trials_time_is_kept_when_it_comes_again(tmp_path):
@@ -409,8 +467,9 @@ def test_the_rest_of_a_trials_time_is_kept_when_it_comes_again(tmp_path):
             time.sleep(0.05)
             return replace(super().try_schedule(schedule, folder, sampler), seconds={"finetune": 0.01})
 
-    def search(num_trials):
-        study = Study(make_config(LADDER, proposer="random", num_trials=num_trials), tmp_path)
+    def search(num_trials, **promotion):
+        ladder = {"promotion": {**LADDER["promotion"], **promotion}}
+        study = Study(make_config(ladder, proposer="random", num_trials=num_trials), tmp_path)
         study.run(bench := Slow(config=study.config))
         return study, bench
 
@@ -418,10 +477,30 @@ def test_the_rest_of_a_trials_time_is_kept_when_it_comes_again(tmp_path):
     study, bench = search(16)
     stopped = next(r for r in study.records() if r.state == "stopped")
     study.optuna.enqueue_trial(make_space(study.config, bench).encode(stopped.schedule))
-    study, _ = search(17)
+    study, _ = search(17, threshold=0.0)
     again = next(r for r in study.records() if r.schedule.merged() == stopped.schedule.merged())
     assert again.state == "complete" and stopped.seconds["other"] > 0.04
     assert again.seconds["other"] > stopped.seconds["other"] + 0.04
+
+
+@pytest.mark.parametrize(("second", "counted"), [(7.25, 0.0), (8.5, 8.5)])
+def test_a_fine_tuning_is_counted_once_and_a_second_one_again(tmp_path, second, counted):
+    """Another sampler's trial of a schedule finds its weights, or they were deleted and are made again."""
+
+    class Timed(FakeBench):
+        def try_schedule(self, schedule, folder, sampler=""):
+            took = second if sampler else 7.25
+            parts = {"seconds": {"finetune": took, "sample": 1.5}, "gflops": {"finetune": 4.0, "sample": 1.0}}
+            return replace(super().try_schedule(schedule, folder, sampler), losses=[3.0, 2.0], **parts)
+
+    config = make_config(samplers=["ddim-25"], warm_start=[], num_trials=2)
+    study = Study(config, tmp_path)
+    study.run(Timed(config=config))
+    own, other = study.records()
+    assert (own.sampler, other.sampler) == ("", "ddim-25") and own.schedule == other.schedule
+    assert own.seconds["finetune"] == 7.25 and own.losses == (3.0, 2.0) and own.gflops["finetune"] == 4.0
+    assert other.seconds["finetune"] == counted and other.seconds["sample"] == 1.5
+    assert other.gflops.get("finetune", 0.0) == (4.0 if counted else 0.0) and bool(other.losses) == bool(counted)
 
 
 def test_kill_9_on_the_ladder(tmp_path):

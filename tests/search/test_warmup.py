@@ -1,6 +1,9 @@
 """The warm-up: made once, shared by all workers, gone on with where it was killed; and what trials make of it."""
 
 import json
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,7 +18,7 @@ from asesearch.evaluation.cost import LatencyTable
 from asesearch.schedule import ExitSchedule
 from asesearch.search.study import Study
 from asesearch.search.warmup import COST, MAP, WEIGHTS, warm_up
-from asesearch.search.workbench import Workbench
+from asesearch.search.workbench import WEIGHTS_FILE, Workbench
 
 SHAPE = {"input_size": 28, "patch_size": 14, "in_channels": 1, "hidden_size": 16, "depth": 3, "num_heads": 2, "num_classes": 10}
 
@@ -171,3 +174,36 @@ def test_a_whole_search_on_the_ladder(study, tmp_path):
     shown = np.load(opened.trial_dir(fast.schedule) / "samples_dpm++2m-2.npz")["images"][:4]
     assert np.abs(((images * 127.5 + 128).clamp(0, 255).to(torch.uint8).numpy()).astype(int) - shown.astype(int)).max() <= 1
     assert json.loads((folder / "bundle.json").read_text())["sampling"]["num_steps"] == 2
+
+
+KILLED = """
+import json, os, signal, sys
+from asesearch.config import parse_study
+from asesearch.search.study import Study
+from asesearch.search.workbench import Workbench
+config = parse_study(json.loads(sys.argv[1]), "test")
+bench = Workbench(config)
+bench.evaluate = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+Study(config, sys.argv[2]).run(bench)
+"""
+
+
+def test_what_tuning_took_is_not_lost_with_a_kill_before_the_record(study, tmp_path):
+    """Killed after the weights were written: the trial that records them counts them, another sampler's does not again."""
+    sections = {"elastic": None, "promotion": None, "map": {}}
+    search = {"proposer": "random", "num_trials": 2, "num_intervals": 4, "samplers": ["dpm++2m-2"]}
+    config = parse_study({**study.model_dump(mode="json"), **sections, "search": search}, "test")
+    command = [sys.executable, "-c", KILLED, config.model_dump_json(), str(tmp_path / "run")]
+    killed = subprocess.run(command, cwd=Path(__file__).parents[2], stderr=subprocess.PIPE)
+    assert killed.returncode == -9, killed.stderr.decode()
+    opened = Study(config, tmp_path / "run")
+    weights = next((tmp_path / "run" / "trials").rglob(WEIGHTS_FILE))
+    left = weights.read_bytes()
+    assert opened.records() == []
+    bench = Workbench(config)
+    opened.run(bench)
+    own, other = opened.records()
+    assert own.schedule.is_full and other.schedule.is_full and weights.read_bytes() == left  # not tuned a second time
+    assert own.seconds["finetune"] > 0.001 and len(own.losses) == 3 and np.isfinite(own.losses).all()
+    assert own.gflops["finetune"] == pytest.approx(3 * 8 * 3 * bench.flops[-1] / 1e9)  # steps, batch, calls a sample
+    assert other.seconds["finetune"] == 0 and other.losses == () and "finetune" not in other.gflops
