@@ -32,6 +32,19 @@ _HOMES = {
 }
 
 
+__all__ = [
+    "ExitSchedule",
+    "__version__",
+    "export",
+    "finetune",
+    "load_bundle",
+    "load_study",
+    "run_search",
+    "sample",
+    "write_report",
+]
+
+
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'asesearch' has no attribute {name!r}")

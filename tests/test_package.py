@@ -1,0 +1,62 @@
+"""What the package says of itself: one version, its public names, its files and licences."""
+
+import ast
+import subprocess
+import sys
+import tomllib
+import zipfile
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+
+import asesearch
+
+ROOT = Path(__file__).parent.parent
+
+
+def test_every_public_name_is_there_and_listed():
+    assert sorted(asesearch._HOMES) == [n for n in asesearch.__all__ if n != "__version__"]
+    for name in asesearch.__all__:
+        assert getattr(asesearch, name), name
+    with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
+        _ = asesearch.nothing
+
+
+def test_the_version_has_one_source():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    assert "version" not in project["project"]
+    assert project["tool"]["setuptools"]["dynamic"]["version"]["attr"] == "asesearch.__version__"
+    assert metadata.version("asesearch") == asesearch.__version__
+
+
+def test_what_is_imported_is_declared():
+    """Every third-party library that a module names stands in the dependencies or in an extra."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    declared = [*project["dependencies"], *sum(project["optional-dependencies"].values(), [])]
+    names = {d.split("[")[0].split(">")[0].strip().lower().replace("-", "_") for d in declared}
+    modules = {"pil": "pillow"}
+    for path in (ROOT / "asesearch").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            found = []
+            if isinstance(node, ast.Import):
+                found = [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom):
+                found = [node.module or ""]
+            for name in found:
+                top = name.split(".")[0]
+                if top == "asesearch" or top in sys.stdlib_module_names:
+                    continue
+                key = modules.get(top.lower(), top.lower())
+                assert key in names, f"{path.name} imports {top}, which pyproject.toml does not declare"
+
+
+@pytest.mark.slow
+def test_a_wheel_holds_the_assets_and_the_licences(tmp_path):
+    command = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "-w", str(tmp_path), str(ROOT)]
+    subprocess.run(command, check=True)
+    (wheel,) = tmp_path.glob("*.whl")
+    names = set(zipfile.ZipFile(wheel).namelist())
+    for wanted in ("py.typed", "assets/fashion-cnn.safetensors", "assets/fashion-mnist/LICENSE"):
+        assert f"asesearch/{wanted}" in names
+    assert any(n.endswith("licenses/LICENSE") for n in names)
