@@ -2,12 +2,17 @@
 
 import os
 import shutil
+import signal
 import stat
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
+
+from asesearch.config import load_study
+from asesearch.evaluation.extractors import make_extractor
 
 ROOT = Path(__file__).parent.parent
 QUICK, SMALL = "studies/fashion-mnist-quick.toml", "studies/fashion-mnist-small.toml"
@@ -66,10 +71,10 @@ def clone(tmp_path):
     return folder
 
 
-def make(clone, *args, code=0, **env):
+def make(clone, *args, code=0, timeout=60, **env):
     kept = {k: v for k, v in os.environ.items() if not k.startswith(("MAKE", "PYTHON", "STUDY", "MFLAGS"))}
     kept["HOME"] = "/proc"  # where nobody can write
-    done = subprocess.run(["make", *args], cwd=clone, env=kept | env, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(["make", *args], cwd=clone, env=kept | env, capture_output=True, text=True, timeout=timeout)
     assert done.returncode == code, done.stdout + done.stderr
     return done.stdout + done.stderr
 
@@ -224,3 +229,52 @@ def test_make_alone_lists_every_target(clone):
     targets = {line.split()[1] for line in said.splitlines() if line.startswith("make ")}
     assert targets == {"search", "help", "test", "test-slow", "lint", "setup", "setup-dev", "clean"}
     assert not (clone / "calls.txt").exists()
+
+
+@pytest.mark.parametrize("study", [QUICK, SMALL])
+def test_the_shipped_studies_count_points_and_measure_honestly(study):
+    config = load_study(ROOT / study)
+    assert config.search.budget is None and config.promotion is not None
+    features = make_extractor("fashion-cnn").dim
+    for part in (config.evaluation, config.promotion, config.confirm):
+        assert part.num_samples > features  # a Fréchet distance needs that many for its covariance
+    explored = min(config.promotion.explore, config.search.num_trials // 2)
+    warm = len(config.search.warm_start) + len(config.search.samplers)
+    assert config.search.num_trials - warm - explored >= 3
+
+
+@pytest.mark.slow
+def test_the_small_study_from_the_first_command_to_the_bundle(clone):
+    """Really run, killed on the way, run again; and once more when all is done."""
+    from PIL import Image
+
+    from asesearch import load_bundle
+    from asesearch.search import Study
+
+    shutil.rmtree(clone / "asesearch")
+    (clone / "asesearch").symlink_to(ROOT / "asesearch")
+    run = clone / "runs/fashion-mnist-small"
+    begun = subprocess.Popen(["make", "search", f"STUDY={SMALL}"], cwd=clone, start_new_session=True, stderr=subprocess.DEVNULL)
+    while not (run / "trials").is_dir():
+        assert begun.poll() is None
+        time.sleep(0.5)
+    os.killpg(begun.pid, signal.SIGKILL)
+    begun.wait()
+
+    said = make(clone, "search", timeout=3600)  # no STUDY: what was begun goes on
+    assert f"{SMALL} was begun here" in said
+    results = Study.open(run).results()
+    exits = [r for r in results.complete if not r.schedule.is_full]
+    assert len(results.records) == 10 and len(exits) >= 4 and len(results.confirmations) >= 2
+    assert all(0 < r.quality.value < 200 and r.quality.protocol.num_samples == 200 for r in exits)
+    bundle = load_bundle(run / "bundle")
+    assert not bundle.schedule.is_full
+    assert bundle.sample(range(4)).images.shape == (4, 1, 28, 28)
+    assert (clone / "reports/fashion-mnist-small/index.html").is_file()
+    with Image.open(run / "bundle-samples.png") as image:
+        assert image.convert("L").getextrema()[1] > 200  # something is drawn
+
+    before = {p: p.stat().st_mtime_ns for p in (run / "trials").rglob("*")}
+    make(clone, "search", timeout=3600)
+    assert before == {p: p.stat().st_mtime_ns for p in (run / "trials").rglob("*")}
+    assert Study.open(run).results().confirmations == results.confirmations
