@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -19,7 +20,7 @@ from asesearch.errors import WriteError
 def replacing(path: str | os.PathLike[str], *, shared: bool = False) -> Iterator[Path]:
     """A temporary path beside `path`, whose folder is made; what the body wrote there takes the place of `path` at the end.
 
-    If the body fails, or the process is killed, `path` is as it was before.
+    If the body fails, the process is killed or the power goes, `path` is as it was before, or whole.
 
     Args:
         path: the file to write.
@@ -33,13 +34,28 @@ def replacing(path: str | os.PathLike[str], *, shared: bool = False) -> Iterator
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield part
+        _to_disk(part, os.O_RDWR)
         os.replace(part, path)
+        with suppress(OSError):  # a folder can't be opened everywhere
+            _to_disk(path.parent, os.O_RDONLY)
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or str(error)
         raise WriteError(f"can't write to {path}: {reason}; choose a folder you may write to, with room in it") from error
     finally:
         with suppress(OSError):
             part.unlink(missing_ok=True)
+
+
+def _to_disk(path: Path, flags: int) -> None:
+    """Wait until a file's content, or a folder's list of names, would survive a power cut."""
+    handle = os.open(path, flags)
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP):
+            raise  # a file system that has no such call is not an error, a full disk is
+    finally:
+        os.close(handle)
 
 
 def check_writable(path: str | os.PathLike[str]) -> None:

@@ -15,11 +15,11 @@ from asesearch.deployment.bundle import Bundle, write_bundle
 from asesearch.errors import StudyError
 from asesearch.finetuning import finetune
 from asesearch.search.confirmation import load_trial
+from asesearch.search.directory import INPUTS, PROMPTS, read_json
 from asesearch.search.records import TrialRecord
-from asesearch.search.storage import read_json
 from asesearch.search.study import Study
 from asesearch.search.warmup import warm_up
-from asesearch.search.workbench import PROMPTS_FILE, Workbench, environment, sampling_as
+from asesearch.search.workbench import Workbench, environment, sampling_as
 
 
 def export(
@@ -69,8 +69,8 @@ def export(
             "config": config.shareable(),
             "environment": environment(),
         },
-        prompts=_prompts(study.trial_dir(record.schedule) / PROMPTS_FILE) if net.takes_prompt else None,
-        latents=read_json(study.run_dir / "inputs.json")["decoder"] if config.data.kind == "latents" else None,
+        prompts=_prompts(study.trial_dir(record.schedule) / PROMPTS) if net.takes_prompt else None,
+        latents=read_json(study.run_dir / INPUTS)["decoder"] if config.data.kind == "latents" else None,
     )
     return write_bundle(bundle, folder, overwrite=overwrite)
 

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -17,10 +18,10 @@ from asesearch.backbones.checkpoints import load_backbone
 from asesearch.config import BackboneConfig
 from asesearch.errors import StudyError
 from asesearch.files import write_json
+from asesearch.search.directory import CONFIRMATIONS, WEIGHTS, read_state
 from asesearch.search.records import Confirmation, TrialRecord, select
-from asesearch.search.storage import read_json
 from asesearch.search.study import Study
-from asesearch.search.workbench import WEIGHTS_FILE, Workbench
+from asesearch.search.workbench import Workbench
 
 
 def confirm(study: Study, bench: Workbench, progress: Callable[[Confirmation], None] | None = None) -> list[Confirmation]:
@@ -41,12 +42,12 @@ def confirm(study: Study, bench: Workbench, progress: Callable[[Confirmation], N
         "protocol": {**asdict(protocol), "seeds": list(protocol.seeds)},
         "time": [how.time_images, how.time_repeats],
     }
-    path = study.run_dir / "confirmations.json"
-    done: list[Confirmation] = []
-    if path.is_file():
-        stored = read_json(path)
-        if stored["settings"] == settings:
-            done = [Confirmation.from_dict(c) for c in stored["confirmations"]]
+    path = study.run_dir / CONFIRMATIONS
+
+    def same(stored: dict[str, Any]) -> list[Confirmation]:
+        return [Confirmation.from_dict(c) for c in stored["confirmations"]] if stored["settings"] == settings else []
+
+    done = read_state(path, same, "the front is confirmed again") or []
     full_net = load_trial(study, results.full, bench.device)
     for record in select(results.front(), results.full, how.max_points):
         if any(c.number == record.number for c in done):
@@ -74,7 +75,7 @@ def trial_weights(study: Study, record: TrialRecord) -> Path:
     if record.state != "complete":
         why = record.failure or "its cheap figure did not promote it"
         raise StudyError(f"trial {record.number} {record.state}, so it has no weights ({why}); choose another")
-    path = study.trial_dir(record.schedule) / WEIGHTS_FILE
+    path = study.trial_dir(record.schedule) / WEIGHTS
     if not path.is_file():
         raise StudyError(
             f"trial {record.number} has no weights in {path.parent}: weights off the front are deleted; "

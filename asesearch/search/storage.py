@@ -1,66 +1,190 @@
-"""The study's database: opening it, its errors in one line, and processes that died."""
+"""The study's database: its URL, driver and errors, looking into it, and opening it.
+
+A URL as recorded and shown has no password and, for SQLite, an absolute path.
+"""
 
 from __future__ import annotations
 
 import json
 import os
+import random
+import re
+import time
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
-from typing import Any
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from functools import cache
 
 import optuna
-import sqlalchemy.exc
+import sqlalchemy as sa
+from sqlalchemy.engine import URL, Engine, make_url
+from sqlalchemy.exc import ArgumentError, IntegrityError, NoSuchModuleError, SQLAlchemyError
 
 from asesearch.errors import StudyError
+from asesearch.search.sqlite import creator, is_in_memory, location, resolved, why_unusable
 
 HEARTBEAT_S = 60
 BUSY_WAIT_S = 120.0  # how long to wait for a SQLite file that another process holds
+CONNECT_WAIT_S = 20  # how long to wait for a server
+CREATION_TRIES = 12
+IDENTITY = "asesearch_study"  # user attribute of the Optuna study: the identity of its study directory
+
+_STUDIES = sa.table("studies", sa.column("study_id"), sa.column("study_name"))
+_TRIALS = sa.table("trials", sa.column("trial_id"), sa.column("study_id"))
+_ATTRIBUTES = sa.table("study_user_attributes", sa.column("study_id"), sa.column("key"), sa.column("value_json"))
+_LIBRARY = sa.table("version_info", sa.column("library_version"))
+_SCHEMA = sa.table("alembic_version", sa.column("version_num"))
+
+#: By backend: drivers in the order of preference, and how to get one.
+_DRIVERS = {
+    "postgresql": (("psycopg", "psycopg2"), "pip install 'asesearch[postgresql]'"),
+    "mysql": (("mysqldb", "pymysql"), "pip install pymysql cryptography"),
+    "mariadb": (("mysqldb", "pymysql"), "pip install pymysql cryptography"),
+}
+_RACES = (SQLAlchemyError, optuna.exceptions.StorageInternalError, AssertionError)
+_RACE_SIGNS = ("already exists", "duplicate", "unique", "concurrently", "locked", "deadlock", "no such table", "does not exist")
+_SECRET = re.compile(r"pass(?!file)|pwd|secret|token|^key$|odbc_connect", re.IGNORECASE)
 
 
-def read_json(path: Path) -> Any:
-    """Read JSON.
+# -- the URL -------------------------------------------------------------------------------------
+
+
+def parse_url(text: str) -> URL:
+    """A storage URL, checked as far as it can be without a connection.
+
+    Returns:
+        The URL with its password, without a driver where none was given, SQLite's path absolute.
 
     Raises:
-        StudyError: missing, unreadable or not JSON.
+        StudyError: not a URL, a database in memory, or one without a driver here.
+    """
+    url = raw_url(text)
+    if "@" in (url.host or ""):
+        raise StudyError(f"an @ in the password of a storage URL is written %40; got {_masked(text)!r}; correct it")
+    if url.get_backend_name() == "sqlite":
+        if url.host:
+            raise StudyError(
+                f"a SQLite URL has three slashes before a relative path and four before an absolute "
+                f"one; got {_masked(text)!r}; write sqlite:///PATH"
+            )
+        if is_in_memory(url):
+            raise StudyError(
+                f"a study's storage must outlive the process; got {_masked(text)!r}, which is kept "
+                "in memory and lost at the end; name a file (sqlite:///PATH), or leave --storage out "
+                "for one in the study directory"
+            )
+        url = resolved(url)
+    with_driver(url)
+    return url
+
+
+def raw_url(text: str) -> URL:
+    """A storage URL as it was written.
+
+    Raises:
+        StudyError: not a URL.
     """
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise StudyError(f"can't read {path}: {error}; is this a study directory, and is it whole?") from error
+        return make_url(re.sub(r"^postgres(?=[:+])", "postgresql", text.strip()))
+    except (ArgumentError, ValueError):  # whose text may hold a part of the password
+        raise StudyError(
+            "search.storage must be a database URL such as postgresql://user@host/name, special "
+            f"characters written as %XX; got {_masked(text)!r}; correct it"
+        ) from None
+
+
+def with_driver(url: URL) -> URL:
+    """The URL with a driver that is installed here.
+
+    Raises:
+        StudyError: there is none.
+    """
+    backend = url.get_backend_name()
+    names, fix = _DRIVERS.get(backend, ((), f"install a Python driver for {backend}"))
+    given = url.drivername
+    choices = [f"{backend}+{name}" for name in names] if given == backend and names else [given]
+    missing = ""
+    for choice in choices:
+        try:
+            dialect = url.set(drivername=choice).get_dialect()
+            dialect.import_dbapi()
+        except NoSuchModuleError:
+            raise StudyError(
+                f"the study's storage {shown(url)} can't be used: no such database or driver as "
+                f"{given}; write sqlite:///PATH, postgresql://… or mysql://…"
+            ) from None
+        except ImportError as error:
+            missing = str(error)
+            continue
+        if dialect.is_async:
+            raise StudyError(
+                f"the study's storage {shown(url)} can't be used: {given} is an asynchronous driver; write {backend}://…"
+            )
+        return url.set(drivername=choice)
+    other = f", or write {backend}://… for the driver that is here" if given != backend else ""
+    raise StudyError(f"the study's storage {shown(url)} can't be used: its driver is not installed ({missing}); {fix}{other}")
+
+
+def without_password(url: URL) -> URL:
+    """The URL without anything secret, as it is recorded."""
+    plain = URL.create(url.drivername, url.username, None, url.host, url.port, url.database)
+    return plain.set(query={k: v for k, v in url.query.items() if not _SECRET.search(k)})
+
+
+def shown(url: URL) -> str:
+    """A URL in messages and records: without anything secret."""
+    return without_password(url).render_as_string(hide_password=False)
+
+
+def secrets(url: URL) -> list[str]:
+    """What a URL holds that must not be shown."""
+    found = [url.password or ""]
+    for key, value in url.query.items():
+        if _SECRET.search(key):
+            found += [value] if isinstance(value, str) else value
+    return [text for text in found if text]
+
+
+def _masked(text: str) -> str:
+    """A text that was to be a URL, as far as it can be shown."""
+    text = re.sub(r"^(.*?//)?.*@", r"\1***@", text.strip(), flags=re.DOTALL)
+    return re.sub(r"([?&][^=&]*=)[^&]*", r"\1***", text)
+
+
+# -- errors --------------------------------------------------------------------------------------
 
 
 @contextmanager
-def storage_errors(where: str) -> Iterator[None]:
-    """Turn a database's errors into one line."""
+def storage_errors(where: str, url: URL | None = None, fix: str = "") -> Iterator[None]:
+    """Turn a database's errors into one line.
+
+    Args:
+        where: the storage as it is shown.
+        url: of the storage, for a closer look at what is wrong with it, and with the secrets that
+            the line must not hold.
+        fix: in place of the usual advice.
+    """
     try:
         yield
-    except (sqlalchemy.exc.SQLAlchemyError, optuna.exceptions.StorageInternalError, ModuleNotFoundError) as error:
-        reason = str(getattr(error, "orig", None) or error.__cause__ or error).splitlines()[0]
-        raise StudyError(
-            f"the study's storage {where} can't be used: {reason}; check the path or URL, its permissions, and that no other "
-            "program holds it; the trials on record are kept, and the same command resumes"
-        ) from error
+    except (SQLAlchemyError, optuna.exceptions.StorageInternalError, ImportError) as error:
+        reason = _reason(error)
+        for secret in [] if url is None else secrets(url):
+            reason = reason.replace(secret, "***")
+        closer = why_unusable(url, reason) if url is not None else None
+        fix = fix or (
+            "check the path or URL, its permissions, and that no other program holds it; the trials "
+            "on record are kept, and the same command resumes"
+        )
+        raise StudyError(f"the study's storage {where} can't be used: {closer or f'{reason}; {fix}'}") from error
 
 
-@contextmanager
-def experimental() -> Iterator[None]:
-    """Optuna's notes that something is experimental are not the user's concern."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-        yield
-
-
-def open_optuna(url: str, name: str) -> optuna.Study:
-    """The two-objective Optuna study of a name, begun or continued; errors are the database's."""
-    with experimental():
-        optuna.logging.set_verbosity(optuna.logging.ERROR)
-        wait = {"connect_args": {"timeout": BUSY_WAIT_S}} if url.startswith("sqlite") else {"pool_pre_ping": True}
-        storage = optuna.storages.RDBStorage(url, engine_kwargs=wait, heartbeat_interval=HEARTBEAT_S)
-        study = optuna.create_study(study_name=name, storage=storage, directions=["minimize", "minimize"], load_if_exists=True)
-        study.set_metric_names(["quality", "cost_frac"])
-    return study
+def _reason(error: BaseException) -> str:
+    """A database driver's own words, on one line."""
+    inner = getattr(error, "orig", None) or error.__cause__ or error
+    inner = getattr(inner, "orig", None) or inner
+    lines = [line.strip() for line in str(inner).splitlines() if line.strip()]
+    return " ".join(lines)[:400].rstrip(".") or type(inner).__name__
 
 
 def alive(pid: int) -> bool:
@@ -74,13 +198,219 @@ def alive(pid: int) -> bool:
     return True
 
 
-def without_password(url: str) -> str:
-    """A storage URL to be shown.
+@contextmanager
+def experimental() -> Iterator[None]:
+    """Optuna's notes that something is experimental are not the user's concern."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        yield
+
+
+def delete(study: optuna.Study) -> None:
+    """Remove an Optuna study and its trials from its storage."""
+    optuna.delete_study(study_name=study.study_name, storage=study._storage)
+
+
+def of_another(url: URL, name: str) -> StudyError:
+    """The storage holds another study of the same name."""
+    return StudyError(
+        f"the storage {shown(url)} holds another study named {name!r}, begun from another study "
+        "directory; give this one another name in its study file, or, to work on that one, give its "
+        "directory (--out)"
+    )
+
+
+# -- looking into it -----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Held:
+    """What a storage holds of a study's name.
+
+    Attributes:
+        ready: whether the database has Optuna's tables.
+        study_id: of the Optuna study of that name; None where there is none.
+        identity: of the study directory it belongs to; None where it carries none.
+        has_trials: whether there is any trial.
+    """
+
+    ready: bool = False
+    study_id: int | None = None
+    identity: str | None = None
+    has_trials: bool = False
+
+
+def look(url: URL, name: str, *, read_only: bool) -> Held:
+    """What a storage holds of a study's name; nothing is changed or created.
 
     Raises:
-        StudyError: not a URL.
+        StudyError: it is of another release of Optuna.
     """
+    path = location(url)
+    if path is not None and not path.exists():
+        return Held()
+    engine = _engine(url, read_only)
     try:
-        return sqlalchemy.engine.make_url(url).render_as_string(hide_password=True)
-    except sqlalchemy.exc.ArgumentError as error:
-        raise StudyError(f"search.storage must be a database URL such as postgresql://user@host/name; got {url!r}") from error
+        with engine.connect() as connection:
+            return _look(url, connection, name)
+    except TypeError as error:  # a driver's answer to a parameter that it does not know
+        raise ArgumentError(str(error)) from error
+    finally:
+        engine.dispose()
+
+
+def _look(url: URL, connection: sa.Connection, name: str) -> Held:
+    tables = set(sa.inspect(connection).get_table_names())
+    if not {"studies", "trials", "alembic_version", "version_info"} <= tables:
+        return Held()
+    schema = connection.execute(sa.select(_SCHEMA.c.version_num)).scalar()
+    library = connection.execute(sa.select(_LIBRARY.c.library_version)).scalar()
+    if schema is None or library is None:
+        return Held()  # another process is about to make it
+    _check_schema(url, schema, library)
+    chosen = sa.select(_STUDIES.c.study_id).where(_STUDIES.c.study_name == name)
+    study_id = connection.execute(chosen).scalar()
+    if study_id is None:
+        return Held(ready=True)
+    return Held(True, study_id, _identity(connection, study_id), _has_trials(connection, study_id))
+
+
+def _identity(connection: sa.Connection, study_id: int) -> str | None:
+    value = connection.execute(
+        sa.select(_ATTRIBUTES.c.value_json).where(_ATTRIBUTES.c.study_id == study_id).where(_ATTRIBUTES.c.key == IDENTITY)
+    ).scalar()
+    return None if value is None else str(value).strip('"')
+
+
+def _has_trials(connection: sa.Connection, study_id: int) -> bool:
+    chosen = sa.select(_TRIALS.c.trial_id).where(_TRIALS.c.study_id == study_id).limit(1)
+    return connection.execute(chosen).scalar() is not None
+
+
+def _check_schema(url: URL, schema: str, library: str) -> None:
+    """Refuse tables that another release of Optuna made and this one can't use.
+
+    Raises:
+        StudyError: naming both releases and what to do.
+    """
+    head, known = _schemas()
+    if schema == head:
+        return
+    here = f"this is Optuna {optuna.__version__} with tables of version {head}"
+    if schema in known:
+        fix = f"copy the database, then `optuna storage upgrade --storage {shown(with_driver(url))}`"
+    else:
+        fix = "`pip install -U optuna` here, or search into another storage"
+    raise StudyError(
+        f"the study's storage {shown(url)} was made by Optuna {library} with tables of version "
+        f"{schema}; {here}; nothing was changed: {fix}"
+    )
+
+
+@cache
+def _schemas() -> tuple[str, tuple[str, ...]]:
+    """Version of the tables that this release of Optuna uses, and all that it knows."""
+    own = optuna.storages.RDBStorage("sqlite://")
+    try:
+        return own.get_head_version(), tuple(own.get_all_versions())
+    finally:
+        own.remove_session()
+        own.engine.dispose()
+
+
+# -- opening it ----------------------------------------------------------------------------------
+
+
+def _engine_kwargs(url: URL, read_only: bool) -> dict[str, object]:
+    path, backend = location(url), url.get_backend_name()
+    if path is not None and read_only:
+        return {"creator": creator(path, BUSY_WAIT_S), "poolclass": sa.pool.QueuePool}
+    if backend == "sqlite":
+        return {"connect_args": {"timeout": BUSY_WAIT_S}}
+    wait = {} if "connect_timeout" in url.query else {"connect_timeout": CONNECT_WAIT_S}
+    known = backend in _DRIVERS
+    return {"pool_pre_ping": True, "connect_args": wait if known else {}}
+
+
+def _engine(url: URL, read_only: bool) -> Engine:
+    return sa.create_engine(with_driver(url), **_engine_kwargs(url, read_only))
+
+
+def _connect(url: URL, *, read_only: bool, create: bool = False) -> optuna.storages.RDBStorage:
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    text = with_driver(url).render_as_string(hide_password=False)
+    with experimental():
+        return optuna.storages.RDBStorage(
+            text.replace("{", "{{").replace("}", "}}"),  # Optuna takes it for a template
+            engine_kwargs=_engine_kwargs(url, read_only),
+            heartbeat_interval=None if read_only else HEARTBEAT_S,
+            skip_table_creation=not create,
+        )
+
+
+def _create(url: URL) -> optuna.storages.RDBStorage:
+    """The database with Optuna's tables, made where they are missing, by any number of processes at once."""
+    for attempt in range(CREATION_TRIES):
+        ready = look(url, "", read_only=False).ready
+        try:
+            return _connect(url, read_only=False, create=not ready)
+        except _RACES as error:
+            if attempt == CREATION_TRIES - 1 or not _is_race(error):
+                raise
+            time.sleep(random.uniform(0.05, 0.1) * 2 ** min(attempt, 4))
+    raise AssertionError("not reached")
+
+
+def _is_race(error: BaseException) -> bool:
+    """Whether an error may come of another process that makes the same tables at this moment."""
+    text = f"{error} {error.__cause__ or ''}".lower()
+    return isinstance(error, AssertionError) or any(sign in text for sign in _RACE_SIGNS)
+
+
+def _claim(storage: optuna.storages.RDBStorage, name: str, identity: str) -> str:
+    """The identity that the Optuna study carries, which is ours if it had none; decided by the database."""
+    study_id = storage.get_study_id_from_name(name)
+    with storage.engine.connect() as connection:
+        if (carried := _identity(connection, study_id)) is not None:
+            return carried
+        row = {"study_id": study_id, "key": IDENTITY, "value_json": json.dumps(identity)}
+        try:
+            connection.execute(sa.insert(_ATTRIBUTES).values(row))
+            connection.commit()
+        except IntegrityError:  # another process was faster
+            connection.rollback()
+        return _identity(connection, study_id) or ""
+
+
+def open_to_read(url: URL, name: str) -> optuna.Study:
+    """The Optuna study of a name, which `look` has found; nothing is written."""
+    return optuna.load_study(study_name=name, storage=_connect(url, read_only=True))
+
+
+def open_optuna(url: URL, name: str, identity: str) -> optuna.Study:
+    """The two-objective Optuna study of a name, begun or continued, as that of this identity.
+
+    Any number of processes may do so at once on an empty database; the first gives its identity.
+
+    Raises:
+        StudyError: the study is another's.
+    """
+    storage = _create(url)
+    with experimental():
+        study = optuna.create_study(
+            study_name=name,
+            storage=storage,
+            directions=["minimize", "minimize"],
+            load_if_exists=True,
+        )
+        if len(study.directions) != 2:
+            raise StudyError(
+                f"the storage {shown(url)} holds an Optuna study named {name!r} that is not "
+                "asesearch's; give this study another name"
+            )
+        if _claim(storage, name, identity) != identity:
+            raise of_another(url, name)
+        if study.metric_names is None:
+            with suppress(optuna.exceptions.StorageInternalError):  # another process was faster
+                study.set_metric_names(["quality", "cost_frac"])
+    return study

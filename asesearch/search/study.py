@@ -25,22 +25,24 @@ import optuna
 from filelock import FileLock, Timeout
 from optuna.trial import FrozenTrial, TrialState
 
-from asesearch.config import SearchConfig, StudyConfig, changed_fields, parse_study
+from asesearch.config import SearchConfig, StudyConfig
 from asesearch.errors import ScheduleError, StudyError
 from asesearch.files import write_json
 from asesearch.schedule import ExitSchedule
+from asesearch.search import directory
 from asesearch.search.budget import room_for_trial
 from asesearch.search.difficulty import DifficultyMap
+from asesearch.search.directory import read_images, read_json, read_state
+from asesearch.search.identity import Opened, is_on_record, open_to_report, open_to_search, start_over
 from asesearch.search.promotion import num_explored, run_trial, same_point
 from asesearch.search.proposer import NAME, DifficultySampler, Problem
 from asesearch.search.records import RECORD, REPEAT, Confirmation, StudyResults, TrialRecord
 from asesearch.search.space import Space
-from asesearch.search.storage import alive, experimental, open_optuna, read_json, storage_errors, without_password
-from asesearch.search.warmup import COST, MAP, warm_up
-from asesearch.search.workbench import Workbench, environment, sampler_name, samples_file
+from asesearch.search.storage import alive, experimental, storage_errors
+from asesearch.search.warmup import warm_up
+from asesearch.search.workbench import Workbench, environment, sampler_name
 
 WORKER = "worker"  # user attribute "host:pid" of the process that runs the trial
-FORMAT_VERSION = 1
 MAX_REPEATS_IN_A_ROW = 50
 
 
@@ -68,43 +70,28 @@ class Study:
     """
 
     def __init__(self, config: StudyConfig, run_dir: Path) -> None:
-        self.run_dir = Path(run_dir)
-        self.config = self._settle(config)
-        path = self.run_dir / "study.db"
-        self.url = config.search.storage or f"sqlite:///{path}"
-        self._shown = without_password(self.url)
-        with storage_errors(self._shown):
-            self.optuna = open_optuna(self.url, config.name)
-
-    def _settle(self, config: StudyConfig) -> StudyConfig:
-        """Compare with the study file on record; put this one on record."""
-        path = self.run_dir / "study.json"
-        if path.is_file():
-            data = read_json(path)
-            if data.get("version") != FORMAT_VERSION:
-                raise StudyError(f"{path} has version {data.get('version')!r}; this release reads {FORMAT_VERSION}")
-            differ = changed_fields(parse_study(data["config"], str(path)), config)
-            if differ:
-                raise StudyError(
-                    f"the study in {self.run_dir} was begun with other settings, so its trials could not be compared with new "
-                    f"ones ({'; '.join(differ)}); undo the change, or choose another name or directory"
-                )
-        data = {"version": FORMAT_VERSION, "config": config.model_dump(mode="json")}
-        if not path.is_file() or read_json(path) != data:  # so that a study is read where it can't be written
-            write_json(path, data)
-        return config
+        self._use(Path(run_dir), open_to_search(config, Path(run_dir)))
 
     @classmethod
-    def open(cls, run_dir: Path) -> Study:
-        """Open a study directory by what it holds.
+    def open(cls, run_dir: Path, storage: str | None = None) -> Study:
+        """Open a study directory by what it holds, to be read only: nothing is written or created.
+
+        Args:
+            run_dir: the study directory.
+            storage: URL, in place of the one on record, which has no password.
 
         Raises:
-            StudyError: no study there.
+            StudyError: no study there, or its storage can't be read.
         """
-        path = Path(run_dir) / "study.json"
-        if not path.is_file():
-            raise StudyError(f"no study in {run_dir}: study.json is missing; run `asesearch search` first, or check the path")
-        return cls(parse_study(read_json(path)["config"], str(path)), Path(run_dir))
+        study = cls.__new__(cls)
+        study._use(Path(run_dir), open_to_report(Path(run_dir), storage))
+        return study
+
+    def _use(self, run_dir: Path, opened: Opened) -> None:
+        self.run_dir = run_dir
+        self.config = opened.config
+        self.optuna = opened.optuna
+        self._shown = opened.where
 
     # -- what is on record -----------------------------------------------------------------------
 
@@ -132,37 +119,38 @@ class Study:
         """Where a schedule's weights, samples and checkpoint are; one folder a schedule."""
         merged = schedule.merged()
         bounds = "" if len(merged.exit_depths) == 1 else "_at_" + "-".join(map(str, merged.boundaries[1:-1]))
-        return self.run_dir / "trials" / ("-".join(map(str, merged.exit_depths)) + bounds)
+        return self.run_dir / directory.TRIALS / ("-".join(map(str, merged.exit_depths)) + bounds)
 
     def results(self) -> StudyResults:
         """Everything a report or an export reads."""
         records = self.records()
-        confirmations = []
-        path = self.run_dir / "confirmations.json"
-        if path.is_file():
-            confirmations = [Confirmation.from_dict(c) for c in read_json(path)["confirmations"]]
+        run_dir = self.run_dir
         samples = {}
         for record in records:
-            file = self.trial_dir(record.schedule) / samples_file(record.sampler)
-            if record.state == "complete" and file.is_file():
-                with np.load(file, allow_pickle=False) as data:
-                    samples[record.number] = data["images"]
-        path = self.run_dir / "latency.json"
-        latency = tuple(read_json(path)["median_ms"]) if path.is_file() else ()
-        path = self.run_dir / MAP
-        difficulty_map = DifficultyMap.from_dict(read_json(path)) if path.is_file() else None
-        warm_up = read_json(self.run_dir / COST) if (self.run_dir / COST).is_file() else {}
-        path = self.run_dir / "environment.json"
+            file = self.trial_dir(record.schedule) / directory.samples_file(record.sampler)
+            images = read_images(file, "the trial is shown without") if record.state == "complete" else None
+            if images is not None:
+                samples[record.number] = images
+        confirmations = read_state(
+            run_dir / directory.CONFIRMATIONS,
+            lambda data: [Confirmation.from_dict(c) for c in data["confirmations"]],
+            "its points count as unconfirmed",
+        )
+        latency = read_state(
+            run_dir / directory.LATENCY,
+            lambda data: tuple(map(float, data["median_ms"])),
+            "left out; the next `asesearch search` measures it again where it is needed",
+        )
         return StudyResults(
             self.config.name,
             self.config.shareable(),
             tuple(records),
-            tuple(confirmations),
-            latency,
-            read_json(path) if path.is_file() else environment(),
+            tuple(confirmations or ()),
+            latency or (),
+            read_state(run_dir / directory.ENVIRONMENT, dict, "that of this machine is shown instead") or environment(),
             samples,
-            difficulty_map,
-            warm_up,
+            read_state(run_dir / directory.MAP, DifficultyMap.from_dict, "the report goes without"),
+            read_state(run_dir / directory.WARM_UP, dict, "what the warm-up took counts as nothing") or {},
         )
 
     # -- searching -------------------------------------------------------------------------------
@@ -240,7 +228,7 @@ class Study:
             StudyError: the storage can't be used, or the space holds no further schedule.
         """
         self._check_inputs(bench)
-        write_json(self.run_dir / "environment.json", environment())
+        write_json(self.run_dir / directory.ENVIRONMENT, environment())
         space, warm = make_space(self.config, bench), warm_starts(self.config, bench)
         made = warm_up(bench, self.run_dir, on_warm_up)
         problem = None if made.difficulty_map is None else make_problem(space, bench, made.difficulty_map)
@@ -271,14 +259,19 @@ class Study:
         Raises:
             StudyError: naming what changed.
         """
-        path = self.run_dir / "inputs.json"
-        stored = read_json(path) if path.is_file() else bench.identity
-        differ = [k for k in bench.identity if stored.get(k) != bench.identity[k]]
-        if differ:
+        path = self.run_dir / directory.INPUTS
+        stored = bench.identity
+        if path.exists():
+            fix = "it tells whether network and data are still those of the trials on record; if they are, remove it"
+            stored = read_json(path, fix)
+        differ = [k for k in bench.identity if not isinstance(stored, dict) or stored.get(k) != bench.identity[k]]
+        if differ and is_on_record(self.optuna, self.run_dir):
             raise StudyError(
                 f"the study in {self.run_dir} was begun with other {', '.join(differ)} (their content differs), so its trials "
                 "could not be compared with new ones; restore them, or search in another directory"
             )
+        if differ:
+            start_over(self.run_dir, f"with other {', '.join(differ)}")
         write_json(path, bench.identity)
 
     def _one_trial(
@@ -339,7 +332,7 @@ class Study:
     @contextmanager
     def _claim(self, schedule: ExitSchedule) -> Iterator[bool]:
         """Whether this worker alone has the schedule in hands; the claim of a process that dies is free again."""
-        folder = self.run_dir / "locks"
+        folder = self.run_dir / directory.LOCKS
         folder.mkdir(parents=True, exist_ok=True)
         lock = FileLock(folder / f"{self.trial_dir(schedule).name}.lock", timeout=0)
         try:
@@ -361,7 +354,7 @@ class Study:
         keep = {r.schedule.merged() for r in kept}  # ways of sampling share a schedule's weights
         for record in results.complete:
             if record.schedule.merged() not in keep:
-                (self.trial_dir(record.schedule) / "weights.safetensors").unlink(missing_ok=True)
+                (self.trial_dir(record.schedule) / directory.WEIGHTS).unlink(missing_ok=True)
 
 
 class _Failed(Exception):

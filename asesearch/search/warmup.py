@@ -21,14 +21,11 @@ from asesearch.data import open_data
 from asesearch.files import write_json
 from asesearch.finetuning import CHECKPOINT, finetune
 from asesearch.schedule import ElasticDepths
+from asesearch.search import directory
 from asesearch.search.difficulty import DifficultyMap, measure_map
+from asesearch.search.directory import read_state
 from asesearch.search.records import shortened
-from asesearch.search.storage import read_json
 from asesearch.search.workbench import Workbench
-
-WEIGHTS = "elastic.safetensors"
-MAP = "map.json"
-COST = "warm-up.json"
 
 
 @dataclass
@@ -66,7 +63,7 @@ def warm_up(bench: Workbench, run_dir: Path, on_step: Callable[[int, float], Non
         return made
     run_dir.mkdir(parents=True, exist_ok=True)
     with FileLock(run_dir / "warm-up.lock"):
-        _read_cost(made, run_dir / COST)
+        _read_cost(made, run_dir / directory.WARM_UP)
         if bench.config.elastic is not None:
             made.start = _elastic(bench, run_dir, made, on_step)
         if needs_map(bench):
@@ -76,9 +73,11 @@ def warm_up(bench: Workbench, run_dir: Path, on_step: Callable[[int, float], Non
 
 
 def _read_cost(made: WarmUp, path: Path) -> None:
-    if path.is_file():
-        stored = read_json(path)
-        made.seconds, made.gflops, made.losses = stored["seconds"], stored["gflops"], stored["losses"]
+    def take(stored: dict[str, Any]) -> bool:
+        made.seconds, made.gflops, made.losses = dict(stored["seconds"]), dict(stored["gflops"]), list(stored["losses"])
+        return True
+
+    read_state(path, take, "what the warm-up took counts as nothing")
 
 
 def elastic_depths(bench: Workbench) -> ElasticDepths:
@@ -90,15 +89,15 @@ def elastic_depths(bench: Workbench) -> ElasticDepths:
 
 
 def _elastic(bench: Workbench, run_dir: Path, made: WarmUp, on_step: Callable[[int, float], None] | None) -> Backbone:
-    path, config = run_dir / WEIGHTS, bench.config.elastic
+    path, config = run_dir / directory.ELASTIC_WEIGHTS, bench.config.elastic
     assert config is not None
     if not path.is_file():
-        law, folder = elastic_depths(bench), run_dir / "elastic"
+        law, folder = elastic_depths(bench), run_dir / directory.ELASTIC
         teacher = bench.backbone if config.distill_frac > 0 else None
         tuned = finetune(bench.backbone, bench.data, bench.diffusion, law, config, folder, teacher, on_step)
         made.seconds["elastic"], made.losses = tuned.seconds, shortened(tuned.losses)
         made.gflops["elastic"] = bench.training_gflops(law, config)
-        write_json(run_dir / COST, _cost_of(made))
+        write_json(run_dir / directory.WARM_UP, _cost_of(made))
         save_backbone(tuned.backbone, path, {"elastic_depths": json.dumps(law.to_dict())})
         (folder / CHECKPOINT).unlink(missing_ok=True)
     own = BackboneConfig(kind=bench.config.backbone.kind, checkpoint=str(path))
@@ -106,16 +105,16 @@ def _elastic(bench: Workbench, run_dir: Path, made: WarmUp, on_step: Callable[[i
 
 
 def _map(bench: Workbench, run_dir: Path, made: WarmUp) -> DifficultyMap:
-    path, config = run_dir / MAP, bench.config.map
-    if path.is_file():
-        return DifficultyMap.from_dict(read_json(path))
+    path, config = run_dir / directory.MAP, bench.config.map
+    if (stored := read_state(path, DifficultyMap.from_dict, "the map is measured again")) is not None:
+        return stored
     data = bench.data if config.data is None else open_data(config.data)
     start = time.perf_counter()
     found = measure_map(made.start, data, bench.diffusion, config, bench.backbone, bench.config.sampling.batch_size)
     made.seconds["map"] = time.perf_counter() - start
     calls = 3 * bench.flops[-1]  # all exits in one call and a little, and the reference's
     made.gflops["map"] = config.num_bins * found.num_images * calls / 1e9
-    write_json(run_dir / COST, _cost_of(made))
+    write_json(run_dir / directory.WARM_UP, _cost_of(made))
     write_json(path, found.to_dict())
     return found
 

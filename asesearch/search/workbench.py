@@ -43,12 +43,12 @@ from asesearch.finetuning import CHECKPOINT, Depths, TrainResult, check_fit, fin
 from asesearch.latents import LatentDecoder, LatentShards
 from asesearch.sampling import SampleResult, arithmetic, check_sampling, sample
 from asesearch.schedule import ElasticDepths, ExitSchedule
+from asesearch.search import directory
 from asesearch.search.records import shortened
 
 SHOWN_IMAGES = 40  # images kept of each trial for the report
-PROMPTS_FILE, NUM_PROMPTS = "prompts.safetensors", 4  # kept beside a trial's weights, for its bundle
-WEIGHTS_FILE = "weights.safetensors"
-TOOK = "fine_tuning"  # in the metadata of that file: seconds and losses of the fine-tuning that made it
+NUM_PROMPTS = 4  # kept beside a trial's weights, for its bundle
+TOOK = "fine_tuning"  # in the metadata of the weights: seconds and losses of the fine-tuning that made them
 LATENCY_REPEATS = 15
 FRESH_SEEDS = 1_000_000_000  # confirmation seeds begin here, out of reach of the search's
 
@@ -201,9 +201,9 @@ class Workbench:
     @property
     def latency(self) -> LatencyTable:
         """Time of one network call at each exit depth; measured on first use, once a study."""
-        path = None if self.run_dir is None else self.run_dir / "latency.json"
-        if self._latency is None and path is not None and path.is_file():
-            self._latency = LatencyTable.from_dict(json.loads(path.read_text(encoding="utf-8")))
+        path = None if self.run_dir is None else self.run_dir / directory.LATENCY
+        if self._latency is None and path is not None:
+            self._latency = directory.read_state(path, LatencyTable.from_dict, "latency is measured again")
         if self._latency is None:
             guided = self.config.sampling.cfg_scale != 1
             size = self.batch_size * (2 if guided else 1)
@@ -324,7 +324,7 @@ class Workbench:
         From its file where another sampler's trial left it, or one that was killed before it was on record: the file keeps
         what the fine-tuning took.
         """
-        path = folder / WEIGHTS_FILE
+        path = folder / directory.WEIGHTS
         if path.is_file():
             own = BackboneConfig(kind=self.config.backbone.kind, checkpoint=str(path))
             net = load_backbone(own).to(self.device).eval()
@@ -349,9 +349,9 @@ class Workbench:
         tuned = self._tuned(schedule, folder)
         shown: list[Tensor] = []
         quality, seconds = self.evaluate(tuned.backbone, schedule, self.protocol, sampler, shown)
-        save_images(torch.cat(shown)[:SHOWN_IMAGES].numpy(), folder / samples_file(sampler))
+        save_images(torch.cat(shown)[:SHOWN_IMAGES].numpy(), folder / directory.samples_file(sampler))
         if isinstance(prompts := conditioning_for(tuned.backbone, self.data, range(NUM_PROMPTS)), dict):
-            with replacing(folder / PROMPTS_FILE) as part:
+            with replacing(folder / directory.PROMPTS) as part:
                 save_file(prompts, part)
         gflops = {"sample": self.sampling_gflops(schedule, sampler, self.protocol)}
         if tuned.seconds:
@@ -414,11 +414,6 @@ def sampling_as(how: SamplingConfig, name: str) -> SamplingConfig:
         return how
     solver, _, steps = name.rpartition("-")
     return how.model_copy(update={"solver": solver, "num_steps": int(steps)})
-
-
-def samples_file(sampler: str) -> str:
-    """Name of the file with a trial's images."""
-    return f"samples_{sampler}.npz" if sampler else "samples.npz"
 
 
 def environment() -> dict[str, Any]:

@@ -13,12 +13,17 @@ from filelock import FileLock, Timeout
 from asesearch.backbones import DiT
 from asesearch.backbones.checkpoints import save_backbone
 from asesearch.config import parse_study
-from asesearch.errors import CheckpointError, StudyError
+from asesearch.errors import CheckpointError
 from asesearch.evaluation.cost import LatencyTable
 from asesearch.schedule import ExitSchedule
+from asesearch.search import directory
+from asesearch.search.difficulty import DifficultyMap
+from asesearch.search.directory import ELASTIC_WEIGHTS as WEIGHTS
+from asesearch.search.directory import MAP
+from asesearch.search.directory import WARM_UP as COST
 from asesearch.search.study import Study
-from asesearch.search.warmup import COST, MAP, WEIGHTS, warm_up
-from asesearch.search.workbench import WEIGHTS_FILE, Workbench
+from asesearch.search.warmup import warm_up
+from asesearch.search.workbench import Workbench
 
 SHAPE = {"input_size": 28, "patch_size": 14, "in_channels": 1, "hidden_size": 16, "depth": 3, "num_heads": 2, "num_classes": 10}
 
@@ -115,11 +120,22 @@ def test_nothing_is_made_where_nothing_needs_it(study, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize(("name", "error"), [(MAP, StudyError), (COST, StudyError), (WEIGHTS, CheckpointError)])
-def test_damaged_files_are_named(study, tmp_path, name, error):
+@pytest.mark.parametrize("content", [b"", b"{", b"\x80\x81", b"null"])
+def test_a_damaged_map_is_measured_again_and_damaged_costs_are_forgotten(study, tmp_path, caplog, content):
+    made = warm_up(Workbench(study, tmp_path / "run"), tmp_path / "run")
+    (tmp_path / "run" / MAP).write_bytes(content)
+    again = warm_up(Workbench(study, tmp_path / "run"), tmp_path / "run")
+    assert again.difficulty_map == made.difficulty_map and f"{MAP} is damaged" in caplog.text
+    assert DifficultyMap.from_dict(json.loads((tmp_path / "run" / MAP).read_text())) == made.difficulty_map
+    (tmp_path / "run" / COST).write_bytes(content)
+    assert warm_up(Workbench(study, tmp_path / "run"), tmp_path / "run").seconds == {}
+    assert f"{COST} is damaged" in caplog.text
+
+
+def test_damaged_elastic_weights_are_named(study, tmp_path):
     warm_up(Workbench(study, tmp_path / "run"), tmp_path / "run")
-    (tmp_path / "run" / name).write_text("{")
-    with pytest.raises(error, match=name):
+    (tmp_path / "run" / WEIGHTS).write_text("{")
+    with pytest.raises(CheckpointError, match=WEIGHTS):
         warm_up(Workbench(study, tmp_path / "run"), tmp_path / "run")
 
 
@@ -197,7 +213,7 @@ def test_what_tuning_took_is_not_lost_with_a_kill_before_the_record(study, tmp_p
     killed = subprocess.run(command, cwd=Path(__file__).parents[2], stderr=subprocess.PIPE)
     assert killed.returncode == -9, killed.stderr.decode()
     opened = Study(config, tmp_path / "run")
-    weights = next((tmp_path / "run" / "trials").rglob(WEIGHTS_FILE))
+    weights = next((tmp_path / "run" / "trials").rglob(directory.WEIGHTS))
     left = weights.read_bytes()
     assert opened.records() == []
     bench = Workbench(config)

@@ -1,0 +1,123 @@
+"""The study directory: the name of every file in it, and how those that hold a state are read."""
+
+from __future__ import annotations
+
+import json
+import logging
+import struct
+import zipfile
+import zlib
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+
+from asesearch.errors import StudyError
+
+STUDY = "study.json"  # settings, identity and storage
+DATABASE = "study.db"  # the storage, where no other is given
+INPUTS = "inputs.json"  # fingerprints of weights, data and protocol
+ENVIRONMENT = "environment.json"
+LATENCY = "latency.json"
+ELASTIC_WEIGHTS = "elastic.safetensors"
+ELASTIC = "elastic"  # folder of the elastic warm-up's checkpoint
+MAP = "map.json"
+WARM_UP = "warm-up.json"  # what the warm-up took
+CONFIRMATIONS = "confirmations.json"
+TRIALS = "trials"  # a folder for each schedule, with these:
+WEIGHTS = "weights.safetensors"
+PROMPTS = "prompts.safetensors"
+LOCKS = "locks"  # held by living processes only
+
+T = TypeVar("T")
+_NO_JSON = (ValueError, KeyError, TypeError, AttributeError, StudyError)  # nor what it should hold
+_NO_ARRAYS = (*_NO_JSON, EOFError, NotImplementedError, struct.error, zipfile.BadZipFile, zlib.error)
+_log = logging.getLogger(__name__)
+
+
+def samples_file(sampler: str) -> str:
+    """Name of the file with a trial's images, beside its weights."""
+    return f"samples_{sampler}.npz" if sampler else "samples.npz"
+
+
+def read_json(path: Path, fix: str = "is this a study directory, and is it whole?") -> Any:
+    """Read JSON that can't be made again.
+
+    Args:
+        path: of the file.
+        fix: what the user can do, for the message.
+
+    Raises:
+        StudyError: missing, unreadable or not JSON.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise StudyError(f"can't read {path}: {_reason(path, error)}; {fix}") from error
+
+
+def read_state(path: Path, parse: Callable[[Any], T], otherwise: str) -> T | None:
+    """What a JSON file holds that can be made again, or done without.
+
+    Args:
+        path: of the file.
+        parse: makes the value of the JSON.
+        otherwise: what happens without the file, which is said where the file is damaged.
+
+    Returns:
+        None where the file is missing or damaged.
+
+    Raises:
+        StudyError: something is there that can't be opened.
+    """
+    try:
+        return parse(json.loads(path.read_text(encoding="utf-8")))
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise _blocked(path, error) from error
+    except _NO_JSON as error:
+        say_once(f"{path} is damaged ({_reason(path, error)}): {otherwise}")
+        return None
+
+
+def read_images(path: Path, otherwise: str) -> np.ndarray | None:
+    """A trial's images, (N, C, H, W) uint8; None where the file is missing or damaged.
+
+    Raises:
+        StudyError: see `read_state`, which has the same arguments.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as data:
+            return np.asarray(data["images"])
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise _blocked(path, error) from error
+    except _NO_ARRAYS:
+        say_once(f"{path} is damaged ({_reason(path, 'no whole .npz file')}): {otherwise}")
+        return None
+
+
+def _blocked(path: Path, error: OSError) -> StudyError:
+    fix = "remove it" if path.is_dir() else "check its permissions"
+    return StudyError(f"can't read {path}: {error.strerror or error}; {fix}")
+
+
+def _reason(path: Path, error: Exception | str) -> str:
+    """Why a file can't be read, in a few words."""
+    if isinstance(error, OSError):
+        return error.strerror or str(error)
+    if path.is_file() and path.stat().st_size == 0:
+        return "it is empty, as a power cut may leave it"
+    if isinstance(error, KeyError):
+        return f"{error} is missing"
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+@cache
+def say_once(line: str) -> None:
+    """A line on stderr about the study's state, once in a process."""
+    _log.warning(line)

@@ -1,0 +1,342 @@
+"""Which study this is: `study.json`, and whether a storage holds the trials of that study and of no other.
+
+A study directory has an identity, a random number that its Optuna study carries too.
+"""
+
+from __future__ import annotations
+
+import shutil
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import optuna
+from filelock import FileLock, Timeout
+from sqlalchemy.engine import URL
+
+from asesearch.config import StudyConfig, changed_fields, parse_study
+from asesearch.errors import StudyError, WriteError
+from asesearch.files import write_json
+from asesearch.search import directory
+from asesearch.search.directory import read_json, say_once
+from asesearch.search.records import RECORD
+from asesearch.search.sqlite import is_relative, resolved
+from asesearch.search.storage import (
+    Held,
+    delete,
+    look,
+    of_another,
+    open_optuna,
+    open_to_read,
+    parse_url,
+    raw_url,
+    shown,
+    storage_errors,
+    without_password,
+)
+
+FORMAT_VERSION = 2  # 1 knew no identity
+_OPENING = "study.lock"
+_RESTORE = "restore it from a copy, or search into another directory (--out)"
+
+
+@dataclass(frozen=True)
+class StudyFile:
+    """What `study.json` says.
+
+    Attributes:
+        config: the study file that the study was begun with, without a storage.
+        identity: 32 hexadecimal digits; None in a study of format 1, whose storage carries none.
+        storage: URL of the storage without its password, SQLite's path absolute; None for the file in the directory.
+        given: the same as the user wrote it, without its password.
+        settled: whether it is decided which storage is this study's.
+        carries: whether that storage was seen to carry the identity.
+    """
+
+    config: StudyConfig
+    identity: str | None
+    storage: str | None = None
+    given: str | None = None
+    settled: bool = False
+    carries: bool = False
+
+    @classmethod
+    def read(cls, run_dir: Path) -> StudyFile | None:
+        """Of a study directory; None where there is none yet.
+
+        Raises:
+            StudyError: it can't be read, or is of a later release.
+        """
+        path = run_dir / directory.STUDY
+        if not path.exists():
+            return None
+        data = read_json(path, _RESTORE)
+        if not isinstance(data, dict) or not isinstance(data.get("config"), dict):
+            raise StudyError(f"{path} holds no study; {_RESTORE}")
+        version = data.get("version")
+        if version not in (1, FORMAT_VERSION):
+            raise StudyError(f"{path} has version {version!r}; this release reads 1 and {FORMAT_VERSION}; update asesearch")
+        config = parse_study(data["config"], str(path))
+        if version == 1:
+            given = config.search.storage
+            return cls(_without_storage(config), None, given, given, settled=True)
+        storage, identity = data.get("storage"), data.get("id")
+        if not isinstance(identity, str) or not isinstance(storage, dict | None):
+            raise StudyError(f"{path} has no identity; {_RESTORE}")
+        if storage is None:
+            return cls(config, identity)
+        return cls(config, identity, storage.get("url"), storage.get("given"), True, bool(storage.get("carries")))
+
+    def write(self, run_dir: Path) -> None:
+        """Put it on record.
+
+        Raises:
+            WriteError: the directory can't be written.
+        """
+        data: dict[str, Any] = {
+            "version": FORMAT_VERSION,
+            "id": self.identity,
+            "config": self.config.model_dump(mode="json"),
+        }
+        if self.settled:
+            url = self.storage and shown(raw_url(self.storage))
+            given = self.given and shown(raw_url(self.given))
+            data["storage"] = {"url": url, "given": given, "carries": self.carries}
+        path = run_dir / directory.STUDY
+        with suppress(StudyError):
+            if path.is_file() and read_json(path) == data:
+                return
+        write_json(path, data)
+
+    def url(self, run_dir: Path) -> URL:
+        """The storage on record."""
+        return _own(run_dir) if self.storage is None else parse_url(self.storage)
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A study's storage, opened.
+
+    Attributes:
+        config: the study file, without its storage, whose URL may hold a password.
+        where: the storage as it is shown.
+        optuna: the Optuna study.
+    """
+
+    config: StudyConfig
+    where: str
+    optuna: optuna.Study
+
+
+def open_to_search(config: StudyConfig, run_dir: Path) -> Opened:
+    """Begin the study or continue it; put on record what is new.
+
+    Raises:
+        StudyError: directory or storage hold another study or the same with other settings, or the storage can't be used.
+        WriteError: the directory can't be written.
+    """
+    with _alone(run_dir):
+        known = StudyFile.read(run_dir)
+        file = known or StudyFile(_without_storage(config), None)
+        file = replace(file, identity=file.identity or uuid.uuid4().hex)
+        url = _chosen(config, run_dir, known)
+        where, name = shown(url), file.config.name
+        with storage_errors(where, url, _advice(url, config)):
+            _check(known, look(url, name, read_only=False), url, run_dir, name)
+            changed = [] if known is None else changed_fields(known.config, config)
+            file.write(run_dir)  # before the storage carries it
+            study = open_optuna(url, name, str(file.identity))
+            if changed:
+                study = _rebased(study, url, run_dir, config, changed, file)
+        own = url == _own(run_dir)
+        file = replace(
+            file,
+            config=_without_storage(config),
+            storage=None if own else where,
+            given=None if own else config.search.storage or file.given,
+            settled=True,
+            carries=True,
+        )
+        file.write(run_dir)
+    return Opened(file.config, where, study)
+
+
+def open_to_report(run_dir: Path, storage: str | None = None) -> Opened:
+    """What a study directory and its storage hold; nothing is written.
+
+    Args:
+        run_dir: the study directory.
+        storage: URL, in place of the one on record, which is without its password.
+
+    Raises:
+        StudyError: no study there, or its storage can't be read.
+    """
+    known = StudyFile.read(run_dir)
+    if known is None:
+        raise StudyError(
+            f"no study in {run_dir}: {directory.STUDY} is missing; run `asesearch search` first, or check the path"
+        )
+    url = known.url(run_dir) if storage is None else parse_url(storage)
+    where, name = shown(url), known.config.name
+    with storage_errors(where, url, _advice(url, known.config)):
+        held = look(url, name, read_only=True)
+        if held.study_id is None:
+            raise StudyError(
+                f"the storage {where} of the study in {run_dir} holds no study named {name!r}: it has not begun, or the "
+                "storage was lost or replaced; run `asesearch search`, or restore the storage"
+            )
+        if held.identity != known.identity:
+            raise of_another(url, name)
+        return Opened(known.config, where, open_to_read(url, name))
+
+
+# -- which storage -------------------------------------------------------------------------------
+
+
+def _own(run_dir: Path) -> URL:
+    """The storage of a study that names none: a file in its directory."""
+    return resolved(URL.create("sqlite", database=str(run_dir / directory.DATABASE)))
+
+
+def _chosen(config: StudyConfig, run_dir: Path, known: StudyFile | None) -> URL:
+    """The storage to use: the one given, else the one on record, else a file in the study directory."""
+    given = config.search.storage
+    on_record = known.url(run_dir) if known is not None and known.settled else None
+    if given is None:
+        return on_record or _own(run_dir)
+    url = parse_url(given)
+    if known is None or on_record is None or not known.carries:
+        return url
+    if known.given != shown(raw_url(given)) or not is_relative(raw_url(given)):
+        return url
+    # the same relative path as at the beginning, perhaps in another working directory
+    here = look(url, known.config.name, read_only=True).identity == known.identity
+    return url if here else on_record
+
+
+def _check(known: StudyFile | None, held: Held, url: URL, run_dir: Path, name: str) -> None:
+    """Refuse a storage that does not hold this study, or holds another of its name.
+
+    Raises:
+        StudyError: with the way out.
+    """
+    identity = None if known is None else known.identity
+    if identity is not None and held.identity == identity:
+        return
+    if held.identity is not None:
+        raise of_another(url, name)
+    on_record = known.url(run_dir) if known is not None and known.settled else None
+    if on_record is not None and without_password(on_record) != without_password(url):
+        raise StudyError(
+            f"the study in {run_dir} has its trials in the storage {shown(on_record)}, and {shown(url)} does not hold "
+            'them; leave --storage out (and search.storage) to continue there, or copy them first: python -c "import optuna; '
+            f"optuna.copy_study(from_study_name={name!r}, from_storage='{shown(on_record)}', to_storage='{shown(url)}')\""
+        )
+    if held.has_trials and (known is None or known.carries or not known.settled):
+        raise of_another(url, name)
+    if on_record is not None and held.study_id is None and is_paid_for(run_dir):
+        raise StudyError(
+            f"the storage {shown(url)} of the study in {run_dir} was lost or replaced: it holds no study named {name!r}, while "
+            "the directory holds what its trials left; restore the storage, or search into another directory (--out)"
+        )
+
+
+def _advice(url: URL, config: StudyConfig) -> str:
+    """What to do where a storage can't be used."""
+    if url.get_backend_name() == "sqlite":
+        return ""
+    recorded = config.search.storage is None and url.password is None
+    again = "; study.json keeps no password: give --storage again with it, or set PGPASSWORD" if recorded else ""
+    return f"check that the server runs, and the URL's host, port, user, password and database{again}"
+
+
+# -- changed settings ----------------------------------------------------------------------------
+
+
+def is_paid_for(run_dir: Path) -> bool:
+    """Whether a study directory holds what took time: elastic weights or their checkpoint, the map, trials' weights."""
+    names = (directory.ELASTIC_WEIGHTS, directory.ELASTIC, directory.MAP, directory.CONFIRMATIONS, directory.TRIALS)
+    return any((run_dir / name).exists() for name in names)
+
+
+def is_on_record(study: optuna.Study, run_dir: Path) -> bool:
+    """Whether a change of what all trials share comes too late: a trial has ended, or the warm-up has begun."""
+    names = (directory.ELASTIC_WEIGHTS, directory.ELASTIC, directory.MAP)
+    if any((run_dir / name).exists() for name in names):
+        return True
+    return any(RECORD in t.user_attrs for t in study.get_trials(deepcopy=False))
+
+
+def start_over(run_dir: Path, why: str) -> None:
+    """Remove what a study left before anything was on record: files that hold for its former inputs only.
+
+    Raises:
+        StudyError: another worker is at it.
+    """
+    if is_in_use(run_dir):
+        raise StudyError(f"another worker is at the study in {run_dir}, {why}; give all workers the same")
+    say_once(f"{run_dir}: nothing was on record yet, so the study begins again {why}")
+    for name in (directory.INPUTS, directory.LATENCY, directory.WARM_UP):
+        (run_dir / name).unlink(missing_ok=True)
+    shutil.rmtree(run_dir / directory.TRIALS, ignore_errors=True)
+
+
+def _rebased(
+    study: optuna.Study, url: URL, run_dir: Path, config: StudyConfig, changed: list[str], file: StudyFile
+) -> optuna.Study:
+    """The study begun again under changed settings, which nothing on record speaks against.
+
+    Raises:
+        StudyError: something is on record, or another worker is at it.
+    """
+    if is_on_record(study, run_dir):
+        raise StudyError(
+            f"the study in {run_dir} was begun with other settings, so its trials could not be compared with new ones "
+            f"({'; '.join(changed)}); undo the change, or choose another name or directory"
+        )
+    if config.name != file.config.name:
+        held = look(url, config.name, read_only=False)
+        if held.identity is not None or held.has_trials:
+            raise of_another(url, config.name)
+    start_over(run_dir, f"with other settings ({'; '.join(changed)})")
+    delete(study)
+    return open_optuna(url, config.name, str(file.identity))
+
+
+def _without_storage(config: StudyConfig) -> StudyConfig:
+    return config.model_copy(update={"search": config.search.model_copy(update={"storage": None})})
+
+
+# -- other processes -----------------------------------------------------------------------------
+
+
+@contextmanager
+def _alone(run_dir: Path) -> Iterator[None]:
+    """Open a study directory one process at a time."""
+    path = run_dir / directory.LOCKS / _OPENING
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(path)
+        lock.acquire()
+    except OSError as error:
+        raise WriteError(f"can't write to {run_dir}: {error.strerror or error}; choose a folder you may write to") from error
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def is_in_use(run_dir: Path) -> bool:
+    """Whether a living process holds any lock of the study directory, other than to open it."""
+    for path in (*run_dir.glob("*.lock"), *(run_dir / directory.LOCKS).glob("*.lock")):
+        if path.name == _OPENING:
+            continue
+        try:
+            with FileLock(path, timeout=0):
+                pass
+        except Timeout:
+            return True
+    return False

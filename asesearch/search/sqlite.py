@@ -1,0 +1,112 @@
+"""What is particular about a study's storage in a SQLite file: where it lies, and reading it without a trace."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sqlite3
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from urllib.parse import quote, unquote
+
+from sqlalchemy.engine import URL
+
+_SIDE_FILES = ("-journal", "-wal")  # writes that are not in the file itself yet
+
+
+def location(url: URL) -> Path | None:
+    """The file of a SQLite URL; None for other databases."""
+    if url.drivername not in ("sqlite", "sqlite+pysqlite") or is_in_memory(url):
+        return None
+    text = url.database or ""
+    if _is_uri(url) and text.startswith("file:"):
+        text = text.removeprefix("file:")
+        if text.startswith("//"):
+            text = "/" + text[2:].partition("/")[2]  # file://localhost/PATH or file:///PATH
+        text = unquote(text.partition("?")[0])
+    return Path(text)
+
+
+def _is_uri(url: URL) -> bool:
+    return str(url.query.get("uri", "")).lower() in ("1", "true", "yes", "on", "y", "t")
+
+
+def is_in_memory(url: URL) -> bool:
+    """Whether a SQLite URL names no file, so that all is lost with the process."""
+    text = (url.database or "").strip()
+    path = text.removeprefix("file:").partition("?")
+    named = path[0].strip("/")
+    query = {**dict(p.partition("=")[::2] for p in path[2].split("&")), **url.query}
+    return named in ("", ":memory:") or query.get("mode") == "memory" or query.get("vfs") == "memdb"
+
+
+def resolved(url: URL) -> URL:
+    """A SQLite URL whose path does not depend on the working directory."""
+    path = location(url)
+    if path is None:
+        return url
+    whole = os.path.abspath(path)
+    is_uri = _is_uri(url) and (url.database or "").startswith("file:")
+    return url.set(database=f"file:{quote(whole)}" if is_uri else whole)
+
+
+def is_relative(url: URL) -> bool:
+    """Whether a SQLite URL's path depends on the working directory."""
+    path = location(url)
+    return path is not None and not path.is_absolute()
+
+
+def creator(path: Path, wait_s: float) -> Callable[[], sqlite3.Connection]:
+    """Makes connections that only read, and leave nothing behind.
+
+    Where a process died in a write, SQLite would have to mend the file first: then a copy is read.
+    """
+
+    def connect() -> sqlite3.Connection:
+        uri = f"file:{quote(str(path))}?mode=ro"
+        connection = sqlite3.connect(uri, uri=True, timeout=wait_s, check_same_thread=False)
+        try:
+            connection.execute("SELECT count(*) FROM sqlite_master")
+        except sqlite3.OperationalError:
+            connection.close()
+            if not any(Path(f"{path}{side}").exists() for side in _SIDE_FILES):
+                raise
+            return _of_copy(path)
+        return connection
+
+    return connect
+
+
+def _of_copy(path: Path) -> sqlite3.Connection:
+    """A connection to a copy in memory of a file and of what was being written to it."""
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder) / path.name
+        for side in ("", *_SIDE_FILES):
+            if Path(f"{path}{side}").exists():
+                shutil.copyfile(f"{path}{side}", f"{copy}{side}")
+        mended = sqlite3.connect(copy)
+        memory = sqlite3.connect(":memory:", check_same_thread=False)
+        try:
+            mended.backup(memory)
+        except sqlite3.Error:
+            memory.close()
+            raise
+        finally:
+            mended.close()
+    return memory
+
+
+def why_unusable(url: URL, reason: str) -> str | None:
+    """What stands in the way of a SQLite file, with the fix; None where there is nothing to add."""
+    path = location(url)
+    if path is None or not any(text in reason for text in ("unable to open", "readonly")):
+        return None
+    if path.is_dir():
+        return f"{path} is a folder; name a file in it"
+    if not path.parent.is_dir():
+        return f"the folder {path.parent} does not exist; make it, or name another"
+    for item, what in ((path, "the file"), (path.parent, "the folder")):
+        if item.exists() and not os.access(item, os.W_OK):
+            return f"you may not write to {what} {item}; change its permissions, or name another place"
+    return None
