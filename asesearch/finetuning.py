@@ -123,7 +123,11 @@ class PlateauWeight:
         return cls(config, 1 - min(schedule.exit_depths) / schedule.depth, ended_at=0 if flat else None)
 
     def update(self, loss: float, step: int) -> None:
-        """Take the mean loss on the shortened intervals at a step (NaN if none was drawn); apply the stop rule."""
+        """Take the mean loss on the shortened intervals at a step (NaN if none was drawn); apply the stop rule.
+
+        What the losses say counts from the next look at them (see `SYNC_EVERY`), so that no result depends on when
+        checkpoints are written.
+        """
         if self.ended_at is not None:
             return
         if math.isfinite(loss):
@@ -133,13 +137,14 @@ class PlateauWeight:
             before = sum(self.losses[-2 * window : -window]) / window
             now = sum(self.losses[-window:]) / window
             if now > before * (1 - self.config.tolerance):
-                self.ended_at = step + 1
-        if limit is not None and step + 1 >= limit:
-            self.ended_at = step + 1
+                self.ended_at = -(-(step + 1) // SYNC_EVERY) * SYNC_EVERY
+        if limit is not None and max(step + 1, self.ended_at or 0) >= limit:
+            self.ended_at = limit
 
-    def at(self, dropped: Tensor) -> Tensor:
-        """λ of samples for which these fractions of the blocks are dropped: (N,) -> (N,)."""
-        if self.ended_at is not None:
+    def at(self, dropped: Tensor, step: int) -> Tensor:
+        """λ at a step of samples for which these fractions of the blocks are dropped: (N,) -> (N,)."""
+        ends = [end for end in (self.ended_at, self.config.max_steps) if end is not None]
+        if step >= min(ends, default=math.inf):
             return torch.ones_like(dropped)
         lift = dropped / self.most_dropped if self.config.shape == "dropped" else (dropped > 0).to(dropped)
         return 1 + (self.config.peak - 1) * lift
@@ -263,7 +268,7 @@ class Trainer:
             mse = mse * (snr.clamp(max=self.config.min_snr_gamma) / snr).to(mse)
         loss, short = mse + vb, (dropped > 0).to(device)  # (N,)
         stats = torch.stack([loss.detach().sum(), (loss.detach() * short).sum(), short.sum().to(loss)])
-        return (loss * self.weight.at(dropped).to(device)).mean(), stats
+        return (loss * self.weight.at(dropped, self.step).to(device)).mean(), stats
 
     def train_step(self, batch: Batch) -> Tensor:
         """One optimiser step and one EMA step; the statistics of `_loss`, the gradient norm and 1 if skipped, on the device.
@@ -347,7 +352,7 @@ class Trainer:
                 batch, ahead = ahead.result(), pool.submit(fetch, self.step + 1)
                 stats.append(self.train_step(batch))
                 due = self.run_dir is not None and self.step % self.config.checkpoint_every == 0
-                if len(stats) == SYNC_EVERY or due or self.step == total:
+                if self.step % SYNC_EVERY == 0 or due or self.step == total:
                     self._absorb(stats)
                     self.seconds += time.perf_counter() - start
                     start, stats = time.perf_counter(), []
@@ -358,7 +363,8 @@ class Trainer:
             ahead.cancel()
         for name in self._learnt:
             self.ema_of[name].requires_grad_(True)  # so that it can be trained further
-        return TrainResult(self.ema, self.losses, self.weight.ended_at, self.seconds)
+        ended = self.weight.ended_at
+        return TrainResult(self.ema, self.losses, None if ended is None or ended >= total else ended, self.seconds)
 
     # -- save and resume -------------------------------------------------------------------------
 

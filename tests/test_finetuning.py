@@ -242,11 +242,11 @@ def test_loss_weight_is_raised_on_shortened_intervals_only():
     schedule = ExitSchedule.from_string("4 4 2 1")
     dropped = torch.tensor([0.0, 0.5, 0.75])
     weight = PlateauWeight.make(LossWeight(shape="dropped", peak=3.0), schedule)
-    assert weight.at(dropped).tolist() == pytest.approx([1.0, 1 + 2 * (2 / 3), 3.0])
+    assert weight.at(dropped, 0).tolist() == pytest.approx([1.0, 1 + 2 * (2 / 3), 3.0])
     step = PlateauWeight.make(LossWeight(shape="step", peak=3.0), schedule)
-    assert step.at(dropped).tolist() == [1.0, 3.0, 3.0]
+    assert step.at(dropped, 0).tolist() == [1.0, 3.0, 3.0]
     for config, flat in ((LossWeight(shape="none"), schedule), (LossWeight(peak=3.0), ExitSchedule.full(4))):
-        assert PlateauWeight.make(config, flat).at(dropped).tolist() == [1.0] * 3
+        assert PlateauWeight.make(config, flat).at(dropped, 0).tolist() == [1.0] * 3
 
 
 def test_loss_weight_returns_to_one_at_the_plateau_and_stays():
@@ -255,13 +255,13 @@ def test_loss_weight_returns_to_one_at_the_plateau_and_stays():
     falling = [1 / (1 + 0.5 * i) for i in range(20)]
     for i, loss in enumerate(falling):
         weight.update(loss, i)
-    assert weight.ended_at is None and weight.at(most).item() == 2.0
+    assert weight.ended_at is None and weight.at(most, 20).item() == 2.0
     for i in range(20, 40):
         weight.update(0.09, i)
-    assert weight.ended_at is not None and 25 <= weight.ended_at <= 40
-    ended = weight.ended_at
+    # no better from steps 20 … 24 to 25 … 29, which counts from step 30
+    assert weight.ended_at == 30 and weight.at(most, 29).item() == 2.0 and weight.at(most, 30).item() == 1.0
     weight.update(0.001, 41)
-    assert weight.ended_at == ended and weight.at(most).item() == 1.0
+    assert weight.ended_at == 30 and weight.at(most, 42).item() == 1.0
 
 
 def test_seeded_generators_do_not_collide():
