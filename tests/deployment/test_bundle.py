@@ -1,5 +1,6 @@
 """Bundles: the same images anywhere, and no damaged or foreign file accepted."""
 
+import hashlib
 import json
 import os
 
@@ -84,8 +85,6 @@ def test_a_network_that_computes_something_else_is_refused(folder):
     tensors = load_file(path)
     save_file({k: v * 1.01 if k == "out.2" else v for k, v in tensors.items()}, path)
     manifest = json.loads((folder / "bundle.json").read_text())
-    import hashlib
-
     manifest["files"]["parity.safetensors"]["sha256"] = hashlib.sha256(path.read_bytes()).hexdigest()
     (folder / "bundle.json").write_text(json.dumps(manifest))
     with pytest.raises(CheckpointError, match="at exit depth 2 it is off by"):
@@ -118,3 +117,23 @@ def test_a_schedule_for_another_network_is_refused(bundle, tmp_path):
     with pytest.raises(ScheduleError, match="network of 5 blocks"):
         write_bundle(wrong, tmp_path / "bundle")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("poison", [float("nan"), float("inf")])
+@pytest.mark.parametrize("where", ["expected", "weights"])
+def test_numbers_that_are_not_finite_fail_the_parity_check(bundle, tmp_path, poison, where):
+    """A comparison with NaN is false whichever way it is asked: such a network must not pass for equal."""
+    if where == "weights":
+        with torch.no_grad():
+            bundle.backbone.final_layer.linear.bias[0] = poison
+    folder = write_bundle(bundle, tmp_path / "bundle")
+    if where == "expected":
+        path = folder / "parity.safetensors"
+        tensors = load_file(path)
+        tensors["out.2"][0, 0, 0, 0] = poison
+        save_file(tensors, path)
+        manifest = json.loads((folder / "bundle.json").read_text())
+        manifest["files"][path.name]["sha256"] = hashlib.sha256(path.read_bytes()).hexdigest()
+        (folder / "bundle.json").write_text(json.dumps(manifest))
+    with pytest.raises(CheckpointError, match="is off by nan" if poison != poison else "is off by (nan|inf)"):
+        load_bundle(folder)

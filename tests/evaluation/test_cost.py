@@ -242,3 +242,21 @@ def test_dit_xl_2_has_the_published_flops():
     with torch.device("meta"):
         net = DiT.from_preset("DiT-XL/2")
     assert count_flops(net, 28) / 2e9 == pytest.approx(118.64, rel=1e-3)  # Peebles & Xie 2023, table 4: multiply-adds
+
+
+@pytest.mark.parametrize(
+    ("ratios", "median", "spread"),
+    [((1, 2, 3, 4, 5), 3, 1), ((5, 1, 4, 2, 3), 3, 1), ((2, 2, 2), 2, 0), ((1, 9), 5, 2)],  # quartiles by hand
+)
+def test_the_spread_is_half_the_distance_between_the_quartiles(ratios, median, spread):
+    turns = iter([(1, t) if i % 2 else (t, 1) for i, t in enumerate(ratios)])  # every other pair runs B first
+    times = iter([ms for pair in turns for ms in pair])
+    found = compare_sampling_time(lambda: None, lambda: None, len(ratios), timer=lambda call: next(times))
+    assert (found.median, found.spread) == (median, spread)
+
+
+def test_the_spread_of_a_call_is_half_the_distance_between_its_quartiles():
+    """Rounds of 10, 11, … 14 ms at each depth, after one that is thrown away."""
+    rounds = iter(np.repeat([99.0, 10.0, 11.0, 12.0, 13.0, 14.0], DEPTH).tolist())
+    table = measure_latency(ClockedNet(), 4, 5, timer=lambda call: next(rounds))
+    assert table.median_ms == (12.0,) * DEPTH and table.spread_ms == (1.0,) * DEPTH

@@ -174,6 +174,30 @@ def test_a_reference_holds_the_moments_of_all_and_the_features_of_some(extractor
     assert not own_cache.exists()
 
 
+def test_the_features_a_reference_keeps_are_spread_over_the_data(extractor, source, monkeypatch):
+    """Data sets lie in the order of their classes: the first images stand for one class only."""
+    monkeypatch.setattr(fidelity, "KID_REFERENCE_SIZE", 50)
+    kept = reference_statistics(source, extractor, cache=False).features
+    features = extract_features(extractor, source).astype(np.float32)
+    rows = [int(np.abs(features - row).sum(axis=1).argmin()) for row in kept]
+    assert len(set(rows)) == 50 and rows == sorted(rows)
+    for third in range(3):  # 50 of 300 at random: 16.7 in each third, give or take 3
+        assert 6 <= sum(third * 100 <= r < (third + 1) * 100 for r in rows) <= 28
+
+
+def test_kernel_distance_looks_at_all_features(monkeypatch):
+    """Half the images are the reference's own, the others far away: whichever half comes first."""
+    monkeypatch.setattr(fidelity, "KID_SUBSETS", 20)
+    monkeypatch.setattr(fidelity, "KID_SUBSET_SIZE", 40)
+    rng = np.random.default_rng(0)
+    reference = rng.normal(size=(200, 4))
+    near, far = rng.normal(size=(200, 4)), rng.normal(2, 1, size=(200, 4))
+    alone = [kernel_distance(part, reference)[0] for part in (near, far)]
+    mixed = [kernel_distance(np.concatenate(parts), reference)[0] for parts in ((near, far), (far, near))]
+    for value in mixed:
+        assert alone[0] + 0.1 * alone[1] < value < 0.7 * alone[1]
+
+
 def test_a_reference_is_made_once(extractor, source, own_cache, monkeypatch):
     first = reference_statistics(source, extractor)
     monkeypatch.setattr(ImageArray, "batch", lambda *_: pytest.fail("read again"))

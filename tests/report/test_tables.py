@@ -285,3 +285,18 @@ def test_numbers_are_written_to_the_digits_they_have():
     assert figure(8.64713, 0.0523) == "8.647 ± 0.052" and figure(8.64713, math.nan) == "8.647"
     assert number(-0.5) == "−0.5000" and number(math.nan) == "–" and number(12345.6) == "1.235e+04"
     assert percent(0.312) == "31\N{NO-BREAK SPACE}%"
+
+
+def test_the_hypervolume_is_counted_from_its_reference_point(study):
+    """A full network of score 8 at time 1, then one of score 4 at time 0.35, by hand: logarithms to base e."""
+    results = with_figures(study(2, failed=(), confirm=False), [(1.0, (8.0, 8.0, 8.0)), (0.35, (4.0, 4.0, 4.0))])
+    table = tables.hypervolume(results)
+    alone = 0.1 * math.log(2)  # up to time 1.1 and score 16
+    assert list(table["hypervolume"]) == pytest.approx([alone, 0.75 * math.log(4)])
+
+
+def test_the_hypervolume_of_scores_that_are_not_positive_is_counted_from_the_worst(study):
+    results = with_figures(study(3, failed=(), confirm=False, metric="kid"), [
+        (1.0, (0.02, 0.02, 0.02)), (0.6, (-0.03, -0.03, -0.03)), (0.5, (0.01, 0.01, 0.01)),
+    ])  # fmt: skip
+    assert list(tables.hypervolume(results)["hypervolume"]) == pytest.approx([0, 0.5 * 0.05, 0.5 * 0.05 + 0.1 * 0.01])

@@ -64,3 +64,10 @@ def test_schedules_outside_are_refused(space, schedule, rule):
 def test_an_empty_space_is_refused():
     with pytest.raises(ScheduleError, match="min_exit_depth must lie in 1…4; got 5"):
         Space(4, min_exit_depth=5)
+
+
+def test_depths_between_the_ends_are_rounded_to_the_nearest():
+    params = {"high": 5, "low": 1, "u1": 0.9, "u2": 0.6, "u3": 0.2}  # 1 + 3.6, 1 + 2.4, 1 + 0.8 blocks
+    assert Space(6, num_intervals=5).decode(params).exit_depths == (5, 5, 3, 2, 1)
+    swapped = {"high": 1, "low": 5, "u1": 0.2, "u2": 0.9, "u3": 0.6}  # the ends and the shares in any order
+    assert Space(6, num_intervals=5).decode(swapped).exit_depths == (5, 5, 3, 2, 1)

@@ -1,0 +1,85 @@
+"""What the bench measures of a point, against clocks and networks of known cost."""
+
+import pytest
+import torch
+
+from asesearch.backbones import DiT
+from asesearch.backbones.checkpoints import save_backbone
+from asesearch.config import parse_study
+from asesearch.schedule import ExitSchedule
+from asesearch.search import workbench
+from asesearch.search.workbench import FRESH_SEEDS, Workbench
+
+SHAPE = {"input_size": 28, "patch_size": 14, "in_channels": 1, "hidden_size": 16, "depth": 3, "num_heads": 2, "num_classes": 10}
+
+
+@pytest.fixture
+def make_bench(tmp_path):
+    """A bench for a network of three blocks, with some sections of its study changed."""
+    torch.manual_seed(0)
+    save_backbone(DiT(**SHAPE), tmp_path / "net.safetensors", {})
+
+    def make(**sections):
+        study = {
+            "name": "tiny",
+            "backbone": {"kind": "dit", "checkpoint": str(tmp_path / "net.safetensors")},
+            "data": {"kind": "fashion-mnist", "split": "test"},
+            "sampling": {"solver": "ddim", "num_steps": 4, "batch_size": 40},
+            "evaluation": {
+                "extractor": "fashion-cnn", "num_samples": 70, "repeats": 2,
+                "reference": {"kind": "fashion-mnist", "split": "train"},
+            },
+            "confirm": {"num_samples": 80, "repeats": 3, "time_images": 4, "time_repeats": 3},
+        }  # fmt: skip
+        return Workbench(parse_study({**study, **sections}, "test"))
+
+    return make
+
+
+def test_measured_time_is_the_points_over_the_full_networks(make_bench, monkeypatch):
+    """On a clock where a sampling of the full network takes 8 ms and the point's 2."""
+    bench, asked, now = make_bench(), [], [0.0]
+    net, full_net, schedule = object(), object(), ExitSchedule.from_string("3 1")
+
+    def sample(backbone, under, seeds, sampler=""):
+        asked.append((backbone, under, tuple(seeds), sampler))
+        now[0] += 8.0 if under.is_full else 2.0
+
+    def timer(call):
+        start = now[0]
+        call()
+        return now[0] - start
+
+    monkeypatch.setattr(bench, "sample", sample)
+    monkeypatch.setattr("asesearch.evaluation.cost._synchronised_wall", timer)
+    found = bench.measured_time(net, schedule, full_net, "dpm++2m-2")
+    assert found.median == 0.25 and found.spread == 0.0 and len(found.pairs) == 3
+    # each under its own weights and sampler, the same seeds
+    point, full = (net, schedule, (0, 1, 2, 3), "dpm++2m-2"), (full_net, bench.full, (0, 1, 2, 3), "")
+    assert asked == [point, full, point, full, full, point, point, full]
+
+
+@pytest.mark.parametrize(("cfg_scale", "images"), [(1.0, 40), (1.5, 80), (0.0, 80)])
+def test_a_guided_call_is_timed_with_both_of_its_halves(make_bench, monkeypatch, cfg_scale, images):
+    bench = make_bench(sampling={"solver": "ddim", "num_steps": 4, "batch_size": 40, "cfg_scale": cfg_scale})
+    rows = []
+
+    def measure(backbone, batch_size, repeats, device, y):
+        rows.append((batch_size, len(y)))
+        return "table"
+
+    monkeypatch.setattr(workbench, "measure_latency", measure)
+    assert bench.latency == "table" and rows == [(images, images)]
+
+
+def test_confirmation_has_seeds_that_no_trial_has_seen(make_bench):
+    bench = make_bench()
+    assert bench.protocol.seeds == (0, 70)
+    confirmed = bench.confirmation_protocol()
+    assert confirmed.num_samples == 80 and confirmed.seeds == (FRESH_SEEDS, FRESH_SEEDS + 80, FRESH_SEEDS + 160)
+    assert FRESH_SEEDS > 10**8
+
+
+def test_classes_take_turns(make_bench):
+    bench = make_bench()
+    assert workbench.conditioning_for(bench.backbone, bench.data, [0, 9, 10, 23]).tolist() == [0, 9, 0, 3]
