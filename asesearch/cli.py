@@ -65,13 +65,8 @@ def _bar(total: int, what: str) -> Iterator[Callable[[int, float], None]]:
 
 
 def _schedule(text: str, depth: int, chain: int) -> ExitSchedule:
-    if text == "full":
-        return ExitSchedule.full(depth, chain)
-    if text.endswith(".json"):
-        try:
-            return ExitSchedule.from_json(Path(text).read_text(encoding="utf-8"))
-        except OSError as error:
-            raise ConfigError(f"can't read the schedule {text}: {error}; check the path") from error
+    if text.lower().endswith(".json"):
+        return ExitSchedule.read(text, depth, chain)
     return ExitSchedule.from_string(text, depth, chain)
 
 

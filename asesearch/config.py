@@ -8,21 +8,59 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
     NonNegativeFloat,
-    NonNegativeInt,
     PositiveFloat,
-    PositiveInt,
     ValidationError,
 )
 
 from asesearch.errors import ConfigError
+from asesearch.files import read_text
+
+#: Integers that JSON carries exactly; larger ones are slips.
+PositiveInt = Annotated[int, Field(gt=0, lt=2**53)]
+NonNegativeInt = Annotated[int, Field(ge=0, lt=2**53)]
+
+
+def _integer(value: object) -> object:
+    """What `Literal` leaves out: true and 1.0 equal 1 and are no integers."""
+    if type(value) is not int:
+        raise ValueError("Input should be a valid integer")
+    return value
+
+
+#: An array of a study file as a tuple; its entries are as strictly typed as all else.
+_Array = Field(strict=False)
+
+#: Names that Windows keeps to itself, with any suffix.
+RESERVED = re.compile(r"(con|prn|aux|nul|com[0-9]|lpt[0-9])(\..*)?", re.IGNORECASE)
+
+#: Longest study name: folders and files are called after it with something before or behind it,
+#: and file systems take 255 bytes.
+NAME_LENGTH = 200
+
+
+def _file_name(name: str) -> str:
+    """A study's name, if folders can be called after it everywhere."""
+    if len(name) > NAME_LENGTH:
+        raise ValueError(
+            f"folders are called after it, so it has at most {NAME_LENGTH} characters; this one has {len(name)}: shorten it"
+        )
+    if RESERVED.fullmatch(name) or name.endswith("."):
+        raise ValueError(
+            "folders are called after it, and Windows takes neither this name nor a point at the end: choose another"
+        )
+    return name
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    """Strictly typed: true is no number, "10" no integer, 1.0 no integer; an integer is a float."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
 class LossWeight(_Section):
@@ -85,7 +123,7 @@ class MapConfig(_Section):
     """
 
     num_bins: PositiveInt = 20
-    num_images: int = Field(default=128, ge=2)
+    num_images: int = Field(default=128, ge=2, lt=2**53)
     seed: NonNegativeInt = 0
     data: DataConfig | None = None
 
@@ -101,7 +139,7 @@ class PromotionConfig(_Section):
     `always` are fine-tuned whatever their cheap figure, so that there is something to judge by.
     """
 
-    num_samples: int = Field(default=200, ge=2)
+    num_samples: int = Field(default=200, ge=2, lt=2**53)
     repeats: PositiveInt = 2
     threshold: float = Field(default=0.3, ge=0.0, le=1.0)
     always: NonNegativeInt = 1
@@ -126,7 +164,7 @@ class DiffusionConfig(_Section):
 
     process: Literal["discrete", "vp-sde"] = "discrete"
     beta_schedule: Literal["linear", "scaled_linear"] = "linear"
-    num_train_timesteps: PositiveInt = 1000
+    num_train_timesteps: int = Field(default=1000, ge=1, le=1_000_000)
 
 
 class DataConfig(_Section):
@@ -142,7 +180,7 @@ class DataConfig(_Section):
     vae: str | None = None
     split: Literal["train", "test"] = "train"
     image_size: PositiveInt | None = None
-    channels: Literal[1, 3] = 3
+    channels: Annotated[Literal[1, 3], BeforeValidator(_integer)] = 3
     flip: bool = False
     download: bool = False
 
@@ -150,7 +188,7 @@ class DataConfig(_Section):
 SolverName = Literal["ddpm", "ddim", "dpm++2m", "dpm++2m-quadratic", "unipc-quadratic", "euler-maruyama"]
 
 #: A way to sample as "SOLVER-STEPS".
-SamplerName = Annotated[str, Field(pattern=rf"^({'|'.join(map(re.escape, get_args(SolverName)))})-[1-9][0-9]*$")]
+SamplerName = Annotated[str, Field(pattern=rf"^({'|'.join(map(re.escape, get_args(SolverName)))})-[1-9][0-9]{{0,5}}$")]
 
 
 class SamplingConfig(_Section):
@@ -177,7 +215,7 @@ class EvaluationConfig(_Section):
     metric: Literal["frechet", "kid"] = "frechet"
     extractor: str = "inception-v3-compat"
     extractor_weights: str | None = None
-    num_samples: int = Field(default=5000, ge=2)
+    num_samples: int = Field(default=5000, ge=2, lt=2**53)
     repeats: PositiveInt = 1
     seed: NonNegativeInt = 0
     reference: DataConfig | None = None
@@ -191,7 +229,7 @@ class ConfirmConfig(_Section):
     """
 
     max_points: PositiveInt = 8
-    num_samples: int = Field(default=5000, ge=2)
+    num_samples: int = Field(default=5000, ge=2, lt=2**53)
     repeats: PositiveInt = 3
     time_images: PositiveInt = 64
     time_repeats: PositiveInt = 5
@@ -211,11 +249,11 @@ class SearchConfig(_Section):
     proposer: Literal["difficulty", "tpe", "nsga2", "gp", "random"] = "tpe"
     num_trials: PositiveInt = 20
     budget: str | None = Field(default=None, pattern=r"^[0-9]+(\.[0-9]+)?[smhd]$")
-    num_intervals: int = Field(default=10, ge=1)
+    num_intervals: int = Field(default=10, ge=1, lt=2**53)
     noise_easy: bool = True
     min_exit_depth: PositiveInt | None = None
-    warm_start: tuple[str, ...] = ("full",)
-    samplers: tuple[SamplerName, ...] = ()
+    warm_start: Annotated[tuple[str, ...], _Array] = ("full",)
+    samplers: Annotated[tuple[SamplerName, ...], _Array] = ()
     cost: Literal["time", "flops"] = "time"
     seed: NonNegativeInt = 0
     storage: str | None = None
@@ -232,7 +270,7 @@ class SearchConfig(_Section):
 class StudyConfig(_Section):
     """A whole experiment: `studies/NAME.toml`. Sections that a command does not use may be left out."""
 
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$"), AfterValidator(_file_name)]
     backbone: BackboneConfig
     data: DataConfig
     diffusion: DiffusionConfig = DiffusionConfig()
@@ -318,25 +356,55 @@ def explain(error: ValidationError, where: str) -> str:
     """One line for a pydantic error: each field, the rule it breaks and the value got."""
     parts = []
     for item in error.errors():
-        field = ".".join(map(str, item["loc"])) or "file"
+        field = ".".join(map(str, item["loc"]))[:80] or "file"
         if item["type"] == "extra_forbidden":
             parts.append(f"unknown key {field}")
         elif item["type"] == "missing":
             parts.append(f"{field} is missing")
         else:
-            parts.append(f"{field}: {item['msg']} (got {item['input']!r})")
-    return f"{where}: {'; '.join(parts)}"
+            rule = item["msg"].removeprefix("Value error, ")
+            parts.append(f"{field}: {rule} (got {_shown(item['input'])}{_fix(item['input'], rule)})")
+    more = [f"and {len(parts) - 8} more"] if len(parts) > 8 else []
+    return f"{where}: {'; '.join(parts[:8] + more)}"
+
+
+def _shown(value: object) -> str:
+    """A value as a study file has it, at most 80 characters of it."""
+    try:
+        text = str(value).lower() if isinstance(value, bool) else repr(value)
+    except ValueError:  # an integer too long for Python to write
+        return "a very long integer"
+    return text if len(text) <= 80 else f"{text[:50]}… ({len(text)} characters)"
+
+
+def _fix(value: object, rule: str) -> str:
+    """What to write instead of a value of the wrong type, where it is plain."""
+    number = "valid integer" in rule or "valid number" in rule
+    if number and isinstance(value, str):
+        return ": write the number without quotes"
+    if number and isinstance(value, bool):
+        return ": write a number"
+    if "valid integer" in rule and isinstance(value, float):
+        return f": write {int(value)}" if value.is_integer() else ": write it without a point"
+    if "valid boolean" in rule:
+        return ": write true or false, without quotes"
+    if "valid tuple" in rule:
+        return ": write an array in square brackets"
+    return ""
 
 
 def read_toml(path: str | Path) -> dict[str, Any]:
-    """Parse a TOML file.
+    """Parse a TOML file, in UTF-8, or in UTF-16 with a byte order mark.
 
     Raises:
         ConfigError: unreadable or not TOML.
     """
+    text = read_text(path)
     try:
-        return tomllib.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"can't read {path}: {error}; check the path") from error
+        return tomllib.loads(text)
+    except RecursionError as error:
+        raise ConfigError(f"{path} is not valid TOML: it is nested too deep") from error
     except tomllib.TOMLDecodeError as error:
         raise ConfigError(f"{path} is not valid TOML: {error}") from error
+    except ValueError as error:  # Python reads no integer of more than 4,300 digits
+        raise ConfigError(f"{path} is not valid TOML: an integer is too long") from error

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import codecs
 import errno
 import hashlib
 import json
 import os
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -13,7 +15,7 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from asesearch.errors import WriteError
+from asesearch.errors import AseSearchError, ConfigError, WriteError
 
 
 @contextmanager
@@ -39,8 +41,7 @@ def replacing(path: str | os.PathLike[str], *, shared: bool = False) -> Iterator
         with suppress(OSError):  # a folder can't be opened everywhere
             _to_disk(path.parent, os.O_RDONLY)
     except (OSError, SafetensorError) as error:
-        reason = getattr(error, "strerror", None) or str(error)
-        raise WriteError(f"can't write to {path}: {reason}; choose a folder you may write to, with room in it") from error
+        raise WriteError(_why_not(path, error)) from error
     finally:
         with suppress(OSError):
             part.unlink(missing_ok=True)
@@ -58,16 +59,94 @@ def _to_disk(path: Path, flags: int) -> None:
         os.close(handle)
 
 
-def check_writable(path: str | os.PathLike[str]) -> None:
-    """Find out before hours of work whether `path` can be written; nothing is left behind but its folder.
+def check_writable(path: str | os.PathLike[str], inside: str = "") -> None:
+    """Find out before hours of work whether `path` can be written, and leave nothing behind.
+
+    Folders and a file of the same names are made, in a temporary folder where the first of them
+    would be, and removed again; so other processes never see half of it.
+
+    Args:
+        path: the file to write; a folder to write into, where `inside` is given.
+        inside: the longest name, relative to that folder, that will be written in it.
 
     Raises:
         WriteError: it can't.
     """
     path = Path(path)
-    with replacing(path.with_name(f".{path.name}.writable"), shared=True) as part:
-        part.touch()
-    path.with_name(f".{path.name}.writable").unlink()
+    target = path / inside
+    if not inside and os.path.isdir(path):
+        raise WriteError(f"can't write to {_short(path)}: it is a folder; give the name of a file")
+    base = target.parent
+    while not os.path.lexists(base) and base != base.parent:
+        base = base.parent
+    try:
+        with tempfile.TemporaryDirectory(prefix=".try-", dir=base) as temporary:
+            probe = Path(temporary) / target.relative_to(base)
+            probe.parent.mkdir(parents=True, exist_ok=True)
+            probe.with_name(f"{probe.name}{_SUFFIX}").write_bytes(bytes(4096))
+    except OSError as error:
+        raise WriteError(_why_not(path, error)) from error
+
+
+#: As long as the longest that `replacing` and `write_bundle` append to a name.
+_SUFFIX = f".{2**22}.part"
+
+
+def _short(path: Path) -> str:
+    """A path as it is shown in a message, at most 200 characters of it."""
+    text = str(path)
+    return text if len(text) <= 200 else f"{text[:197]}…"
+
+
+def _why_not(path: Path, error: Exception) -> str:
+    """One line on why `path` can't be written, and what to do about it."""
+    number = getattr(error, "errno", None)
+    fix = "choose a folder you may write to, with room in it"
+    if number == errno.ENAMETOOLONG:
+        fix = "a file system takes names of 255 bytes and paths of 4,096: give a shorter one"
+    elif number in (errno.ENOSPC, errno.EDQUOT):
+        fix = "make room there, or choose another folder"
+    reason = getattr(error, "strerror", None) or str(error)
+    return f"can't write to {_short(path)}: {reason}; {fix}"
+
+
+def read_text(path: str | os.PathLike[str], error: type[AseSearchError] = ConfigError) -> str:
+    """Read a text file that a user wrote, in UTF-8, or in UTF-16 or UTF-32 with a byte order mark.
+
+    Args:
+        path: the file.
+        error: the class to raise.
+
+    Raises:
+        AseSearchError: of the class `error`, where the file is missing, unreadable or no such text.
+    """
+    shown = _short(Path(path))
+    try:
+        raw = Path(path).read_bytes()
+    except (OSError, ValueError) as cause:  # ValueError: a NUL character in the path
+        reason = getattr(cause, "strerror", None) or str(cause)
+        raise error(f"can't read {shown}: {reason}; check the path") from cause
+    encoding = next((name for mark, name in _MARKS if raw.startswith(mark)), "utf-8")
+    try:
+        text = raw.decode(encoding)
+    except UnicodeDecodeError as cause:
+        line = raw.count(b"\n", 0, cause.start) + 1
+        what = "it is not text" if b"\0" in raw else f"line {line} is not in {encoding.upper()}"
+        raise error(f"can't read {shown}: {what} ({cause.reason}); save it as UTF-8") from cause
+    if "\0" in text:
+        what = "it has NUL characters, so it is no text, or UTF-16 without a byte order mark"
+        raise error(f"can't read {shown}: {what}; save it as UTF-8")
+    return text.removeprefix("\ufeff")
+
+
+#: Byte order marks, the longer ones first, since UTF-32's begins as UTF-16's.
+_MARKS = (
+    (codecs.BOM_UTF32_LE, "utf-32"),
+    (codecs.BOM_UTF32_BE, "utf-32"),
+    (codecs.BOM_UTF16_LE, "utf-16"),
+    (codecs.BOM_UTF16_BE, "utf-16"),
+    (codecs.BOM_UTF8, "utf-8-sig"),
+)
 
 
 def write_json(path: Path, data: Any) -> None:

@@ -6,7 +6,10 @@ section 3.2 and Table 5.
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -16,6 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from asesearch.errors import ScheduleError
+from asesearch.files import read_text
 
 FORMAT = "asesearch.exit_schedule"
 VERSION = 1
@@ -34,18 +38,56 @@ PUBLISHED: dict[str, tuple[int, tuple[int, ...]]] = {
 }
 
 
+#: Larger numbers are refused where they are read: no depth, timestep or chain comes near.
+LIMIT = 10**9
+
+#: The longest `ExitSchedule.slug`, in bytes.
+SLUG_BYTES = 100
+
+
 def _require(ok: bool, rule: str, value: object, fix: str) -> None:
     if not ok:
-        raise ScheduleError(f"{rule}; got {value}; {fix}")
+        raise ScheduleError(f"{rule}; got {_shown(value)}; {fix}")
 
 
-def _whole(values: Iterable[Any], name: str) -> tuple[int, ...]:
+def _shown(value: object) -> str:
+    """A value, or words about it, as a message shows it: one line of at most 80 characters."""
+    try:
+        text = value if isinstance(value, str) else repr(value)
+    except (ValueError, RecursionError):  # an integer too long for Python to write, or deep lists
+        return f"a very long {type(value).__name__}"
+    text = " ".join(text.split())
+    return text if len(text) <= 80 else f"{text[:50]}… ({len(text)} characters)"
+
+
+def _integers(values: Iterable[Any], name: str) -> tuple[int, ...]:
     out = []
     for value in values:
         ok = not isinstance(value, bool) and isinstance(value, (int, np.integer))
-        _require(ok, f"{name} must be whole numbers", repr(value), "write integers without a point")
+        shown = repr(value) if isinstance(value, str) else value
+        _require(ok, f"{name} must be integers", shown, "write them without point or quotes")
+        _require(abs(value) < LIMIT, f"{name} must be below 10^9", value, "give a smaller number")
         out.append(int(value))
     return tuple(out)
+
+
+def _numbers(text: str, whole: str) -> tuple[int, ...]:
+    """The integers in a text, separated by spaces or commas; `whole` is what an error shows.
+
+    Raises:
+        ScheduleError: no integers, or something else beside them.
+    """
+    parts = text.replace(",", " ").split()
+    _require(
+        bool(parts) and all(re.fullmatch("[0-9]+", part) for part in parts),
+        'a schedule is integers separated by spaces ("12 9 6"), where intervals are unequal with '
+        'their ends ("12 9 @ 0 300 1000"), "full", or a published name',
+        repr(whole),
+        f"the published names are {', '.join(PUBLISHED)}",
+    )
+    for part in parts:
+        _require(len(part.lstrip("0")) < 10, "numbers of a schedule must be below 10^9", part, "correct it")
+    return tuple(int(part) for part in parts)
 
 
 @dataclass(frozen=True)
@@ -68,8 +110,8 @@ class ExitSchedule:
     exit_depths: tuple[int, ...]
 
     def __post_init__(self) -> None:
-        (depth, chain) = _whole((self.depth, self.num_train_timesteps), "depth and num_train_timesteps")
-        bounds, depths = _whole(self.boundaries, "boundaries"), _whole(self.exit_depths, "exit_depths")
+        (depth, chain) = _integers((self.depth, self.num_train_timesteps), "depth and num_train_timesteps")
+        bounds, depths = _integers(self.boundaries, "boundaries"), _integers(self.exit_depths, "exit_depths")
         _require(depth >= 1, "depth must be at least 1", depth, "give the number of blocks of the network")
         _require(chain >= 1, "num_train_timesteps must be at least 1", chain, "DiT uses 1000")
         _require(len(depths) >= 1, "exit_depths must not be empty", depths, "give one depth an interval")
@@ -88,7 +130,7 @@ class ExitSchedule:
         _require(
             all(a < b for a, b in pairwise(bounds)),
             "boundaries must strictly increase",
-            bounds,
+            next((f"{a} before {b}" for a, b in pairwise(bounds) if a >= b), ""),
             "remove empty intervals",
         )
         for value in depths:
@@ -107,8 +149,9 @@ class ExitSchedule:
     @classmethod
     def uniform_intervals(cls, exit_depths: Sequence[int], depth: int, num_train_timesteps: int = 1000) -> ExitSchedule:
         """A schedule over equal intervals (to the nearest timestep), data side first."""
+        _integers((depth, num_train_timesteps), "depth and num_train_timesteps")
         count = len(exit_depths)
-        _require(count >= 1, "exit_depths must not be empty", list(exit_depths), "give one depth an interval")
+        _require(count >= 1, "exit_depths must not be empty", "none", "give one depth an interval")
         _require(
             count <= num_train_timesteps,
             f"at most one interval a timestep ({num_train_timesteps})",
@@ -125,30 +168,34 @@ class ExitSchedule:
 
     @classmethod
     def from_string(cls, text: str, depth: int | None = None, num_train_timesteps: int = 1000) -> ExitSchedule:
-        """Read `"28 28 24 24 …"` (spaces or commas; equal intervals, data side first) or a published name (`"D3-DiT"`).
+        """Read what `str` gives, a published name (`"D3-DiT"`) or `"full"`.
 
         Args:
-            text: the depths, or a key of `PUBLISHED`.
-            depth: depth of the network; by default the deepest entry, or the depth the published schedule was made for.
-                A published schedule is rescaled to it.
+            text: the depths, data side first, separated by spaces or commas: `"28 28 24 24"` over
+                equal intervals, `"12 9 @ 0 300 1000"` with the ends of unequal ones; `"full"`; or
+                a key of `PUBLISHED`.
+            depth: blocks of the network that may be dropped. A published schedule is rescaled to
+                it and has its own without; the others need it.
             num_train_timesteps: length of the chain.
 
         Raises:
-            ScheduleError: neither a known name nor whole numbers, or a depth out of range.
+            ScheduleError: none of these forms, no depth where it is needed, or an invalid schedule.
         """
         name = text.strip()
         if name in PUBLISHED:
             return cls.published(name, depth, num_train_timesteps)
-        parts = name.replace(",", " ").split()
-        known = ", ".join(PUBLISHED)
-        _require(
-            bool(parts) and all(p.isdecimal() for p in parts),
-            "a schedule is whole numbers separated by spaces, or a published name",
-            repr(text),
-            f"the published names are {known}",
-        )
-        depths = tuple(int(p) for p in parts)
-        return cls.uniform_intervals(depths, max(depths) if depth is None else depth, num_train_timesteps)
+        before, at, after = name.partition("@")
+        depths = () if name == "full" else _numbers(before, text)
+        if depth is None:
+            raise ScheduleError(
+                "a schedule needs the depth of its network, which its entries don't tell; "
+                f"got {_shown(repr(text))} alone; give depth"
+            )
+        if not depths:
+            return cls.full(depth, num_train_timesteps)
+        if at:
+            return cls(depth, num_train_timesteps, _numbers(after, text), depths)
+        return cls.uniform_intervals(depths, depth, num_train_timesteps)
 
     @classmethod
     def published(cls, name: str, depth: int | None = None, num_train_timesteps: int = 1000) -> ExitSchedule:
@@ -239,20 +286,21 @@ class ExitSchedule:
         """Inverse of `to_dict`.
 
         Raises:
-            ScheduleError: another format or version, a missing or surplus key, or an invalid schedule.
+            ScheduleError: another format or version, a missing or unknown key, or an invalid schedule.
         """
         _require(isinstance(data, dict), "a schedule must be a JSON object", type(data).__name__, "write it with to_json")
         assert isinstance(data, dict)
         _require(
             data.get("format") == FORMAT,
             f"format must be {FORMAT!r}",
-            repr(data.get("format")),
+            data.get("format"),
             "write it with to_json",
         )
+        version = data.get("version")
         _require(
-            data.get("version") == VERSION,
+            version == VERSION and isinstance(version, int) and version is not True,
             f"this release reads version {VERSION} of the schedule format",
-            repr(data.get("version")),
+            version,
             "install the asesearch release that wrote it",
         )
         keys = {"format", "version", "depth", "num_train_timesteps", "boundaries", "exit_depths"}
@@ -268,11 +316,79 @@ class ExitSchedule:
         Raises:
             ScheduleError: not JSON, or not a schedule.
         """
+        return cls.from_dict(_parsed(text))
+
+    @classmethod
+    def read(cls, path: str | os.PathLike[str], depth: int, num_train_timesteps: int = 1000) -> ExitSchedule:
+        """A schedule for a network of `depth` blocks from a JSON file.
+
+        The file holds what `to_json` gives, a string for `from_string`, or plain depths over equal
+        intervals: `[12, 9, 6]`.
+
+        Raises:
+            ScheduleError: unreadable, another form, or a schedule for another depth or chain.
+        """
+        text = read_text(path, ScheduleError)
         try:
-            data = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise ScheduleError(f"a schedule must be JSON; got {text[:60]!r} ({error}); write it with to_json") from error
-        return cls.from_dict(data)
+            data = _parsed(text)
+            if isinstance(data, str):
+                return cls.from_string(data, depth, num_train_timesteps)
+            if isinstance(data, list):
+                return cls.uniform_intervals(data, depth, num_train_timesteps)
+            _require(
+                isinstance(data, dict) and "format" in data,
+                "a schedule file holds what to_json gives, or plain depths: [12, 9, 6]",
+                data,
+                "write one of these",
+            )
+            found = cls.from_dict(data)
+            _require(
+                (found.depth, found.num_train_timesteps) == (depth, num_train_timesteps),
+                f"the network has {depth} blocks and {num_train_timesteps} timesteps",
+                f"a schedule for {found.depth} and {found.num_train_timesteps}",
+                f"rescale it: ExitSchedule.from_json(text).rescaled({depth})",
+            )
+        except ScheduleError as error:
+            raise ScheduleError(f"{path}: {error}") from error
+        return found
+
+    @property
+    def long_name(self) -> str:
+        """`slug` before it is cut: the depths and the inner boundaries of `merged`."""
+        merged = self.merged()
+        name = "-".join(map(str, merged.exit_depths))
+        if len(merged.exit_depths) > 1:
+            name += "_at_" + "-".join(map(str, merged.boundaries[1:-1]))
+        return name
+
+    @property
+    def slug(self) -> str:
+        """A file name for what the schedule does, of at most `SLUG_BYTES` ASCII characters.
+
+        Schedules of one depth and chain share a name only if they run the same blocks at every t.
+        Long ones are cut, and told apart by a hash.
+        """
+        name = self.long_name
+        if len(name) <= SLUG_BYTES:
+            return name
+        end = "_" + hashlib.sha256(name.encode()).hexdigest()[:32]
+        return name[: SLUG_BYTES - len(end)] + end
+
+
+def _parsed(text: str) -> Any:
+    """What a JSON text holds.
+
+    Raises:
+        ScheduleError: not JSON, nested too deep, or an integer that Python refuses to read.
+    """
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        reason = str(error)
+        if not isinstance(error, json.JSONDecodeError):
+            deep = isinstance(error, RecursionError)
+            reason = "it is nested too deep" if deep else "an integer is too long"
+        raise ScheduleError(f"a schedule must be JSON; got {_shown(repr(text))} ({reason}); write it with to_json") from error
 
 
 @dataclass(frozen=True)

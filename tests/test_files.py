@@ -6,7 +6,7 @@ import json
 import pytest
 
 from asesearch.errors import AseSearchError, WriteError
-from asesearch.files import check_writable, file_sha256, replacing, write_json
+from asesearch.files import check_writable, file_sha256, read_text, replacing, write_json
 
 
 @pytest.mark.parametrize("shared", [False, True])
@@ -26,6 +26,60 @@ def test_unwritable_is_one_line_that_names_the_file(tmp_path):
         with pytest.raises(WriteError, match=r"can't write to .*\.json.*: .*; choose a folder") as caught:
             write(tmp_path / "file" / "x.json")
         assert isinstance(caught.value, AseSearchError) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("path", "reason"),
+    [
+        ("file/x", "Not a directory; choose a folder"),
+        ("file/deep/x", "Not a directory; choose a folder"),
+        ("folder", "it is a folder; give the name of a file"),
+        ("a" * 250, "File name too long; a file system takes names of 255 bytes"),
+        ("new/" + "a" * 256 + "/x", "File name too long"),
+        ("/".join(["a" * 200] * 25), "File name too long"),
+        ("/proc/nope/x", "No such file or directory"),
+        ("dangling/x", "choose a folder"),
+    ],
+)
+def test_what_can_t_be_written_is_known_before_and_leaves_nothing(tmp_path, path, reason):
+    (tmp_path / "file").write_text("not a folder")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "dangling").symlink_to("nowhere")
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(WriteError) as caught:
+        check_writable(tmp_path / path)
+    said = str(caught.value)
+    assert reason in said and "\n" not in said and len(said) < 400
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_folder_is_checked_with_the_longest_name_in_it(tmp_path):
+    for path in (tmp_path, tmp_path / "new", tmp_path / "new" / ".." / "other"):
+        check_writable(path, f"trials/{'a' * 100}/weights")
+    check_writable(tmp_path / ("a" * 200), "weights")
+    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(WriteError, match=r"can't write to .*/new: File name too long"):
+        check_writable(tmp_path / "new", "a" * 256)
+    with pytest.raises(WriteError, match="Not a directory"):
+        (tmp_path / "file").touch()
+        check_writable(tmp_path / "file", "weights")
+
+
+def test_a_full_disk_is_known_before(tmp_path, monkeypatch):
+    def full(self, data):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("pathlib.Path.write_bytes", full)
+    with pytest.raises(WriteError, match="No space left on device; make room there"):
+        check_writable(tmp_path / "x")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-be", "utf-32"])
+def test_text_is_read_by_its_byte_order_mark(tmp_path, encoding):
+    mark = "\ufeff" if encoding == "utf-16-be" else ""
+    (tmp_path / "x").write_bytes(f"{mark}é\r\nÆ\n".encode(encoding))
+    assert read_text(tmp_path / "x") == "é\r\nÆ\n"
 
 
 def test_checking_leaves_nothing_and_json_round_trips(tmp_path):

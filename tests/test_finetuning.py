@@ -30,7 +30,7 @@ from asesearch.finetuning import (
 )
 from asesearch.schedule import ElasticDepths, ExitSchedule
 
-SCHEDULE = ExitSchedule.from_string("4 3 2 1")
+SCHEDULE = ExitSchedule.from_string("4 3 2 1", 4)
 CONFIG = TrainConfig(num_steps=12, batch_size=8, lr=1e-3, warmup_steps=2, checkpoint_every=5, seed=3)
 
 
@@ -239,7 +239,7 @@ def test_learning_rate_warms_up_and_decays():
 
 
 def test_loss_weight_is_raised_on_shortened_intervals_only():
-    schedule = ExitSchedule.from_string("4 4 2 1")
+    schedule = ExitSchedule.from_string("4 4 2 1", 4)
     dropped = torch.tensor([0.0, 0.5, 0.75])
     weight = PlateauWeight.make(LossWeight(shape="dropped", peak=3.0), schedule)
     assert weight.at(dropped, 0).tolist() == pytest.approx([1.0, 1 + 2 * (2 / 3), 3.0])

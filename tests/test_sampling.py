@@ -30,7 +30,7 @@ CASES = [
 ]
 IDS = [f"{name} {type(process).__name__}" for name, process in CASES]
 every_solver = pytest.mark.parametrize(("solver", "process"), CASES, ids=IDS)
-SCHEDULE = ExitSchedule.from_string("4 3 3 1")
+SCHEDULE = ExitSchedule.from_string("4 3 3 1", 4)
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +41,7 @@ def net() -> DiT:
 
 def make(net: Backbone, solver: str, process: Process, seeds: Sequence[int], **changes: object) -> SampleResult:
     y = torch.tensor([s % 10 for s in seeds]) if net.num_classes else None
-    schedule = ExitSchedule.from_string("4 3 3 1", num_train_timesteps=process.num_train_timesteps)
+    schedule = ExitSchedule.from_string("4 3 3 1", 4, num_train_timesteps=process.num_train_timesteps)
     options = {"diffusion": process, "num_steps": 5, "y": y, "schedule": schedule, **changes}
     return sample(net, solver, options.pop("schedule"), seeds=seeds, **options)
 

@@ -1,6 +1,7 @@
 """ExitSchedule: rules, queries, text forms."""
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -75,11 +76,12 @@ def test_d3_rescaled_to_twelve_blocks():
 def test_full_is_the_whole_network():
     full = ExitSchedule.full(12)
     assert full.is_full and full.is_noise_easy and full.block_frac() == 1.0
-    assert not ExitSchedule.from_string("12 11").is_full
+    assert not ExitSchedule.from_string("12 11", 12).is_full
+    assert ExitSchedule.from_string(" full ", 12) == full
 
 
 def test_data_easy_is_not_noise_easy():
-    assert not ExitSchedule.from_string("4 8 12").is_noise_easy
+    assert not ExitSchedule.from_string("4 8 12", 12).is_noise_easy
 
 
 def test_string_forms():
@@ -87,6 +89,22 @@ def test_string_forms():
     assert schedule.exit_depths == (12, 9, 6, 3) and schedule.depth == 28 and schedule.boundaries == (0, 250, 500, 750, 1000)
     assert str(schedule) == "12 9 6 3"
     assert str(ExitSchedule(4, 10, (0, 3, 10), (4, 2))) == "4 2 @ 0 3 10"
+    unequal = ExitSchedule(12, 1000, (0, 300, 1000), (12, 9))
+    for text in ("12 9 @ 0 300 1000", "12,9@0,300,1000", "  12 9 @\t0 300 1000\n"):
+        assert ExitSchedule.from_string(text, 12) == unequal
+
+
+@given(schedules())
+def test_what_is_printed_reads_back(schedule):
+    again = ExitSchedule.from_string(str(schedule), schedule.depth, schedule.num_train_timesteps)
+    assert again == schedule
+
+
+@pytest.mark.parametrize("text", ["5 4 4", "12 9 @ 0 300 1000", "full"])
+def test_a_depth_that_is_not_known_is_not_guessed(text):
+    with pytest.raises(ScheduleError, match=rf"needs the depth .*; got '{text}' alone; give depth"):
+        ExitSchedule.from_string(text)
+    assert ExitSchedule.from_string(text, depth=12).depth == 12
 
 
 BAD = [
@@ -97,12 +115,22 @@ BAD = [
     (lambda: ExitSchedule(4, 1000, (0, 999), (4,)), "from 0 to num_train_timesteps = 1000"),
     (lambda: ExitSchedule(4, 1000, (1, 1000), (4,)), "from 0"),
     (lambda: ExitSchedule(4, 1000, (0, 1000), ()), "must not be empty"),
-    (lambda: ExitSchedule(4, 1000, (0, 1000), (3.5,)), "whole numbers"),
-    (lambda: ExitSchedule(4, 1000, (0, 1000), (True,)), "whole numbers"),
+    (lambda: ExitSchedule(4, 1000, (0, 1000), (3.5,)), "integers"),
+    (lambda: ExitSchedule(4, 1000, (0, 1000), (True,)), "integers"),
     (lambda: ExitSchedule(0, 1000, (0, 1000), (1,)), "depth must be at least 1"),
     (lambda: ExitSchedule.from_string("D9-DiT"), "published names are D2-DiT"),
-    (lambda: ExitSchedule.from_string(""), "whole numbers"),
-    (lambda: ExitSchedule.from_string("12 -3"), "whole numbers"),
+    (lambda: ExitSchedule.from_string("", 4), "integers"),
+    (lambda: ExitSchedule.from_string("12 -3"), "integers"),
+    (lambda: ExitSchedule.from_string("１２", 12), "integers"),
+    (lambda: ExitSchedule.from_string("@", 12), "integers"),
+    (lambda: ExitSchedule.from_string("12 9 @ 0 300 1000 @", 12), "integers"),
+    (lambda: ExitSchedule.from_string("12 9 @ 0 300", 12), "2 boundaries for 2 exit_depths"),
+    (lambda: ExitSchedule.from_string("12 9 @ 0 300 500", 12), "from 0 to num_train_timesteps = 1000"),
+    (lambda: ExitSchedule.from_string("12 9 6 @ 0 300 300 1000", 12), "300 before 300"),
+    (lambda: ExitSchedule.from_string("12 " * 1001, 12), "got 1001 intervals"),
+    (lambda: ExitSchedule.from_string("1" * 5000, 12), "(5000 characters)"),
+    (lambda: ExitSchedule(10**5000, 1000, (0, 1000), (1,)), "below 10^9"),
+    (lambda: ExitSchedule.uniform_intervals([1], 1, 10**5000), "below 10^9"),
     (lambda: ExitSchedule.from_string("28 28", depth=12), "rescale the schedule"),
     (lambda: ExitSchedule.published("D9"), "unknown published schedule"),
     (lambda: ExitSchedule.full(4).exit_depth_at(1000), "timesteps must lie in [0, 1000)"),
@@ -119,10 +147,23 @@ def test_broken_rules_are_named(make, rule):
     with pytest.raises(ScheduleError) as caught:
         make()
     assert rule in str(caught.value) and "got" in str(caught.value)
+    assert len(str(caught.value)) < 400 and "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize(
-    "change", [{"version": 2}, {"extra": 1}, {"depth": None}, {"exit_depths": "4"}, {"boundaries": [0, "x"]}, {"depth": 3}]
+    "change",
+    [
+        {"version": 2},
+        {"version": True},
+        {"version": 1.0},
+        {"depth": 4.0},
+        {"depth": "4"},
+        {"extra": 1},
+        {"depth": None},
+        {"exit_depths": "4"},
+        {"boundaries": [0, "x"]},
+        {"depth": 3},
+    ],
 )
 def test_a_changed_file_is_refused(change):
     data = {**ExitSchedule.full(4).to_dict(), **change}
@@ -155,3 +196,100 @@ def test_elastic_depths_know_their_limits():
         ElasticDepths(12, 1000, 13)
     assert ElasticDepths(12, 1000, full_frac=1.0).is_full and not ElasticDepths(12, 1000).is_full
     assert (ElasticDepths(12, 1000, full_frac=1.0).draw([0, 999], [0.0, 0.999]) == 12).all()
+
+
+# -- files -----------------------------------------------------------------------------------------
+
+UNEQUAL = ExitSchedule(12, 1000, (0, 300, 1000), (12, 9))
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-32"])
+def test_a_schedule_file_is_read_in_any_marked_encoding(tmp_path, encoding):
+    path = tmp_path / "x.json"
+    path.write_text(UNEQUAL.to_json(), encoding=encoding)
+    assert ExitSchedule.read(path, 12) == UNEQUAL
+
+
+def test_plain_depths_in_a_file(tmp_path):
+    path = tmp_path / "x.json"
+    for content in ("[12, 9]", '"12 9"', '"12 9 @ 0 500 1000"'):
+        path.write_text(content)
+        assert ExitSchedule.read(path, 12) == ExitSchedule(12, 1000, (0, 500, 1000), (12, 9))
+
+
+JSON = UNEQUAL.to_json()
+BAD_FILES = [
+    (JSON.encode("utf-16-be"), "UTF-16 without a byte order mark"),
+    (b"[12, \xe9]", "line 1 is not in UTF-8"),
+    (b"\x00\x80\xff", "is not text"),
+    (b"", "must be JSON; got ''"),
+    (b"12", "plain depths"),
+    (b"{}", "plain depths"),
+    (b"null", "plain depths"),
+    (b"[12.0]", "must be integers; got 12.0"),
+    (b"[true]", "must be integers; got True"),
+    (b"[NaN]", "must be integers; got nan"),
+    (b'["12"]', "must be integers; got '12'"),
+    (b"[]", "must not be empty"),
+    (b"[" + b"12," * 1000 + b"12]", "1001 intervals"),
+    (b"[" * 100_000, "nested too deep"),
+    (b"[" * 500 + b"]" * 500, "must be integers"),
+    (b"[" + b"9" * 5000 + b"]", "an integer is too long"),
+    (b"[" + b"9" * 4000 + b"]", "below 10^9"),
+    (JSON.replace("12", "28").encode(), "got a schedule for 28 and 1000"),
+    (JSON.replace("1000", "500").encode(), "12 and 500"),
+    (b'{"format": "asesearch.bundle", "version": 1}', "got asesearch.bundle"),
+]
+
+
+@pytest.mark.parametrize(("content", "reason"), BAD_FILES, ids=range(len(BAD_FILES)))
+def test_a_file_that_holds_no_schedule_is_named_in_one_line(tmp_path, content, reason):
+    path = tmp_path / "x.json"
+    path.write_bytes(content)
+    with pytest.raises(ScheduleError) as caught:
+        ExitSchedule.read(path, 12)
+    said = str(caught.value)
+    assert reason in said and said.count("x.json") == 1 and "\n" not in said and len(said) < 500
+
+
+def test_a_path_that_is_no_file(tmp_path):
+    for path, reason in ((tmp_path, "Is a directory"), (tmp_path / "no.json", "No such file")):
+        with pytest.raises(ScheduleError, match=reason):
+            ExitSchedule.read(path, 12)
+
+
+# -- file names ------------------------------------------------------------------------------------
+
+
+@st.composite
+def long_schedules(draw):
+    """Schedules of 12 blocks and 1,000 timesteps with up to 1,000 intervals."""
+    seed, count = draw(st.integers(0, 2**32)), draw(st.integers(1, 1000))
+    rng = np.random.default_rng(seed)
+    inner = np.sort(rng.choice(np.arange(1, 1000), count - 1, replace=False)).tolist()
+    return ExitSchedule(12, 1000, (0, *inner, 1000), tuple(rng.integers(1, 13, count).tolist()))
+
+
+@given(long_schedules())
+def test_a_slug_fits_every_file_system(schedule):
+    slug = schedule.slug
+    assert 0 < len(slug.encode()) <= 100 and re.fullmatch(r"[0-9a-z_-]+", slug)
+    assert slug == schedule.merged().slug and slug.startswith(f"{schedule.exit_depths[0]}")
+
+
+@given(long_schedules(), st.data())
+def test_another_schedule_has_another_slug(schedule, data):
+    """Also where only the last interval differs, which the readable part of a long name leaves out."""
+    count = len(schedule.exit_depths)
+    place = data.draw(st.sampled_from([0, count // 2, count - 1]))
+    depths = list(schedule.exit_depths)
+    depths[place] = depths[place] % 12 + 1
+    other = ExitSchedule(12, 1000, schedule.boundaries, tuple(depths))
+    assert other.slug != schedule.slug
+
+
+def test_slugs_of_studies_on_disk_are_what_they_were():
+    assert ExitSchedule.from_string("12 12 9 6", 12).slug == "12-9-6_at_500-750"
+    assert ExitSchedule.full(12).slug == "12"
+    lengths = {len(ExitSchedule.uniform_intervals([2, 1] * n, 2).slug) for n in range(1, 60)}
+    assert max(lengths) == 100

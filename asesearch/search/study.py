@@ -44,6 +44,7 @@ from asesearch.search.workbench import Workbench, environment, sampler_name
 
 WORKER = "worker"  # user attribute "host:pid" of the process that runs the trial
 MAX_REPEATS_IN_A_ROW = 50
+MAX_NAME_BYTES = 250  # of a folder whose name has a lock of five more bytes
 
 
 def make_proposer(config: SearchConfig, seed: int) -> optuna.samplers.BaseSampler:
@@ -117,9 +118,10 @@ class Study:
 
     def trial_dir(self, schedule: ExitSchedule) -> Path:
         """Where a schedule's weights, samples and checkpoint are; one folder a schedule."""
-        merged = schedule.merged()
-        bounds = "" if len(merged.exit_depths) == 1 else "_at_" + "-".join(map(str, merged.boundaries[1:-1]))
-        return self.run_dir / directory.TRIALS / ("-".join(map(str, merged.exit_depths)) + bounds)
+        uncut = self.run_dir / directory.TRIALS / schedule.long_name
+        if len(uncut.name) <= MAX_NAME_BYTES and uncut.is_dir():  # of a study begun before slugs
+            return uncut
+        return self.run_dir / directory.TRIALS / schedule.slug
 
     def results(self) -> StudyResults:
         """Everything a report or an export reads."""

@@ -15,7 +15,7 @@ from asesearch.errors import CheckpointError, ScheduleError
 from asesearch.sampling import sample
 from asesearch.schedule import ExitSchedule
 
-SCHEDULE = ExitSchedule.from_string("4 4 2 1")
+SCHEDULE = ExitSchedule.from_string("4 4 2 1", 4)
 
 
 @pytest.fixture

@@ -144,7 +144,7 @@ def test_the_full_network_is_tuned_for_as_long_as_warm_up_and_tuning_together(st
     warm_up(bench, tmp_path / "run")
     start, config = bench.tuning(bench.full)
     assert start is bench.backbone and config.num_steps == 4 + 3
-    start, config = bench.tuning(ExitSchedule.from_string("3 1"))
+    start, config = bench.tuning(ExitSchedule.from_string("3 1", 3))
     assert start is bench.start and config == study.train
 
 
