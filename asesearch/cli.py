@@ -45,7 +45,8 @@ def _main(debug: Annotated[bool, typer.Option("--debug", help="Show the tracebac
 
 
 def _print(data: Any) -> None:
-    typer.echo(json.dumps(data, indent=1, ensure_ascii=False))
+    text = json.dumps(data, indent=1, ensure_ascii=False)
+    typer.echo(text.encode("utf-8", "backslashreplace").decode("utf-8"))  # a path may hold bytes that are not UTF-8
 
 
 def _say(text: str) -> None:
@@ -465,6 +466,7 @@ def latents(
     text_encoder: Annotated[Path | None, typer.Option(help="Folder of the text encoder that --captions needs.")] = None,
     max_length: Annotated[int, typer.Option(min=1, help="Tokens a caption; PixArt-α's is 120.")] = 120,
     flips: Annotated[bool, typer.Option("--flips/--no-flips", help="Encode the mirror images too.")] = True,
+    skip_damaged: Annotated[bool, typer.Option("--skip-damaged", help="Leave out images that can't be read.")] = False,
     batch_size: Annotated[int, typer.Option(min=1, help="Images a pass.")] = 32,
     dtype: Annotated[str, typer.Option(help="Of the stored numbers: float16 or float32.")] = "float16",
     verify: Annotated[bool, typer.Option("--verify", help="Read all files again in the end; compare SHA-256.")] = False,
@@ -482,7 +484,7 @@ def latents(
             bar.update(done - bar.n)
 
         plan = encode_folder(
-            DataConfig(kind="image-folder", path=str(folder), image_size=image_size),
+            DataConfig(kind="image-folder", path=str(folder), image_size=image_size, skip_damaged=skip_damaged),
             vae,
             out,
             captions=captions,

@@ -171,8 +171,10 @@ class DataConfig(_Section):
     """A data set. `path` is relative to the working directory.
 
     `image_size` and `channels` say how an image folder's files are read: centre-cropped to a square of image_size pixels,
-    as grey (1) or colour (3). `vae` is for latents: the folder of the AutoencoderKL that turns generated latents into
-    images, which evaluation needs.
+    as grey (1) or colour (3). `classes` says which of the network's classes each class folder is: folder names in order of
+    class index, or a table of name = index; it takes the place of `classes.json` in the folder. `skip_damaged` checks all
+    images and leaves out those that are damaged. `vae` is for latents: the folder of the AutoencoderKL that turns generated
+    latents into images, which evaluation needs.
     """
 
     kind: Literal["fashion-mnist", "image-folder", "latents"]
@@ -182,6 +184,8 @@ class DataConfig(_Section):
     image_size: PositiveInt | None = None
     channels: Annotated[Literal[1, 3], BeforeValidator(_integer)] = 3
     flip: bool = False
+    classes: Annotated[tuple[str, ...], _Array] | dict[str, int] | None = None
+    skip_damaged: bool = False
     download: bool = False
 
 

@@ -465,14 +465,32 @@ def check_fit(backbone: Backbone, data: DataSource, diffusion: Process, schedule
     expected = (backbone.in_channels, backbone.input_size, backbone.input_size)
     if data.shape != expected:
         raise DataError(f"the network takes images of shape {expected}; got {data.shape} from {data.name}; resize them")
-    if backbone.num_classes and not 0 < data.num_classes <= backbone.num_classes:
-        raise DataError(f"the network has {backbone.num_classes} classes; got {data.num_classes} from {data.name}")
+    if backbone.num_classes:
+        _check_classes(backbone.num_classes, data)
     if backbone.takes_prompt:
         try:
             backbone.check_conditioning(data.batch([0])[1], 1)
         except ConfigError as error:
             raise DataError(f"{data.name} must give the prompts that the network takes: {error}") from error
     check_schedule(backbone, diffusion.num_train_timesteps, schedule)
+
+
+def _check_classes(wanted: int, data: DataSource) -> None:
+    """Refuse labels that are not, or may not be, those of a network with `wanted` classes."""
+    got = data.num_classes
+    if got == 0:
+        raise DataError(f"the network has {wanted} classes; got images without labels from {data.name}; use class folders")
+    if getattr(data, "labels_by_order", False) and got != wanted:
+        raise DataError(
+            f"the network has {wanted} classes; got {got} class folders from {data.name}, and nothing says which classes they "
+            'are; name them in a classes.json beside the class folders, such as {"cat": 281, "dog": 207}, or under classes in '
+            "the data section (latents: encode them again with that)"
+        )
+    if got > wanted:
+        raise DataError(
+            f"the network has {wanted} classes, 0…{wanted - 1}; got labels up to {got - 1} from {data.name}; correct the "
+            "labels, or the class indices of its folders"
+        )
 
 
 def finetune(

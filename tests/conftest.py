@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from asesearch.backbones import DiT
-from asesearch.data import ImageArray
+from asesearch.data import ImageArray, images
 
 TINY_DIT = {
     "input_size": 8,
@@ -37,3 +37,10 @@ def tiny_images():
     labels = np.arange(96) % 3
     images = np.clip(rng.normal(60 + 60 * labels[:, None, None, None], 20, (96, 1, 8, 8)), 0, 255).astype(np.uint8)
     return ImageArray(images, labels, "tiny")
+
+
+@pytest.fixture
+def own_cache(tmp_path_factory, monkeypatch):
+    """An empty cache folder, and warnings that come once a process not given yet."""
+    monkeypatch.setenv("ASESEARCH_CACHE", str(tmp_path_factory.mktemp("cache")))
+    images._warn_once.cache_clear()

@@ -9,9 +9,9 @@ import pytest
 import torch
 from PIL import Image
 
-from asesearch import data
 from asesearch.config import DataConfig
-from asesearch.data import ImageArray, ImageFolder, centre_crop, fashion_mnist, open_data, read_idx
+from asesearch.data import ImageArray, ImageFolder, cache_dir, centre_crop, fashion_mnist, open_data, read_idx
+from asesearch.data import fashion as data
 from asesearch.errors import ConfigError, DataError
 
 
@@ -163,9 +163,9 @@ def test_a_download_is_checked_before_it_is_kept(tmp_path, monkeypatch):
 def test_cache_dir_follows_the_environment(monkeypatch, tmp_path):
     monkeypatch.delenv("ASESEARCH_CACHE", raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert data.cache_dir() == tmp_path / "asesearch"
+    assert cache_dir() == tmp_path / "asesearch"
     monkeypatch.setenv("ASESEARCH_CACHE", str(tmp_path / "own"))
-    assert data.cache_dir() == tmp_path / "own"
+    assert cache_dir() == tmp_path / "own"
 
 
 # -- arrays ----------------------------------------------------------------------------------------
@@ -308,7 +308,7 @@ def test_grey_and_colour(tmp_path):
     colour, grey = ImageFolder(tmp_path, 8), ImageFolder(tmp_path, 8, channels=1)
     assert colour.read(0)[:, 0, 0].tolist() == [255, 0, 0]
     assert grey.read(0)[:, 0, 0].tolist() == [76]  # ITU-R 601 luma
-    assert colour.read(1)[:, 0, 0].tolist() == [7] * 3 and colour.read(2)[:, 0, 0].tolist() == [9] * 3
+    assert colour.read(1)[:, 0, 0].tolist() == [7] * 3 and colour.read(2)[:, 0, 0].tolist() == [246] * 3
     assert grey.shape == (1, 8, 8) and grey.digest != colour.digest
 
 
@@ -355,6 +355,20 @@ def test_flips_need_a_generator_and_follow_from_it(tmp_path):
         mirrored = [torch.equal(m, s.flip(-1)) for m, s in zip(moved, still, strict=True)]
         assert 0 < sum(mirrored) < 12
         assert all(f or torch.equal(m, s) for m, s, f in zip(moved, still, mirrored, strict=True))
+
+
+def test_half_of_the_images_are_mirrored_each_by_itself(tmp_path):
+    side = np.zeros((4, 1, 2, 2), np.uint8)
+    side[..., 1] = 255  # bright on the right
+    for i, image in enumerate(side):
+        write_image(tmp_path / f"{i}.png", image[0])
+    for source in (ImageArray(side, None, "array", flip=True), ImageFolder(tmp_path, 2, 1, flip=True)):
+        drawn = torch.stack([source.batch(range(4), generator(s))[0][:, 0, 0, 0] > 0 for s in range(400)])  # (400, 4)
+        assert abs(drawn.float().mean() - 0.5) < 0.05  # four standard errors of 1,600 draws
+        assert all(abs(share - 0.5) < 0.1 for share in drawn.float().mean(0))  # of each image
+        per_batch = torch.bincount(drawn.sum(1), minlength=5) / 400
+        expected = torch.tensor([1, 4, 6, 4, 1]) / 16  # all or none in one batch of eight
+        assert (per_batch - expected).abs().max() < 0.1
 
 
 def test_without_flip_a_generator_changes_nothing(tmp_path):

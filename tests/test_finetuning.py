@@ -11,11 +11,12 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from PIL import Image
 from safetensors.torch import load_file
 
-from asesearch.backbones import DiT
+from asesearch.backbones import DiT, UViT
 from asesearch.config import LossWeight, TrainConfig
-from asesearch.data import ImageArray
+from asesearch.data import ImageArray, ImageFolder
 from asesearch.diffusion import Diffusion
 from asesearch.errors import CheckpointError, ConfigError, DataError, ScheduleError, TrainingDiverged
 from asesearch.finetuning import (
@@ -23,6 +24,7 @@ from asesearch.finetuning import (
     Batch,
     PlateauWeight,
     Trainer,
+    check_fit,
     draw_batch,
     finetune,
     lr_factor,
@@ -269,13 +271,52 @@ def test_seeded_generators_do_not_collide():
     assert len(draws) == 400
 
 
+def class_folders(root, names):
+    rng = np.random.default_rng(0)
+    for name in names:
+        (root / name).mkdir(parents=True)
+        Image.fromarray(rng.integers(0, 256, (8, 8), np.uint8)).save(root / name / "a.png")
+    return root
+
+
+@pytest.mark.parametrize("count", [1, 2, 4])
+def test_class_folders_that_are_not_the_networks_classes_need_a_mapping(tiny_dit, tmp_path, count):
+    """Fewer or more folders than classes: which is which would be a guess."""
+    root, full = class_folders(tmp_path / "pets", "abcd"[:count]), ExitSchedule.full(4)
+    with pytest.raises(DataError, match=f"has 3 classes; got {count} class folders from pets.*classes.json.*the data section"):
+        check_fit(tiny_dit, ImageFolder(root, 8, 1), Diffusion(), full)
+    first = max(0, 3 - count)
+    shifted = {name: i + first for i, name in enumerate("abcd"[:count])}
+    mapped = ImageFolder(root, 8, 1, classes=shifted)
+    if count < 4:
+        check_fit(tiny_dit, mapped, Diffusion(), full)
+    else:
+        with pytest.raises(DataError, match="0…2; got labels up to 3 from pets"):
+            check_fit(tiny_dit, mapped, Diffusion(), full)
+
+
+def test_as_many_class_folders_as_classes_are_taken_in_order_and_no_labels_never(tiny_dit, tmp_path):
+    full = ExitSchedule.full(4)
+    check_fit(tiny_dit, ImageFolder(class_folders(tmp_path / "three", "cab"), 8, 1), Diffusion(), full)
+    flat = class_folders(tmp_path / "deep", "a") / "a"
+    with pytest.raises(DataError, match="has 3 classes; got images without labels from a; use class folders"):
+        check_fit(tiny_dit, ImageFolder(flat, 8, 1), Diffusion(), full)
+
+
+def test_an_unconditional_network_needs_no_mapping(tmp_path):
+    shape = {"img_size": 8, "patch_size": 4, "in_chans": 1, "embed_dim": 16, "depth": 4, "num_heads": 2, "num_classes": -1}
+    net = UViT(**shape)
+    data = ImageFolder(class_folders(tmp_path, "ab"), 8, 1)
+    check_fit(net, data, Diffusion(), ExitSchedule.full(net.depth))
+
+
 def test_parts_that_do_not_fit_are_refused(tiny_dit, tiny_images):
     rng = np.random.default_rng(0)
     large = ImageArray(rng.integers(0, 255, (4, 1, 12, 12), dtype=np.uint8), np.arange(4) % 3, "large")
     many = ImageArray(rng.integers(0, 255, (4, 1, 8, 8), dtype=np.uint8), np.arange(4), "many")
     with pytest.raises(DataError, match=r"takes images of shape \(1, 8, 8\); got \(1, 12, 12\) from large"):
         finetune(tiny_dit, large, Diffusion(), SCHEDULE, CONFIG)
-    with pytest.raises(DataError, match="has 3 classes; got 4"):
+    with pytest.raises(DataError, match="has 3 classes, 0…2; got labels up to 3 from many"):
         finetune(tiny_dit, many, Diffusion(), SCHEDULE, CONFIG)
     with pytest.raises(ScheduleError, match="network of 5 blocks; got one of 4"):
         finetune(tiny_dit, tiny_images, Diffusion(), ExitSchedule.full(5), CONFIG)

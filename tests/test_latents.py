@@ -1,6 +1,7 @@
 """Latents: encoding, its resumption, reading, decoding."""
 
 import json
+import os
 import shutil
 
 import numpy as np
@@ -17,6 +18,7 @@ from asesearch.data import ImageArray, ImageFolder, open_data
 from asesearch.errors import CheckpointError, ConfigError, DataError
 from asesearch.latents import LatentDecoder, LatentShards, encode_folder, encode_latents, read_captions
 
+pytestmark = pytest.mark.usefixtures("own_cache")
 CAPTIONS = ["a red shirt", "A  Blue Shirt ", "shirt", "a red red red red blue shirt", ""]
 MAX_LENGTH = 6  # the fourth caption has seven words and the end
 
@@ -510,7 +512,7 @@ def test_unreadable_captions(folder, tmp_path):
     with pytest.raises(DataError, match="can't read the caption file"):
         read_captions(tmp_path / "none.jsonl", images)
     (tmp_path / "latin.jsonl").write_bytes(b"\xe9")
-    with pytest.raises(DataError, match="can't read the caption file"):
+    with pytest.raises(DataError, match="latin.jsonl:1 must read"):
         read_captions(tmp_path / "latin.jsonl", images)
     (tmp_path / "cut.jsonl").write_text('{"file_name": "cat/1.png", "te')
     with pytest.raises(DataError, match=":1 must read"):
@@ -542,7 +544,80 @@ def test_only_image_folders_are_encoded(folder, vae_path, tmp_path, changes):
         encode_folder(config, vae_path, tmp_path / "out")
 
 
-def test_a_damaged_image_stops_the_encoding_by_name(folder, vae_path, tmp_path):
-    (folder / "dog" / "1.png").write_bytes(b"damaged")
-    with pytest.raises(DataError, match="dog/1.png"):
-        encode_folder(DataConfig(kind="image-folder", path=str(folder), image_size=16), vae_path, tmp_path / "out")
+@pytest.mark.parametrize("dry_run", [True, False])
+def test_damaged_images_stop_the_encoding_before_it_begins_all_by_name(folder, vae_path, tmp_path, monkeypatch, dry_run):
+    for name in ("cat/2.png", "dog/1.png"):
+        (folder / name).write_bytes(b"damaged")
+    monkeypatch.setattr(ImageFolder, "batch", None)
+    config = DataConfig(kind="image-folder", path=str(folder), image_size=16)
+    with pytest.raises(DataError, match=r"2 of 3 images.*cat/2\.png.*dog/1\.png"):
+        encode_folder(config, vae_path, tmp_path / "out", dry_run=dry_run)
+
+
+def test_damaged_images_are_skipped_with_their_captions(folder, vae_path, text_path, tmp_path):
+    (folder / "cat" / "2.png").write_bytes(b"damaged")
+    config = DataConfig(kind="image-folder", path=str(folder), image_size=16, skip_damaged=True)
+    captions = write_captions(tmp_path / "metadata.jsonl", ROWS)
+    encode_folder(config, vae_path, tmp_path / "out", captions=captions, text_encoder=text_path, max_length=6)
+    y = LatentShards(tmp_path / "out").batch([0, 1])[1]
+    assert y["encoder_attention_mask"].sum(1).tolist() == [2, 3]  # "red", end; "shirt", unknown, end
+
+
+def test_latents_carry_the_mapping_of_their_folders(folder, vae_path, tmp_path):
+    config = DataConfig(kind="image-folder", path=str(folder), image_size=16, classes={"cat": 281, "dog": 207})
+    encode_folder(config, vae_path, tmp_path / "mapped", **SETTINGS)
+    mapped = LatentShards(tmp_path / "mapped")
+    assert mapped.batch(range(3))[1].tolist() == [281, 281, 207] and mapped.num_classes == 282
+    assert mapped.classes == {"cat": 281, "dog": 207} and not mapped.labels_by_order
+    plain = config.model_copy(update={"classes": None})
+    with pytest.raises(DataError, match="holds another encoding; changed: source"):
+        encode_folder(plain, vae_path, tmp_path / "mapped", **SETTINGS)
+    encode_folder(plain, vae_path, tmp_path / "plain", **SETTINGS)
+    assert LatentShards(tmp_path / "plain").labels_by_order
+    (folder / "classes.json").write_text('["cat", "dog"]')  # which says of the same labels that they are meant
+    encode_folder(plain, vae_path, tmp_path / "plain", **SETTINGS)
+    again = LatentShards(tmp_path / "plain")
+    assert not again.labels_by_order and again.batch(range(3))[1].tolist() == [0, 0, 1]
+
+
+def test_latents_of_the_last_release_are_read(encoded, tmp_path):
+    """Which kept no class names; their labels counted the folders."""
+    old = shutil.copytree(encoded, tmp_path / "old")
+    index = json.loads((old / "index.json").read_text())
+    assert index.pop("classes") == {} and index.pop("labels_by_order") is False
+    (old / "index.json").write_text(json.dumps(index))
+    shards, new = LatentShards(old), LatentShards(encoded)
+    assert shards.labels_by_order and not new.labels_by_order and shards.digest == new.digest
+    assert torch.equal(shards.batch(range(5))[0], new.batch(range(5))[0])
+
+
+@pytest.mark.parametrize("escaped", [True, False])
+def test_captions_of_files_whose_names_are_not_utf8(folder, tmp_path, escaped):
+    name = os.fsdecode(b"caf\xe9.png")
+    (folder / "dog" / "1.png").rename(folder / "dog" / name)
+    rows = [{**ROWS[0], "file_name": f"dog/{name}"}, *ROWS[1:]]
+    text = "\n".join(json.dumps(row, ensure_ascii=escaped) for row in rows)
+    (tmp_path / "captions").write_bytes(text.encode("utf-8", "surrogateescape"))
+    assert read_captions(tmp_path / "captions", ImageFolder(folder, 16)) == ["red", "blue", ROWS[0]["text"]]
+
+
+def test_a_caption_that_is_not_utf8_is_refused_by_line(folder, tmp_path):
+    rows = "\n".join(json.dumps(row) for row in [ROWS[1], {**ROWS[2], "text": "été"}]).encode()
+    (tmp_path / "captions").write_bytes(rows.replace(b"\\u00e9t\\u00e9", b"\xe9t\xe9"))
+    with pytest.raises(DataError, match="captions:2 must hold a caption in UTF-8"):
+        read_captions(tmp_path / "captions", ImageFolder(folder, 16))
+
+
+def test_half_of_the_latents_are_mirror_images_each_by_itself(images, vae_path, tmp_path):
+    encode_latents(images, vae_path, tmp_path / "out", **SETTINGS)
+    index = json.loads((tmp_path / "out" / "index.json").read_text())
+    for shard in index["shards"]:  # the mirror image marked by 1, without spread
+        array = np.load(tmp_path / "out" / shard["latents"]["file"])
+        array[:] = 0
+        array[:, 1, 0] = 1
+        np.save(tmp_path / "out" / shard["latents"]["file"], array)
+    flipped = LatentShards(tmp_path / "out", flip=True)
+    level = flipped.batch([0])[0].flatten()[0]
+    drawn = torch.stack([flipped.batch(range(5), generator(s))[0][:, 0, 0, 0] != level for s in range(400)])  # (400, 5)
+    assert abs(drawn.float().mean() - 0.5) < 0.045  # four standard errors
+    assert 0 < (drawn.sum(1) == 0).sum() < 40 and 0 < (drawn.sum(1) == 5).sum() < 40  # 12.5 of each are expected

@@ -10,6 +10,7 @@ import io
 import json
 import logging
 import math
+import os
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Sequence
@@ -28,8 +29,8 @@ from torch_fidelity.metric_fid import fid_statistics_to_metric
 from torch_fidelity.metric_kid import kid_features_to_metric
 
 from asesearch.config import EvaluationConfig, SamplingConfig
-from asesearch.data import DataSource, cache_dir
-from asesearch.errors import EvaluationError
+from asesearch.data import DataSource, cache_dir, check_readable
+from asesearch.errors import EvaluationError, WriteError
 from asesearch.evaluation.extractors import Extractor
 from asesearch.evaluation.results import EvaluationResult, Protocol
 from asesearch.files import replacing
@@ -153,7 +154,10 @@ def reference_statistics(source: DataSource | str, extractor: Extractor, cache: 
         )
     made = _make_reference(source, extractor)
     if cache:
-        write_reference(cached, made)
+        try:
+            write_reference(cached, made)
+        except WriteError as error:  # the statistics are there all the same
+            _log.warning("the next run will make the reference again: %s; set ASESEARCH_CACHE to such a folder", error)
     return made
 
 
@@ -161,6 +165,7 @@ def _make_reference(source: DataSource, extractor: Extractor, batch_size: int = 
     """Moments in one pass, so that a large data set's features need not fit in memory."""
     if len(source) < 2:
         raise EvaluationError(f"a reference needs at least 2 images; got {len(source)} in {source.name}; give more")
+    check_readable(source)
     kept_rows = np.zeros(len(source), dtype=bool)
     order = np.random.default_rng(KID_SEED).permutation(len(source))
     kept_rows[order[:KID_REFERENCE_SIZE]] = True
@@ -186,7 +191,7 @@ def write_reference(path: Path, reference: ReferenceStats) -> None:
 
 def _read_reference(path: Path, extractor: Extractor, digest: str) -> ReferenceStats | None:
     """The stored reference; None if there is none, or none that can be trusted."""
-    if not path.is_file():
+    if not os.path.isfile(path):  # `Path.is_file` raises where a folder above may not be read
         return None
     try:
         with np.load(io.BytesIO(path.read_bytes()), allow_pickle=False) as file:  # the zip's checksums cover every byte

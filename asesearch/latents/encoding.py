@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from asesearch.config import DataConfig
-from asesearch.data import DataSource, ImageFolder
+from asesearch.data import DataSource, ImageFolder, check_readable
 from asesearch.errors import ConfigError, DataError
 from asesearch.files import file_sha256
 from asesearch.latents.networks import PathLike, TextEncoder, Vae
@@ -159,7 +159,8 @@ def encode_latents(
     Raises:
         ConfigError: arguments out of range, or captions without a text encoder.
         CheckpointError: VAE or text encoder missing or unreadable.
-        DataError: images or captions that don't fit, or `out_dir` holds another encoding: the message says what changed.
+        DataError: images that can't be read, images or captions that don't fit, or `out_dir` holds another encoding: the
+            message says what changed.
     """
     _check_arguments(source, batch_size, shard_size, dtype, captions, text_encoder_path)
     vae, folder = Vae(vae_path, device), Path(out_dir)
@@ -178,6 +179,7 @@ def encode_latents(
     index, done = _fresh_index(source, vae, identity), 0
     if folder.is_dir() or not dry_run:
         index = _resumed(folder, index)
+    check_readable(source)
 
     def advance(images: int) -> None:
         nonlocal done
@@ -216,7 +218,12 @@ def _intact(folder: Path, entry: Entry) -> bool:
 def _fresh_index(source: DataSource, vae: Vae, identity: dict[str, Any]) -> Index:
     num_classes = 0 if identity["captions"] else source.num_classes
     shape = [len(vae.scale), source.shape[1] // vae.factor, source.shape[2] // vae.factor]
-    return Index(FORMAT_VERSION, identity, source.name, len(source), shape, num_classes, vae.shift, vae.scale, None, [])
+    classes: dict[str, int] = getattr(source, "classes", {})
+    by_order: bool = getattr(source, "labels_by_order", False)
+    vae_scaling = (vae.shift, vae.scale)
+    return Index(
+        FORMAT_VERSION, identity, source.name, len(source), shape, num_classes, *vae_scaling, None, [], classes, by_order
+    )
 
 
 def _resumed(folder: Path, fresh: Index) -> Index:
@@ -236,6 +243,7 @@ def _resumed(folder: Path, fresh: Index) -> Index:
     changed = [f"{k}: {old.get(k)} -> {new[k]}" for k in new if old.get(k) != new[k]]
     if changed:
         raise DataError(f"{folder} holds another encoding; changed: {'; '.join(changed)}; undo that, or give an empty folder")
+    index.classes, index.labels_by_order = fresh.classes, fresh.labels_by_order
     return index
 
 
@@ -275,7 +283,8 @@ def read_captions(path: PathLike, images: ImageFolder) -> list[str]:
     path = Path(path)
     texts: dict[str, str] = {}
     try:
-        lines = path.read_text(encoding="utf-8").split("\n")  # not splitlines(), which also splits at U+2028 inside a caption
+        text = path.read_text(encoding="utf-8-sig", errors="surrogateescape")  # a file name may be any bytes
+        lines = text.split("\n")  # not splitlines(), which also splits at U+2028 inside a caption
     except (OSError, ValueError) as error:
         raise DataError(f"can't read the caption file {path}: {error}; check the path") from error
     for number, line in enumerate(lines, 1):
@@ -288,15 +297,23 @@ def read_captions(path: PathLike, images: ImageFolder) -> list[str]:
             raise DataError(f'{path}:{number} must read {{"file_name": …, "text": …}}; got {line[:60]!r}; mend it') from error
         if name in texts or not isinstance(text, str):
             raise DataError(f"{path}:{number} must give each image one text; got {text!r} for {name}; correct or remove it")
+        if not _is_unicode(text):
+            raise DataError(f"{path}:{number} must hold a caption in UTF-8; got {text[:60]!r}; save the file as UTF-8")
         texts[name] = text
     names = [file.relative_to(images.root).as_posix() for file in images.files]
-    bare, lost = [n for n in names if n not in texts], sorted(texts.keys() - set(names))
+    bare = [n for n in names if n not in texts]
+    lost = sorted(texts.keys() - set(names) - images.skipped.keys())
     if bare or lost:
         raise DataError(
             f"images in {images.root} and captions in {path} must pair up; got {len(bare)} images without caption {bare[:3]} "
             f"and {len(lost)} captions without image {lost[:3]}; add or remove them"
         )
     return [texts[n] for n in names]
+
+
+def _is_unicode(text: str) -> bool:
+    """Whether no part of a text stands for a byte that was not UTF-8."""
+    return not any("\ud800" <= c <= "\udfff" for c in text)
 
 
 def encode_folder(
@@ -326,7 +343,7 @@ def encode_folder(
             f"encoding takes data of kind 'image-folder' with path and image_size; got {data.kind!r}, path {data.path!r}, "
             f"image_size {data.image_size!r}; complete the data section"
         )
-    images = ImageFolder(data.path, data.image_size, data.channels)
+    images = ImageFolder(data.path, data.image_size, data.channels, classes=data.classes, skip_damaged=data.skip_damaged)
     return encode_latents(
         images,
         vae,

@@ -18,7 +18,7 @@ import hashlib
 import json
 import os
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +48,8 @@ class Index:
         count: number of images.
         shape: C, h, w.
         num_classes: number of labels, 0 with captions.
+        classes: label of each class folder, where the images came from class folders.
+        labels_by_order: labels only count the class folders, see `ImageFolder`; releases before this was kept did no other.
         shift, scale: of each channel; the network sees (z - shift) · scale.
         null_prompt: the empty prompt's embedding, None without captions.
         shards: of those done, in order: part -> its file.
@@ -63,6 +65,8 @@ class Index:
     scale: list[float]
     null_prompt: Entry | None
     shards: list[dict[str, Entry]]
+    classes: dict[str, int] = field(default_factory=dict)
+    labels_by_order: bool = True
 
     @classmethod
     def read(cls, folder: Path) -> Index:
@@ -126,6 +130,7 @@ class LatentShards:
 
     Attributes:
         null_condition: the empty prompt's y with N = 1, None without captions.
+        classes, labels_by_order: what the labels are, see `ImageFolder`.
         shift, scale: of each channel.
         scaling: the same, (C, 1, 1) float32 each: x_start = (z - shift) · scale.
 
@@ -144,6 +149,7 @@ class LatentShards:
         if flip and not index.identity["flips"]:
             raise DataError(f"flip needs the mirror images' latents; got none in {folder}; encode them, or leave flip out")
         self.name, self.flip, self.num_classes = f"{index.name}/latents", flip, index.num_classes
+        self.classes, self.labels_by_order = index.classes, index.labels_by_order and index.num_classes > 0
         self.shape = (index.shape[0], index.shape[1], index.shape[2])
         self._count, self._max_length = index.count, index.identity["max_length"]
         self.shift, self.scale = index.shift, index.scale

@@ -9,9 +9,10 @@ import scipy.linalg
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
 from asesearch.config import EvaluationConfig, SamplingConfig
-from asesearch.data import ImageArray, fashion_mnist
+from asesearch.data import ImageArray, ImageFolder, fashion_mnist
 from asesearch.errors import DataError, EvaluationError
 from asesearch.evaluation import fidelity
 from asesearch.evaluation.fidelity import (
@@ -251,8 +252,26 @@ def test_a_damaged_cache_is_made_anew(extractor, source, own_cache, caplog, dama
     assert np.array_equal(reference_statistics(source, extractor).mean, first.mean) and not caplog.text
 
 
+def test_a_reference_that_can_not_be_kept_is_used_all_the_same(extractor, source, tmp_path, monkeypatch, caplog):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("ASESEARCH_CACHE", str(tmp_path / "file"))
+    with caplog.at_level(logging.WARNING):
+        made = reference_statistics(source, extractor)
+    assert np.array_equal(made.mean, reference_statistics(source, extractor, cache=False).mean)
+    assert "the next run will make the reference again" in caplog.text and "ASESEARCH_CACHE" in caplog.text
+
+
+def test_a_reference_of_damaged_images_names_them_all_before_any_is_used(extractor, own_cache, tmp_path, monkeypatch):
+    for i in range(5):
+        (tmp_path / f"{i}.png").write_bytes(b"")
+    Image.fromarray(np.zeros((28, 28), np.uint8)).save(tmp_path / "9.png")
+    monkeypatch.setattr(ImageFolder, "batch", None)
+    with pytest.raises(DataError, match=r"5 of 6 images.*0\.png.*1\.png.*2\.png.*2 more"):
+        reference_statistics(ImageFolder(tmp_path, 28, 1), extractor)
+
+
 def test_the_shipped_reference_needs_no_data(extractor, own_cache, monkeypatch, shipped_images):
-    monkeypatch.setattr("asesearch.data.DEBIAN_FASHION_MNIST", own_cache)
+    monkeypatch.setattr("asesearch.data.fashion.DEBIAN_FASHION_MNIST", own_cache)
     with pytest.raises(DataError):
         fashion_mnist("train")
     reference = reference_statistics("fashion-mnist/train", extractor)

@@ -1,0 +1,22 @@
+"""Where downloads, references and the outcome of checks are kept between runs."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+
+def cache_dir() -> Path:
+    """Folder for downloads and what can be made again.
+
+    It is $ASESEARCH_CACHE, or `asesearch` in the user's cache folder. A user without a home (no $HOME and no entry among the
+    system's users, as in a container that is given a bare user number) gets a folder of their own for temporary files.
+    """
+    if own := os.environ.get("ASESEARCH_CACHE"):
+        return Path(own)
+    if base := os.environ.get("XDG_CACHE_HOME"):
+        return Path(base) / "asesearch"
+    try:
+        return Path.home() / ".cache" / "asesearch"
+    except RuntimeError:
+        return Path(os.environ.get("TMPDIR") or "/tmp") / f"asesearch-{os.getuid()}"

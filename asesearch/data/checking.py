@@ -1,0 +1,93 @@
+"""Finding damaged images once, before anything is paid for."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import sys
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+from tqdm import tqdm
+
+from asesearch.data.cache import cache_dir
+from asesearch.data.folder import ImageFile, printable
+from asesearch.data.pixels import UnreadableImage, check_image
+from asesearch.errors import WriteError
+from asesearch.files import replacing
+
+READERS = 16  # threads, at most
+KEEP_EVERY = 20_000  # images between writes of what is known
+VERSION = 1  # of what `check_image` finds
+
+_log = logging.getLogger(__name__)
+_known: dict[Path, npt.NDArray[np.uint64]] = {}  # what this process has found, wherever it could be kept
+
+
+def find_unreadable(root: Path, files: Sequence[ImageFile]) -> dict[str, UnreadableImage]:
+    """The images that can't be read, by name, with the reason.
+
+    Every image is decoded, by several threads. Those that were found whole are known again by name, size and time of change,
+    from a file in `cache_dir()`, and are not decoded a second time.
+    """
+    keys = np.array([_key(f) for f in files], dtype=np.uint64)
+    path = cache_dir() / "checked" / f"{hashlib.sha256(os.fsencode(root.resolve())).hexdigest()[:32]}.npy"
+    whole = np.isin(keys, _read_known(path))
+    todo = np.flatnonzero(~whole)
+    faults: dict[str, UnreadableImage] = {}
+    threads = min(os.cpu_count() or 1, READERS)
+    bar = tqdm(total=len(todo), desc="check images", file=sys.stderr, dynamic_ncols=True, leave=False, delay=1.0)
+    with bar, ThreadPoolExecutor(threads) as pool:
+        for first in range(0, len(todo), KEEP_EVERY):
+            part = todo[first : first + KEEP_EVERY].tolist()
+            for i, fault in zip(part, pool.map(_fault, [root / files[i].name for i in part]), strict=True):
+                bar.update()
+                whole[i] = fault is None
+                if fault is not None:
+                    faults[files[i].name] = fault
+            _keep(path, np.unique(keys[whole]))
+    return faults
+
+
+def _key(file: ImageFile) -> int:
+    text = f"{VERSION} {file.name} {file.size} {file.mtime_ns}"
+    return int.from_bytes(hashlib.blake2b(text.encode("utf-8", "surrogateescape"), digest_size=8).digest(), "big")
+
+
+def _fault(path: Path) -> UnreadableImage | None:
+    try:
+        check_image(path)
+    except UnreadableImage as fault:
+        return fault
+    return None
+
+
+def _read_known(path: Path) -> npt.NDArray[np.uint64]:
+    """Keys of images that were found whole; none where the file is missing or damaged."""
+    none = np.zeros(0, dtype=np.uint64)
+    if path in _known:
+        return _known[path]
+    try:
+        keys = np.load(path, allow_pickle=False)
+    except (OSError, ValueError, EOFError):
+        return none
+    return keys if keys.ndim == 1 and keys.dtype == np.uint64 else none
+
+
+def _keep(path: Path, keys: npt.NDArray[np.uint64]) -> None:
+    _known[path] = keys
+    try:
+        with replacing(path, shared=True) as part, part.open("wb") as file:
+            np.save(file, keys, allow_pickle=False)
+    except WriteError as error:
+        reason = getattr(error.__cause__, "strerror", None) or error.__cause__
+        _log.warning(
+            "images will be checked again by the next run, as what was found can't be kept in %s: %s; set ASESEARCH_CACHE to a "
+            "folder you may write to",
+            printable(path.parent),
+            reason,
+        )

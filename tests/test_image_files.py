@@ -1,0 +1,362 @@
+"""From image files of every kind to the right pixels, or a line that names the file; damaged ones are found at once."""
+
+import errno
+import logging
+import os
+import resource
+import struct
+import zlib
+
+import numpy as np
+import pytest
+from PIL import Image, ImageOps
+
+from asesearch.config import DataConfig
+from asesearch.data import ImageFolder, cache_dir, centre_crop, check_readable, checking, images, open_data
+from asesearch.errors import ConfigError, DataError
+from tests.test_image_folders import write
+
+pytestmark = pytest.mark.usefixtures("own_cache")
+
+RAMP = np.linspace(0, 255, 32).round().astype(np.uint8)[None, :].repeat(32, 0)  # left black, right white
+WIDE = RAMP.astype(np.uint16) * 257  # the same in 16 bits
+
+
+def read(path, channels=1, size=32):
+    return ImageFolder(path.parent, size, channels).read(0)
+
+
+def read_image(tmp_path, image, suffix="png", channels=1, **options):
+    for old in tmp_path.iterdir():
+        old.unlink()
+    image.save(tmp_path / f"picture.{suffix}", **options)
+    return read(tmp_path / "picture.x", channels)
+
+
+# -- modes -----------------------------------------------------------------------------------------
+
+
+def png16(pixels, colour_type, *chunks):
+    """A PNG of 16 bits, which Pillow can't write in colour: (H, W, C) uint16."""
+
+    def chunk(kind, data):
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    height, width = pixels.shape[:2]
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in pixels)
+    head = struct.pack(">IIBBBBB", width, height, 16, colour_type, 0, 0, 0)
+    parts = [chunk(b"IHDR", head), *(chunk(*c) for c in chunks), chunk(b"IDAT", zlib.compress(rows)), chunk(b"IEND", b"")]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("mode", ["L", "RGB", "P", "CMYK", "1", "LA", "RGBA"])
+def test_every_mode_gives_what_its_eight_bit_grey_twin_gives(tmp_path, mode, channels):
+    twin = read_image(tmp_path, Image.fromarray(RAMP), channels=channels)
+    assert (twin == RAMP).all()
+    source = Image.fromarray(RAMP)
+    if mode == "1":
+        source = source.point(lambda v: 255 * (v > 127))
+        twin = 255 * (twin > 127)
+    image = source.convert("RGB").convert("CMYK") if mode == "CMYK" else source.convert(mode)
+    options = {"suffix": "jpg", "quality": 100} if mode == "CMYK" else {}
+    got = read_image(tmp_path, image, channels=channels, **options).astype(int)
+    assert np.abs(got - twin).max() <= (2 if mode == "CMYK" else 0)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("how", ["I;16 png", "16-bit ppm", "I;16 tiff", "I;16B tiff", "RGB 16", "RGBA 16", "LA 16"])
+def test_sixteen_bits_are_scaled_to_eight(tmp_path, how, channels):
+    path = tmp_path / "picture.png"
+    opaque = np.full_like(WIDE, 65535)
+    colour = {"RGB 16": (2, [WIDE] * 3), "RGBA 16": (6, [WIDE] * 3 + [opaque]), "LA 16": (4, [WIDE, opaque])}
+    if how == "16-bit ppm":
+        path.write_bytes(b"P5 32 32 65535\n" + WIDE.astype(">u2").tobytes())
+    elif how in colour:
+        kind, planes = colour[how]
+        path.write_bytes(png16(np.stack(planes, axis=-1), kind))
+    else:
+        image = Image.fromarray(WIDE.astype(">u2") if "16B" in how else WIDE)
+        image.save(path, format=how.split()[1])
+        with Image.open(path) as saved:
+            assert saved.mode == how.split()[0]
+    assert (read(path, channels) == RAMP).all()
+
+
+def test_sixteen_bits_are_rounded_not_cut(tmp_path):
+    levels = np.array([[0, 128, 129, 257, 65406, 65407, 65535, 32768]], np.uint16).repeat(8, 0)
+    Image.fromarray(levels).save(tmp_path / "a.png")
+    assert ImageFolder(tmp_path, 8, 1).read(0)[0, 0].tolist() == [0, 0, 1, 1, 254, 255, 255, 128]
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_modes_without_a_fixed_white_are_refused_by_name(tmp_path, channels):
+    for mode, pixels in (("F", RAMP.astype(np.float32) / 255), ("I", RAMP.astype(np.int32) * 1000)):
+        Image.fromarray(pixels).save(tmp_path / "odd.png", format="TIFF")
+        folder = ImageFolder(tmp_path, 8, channels)
+        with pytest.raises(DataError, match=rf"odd\.png: mode {mode} of a TIFF file has no fixed white.*8 or 16 bits"):
+            folder.read(0)
+        with pytest.raises(DataError, match=rf"1 of 1 images.*odd\.png \(mode {mode}"):
+            folder.check()
+
+
+def test_twelve_bits_in_sixteen_are_refused(tmp_path):
+    Image.fromarray(WIDE).save(tmp_path / "a.png", format="TIFF", tiffinfo={258: 16})
+    assert (read(tmp_path / "a.png") == RAMP).all()
+    content = (tmp_path / "a.png").read_bytes()
+    entry = b"\x02\x01\x03\x00\x01\x00\x00\x00"  # BitsPerSample, one short
+    assert content.count(entry + b"\x10\x00") == 1
+    (tmp_path / "a.png").write_bytes(content.replace(entry + b"\x10\x00", entry + b"\x0c\x00"))
+    with pytest.raises(DataError, match=r"a\.png"):
+        read(tmp_path / "a.png")
+
+
+# -- transparency and orientation ------------------------------------------------------------------
+
+
+def half_clear(mode):
+    """Left half clear over red, right half opaque blue."""
+    rgba = np.zeros((32, 32, 4), np.uint8)
+    rgba[:, :16] = 255, 0, 0, 0
+    rgba[:, 16:] = 0, 0, 255, 255
+    image = Image.fromarray(rgba)
+    if mode == "RGBA":
+        return image, {}
+    if mode == "P bytes":
+        return image.quantize(8), {}
+    if mode == "P index":
+        image = Image.fromarray(np.eye(2, dtype=np.uint8)[1].repeat(16)[None].repeat(32, 0), "L").convert("P")
+        image.putpalette([255, 0, 0, 0, 0, 255])
+        return image, {"transparency": 0}
+    if mode == "RGB colour":
+        return image.convert("RGB"), {"transparency": (255, 0, 0)}
+    raise AssertionError(mode)
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "P bytes", "P index", "RGB colour"])
+def test_what_is_transparent_is_white(tmp_path, mode):
+    image, options = half_clear(mode)
+    pixels = read_image(tmp_path, image, channels=3, **options)
+    assert pixels[:, 5, 3].tolist() == [255, 255, 255] and pixels[:, 5, 30].tolist() == [0, 0, 255]
+    grey = read_image(tmp_path, image, channels=1, **options)
+    assert grey[0, 5, [3, 30]].tolist() == [255, 29]  # 0.114 · 255
+
+
+def test_webp_and_partly_transparent_grey(tmp_path):
+    pixels = np.stack([np.full((32, 32), 100, np.uint8), RAMP], axis=-1)  # grey 100 under a ramp of opacity
+    got = read_image(tmp_path, Image.fromarray(pixels))
+    expected = 255 - RAMP.astype(int) * 155 / 255
+    assert np.abs(got - expected).max() <= 1
+    image, _ = half_clear("RGBA")
+    assert read_image(tmp_path, image, "webp", 3, lossless=True)[:, 5, 3].tolist() == [255, 255, 255]
+
+
+@pytest.mark.parametrize(("kind", "clear", "planes"), [(0, b"\x12\x34", 1), (2, b"\x12\x34" * 3, 3)])
+def test_one_colour_of_a_sixteen_bit_png_may_be_transparent(tmp_path, kind, clear, planes):
+    pixels = np.full((8, 8, planes), 0x8080, np.uint16)
+    pixels[:, :4] = 0x1234
+    (tmp_path / "a.png").write_bytes(png16(pixels, kind, (b"tRNS", clear)))
+    got = ImageFolder(tmp_path, 8, 3).read(0)
+    assert got[:, 0, 1].tolist() == [255] * 3 and got[:, 0, 6].tolist() == [0x80] * 3
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "png", "webp"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_orientation_is_applied_before_the_crop(tmp_path, orientation, suffix):
+    pixels = np.random.default_rng(0).integers(0, 256, (6, 8, 3), np.uint8).repeat(8, 0).repeat(8, 1)
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    got = read_image(tmp_path, Image.fromarray(pixels), suffix, 3, exif=exif, quality=95)
+    with Image.open(tmp_path / f"picture.{suffix}") as image:
+        want = np.asarray(centre_crop(ImageOps.exif_transpose(image).convert("RGB"), 32)).transpose(2, 0, 1)
+        plain = np.asarray(centre_crop(image.convert("RGB"), 32)).transpose(2, 0, 1)
+    assert (got == want).all() and ((want != plain).any() or orientation == 1)
+
+
+def test_a_corner_of_a_photo_held_upright(tmp_path):
+    """Orientation 6: what is stored on the left is the top of the picture."""
+    stored = np.zeros((64, 64, 3), np.uint8)
+    stored[:, :32] = 255, 0, 0
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    got = read_image(tmp_path, Image.fromarray(stored), "png", 3, exif=exif)
+    assert got[:, 2, 16].tolist() == [255, 0, 0] and got[:, 29, 16].tolist() == [0, 0, 0]
+
+
+def test_damaged_orientation_is_passed_over_and_damaged_pixels_are_not(tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 256, (32, 32), np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "a.png", exif=b"Exif\0\0MM\0*\0\0\0\x08garbage")
+    assert (read(tmp_path / "a.png") == pixels).all()
+    content = (tmp_path / "a.png").read_bytes()
+    (tmp_path / "a.png").write_bytes(content[: len(content) // 2])
+    with pytest.raises(DataError, match=r"a\.png"):
+        read(tmp_path / "a.png")
+
+
+# -- long and large images -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [(3200, 16), (16, 3200), (2001, 31), (700, 5), (5, 701), (1000, 1)])
+def test_the_middle_of_a_long_image_is_as_in_the_official_crop(size):
+    levels = np.random.default_rng(0).integers(80, 176, (size[1], size[0], 3), np.uint8)  # no overshoot to be cut off
+    image, factor = Image.fromarray(levels), 16 / min(size)
+    whole = np.asarray(image.resize([round(s * factor) for s in size], Image.Resampling.BICUBIC)).astype(int)
+    top, left = (whole.shape[0] - 16) // 2, (whole.shape[1] - 16) // 2
+    cropped = np.asarray(centre_crop(image, 16)).astype(int)
+    assert cropped.shape == (16, 16, 3)
+    assert np.abs(cropped - whole[top : top + 16, left : left + 16]).max() <= 1
+
+
+@pytest.mark.parametrize("size", [(20_000, 1), (1, 20_000), (60_000, 2)])
+def test_a_line_is_not_enlarged_as_a_whole(tmp_path, size):
+    Image.fromarray(np.full((size[1], size[0], 3), (1, 2, 3), np.uint8)).save(tmp_path / "line.png")
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    pixels = ImageFolder(tmp_path, 256).read(0)
+    grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+    assert pixels.shape == (3, 256, 256) and (pixels == np.array([1, 2, 3]).reshape(3, 1, 1)).all()
+    assert grown < 200  # MB; the whole line would take 3,900
+
+
+def test_too_many_pixels_are_said_to_be_that(tmp_path, monkeypatch):
+    Image.fromarray(RAMP).save(tmp_path / "a.png")
+    for limit in (400, 1000):  # Pillow refuses twice its limit, and warns from the limit on, which is an error here
+        monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
+        with pytest.raises(DataError, match=r"a\.png: too large: Image size \(1024 pixels\) exceeds limit of .* shrink it"):
+            read(tmp_path / "a.png")
+
+
+# -- damaged images --------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def some_damaged(tmp_path):
+    """Two classes of six images, three of them damaged in different ways."""
+    root, rng = tmp_path / "pictures", np.random.default_rng(0)
+    for name in ("cat", "dog"):
+        for i in range(6):
+            suffix = ("png", "jpg", "webp")[i % 3]
+            write(root / name / f"{i}.{suffix}", rng.integers(0, 256, (32, 32, 3), np.uint8))
+    for name in ("cat/1.jpg", "dog/0.png"):
+        content = (root / name).read_bytes()
+        (root / name).write_bytes(content[: len(content) * 2 // 3])
+    (root / "dog" / "5.webp").write_text("<html>404</html>")
+    return root
+
+
+DAMAGED = ["cat/1.jpg", "dog/0.png", "dog/5.webp"]
+
+
+def test_all_damaged_images_are_listed_at_once(some_damaged):
+    folder = ImageFolder(some_damaged, 16)
+    assert sorted(folder.damaged()) == DAMAGED
+    with pytest.raises(DataError) as caught:
+        check_readable(folder)
+    for part in ("3 of 12 images", *DAMAGED, "truncated", "no image that Pillow knows", "skip_damaged = true"):
+        assert part in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_of_many_the_first_are_named_and_the_rest_counted(tmp_path):
+    for i in range(9):
+        (tmp_path / f"{i}.png").write_bytes(b"")
+    with pytest.raises(DataError, match=r"9 of 9 images.*0\.png.*1\.png.*2\.png.* and 6 more"):
+        ImageFolder(tmp_path, 8).check()
+
+
+@pytest.mark.parametrize("suffix", ["png", "jpg", "webp", "bmp", "ppm"])
+def test_the_check_finds_what_reading_would_stop_at(tmp_path, suffix):
+    """Cut anywhere: the check says the same as reading in full."""
+    path, rng = tmp_path / f"a.{suffix}", np.random.default_rng(0)
+    write(path, rng.integers(0, 256, (48, 40, 3), np.uint8))
+    whole, found = path.read_bytes(), []
+    for share in (0.02, 0.3, 0.6, 0.9, 0.99, 1.0):
+        path.write_bytes(whole[: int(len(whole) * share)])
+        folder = ImageFolder(tmp_path, 16)
+        found.append(not folder.damaged())
+        if found[-1]:
+            folder.read(0)
+        else:
+            with pytest.raises(DataError):
+                folder.read(0)
+    assert found[:3] == [False] * 3 and found[-1]
+
+
+def test_images_are_decoded_once_and_again_when_they_change(some_damaged, monkeypatch):
+    decoded = []
+
+    def counting(path):
+        decoded.append(path.name)
+        return true_check(path)
+
+    true_check = checking.check_image
+    monkeypatch.setattr(checking, "check_image", counting)
+    ImageFolder(some_damaged, 16).damaged()
+    assert len(decoded) == 12
+    decoded.clear()
+    checking._known.clear()  # another process
+    assert sorted(ImageFolder(some_damaged, 8, 1).damaged()) == DAMAGED
+    assert sorted(decoded) == ["0.png", "1.jpg", "5.webp"]  # what is damaged may have been mended
+    decoded.clear()
+    path = some_damaged / "cat" / "0.png"
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 0xFF
+    path.write_bytes(content)
+    os.utime(path, ns=(1, 1))
+    assert sorted(ImageFolder(some_damaged, 16).damaged()) == ["cat/0.png", *DAMAGED]
+    (kept,) = (cache_dir() / "checked").iterdir()
+    for damage in (b"", b"garbage", kept.read_bytes()[:-3]):
+        kept.write_bytes(damage)
+        checking._known.clear()
+        decoded.clear()
+        ImageFolder(some_damaged, 16).damaged()
+        assert len(decoded) == 12
+
+
+def test_damaged_images_are_skipped_where_asked(some_damaged, caplog):
+    whole = ImageFolder(some_damaged, 16)
+    images._warn_once.cache_clear()
+    folder = open_data(DataConfig(kind="image-folder", path=str(some_damaged), image_size=16, skip_damaged=True))
+    assert len(folder) == 9 and list(folder.skipped) == DAMAGED and folder.labels.tolist() == [0] * 5 + [1] * 4
+    folder.check()
+    assert folder.batch(range(9))[0].shape == (9, 3, 16, 16)
+    assert "skipped 3 damaged of 12 images: cat/1.jpg (" in caplog.text
+    assert folder.digest != whole.digest
+    for name in DAMAGED:
+        (some_damaged / name).unlink()
+    assert ImageFolder(some_damaged, 16).digest == folder.digest  # the same images are read
+    assert ImageFolder(some_damaged, 16, skip_damaged=True).digest == folder.digest
+
+
+def test_a_class_of_damaged_images_only_is_refused(some_damaged):
+    for path in (some_damaged / "dog").iterdir():
+        path.write_bytes(b"")
+    with pytest.raises(DataError, match="that can be read in dog too; all of them are damaged"):
+        ImageFolder(some_damaged, 16, skip_damaged=True)
+
+
+def test_what_can_not_be_reached_is_not_skipped_as_damaged(some_damaged, monkeypatch):
+    true_open = Image.open
+
+    def failing(path):
+        if path.name == "2.webp":
+            raise OSError(errno.EIO, "Input/output error")
+        return true_open(path)
+
+    monkeypatch.setattr(Image, "open", failing)
+    with pytest.raises(DataError, match=r"2 of 12 images.*cat/2\.webp \(Input/output error\)"):
+        ImageFolder(some_damaged, 16, skip_damaged=True)
+
+
+def test_a_check_that_can_not_be_kept_is_made_all_the_same(some_damaged, tmp_path, monkeypatch, caplog):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("ASESEARCH_CACHE", str(tmp_path / "file" / "cache"))
+    with caplog.at_level(logging.WARNING):
+        assert sorted(ImageFolder(some_damaged, 16).damaged()) == DAMAGED
+    assert "can't be kept" in caplog.text and "ASESEARCH_CACHE" in caplog.text
+
+
+@pytest.mark.parametrize("setting", [{"skip_damaged": True}, {"classes": ("a",)}, {"classes": {"a": 0}}])
+@pytest.mark.parametrize("kind", ["fashion-mnist", "latents"])
+def test_settings_of_image_folders_are_refused_elsewhere(kind, setting):
+    with pytest.raises(ConfigError, match=f"{next(iter(setting))} is for image folders; got it for data of kind '{kind}'"):
+        open_data(DataConfig(kind=kind, path="nowhere", **setting))

@@ -1,0 +1,304 @@
+"""Which files of a folder are images, and which class each folder is."""
+
+import json
+import os
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from asesearch.config import DataConfig, parse_study
+from asesearch.data import ImageFolder, cache_dir, open_data
+from asesearch.errors import ConfigError, DataError
+
+pytestmark = pytest.mark.usefixtures("own_cache")
+
+
+def write(path, pixels=None, **options):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(np.full((8, 8), 7, np.uint8) if pixels is None else pixels).save(path, **options)
+    return path
+
+
+@pytest.fixture
+def pets(tmp_path):
+    root = tmp_path / "pets"
+    for name in ("ant/a.png", "cat/a.png", "cat/b.jpg", "dog/c.png"):
+        write(root / name)
+    return root
+
+
+def names(folder):
+    return [f.relative_to(folder.root).as_posix() for f in folder.files]
+
+
+# -- what is not read ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "hidden",
+    [".ipynb_checkpoints", ".thumbnails", ".git", "@eaDir", "__MACOSX", "#recycle", "lost+found", "$RECYCLE.BIN", "@Recycle"],
+)
+@pytest.mark.parametrize("where", ["", "ant/", "cat/deep/"])
+def test_hidden_folders_are_no_classes_and_hold_no_images(pets, hidden, where):
+    write(pets / "cat/deep/d.png")
+    plain = ImageFolder(pets, 8)
+    write(pets / where / hidden / "a-checkpoint.png")
+    write(pets / where / hidden / "deeper" / "b.png")
+    folder = ImageFolder(pets, 8)
+    assert (folder.num_classes, folder.labels.tolist()) == (3, [0, 1, 1, 1, 2])
+    assert folder.digest == plain.digest and names(folder) == names(plain)
+
+
+def test_a_flat_folder_stays_flat_beside_hidden_folders(tmp_path):
+    write(tmp_path / "a.png")
+    for name in ("._a.png", ".hidden.jpg", ".ipynb_checkpoints/a.png", "@eaDir/a.png/x.jpg"):
+        write(tmp_path / name, format="png")
+    folder = ImageFolder(tmp_path, 8)
+    assert names(folder) == ["a.png"] and folder.labels is None
+
+
+def test_a_folder_below_a_hidden_one_can_be_given(tmp_path):
+    write(tmp_path / ".cache" / "@eaDir" / "a.png")
+    assert len(ImageFolder(tmp_path / ".cache" / "@eaDir", 8)) == 1
+
+
+def test_what_is_left_out_is_said_once(pets, caplog):
+    for name in (
+        "ant/x.gif",
+        "ant/y.GIF",
+        "dog/z.gif",
+        "notes.txt",
+        "cat/._a.png",
+        "cat/.DS_Store",
+        "cat/Thumbs.db",
+        "LICENSE",
+    ):
+        (pets / name).touch()
+    (pets / ".git").mkdir()
+    (pets / "dog" / "@eaDir").mkdir()
+    (pets / "metadata.jsonl").touch()
+    folder = ImageFolder(pets, 8)
+    folder.batch([0])
+    ImageFolder(pets, 8)
+    (record,) = caplog.records
+    assert record.levelname == "WARNING" and record.getMessage() == (
+        f"{pets}: left out 3 .gif, 1 .txt, 1 @eaDir folder, 1 Thumbs.db file, 1 file without suffix, 2 hidden files, "
+        "1 hidden folder"
+    )
+
+
+def test_nothing_is_said_where_all_is_read(pets, caplog):
+    ImageFolder(pets, 8)
+    assert caplog.records == []
+
+
+def test_no_images_says_what_there_is(tmp_path):
+    for name in ("a.gif", "b.tif", ".c.png"):
+        (tmp_path / name).touch()
+    with pytest.raises(DataError, match=r"no images .*it holds 1 \.gif, 1 \.tif, 1 hidden file; check data\.path"):
+        ImageFolder(tmp_path, 8)
+
+
+def test_the_digest_of_an_ordinary_folder_is_that_of_the_last_release(tmp_path):
+    """An identity in studies, caches and latents: it must not change."""
+    for name, content in {"b/z.png": b"12", "b/a.JPG": b"123", "a.b/c.png": b"", "a/x/deep.png": b"1"}.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(content)
+    assert ImageFolder(tmp_path, 16).digest == "2415793105ee4b0ef00b9ae25571baa56734c1628d176c896f3c487d4d68795b"
+
+
+# -- links -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("relative", [True, False])
+def test_links_to_folders_and_files_are_followed(pets, tmp_path, relative):
+    links, plain = tmp_path / "links", ImageFolder(pets, 8)
+    (links / "dog").mkdir(parents=True)
+    target = "../pets" if relative else str(pets)
+    (links / "ant").symlink_to(f"{target}/ant")
+    (links / "cat").symlink_to(f"{target}/cat", target_is_directory=True)
+    (links / "dog" / "c.png").symlink_to(f"../{target}/dog/c.png" if relative else f"{target}/dog/c.png")
+    folder = ImageFolder(links, 8)
+    assert folder.labels.tolist() == [0, 1, 1, 2] and names(folder) == names(plain)
+    assert folder.digest == plain.digest and folder.batch(range(4))[0].shape == (4, 3, 8, 8)
+    (tmp_path / "root").symlink_to(links)
+    assert ImageFolder(tmp_path / "root", 8).digest == plain.digest
+
+
+def test_one_folder_may_be_two_classes(tmp_path):
+    write(tmp_path / "real" / "a.png")
+    (tmp_path / "again").symlink_to("real")
+    assert ImageFolder(tmp_path, 8).labels.tolist() == [0, 1]
+
+
+@pytest.mark.parametrize("target", ["..", ".", "../../pets", "../cat"])
+def test_links_that_lead_back_end(pets, target, caplog):
+    (pets / "cat" / "loop").symlink_to(target)
+    folder = ImageFolder(pets, 8)
+    assert folder.labels.tolist() == [0, 1, 1, 2]
+    assert "1 link back into the own path (cat/loop)" in caplog.text
+
+
+def test_two_folders_that_link_to_each_other_end(pets):
+    (pets / "cat" / "dogs").symlink_to("../dog")
+    (pets / "dog" / "cats").symlink_to("../cat")
+    assert names(ImageFolder(pets, 8)) == [
+        "ant/a.png", "cat/a.png", "cat/b.jpg", "cat/dogs/c.png", "dog/c.png", "dog/cats/a.png", "dog/cats/b.jpg",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("target", ["/nowhere/x.png", "gone.png"])
+def test_broken_links_are_named(pets, target, caplog):
+    (pets / "cat" / "gone.png").symlink_to(target)  # the second is a link to itself
+    assert len(ImageFolder(pets, 8)) == 4
+    assert f"1 broken link (cat/gone.png -> {target})" in caplog.text
+
+
+def test_a_broken_link_in_place_of_a_class_is_refused(pets):
+    (pets / "bee").symlink_to("/nowhere/bee")
+    with pytest.raises(DataError, match="broken links where class folders are .bee -> /nowhere/bee.*labels.*would shift"):
+        ImageFolder(pets, 8)
+
+
+def test_a_folder_of_broken_links_says_so(tmp_path):
+    for i in range(5):
+        (tmp_path / f"{i}.png").symlink_to(f"/nowhere/{i}.png")
+    with pytest.raises(DataError, match=r"it holds 5 broken links \(0.png -> /nowhere/0.png, .* and 2 more\)"):
+        ImageFolder(tmp_path, 8)
+
+
+# -- names that are not UTF-8 ----------------------------------------------------------------------
+
+
+def test_a_file_name_may_be_any_bytes(tmp_path):
+    root = tmp_path / os.fsdecode(b"ann\xe9e")
+    write(root / "cat" / "a.png")
+    for old, new in ((b"cat", b"ch\xe2t"), (b"ch\xe2t/a.png", b"ch\xe2t/caf\xe9.png")):
+        os.rename(os.fsencode(root) + b"/" + old, os.fsencode(root) + b"/" + new)
+    write(root / "dog" / "a.png")
+    folder = ImageFolder(root, 8)
+    assert folder.batch([0, 1])[1].tolist() == [1, 0] or folder.batch([0, 1])[1].tolist() == [0, 1]
+    folder.check()
+    json.dumps([folder.name, folder.digest]).encode("ascii")
+    folder.name.encode("utf-8")
+    first = folder.digest
+    bad = root / os.fsdecode(b"ch\xe2t/caf\xe9.png")
+    bad.rename(bad.with_name(os.fsdecode(b"caf\xe8.png")))
+    assert ImageFolder(root, 8).digest != first
+    bad.with_name(os.fsdecode(b"caf\xe8.png")).write_bytes(b"")
+    with pytest.raises(DataError, match="caf") as caught:
+        ImageFolder(root, 8).check()
+    str(caught.value).encode("utf-8")
+    skipping = ImageFolder(tmp_path / os.fsdecode(b"ann\xe9e"), 8)
+    with pytest.raises(DataError, match="caf") as caught:
+        skipping.read([f.suffix == ".png" and f.stat().st_size == 0 for f in skipping.files].index(True))
+    str(caught.value).encode("utf-8")
+
+
+# -- classes ---------------------------------------------------------------------------------------
+
+ORDERS = [
+    (["dog", "ant", "cat"], [1, 2, 2, 0], 3),
+    ({"ant": 7, "cat": 281, "dog": 207}, [7, 281, 281, 207], 282),
+    ({"dog": 2, "ant": 0, "cat": 1}, [0, 1, 1, 2], 3),
+]
+
+
+@pytest.mark.parametrize(("classes", "labels", "count"), ORDERS)
+@pytest.mark.parametrize("place", ["file", "config", "both"])
+def test_a_mapping_gives_the_labels(pets, place, classes, labels, count):
+    if place != "config":
+        wrong = {"ant": 5, "cat": 3, "dog": 4}
+        (pets / "classes.json").write_text(json.dumps(wrong if place == "both" else classes), encoding="utf-8")
+    given = None if place == "file" else classes
+    folder = open_data(DataConfig(kind="image-folder", path=str(pets), image_size=8, classes=given))
+    assert folder.labels.tolist() == labels == folder.batch(range(4))[1].tolist()
+    assert folder.num_classes == count and not folder.labels_by_order
+    assert folder.classes == {n: labels[i] for n, i in (("ant", 0), ("cat", 1), ("dog", 3))}
+
+
+def test_without_a_mapping_folders_are_counted_in_order(pets):
+    folder = ImageFolder(pets, 8)
+    assert folder.labels_by_order and folder.classes == {"ant": 0, "cat": 1, "dog": 2}
+
+
+def test_the_digest_follows_the_mapping_where_it_changes_labels(pets):
+    digests = [ImageFolder(pets, 8, classes=c).digest for c in (None, *(c for c, _, _ in ORDERS))]
+    assert digests[0] == digests[3] and len(set(digests)) == 3
+
+
+@pytest.mark.parametrize(
+    ("text", "rule"),
+    [
+        ('["ant", "cat"]', "got no index for the folder dog"),
+        ('["ant", "cat", "dog", "eel"]', "got no folder eel"),
+        ('{"ant": 0, "cat": 1, "dgo": 2}', "got no folder dgo and no index for the folder dog"),
+        ('{"ant": 0, "cat": 1, "dog": 1}', "an index of its own; got 1 for cat, dog"),
+        ('{"ant": 0, "cat": 1, "dog": -1}', "integers from 0; got dog: -1"),
+        ('{"ant": 0, "cat": 1, "dog": true}', "integers from 0; got dog: true"),
+        ('{"ant": 0, "cat": 1, "dog": 2.0}', "integers from 0; got dog: 2.0"),
+        ('{"ant": 0, "cat": 1, "dog": "2"}', 'integers from 0; got dog: "2"'),
+        ('{"ant": 0, "cat": 1, "dog": 2, "cat": 3}', "cat is there more than once"),
+        ('["ant", "cat", "dog", "cat"]', "got cat more than once"),
+        ('{"ant": 0, "cat": 1, "dog": 2, "\\ud800": 3}', "got no folder"),
+        ("[1, 2, 3]", r"must hold a list of folder names .* got \[1, 2, 3\]"),
+        ('"ant"', "must hold a list of folder names"),
+        ("null", "must hold a list of folder names"),
+        ("{ant: 0}", "can't read .*must hold a list of folder names"),
+        ("", "can't read"),
+        ("[" * 100_000, "can't read"),
+    ],
+)
+def test_wrong_mappings_are_refused_in_one_line(pets, text, rule):
+    (pets / "classes.json").write_text(text, encoding="utf-8")
+    with pytest.raises(DataError, match=rule) as caught:
+        ImageFolder(pets, 8)
+    assert str(pets / "classes.json") in str(caught.value) and "\n" not in str(caught.value)
+    str(caught.value).encode("utf-8")
+
+
+def test_the_data_sections_classes_are_named_when_they_are_wrong(pets, tmp_path):
+    with pytest.raises(DataError, match="the data section's classes must name exactly.*no folder cow"):
+        ImageFolder(pets, 8, classes={"ant": 0, "cat": 1, "dog": 2, "cow": 3})
+    write(tmp_path / "flat" / "a.png")
+    with pytest.raises(DataError, match="got no folder ant"):
+        ImageFolder(tmp_path / "flat", 8, classes=["ant"])
+
+
+def test_a_flat_folder_has_no_use_for_a_classes_file_and_says_so(tmp_path, caplog):
+    write(tmp_path / "a.png")
+    (tmp_path / "classes.json").write_text("[]")
+    assert ImageFolder(tmp_path, 8).labels is None and "1 classes.json" in caplog.text
+
+
+@pytest.mark.parametrize("classes", [["ant", "cat"], {"ant": 3, "cat": 1}])
+def test_a_study_file_takes_both_forms(classes):
+    study = {"name": "s", "backbone": {}, "data": {"kind": "image-folder", "path": "x", "classes": classes}}
+    given = parse_study(study, "s.toml").data.classes
+    assert given == (tuple(classes) if isinstance(classes, list) else classes)
+    assert parse_study(json.loads(parse_study(study, "s").model_dump_json()), "again").data.classes == given
+
+
+@pytest.mark.parametrize("classes", [{"ant": True}, {"ant": "1"}, {"ant": 1.5}, "ant", [1]])
+def test_a_study_file_with_classes_of_another_form_is_refused(classes):
+    study = {"name": "s", "backbone": {}, "data": {"kind": "image-folder", "path": "x", "classes": classes}}
+    with pytest.raises(ConfigError, match=r"s\.toml: data\.classes"):
+        parse_study(study, "s.toml")
+
+
+# -- a user without a home -------------------------------------------------------------------------
+
+
+def test_without_a_home_the_cache_is_a_folder_for_temporary_files(monkeypatch, tmp_path):
+    for name in ("ASESEARCH_CACHE", "XDG_CACHE_HOME", "HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+
+    def nobody(uid):
+        raise KeyError(f"getpwuid(): uid not found: {uid}")
+
+    monkeypatch.setattr("pwd.getpwuid", nobody)
+    assert cache_dir() == tmp_path / f"asesearch-{os.getuid()}"
+    monkeypatch.setenv("HOME", "/home/someone")
+    assert cache_dir().as_posix() == "/home/someone/.cache/asesearch"
