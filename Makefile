@@ -38,7 +38,7 @@ setup:  ## only install what `make search` needs
 
 setup-dev:  ## only install what tests and linters need
 	@$(call installed,installed-dev) || \
-	  $(MAKE) --no-print-directory install WHAT='.[dev,text]' STAMPS='installed-dev installed'
+	  $(MAKE) --no-print-directory install WHAT='.[dev,text,postgresql]' STAMPS='installed-dev installed'
 
 install: venv
 	@echo "installing into $(VENV): once, minutes and several GB (PyTorch)"

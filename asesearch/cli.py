@@ -29,6 +29,10 @@ app = typer.Typer(
 
 StudyFile = Annotated[Path, typer.Argument(help="Study file (TOML): network, data, training, sampling, evaluation, search.")]
 RunDir = Annotated[Path, typer.Argument(help="Study directory that `asesearch search` wrote (runs/NAME).")]
+Storage = Annotated[
+    str | None,
+    typer.Option(help="The study's Optuna storage URL; default the one on record, which is without its password."),
+]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the resolved plan with its cost estimate as JSON, and stop.")]
 ScheduleText = Annotated[
     str,
@@ -212,6 +216,7 @@ def evaluate(
     check: Annotated[
         bool, typer.Option("--check", help="Compare with the figure on record for --trial; exit 1 if it can't be reproduced.")
     ] = False,
+    storage: Storage = None,
     dry_run: DryRun = False,
 ) -> None:
     """Measure quality under the study's protocol: a trial's weights again, or the pretrained ones under any schedule."""
@@ -221,7 +226,7 @@ def evaluate(
 
     if check and trial is None:
         raise ConfigError("--check compares with the figure of a trial; got no --trial; give its number")
-    study = Study.open(run_dir)
+    study = Study.open(run_dir, storage)
     bench = Workbench(study.config, run_dir)
     record = None if trial is None else study.record(trial)
     if record is None:
@@ -262,12 +267,15 @@ def search(
     from asesearch.report import write_report
     from asesearch.search import Study, Workbench, confirm
     from asesearch.search.plan import make_plan
+    from asesearch.search.storage import parse_url
 
     if trials is not None and budget is not None:
         raise ConfigError(f"give --trials or --budget, not both; got {trials} and {budget}; leave one out")
     config = load_study(study).with_options("search", num_trials=trials, budget=budget, storage=storage)
     if trials is not None:
         config = config.model_copy(update={"search": config.search.model_copy(update={"budget": None})})
+    if config.search.storage is not None:
+        parse_url(config.search.storage)
     run_dir = out or Path("runs") / config.name
     bench = Workbench(config, None if dry_run else run_dir)
     if dry_run:
@@ -321,13 +329,14 @@ def _trial_line(record: TrialRecord) -> str:
 def report(
     run_dir: RunDir,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Report folder; default reports/NAME.")] = None,
+    storage: Storage = None,
     dry_run: DryRun = False,
 ) -> None:
     """Write the report of a study: front, schedules, samples, cost, protocol; a page with figures and data beside it."""
     from asesearch.report import write_report
     from asesearch.search import Study
 
-    results = Study.open(run_dir).results()
+    results = Study.open(run_dir, storage).results()
     folder = out or Path("reports") / results.name
     if dry_run:
         _print({"trials": len(results.records), "confirmed": len(results.confirmations), "out": str(folder)})
@@ -421,6 +430,7 @@ def export(
         int | None, typer.Option(min=1, help="Fine-tune the point fully first, for so many steps.")
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the bundle if it exists.")] = False,
+    storage: Storage = None,
     dry_run: DryRun = False,
 ) -> None:
     """Pick a point of the front and write it as a bundle that samples anywhere."""
@@ -435,7 +445,7 @@ def export(
             "--trial names the point to export, so nothing is picked; got it with --pick, --quality, --time, --early-exit or "
             "--or-nearest; leave out one or the other"
         )
-    opened = Study.open(run_dir)
+    opened = Study.open(run_dir, storage)
     if trial is not None:
         record = opened.record(trial)
     elif or_nearest:

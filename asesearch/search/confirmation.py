@@ -18,9 +18,10 @@ from asesearch.backbones.checkpoints import load_backbone
 from asesearch.config import BackboneConfig
 from asesearch.errors import StudyError
 from asesearch.files import write_json
-from asesearch.search.directory import CONFIRMATIONS, WEIGHTS, read_state
+from asesearch.search.directory import CONFIRMATIONS, WEIGHTS, is_whole, read_state
 from asesearch.search.records import Confirmation, TrialRecord, select
 from asesearch.search.study import Study
+from asesearch.search.warmup import warm_up
 from asesearch.search.workbench import Workbench
 
 
@@ -48,12 +49,12 @@ def confirm(study: Study, bench: Workbench, progress: Callable[[Confirmation], N
         return [Confirmation.from_dict(c) for c in stored["confirmations"]] if stored["settings"] == settings else []
 
     done = read_state(path, same, "the front is confirmed again") or []
-    full_net = load_trial(study, results.full, bench.device)
+    full_net = _network(study, results.full, bench)
     for record in select(results.front(), results.full, how.max_points):
         if any(c.number == record.number for c in done):
             continue
         begun = time.perf_counter()
-        net = load_trial(study, record, bench.device)
+        net = _network(study, record, bench)
         quality, _ = bench.evaluate(net, record.schedule, protocol, record.sampler)
         ratio, spread = 1.0, 0.0
         if record is not results.full:
@@ -66,11 +67,21 @@ def confirm(study: Study, bench: Workbench, progress: Callable[[Confirmation], N
     return done
 
 
+def _network(study: Study, record: TrialRecord, bench: Workbench) -> Backbone:
+    """A point's network; fine-tuned again from the same start with the same seeds, where its file is damaged."""
+    folder = study.trial_dir(record.schedule)
+    if (folder / WEIGHTS).is_file() and not is_whole(folder / WEIGHTS, "the schedule is fine-tuned again"):
+        warm_up(bench, study.run_dir)
+        return bench.tuned(record.schedule, folder).backbone
+    return load_trial(study, record, bench.device)
+
+
 def trial_weights(study: Study, record: TrialRecord) -> Path:
     """File with a trial's weights.
 
     Raises:
-        StudyError: the trial failed, or they were deleted, as `keep_weights = "front"` does off the front.
+        StudyError: the trial failed, the weights were deleted, as `keep_weights = "front"` does off the front, or they are
+            damaged.
     """
     if record.state != "complete":
         why = record.failure or "its cheap figure did not promote it"
@@ -81,6 +92,11 @@ def trial_weights(study: Study, record: TrialRecord) -> Path:
             f"trial {record.number} has no weights in {path.parent}: weights off the front are deleted; "
             'pick a front point, or search with keep_weights = "all"'
         )
+    if not is_whole(path, f"trial {record.number} has no weights now"):
+        raise StudyError(
+            f"the weights of trial {record.number} in {path} are damaged; `asesearch search` makes those of points to be "
+            "confirmed again; choose another trial, or restore the file"
+        )
     return path
 
 
@@ -88,7 +104,7 @@ def load_trial(study: Study, record: TrialRecord, device: torch.device) -> Backb
     """A trial's network, in eval mode.
 
     Raises:
-        StudyError: its weights were deleted.
+        StudyError: its weights were deleted, or are damaged.
     """
     config = BackboneConfig(kind=study.config.backbone.kind, checkpoint=str(trial_weights(study, record)))
     return load_backbone(config).to(device).eval()

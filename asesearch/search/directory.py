@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
+from safetensors import SafetensorError, safe_open
 
 from asesearch.errors import StudyError
 
@@ -99,6 +100,24 @@ def read_images(path: Path, otherwise: str) -> np.ndarray | None:
     except _NO_ARRAYS:
         say_once(f"{path} is damaged ({_reason(path, 'no whole .npz file')}): {otherwise}")
         return None
+
+
+def is_whole(path: Path, otherwise: str) -> bool:
+    """Whether a safetensors file is there with all its tensors.
+
+    Raises:
+        StudyError: see `read_state`, which has the same arguments.
+    """
+    try:
+        with safe_open(path, "np"):
+            return True
+    except FileNotFoundError:
+        return False
+    except OSError as error:
+        raise _blocked(path, error) from error
+    except SafetensorError as error:
+        say_once(f"{path} is damaged ({_reason(path, error)}): {otherwise}")
+        return False
 
 
 def _blocked(path: Path, error: OSError) -> StudyError:

@@ -249,7 +249,8 @@ def _advice(url: URL, config: StudyConfig) -> str:
     if url.get_backend_name() == "sqlite":
         return ""
     recorded = config.search.storage is None and url.password is None
-    again = "; study.json keeps no password: give --storage again with it, or set PGPASSWORD" if recorded else ""
+    libpq = ", or set PGPASSWORD" if url.get_backend_name() == "postgresql" else ""
+    again = f"; study.json keeps no password: give --storage again with it{libpq}" if recorded else ""
     return f"check that the server runs, and the URL's host, port, user, password and database{again}"
 
 

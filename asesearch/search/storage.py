@@ -11,6 +11,7 @@ import random
 import re
 import time
 import warnings
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -340,12 +341,14 @@ def _connect(url: URL, *, read_only: bool, create: bool = False) -> optuna.stora
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     text = with_driver(url).render_as_string(hide_password=False)
     with experimental():
-        return optuna.storages.RDBStorage(
+        storage = optuna.storages.RDBStorage(
             text.replace("{", "{{").replace("}", "}}"),  # Optuna takes it for a template
             engine_kwargs=_engine_kwargs(url, read_only),
             heartbeat_interval=None if read_only else HEARTBEAT_S,
             skip_table_creation=not create,
         )
+    weakref.finalize(storage, storage.engine.dispose)  # a server is told goodbye
+    return storage
 
 
 def _create(url: URL) -> optuna.storages.RDBStorage:

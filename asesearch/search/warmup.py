@@ -91,7 +91,7 @@ def elastic_depths(bench: Workbench) -> ElasticDepths:
 def _elastic(bench: Workbench, run_dir: Path, made: WarmUp, on_step: Callable[[int, float], None] | None) -> Backbone:
     path, config = run_dir / directory.ELASTIC_WEIGHTS, bench.config.elastic
     assert config is not None
-    if not path.is_file():
+    if not directory.is_whole(path, "the elastic warm-up is done again"):
         law, folder = elastic_depths(bench), run_dir / directory.ELASTIC
         teacher = bench.backbone if config.distill_frac > 0 else None
         tuned = finetune(bench.backbone, bench.data, bench.diffusion, law, config, folder, teacher, on_step)

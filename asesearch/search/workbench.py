@@ -318,14 +318,14 @@ class Workbench:
         steps = config.num_steps + (0 if elastic is None else elastic.num_steps)
         return self.backbone, config.model_copy(update={"num_steps": steps, "distill_frac": 0.0})
 
-    def _tuned(self, schedule: ExitSchedule, folder: Path) -> TrainResult:
+    def tuned(self, schedule: ExitSchedule, folder: Path) -> TrainResult:
         """The schedule's fine-tuned network, and what it took.
 
         From its file where another sampler's trial left it, or one that was killed before it was on record: the file keeps
         what the fine-tuning took.
         """
         path = folder / directory.WEIGHTS
-        if path.is_file():
+        if directory.is_whole(path, "the schedule is fine-tuned again"):
             own = BackboneConfig(kind=self.config.backbone.kind, checkpoint=str(path))
             net = load_backbone(own).to(self.device).eval()
             took = json.loads(inspect_checkpoint(path).metadata.get(TOOK, "null")) or {"seconds": 0.0, "losses": []}
@@ -346,7 +346,7 @@ class Workbench:
         """
         check_schedule(self.backbone, self.diffusion.num_train_timesteps, schedule)
         _ = self.latency  # before any trial, not in one
-        tuned = self._tuned(schedule, folder)
+        tuned = self.tuned(schedule, folder)
         shown: list[Tensor] = []
         quality, seconds = self.evaluate(tuned.backbone, schedule, self.protocol, sampler, shown)
         save_images(torch.cat(shown)[:SHOWN_IMAGES].numpy(), folder / directory.samples_file(sampler))

@@ -1,0 +1,47 @@
+"""Open a fresh study from several processes at once: `python open_at_once.py PROCESSES CASES_JSON`.
+
+A case is a list of (run_dir, storage) pairs, given to the processes in turn. Prints the exit codes of each case.
+"""
+
+import json
+import os
+import sys
+import traceback
+from pathlib import Path
+
+from asesearch.search.study import Study
+from tests.search.fake_search import make_config
+
+
+def opened_at_once(processes, pairs):
+    """Exit codes of processes that wait for each other and then open their study."""
+    ready, go = os.pipe(), os.pipe()
+    children = []
+    for i in range(processes):
+        run_dir, storage = pairs[i % len(pairs)]
+        if child := os.fork():
+            children.append(child)
+            continue
+        code = 1
+        try:
+            os.close(go[1])
+            os.write(ready[1], b"x")
+            os.read(go[0], 1)
+            name = {"name": Path(run_dir).name}
+            Study(make_config(name, storage=storage), Path(run_dir))
+            code = 0
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(code)
+    for _ in children:
+        os.read(ready[0], 1)
+    os.close(go[1])
+    codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+    for end in (*ready, go[0]):
+        os.close(end)
+    return codes
+
+
+if __name__ == "__main__":
+    print(json.dumps([opened_at_once(int(sys.argv[1]), pairs) for pairs in json.loads(sys.argv[2])]))

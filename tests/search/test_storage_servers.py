@@ -1,0 +1,154 @@
+"""Several workers on one storage: a real PostgreSQL, and SQLite; passwords are written nowhere."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import optuna
+import pytest
+
+from asesearch.errors import StudyError
+from asesearch.search.storage import IDENTITY, parse_url, with_driver
+from asesearch.search.study import Study
+from tests.search import postgresql
+from tests.search.fake_search import FakeBench, make_config
+
+ROOT = Path(__file__).parents[2]
+HERE = Path(__file__).parent
+
+
+@pytest.fixture(scope="module")
+def port():
+    if postgresql.programs() is None and not postgresql.REQUIRED:
+        pytest.skip("PostgreSQL is not installed; ASESEARCH_REQUIRE_POSTGRESQL=1 makes this a failure")
+    with postgresql.server() as port:
+        yield port
+
+
+def identities(url):
+    """Identity of each study in a storage, by name."""
+    text = with_driver(parse_url(url)).render_as_string(hide_password=False).replace("{", "{{").replace("}", "}}")
+    storage = optuna.storages.RDBStorage(text)
+    try:
+        return {s.study_name: s.user_attrs[IDENTITY] for s in optuna.get_all_study_summaries(storage=storage)}
+    finally:
+        storage.remove_session()
+        storage.engine.dispose()
+
+
+def open_at_once(cases, processes=4):
+    args = [sys.executable, str(HERE / "open_at_once.py"), str(processes), json.dumps(cases)]
+    result = subprocess.run(args, cwd=ROOT, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    assert result.returncode == 0, result.stderr
+    return json.loads(result.stdout), result.stderr
+
+
+def check_fresh(tmp_path, urls):
+    """Four processes at once on each empty database, two of them workers of one study and two of another."""
+    cases = [[(str(tmp_path / f"{i}" / name), url) for name in ("one", "two")] for i, url in enumerate(urls)]
+    codes, errors = open_at_once(cases)
+    assert codes == [[0] * 4] * len(urls), errors
+    for case in cases:
+        found = {Path(run).name: json.loads((Path(run) / "study.json").read_text())["id"] for run, _ in case}
+        assert identities(case[0][1]) == found and len(set(found.values())) == 2
+
+
+ROUNDS = [2, pytest.param(10, marks=pytest.mark.slow)]
+
+
+@pytest.mark.parametrize("rounds", ROUNDS)
+def test_workers_that_open_a_fresh_sqlite_file_at_once(tmp_path, rounds):
+    check_fresh(tmp_path, [f"sqlite:///{tmp_path}/{i}.db" for i in range(rounds)])
+
+
+@pytest.mark.parametrize("rounds", ROUNDS)
+def test_workers_that_open_a_fresh_postgresql_database_at_once(tmp_path, port, rounds):
+    check_fresh(tmp_path, [postgresql.new_database(port, f"{rounds}-{i}") for i in range(rounds)])
+
+
+def worker(run_dir, storage, num_trials, die_at=-1, env=None):
+    args = [json.dumps({"num_trials": num_trials, "storage": storage}), str(run_dir), str(die_at), "{}"]
+    script = str(HERE / "fake_search.py")
+    return subprocess.Popen([sys.executable, script, *args], cwd=ROOT, stderr=subprocess.PIPE, env=env)
+
+
+def files_with(folder, texts):
+    found = [p for p in folder.rglob("*") if p.is_file() and any(t.encode() in p.read_bytes() for t in texts)]
+    return found + [p for p in folder.rglob("*") if any(t in p.name for t in texts)]
+
+
+def test_two_workers_on_an_empty_database_one_killed_and_resumed(tmp_path, port, monkeypatch):
+    url = postgresql.new_database(port, "study")
+    workers = [worker(tmp_path / "run", url, 8, die_at=2), worker(tmp_path / "run", url, 8)]
+    ends = [w.communicate()[1].decode() for w in workers]
+    assert workers[0].returncode in (-9, 0) and workers[1].returncode == 0, ends
+    monkeypatch.setenv("PGPASSWORD", postgresql.PASSWORD)
+    study = Study.open(tmp_path / "run")  # the storage is on record, libpq finds the password
+    records = study.records()
+    schedules = [r.schedule.merged() for r in records]
+    assert 8 <= len(records) <= 9 and len(set(schedules)) == len(schedules)
+    config = make_config(num_trials=len(records) + 2)  # --storage forgotten
+    Study(config, tmp_path / "run").run(FakeBench(config=config))
+    assert len(study.records()) == len(records) + 2 and not (tmp_path / "run" / "study.db").exists()
+    assert not files_with(tmp_path, [postgresql.PASSWORD, postgresql.IN_URL, "w%2F0"])
+    assert not any(w in "".join(ends) for w in (postgresql.PASSWORD, postgresql.IN_URL))
+    for trial in study.optuna.get_trials():
+        assert postgresql.PASSWORD not in str(trial)
+    assert identities(url) == {"fake": json.loads((tmp_path / "run" / "study.json").read_text())["id"]}
+
+
+def test_a_password_of_the_former_release_is_taken_out_of_study_json(tmp_path, port):
+    url = postgresql.new_database(port, "former")
+    config = make_config(storage=url).model_dump(mode="json")
+    (tmp_path / "study.json").write_text(json.dumps({"version": 1, "config": config}))
+    assert files_with(tmp_path, [postgresql.IN_URL])
+    Study(make_config(), tmp_path)  # on record with its password, without --storage
+    assert not files_with(tmp_path, [postgresql.IN_URL, postgresql.PASSWORD])
+    on_record = json.loads((tmp_path / "study.json").read_text())["storage"]["url"]
+    assert on_record == postgresql.url_of(port, "former", "").replace(":@", "@")
+
+
+def test_a_password_in_the_query(tmp_path, port):
+    postgresql.new_database(port, "query")
+    Study(
+        make_config(storage=f"postgresql:///query?host=127.0.0.1&port={port}&user=owner&password={postgresql.IN_URL}"), tmp_path
+    )
+    assert not files_with(tmp_path, [postgresql.IN_URL, postgresql.PASSWORD])
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (("/refused", "/nosuch"), 'database "nosuch" does not exist.*check that the server runs'),
+        ((postgresql.IN_URL, "wr0ng"), "password authentication failed for user"),
+        (("owner", "nobody"), "password authentication failed for user"),
+    ],
+)
+def test_a_server_that_refuses_is_one_line_at_once(tmp_path, port, change, reason):
+    url = postgresql.url_of(port, "refused").replace(*change)
+    begun = time.monotonic()
+    with pytest.raises(StudyError, match=reason) as caught:
+        Study(make_config(storage=url), tmp_path)
+    assert "\n" not in str(caught.value) and "wr0ng" not in str(caught.value)
+    assert postgresql.IN_URL not in str(caught.value) and postgresql.PASSWORD not in str(caught.value)
+    assert time.monotonic() - begun < 30
+
+
+def test_a_password_that_is_missing_later_is_asked_for(tmp_path, port, monkeypatch):
+    monkeypatch.delenv("PGPASSWORD", raising=False)
+    monkeypatch.setenv("PGPASSFILE", str(tmp_path / "none"))
+    url = postgresql.new_database(port, "later")
+    Study(make_config(storage=url), tmp_path)
+    for use in (Study.open, lambda path: Study(make_config(), path)):
+        with pytest.raises(StudyError, match="keeps no password: give --storage again with it, or set PGPASSWORD"):
+            use(tmp_path)
+    assert Study.open(tmp_path, storage=url).records() == []
+
+
+def test_no_server_is_one_line(tmp_path):
+    with pytest.raises(StudyError, match="refused.*check that the server runs") as caught:
+        Study(make_config(storage="postgresql://u:s3cret@127.0.0.1:9/db"), tmp_path)
+    assert "s3cret" not in str(caught.value) and "\n" not in str(caught.value)
