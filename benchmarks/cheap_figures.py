@@ -1,7 +1,8 @@
 """Which cheap figure predicts the full protocol, and what a fine-tuning is best done with.
 
 One part a question: `predict` compares cheap figures of schedules with their figure after the longest fine-tuning, by rank;
-`ablate` compares ways of fine-tuning after equal compute. Killed, the same command goes on.
+`ablate` compares ways of fine-tuning after equal compute; `low-fidelity` compares scores that exist for fewer images than
+features. Killed, the same command goes on.
 """
 
 from __future__ import annotations
@@ -12,19 +13,32 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch.nn.functional as F
 from measuring import Figure, parse, publish, say
 from scipy.stats import spearmanr
+from torch import Tensor
 
 from asesearch.backbones.base import Backbone
 from asesearch.backbones.checkpoints import load_backbone, save_backbone
 from asesearch.config import BackboneConfig, ElasticConfig, LossWeight, MapConfig, StudyConfig, TrainConfig, parse_study
-from asesearch.evaluation.fidelity import build_protocol
+from asesearch.evaluation.extractors import FashionCNN, make_extractor, register_extractor
+from asesearch.evaluation.fidelity import (
+    ReferenceStats,
+    build_protocol,
+    extract_features,
+    frechet_distance,
+    kernel_distance,
+    projected_distance,
+    reference_statistics,
+    to_uint8,
+)
 from asesearch.files import write_json
 from asesearch.finetuning import finetune
 from asesearch.schedule import ElasticDepths, ExitSchedule
 from asesearch.search import Workbench
 from asesearch.search.difficulty import DifficultyMap, measure_map
 
+RESULTS = Path(__file__).parent.parent / "reports" / "search-efficiency" / "cheap-figures.json"
 SHORT = {"min_snr_gamma": 5.0, "batch_size": 32, "loss_weight": {"shape": "none"}}
 
 
@@ -163,6 +177,101 @@ def bootstrap(a: list[float], b: list[float]) -> float:
     return float(np.nanstd(ranks))
 
 
+class FashionConv(FashionCNN):
+    """The 2,352 numbers behind `fashion-cnn`'s last convolution: as many features as Inception has, and few images."""
+
+    def __init__(self, name: str = "fashion-conv", features_list: tuple[str, ...] = ("64",), **rest: Any) -> None:
+        super().__init__(name, features_list, **rest)
+
+    def forward(self, images: Tensor) -> tuple[Tensor]:
+        """(N, 1, 28, 28) uint8 -> (N, 2352)."""
+        x = F.silu(self.norm1(self.conv1(images.float() / 127.5 - 1)))  # (N, 32, 14, 14)
+        return (F.silu(self.norm2(self.conv2(x))).flatten(1),)
+
+
+TRUTH_IMAGES, SET_IMAGES, SETS = 1000, 200, 3  # of each schedule: for the full distance, and for each set of seeds
+FEW = {"fashion-cnn": (16, 32), "fashion-conv": (100,)}  # images a repeat, of two
+
+
+def low_fidelity(lab: Lab) -> tuple[list[Figure], dict[str, Any]]:
+    """Rank correlation of scores of few images with the full distance of many, and with the fine-tuned score on record.
+
+    All scores of a schedule are of the elastic network and of the same images; the full distance is of others.
+    """
+    register_extractor("fashion-conv", FashionConv)
+    conv = make_extractor("fashion-conv")
+    spaces = {"fashion-cnn": (lab.bench.extractor, lab.bench.reference)}
+    spaces["fashion-conv"] = conv, reference_statistics(lab.bench.data, conv)
+    count = 4 if lab.args.tiny else lab.args.schedules // 2
+    figures, raw = [], {}
+    for name, budget in (("one budget", 0.62), ("mixed budgets", None)):
+        rows = []
+        for i, schedule in enumerate(schedules(lab, count, budget, 1 if budget else 2)):
+            key = f"low-fidelity-{name[:3]}-{i}"
+            rows.append(lab.remembered(key, lambda s=schedule: scores_of_few(lab, spaces, s)))
+        raw[name] = rows
+        truths = {"full distance": [r["full distance"] for r in rows]}
+        if (tuned := on_record(name, rows)) is not None:
+            truths["fine-tuned"] = tuned
+        for what, truth in truths.items():
+            for key in rows[0]["few"]:
+                sets = np.array([r["few"][key] for r in rows])  # (schedules, sets)
+                found = float(np.mean([spearmanr(column, truth).statistic for column in sets.T]))
+                figures.append(Figure(f"{name}, {what}: {key}", found, "", bootstrap_sets(sets, truth)))
+    return figures, raw
+
+
+def scores_of_few(lab: Lab, spaces: dict[str, Any], schedule: ExitSchedule) -> dict[str, Any]:
+    """Of one schedule: its full distance, and for each score the mean over two repeats, one a set of seeds."""
+    many, few, sets = (80, 24, 1) if lab.args.tiny else (TRUTH_IMAGES, SET_IMAGES, SETS)
+    images = to_uint8(lab.bench.sample(lab.elastic(), schedule, range(many + sets * few)).images)
+    extractor, reference = spaces["fashion-cnn"]
+    features = extract_features(extractor, images[:many])
+    full = frechet_distance(features.mean(0), np.cov(features, rowvar=False), reference.mean, reference.cov)
+    found: dict[str, list[float]] = {}
+    for space, (extractor, reference) in spaces.items():
+        features = extract_features(extractor, images[many:]).reshape(sets, few, -1)
+        for n in FEW[space]:
+            n = min(n, few // 2)
+            for part in features:
+                for key, value in scores(part[: 2 * n].reshape(2, n, -1), reference).items():
+                    found.setdefault(f"{extractor.dim} features, {n} x 2 images, {key}", []).append(value)
+    return {"schedule": str(schedule), "block_frac": schedule.block_frac(lab.steps), "full distance": full, "few": found}
+
+
+def scores(repeats: Any, reference: ReferenceStats) -> dict[str, float]:
+    """Every score of (2, N, D) features, N < D, the mean over the repeats."""
+    n = repeats.shape[1]
+    out = {"kernel distance": float(np.mean([kernel_distance(f, reference.features)[0] for f in repeats]))}
+    for part in (8, 4, 2):
+        found = [projected_distance(f, reference, n // part) for f in repeats]
+        out[f"Fréchet distance in N/{part} principal components"] = float(np.mean(found))
+    if repeats.shape[2] < 100:  # else minutes each
+        moments = [(f.mean(0), np.cov(f, rowvar=False)) for f in repeats]
+        found = [frechet_distance(*m, reference.mean, reference.cov) for m in moments]
+        out["Fréchet distance, singular"] = float(np.mean(found))
+    return out
+
+
+def on_record(name: str, rows: list[dict[str, Any]]) -> list[float] | None:
+    """Fine-tuned scores of the same schedules in the last results of `predict`; None where there are none."""
+    if not RESULTS.is_file():
+        return None
+    known = {r["schedule"]: r["tuned 64"] for r in json.loads(RESULTS.read_text())["raw"]["predict"][name]}
+    return [known[r["schedule"]] for r in rows] if all(r["schedule"] in known for r in rows) else None
+
+
+def bootstrap_sets(sets: Any, truth: list[float]) -> float:
+    """Standard error of the mean over seed sets of a rank correlation: schedules and sets drawn again together."""
+    rng, values = np.random.default_rng(0), np.asarray(truth)
+    draws = []
+    for _ in range(400):
+        rows, columns = rng.integers(0, len(values), len(values)), rng.integers(0, sets.shape[1], sets.shape[1])
+        if len(set(rows)) > 2:
+            draws.append(np.mean([spearmanr(sets[rows, c], values[rows]).statistic for c in columns]))
+    return float(np.std(draws))
+
+
 def ablate(lab: Lab) -> tuple[list[Figure], dict[str, Any]]:
     """Figure of one schedule after equal compute, by target, loss weight and start."""
     schedule = ExitSchedule.published("D7-DiT", lab.depth)
@@ -200,7 +309,7 @@ def tune_once(lab: Lab, start: Backbone, schedule: ExitSchedule, config: TrainCo
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--only", choices=("predict", "ablate"), help="one part alone")
+    parser.add_argument("--only", choices=("predict", "ablate", "low-fidelity"), help="one part alone")
     parser.add_argument("--schedules", type=int, default=20, help="of each kind in `predict` (default %(default)s)")
     parser.add_argument("--elastic-steps", type=int, default=300, help="of 32 images (default %(default)s)")
     parser.add_argument("--ablation-steps", type=int, default=64, help="with noise targets, of 32 images (default %(default)s)")
@@ -213,9 +322,9 @@ def main() -> None:
     args = parse(parser)
     args.repeats = args.repeats if not args.tiny else tiny_repeats
     lab, figures, raw = Lab(args), [], {}
-    for part in (ablate, predict):
-        if args.only in (None, part.__name__):
-            more, raw[part.__name__] = part(lab)
+    for name, part in {"ablate": ablate, "predict": predict, "low-fidelity": low_fidelity}.items():
+        if args.only in (None, name):
+            more, raw[name] = part(lab)
             figures += more
     publish("cheap_figures", args, figures, raw)
 

@@ -15,6 +15,7 @@ import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from importlib import resources
 from itertools import pairwise
 from pathlib import Path
@@ -112,6 +113,12 @@ class ReferenceStats:
     mean: Floats
     cov: Floats
     features: npt.NDArray[np.float32]
+
+    @cached_property
+    def axes(self) -> Floats:
+        """(D, D) unit vectors of the principal components as columns, the widest first."""
+        _, vectors = np.linalg.eigh(self.cov)
+        return np.asarray(vectors[:, ::-1])
 
 
 def reference_path(folder: Path, extractor: Extractor, digest: str) -> Path:
@@ -227,6 +234,20 @@ def frechet_distance(mean1: Floats, cov1: Floats, mean2: Floats, cov2: Floats) -
     first = {"mu": np.asarray(mean1, np.float64), "sigma": np.asarray(cov1, np.float64)}
     second = {"mu": np.asarray(mean2, np.float64), "sigma": np.asarray(cov2, np.float64)}
     return float(fid_statistics_to_metric(first, second, verbose=False)[KEY_METRIC_FID])
+
+
+def projected_distance(features: Floats, reference: ReferenceStats, num_components: int) -> float:
+    """Fréchet distance in the reference's first principal components, for fewer images than features.
+
+    The projection follows from the reference alone, so that all sets of images are compared in one space.
+
+    Args:
+        features: (N, D), N > num_components.
+    """
+    axes = reference.axes[:, :num_components]  # (D, k)
+    ours = features @ axes  # (N, k)
+    mean, cov = ours.mean(0), np.cov(ours, rowvar=False).reshape(len(axes.T), -1)
+    return frechet_distance(mean, cov, reference.mean @ axes, axes.T @ reference.cov @ axes)
 
 
 def kernel_distance(features1: npt.ArrayLike, features2: npt.ArrayLike) -> tuple[float, float]:
