@@ -134,11 +134,15 @@ class PromotionConfig(_Section):
     A schedule is sampled with the elastic weights, `repeats` times `num_samples` images, and is fine-tuned if it belongs to
     the front with a probability of at least `threshold`, judged by all figures so far and their spread.
 
+    `metric`: `auto` is the evaluation's own where it exists: the Fréchet distance needs more images than the extractor has
+    features, and for fewer it is taken in principal components of the reference (`frechet-pca`), a quarter as many as images.
+
     The `difficulty` proposer looks around first: its first `explore` proposals (never more than half of `num_trials`) follow
     the front of cheap figures and are not fine-tuned yet; the best of them may come again. Of those that follow, the first
     `always` are fine-tuned whatever their cheap figure, so that there is something to judge by.
     """
 
+    metric: Literal["auto", "frechet", "kid", "frechet-pca"] = "auto"
     num_samples: int = Field(default=200, ge=2, lt=2**53)
     repeats: PositiveInt = 2
     threshold: float = Field(default=0.3, ge=0.0, le=1.0)

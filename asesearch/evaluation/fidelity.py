@@ -29,15 +29,17 @@ from torch_fidelity import KEY_METRIC_FID, KEY_METRIC_KID_MEAN, KEY_METRIC_KID_S
 from torch_fidelity.metric_fid import fid_statistics_to_metric
 from torch_fidelity.metric_kid import kid_features_to_metric
 
-from asesearch.config import EvaluationConfig, SamplingConfig
+from asesearch.config import EvaluationConfig, PromotionConfig, SamplingConfig, StudyConfig
 from asesearch.data import DataSource, cache_dir, check_readable
 from asesearch.errors import EvaluationError, WriteError
 from asesearch.evaluation.extractors import Extractor
-from asesearch.evaluation.results import EvaluationResult, Protocol
+from asesearch.evaluation.results import PCA, EvaluationResult, Protocol
 from asesearch.files import replacing
 
 Floats = npt.NDArray[np.float64]
 
+#: Images for each principal component of "frechet-pca".
+COMPONENTS_SHARE = 4
 KID_SUBSETS, KID_SUBSET_SIZE, KID_SEED = 100, 1000, 2020
 #: References keep the features of so many of their images (chosen with KID_SEED) for the kernel distance.
 KID_REFERENCE_SIZE = 5000
@@ -283,23 +285,25 @@ def build_protocol(
     extractor: Extractor,
     reference: ReferenceStats,
     seeds: Sequence[int] | None = None,
+    metric: str | None = None,
 ) -> Protocol:
     """Fix everything a figure depends on, and refuse what can't give one, before anything is sampled.
 
     Args:
         seeds: first image seed of each repeat; by default config.seed, config.seed + num_samples, …
+        metric: in place of the evaluation's own: "frechet", "kid" or "frechet-pca".
 
     Raises:
         EvaluationError: too few images for the metric, repeats that share seeds, or a reference of another extractor.
     """
-    count = config.num_samples
+    count, metric = config.num_samples, metric or config.metric
     if (reference.extractor, reference.extractor_digest) != (extractor.name, extractor.digest):
         raise EvaluationError(
             f"the reference holds features of {reference.extractor} ({reference.extractor_digest[:8]}…); got the extractor "
             f"{extractor.name} ({extractor.digest[:8]}…); make the reference with the same extractor"
         )
     for what, n in (("num_samples", count), ("the number of reference images", reference.size)):
-        if config.metric == "frechet" and n <= extractor.dim:
+        if metric == "frechet" and n <= extractor.dim:
             raise EvaluationError(
                 f"{what} must exceed the extractor's {extractor.dim} features for the Fréchet distance (their covariance is "
                 f"singular otherwise); got {n}; generate at least {extractor.dim + 1}, or use metric = 'kid'"
@@ -310,7 +314,7 @@ def build_protocol(
             f"repeats of {count} images must not share seeds; got first seeds {starts}; put them at least {count} apart"
         )
     return Protocol(
-        metric=config.metric,
+        metric=f"{PCA}-{num_components(count, extractor.dim)}" if metric == PCA else metric,
         extractor=extractor.name,
         extractor_digest=extractor.digest,
         num_samples=count,
@@ -323,6 +327,44 @@ def build_protocol(
         cfg_scale=sampling.cfg_scale,
         precision=sampling.precision,
     )
+
+
+def check_sample_counts(config: StudyConfig, dim: int) -> None:
+    """Refuse a study whose scores can't exist, all of them at once, from the numbers alone.
+
+    Args:
+        dim: features of the study's extractor.
+
+    Raises:
+        EvaluationError: too few images for the Fréchet distance.
+    """
+    counts = {"evaluation.num_samples": config.evaluation.num_samples, "confirm.num_samples": config.confirm.num_samples}
+    if config.evaluation.metric != "frechet":
+        counts = {}
+    if config.promotion is not None and config.promotion.metric == "frechet":
+        counts["promotion.num_samples"] = config.promotion.num_samples
+    few = {name: count for name, count in counts.items() if count <= dim}
+    if few:
+        fixes = {"promotion.num_samples": "promotion.metric = 'auto'"}
+        others = dict.fromkeys(fixes.get(name, "evaluation.metric = 'kid'") for name in few)
+        raise EvaluationError(
+            f"{' and '.join(few)} must exceed the {dim} features of {config.evaluation.extractor} for the Fréchet distance "
+            f"(their covariance is singular otherwise); got {' and '.join(map(str, few.values()))}; set at least {dim + 1}, or "
+            f"{' and '.join(others)}"
+        )
+
+
+def num_components(num_samples: int, dim: int) -> int:
+    """Principal components for "frechet-pca": a quarter as many as images, so that their covariance is well known."""
+    return max(1, min(num_samples // COMPONENTS_SHARE, dim))
+
+
+def low_fidelity_metric(promotion: PromotionConfig, evaluation: EvaluationConfig, dim: int) -> str:
+    """Metric of low-fidelity evaluations for `dim` features; see `PromotionConfig`."""
+    if promotion.metric != "auto":
+        return promotion.metric
+    enough = evaluation.metric == "kid" or promotion.num_samples > dim
+    return evaluation.metric if enough else PCA
 
 
 def evaluate(
@@ -359,15 +401,17 @@ def evaluate(
                     f"one image a seed is needed; got {len(images)} for {len(seeds)} seeds; make_images must give them all"
                 )
             parts.append(extract_features(extractor, images))
-        values.append(_distance(protocol.metric, np.concatenate(parts), reference))
+        values.append(_distance(protocol, np.concatenate(parts), reference))
     return EvaluationResult(protocol, tuple(values))
 
 
-def _distance(metric: str, features: Floats, reference: ReferenceStats) -> float:
-    if metric == "kid":
+def _distance(protocol: Protocol, features: Floats, reference: ReferenceStats) -> float:
+    if protocol.metric == "kid":
         value, _ = kernel_distance(features, reference.features)
+    elif protocol.num_components is not None:
+        value = projected_distance(features, reference, protocol.num_components)
     else:
         value = frechet_distance(features.mean(0), np.cov(features, rowvar=False), reference.mean, reference.cov)
     if not math.isfinite(value):
-        raise EvaluationError(f"the {metric} figure must be finite; got {value}; check the images")
+        raise EvaluationError(f"the {protocol.metric} figure must be finite; got {value}; check the images")
     return value

@@ -16,12 +16,15 @@ from asesearch.errors import EvaluationError
 CONFIDENCE = 0.95  # of every interval, and so of every verdict
 
 
+PCA = "frechet-pca"  # of `Protocol.metric`
+
+
 @dataclass(frozen=True)
 class Protocol:
     """Everything a figure depends on besides the network and its schedule.
 
     Attributes:
-        metric: "frechet" or "kid".
+        metric: "frechet", "kid", or "frechet-pca-K": the Fréchet distance in the reference's first K principal components.
         extractor: name of the feature extractor.
         extractor_digest: SHA-256 of its weights.
         num_samples: images generated a repeat.
@@ -47,11 +50,19 @@ class Protocol:
     precision: str = "float32"
 
     @property
+    def num_components(self) -> int | None:
+        """K of "frechet-pca-K"; None for other metrics."""
+        name, _, count = self.metric.rpartition("-")
+        return int(count) if name == PCA else None
+
+    @property
     def metric_name(self) -> str:
         """What to print: "FID" for Inception-v3 features, else the extractor's name stands with the metric's."""
         inception = self.extractor == "inception-v3-compat"
         if self.metric == "kid":
             return "KID" if inception else f"Kernel distance ({self.extractor})"
+        if self.num_components is not None:
+            return f"Fréchet distance in {self.num_components} principal components ({self.extractor})"
         return "FID" if inception else f"Fréchet distance ({self.extractor})"
 
     def require_same(self, other: Protocol) -> None:

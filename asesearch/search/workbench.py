@@ -33,7 +33,9 @@ from asesearch.evaluation.fidelity import (
     SHIPPED,
     ReferenceStats,
     build_protocol,
+    check_sample_counts,
     evaluate,
+    low_fidelity_metric,
     reference_statistics,
     to_uint8,
 )
@@ -51,6 +53,7 @@ NUM_PROMPTS = 4  # kept beside a trial's weights, for its bundle
 TOOK = "fine_tuning"  # in the metadata of the weights: seconds and losses of the fine-tuning that made them
 LATENCY_REPEATS = 15
 FRESH_SEEDS = 1_000_000_000  # confirmation seeds begin here, out of reach of the search's
+TRIED_STEPS = 3  # solver steps of the one image that goes through everything first
 
 
 @dataclass
@@ -97,7 +100,14 @@ def open_reference(config: StudyConfig, data: DataSource, extractor: Extractor) 
             pass  # none for this extractor: made from the data
     if wanted is None and config.data.flip:
         wanted = config.data.model_copy(update={"flip": False})  # the reference is the data as they are
-    return reference_statistics(data if wanted is None else open_data(wanted), extractor)
+    source = data if wanted is None else open_data(wanted)
+    if config.evaluation.metric == "frechet" and len(source) <= extractor.dim:  # known before features of all are made
+        raise EvaluationError(
+            f"the reference must have more images than the {extractor.dim} features of {extractor.name} for the Fréchet "
+            f"distance (their covariance is singular otherwise); got {len(source)} in {source.name}; give more, or use "
+            "evaluation.metric = 'kid'"
+        )
+    return reference_statistics(source, extractor)
 
 
 def check_evaluation(config: StudyConfig) -> None:
@@ -167,12 +177,15 @@ class Workbench:
         check_sampling(self.backbone, how.solver, self.diffusion, how.num_steps, how.cfg_scale)
         self.decoder = open_decoder(config, self.backbone, self.data, self.device)
         self.extractor = make_extractor(evaluation.extractor, evaluation.extractor_weights, self.device)
-        self.reference = open_reference(config, self.data, self.extractor)
+        check_sample_counts(config, self.extractor.dim)
         self.batch_size = min(config.sampling.batch_size, evaluation.num_samples)
         self.min_exit_depth = max(1, self.backbone.min_exit_depth, config.search.min_exit_depth or 1)
         self.start = self.backbone  # what trials are fine-tuned from; `warm_up` puts the elastic weights here
         self.samplers = self._samplers()
+        self._try_parts()
+        self.reference = open_reference(config, self.data, self.extractor)  # may take long: after all that may be refused
         self.protocol = self._protocol(evaluation)
+        check_fresh_seeds(self.protocols)
         self.on_step: Callable[[int, float], None] | None = None  # sees (steps done, loss) of each fine-tuning
         self._latency: LatencyTable | None = None
 
@@ -183,6 +196,29 @@ class Workbench:
             how = sampling_as(self.config.sampling, name)
             _, found[name] = check_sampling(net, how.solver, self.diffusion, how.num_steps, how.cfg_scale)
         return found
+
+    def _try_parts(self) -> None:
+        """One image through every sampler (a few of its steps), the decoder and the extractor.
+
+        Raises:
+            EvaluationError: images that are not finite, or that the extractor does not take.
+        """
+        for name in self.samplers:
+            how = sampling_as(self.config.sampling, name)
+            made = self.sample(self.backbone, self.full, [0], name, min(how.num_steps, TRIED_STEPS)).images
+            if not bool(torch.isfinite(made).all()):
+                raise EvaluationError(
+                    f"the pretrained network gives images that are not finite under {name} with cfg_scale "
+                    f"{how.cfg_scale:g} and precision {how.precision!r}; check that the checkpoint fits [backbone] and "
+                    "[diffusion], or sample with precision = 'float32'"
+                )
+            self.extractor(to_uint8(made if self.decoder is None else self.decoder.decode(made)))
+
+    @property
+    def protocols(self) -> dict[str, Protocol]:
+        """Every protocol of the study: "low-fidelity" (where it has promotion), "search" and "confirmation"."""
+        low = {} if self.config.promotion is None else {"low-fidelity": self.cheap_protocol}
+        return {**low, "search": self.protocol, "confirmation": self.confirmation_protocol()}
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -254,15 +290,20 @@ class Workbench:
 
     # -- one schedule ----------------------------------------------------------------------------
 
-    def sample(self, backbone: Backbone, schedule: ExitSchedule, seeds: Sequence[int], sampler: str = "") -> SampleResult:
-        """Images (or latents) of a sampler for these seeds, made of what `conditioning_for` gives."""
+    def sample(
+        self, backbone: Backbone, schedule: ExitSchedule, seeds: Sequence[int], sampler: str = "", num_steps: int | None = None
+    ) -> SampleResult:
+        """Images (or latents) of a sampler for these seeds, made of what `conditioning_for` gives.
+
+        `num_steps` takes the place of the sampler's own.
+        """
         how = sampling_as(self.config.sampling, sampler)
         return sample(
             backbone,
             how.solver,
             schedule,
             diffusion=self.diffusion,
-            num_steps=how.num_steps,
+            num_steps=num_steps or how.num_steps,
             seeds=seeds,
             y=conditioning_for(backbone, self.data, seeds),
             cfg_scale=how.cfg_scale,
@@ -371,15 +412,17 @@ class Workbench:
 
     @cached_property
     def cheap_protocol(self) -> Protocol:
-        """The cheap rung's protocol: the search's with fewer images."""
+        """The low-fidelity protocol: the search's with fewer images, and a metric that exists for so few."""
         cheap = self.config.promotion
         assert cheap is not None
         changes = {"num_samples": cheap.num_samples, "repeats": cheap.repeats}
-        return self._protocol(self.config.evaluation.model_copy(update=changes))
+        evaluation = self.config.evaluation.model_copy(update=changes)
+        return self._protocol(evaluation, low_fidelity_metric(cheap, evaluation, self.extractor.dim))
 
-    def _protocol(self, evaluation: EvaluationConfig) -> Protocol:
+    def _protocol(self, evaluation: EvaluationConfig, metric: str | None = None) -> Protocol:
         """An evaluation's protocol; where ways of sampling compete, they are no part of it but of what is measured."""
-        built = build_protocol(evaluation, self.config.sampling, self.extractor, self.reference)
+        how, parts = self.config.sampling, (self.extractor, self.reference)
+        built = build_protocol(evaluation, how, *parts, metric=metric)
         return replace(built, solver=None, num_steps=None) if len(self.samplers) > 1 else built
 
     # -- confirmation ----------------------------------------------------------------------------
@@ -401,6 +444,28 @@ class Workbench:
             lambda: self.sample(full_net, self.full, seeds),
             confirm.time_repeats,
         )
+
+
+def check_fresh_seeds(protocols: dict[str, Protocol]) -> None:
+    """Refuse a study that would confirm on images that decided what is confirmed.
+
+    Raises:
+        EvaluationError: image seeds of the confirmation that another protocol uses.
+    """
+    fresh = _image_seeds(protocols["confirmation"])
+    for name, protocol in protocols.items():
+        for ours in _image_seeds(protocol) if name != "confirmation" else ():
+            for theirs in fresh:
+                if ours.start < theirs.stop and theirs.start < ours.stop:
+                    raise EvaluationError(
+                        f"the confirmation has image seeds of its own, from {theirs.start} on; got the {name} protocol's "
+                        f"{ours.start} to {ours.stop - 1}; lower evaluation.seed below {FRESH_SEEDS - ours.stop + ours.start}"
+                    )
+
+
+def _image_seeds(protocol: Protocol) -> list[range]:
+    """Of each repeat."""
+    return [range(first, first + protocol.num_samples) for first in protocol.seeds]
 
 
 def sampler_name(how: SamplingConfig) -> str:
