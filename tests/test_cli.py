@@ -1,6 +1,7 @@
 """Every command, as a user runs it, on a network small enough to train in a second."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -286,3 +287,10 @@ def test_unwritable_study_directory(place, tmp_path, monkeypatch, capsys):
     (tmp_path / "file").write_text("not a folder")
     code, said = as_program(monkeypatch, capsys, "search", place / "tiny.toml", "--out", tmp_path / "file" / "run")
     assert code == 1 and "can't write to" in said.err and said.err.count("\n") == 1
+
+
+def test_a_path_that_is_not_utf8_is_printed_as_json(place, tmp_path):
+    folder = tmp_path / os.fsdecode(b"caf\xe9")
+    stdout, _ = call("map", place / "tiny.toml", "--out", folder, "--dry-run")
+    stdout.encode("utf-8")
+    assert json.loads(stdout)["out"] == str(folder)

@@ -2,6 +2,8 @@
 
 import json
 import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -86,6 +88,13 @@ def test_what_is_left_out_is_said_once(pets, caplog):
         f"{pets}: left out 3 .gif, 1 .txt, 1 @eaDir folder, 1 Thumbs.db file, 1 file without suffix, 2 hidden files, "
         "1 hidden folder"
     )
+
+
+def test_what_is_left_out_is_seen_on_stderr(pets):
+    (pets / "cat" / "._a.png").touch()
+    code = f"from asesearch.data import ImageFolder; ImageFolder({str(pets)!r}, 8); ImageFolder({str(pets)!r}, 16)"
+    shown = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert shown.stderr == f"{pets}: left out 1 hidden file\n" and shown.stdout == ""
 
 
 def test_nothing_is_said_where_all_is_read(pets, caplog):
@@ -178,7 +187,7 @@ def test_a_file_name_may_be_any_bytes(tmp_path):
         os.rename(os.fsencode(root) + b"/" + old, os.fsencode(root) + b"/" + new)
     write(root / "dog" / "a.png")
     folder = ImageFolder(root, 8)
-    assert folder.batch([0, 1])[1].tolist() == [1, 0] or folder.batch([0, 1])[1].tolist() == [0, 1]
+    assert folder.batch([0, 1])[1].tolist() == [0, 1] and folder.files[1].parent.name == "dog"
     folder.check()
     json.dumps([folder.name, folder.digest]).encode("ascii")
     folder.name.encode("utf-8")

@@ -36,7 +36,7 @@ def some(names: Sequence[str]) -> str:
     return ", ".join(map(printable, names[:SHOWN])) + rest
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class ImageFile:
     """One image: its path in the folder (with slashes), size in bytes, and time of change in nanoseconds."""
 

@@ -132,7 +132,7 @@ class ImageFolder:
         return (
             f"{len(faults):,} of {len(self._listed):,} images in {printable(self.root)} can't be read: {_reasons(faults)}; "
             "replace or remove them, or leave out what is damaged with skip_damaged = true in the data section (or "
-            "--skip-damaged)"
+            "asesearch latents: --skip-damaged)"
         )
 
     def read(self, index: int) -> npt.NDArray[np.uint8]:
