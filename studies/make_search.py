@@ -56,7 +56,7 @@ def choose() -> Path:
             if study == SMALL:
                 say(f"the longer one: make search STUDY={QUICK}")
             return study
-    say("measuring how long the search will take on this machine, as busy as it is now")
+    say("measuring how long the search will take on this machine, as busy as it is at the moment")
     needed = minutes(QUICK)
     if needed <= LIMIT_MIN:
         say(f"searching {QUICK}: about {needed:.0f} minutes")

@@ -24,7 +24,7 @@ esac
 exec {sys.executable} "$@"
 """
 ASESEARCH = """
-import json, pathlib, sys, tomllib
+import json, pathlib, sys, time, tomllib
 args = sys.argv[1:]
 with open("calls.txt", "a") as log:
     print(*args, sep="|", file=log)
@@ -38,6 +38,14 @@ elif args[0] == "search":
     (run / "study.json").write_text("{}")
     if fail.exists():
         sys.exit("error: as asked")
+    if pathlib.Path("long").exists():
+        try:
+            pathlib.Path("began").touch()
+            time.sleep(60)
+        except KeyboardInterrupt:
+            time.sleep(0.5)
+            pathlib.Path("ended-itself").touch()
+            sys.exit(130)
     print(json.dumps({"study": str(run), "report": f"reports/{name}/index.html"}))
 elif args[0] == "export":
     print("no early-exit schedule is within the budget; taking trial 3", file=sys.stderr)
@@ -143,6 +151,20 @@ def test_a_failed_search_ends_make_and_the_next_goes_on(clone):
     (clone / "fail-search").unlink()
     make(clone, "search")
     assert calls(clone)[2:] == [f"search {QUICK}", *after_search("fashion-mnist-quick")]
+
+
+def test_ctrl_c_lets_the_search_end_itself(clone):
+    (clone / "long").touch()
+    make(clone, "setup")
+    command = ["make", "search", f"STUDY={QUICK}"]
+    begun = subprocess.Popen(command, cwd=clone, start_new_session=True, stderr=subprocess.PIPE, text=True)
+    while not (clone / "began").exists():
+        assert begun.poll() is None
+        time.sleep(0.05)
+    os.killpg(begun.pid, signal.SIGINT)
+    _, said = begun.communicate(timeout=30)
+    assert begun.returncode != 0 and "Traceback" not in said
+    assert (clone / "ended-itself").exists() and calls(clone) == [f"search {QUICK}"]
 
 
 def test_installed_once_and_again_when_something_changed(clone):
