@@ -1,4 +1,4 @@
-# `make search` and `make test` set up what they need in .venv; nothing else has to be installed by hand.
+# `make search` and `make test` set up what they need in .venv; nothing is installed by hand.
 VENV := .venv
 BIN := $(VENV)/bin
 export PYTHON STUDY
@@ -28,8 +28,8 @@ lint: setup-dev  ## linters and types
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# A stamp holds what was installed: by which Python, from which pyproject.toml, for which folder. It is written last, so that
-# whatever broke off or changed since is installed again.
+# A stamp holds what was installed: by which Python, from which pyproject.toml, for which folder.
+# It is written last, so that whatever broke off or changed since is installed again.
 STATE = $$($(BIN)/python -V 2>/dev/null && cksum < pyproject.toml && pwd)
 installed = [ -s $(VENV)/$(1) ] && [ "$(STATE)" = "$$(cat $(VENV)/$(1))" ]
 

@@ -2,8 +2,9 @@
 
     python studies/make_search.py [STUDY]
 
-Without STUDY it is the quick one, or the small one where this machine would need long for it. Each command is shown as it
-begins; the first that fails ends it with its exit code, and the same `make search` goes on from there.
+Without STUDY it is the quick one, or the small one where this machine would need long for it. Each
+command is shown as it begins; the first that fails ends it with its exit code, and the same
+`make search` goes on from there.
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ def minutes(study: Path) -> float:
 
 
 def choose() -> Path:
-    """The study that was begun already; else the quick one, or the small one where the quick one takes long."""
+    """The study that was begun already; else the quick one, or the small one where it takes long."""
     for study in (QUICK, SMALL):
         if (Path("runs") / study.stem / "study.json").is_file():
             say(f"{study} was begun here (runs/{study.stem}): going on with it")
@@ -68,7 +69,7 @@ def choose() -> Path:
 
 
 def main(study: str) -> None:
-    """Search `study`, or the one that fits this machine if empty; export the point picked, and sample from it."""
+    """Search `study`, or the one that fits this machine if empty; export a point and sample it."""
     signal.signal(signal.SIGINT, lambda *_: None)  # the running command ends itself on Ctrl-C
     chosen = Path(study) if study else choose()
     found = asesearch("search", chosen)

@@ -14,7 +14,7 @@ FORMS = "a score (7.5), an excess over the full network's (+5%), ci (not worse a
 
 
 def parse_budget(text: str) -> tuple[str, float]:
-    """A quality budget as ("score", "percent", "se" or "ci", its number, 0 for "ci").
+    """A quality budget as ("score", "percent", "se" or "ci", its number; 0 for "ci").
 
     Raises:
         ConfigError: it has none of these forms.
@@ -34,10 +34,11 @@ def within_quality(budget: str, quality: EvaluationResult, full: EvaluationResul
     """Whether a score is within a quality budget.
 
     Args:
-        budget: a score ("7.5"); an excess over the full network's ("+5%"); "ci", not worse than the full network at 95 %
-            confidence (the interval of the difference begins at 0 or below, see `EvaluationResult.margin`); or standard
-            errors of the difference, paired by repeat ("1se"), which is no verdict: at three repeats a score as good as
-            the full network's misses it in one case of five.
+        budget: a score ("7.5"); an excess over the full network's ("+5%"); "ci", not worse than
+            the full network at 95 % confidence (the interval of the difference begins at 0 or
+            below, see `EvaluationResult.margin`); or standard errors of the difference, paired by
+            repeat ("1se"), which is no verdict: at three repeats a score as good as the full
+            network's misses it in one case of five.
         quality: the schedule's score.
         full: the full network's under the same protocol; a budget that is a score needs none.
 
@@ -59,8 +60,8 @@ def within_quality(budget: str, quality: EvaluationResult, full: EvaluationResul
     allowed = quality.margin(full) if kind == "ci" else std_error and number * std_error
     if allowed is None:
         raise ConfigError(
-            f"quality budget {budget!r} needs repeats; got one; raise evaluation.repeats and confirm.repeats, or give a score "
-            "(7.5) or an excess (+5%) as the budget"
+            f"quality budget {budget!r} needs repeats; got one; raise evaluation.repeats and "
+            "confirm.repeats, or give a score (7.5) or an excess (+5%) as the budget"
         )
     return difference <= allowed
 
@@ -99,8 +100,8 @@ def pick(
 
     Args:
         results: of the study.
-        mode: "best-quality"; "fastest-within" a `quality` budget (see `within_quality`); "best-within" a `time_frac` of the
-            full network's sampling time, in (0, 1].
+        mode: "best-quality"; "fastest-within" a `quality` budget (see `within_quality`);
+            "best-within" a `time_frac` of the full network's sampling time, in (0, 1].
         early_exit: only schedules that exit early, not all blocks under a faster sampler.
 
     Raises:
@@ -121,10 +122,10 @@ def pick_nearest(
     *,
     early_exit: bool = False,
 ) -> tuple[TrialRecord, str]:
-    """As `pick`, but where no point meets the budget the next best one, and words on what it falls short of.
+    """As `pick`, but where no point meets the budget the next best one, and what it falls short of.
 
-    The next best is the point nearest to the budget (the lowest score, or the shortest time); with `early_exit` and no such
-    point on the front, the fastest of full depth.
+    The next best is the point nearest to the budget (the lowest score, or the shortest time); with
+    `early_exit` and no such point on the front, the fastest of full depth.
 
     Returns:
         The point, and one line in words; empty where it is what was asked for.
@@ -162,7 +163,8 @@ def _choose(
                 shortfall = prefix + (shortfall or f"there is {point}")
             return point.record, shortfall
     fastest = min(points, key=lambda p: (p.time_frac, p.quality.value))
-    return fastest.record, (f"no early-exit schedule is on the front{_tried(results)}; the fastest of full depth is {fastest}")
+    shortfall = f"no early-exit schedule is on the front{_tried(results)}"
+    return fastest.record, f"{shortfall}; the fastest of full depth is {fastest}"
 
 
 def _best(
@@ -173,7 +175,10 @@ def _best(
     time_frac: float | None,
     what: str,
 ) -> tuple[_Point, str]:
-    """The best of `points`, and what it falls short of; the full network is looked for `among` all of their protocol."""
+    """The best of `points`, and what it falls short of in words.
+
+    The full network is looked for `among` all points with a score of the same protocol.
+    """
     best = min(points, key=lambda p: (p.quality.value, p.time_frac))
     if mode == "best-quality":
         return best, ""
@@ -225,7 +230,10 @@ def _searched(results: StudyResults) -> list[_Point]:
 
 
 def _confirmed(results: StudyResults) -> list[_Point]:
-    """The points with confirmed scores, but those whose weights are deleted since they left the search's front."""
+    """The points with confirmed scores, except those that left the search's front since.
+
+    Their weights are deleted, unless the study keeps all.
+    """
     scored = {r.number: r for r in results.complete}
     found = [
         _Point(scored[c.number], c.quality, c.measured_time_frac, True) for c in results.confirmations if c.number in scored
