@@ -255,7 +255,7 @@ def _in_words(quality: str, full: EvaluationResult | None) -> str:
     kind, number = parse_budget(quality)
     if kind == "percent" and full is not None:
         limit = full.value + abs(full.value) * number / 100
-        return f"the quality budget {quality!r} of the full network's {full.value:.4g}, {limit:.4g}"
+        return f"the quality budget {quality!r} over the full network's {full.value:.4g} ({limit:.4g})"
     if kind == "se" and full is not None:
         return f"{number:g} standard errors of the full network's {full.value:.4g}"
     if kind == "ci" and full is not None:
