@@ -84,8 +84,8 @@ def test_an_early_exit_is_picked_where_full_depth_in_fewer_steps_would_be():
         (
             ("fastest-within", "+1%"),
             1,
-            "no early-exit schedule is within the quality budget '+1%' over the full network's 5 (5.05); the nearest is trial 1 "
-            "with 5.1 at 0.800 of the time (6 5); taking it",
+            "no early-exit schedule is within the quality budget '+1%' over the full network's 5 (5.05); the nearest is trial "
+            "1 with 5.1 at 0.800 of the time (6 5); taking it",
         ),
         (
             ("fastest-within", "4.5"),
