@@ -31,7 +31,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from asesearch.backbones.base import Backbone, Conditioning, check_schedule
+from asesearch.backbones.base import Backbone, Conditioning, check_schedule, own_labels
 from asesearch.config import LossWeight, TrainConfig
 from asesearch.data import DataSource
 from asesearch.diffusion import Process
@@ -79,8 +79,7 @@ def draw_batch(
     dropped = torch.rand(size, generator=gen) < config.class_dropout_prob
     mine = slice(rank * size // world, (rank + 1) * size // world)
     x_start, y = data.batch(indices[mine], seeded_generator(config.seed, step, 2, rank))
-    if backbone.num_classes == 0 and not backbone.takes_prompt:
-        y = None  # an unconditional network has no use for labels or prompts
+    y = own_labels(backbone, y, len(x_start))
     if y is not None and backbone.has_null_label:
         y = _with_drops(y, backbone.null_labels(y), dropped[mine])
     depth_gen = seeded_generator(config.seed, step, 4)
@@ -466,7 +465,7 @@ def check_fit(backbone: Backbone, data: DataSource, diffusion: Process, schedule
     if data.shape != expected:
         raise DataError(f"the network takes images of shape {expected}; got {data.shape} from {data.name}; resize them")
     if backbone.num_classes:
-        _check_classes(backbone.num_classes, data)
+        _check_classes(backbone, data)
     if backbone.takes_prompt:
         try:
             backbone.check_conditioning(data.batch([0])[1], 1)
@@ -475,9 +474,17 @@ def check_fit(backbone: Backbone, data: DataSource, diffusion: Process, schedule
     check_schedule(backbone, diffusion.num_train_timesteps, schedule)
 
 
-def _check_classes(wanted: int, data: DataSource) -> None:
-    """Refuse labels that are not, or may not be, those of a network with `wanted` classes."""
-    got = data.num_classes
+def _check_classes(backbone: Backbone, data: DataSource) -> None:
+    """Refuse labels that are not, or may not be, those of a network with several classes."""
+    wanted, got = backbone.num_classes, data.num_classes
+    if wanted == 1:
+        return  # see `own_labels`
+    if got == wanted + 1 and backbone.has_null_label:
+        raise DataError(
+            f"the network has {wanted} classes, 0…{wanted - 1}, and a null label; got labels up to {got - 1} from {data.name}; "
+            f"if it was trained on {got} classes without label dropout, so that there is no null label, set args.num_classes = "
+            f"{got} in [backbone] (U-ViT: args.has_null_label = false); else correct the labels"
+        )
     if got == 0:
         raise DataError(f"the network has {wanted} classes; got images without labels from {data.name}; use class folders")
     if getattr(data, "labels_by_order", False) and got != wanted:

@@ -164,6 +164,19 @@ def check_labels(net: Backbone, y: Conditioning | None, batch: int) -> None:
         raise ConfigError(f"y must have shape ({batch},); got {tuple(y.shape)}; pass one label an image")
 
 
+def own_labels(net: Backbone, y: Conditioning | None, batch: int) -> Conditioning | None:
+    """What a data set gives with `batch` images, as the network takes it.
+
+    An unconditional network has no use for labels or prompts. One with a single class, which is how the official DiT is
+    trained unconditionally, takes every image as of that class.
+    """
+    if net.takes_prompt:
+        return y
+    if net.num_classes == 0:
+        return None
+    return torch.zeros(batch, dtype=torch.long) if net.num_classes == 1 else y
+
+
 def check_schedule(backbone: Backbone, num_train_timesteps: int, schedule: ExitSchedule | ElasticDepths) -> None:
     """Refuse a schedule that was made for another network or chain.
 

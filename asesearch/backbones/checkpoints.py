@@ -1,6 +1,7 @@
 """Network files: what is in one, and the network it holds.
 
-Read: facebookresearch/DiT `.pt` (weights, or a whole training state), baofff/U-ViT `.pth`, safetensors, diffusers folders.
+Read: facebookresearch/DiT `.pt` (weights, or a whole training state), baofff/U-ViT `.pth`, safetensors, diffusers folders;
+what training programs wrap around weights and names is taken off.
 Written: safetensors that carry their own architecture.
 """
 
@@ -8,22 +9,25 @@ from __future__ import annotations
 
 import inspect
 import json
-import math
+import logging
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from asesearch.backbones import dit, uvit
+from asesearch.backbones import dit
 from asesearch.backbones.base import Backbone
 from asesearch.backbones.block_exits import SPECS
 from asesearch.backbones.conversion import diffusers_dit_args, diffusers_to_dit, refuse_mismatch
 from asesearch.backbones.dit import DiT
 from asesearch.backbones.files import FORMAT, Contents, read_checkpoint, resolve
+from asesearch.backbones.finite import refuse_not_finite
+from asesearch.backbones.shapes import Architecture, from_shapes, uvit_preset
 from asesearch.backbones.uvit import UViT
 from asesearch.config import BackboneConfig
 from asesearch.errors import CheckpointError, ConfigError
@@ -34,11 +38,7 @@ NULL = "null_condition."  # begins the names of a null condition's tensors in th
 RESERVED = ("format", "version", "kind", "config")
 BACKBONES: dict[str, type[DiT] | type[UViT]] = {"dit": DiT, "uvit": UViT}
 
-#: Heads are not in the shapes of the weights: those of the official sizes, by width.
-_HEADS = {
-    "dit": {width: heads for _, width, heads in dit.PRESETS.values()},
-    "uvit": {p["embed_dim"]: p["num_heads"] for p in uvit.PRESETS.values()},
-}
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -51,9 +51,10 @@ class CheckpointInfo:
         input_size: H = W of the network's input (of the latent, for a latent network).
         learn_sigma: the variance is learned.
         num_classes: labels, the null label not counted; 0 for none.
-        source: "ema" or "model" of a training state, "weights" of a file without that choice.
+        source: where in the file the weights were: such as "ema" or "model" of a training state; "weights" for the top.
         args: constructor arguments; without `num_heads` if only the user can know them.
         metadata: text that the writer of a safetensors file added.
+        notes: what the file does not tell and was taken to be usual, and how the weights were chosen; a sentence each.
     """
 
     kind: str
@@ -64,6 +65,7 @@ class CheckpointInfo:
     source: str
     args: dict[str, Any]
     metadata: dict[str, str] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
 
 # -- looking ---------------------------------------------------------------------------------------
@@ -75,19 +77,24 @@ def inspect_checkpoint(path: str | os.PathLike[str]) -> CheckpointInfo:
     Raises:
         CheckpointError: unreadable, or not a network that asesearch knows.
     """
-    return _inspect(read_checkpoint(resolve(path)))
+    contents = read_checkpoint(resolve(path))
+    return _describe(_architecture(contents, {}), contents)
 
 
-def _inspect(contents: Contents) -> CheckpointInfo:
-    extra = {k: v for k, v in contents.metadata.items() if k not in RESERVED}
+def _architecture(contents: Contents, given: Mapping[str, Any]) -> Architecture:
+    """The network of a checkpoint; `given` are constructor arguments of the study file."""
     if contents.config is not None:
-        return _describe(*_from_diffusers(contents.config), contents.source, {})
+        return Architecture(*_from_diffusers(contents.config))
     if contents.metadata.get("format") == FORMAT:
-        return _describe(*_own_config(contents), contents.source, extra)
-    return _describe(*_from_shapes(contents), contents.source, extra)
+        return Architecture(*_own_config(contents))
+    return from_shapes(contents, given)
 
 
-def _describe(kind: str, args: dict[str, Any], source: str, metadata: dict[str, str]) -> CheckpointInfo:
+def _describe(found: Architecture, contents: Contents) -> CheckpointInfo:
+    kind, args = found.kind, found.args
+    metadata = {} if contents.config is not None else contents.metadata
+    extra = {k: v for k, v in metadata.items() if k not in RESERVED}
+    notes = (*contents.notes, *found.assumed)
     name = _model_name(kind, args)
     if kind == "dit":
         size, sigma, labels = args["input_size"], args["learn_sigma"], args["num_classes"]
@@ -100,7 +107,7 @@ def _describe(kind: str, args: dict[str, Any], source: str, metadata: dict[str, 
             raise CheckpointError(f"{name}'s config must give sample_size and in_channels; got {size!r}, {channels!r}; mend it")
         sigma = config.get("out_channels") == 2 * channels
         labels = config.get("num_embeds_ada_norm", 0) if name == "DiTTransformer2DModel" else 0
-    return CheckpointInfo(kind, name, size, sigma, labels, source, args, metadata)
+    return CheckpointInfo(kind, name, size, sigma, labels, contents.source, args, extra, notes)
 
 
 def _from_diffusers(config: dict[str, Any]) -> tuple[str, dict[str, Any]]:
@@ -136,80 +143,12 @@ def _own_config(contents: Contents) -> tuple[str, dict[str, Any]]:
     return kind, {**{k: p.default for k, p in inspect.signature(cls).parameters.items()}, **given}
 
 
-def _from_shapes(contents: Contents) -> tuple[str, dict[str, Any]]:
-    shapes = {k: tuple(v.shape) for k, v in contents.state.items()}
-    readers: dict[str, Callable[[Mapping[str, tuple[int, ...]]], dict[str, Any]]] = {"dit": _dit_args, "uvit": _uvit_args}
-    kind = "dit" if "x_embedder.proj.weight" in shapes else "uvit" if "patch_embed.proj.weight" in shapes else None
-    if any(k.startswith("transformer_blocks.") for k in shapes):
-        raise CheckpointError(f"{contents.path} is the weight file of a diffusers folder; give the folder, with config.json")
-    if "context_embed.weight" in shapes:
-        raise CheckpointError(f"{contents.path} is a U-ViT for text; asesearch runs unconditional and class-conditional ones")
-    try:
-        if kind is None:
-            raise KeyError("x_embedder.proj.weight (a DiT) or patch_embed.proj.weight (a U-ViT)")
-        return kind, readers[kind](shapes)
-    except (KeyError, IndexError, ValueError, ZeroDivisionError) as error:
-        raise CheckpointError(
-            f"{contents.path} must be an official DiT or U-ViT; got {', '.join(list(shapes)[:5])} …, where an entry is missing "
-            f"or misshapen: {error}; convert it to the official names"
-        ) from error
-
-
-def _count(shapes: Mapping[str, tuple[int, ...]], prefix: str) -> int:
-    return len({k.split(".")[1] for k in shapes if k.startswith(prefix)})
-
-
-def _dit_args(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
-    width, channels, patch, _ = shapes["x_embedder.proj.weight"]
-    out_channels = shapes["final_layer.linear.weight"][0] // patch**2
-    args = {
-        "input_size": math.isqrt(shapes["pos_embed"][1]) * patch,
-        "patch_size": patch,
-        "in_channels": channels,
-        "hidden_size": width,
-        "depth": _count(shapes, "blocks."),
-        "mlp_ratio": shapes["blocks.0.mlp.fc1.weight"][0] / width,
-        "num_classes": shapes["y_embedder.embedding_table.weight"][0] - 1,
-        "learn_sigma": out_channels == 2 * channels,
-    }
-    return args | _heads("dit", width)
-
-
-def _uvit_args(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
-    width, channels, patch, _ = shapes["patch_embed.proj.weight"]
-    rows = shapes.get("label_emb.weight", (-1,))[0]
-    args: dict[str, Any] = {
-        "img_size": math.isqrt(shapes["pos_embed"][1] - (2 if rows > 0 else 1)) * patch,
-        "patch_size": patch,
-        "in_chans": channels,
-        "embed_dim": width,
-        "depth": 2 * _count(shapes, "out_blocks."),
-        "mlp_ratio": shapes["mid_block.mlp.fc1.weight"][0] / width,
-        "qkv_bias": "mid_block.attn.qkv.bias" in shapes,
-        "mlp_time_embed": "time_embed.0.weight" in shapes,
-        "num_classes": rows,
-        "conv": "final_layer.weight" in shapes,
-        "skip": "out_blocks.0.skip_linear.weight" in shapes,
-    } | _heads("uvit", width)
-    preset = _uvit_preset(args)
-    return args | {"has_null_label": preset is None or uvit.PRESETS[preset].get("has_null_label", True)}
-
-
-def _heads(kind: str, width: int) -> dict[str, int]:
-    return {"num_heads": _HEADS[kind][width]} if width in _HEADS[kind] else {}
-
-
-def _uvit_preset(args: Mapping[str, Any]) -> str | None:
-    same = (n for n, p in uvit.PRESETS.items() if all(args.get(k) == v for k, v in p.items() if k != "has_null_label"))
-    return next(same, None)
-
-
 def _model_name(kind: str, args: Mapping[str, Any]) -> str:
     if kind == "diffusers":
         return str(args["transformer"].get("_class_name"))
     if kind == "uvit":
         text = f"U-ViT, depth {args['depth']}, width {args['embed_dim']}, patch {args['patch_size']}"
-        return _uvit_preset(args) or text
+        return uvit_preset(args) or text
     size = (args["depth"], args["hidden_size"], args.get("num_heads"))
     named = [n for n, s in dit.PRESETS.items() if s == size and args["patch_size"] in dit.PATCH_SIZES]
     if named:
@@ -241,13 +180,15 @@ def check_args(cls: type[Backbone], args: Mapping[str, Any]) -> None:
 def load_backbone(config: BackboneConfig, seed: int = 0, null_condition: Mapping[str, Tensor] | None = None) -> Backbone:
     """The network of a study file: with the checkpoint's weights, or random ones, drawn from `seed`, if it names none.
 
-    The architecture is the checkpoint's own; `preset` and then `args` override it. Weights become float32; those that
-    were float32 are mapped from the file, not copied, so don't overwrite the file in place while the network lives.
+    The architecture is the checkpoint's own; `preset` and then `args` override it. Of weights under official names the
+    shapes tell most of it; `CheckpointInfo.notes` says what was taken to be usual, and a log line what may well not be.
+    Weights become float32; those that were float32 are mapped from the file, not copied, so don't overwrite the file in
+    place while the network lives.
     `null_condition` is for a network that takes prompts; by default it has that of a file of `save_backbone`.
 
     Raises:
-        ConfigError: an unknown preset or argument, or heads that can't be known from the weights.
-        CheckpointError: unreadable, of another kind, or entries that do not fit the network.
+        ConfigError: an unknown preset or argument, one that does not fit the weights, or heads that they don't tell.
+        CheckpointError: unreadable, of another kind, entries that do not fit the network, or numbers that are not finite.
     """
     if config.kind == "diffusers":
         return _load_diffusers(config, null_condition)
@@ -258,30 +199,40 @@ def load_backbone(config: BackboneConfig, seed: int = 0, null_condition: Mapping
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             return cls(**args)
-    contents, info = _open(config, config.checkpoint)
+    contents, info, notes = _open(config, args)
     state = contents.state
     if contents.config is not None:
         state, _ = diffusers_to_dit(state, contents.config)
-    args = {**info.args, **args}
+    args = info.args | args
     if "num_heads" not in args:
         raise ConfigError(
             f"the weights of {info.model} in {contents.path} don't tell the number of attention heads; "
-            "set args.num_heads in [backbone]"
+            "set args.num_heads in [backbone] to that of their training"
         )
     with torch.device("meta"):
         net = cls(**args)
     _fill(net, state, f"{contents.path} ({info.model})")
+    for note in notes:
+        _say_once(note)
     return net
 
 
-def _open(config: BackboneConfig, checkpoint: str) -> tuple[Contents, CheckpointInfo]:
-    contents = read_checkpoint(resolve(checkpoint))
-    info = _inspect(contents)
+def _open(config: BackboneConfig, given: Mapping[str, Any]) -> tuple[Contents, CheckpointInfo, list[str]]:
+    """What a checkpoint holds, and what to say if it loads."""
+    assert config.checkpoint is not None
+    contents = read_checkpoint(resolve(config.checkpoint))
+    found = _architecture(contents, given)
+    info = _describe(found, contents)
     if info.kind != config.kind:
         raise CheckpointError(
             f"{contents.path} holds {info.model}, kind {info.kind!r}; got kind = {config.kind!r} in [backbone]; change it"
         )
-    return contents, info
+    return contents, info, [f"{contents.path}: {note}" for note in (*contents.notes, *found.doubtful)]
+
+
+@cache
+def _say_once(line: str) -> None:
+    _log.warning("%s", line)
 
 
 def _load_diffusers(config: BackboneConfig, null_condition: Mapping[str, Tensor] | None) -> Backbone:
@@ -293,7 +244,7 @@ def _load_diffusers(config: BackboneConfig, null_condition: Mapping[str, Tensor]
     path = resolve(config.checkpoint)
     if path.is_dir():
         return load_diffusers(path, null_condition)
-    contents, info = _open(config, config.checkpoint)
+    contents, info, _ = _open(config, {})
     own = {k.removeprefix(NULL): v for k, v in contents.state.items() if k.startswith(NULL)}
     net = DiffusersBackbone(**info.args, null_condition=null_condition or own)
     _fill(net, {k: v for k, v in contents.state.items() if not k.startswith(NULL)}, f"{path} ({info.model})")
@@ -310,7 +261,18 @@ def _fill(net: Backbone, state: dict[str, Tensor], where: str) -> None:
     ]
     missing, surplus = [k for k in needed if k not in state], [k for k in state if k not in needed]
     refuse_mismatch(where, missing, surplus, misshapen, "check preset and args in [backbone]")
-    net.load_state_dict({k: v.float() for k, v in state.items()}, assign=True)
+    converted = {k: _float32(k, v, where) for k, v in state.items()}
+    refuse_not_finite(converted, where)
+    net.load_state_dict(converted, assign=True)
+
+
+def _float32(name: str, value: Tensor, where: str) -> Tensor:
+    if not value.is_floating_point():
+        raise CheckpointError(
+            f"{where} must hold floating-point weights; got {name} of {str(value.dtype).removeprefix('torch.')}, as "
+            "quantised networks have; give the weights from before the quantisation"
+        )
+    return value.float()
 
 
 def save_backbone(backbone: Backbone, path: str | os.PathLike[str], extra: Mapping[str, str] | None = None) -> None:

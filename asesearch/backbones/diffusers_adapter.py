@@ -15,6 +15,9 @@ from torch import Tensor, nn
 
 from asesearch.backbones.base import Backbone, Conditioning, ExitDepth, check_labels
 from asesearch.backbones.block_exits import SPECS, BlockExits
+from asesearch.backbones.files import read_checkpoint
+from asesearch.backbones.finite import refuse_not_finite
+from asesearch.backbones.foreign import foreign
 from asesearch.errors import CheckpointError, ConfigError
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -200,9 +203,19 @@ def load_diffusers(path: Path, null_condition: Mapping[str, Tensor] | None = Non
         text = " ".join(str(error).split())[:300]
         raise CheckpointError(f"{folder} must hold a readable {name}; got {text}; save it again with diffusers") from error
     bad = {key: sorted(map(str, info[key]))[:3] for key in ("missing_keys", "unexpected_keys", "mismatched_keys") if info[key]}
-    if bad:
+    if bad and not _unwrap(model, folder):
         raise CheckpointError(f"the weights in {folder} must fit its config; got {bad}; save it again with diffusers")
+    refuse_not_finite(model.state_dict(), f"{folder} ({name})")
     return DiffusersBackbone(model, null_condition)
+
+
+def _unwrap(model: nn.Module, folder: Path) -> bool:
+    """Give a network the weights of a folder whose names have what training programs put in front; whether they fit."""
+    state, own = read_checkpoint(folder).state, model.state_dict()
+    if {k: v.shape for k, v in state.items()} != {k: v.shape for k, v in own.items()}:
+        return False
+    model.load_state_dict({k: v.float() for k, v in state.items()}, assign=True)
+    return True
 
 
 def _class_name(config_path: Path) -> str:
@@ -215,7 +228,9 @@ def _class_name(config_path: Path) -> str:
             "save the model or pipeline with save_pretrained"
         ) from error
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"{config_path} must be JSON; got {error}; save the model again with diffusers") from error
+        what = foreign(config_path, plain_text=False) if config_path.is_file() else None
+        other = f"must be JSON; got {error}; save the model again with diffusers"
+        raise CheckpointError(f"{config_path} {what or other}") from error
     name = config.get("_class_name") if isinstance(config, dict) else None
     if name == LEGACY_CLASS:
         name = LEGACY_NORMS.get(config.get("norm_type"), name)
@@ -236,12 +251,15 @@ def _check_weight_files(folder: Path) -> None:
             needed = list(dict.fromkeys(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise CheckpointError(f"{index} must map names to files; got {error!r}; save the model again") from error
-    foreign = [
+    elsewhere = [
         name for name in needed if not isinstance(name, str) or Path(name).name != name or Path(name).suffix != ".safetensors"
     ]
-    if foreign:
-        raise CheckpointError(f"{index} must name safetensors files beside it; got {foreign[:3]}; save the model again")
+    if elsewhere:
+        raise CheckpointError(f"{index} must name safetensors files beside it; got {elsewhere[:3]}; save the model again")
     missing = [name for name in needed if not (folder / name).is_file()]
+    for name in needed:
+        if name not in missing and (what := foreign(folder / name, plain_text=False)) is not None:
+            raise CheckpointError(f"{folder / name} {what}")
     if missing:
         pickled = sorted(p.name for p in folder.iterdir() if p.suffix in {".bin", ".pt", ".pth", ".ckpt"})
         fix = "convert the pickled weights with safetensors" if pickled else "copy them beside config.json"

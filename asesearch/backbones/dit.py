@@ -186,7 +186,9 @@ class DiT(Backbone):
         if input_size % patch_size:
             raise ConfigError(f"patch_size must divide input_size; got {patch_size} and {input_size}; pad or choose another")
         if hidden_size % num_heads or hidden_size % 4:
-            raise ConfigError(f"hidden_size must be a multiple of num_heads and of 4; got {hidden_size} and {num_heads}")
+            raise ConfigError(
+                f"hidden_size must be a multiple of num_heads and of 4; got {hidden_size} and {num_heads}; correct num_heads"
+            )
         self.config: dict[str, Any] = {
             "input_size": input_size,
             "patch_size": patch_size,

@@ -5,15 +5,23 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import pickle
+import pickletools
+import re
+import warnings
+from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from asesearch.backbones.foreign import foreign
+from asesearch.backbones.wrappers import NoWeightsError, find_weights, training_options
 from asesearch.errors import CheckpointError, ConfigError
 
 FORMAT = "asesearch.backbone"  # in the metadata of the files we write
@@ -23,19 +31,32 @@ _WEIGHTS = "diffusion_pytorch_model"
 
 @dataclass
 class Contents:
-    """A checkpoint as read; `config` is the `config.json` of a diffusers folder."""
+    """A checkpoint as read.
+
+    Attributes:
+        path: of the file or folder.
+        state: the weights, under the network's own names as far as they can be told.
+        source: where in the file they were, see `Weights`.
+        metadata: of a safetensors file.
+        config: the `config.json` of a diffusers folder.
+        notes: what was decided that the user may want to know, a sentence each.
+        options: what the training's options beside the weights tell of the network.
+    """
 
     path: Path
     state: dict[str, Tensor]
     source: str = "weights"
     metadata: dict[str, str] = field(default_factory=dict)
     config: dict[str, Any] | None = None
+    notes: tuple[str, ...] = ()
+    options: dict[str, Any] = field(default_factory=dict)
 
 
 def read_state_dict(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], str]:
-    """The weights under the names they are stored by, and where they come from: "ema", "model" or "weights".
+    """The weights, and where in the file they were: such as "ema" or "state_dict.model"; "weights" for the top.
 
-    Of a training state the EMA is taken where there is one. The tensors are mapped from the file (private, copied on
+    Of a training state the averaged weights (EMA) are taken where they are whole. What training programs put in front of
+    names (`module.`, `_orig_mod.`, `model.` …) is left out. The tensors are mapped from the file (private, copied on
     write), so reading costs no memory until they are used.
 
     Raises:
@@ -56,7 +77,7 @@ def resolve(path: str | os.PathLike[str]) -> Path:
         return Path(text)
     assets = Path(str(resources.files("asesearch"))) / "assets"
     files = sorted(assets.glob("*.safetensors"))
-    shipped = {p.stem: p for p in files if _read_safetensors(p).metadata.get("format") == FORMAT}
+    shipped = {p.stem: p for p in files if _load_safetensors(p)[1].get("format") == FORMAT}
     name = text.removeprefix(SHIPPED)
     if name not in shipped:
         raise ConfigError(f"no shipped network is called {name!r}; choose one of {', '.join(shipped) or '(none)'}")
@@ -71,41 +92,95 @@ def read_checkpoint(path: Path) -> Contents:
     """
     if path.is_dir():
         return _read_folder(path)
+    return _unwrapped(path, *_load(path))
+
+
+def _load(path: Path) -> tuple[object, dict[str, str]]:
+    """What a file holds as it is, and its metadata."""
     if not path.is_file():
         raise CheckpointError(f"there is no checkpoint at {path}; check the path, or fetch the checkpoint")
-    with path.open("rb") as file:
-        head = file.read(9)
-    if head[8:] == b"{":  # eight bytes of length, then JSON
-        return _read_safetensors(path)
-    return _read_torch(path, mmap=head[:4] == b"PK\x03\x04")  # files from before torch 1.6 can't be mapped
+    try:
+        with path.open("rb") as file:
+            head = file.read(9)
+        if head[8:] == b"{":  # eight bytes of length, then JSON
+            return _load_safetensors(path)
+        return _load_torch(path, head), {}
+    except OSError as error:
+        raise CheckpointError(f"can't read {path}: {error.strerror or error}; check its permissions") from error
 
 
-def _read_safetensors(path: Path) -> Contents:
+def _load_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     try:
         with safe_open(path, "pt") as file:
             state = {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118 (not a dict)
-            return Contents(path, state, metadata=dict(file.metadata() or {}))
-    except (SafetensorError, OSError, ValueError) as error:
-        raise CheckpointError(f"{path} is a damaged safetensors file: {error}; fetch it again") from error
+            return state, dict(file.metadata() or {})
+    except (SafetensorError, ValueError) as error:
+        raise CheckpointError(_damaged(path, "a damaged safetensors file", str(error))) from error
 
 
-def _read_torch(path: Path, mmap: bool) -> Contents:
+def _load_torch(path: Path, head: bytes) -> object:
+    if (what := foreign(path)) is not None:
+        raise CheckpointError(f"{path} {what}")
+    mmap = head.startswith(b"PK\x03\x04")  # files from before torch 1.6 can't be mapped
     try:
-        with torch.serialization.safe_globals([argparse.Namespace]):  # the options in DiT's training state: data only
-            data = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+        # the options in a training state: data only
+        with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+    except OSError:
+        raise
     except Exception as error:  # a damaged or hostile pickle may raise anything
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise CheckpointError(
-            f"{path} is not a checkpoint of plain tensors, is truncated, or asks for code to be run, which is refused "
-            f"({reason}); fetch it again, or save its state dict with safetensors"
-        ) from error
-    source = "weights"
-    if isinstance(data, dict):
-        source = next((k for k in ("ema", "model") if isinstance(data.get(k), dict)), source)
-        data = data.get(source, data)
-    if not isinstance(data, dict) or not data or not all(isinstance(v, Tensor) for v in data.values()):
-        raise CheckpointError(f"{path} must hold a state dict of tensors; got {type(data).__name__}; save net.state_dict()")
-    return Contents(path, {str(k): v for k, v in data.items()}, source)
+        raise CheckpointError(_refused(path, head, error)) from error
+
+
+def _refused(path: Path, head: bytes, error: Exception) -> str:
+    """Why torch could not read a file, without its advice to trust the file."""
+    told = re.search(r"(?:GLOBAL|class|function|instance of) ([\w.]+)", str(error))
+    if isinstance(error, pickle.UnpicklingError):
+        code = told[1] if told else _first_global(path)
+        if code is not None:
+            return (
+                f"{path} is not a checkpoint of plain tensors: it asks for code to be run, which is refused (it "
+                f"needs {code}); where it was made, save the state dict alone, best with safetensors"
+            )
+    if not head.startswith((b"PK", b"\x80")):
+        begin = head[:8].hex(" ")
+        return f"{path} is no checkpoint: it begins with the bytes {begin}; give a .pt, .pth or .safetensors file"
+    return _damaged(path, "a damaged or truncated checkpoint", str(error) or type(error).__name__)
+
+
+def _first_global(path: Path) -> str | None:
+    """The first thing that a bare pickle would import; nothing is run."""
+    texts: list[str] = []
+    with path.open("rb") as file, suppress(ValueError, EOFError, UnicodeDecodeError):
+        for opcode, value, _ in pickletools.genops(file):
+            if opcode.name == "GLOBAL":
+                return str(value).replace(" ", ".")
+            if opcode.name == "STACK_GLOBAL":
+                return ".".join(texts[-2:])
+            if "UNICODE" in opcode.name:
+                texts.append(str(value))
+    return None
+
+
+def _damaged(path: Path, what: str, reason: str) -> str:
+    if (other := foreign(path)) is not None:
+        return f"{path} {other}"
+    size = path.stat().st_size
+    first = reason.strip().splitlines()[0].split(". ")[0]
+    return f"{path} is {what} of {size:,} bytes ({first}), as an unfinished download leaves it; download it again"
+
+
+def _unwrapped(path: Path, data: object, metadata: dict[str, str]) -> Contents:
+    """The weights in what was loaded; our own files hold nothing else."""
+    if metadata.get("format") == FORMAT:
+        return Contents(path, dict(cast("Mapping[str, Tensor]", data)), metadata=metadata)
+    try:
+        found = find_weights(data)
+    except NoWeightsError as error:
+        raise CheckpointError(f"{path} {error}") from error
+    options = training_options(data)
+    return Contents(path, found.state, found.source, metadata, notes=found.notes, options=options)
 
 
 def _read_folder(path: Path) -> Contents:
@@ -125,17 +200,22 @@ def _read_folder(path: Path) -> Contents:
         names = sorted(set(map(str, shards.values()))) if isinstance(shards, dict) else []
     if not names or any(Path(n).name != n for n in names):
         raise CheckpointError(f"{path} must hold {_WEIGHTS}.safetensors, or an index of files beside it; fetch it again")
-    state: dict[str, Tensor] = {}
-    for name in names:
-        state |= read_checkpoint(path / name).state
-    return Contents(path, state, config=config)
+    data: object = _load(path / names[0])[0]
+    for name in names[1:]:
+        shard = _load(path / name)[0]
+        if isinstance(data, dict) and isinstance(shard, dict):
+            data |= shard
+    found = _unwrapped(path, data, {})
+    found.config = config
+    return found
 
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} is not readable JSON: {error}; fetch it again") from error
+        what = foreign(path, plain_text=False) if path.is_file() else None
+        raise CheckpointError(f"{path} {what or f'is not readable JSON: {error}; fetch it again'}") from error
     if not isinstance(data, dict):
         raise CheckpointError(f"{path} must hold a JSON object; got {type(data).__name__}; fetch it again")
     return data

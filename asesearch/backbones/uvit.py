@@ -118,6 +118,10 @@ class UViT(Backbone):
             raise ConfigError(f"patch_size must divide img_size; got {patch_size} and {img_size}; pad or choose another")
         if embed_dim % num_heads:
             raise ConfigError(f"embed_dim must be a multiple of num_heads; got {embed_dim} and {num_heads}")
+        if num_classes == 1 and has_null_label:
+            raise ConfigError(
+                "num_classes counts the null label and some label; got 1; set has_null_label to false, or add one"
+            )
         if depth < 2 or depth % 2:
             raise ConfigError(f"depth must be even, half encoder, half decoder; got {depth}; the middle block is not counted")
         self.config: dict[str, Any] = {

@@ -18,7 +18,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from asesearch.backbones.base import Backbone, Conditioning
+from asesearch.backbones.base import Backbone, Conditioning, own_labels
 from asesearch.config import MapConfig
 from asesearch.data import DataSource
 from asesearch.diffusion import Process
@@ -338,8 +338,7 @@ def _reusable(net: Backbone, draws: _Draws) -> bool:
 def _eps(net: Backbone, x_t: Tensor, t: Tensor, y: Conditioning | None, exit_depth: int) -> Tensor:
     """Predicted noise (N, C, H, W) float32, on the network's device."""
     device = next(net.parameters(), torch.empty(0)).device
-    if not net.num_classes and not net.takes_prompt:
-        y = None
+    y = own_labels(net, y, len(x_t))
     on_device = {k: v.to(device) for k, v in y.items()} if isinstance(y, dict) else None if y is None else y.to(device)
     output: Tensor = net(x_t.to(device), t.to(device), on_device, exit_depth=exit_depth)
     return output[:, : x_t.shape[1]].float()

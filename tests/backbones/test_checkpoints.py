@@ -247,12 +247,14 @@ def test_other_diffusers_folders_are_described_or_refused(tmp_path) -> None:
 
 
 LOAD = """
-import resource, sys
+import re, sys
+from pathlib import Path
 from asesearch.backbones import load_backbone
 from asesearch.config import BackboneConfig
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+own_kib = lambda: int(re.search(r"RssAnon:\\s+(\\d+)", Path("/proc/self/status").read_text())[1])  # without mapped files
+before = own_kib()
 net = load_backbone(BackboneConfig(kind="dit", checkpoint=sys.argv[1]))
-print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024, float(net.blocks[27].mlp.fc2.bias[5]))
+print((own_kib() - before) // 1024, float(net.blocks[27].mlp.fc2.bias[5]))
 """
 
 
@@ -268,4 +270,63 @@ def test_dit_xl_2_of_true_size_loads_without_doubling_memory(tmp_path) -> None:
     out = subprocess.run([sys.executable, "-c", LOAD, str(tmp_path / "xl.pt")], capture_output=True, text=True, check=True)
     grown_mib, value = out.stdout.split()
     assert float(value) == 3.25
-    assert int(grown_mib) < 400  # mapped, not read: the weights are 2,576 MiB
+    assert int(grown_mib) < 400  # mapped, not copied: the weights are 2,576 MiB
+
+
+NOT_FINITE = {"nan": float("nan"), "inf": float("inf"), "-inf": float("-inf")}
+
+
+@pytest.mark.parametrize("number", NOT_FINITE)
+@pytest.mark.parametrize("name", ["final_layer.linear.bias", "pos_embed", "y_embedder.embedding_table.weight"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_a_number_that_is_not_finite_is_refused(tmp_path, number: str, name: str, dtype: torch.dtype) -> None:
+    state = {k: v.to(dtype) for k, v in DiT(**DIT).state_dict().items()}
+    state[name].view(-1)[-1] = NOT_FINITE[number]
+    torch.save({"ema": state}, tmp_path / "net.pt")
+    with pytest.raises(CheckpointError, match=rf"net\.pt .*NaN or infinity: 1 of {state[name].numel()} in {name};"):
+        load("dit", tmp_path / "net.pt", args={"num_heads": 2})
+
+
+def test_numbers_that_are_not_finite_are_counted_in_every_kind_of_file(tmp_path) -> None:
+    broken = DiT(**DIT)
+    with torch.no_grad():
+        for p in broken.parameters():
+            p.view(-1)[0] = torch.nan
+    count = len(list(broken.parameters()))
+    save_backbone(broken, tmp_path / "own.safetensors")
+    save_file(broken.state_dict(), tmp_path / "net.safetensors")
+    for name in ("own.safetensors", "net.safetensors"):
+        with pytest.raises(CheckpointError, match=f"1 of .*, 1 of .*, 1 of .*, and more in {count - 3} other tensors"):
+            load("dit", tmp_path / name, args={"num_heads": 2})
+    net = UViT(**UVIT)
+    net.norm.weight.data[:7] = torch.inf
+    torch.save(net.state_dict(), tmp_path / "uvit.pt")
+    with pytest.raises(CheckpointError, match=r"infinity: 7 of 16 in norm\.weight;"):
+        load("uvit", tmp_path / "uvit.pt", args={"num_heads": 2})
+
+
+def test_doubles_that_no_float32_can_hold_are_refused(tmp_path) -> None:
+    state = {k: v.double() for k, v in DiT(**DIT).state_dict().items()}
+    state["final_layer.linear.bias"][:2] = 1e300
+    torch.save(state, tmp_path / "net.pt")
+    with pytest.raises(CheckpointError, match=r"2 of 8 in final_layer\.linear\.bias"):
+        load("dit", tmp_path / "net.pt", args={"num_heads": 2})
+
+
+def test_quantised_weights_are_refused(tmp_path) -> None:
+    state = DiT(**DIT).state_dict()
+    torch.save({**state, "blocks.0.mlp.fc1.weight": torch.zeros(64, 16, dtype=torch.int8)}, tmp_path / "net.pt")
+    with pytest.raises(CheckpointError, match=r"got blocks\.0\.mlp\.fc1\.weight of int8, as quantised networks have"):
+        load("dit", tmp_path / "net.pt", args={"num_heads": 2})
+
+
+def test_a_diffusers_folder_that_is_not_finite_is_refused_as_either_kind(tmp_path) -> None:
+    from diffusers import DiTTransformer2DModel
+
+    model = DiTTransformer2DModel(**TINY_DIFFUSERS, out_channels=8, num_layers=1, num_embeds_ada_norm=3)
+    model.proj_out_2.bias.data[3] = torch.nan
+    model.save_pretrained(tmp_path)
+    with pytest.raises(CheckpointError, match=r"1 of 32 in proj_out_2\.bias"):
+        load("diffusers", tmp_path)
+    with pytest.raises(CheckpointError, match=r"1 of 32 in final_layer\.linear\.bias"):
+        load("dit", tmp_path)

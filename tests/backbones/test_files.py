@@ -1,15 +1,23 @@
 """Checkpoint files: every format read, nothing executed."""
 
 import argparse
+import bz2
+import gzip
+import io
 import json
+import lzma
 import pickle
+import tarfile
+import zipfile
 from collections import OrderedDict
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
 
 from asesearch.backbones import read_state_dict
+from asesearch.backbones.diffusers_adapter import load_diffusers
 from asesearch.backbones.files import resolve
 from asesearch.errors import CheckpointError, ConfigError
 
@@ -132,6 +140,122 @@ def test_what_is_no_checkpoint_is_refused(tmp_path) -> None:
     for name in ("text", "noise", "list", "numbers", "nothing", "folder", "absent"):
         with pytest.raises(CheckpointError, match=name):
             read_state_dict(tmp_path / name)
+
+
+def archive(kind: str) -> bytes:
+    """A whole checkpoint in an archive."""
+    data, inner = io.BytesIO(), io.BytesIO()
+    torch.save(STATE, inner)
+    if kind == "zip":
+        with zipfile.ZipFile(data, "w") as file:
+            file.writestr("model/net.pt", inner.getvalue())
+    else:
+        with tarfile.open(fileobj=data, mode="w") as file:
+            file.addfile(tarfile.TarInfo("net.pt"))
+    return data.getvalue()
+
+
+def script() -> bytes:
+    """As `torch.jit.save` writes, which warns."""
+    data = io.BytesIO()
+    with zipfile.ZipFile(data, "w") as file:
+        for name in ("data.pkl", "constants.pkl", "code/__torch__.py"):
+            file.writestr(f"net/{name}", b"")
+    return data.getvalue()
+
+
+POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:{}\nsize 2700000000\n"
+FOREIGN = {
+    "pointer": (POINTER.format("a" * 64).encode(), r"is a Git LFS pointer .* 2,700,000,000 bytes .* `git lfs pull`"),
+    "pointer cut short": (POINTER[:50].encode(), "is a Git LFS pointer to the file; run `git lfs pull`"),
+    "page": (b"<!doctype html><html>Sign in</html>", "is a web page; download the file itself"),
+    "page with a title": (b"\xef\xbb\xbf\n <HTML>\n<Title> 404 </title>" + b"x" * 9000, r"is a web page \('404'\)"),
+    "page after a comment": (b"<!-- \xc3\xa9 --><html></html>", "is a web page"),
+    "error": (b"<?xml version='1.0'?><Error><Code>AccessDenied</Code></Error>", "an XML text, often a server's error message"),
+    "bare error": (b"<Error><Code>AccessDenied</Code></Error>", "an XML text"),
+    "json": (b'{"error": "gated"}', "is a JSON text; give the file of weights"),
+    "json with a brace where safetensors has one": (b'{"abcde":{"a": 1}}', "is a JSON text"),
+    "text": (b"a picture of a cat\n", "is a text that begins 'a picture of a cat'; give the checkpoint"),
+    "toml": (b"[backbone]\nkind = 'dit'\n", r"is a text that begins '\[backbone\]'"),
+    "nothing": (b"", "is empty; download it again"),
+    "zeros": (bytes(9000), "begins with nothing but zeros, as an unfinished download does"),
+    "gzip": (gzip.compress(b"x" * 99), "is a gzip archive; unpack it"),
+    "bzip2": (bz2.compress(b"x" * 99), "is a bzip2 archive; unpack it"),
+    "xz": (lzma.compress(b"x" * 99), "is a xz archive; unpack it"),
+    "tar": (archive("tar"), "is a tar archive; unpack it"),
+    "zip": (archive("zip"), r"is a zip archive of model/net\.pt; unpack it"),
+    "zip cut short": (script()[:-30], "is cut short after .* bytes, as an unfinished download is"),
+    "npz": (b"", r"is an archive of NumPy arrays \(\.npz\); convert it"),
+    "script": (script(), "is a TorchScript program; save its state dict"),
+    "image": (b"\x89PNG\r\n\x1a\n" + bytes(30), "is a PNG image; convert it"),
+    "hdf5": (b"\x89HDF\r\n\x1a\n" + bytes(30), "is an HDF5 file"),
+    "noise": (bytes(range(3, 256)) * 9, "begins with the bytes 03 04 05 06 07 08 09 0a; give"),
+}
+
+
+@pytest.mark.parametrize("kind", FOREIGN)
+@pytest.mark.parametrize("name", ["net.pt", "net.safetensors"])
+def test_what_is_no_checkpoint_is_named(tmp_path, kind: str, name: str) -> None:
+    data, rule = FOREIGN[kind]
+    (tmp_path / name).write_bytes(data)
+    if kind == "npz":
+        with (tmp_path / name).open("wb") as file:
+            np.savez(file, weight=np.zeros(3))
+    with pytest.raises(CheckpointError, match=rule) as caught:
+        read_state_dict(tmp_path / name)
+    assert name in str(caught.value) and "weights_only" not in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("kind", ["pointer", "page", "nothing", "gzip"])
+def test_what_stands_in_a_diffusers_folder_in_place_of_weights_is_named(tmp_path, kind: str) -> None:
+    data, rule = FOREIGN[kind]
+    (tmp_path / "config.json").write_text('{"_class_name": "DiTTransformer2DModel"}')
+    (tmp_path / "diffusion_pytorch_model.safetensors").write_bytes(data)
+    for load in (read_state_dict, load_diffusers):
+        with pytest.raises(CheckpointError, match=rule):
+            load(tmp_path)
+    if kind in ("pointer", "page"):
+        (tmp_path / "config.json").write_bytes(data)
+        for load in (read_state_dict, load_diffusers):
+            with pytest.raises(CheckpointError, match=f"config.json {rule}"):
+                load(tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["zip", "legacy", "safetensors"])
+def test_an_unfinished_download_is_called_so(tmp_path, kind: str) -> None:
+    path = tmp_path / "net"
+    if kind == "safetensors":
+        save_file(STATE, path)
+    else:
+        torch.save(STATE, path, _use_new_zipfile_serialization=kind == "zip")
+    whole = path.read_bytes()
+    for size in (len(whole) // 2, len(whole) - 1):
+        path.write_bytes(whole[:size])
+        with pytest.raises(CheckpointError, match="unfinished download.*; download it again") as caught:
+            read_state_dict(path)
+        assert f"{size:,} bytes" in str(caught.value)
+
+
+def test_a_file_that_may_not_be_read_is_refused(tmp_path, monkeypatch) -> None:
+    torch.save(STATE, tmp_path / "net.pt")
+
+    def denied(self, *args, **kwargs):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("pathlib.Path.open", denied)
+    with pytest.raises(CheckpointError, match=r"can't read .*net\.pt: Permission denied; check its permissions"):
+        read_state_dict(tmp_path / "net.pt")
+
+
+class Holder:
+    """Of no danger, but not plain tensors either."""
+
+
+def test_what_a_refused_pickle_asks_for_is_named_without_advice_to_trust_it(tmp_path) -> None:
+    torch.save({"model": STATE, "trainer": Holder()}, tmp_path / "net.pt")
+    with pytest.raises(CheckpointError, match=r"refused \(it needs \S*test_files\.Holder\); where it was made, save") as caught:
+        read_state_dict(tmp_path / "net.pt")
+    assert "weights_only" not in str(caught.value) and "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("index", ["[]", "{", "{}", '{"weight_map": {"a": "../x"}}', '{"weight_map": {"a": "gone"}}'])

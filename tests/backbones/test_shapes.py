@@ -1,0 +1,270 @@
+"""What shapes do not tell of a network: heads and labels. Known, asked for, or said."""
+
+import argparse
+import re
+
+import pytest
+import torch
+
+from asesearch.backbones import DiT, UViT, inspect_checkpoint, load_backbone
+from asesearch.config import BackboneConfig
+from asesearch.errors import CheckpointError, ConfigError
+from asesearch.sampling import check_sampling
+
+SMALL = {"input_size": 8, "in_channels": 1, "hidden_size": 16, "depth": 1, "num_heads": 2}
+
+
+def load(path, kind: str = "dit", **args):
+    return load_backbone(BackboneConfig(kind=kind, checkpoint=str(path), args=args))
+
+
+def shaped_like(net, path, **beside) -> None:
+    """A file of the network's shapes, one zero an entry."""
+    state = {k: torch.zeros(()).expand(v.shape) for k, v in net.state_dict().items()}
+    torch.save({"model": state, **beside}, path)
+
+
+def on_meta(cls, **args):
+    with torch.device("meta"):
+        return cls(**args)
+
+
+# -- heads -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("width", "heads", "usual"), [(384, 12, 6), (384, 3, 6), (768, 6, 12), (1152, 18, 16)])
+def test_other_heads_than_the_official_of_that_width(tmp_path, width: int, heads: int, usual: int) -> None:
+    torch.manual_seed(0)
+    net = DiT(input_size=4, patch_size=2, in_channels=1, hidden_size=width, depth=1, num_heads=heads, num_classes=5).eval()
+    for p in net.parameters():
+        p.data = p.data + torch.randn_like(p) * 0.1
+    torch.save(net.state_dict(), tmp_path / "net.pt")
+    with pytest.raises(ConfigError, match=r"don't tell the number of attention heads; set args\.num_heads in \[backbone\]"):
+        load(tmp_path / "net.pt", num_classes=5)
+    inputs = torch.randn(2, 1, 4, 4), torch.tensor([10, 700]), torch.tensor([1, 4])
+    with torch.no_grad():
+        wanted = net(*inputs)
+        assert torch.equal(load(tmp_path / "net.pt", num_classes=5, num_heads=heads).eval()(*inputs), wanted)
+        wrong = load(tmp_path / "net.pt", num_classes=5, num_heads=usual).eval()(*inputs)
+    assert (wrong - wanted).abs().max() > 0.01 * wanted.abs().max()  # the control: heads matter
+
+
+OFFICIAL_S = {"depth": 12, "hidden_size": 384, "num_heads": 6}
+OFFICIAL_UVIT = {"img_size": 64, "patch_size": 4, "in_chans": 3, "embed_dim": 512, "depth": 12, "num_heads": 8}
+
+
+@pytest.mark.parametrize(
+    ("kind", "args", "heads"),
+    [
+        ("dit", {**OFFICIAL_S, "patch_size": 4, "input_size": 64}, 6),
+        ("dit", {**OFFICIAL_S, "patch_size": 2, "in_channels": 1, "learn_sigma": False}, 6),
+        ("dit", {**OFFICIAL_S, "depth": 11}, None),
+        ("dit", {**OFFICIAL_S, "patch_size": 1}, None),
+        ("dit", {**OFFICIAL_S, "mlp_ratio": 2.0}, None),
+        ("dit", {**OFFICIAL_S, "hidden_size": 768}, 12),  # that is DiT-B
+        ("dit", {**OFFICIAL_S, "hidden_size": 1152}, None),
+        ("uvit", OFFICIAL_UVIT, 8),
+        ("uvit", {**OFFICIAL_UVIT, "img_size": 32, "num_classes": 11, "in_chans": 4}, 8),
+        ("uvit", {**OFFICIAL_UVIT, "depth": 10}, None),
+        ("uvit", {**OFFICIAL_UVIT, "conv": False}, None),
+        ("uvit", {**OFFICIAL_UVIT, "qkv_bias": True}, None),
+        ("uvit", {**OFFICIAL_UVIT, "skip": False}, None),
+        ("uvit", {**OFFICIAL_UVIT, "mlp_time_embed": True}, None),
+        ("uvit", {**OFFICIAL_UVIT, "embed_dim": 768}, None),
+    ],
+)
+def test_heads_are_known_where_the_whole_shape_is_official(tmp_path, kind: str, args: dict, heads: int | None) -> None:
+    shaped_like(on_meta({"dit": DiT, "uvit": UViT}[kind], **args), tmp_path / "net.pt")
+    info = inspect_checkpoint(tmp_path / "net.pt")
+    assert info.args.get("num_heads") == heads
+    assert sum(f"{heads} attention heads, as" in note for note in info.notes) == (heads is not None)
+
+
+def test_heads_of_an_official_shape_can_be_overridden_and_must_divide_the_width(tmp_path) -> None:
+    net = DiT(input_size=2, in_channels=1, **{**OFFICIAL_S, "num_heads": 12}, num_classes=1000)
+    torch.save(net.state_dict(), tmp_path / "net.pt")
+    assert load(tmp_path / "net.pt").config["num_heads"] == 6
+    assert load(tmp_path / "net.pt", num_heads=12).config["num_heads"] == 12
+    with pytest.raises(ConfigError, match="must be a multiple of num_heads and of 4; got 384 and 5; correct num_heads"):
+        load(tmp_path / "net.pt", num_heads=5)
+    shaped_like(on_meta(UViT, **OFFICIAL_UVIT), tmp_path / "uvit.pt")
+    with pytest.raises(ConfigError, match="must be a multiple of num_heads; got 512 and 7"):
+        load(tmp_path / "uvit.pt", "uvit", num_heads=7)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"args": argparse.Namespace(num_heads=4, num_classes=3)},
+        {"hyper_parameters": {"num_heads": 4, "num_classes": 3}},
+        {"config": {"model": {"num_heads": 4}, "data": {"num_classes": 3}}},
+    ],
+)
+def test_options_of_the_training_tell_heads_and_labels(tmp_path, caplog, options: dict) -> None:
+    net = DiT(**{**SMALL, "num_heads": 4}, num_classes=3)
+    torch.save({"model": net.state_dict(), **options}, tmp_path / "net.pt")
+    again = load(tmp_path / "net.pt")
+    assert again.config == net.config and not caplog.records
+
+
+@pytest.mark.parametrize("told", [{"args": {"num_heads": 3}}, {"a": {"num_heads": 4}, "b": {"num_heads": 8}}])
+def test_options_that_do_not_fit_tell_nothing(tmp_path, told: dict) -> None:
+    torch.save({"model": DiT(**SMALL, num_classes=3).state_dict(), **told}, tmp_path / "net.pt")
+    with pytest.raises(ConfigError, match="number of attention heads"):
+        load(tmp_path / "net.pt")
+
+
+@pytest.mark.parametrize("hidden", range(17, 60))
+def test_any_number_of_hidden_units(tmp_path, hidden: int) -> None:
+    """The official code computes it as int(width * ratio)."""
+    net = DiT(**SMALL, num_classes=3)
+    state = net.state_dict()
+    for name in ("fc1.weight", "fc1.bias"):
+        state[f"blocks.0.mlp.{name}"] = torch.zeros(hidden, *state[f"blocks.0.mlp.{name}"].shape[1:])
+    state["blocks.0.mlp.fc2.weight"] = torch.zeros(16, hidden)
+    torch.save(state, tmp_path / "net.pt")
+    assert load(tmp_path / "net.pt", num_heads=2).blocks[0].mlp.fc1.out_features == hidden
+
+
+# -- labels ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("classes", [1, 2, 10, 999, 1000])
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_labels_are_what_the_study_file_says(tmp_path, caplog, classes: int, dropout: float) -> None:
+    net = DiT(**SMALL, num_classes=classes, class_dropout_prob=dropout)
+    torch.save(net.state_dict(), tmp_path / "net.pt")
+    by_classes = load(tmp_path / "net.pt", num_heads=2, num_classes=classes)
+    by_dropout = load(tmp_path / "net.pt", num_heads=2, class_dropout_prob=dropout)
+    for again in (by_classes, by_dropout):
+        assert (again.num_classes, again.has_null_label) == (classes, dropout > 0)
+        assert again.config == net.config
+    assert not caplog.records
+
+
+@pytest.mark.parametrize(
+    ("rows", "classes", "null", "said"),
+    [(1, 1, False, False), (1001, 1000, True, False), (2, 1, True, True), (11, 10, True, True), (1000, 999, True, True)],
+)
+def test_labels_that_nobody_tells_of_are_the_official_ones_and_it_is_said(
+    tmp_path, caplog, rows: int, classes: int, null: bool, said: bool
+) -> None:
+    net = DiT(**SMALL, num_classes=rows, class_dropout_prob=0.0)
+    torch.save(net.state_dict(), tmp_path / "net.pt")
+    again = load(tmp_path / "net.pt", num_heads=2)
+    assert (again.num_classes, again.has_null_label) == (classes, null)
+    both = f"set args.num_classes = {rows} in [backbone] if no labels were dropped in training, or {classes} to say so"
+    assert [both in r.getMessage() for r in caplog.records] == [True] * said
+    info = inspect_checkpoint(tmp_path / "net.pt")
+    assert info.num_classes == classes and [n for n in info.notes if both in n] == list(info.notes)[-1:] * said
+
+
+@pytest.mark.parametrize(
+    ("options", "classes", "null"),
+    [
+        ({"num_classes": 11}, 11, False),
+        ({"num_classes": 10}, 10, True),
+        ({"class_dropout_prob": 0.0}, 11, False),
+        ({"class_dropout_prob": 0.2}, 10, True),
+        ({"num_classes": 500}, 10, True),  # of another network
+    ],
+)
+def test_labels_by_the_options_of_the_training(tmp_path, options: dict, classes: int, null: bool) -> None:
+    net = DiT(**SMALL, num_classes=11, class_dropout_prob=0.0)
+    torch.save({"ema": net.state_dict(), "args": argparse.Namespace(**options)}, tmp_path / "net.pt")
+    again = load(tmp_path / "net.pt", num_heads=2)
+    assert (again.num_classes, again.has_null_label) == (classes, null)
+
+
+@pytest.mark.parametrize(
+    ("rows", "args", "rule"),
+    [
+        (11, {"num_classes": 9}, r"those of num_classes = 11 \(no null label\) or 10 \(and the null label\); got 9"),
+        (11, {"num_classes": 12}, "got 12"),
+        (1, {"num_classes": 2}, r"num_classes = 1 \(no null label\); got 2"),
+        (1, {"class_dropout_prob": 0.1}, "got 0"),
+        (11, {"num_classes": 11, "class_dropout_prob": 0.1}, "a network without a null label; got class_dropout_prob = 0.1"),
+        (11, {"num_classes": 10, "class_dropout_prob": 0.0}, "a network with a null label; got class_dropout_prob = 0.0"),
+    ],
+)
+def test_labels_that_do_not_fit_are_refused(tmp_path, rows: int, args: dict, rule: str) -> None:
+    torch.save(DiT(**SMALL, num_classes=rows, class_dropout_prob=0.0).state_dict(), tmp_path / "net.pt")
+    with pytest.raises(ConfigError, match=rule):
+        load(tmp_path / "net.pt", num_heads=2, **args)
+
+
+UVIT = {"img_size": 8, "patch_size": 4, "in_chans": 1, "embed_dim": 16, "depth": 2, "num_heads": 2}
+
+
+@pytest.mark.parametrize(
+    ("rows", "args", "classes", "null", "said"),
+    [
+        (11, {}, 10, True, True),
+        (11, {"has_null_label": True}, 10, True, False),
+        (11, {"has_null_label": False}, 11, False, False),
+        (1, {}, 1, False, False),
+        (1001, {}, 1000, True, False),
+        (-1, {}, 0, False, False),
+    ],
+)
+def test_labels_of_a_u_vit(tmp_path, caplog, rows: int, args: dict, classes: int, null: bool, said: bool) -> None:
+    torch.save(UViT(**UVIT, num_classes=rows, has_null_label=False).state_dict(), tmp_path / "net.pt")
+    again = load(tmp_path / "net.pt", "uvit", num_heads=2, **args)
+    assert (again.num_classes, again.has_null_label) == (classes, null)
+    assert ["set args.has_null_label in [backbone] to false" in r.getMessage() for r in caplog.records] == [True] * said
+    y = torch.tensor([0, max(0, classes - 1)]) if classes else None
+    assert again(torch.zeros(2, 1, 8, 8), torch.tensor([1, 2]), y).shape == (2, 1, 8, 8)
+
+
+def test_a_single_label_that_is_the_null_label_is_refused() -> None:
+    with pytest.raises(ConfigError, match="got 1; set has_null_label to false"):
+        UViT(**UVIT, num_classes=1)
+
+
+def test_guidance_without_a_null_label_is_refused_with_the_reason(tmp_path) -> None:
+    from asesearch.diffusion import Diffusion
+
+    torch.save(DiT(**SMALL, num_classes=1, class_dropout_prob=0.0).state_dict(), tmp_path / "net.pt")
+    with pytest.raises(ConfigError, match=r"trained with dropped labels.*; this one has none; got cfg_scale 1\.5; use 1"):
+        check_sampling(load(tmp_path / "net.pt", num_heads=2), "ddim", Diffusion(), 2, 1.5)
+
+
+# -- other networks --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("key", "rule"),
+    [
+        (
+            "t_block.1.weight",
+            "PixArt's weights .* folder of its diffusers version, such as PixArt-alpha/.* kind = 'diffusers'",
+        ),
+        ("csize_embedder.mlp.0.weight", "holds PixArt's weights"),
+        ("joint_blocks.0.x_block.attn.qkv.weight", "holds Stable Diffusion 3's weights"),
+    ],
+)
+@pytest.mark.parametrize("wrap", [lambda s: s, lambda s: {"state_dict": {f"module.{k}": v for k, v in s.items()}}])
+def test_original_weights_of_other_networks_are_named(tmp_path, key: str, rule: str, wrap) -> None:
+    state = DiT(**SMALL, num_classes=3).state_dict() | {key: torch.zeros(1)}
+    torch.save(wrap(state), tmp_path / "net.pth")
+    with pytest.raises(CheckpointError, match=rule):
+        inspect_checkpoint(tmp_path / "net.pth")
+
+
+@pytest.mark.parametrize(
+    ("options", "refused"),
+    [
+        ({"prediction": "velocity", "path_type": "Linear"}, True),  # SiT, whose shapes are DiT's
+        ({"parameterization": "v"}, True),
+        ({"prediction_type": "epsilon"}, False),
+    ],
+)
+def test_a_network_trained_to_predict_something_else_is_refused(tmp_path, options: dict, refused: bool) -> None:
+    state = DiT(**SMALL, num_classes=3).state_dict()
+    torch.save({"ema": state, "args": argparse.Namespace(**options)}, tmp_path / "net.pt")
+    if not refused:
+        assert load(tmp_path / "net.pt", num_heads=2).depth == 1
+        return
+    name, value = next(iter(options.items()))
+    with pytest.raises(CheckpointError, match=re.escape(f"trained with {name} = {value!r}") + ".* predict noise"):
+        load(tmp_path / "net.pt", num_heads=2)
