@@ -479,11 +479,11 @@ def _check_classes(backbone: Backbone, data: DataSource) -> None:
     wanted, got = backbone.num_classes, data.num_classes
     if wanted == 1:
         return  # see `own_labels`
+    hint = ""
     if got == wanted + 1 and backbone.has_null_label:
-        raise DataError(
-            f"the network has {wanted} classes, 0…{wanted - 1}, and a null label; got labels up to {got - 1} from {data.name}; "
-            f"if it was trained on {got} classes without label dropout, so that there is no null label, set args.num_classes = "
-            f"{got} in [backbone] (U-ViT: args.has_null_label = false); else correct the labels"
+        hint = (
+            f"; or, if the network was trained on {got} classes without label dropout, set args.num_classes = {got} in "
+            "[backbone] (for a U-ViT args.has_null_label = false)"
         )
     if got == 0:
         raise DataError(f"the network has {wanted} classes; got images without labels from {data.name}; use class folders")
@@ -491,12 +491,12 @@ def _check_classes(backbone: Backbone, data: DataSource) -> None:
         raise DataError(
             f"the network has {wanted} classes; got {got} class folders from {data.name}, and nothing says which classes they "
             'are; name them in a classes.json beside the class folders, such as {"cat": 281, "dog": 207}, or under classes in '
-            "the data section (latents: encode them again with that)"
+            f"the data section (latents: encode them again with that){hint}"
         )
     if got > wanted:
         raise DataError(
             f"the network has {wanted} classes, 0…{wanted - 1}; got labels up to {got - 1} from {data.name}; correct the "
-            "labels, or the class indices of its folders"
+            f"labels, or the class indices of its folders{hint}"
         )
 
 

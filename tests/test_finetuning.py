@@ -303,6 +303,43 @@ def test_as_many_class_folders_as_classes_are_taken_in_order_and_no_labels_never
         check_fit(tiny_dit, ImageFolder(flat, 8, 1), Diffusion(), full)
 
 
+def test_one_label_more_than_classes_may_mean_that_there_is_no_null_label(tiny_dit, tmp_path):
+    full = ExitSchedule.full(4)
+    hint = r"; or, if the network was trained on 4 classes without label dropout, set args\.num_classes = 4"
+    data = ImageFolder(class_folders(tmp_path / "pets", "abcd"), 8, 1)
+    with pytest.raises(DataError, match=hint):
+        check_fit(tiny_dit, data, Diffusion(), full)
+    with pytest.raises(DataError) as caught:
+        check_fit(tiny_dit, ImageFolder(class_folders(tmp_path / "more", "abcde"), 8, 1), Diffusion(), full)
+    assert "label dropout" not in str(caught.value)
+    check_fit(DiT(**{**tiny_dit.config, "num_classes": 4, "class_dropout_prob": 0.0}), data, Diffusion(), full)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+@pytest.mark.parametrize("names", ["", "a", "abc"])
+def test_a_network_of_one_class_takes_every_image_as_of_that_class(tiny_dit, tmp_path, dropout, names):
+    """The official DiT is trained unconditionally so; no label is dropped where there is no null label."""
+    net = DiT(**{**tiny_dit.config, "num_classes": 1, "class_dropout_prob": dropout})
+    root = class_folders(tmp_path / "pets", names or "a")
+    data = ImageFolder(root if names else root / "a", 8, 1)
+    check_fit(net, data, Diffusion(), ExitSchedule.full(4))
+    config = TrainConfig(batch_size=64, class_dropout_prob=0.5)
+    y = draw_batch(data, net, config, Diffusion(), 0, (0, 1)).y
+    assert y.dtype == torch.int64 and y.shape == (64,)
+    dropped = int((y == 1).sum())
+    assert set(y.tolist()) <= {0, 1} and (10 < dropped < 54 if dropout else dropped == 0)
+    done = finetune(net, data, Diffusion(), SCHEDULE, TrainConfig(num_steps=1, batch_size=2))
+    assert len(done.losses) == 1
+
+
+def test_no_label_is_dropped_without_a_null_label(tiny_dit, tmp_path):
+    data = ImageFolder(class_folders(tmp_path, "abc"), 8, 1)
+    net = DiT(**{**tiny_dit.config, "class_dropout_prob": 0.0})
+    config = TrainConfig(batch_size=30, class_dropout_prob=1.0)
+    assert sorted(draw_batch(data, net, config, Diffusion(), 0, (0, 1)).y.tolist()) == sorted([0, 1, 2] * 10)
+    assert set(draw_batch(data, tiny_dit, config, Diffusion(), 0, (0, 1)).y.tolist()) == {3}
+
+
 def test_an_unconditional_network_needs_no_mapping(tmp_path):
     shape = {"img_size": 8, "patch_size": 4, "in_chans": 1, "embed_dim": 16, "depth": 4, "num_heads": 2, "num_classes": -1}
     net = UViT(**shape)
