@@ -386,8 +386,8 @@ def check_sampling(
         raise ConfigError(f"cfg_scale must be a finite number of at least 0; got {cfg_scale}; 1 means no guidance")
     if cfg_scale != 1.0 and not backbone.has_null_label:
         raise ConfigError(
-            "guidance needs a network that was trained with dropped labels or prompts, so that it has a null one; this one has "
-            f"none; got cfg_scale {cfg_scale}; use 1"
+            "guidance needs a network with a null label or null condition, as training with dropped labels or prompts makes; "
+            f"this one has none; got cfg_scale {cfg_scale}; use 1"
         )
     return solver, diffusion.timesteps(num_steps, solver.quadratic)
 

@@ -134,3 +134,34 @@ def test_it_explains_itself():
     out, _ = call("--help")
     assert all(word in out for word in ("--weights", "--out", "--dry-run", "trained or", "full network"))
     call(code=2)
+
+
+@pytest.mark.parametrize("classes", [1, 10])
+def test_official_weights_without_label_dropout(tmp_path, monkeypatch, classes):
+    """A network of one class is measured on images of any; ten labels are ten classes if the study file says so."""
+    monkeypatch.chdir(tmp_path)
+    net = DiT(**{**SHAPE, "num_classes": classes}, class_dropout_prob=0.0)
+    torch.save(net.state_dict(), "net.pt")
+    (tmp_path / "one.toml").write_text(STUDY.format(backbone='checkpoint = "net.pt"\nargs = { num_heads = 2 }', bins=2))
+    told = f'checkpoint = "net.pt"\nargs = {{ num_heads = 2, num_classes = {classes} }}'
+    (tmp_path / "told.toml").write_text(STUDY.format(backbone=told, bins=2))
+    out, _ = call("told.toml", "--out", "told")
+    assert json.loads(out)["num_bins"] == 2 and DifficultyMap.from_dict(json.loads((tmp_path / "told/map.json").read_text()))
+    if classes == 1:
+        call("one.toml", "--out", "one")
+        assert (tmp_path / "one/map.json").read_text() == (tmp_path / "told/map.json").read_text()
+    else:
+        with pytest.raises(DataError, match=r"has 9 classes.* without label dropout, set args\.num_classes = 10"):
+            call("one.toml", "--out", "one")
+
+
+def test_weights_that_are_not_finite_are_refused_before_anything_is_measured(place):
+    net = DiT(**SHAPE)
+    net.final_layer.linear.bias.data[:] = torch.nan
+    torch.save(net.state_dict(), "broken.pt")
+    text = STUDY.format(backbone='checkpoint = "broken.pt"\nargs = { num_heads = 2, num_classes = 10 }', bins=2)
+    (place / "broken.toml").write_text(text)
+    for args in (["broken.toml"], ["broken.toml", "--dry-run"], ["scratch.toml", "--weights", "broken.pt"]):
+        with pytest.raises(CheckpointError, match=r"392 of 392 in final_layer\.linear\.bias"):
+            call(*args, "--out", "out")
+    assert not (place / "out").exists()

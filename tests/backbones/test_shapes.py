@@ -225,7 +225,9 @@ def test_guidance_without_a_null_label_is_refused_with_the_reason(tmp_path) -> N
     from asesearch.diffusion import Diffusion
 
     torch.save(DiT(**SMALL, num_classes=1, class_dropout_prob=0.0).state_dict(), tmp_path / "net.pt")
-    with pytest.raises(ConfigError, match=r"trained with dropped labels.*; this one has none; got cfg_scale 1\.5; use 1"):
+    with pytest.raises(
+        ConfigError, match=r"with a null label .* dropped labels .*; this one has none; got cfg_scale 1\.5; use 1"
+    ):
         check_sampling(load(tmp_path / "net.pt", num_heads=2), "ddim", Diffusion(), 2, 1.5)
 
 
