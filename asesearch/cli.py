@@ -265,7 +265,7 @@ def search(
     Several processes may share one study: give all the same file and a --storage that all can reach.
     """
     from asesearch.report import write_report
-    from asesearch.search import Study, Workbench, confirm
+    from asesearch.search import Study, Workbench, confirm, preflight
     from asesearch.search.plan import make_plan
     from asesearch.search.storage import parse_url
 
@@ -278,10 +278,21 @@ def search(
         parse_url(config.search.storage)
     run_dir = out or Path("runs") / config.name
     bench = Workbench(config, None if dry_run else run_dir)
+    found = preflight(bench, run_dir)
     if dry_run:
-        _print({"study": config.shareable(), "protocol": vars(bench.protocol), "plan": make_plan(bench).to_dict()})
+        protocols = {name: {**vars(p), "metric_name": p.metric_name} for name, p in bench.protocols.items()}
+        _print(
+            {
+                "study": config.shareable(),
+                "protocol": vars(bench.protocol),
+                "protocols": protocols,
+                "preflight": found.to_dict(),
+                "plan": make_plan(bench).to_dict(),
+            }
+        )
         return
     opened = Study(config, run_dir)
+    _say(make_plan(bench).line())
     total, done = None if config.search.budget else config.search.num_trials, len(opened.records())
     if done:
         _say(f"{run_dir}: {done} of {total or 'unlimited'} schedules on record; continuing")

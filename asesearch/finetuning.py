@@ -26,7 +26,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, send_to_device
+from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedDataParallelKwargs, KwargsHandler, send_to_device
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -175,6 +176,22 @@ def lr_factor(step: int, config: TrainConfig) -> float:
     return 0.5 * (1 + math.cos(math.pi * (step - config.warmup_steps) / max(1, config.num_steps - config.warmup_steps)))
 
 
+def make_accelerator(mixed_precision: str, *handlers: KwargsHandler) -> Accelerator:
+    """An accelerator of this precision, whatever the precision of those that this process made before.
+
+    accelerate keeps one precision per process and refuses another; the warm-up and a trial's
+    fine-tuning may each have their own. Accelerators of another precision are not to be used on.
+    """
+    now = AcceleratorState._shared_state
+    if now and now.get("_mixed_precision") != mixed_precision:
+        AcceleratorState._reset_state()  # the process group, kept elsewhere, stays
+    return Accelerator(
+        mixed_precision=mixed_precision,
+        cpu=not torch.cuda.is_available(),
+        kwargs_handlers=list(handlers),
+    )
+
+
 class Trainer:
     """State of one run. Use `finetune` unless you need the steps one by one.
 
@@ -210,9 +227,7 @@ class Trainer:
         if config.mixed_precision != "no" and accelerator is None and not torch.cuda.is_available():
             raise ConfigError(f"mixed_precision = {config.mixed_precision!r} needs a GPU; use 'no' on a CPU")
         unused = DistributedDataParallelKwargs(find_unused_parameters=not schedule.is_full)
-        self.accelerator = accelerator or Accelerator(
-            mixed_precision=config.mixed_precision, cpu=not torch.cuda.is_available(), kwargs_handlers=[unused]
-        )
+        self.accelerator = accelerator or make_accelerator(config.mixed_precision, unused)
         device, self.part = self.accelerator.device, (self.accelerator.process_index, self.accelerator.num_processes)
         if config.batch_size % self.part[1]:
             raise ConfigError(f"batch_size must be a multiple of the {self.part[1]} processes; got {config.batch_size}")

@@ -28,6 +28,7 @@ from asesearch.finetuning import (
     draw_batch,
     finetune,
     lr_factor,
+    make_accelerator,
     seeded_generator,
 )
 from asesearch.schedule import ElasticDepths, ExitSchedule
@@ -496,3 +497,23 @@ def test_the_loss_scale_is_resumed(tiny_dit, tiny_images, half_precision, tmp_pa
     resumed = in_halves(tiny_dit, tiny_images, half_precision(2.0**24), tmp_path)
     assert resumed.resumed_at == 5 and resumed.accelerator.scaler.get_scale() < 2.0**24
     assert same(weights(straight.backbone), weights(resumed.run().backbone)) and straight.losses == resumed.losses
+
+
+# -- precisions of one process -------------------------------------------------------------------
+
+
+def test_a_warm_up_and_a_fine_tuning_may_differ_in_precision(tiny_dit, tiny_images):
+    """One process, float32 and bfloat16 in turn: each is what it says, and float32 gives the same as before."""
+
+    def losses(precision):
+        accelerator = make_accelerator(precision)
+        assert accelerator.mixed_precision == precision
+        trainer = Trainer(tiny_dit, tiny_images, Diffusion(), SCHEDULE, CONFIG, accelerator=accelerator)
+        return trainer.run().losses
+
+    try:
+        first, half, again = losses("no"), losses("bf16"), losses("no")
+    finally:
+        AcceleratorState._reset_state()
+    assert again == first
+    assert half != first and half == pytest.approx(first, rel=0.05)

@@ -9,6 +9,7 @@ from asesearch.config import StudyConfig
 from asesearch.search.confirmation import confirm
 from asesearch.search.difficulty import DifficultyMap, measure_map
 from asesearch.search.picking import pick, pick_nearest
+from asesearch.search.preflight import preflight
 from asesearch.search.records import Confirmation, StudyResults, TrialRecord
 from asesearch.search.study import Study
 from asesearch.search.workbench import Workbench
@@ -24,6 +25,7 @@ __all__ = [
     "measure_map",
     "pick",
     "pick_nearest",
+    "preflight",
     "search",
 ]
 
@@ -38,9 +40,10 @@ def search(
     confirm the front.
 
     Raises:
-        AseSearchError: see `Workbench`, `Study` and `Study.run`.
+        AseSearchError: see `Workbench`, `preflight`, `Study` and `Study.run`.
     """
     bench = Workbench(config, run_dir)
+    preflight(bench, run_dir)
     study = Study(config, run_dir)
     study.run(bench, on_trial)
     confirm(study, bench, on_confirmation)

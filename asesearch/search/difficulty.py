@@ -184,7 +184,7 @@ def measure_map(
         EvaluationError: the network gives numbers that are not finite.
     """
     reference = backbone if reference is None else reference
-    _check(backbone, reference, data, diffusion, config, batch_size)
+    check_map(backbone, reference, data, diffusion, config, batch_size)
     end, bins = diffusion.num_train_timesteps, config.num_bins
     edges = tuple(i * end // bins for i in range(bins + 1))
     tables: list[list[tuple[float, ...]]] = [[] for _ in TABLES]
@@ -211,7 +211,7 @@ def map_seconds(
     backbone: Backbone, data: DataSource, diffusion: Process, config: MapConfig, reference: Backbone | None = None
 ) -> float:
     """Estimate of what `measure_map` takes, from a few images of the network's own; arguments and errors are the same."""
-    _check(backbone, backbone if reference is None else reference, data, diffusion, config, 1)
+    check_map(backbone, backbone if reference is None else reference, data, diffusion, config, 1)
     on_gpu = next(backbone.parameters(), torch.empty(0)).is_cuda
     few = min(config.num_images, 128 if on_gpu else 8)  # a GPU takes a batch in the time of an image
     ended: list[float] = []
@@ -220,7 +220,7 @@ def map_seconds(
     return (ended[1] - ended[0]) * config.num_bins * config.num_images / few  # the first bin warms up
 
 
-def _check(
+def check_map(
     backbone: Backbone, reference: Backbone, data: DataSource, diffusion: Process, config: MapConfig, batch_size: int
 ) -> None:
     """Refuse what can't be measured, before anything expensive. Raises as `measure_map` says."""

@@ -64,6 +64,31 @@ class Plan:
         """Plain data, seconds rounded to milliseconds."""
         return {k: round(v, 3) if isinstance(v, float) else v for k, v in vars(self).items()}
 
+    def line(self) -> str:
+        """The whole study in one line, for one worker; what is on record is counted as if it were to be done."""
+        trials = f"{self.num_trials} {'trial' if self.num_trials == 1 else 'trials'}"
+        warm_up_s = self.elastic_s + self.map_s
+        parts = f"warm-up {_in_words(warm_up_s)}, " if warm_up_s else ""
+        parts += f"full network {_in_words(self.full_s)}, {trials} {_in_words(self.search_s)}"
+        parts += f", confirmation {_in_words(self.confirm_s)}"
+        if self.budget_s is None:
+            return (
+                f"about {_in_words(self.expected_s)}, at most {_in_words(self.total_s)}: {parts} (every schedule counted at "
+                "the full network's cost)"
+            )
+        if self.num_trials == 0:
+            budget = _in_words(self.budget_s)
+            return f"the budget of {budget} leaves no room for trials beside the full network: {parts} (expected)"
+        return f"about {_in_words(self.budget_s)}, the budget: {parts} (expected, if all are fine-tuned)"
+
+
+def _in_words(seconds: float) -> str:
+    """A time in the unit that suits it, two digits."""
+    units = ((90.0, "s", 1), (90 * 60.0, "min", 60), (48 * 3600.0, "h", 3600), (float("inf"), "days", 86400))
+    unit, size = next((unit, size) for limit, unit, size in units if seconds < limit)
+    value = seconds / size
+    return f"{value:.1f} {unit}" if value < 9.95 else f"{value:.0f} {unit}"
+
 
 def _decode_s(bench: Workbench) -> float:
     """Seconds to decode one latent, in a batch of the study's after one to warm up."""

@@ -1,0 +1,145 @@
+"""Before anything is trained: what can be known now is not refused later.
+
+Nothing is checked here by a rule of its own. The real objects are made and used once: `Workbench` has
+sent an image through every sampler, the decoder and the extractor and built every protocol; here the
+training data are read through, the space, the warm starts and the map are made ready, and each kind of
+training takes one step.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from asesearch.config import TrainConfig
+from asesearch.data import check_readable, open_data
+from asesearch.errors import AseSearchError, ConfigError, EvaluationError
+from asesearch.files import check_writable
+from asesearch.finetuning import Depths, Trainer, draw_batch
+from asesearch.search.difficulty import check_map
+from asesearch.search.study import warm_starts
+from asesearch.search.warmup import elastic_depths, needs_map
+from asesearch.search.workbench import Workbench
+
+TRIED_IMAGES = 2  # of the training step on a CPU; a GPU, whose memory may not suffice, takes a whole batch
+
+
+@dataclass(frozen=True)
+class Preflight:
+    """What was found to work.
+
+    Attributes:
+        checked: each in a few words.
+        seconds: that it took, without the making of the workbench.
+    """
+
+    checked: tuple[str, ...]
+    seconds: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for JSON."""
+        return {"checked": list(self.checked), "seconds": round(self.seconds, 3)}
+
+
+def preflight(bench: Workbench, run_dir: Path | None = None) -> Preflight:
+    """Make sure that a search can run to its end, as far as that can be known; nothing is left behind.
+
+    Args:
+        bench: of the study.
+        run_dir: the study directory; None where it is not to be written.
+
+    Raises:
+        AseSearchError: what would have been refused later, with the section of the study file.
+    """
+    begun = time.perf_counter()
+    samplers = ", ".join(bench.samplers)
+    checked = [f"one image through {samplers}, and {bench.extractor.name}"]
+    if bench.decoder is not None:
+        checked.append("its latent through the decoder")
+    for name, protocol in bench.protocols.items():
+        images = f"{len(protocol.seeds)} x {protocol.num_samples} images"
+        checked.append(f"{name} protocol: {protocol.metric_name}, {images}")
+    if run_dir is not None:
+        check_writable(run_dir, "latency.json")
+        checked.append(f"{run_dir} can be written")
+    check_readable(bench.data)
+    checked.append(f"training data: {len(bench.data)} of {bench.data.name}")
+    with _section("search"):
+        checked.append(f"warm starts: {', '.join(warm_starts(bench.config, bench))}")
+    if needs_map(bench):
+        checked.append(_try_map(bench))
+    checked += _try_training(bench)
+    return Preflight(tuple(checked), time.perf_counter() - begun)
+
+
+def _try_map(bench: Workbench) -> str:
+    """Open the map's images and check them against the network."""
+    config = bench.config.map
+    with _section("map"):
+        data = bench.data if config.data is None else open_data(config.data)
+        check_map(bench.backbone, bench.backbone, data, bench.diffusion, config, bench.batch_size)
+        if config.data is not None:
+            check_readable(data)
+    return f"map: {config.num_bins} bins of {config.num_images} images of {data.name}"
+
+
+def _try_training(bench: Workbench) -> list[str]:
+    """One step of each kind of training."""
+    kinds: list[tuple[str, Depths, TrainConfig]] = [("train", bench.full, bench.config.train)]
+    if bench.config.elastic is not None:
+        with _section("elastic"):
+            kinds.insert(0, ("elastic", elastic_depths(bench), bench.config.elastic))
+    done = []
+    for section, depths, config in kinds:
+        if config.num_steps == 0:
+            continue
+        with _section(section):
+            images = try_step(bench, depths, config)
+        done.append(f"one step of [{section}] with {images} images, mixed_precision {config.mixed_precision!r}")
+    return done
+
+
+def try_step(bench: Workbench, depths: Depths, config: TrainConfig) -> int:
+    """One training step from the pretrained weights, thrown away; the number of its images.
+
+    Raises:
+        ConfigError: settings that can't be trained with on this machine.
+        EvaluationError: a loss that is not finite.
+    """
+    trainer = Trainer(bench.backbone, bench.data, bench.diffusion, depths, config)
+    world = trainer.part[1]
+    images = config.batch_size
+    if bench.device.type == "cpu":
+        images = min(images, TRIED_IMAGES * world)
+    trainer.config = config.model_copy(update={"batch_size": images})
+    try:
+        batch = draw_batch(bench.data, trainer.backbone, trainer.config, bench.diffusion, 0, trainer.part)
+        loss = trainer.train_step(batch)[0].item()
+    except torch.cuda.OutOfMemoryError as error:
+        raise ConfigError(f"a step of {images} images does not fit the GPU's memory; lower batch_size") from error
+    except RuntimeError as error:
+        if not config.compile or isinstance(error, AseSearchError):
+            raise
+        reason = str(error).strip().splitlines()[0]
+        raise ConfigError(f"the blocks can't be compiled here ({reason}); set compile = false") from error
+    if not abs(loss) < float("inf"):
+        raise EvaluationError(
+            f"the pretrained network's first loss must be finite; got {loss}; check that the checkpoint "
+            "fits [backbone] and [diffusion], or set mixed_precision = 'no'"
+        )
+    return images
+
+
+@contextmanager
+def _section(name: str) -> Iterator[None]:
+    """Errors inside say which section of the study file they are about."""
+    try:
+        yield
+    except AseSearchError as error:
+        raise type(error)(f"[{name}] {error}") from error

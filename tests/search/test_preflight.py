@@ -1,0 +1,317 @@
+"""What can be known before the first training step is refused before it, by `search` and `--dry-run` alike."""
+
+import json
+import logging
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from asesearch.backbones import DiT
+from asesearch.backbones.checkpoints import save_backbone
+from asesearch.config import parse_study
+from asesearch.errors import AseSearchError, ConfigError, DataError, EvaluationError, ScheduleError, WriteError
+from asesearch.finetuning import Trainer
+from asesearch.search import Study, Workbench, preflight, search, workbench
+from asesearch.search.plan import Plan, make_plan
+from tests.test_cli import call
+
+SHAPE = {"input_size": 28, "patch_size": 14, "in_channels": 1, "hidden_size": 16, "depth": 3, "num_heads": 2, "num_classes": 10}
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    """A network of three blocks whose parameters are all random."""
+    torch.manual_seed(0)
+    net = DiT(**SHAPE)
+    for p in net.parameters():
+        p.data = torch.randn_like(p) * 0.05
+    path = tmp_path_factory.mktemp("weights") / "net.safetensors"
+    save_backbone(net, path, {})
+    return path
+
+
+@pytest.fixture
+def study(weights, monkeypatch, tmp_path):
+    """A study with all there is, some of its sections changed."""
+    monkeypatch.setattr(workbench, "LATENCY_REPEATS", 1)
+    monkeypatch.setenv("ASESEARCH_CACHE", str(tmp_path / "cache"))
+
+    def make(**changes):
+        sections = {
+            "name": "tiny",
+            "backbone": {"checkpoint": str(weights)},
+            "data": {"kind": "fashion-mnist", "split": "test"},
+            "elastic": {"num_steps": 3, "batch_size": 8, "distill_frac": 1.0},
+            "map": {"num_bins": 4, "num_images": 4},
+            "train": {"num_steps": 2, "batch_size": 8},
+            "sampling": {"num_steps": 4, "batch_size": 40},
+            "evaluation": {
+                "extractor": "fashion-cnn", "num_samples": 70, "repeats": 2,
+                "reference": {"kind": "fashion-mnist", "split": "train"},
+            },
+            "search": {
+                "proposer": "difficulty", "num_trials": 4, "num_intervals": 4, "warm_start": ["full", "3 2 2 1"],
+                "samplers": ["ddim-2"], "cost": "flops",
+            },
+            "promotion": {"num_samples": 12, "always": 1, "explore": 0},
+            "confirm": {"max_points": 2, "num_samples": 80, "repeats": 2, "time_images": 4, "time_repeats": 2},
+        }  # fmt: skip
+        for section, values in changes.items():
+            sections[section] = {**sections[section], **values} if isinstance(values, dict) else values
+        return parse_study(sections, "test")
+
+    return make
+
+
+@pytest.fixture
+def unpaid(monkeypatch):
+    """No training may begin."""
+
+    def run(self, *args):
+        raise AssertionError("a training has begun")
+
+    monkeypatch.setattr(Trainer, "run", run)
+
+
+def folder_of(images, place, side=28):
+    for i in range(images):
+        place.mkdir(parents=True, exist_ok=True)
+        Image.new("L", (side, side), i).save(place / f"{i}.png")
+    return str(place)
+
+
+# -- what is refused -----------------------------------------------------------------------------
+
+WRONG = [
+    ({"evaluation": {"num_samples": 64}}, EvaluationError, "evaluation.num_samples must exceed the 64 features"),
+    ({"confirm": {"num_samples": 64}}, EvaluationError, "confirm.num_samples must exceed.*got 64; set at least 65"),
+    ({"promotion": {"metric": "frechet"}}, EvaluationError, "promotion.num_samples must .*promotion.metric = 'auto'"),
+    ({"evaluation": {"seed": 999_999_900}}, EvaluationError, r"confirmation has image seeds of its own.*search|low-fid"),
+    ({"elastic": {"mixed_precision": "bf16"}}, ConfigError, r"\[elastic\] mixed_precision = 'bf16' needs a GPU"),
+    ({"train": {"mixed_precision": "fp16"}}, ConfigError, r"\[train\] mixed_precision = 'fp16' needs a GPU"),
+    ({"search": {"warm_start": ["3 2 1"]}}, ScheduleError, r"\[search\] warm start '3 2 1' does not fit"),
+    ({"search": {"warm_start": ["D9"]}}, ScheduleError, r"\[search\] .*published names"),
+    ({"search": {"samplers": ["euler-maruyama-5"]}}, ConfigError, "VPSDE process"),
+    ({"search": {"min_exit_depth": 4}}, ScheduleError, "min_exit_depth"),
+    ({"map": {"num_bins": 1001}}, ConfigError, r"\[map\] num_bins must be at most the number of timesteps, 1000; got 1001"),
+    ({"map": {"data": {"kind": "image-folder", "path": "gone", "image_size": 28}}}, DataError, r"\[map\] .*gone"),
+]
+
+
+@pytest.mark.parametrize(("changes", "error", "text"), WRONG, ids=lambda v: str(v)[:50] if isinstance(v, dict) else "")
+def test_it_is_refused_before_anything_is_trained_or_written(study, unpaid, tmp_path, changes, error, text):
+    with pytest.raises(error, match=text):
+        search(study(**changes), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_same_study_begins_to_train(study, unpaid, tmp_path):
+    """The control of all the above."""
+    with pytest.raises(AssertionError, match="a training has begun"):
+        search(study(), tmp_path / "run")
+
+
+def test_finite_weights_may_give_images_that_are_not(study, unpaid, tmp_path):
+    torch.manual_seed(0)
+    net = DiT(**SHAPE)
+    for p in net.parameters():
+        p.data = torch.randn_like(p) * 1e20
+    save_backbone(net, tmp_path / "huge.safetensors", {})
+    changes = {"backbone": {"checkpoint": str(tmp_path / "huge.safetensors")}}
+    with pytest.raises(EvaluationError, match="pretrained network gives images that are not finite under ddim-4"):
+        search(study(**changes), tmp_path / "run")
+
+
+def test_few_reference_images_are_counted_before_their_features_are_made(study, unpaid, tmp_path, monkeypatch):
+    few = folder_of(5, tmp_path / "few")
+    reference = {"kind": "image-folder", "path": few, "image_size": 28, "channels": 1}
+    monkeypatch.setattr(workbench, "reference_statistics", lambda *_: pytest.fail("features are made"))
+    with pytest.raises(EvaluationError, match="more images than the 64 features of fashion-cnn.*got 5 in.*'kid'"):
+        search(study(evaluation={"reference": reference}), tmp_path / "run")
+
+
+def test_damaged_training_images_are_found_first(study, unpaid, tmp_path):
+    for label in range(10):
+        images = Path(folder_of(2, tmp_path / "images" / f"class-{label}"))
+    (images / "1.png").write_bytes((images / "1.png").read_bytes()[:40])
+    data = {"kind": "image-folder", "path": str(tmp_path / "images"), "image_size": 28, "channels": 1, "split": "train"}
+    with pytest.raises(DataError, match=r"class-9/1\.png"):
+        search(study(data=data), tmp_path / "run")
+
+
+def test_a_study_directory_that_can_not_be_written(study, unpaid, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(WriteError, match="file/run"):
+        search(study(), tmp_path / "file" / "run")
+
+
+# -- a dry run -----------------------------------------------------------------------------------
+
+
+def dry_run(config, tmp_path):
+    path = tmp_path / "study.json"
+    path.write_text(json.dumps(config.model_dump(mode="json", exclude_none=True)))
+    path = tmp_path / "study.toml"
+    path.write_text(to_toml(config.model_dump(mode="json", exclude_none=True)))
+    return call("search", path, "--out", tmp_path / "run", "--report", tmp_path / "report", "--dry-run")
+
+
+def to_toml(data):
+    """Enough of TOML for a study: top-level values, and a section's values inline."""
+    lines = [f"{k} = {json.dumps(v)}" for k, v in data.items() if not isinstance(v, dict)]
+    for name, section in data.items():
+        if isinstance(section, dict):
+            lines += [f"[{name}]", *(f"{k} = {inline(v)}" for k, v in section.items())]
+    return "\n".join(lines)
+
+
+def inline(value):
+    if isinstance(value, dict):
+        return "{ " + ", ".join(f"{k} = {inline(v)}" for k, v in value.items()) + " }"
+    return json.dumps(value)
+
+
+def test_a_dry_run_says_what_it_has_checked_and_writes_nothing(study, unpaid, tmp_path):
+    found = json.loads(dry_run(study(), tmp_path)[0])
+    checked = "\n".join(found["preflight"]["checked"])
+    for words in (
+        "one image through ddim-4, ddim-2, and fashion-cnn",
+        "low-fidelity protocol: Fréchet distance in 3 principal components (fashion-cnn), 2 x 12 images",
+        "search protocol: Fréchet distance (fashion-cnn), 2 x 70 images",
+        "confirmation protocol: Fréchet distance (fashion-cnn), 2 x 80 images",
+        "10000 of fashion-mnist/test",
+        "warm starts: full, 3 2 2 1, full ddim-2",
+        "map: 4 bins of 4 images",
+        "one step of [elastic] with 2 images, mixed_precision 'no'",
+        "one step of [train] with 2 images",
+    ):
+        assert words in checked
+    assert 0 < found["preflight"]["seconds"] < 60
+    assert found["protocols"]["low-fidelity"]["metric"] == "frechet-pca-3"
+    assert not (tmp_path / "run").exists() and not (tmp_path / "report").exists()
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"backbone": {"checkpoint": "MISSING"}},
+        {"data": {"kind": "image-folder", "path": "MISSING", "image_size": 28, "channels": 1}},
+        {"data": {"kind": "latents", "path": "MISSING", "vae": "v"}, "evaluation": {"reference": "folder"}},
+        {"evaluation": {"reference": {"kind": "image-folder", "path": "MISSING", "image_size": 28, "channels": 1}}},
+        {"evaluation": {"extractor_weights": "MISSING"}},
+        {"map": {"data": {"kind": "image-folder", "path": "MISSING", "image_size": 28, "channels": 1}}},
+    ],
+    ids=["checkpoint", "data", "latents", "reference", "extractor", "map data"],
+)
+def test_a_dry_run_names_what_is_missing(study, unpaid, tmp_path, changes):
+    text = json.dumps(changes).replace("MISSING", str(tmp_path / "is-not-here"))
+    changes = json.loads(text)
+    if changes.get("evaluation", {}).get("reference") == "folder":
+        changes["evaluation"]["reference"] = {"kind": "image-folder", "path": str(tmp_path), "image_size": 28}
+    with pytest.raises(AseSearchError, match="is-not-here"):
+        dry_run(study(**changes), tmp_path)
+
+
+# -- how long it will take -----------------------------------------------------------------------
+
+
+def plan(**changes):
+    parts = {
+        "train_step_s": 1.0, "image_s": 1.0, "decode_s": 0.0, "calls_an_image": 4, "elastic_s": 300.0, "map_s": 60.0,
+        "full_s": 7200.0, "cheap_s": 1.0, "trial_s": 20.0, "num_trials": 9, "search_s": 180.0, "confirm_s": 45.0,
+        "total_s": 7785.0, "expected_s": 7000.0, "budget_s": None,
+    }  # fmt: skip
+    return Plan(**{**parts, **changes})
+
+
+def test_the_plan_in_one_line():
+    assert plan().line() == (
+        "about 1.9 h, at most 2.2 h: warm-up 6.0 min, full network 2.0 h, 9 trials 3.0 min, confirmation 45 s "
+        "(every schedule counted at the full network's cost)"
+    )
+    days = plan(elastic_s=0.0, map_s=0.0, num_trials=1, total_s=4 * 86400.0).line()
+    assert "at most 4.0 days: full network" in days and ", 1 trial 3.0 min," in days
+    assert plan(budget_s=8 * 60.0).line().startswith("about 8.0 min, the budget: warm-up 6.0 min,")
+    assert plan(budget_s=60.0, num_trials=0, search_s=0.0).line().startswith("the budget of 60 s leaves no room for trials")
+
+
+def test_search_says_how_long_it_will_take_before_anything_is_trained(study, unpaid, tmp_path):
+    from typer.testing import CliRunner
+
+    from asesearch.cli import app
+
+    path = tmp_path / "study.toml"
+    path.write_text(to_toml(study().model_dump(mode="json", exclude_none=True)))
+    result = CliRunner().invoke(app, ["search", str(path), "--out", str(tmp_path / "run"), "--report", str(tmp_path / "r")])
+    assert isinstance(result.exception, AssertionError)  # a training has begun, and before it:
+    (line,) = [line for line in result.stderr.splitlines() if line.startswith("about ")]
+    assert "at most" in line and "3 trials" in line and "warm-up" in line and "confirmation" in line
+
+
+def test_trying_changes_nothing_that_a_search_sees(study, tmp_path, monkeypatch):
+    bench = Workbench(study())
+    before = {n: p.clone() for n, p in bench.backbone.named_parameters()}
+    found = preflight(bench)
+    assert len(found.checked) == 9
+    assert all(torch.equal(p, before[n]) for n, p in bench.backbone.named_parameters())
+    assert not bench.backbone.training
+    assert make_plan(bench).num_trials == 3
+
+
+# -- what is measured under which sampler and with which seeds -----------------------------------
+
+
+def test_the_confirmation_has_its_own_seeds_and_each_points_own_sampler(study, tmp_path, monkeypatch):
+    """Seen where images are made: every call of the sampler in a whole search, and in its confirmation."""
+    calls, confirming = [], []
+    real = workbench.sample
+
+    def sample(backbone, solver, schedule, **how):
+        calls.append((bool(confirming), str(schedule), f"{solver}-{how['num_steps']}", tuple(how["seeds"])))
+        return real(backbone, solver, schedule, **how)
+
+    monkeypatch.setattr(workbench, "sample", sample)
+    config = study()
+    bench, made = Workbench(config, tmp_path), Study(config, tmp_path)
+    made.run(bench)
+    searched = {seed for _, _, _, seeds in calls for seed in seeds}
+    low_fidelity, high_fidelity = set(range(24)), set(range(140))  # 2 x 12 images, 2 x 70 images
+    assert searched == low_fidelity | high_fidelity
+    confirming.append(True)
+    from asesearch.search import confirm
+
+    confirmed = confirm(made, bench)
+    records = {r.number: r for r in made.records()}
+    samplers = {records[c.number].sampler or "ddim-4" for c in confirmed}
+    assert samplers == {"ddim-4", "ddim-2"}  # so that a mistaken one would be seen
+    scored = [c for c in calls if c[0] and len(set(c[3]) & set(range(config.confirm.time_images))) == 0]
+    fresh = {seed for c in scored for seed in c[3]}
+    assert len(fresh) == 2 * 80 and not fresh & searched
+    for c in confirmed:
+        record = records[c.number]
+        own = (str(record.schedule), record.sampler or "ddim-4")
+        assert {seed for s in scored if s[1:3] == own for seed in s[3]} == fresh
+        assert set(c.quality.protocol.seeds) <= fresh
+    points = {(str(records[c.number].schedule), records[c.number].sampler or "ddim-4") for c in confirmed}
+    assert {s[1:3] for s in scored} == points
+
+
+# -- a low-fidelity score where none existed ------------------------------------------------------
+
+
+def test_every_trial_gets_a_score_from_fewer_images_than_features(study, tmp_path, caplog):
+    config = study(promotion={"num_samples": 12, "always": 9})
+    with caplog.at_level(logging.ERROR):
+        results = search(config, tmp_path)
+    assert [r.failure for r in results.records] == [None] * 4
+    scores = [r.cheap.quality for r in results.records]
+    assert {q.protocol.metric for q in scores} == {"frechet-pca-3"} and all(q.value > 0 for q in scores)
+    assert all(r.quality.protocol.metric == "frechet" for r in results.complete)
+
+
+def test_the_same_with_kernel_distances(study, tmp_path):
+    results = search(study(promotion={"num_samples": 12, "metric": "kid", "always": 9}), tmp_path)
+    assert [r.failure for r in results.records] == [None] * 4
+    assert {r.cheap.quality.protocol.metric_name for r in results.records} == {"Kernel distance (fashion-cnn)"}
