@@ -253,16 +253,18 @@ def search(
     study: StudyFile,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Study directory; default runs/NAME.")] = None,
     trials: Annotated[int | None, typer.Option(help="Schedules in all, in place of the study's search.num_trials.")] = None,
-    budget: Annotated[str | None, typer.Option(help="Time in place of a number of trials: 90m, 2h, 1d.")] = None,
+    budget: Annotated[str | None, typer.Option(help="Wall time in place of a number of trials: 90m, 2h, 1d.")] = None,
     storage: Annotated[str | None, typer.Option(help="Optuna storage URL; default a SQLite file in the directory.")] = None,
     report_dir: Annotated[Path | None, typer.Option("--report", help="Report folder; default reports/NAME.")] = None,
     dry_run: DryRun = False,
 ) -> None:
     """Search exit schedules: fine-tune, sample and evaluate each, confirm the front on fresh seeds, write the report.
 
-    With --budget, warm-up, trials and confirmation together take that time, within a tenth; what is on record counts.
+    With --budget, warm-up, trials and confirmation together take that wall time, within a tenth: the time in which at least
+    one worker is at work, in earlier runs too.
     Ctrl-C or a crash loses at most the trial in flight; the same command resumes, and with more --trials it continues.
-    Several processes may share one study: give all the same file and a --storage that all can reach.
+    Several processes may share one study: give all the same file, --out, and a --storage that all can reach. They share out
+    trials and confirmation; one that has nothing else to do waits for the others and says so.
     """
     from asesearch.report import write_report
     from asesearch.search import Study, Workbench, confirm, preflight

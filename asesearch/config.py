@@ -250,7 +250,8 @@ class SearchConfig(_Section):
     (the same on every run, so that a study repeats trial by trial).
     `samplers` are other ways to sample that compete with the schedules on one front, as "SOLVER-STEPS" ("ddim-10"): each
     trial has one of them or the study's own. Time is counted over the full network's under the study's own.
-    `budget` ("90m", "2h", "1d") ends the search when the time on record and what is still to be confirmed reach it.
+    `budget` ("90m", "2h", "1d") ends the search when the wall time in which any worker was at work, and what is still to be
+    confirmed, reach it.
     `proposer`: `difficulty` (ours) needs the difficulty map, which is measured once a study; the others are Optuna's.
     """
 

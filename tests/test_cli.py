@@ -87,7 +87,7 @@ def test_train_writes_weights_and_says_how_they_were_made(place):
 def test_search_left_a_report_and_resumes_with_more_trials(place):
     page = (place / "reports/tiny/index.html").read_text()
     assert "Fréchet distance (fashion-cnn)" in page and "3 2 2 1" in page
-    assert (place / "runs/tiny/confirmations.json").is_file()
+    assert (place / "runs/tiny/confirmations/0.json").is_file()
     copy = place / "longer.toml"
     copy.write_text((place / "tiny.toml").read_text())
     out, err = call("search", copy, "--out", place / "runs/tiny", "--trials", 4, "--report", place / "reports/longer")

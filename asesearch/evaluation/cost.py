@@ -53,13 +53,15 @@ class LatencyTable:
     """Time of one network call at each exit depth.
 
     Attributes:
-        batch_size: images a call.
+        batch_size: images per call; under guidance twice the sampler's.
         device: name of the device.
         threads: CPU threads of torch.
         dtype: of weights and images.
         median_ms, spread_ms: median and half the distance between the quartiles, for exit depths 1…depth (index 0 =
             depth 1). Depths below the network's least have its time.
         repeats: timed calls a depth.
+        precision: of the network's arithmetic, as `SamplingConfig.precision`; empty where it is not known.
+        guided: whether calls have guidance's double batch; None where it is not known.
     """
 
     batch_size: int
@@ -69,6 +71,8 @@ class LatencyTable:
     median_ms: tuple[float, ...]
     spread_ms: tuple[float, ...]
     repeats: int
+    precision: str = ""
+    guided: bool | None = None
 
     def __post_init__(self) -> None:
         ok = 0 < len(self.median_ms) == len(self.spread_ms) and all(0 < m < float("inf") for m in self.median_ms)
@@ -118,14 +122,19 @@ class LatencyTable:
         """Inverse of `to_dict`.
 
         Raises:
-            EvaluationError: a missing or surplus key.
+            EvaluationError: a missing or unknown key.
         """
         keys = {f.name for f in fields(cls)}
-        if set(data) != keys:
+        if not keys - {"precision", "guided"} <= set(data) <= keys:  # earlier releases did not have these two
             raise EvaluationError(
                 f"a latency table has the keys {sorted(keys)}; got {sorted(data)}; delete it to measure again"
             )
         return cls(**{**data, "median_ms": tuple(data["median_ms"]), "spread_ms": tuple(data["spread_ms"])})
+
+
+def device_name(device: torch.device) -> str:
+    """What a latency table is of: the GPU's name, or the kind of device elsewhere."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
 def call_timer(device: torch.device) -> Timer:
@@ -198,7 +207,7 @@ def measure_latency(
     timed = times[:, 1:]
     return LatencyTable(
         batch_size=batch_size,
-        device=torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        device=device_name(device),
         threads=torch.get_num_threads(),
         dtype=str(dtype).removeprefix("torch."),
         median_ms=tuple(np.median(timed, axis=1).tolist()),

@@ -1,4 +1,7 @@
-"""Keeping a search to its time: what is spent, and what a further trial and the confirmation will take."""
+"""Keeping a search to its time: what is spent, and what a further trial and the confirmation will take.
+
+A budget is of wall time: that in which at least one worker is at work, see `workers.worked_s`.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,7 @@ MARGIN = 0.03  # of the budget, for loading, proposing and the report
 
 
 def spent_s(results: StudyResults) -> float:
-    """Seconds on record: warm-up, trials and confirmations, of all workers together."""
+    """Seconds of work on record: warm-up, trials and confirmations, the sum over all workers."""
     trials = sum(sum(r.seconds.values()) for r in results.records)
     return float(sum(results.warm_up.get("seconds", {}).values())) + trials + sum(c.seconds for c in results.confirmations)
 
@@ -27,27 +30,58 @@ def image_s(bench: Workbench, results: StudyResults) -> float:
     return calls * bench.latency.median_ms[-1] / 1000 / bench.batch_size
 
 
-def confirmation_s(config: StudyConfig, per_image_s: float, time_fracs: list[float]) -> float:
-    """Seconds that confirming the full network and points of these time fractions takes."""
+def confirmation_s(
+    config: StudyConfig, per_image_s: float, time_fracs: list[float], *, full: bool = True, num_workers: int = 1
+) -> float:
+    """Seconds that confirming the full network and points of these time fractions takes.
+
+    Args:
+        config: the study file.
+        per_image_s: seconds an image of the full network takes, its evaluation included.
+        time_fracs: of the points; both are timed, a point and the full network.
+        full: whether the full network is yet to be confirmed.
+        num_workers: that share the points out.
+    """
     how = config.confirm
-    quality = how.num_samples * how.repeats * (1 + sum(time_fracs))
-    timing = sum((1 + frac) * (how.time_repeats + 1) * how.time_images for frac in time_fracs)
-    return per_image_s * (quality + timing)
+    images = how.num_samples * how.repeats
+    timed = (how.time_repeats + 1) * how.time_images  # one run of each is not counted
+    parts = [images * frac + timed * (1 + frac) for frac in time_fracs] + [float(images)] * full
+    return per_image_s * max(sum(parts) / num_workers, max(parts, default=0.0))
 
 
-def room_for_trial(config: StudyConfig, bench: Workbench, results: StudyResults) -> bool:
-    """Whether a further trial and then the confirmation of the front fit into the study's budget."""
+def room_for_trial(
+    config: StudyConfig,
+    bench: Workbench,
+    results: StudyResults,
+    worked_s: float,
+    num_workers: int = 1,
+    full_in_flight: bool = False,
+) -> bool:
+    """Whether a further trial and then the confirmation of the front fit into the study's budget.
+
+    Args:
+        config: the study file.
+        bench: of the study.
+        results: what is on record.
+        worked_s: wall time in which any worker was at work.
+        num_workers: at work now, this one included.
+        full_in_flight: whether another worker is at the full network.
+    """
     budget = config.search.budget_s
     assert budget is not None
+    left = budget * (1 - MARGIN) - worked_s - _next_s(results.records)
     full = results.full
     if full is None:
-        return True  # without it nothing can be reported
-    points = [r.time_frac or 1.0 for r in select(results.front(), full, config.confirm.max_points)[1:]]
-    if len(points) < config.confirm.max_points:
-        points.append(fmean([*points, 0.7]))  # the trial may add a point
-    confirm = confirmation_s(config, image_s(bench, results), points)
-    done = sum(c.seconds for c in results.confirmations)
-    return spent_s(results) + _next_s(results.records) + max(0.0, confirm - done) <= budget * (1 - MARGIN)
+        return left >= 0 or not full_in_flight  # without it nothing can be reported
+    chosen = select(results.front(), full, config.confirm.max_points)[1:]
+    how = config.confirm.num_samples, config.confirm.repeats
+    confirmed = {c.number for c in results.confirmations if (c.quality.protocol.num_samples, len(c.quality.values)) == how}
+    points = [r.time_frac or 1.0 for r in chosen if r.number not in confirmed]
+    if len(chosen) < config.confirm.max_points:
+        points.append(fmean([*(r.time_frac or 1.0 for r in chosen), 0.7]))  # the trial may add a point
+    per_image_s = image_s(bench, results)
+    full_too = full.number not in confirmed
+    return left >= confirmation_s(config, per_image_s, points, full=full_too, num_workers=num_workers)
 
 
 def _next_s(records: tuple[TrialRecord, ...]) -> float:

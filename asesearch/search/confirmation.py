@@ -1,10 +1,12 @@
 """The front again, on seeds that no trial has seen, with the real sampling time.
 
-The best of many noisy figures is too good on average; what is reported and exported is confirmed on fresh seeds first.
+The best of many noisy figures is too good on average; what is reported and exported is confirmed on fresh seeds first. Workers
+share the points out: a lock and a file for each, so that each is confirmed once.
 """
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable
 from dataclasses import asdict
@@ -18,61 +20,135 @@ from asesearch.backbones.checkpoints import load_backbone
 from asesearch.config import BackboneConfig
 from asesearch.errors import StudyError
 from asesearch.files import write_json
-from asesearch.search.directory import CONFIRMATIONS, WEIGHTS, is_whole, read_state
+from asesearch.search import directory
+from asesearch.search.confirmed import confirmation_files, confirmations_on_record
+from asesearch.search.directory import is_whole
 from asesearch.search.records import Confirmation, TrialRecord, select
 from asesearch.search.study import Study
 from asesearch.search.warmup import warm_up
 from asesearch.search.workbench import Workbench
+from asesearch.search.workers import CONFIRMING, POLL_S, SEARCHING, Others, try_lock, waited_lock
+
+_log = logging.getLogger(__name__)
 
 
 def confirm(study: Study, bench: Workbench, progress: Callable[[Confirmation], None] | None = None) -> list[Confirmation]:
     """Confirm the study's front and the full network; what is confirmed already under the same protocol is kept.
 
+    While other workers still search, and may change the front, only the full network is confirmed; then all share the points
+    out. At the end every point is confirmed, by whomever.
+
+    Returns:
+        Confirmations of the full network and the front.
+
     Raises:
-        StudyError: the full network has no figure yet.
+        StudyError: the full network has no figure, and no other worker is at it.
     """
-    results = study.results()
-    if results.full is None:
-        raise StudyError(
-            "the full network has no figure (its fine-tuning failed or has not run), so nothing can be compared with it; "
-            "see the failed trials, lower train.lr, and search under another name"
-        )
-    protocol = bench.confirmation_protocol()
-    how = study.config.confirm
-    settings = {
-        "protocol": {**asdict(protocol), "seeds": list(protocol.seeds)},
-        "time": [how.time_images, how.time_repeats],
-    }
-    path = study.run_dir / CONFIRMATIONS
+    with study.worker.at_work(CONFIRMING):
+        return _Confirming(study, bench, progress).run()
 
-    def same(stored: dict[str, Any]) -> list[Confirmation]:
-        return [Confirmation.from_dict(c) for c in stored["confirmations"]] if stored["settings"] == settings else []
 
-    done = read_state(path, same, "the front is confirmed again") or []
-    full_net = _network(study, results.full, bench)
-    for record in select(results.front(), results.full, how.max_points):
-        if any(c.number == record.number for c in done):
-            continue
+class _Confirming:
+    """One worker's part of a confirmation."""
+
+    def __init__(self, study: Study, bench: Workbench, progress: Callable[[Confirmation], None] | None) -> None:
+        self.study = study
+        self.bench = bench
+        self.progress = progress
+        self.protocol = bench.confirmation_protocol()
+        how = study.config.confirm
+        self.settings: dict[str, Any] = {
+            "protocol": {**asdict(self.protocol), "seeds": list(self.protocol.seeds)},
+            "time": [how.time_images, how.time_repeats],
+        }
+        self.others = Others(study.run_dir, study.worker.id)
+        self.done: dict[int, Confirmation] = {}
+        self._said = False
+
+    def run(self) -> list[Confirmation]:
+        """Confirm until nothing is left, or in other hands."""
+        self._remove_stale()
+        while True:
+            searching = self.others.at_work(SEARCHING)
+            points = self._points(searching)
+            self.done |= {c.number: c for c in confirmations_on_record(self.study.run_dir, self.settings)}
+            left = [r for r in points if r.number not in self.done]
+            if not left and not searching:
+                return [self.done[r.number] for r in points]
+            if not any(self._confirm(record, points[0]) for record in left):
+                self._wait(searching, left)
+
+    def _points(self, searching: list[str]) -> list[TrialRecord]:
+        """What is to be confirmed as the record stands; the full network first."""
+        results = self.study.results()
+        if results.full is None:
+            if searching:
+                return []
+            raise StudyError(
+                "the full network has no figure (its fine-tuning failed or has not run), so nothing can be compared with it; "
+                "see the failed trials, lower train.lr, and search under another name"
+            )
+        if searching:
+            return [results.full]
+        return select(results.front(), results.full, self.study.config.confirm.max_points)
+
+    def _confirm(self, record: TrialRecord, full: TrialRecord) -> bool:
+        """Confirm one point, unless another worker is at it or has been."""
+        with try_lock(self.study.run_dir / directory.LOCKS / f"confirmation-{record.number}.lock") as mine:
+            if not mine:
+                return False
+            found = {c.number: c for c in confirmations_on_record(self.study.run_dir, self.settings)}
+            if record.number in found:
+                return True
+            try:
+                made = self._measure(record, full)
+            except StudyError:
+                if any(r.number == record.number for r in self._points([])):
+                    raise
+                return True  # off the front since, by a worker that had been taken for dead
+            self.done[record.number] = made
+            data = {"settings": self.settings, "confirmations": [made.to_dict()]}
+            write_json(self.study.run_dir / directory.CONFIRMATIONS / f"{record.number}.json", data)
+        if self.progress is not None:
+            self.progress(made)
+        return True
+
+    def _measure(self, record: TrialRecord, full: TrialRecord) -> Confirmation:
         begun = time.perf_counter()
-        net = _network(study, record, bench)
-        quality, _ = bench.evaluate(net, record.schedule, protocol, record.sampler)
+        net = _network(self.study, record, self.bench)
+        quality, _ = self.bench.evaluate(net, record.schedule, self.protocol, record.sampler)
         ratio, spread = 1.0, 0.0
-        if record is not results.full:
-            measured = bench.measured_time(net, record.schedule, full_net, record.sampler)
+        if record.number != full.number:
+            full_net = _network(self.study, full, self.bench)
+            measured = self.bench.measured_time(net, record.schedule, full_net, record.sampler)
             ratio, spread = measured.median, measured.spread
-        done.append(Confirmation(record.number, quality, ratio, spread, time.perf_counter() - begun))
-        write_json(path, {"settings": settings, "confirmations": [c.to_dict() for c in done]})
-        if progress is not None:
-            progress(done[-1])
-    return done
+        return Confirmation(record.number, quality, ratio, spread, time.perf_counter() - begun)
+
+    def _wait(self, searching: list[str], left: list[TrialRecord]) -> None:
+        if not self._said:
+            names = ", ".join(self.others.at_work()) or "another worker"
+            what = "still search" if searching else f"confirm trials {' '.join(str(r.number) for r in left)}"
+            _log.warning("waiting for other workers, which %s (%s)", what, names)
+        self._said = True
+        time.sleep(POLL_S)
+
+    def _remove_stale(self) -> None:
+        """Remove confirmations under other settings."""
+        for path, stored in confirmation_files(self.study.run_dir):
+            if stored["settings"] != self.settings:
+                path.unlink(missing_ok=True)
 
 
 def _network(study: Study, record: TrialRecord, bench: Workbench) -> Backbone:
     """A point's network; fine-tuned again from the same start with the same seeds, where its file is damaged."""
     folder = study.trial_dir(record.schedule)
-    if (folder / WEIGHTS).is_file() and not is_whole(folder / WEIGHTS, "the schedule is fine-tuned again"):
+    path = folder / directory.WEIGHTS
+    again = "the schedule is fine-tuned again"
+    if path.is_file() and not is_whole(path, again):
         warm_up(bench, study.run_dir)
-        return bench.tuned(record.schedule, folder).backbone
+        with waited_lock(study.run_dir / directory.LOCKS / f"{folder.name}.lock", "fine-tunes a schedule again"):
+            if not is_whole(path, again):  # another worker may have been quicker
+                bench.tuned(record.schedule, folder)
     return load_trial(study, record, bench.device)
 
 
@@ -86,7 +162,7 @@ def trial_weights(study: Study, record: TrialRecord) -> Path:
     if record.state != "complete":
         why = record.failure or "its cheap figure did not promote it"
         raise StudyError(f"trial {record.number} {record.state}, so it has no weights ({why}); choose another")
-    path = study.trial_dir(record.schedule) / WEIGHTS
+    path = study.trial_dir(record.schedule) / directory.WEIGHTS
     if not path.is_file():
         raise StudyError(
             f"trial {record.number} has no weights in {path.parent}: weights off the front are deleted; "

@@ -14,11 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import optuna
-from filelock import FileLock, Timeout
 from sqlalchemy.engine import URL
 
 from asesearch.config import StudyConfig, changed_fields, parse_study
-from asesearch.errors import StudyError, WriteError
+from asesearch.errors import StudyError
 from asesearch.files import write_json
 from asesearch.search import directory
 from asesearch.search.directory import read_json, say_once
@@ -37,6 +36,7 @@ from asesearch.search.storage import (
     storage_errors,
     without_password,
 )
+from asesearch.search.workers import try_lock, waited_lock
 
 FORMAT_VERSION = 2  # 1 knew no identity
 _OPENING = "study.lock"
@@ -317,27 +317,15 @@ def _without_storage(config: StudyConfig) -> StudyConfig:
 @contextmanager
 def _alone(run_dir: Path) -> Iterator[None]:
     """Open a study directory one process at a time."""
-    path = run_dir / directory.LOCKS / _OPENING
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(path)
-        lock.acquire()
-    except OSError as error:
-        raise WriteError(f"can't write to {run_dir}: {error.strerror or error}; choose a folder you may write to") from error
-    try:
+    with waited_lock(run_dir / directory.LOCKS / _OPENING, "opens the study"):
         yield
-    finally:
-        lock.release()
 
 
 def is_in_use(run_dir: Path) -> bool:
     """Whether a living process holds any lock of the study directory, other than to open it."""
-    for path in (*run_dir.glob("*.lock"), *(run_dir / directory.LOCKS).glob("*.lock")):
-        if path.name == _OPENING:
-            continue
-        try:
-            with FileLock(path, timeout=0):
-                pass
-        except Timeout:
-            return True
+    for folder in (run_dir, run_dir / directory.LOCKS, run_dir / directory.WORKERS):
+        for path in folder.glob("*.lock"):
+            with try_lock(path) as free:
+                if not free and path.name != _OPENING:
+                    return True
     return False

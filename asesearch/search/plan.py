@@ -41,7 +41,7 @@ class Plan:
         total_s: of all this.
         expected_s: what the search is expected to take: schedules at 0.65 of the full network's blocks, under the study's
             samplers in equal parts, and the exploration phase at its low-fidelity scores alone; with a budget `total_s`.
-        budget_s: the study's budget, which the search keeps to; None without one.
+        budget_s: the study's budget of wall time, which the search keeps to, the plan being one worker's; None without one.
     """
 
     train_step_s: float

@@ -18,7 +18,7 @@ from asesearch.errors import EvaluationError, TrainingDiverged
 from asesearch.evaluation.results import EvaluationResult
 from asesearch.schedule import ExitSchedule
 from asesearch.search.proposer import NAME, Problem, judge
-from asesearch.search.records import CheapRung, TrialRecord, shortened
+from asesearch.search.records import LOOKS_AROUND, CheapRung, TrialRecord, shortened
 from asesearch.search.workbench import Outcome, Workbench, environment
 
 
@@ -28,6 +28,7 @@ def run_trial(
     folder: Path,
     records: list[TrialRecord],
     problem: Problem | None,
+    explores: bool = False,
 ) -> TrialRecord:
     """Take one point up the rungs.
 
@@ -38,6 +39,7 @@ def run_trial(
         records: of the study so far; one of the same point, stopped before, lends its cheap figure, and one of the same
             schedule its fine-tuning, which is counted once.
         problem: what the quality model needs to judge a point; None without promotion.
+        explores: whether the trial is one of the first look around, so that it ends with its cheap figure.
 
     Returns:
         The finished record; that of the same point where it was stopped before and is again. A failure of the schedule's
@@ -48,7 +50,7 @@ def run_trial(
     cheap: CheapRung | None = None
     try:
         if problem is not None:
-            cheap = _cheap_rung(bench, trial, records, problem, seconds, gflops)
+            cheap = _cheap_rung(bench, trial, records, problem, explores, seconds, gflops)
             before = _on_record(trial, records)
             if not cheap.promoted and before is not None:
                 return before  # judged again, with the same result
@@ -101,6 +103,7 @@ def _cheap_rung(
     trial: TrialRecord,
     records: list[TrialRecord],
     problem: Problem,
+    explores: bool,
     seconds: dict[str, float],
     gflops: dict[str, float],
 ) -> CheapRung:
@@ -112,6 +115,8 @@ def _cheap_rung(
     before = _on_record(trial, records)
     if before is None or before.cheap is None:
         quality, seconds["cheap"], gflops["cheap"] = bench.try_cheaply(trial.schedule, trial.sampler)
+        if explores:
+            return CheapRung(quality, False, None, LOOKS_AROUND)
         return CheapRung(quality, *_decide(bench, trial, records, problem, quality))
     seconds |= before.seconds  # this record takes the place of that one
     gflops |= before.gflops
@@ -129,9 +134,6 @@ def _decide(
     assert config is not None
     if trial.origin != bench.config.search.proposer:
         return True, None, "a warm start"
-    looked = sum(r.cheap is not None and r.origin == trial.origin for r in records)
-    if looked < num_explored(bench.config):
-        return False, None, "a first look around"
     dear = sum(r.state == "complete" and r.origin == trial.origin for r in records)
     if dear < config.always:
         return True, None, f"among the first {config.always} proposals"

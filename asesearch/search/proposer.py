@@ -26,7 +26,16 @@ from asesearch.evaluation.results import EvaluationResult
 from asesearch.schedule import ExitSchedule
 from asesearch.search.pareto import expected_hypervolume_improvement, optimal_schedules, probability_on_front, stand_ins
 from asesearch.search.quality_model import NUM_WEIGHTS, Encoder, ErrorMap, Inputs, Level, Observation, Point, QualityModel
-from asesearch.search.records import RECORD, REFERENCE_QUALITY, REFERENCE_TIME, REPEAT, CheapRung, TrialRecord
+from asesearch.search.records import (
+    EXPLORES,
+    LOOKS_AROUND,
+    RECORD,
+    REFERENCE_QUALITY,
+    REFERENCE_TIME,
+    REPEAT,
+    CheapRung,
+    TrialRecord,
+)
 from asesearch.search.space import Space
 
 Array = npt.NDArray[np.float64]
@@ -310,6 +319,26 @@ def _draw(dist: BaseDistribution, rng: np.random.Generator) -> Any:
     return rng.random()
 
 
+def num_exploring(trials: Sequence[FrozenTrial], number: int) -> int:
+    """How many proposals look around: those on record, and those in flight that began before a trial.
+
+    The order of their numbers decides, so that any number of workers have the same count: a proposal in flight that has not
+    said yet whether it looks around is counted as if.
+
+    Args:
+        trials: of the study.
+        number: of the trial that is to know.
+    """
+    count = 0
+    for trial in trials:
+        if RECORD in trial.user_attrs:
+            cheap = json.loads(trial.user_attrs[RECORD])["cheap"]
+            count += cheap is not None and cheap["reason"] == LOOKS_AROUND
+        elif not trial.state.is_finished() and trial.number < number and "fixed_params" not in trial.system_attrs:
+            count += bool(trial.user_attrs.get(EXPLORES, True))
+    return count
+
+
 class DifficultySampler(optuna.samplers.BaseSampler):
     """An Optuna sampler for two objectives, quality and cost fraction, over `Space` and, where there are several, samplers.
 
@@ -337,6 +366,7 @@ class DifficultySampler(optuna.samplers.BaseSampler):
     ) -> None:
         self.problem = Problem(space, samplers, np.asarray(cost_table, dtype=np.float64), full_cost, difficulty_map)
         self.seed, self.num_draws, self.explore = seed, num_draws, explore
+        self.explores = False  # whether the last proposal looks around
 
     # -- what Optuna asks ------------------------------------------------------------------------
 
@@ -352,6 +382,7 @@ class DifficultySampler(optuna.samplers.BaseSampler):
         if not search_space:
             return {}
         records, pending, rng = self._on_record(study, trial)
+        self.explores = num_exploring(study.get_trials(deepcopy=False), trial.number) < self.explore
         with one_thread():
             row = self._choose(records, pending, rng)
         if row is None:
@@ -385,11 +416,13 @@ class DifficultySampler(optuna.samplers.BaseSampler):
     def _choose(self, records: list[TrialRecord], pending: list[Point], rng: np.random.Generator) -> tuple[int, ...] | None:
         """The best candidate's row; None if there is none."""
         looked = len(self._keys(self._rows(records, lambda r: r.cheap is not None and r.origin == NAME))) + len(pending)
-        level: Level = "cheap" if looked < self.explore else "dear"
+        level: Level = "cheap" if self.explores else "dear"
         belief = FrontBelief(self.problem, records, pending, self.num_draws, int(rng.integers(2**31)), level)
         tried = [self.problem.row(p) for p in belief.known]
         gone = self._rows(records, lambda r: r.state == "failed")
-        left_out = {self.problem.key(p) for p in belief.known} | self._keys(gone)
+        # a schedule in flight is another worker's under every sampler
+        busy = {self.problem.row(self.problem.point(p.schedule, name)) for p in pending for name in self.problem.names}
+        left_out = {self.problem.key(p) for p in belief.known} | self._keys(gone) | self._keys(busy)
         begun = looked + sum(not p.schedule.is_full for p in belief.evaluated)
         early = begun < NUM_INITIAL or not belief.evaluated  # there is nothing to improve upon
         if early and (row := self._first(belief.model, begun, left_out)):

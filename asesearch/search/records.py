@@ -18,6 +18,8 @@ from asesearch.search.difficulty import DifficultyMap
 #: Beyond these multiples of the full network's time and figure a point is worth nothing: reference point of hypervolumes.
 REFERENCE_TIME, REFERENCE_QUALITY = 1.1, 2.0
 RECORD = "record"  # user attribute of an Optuna trial that holds its TrialRecord
+EXPLORES = "explores"  # user attribute of a trial: whether it is one of the first look around
+LOOKS_AROUND = "a first look around"  # reason of a cheap rung that decides nothing else
 REPEAT = "repeat_of"  # user attribute of a trial whose schedule is on record (its number), or in another worker's hands
 
 

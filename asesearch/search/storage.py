@@ -6,7 +6,6 @@ A URL as recorded and shown has no password and, for SQLite, an absolute path.
 from __future__ import annotations
 
 import json
-import os
 import random
 import re
 import time
@@ -186,17 +185,6 @@ def _reason(error: BaseException) -> str:
     inner = getattr(inner, "orig", None) or inner
     lines = [line.strip() for line in str(inner).splitlines() if line.strip()]
     return " ".join(lines)[:400].rstrip(".") or type(inner).__name__
-
-
-def alive(pid: int) -> bool:
-    """Whether a process of this machine runs."""
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
 
 
 @contextmanager

@@ -12,8 +12,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock
-
 from asesearch.backbones.base import Backbone
 from asesearch.backbones.checkpoints import load_backbone, save_backbone
 from asesearch.config import BackboneConfig
@@ -26,6 +24,7 @@ from asesearch.search.difficulty import DifficultyMap, measure_map
 from asesearch.search.directory import read_state
 from asesearch.search.records import shortened
 from asesearch.search.workbench import Workbench
+from asesearch.search.workers import waited_lock
 
 
 @dataclass
@@ -62,7 +61,7 @@ def warm_up(bench: Workbench, run_dir: Path, on_step: Callable[[int, float], Non
     if bench.config.elastic is None and not needs_map(bench):
         return made
     run_dir.mkdir(parents=True, exist_ok=True)
-    with FileLock(run_dir / "warm-up.lock"):
+    with waited_lock(run_dir / "warm-up.lock", "makes the warm-up"):
         _read_cost(made, run_dir / directory.WARM_UP)
         if bench.config.elastic is not None:
             made.start = _elastic(bench, run_dir, made, on_step)

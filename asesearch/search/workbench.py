@@ -27,7 +27,15 @@ from asesearch.config import BackboneConfig, EvaluationConfig, SamplingConfig, S
 from asesearch.data import DataSource, open_data, save_images
 from asesearch.diffusion import make_diffusion
 from asesearch.errors import ConfigError, EvaluationError
-from asesearch.evaluation.cost import LatencyTable, TimeRatio, compare_sampling_time, flops_frac, flops_table, measure_latency
+from asesearch.evaluation.cost import (
+    LatencyTable,
+    TimeRatio,
+    compare_sampling_time,
+    device_name,
+    flops_frac,
+    flops_table,
+    measure_latency,
+)
 from asesearch.evaluation.extractors import Extractor, make_extractor
 from asesearch.evaluation.fidelity import (
     SHIPPED,
@@ -40,12 +48,13 @@ from asesearch.evaluation.fidelity import (
     to_uint8,
 )
 from asesearch.evaluation.results import EvaluationResult, Protocol
-from asesearch.files import replacing, write_json
+from asesearch.files import replacing
 from asesearch.finetuning import CHECKPOINT, Depths, TrainResult, check_fit, finetune, weights_fingerprint
 from asesearch.latents import LatentDecoder, LatentShards
 from asesearch.sampling import SampleResult, arithmetic, check_sampling, sample
 from asesearch.schedule import ElasticDepths, ExitSchedule
 from asesearch.search import directory
+from asesearch.search.latency import Conditions, shared_table
 from asesearch.search.records import shortened
 
 SHOWN_IMAGES = 40  # images kept of each trial for the report
@@ -236,18 +245,27 @@ class Workbench:
 
     @property
     def latency(self) -> LatencyTable:
-        """Time of one network call at each exit depth; measured on first use, once a study."""
-        path = None if self.run_dir is None else self.run_dir / directory.LATENCY
-        if self._latency is None and path is not None:
-            self._latency = directory.read_state(path, LatencyTable.from_dict, "latency is measured again")
-        if self._latency is None:
-            guided = self.config.sampling.cfg_scale != 1
-            size = self.batch_size * (2 if guided else 1)
+        """Time of one network call at each exit depth; measured on first use, once a study and device.
+
+        Raises:
+            StudyError: the study is of time, and its table of another device, batch or precision.
+        """
+        how = self.config.sampling
+        guided = how.cfg_scale != 1
+        size = self.batch_size * (2 if guided else 1)
+
+        def measure() -> LatencyTable:
             y = conditioning_for(self.backbone, self.data, range(size))
-            with arithmetic(self.config.sampling.precision, self.device):
-                self._latency = measure_latency(self.backbone, size, LATENCY_REPEATS, self.device, y)
-            if path is not None:
-                write_json(path, self._latency.to_dict())
+            with arithmetic(how.precision, self.device):
+                table = measure_latency(self.backbone, size, LATENCY_REPEATS, self.device, y)
+            return replace(table, precision=how.precision, guided=guided)
+
+        if self._latency is None and self.run_dir is None:
+            self._latency = measure()
+        elif self._latency is None:
+            assert self.run_dir is not None
+            now = Conditions(device_name(self.device), size, how.precision, guided)
+            self._latency = shared_table(self.run_dir, now, measure, one_only=self.config.search.cost == "time")
         return self._latency
 
     @cached_property

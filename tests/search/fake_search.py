@@ -1,6 +1,6 @@
-"""A search whose evaluation is a formula: `python fake_search.py SEARCH_JSON RUN_DIR DIE_AT SECTIONS_JSON`.
+"""A search whose evaluation is a formula: `python fake_search.py SEARCH_JSON RUN_DIR DIE_AT SECTIONS_JSON [HOW_JSON]`.
 
-Run as a process by tests that kill it.
+Run as a process by tests that kill it, or that run several at once.
 """
 
 import json
@@ -14,7 +14,10 @@ from types import SimpleNamespace
 
 from asesearch.config import parse_study
 from asesearch.errors import TrainingDiverged
+from asesearch.evaluation.cost import LatencyTable, TimeRatio
 from asesearch.evaluation.results import EvaluationResult, Protocol
+from asesearch.search import confirmation, storage, workers
+from asesearch.search.latency import Conditions, shared_table
 from asesearch.search.study import Study
 from asesearch.search.workbench import Outcome
 
@@ -24,9 +27,15 @@ CHEAP = replace(PROTOCOL, num_samples=20)
 
 
 class FakeBench:
-    """Quality is a formula of the schedule; a schedule ending in `fails` diverges."""
+    """Quality is a formula of the schedule; a schedule ending in `fails` diverges.
 
-    def __init__(self, die_at=None, fails=None, weights="w", config=None):
+    A trial of the full network takes `full_s`, any other `trial_s`. Whatever is paid for is a line of the file `paid`.
+    """
+
+    device = None
+
+    def __init__(self, die_at=None, fails=None, weights="w", config=None, full_s=0.0, trial_s=0.0, paid=None):
+        self.full_s, self.trial_s, self.paid = full_s, trial_s, paid
         self.backbone = SimpleNamespace(depth=DEPTH, min_exit_depth=1)
         self.protocol, self.die_at, self.fails, self.tried = PROTOCOL, die_at, fails, []
         self.identity = {"weights": weights}
@@ -40,6 +49,11 @@ class FakeBench:
         frac = schedule.block_frac(self.samplers[sampler or "ddim-50"]) * (0.5 if sampler else 1.0)
         return frac, frac, frac
 
+    def pay(self, what):
+        if self.paid is not None:
+            with open(self.paid, "a") as file:
+                file.write(f"{what}\n")
+
     def try_cheaply(self, schedule, sampler=""):
         self.cheaply.append(schedule)
         return EvaluationResult(CHEAP, tuple(2 * v for v in figures(schedule, sampler))), 0.5, 1.0
@@ -48,6 +62,8 @@ class FakeBench:
         if len(self.tried) == self.die_at:
             os.kill(os.getpid(), signal.SIGKILL)
         self.tried.append(schedule)
+        self.pay(f"trial {schedule.merged()} {sampler}".strip())
+        time.sleep(self.full_s if schedule.is_full and not sampler else self.trial_s)
         if self.fails is not None and schedule.exit_depths[-1] == self.fails:
             raise TrainingDiverged("loss or gradient is not finite at step 3 of 9; lower the learning rate")
         folder.mkdir(parents=True, exist_ok=True)
@@ -55,6 +71,39 @@ class FakeBench:
         fracs = self.cost_fracs(schedule, sampler)
         quality = EvaluationResult(PROTOCOL, figures(schedule, sampler))
         return Outcome(quality, *fracs, [1.0, 0.5], {"finetune": 1.0}, {"finetune": 2.0})
+
+    def confirmation_protocol(self):
+        how = self.config.confirm
+        return replace(PROTOCOL, num_samples=how.num_samples, seeds=tuple(10**9 + i for i in range(how.repeats)))
+
+    def evaluate(self, net, schedule, protocol, sampler=""):
+        self.pay(f"confirmation {schedule.merged()} {sampler}".strip())
+        time.sleep(self.trial_s)
+        return EvaluationResult(protocol, tuple(5.0 + i for i in range(len(protocol.seeds)))), {"sample": 0.0}
+
+    def measured_time(self, net, schedule, full_net, sampler=""):
+        return TimeRatio(self.cost_fracs(schedule, sampler)[0], 0.01, ())
+
+
+class SharedBench(FakeBench):
+    """With a latency table that the workers of a study directory share; measuring it takes half a second."""
+
+    def __init__(self, run_dir, **how):
+        self.run_dir = run_dir
+        super().__init__(**how, paid=run_dir / "paid")
+
+    @property
+    def latency(self):
+        return shared_table(self.run_dir, Conditions("cpu", 10, "float32", False), self.measure, one_only=True)
+
+    @latency.setter
+    def latency(self, _):
+        pass
+
+    def measure(self):
+        self.pay("latency")
+        time.sleep(0.5)
+        return LatencyTable(10, "cpu", 1, "float32", (1.0,) * DEPTH, (0.1,) * DEPTH, 3, "float32", False)
 
 
 def figures(schedule, sampler=""):
@@ -80,4 +129,14 @@ def make_config(sections=None, **search):
 if __name__ == "__main__":
     search, run_dir, die_at = json.loads(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
     config = make_config(json.loads(sys.argv[4]), **search)
-    Study(config, run_dir).run(FakeBench(die_at=die_at if die_at >= 0 else None, config=config), lambda r: time.sleep(0))
+    how = json.loads(sys.argv[5]) if len(sys.argv) > 5 else {}
+    if heartbeat := how.pop("heartbeat_s", None):
+        storage.HEARTBEAT_S, workers.GRACE_S, workers.BEAT_S = heartbeat, 2.0 * heartbeat, heartbeat / 2
+    study = Study(config, run_dir)
+    if how:
+        confirmation.load_trial = lambda *_: None
+        bench = SharedBench(run_dir, config=config, **how)
+        study.run(bench)
+        confirmation.confirm(study, bench)
+    else:
+        study.run(FakeBench(die_at=die_at if die_at >= 0 else None, config=config), lambda r: time.sleep(0))

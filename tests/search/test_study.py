@@ -16,11 +16,12 @@ from asesearch.config import MAY_CHANGE, StudyConfig
 from asesearch.errors import ScheduleError, StudyError
 from asesearch.files import write_json
 from asesearch.schedule import ExitSchedule
-from asesearch.search.budget import MARGIN, confirmation_s, image_s, spent_s
 from asesearch.search.difficulty import DifficultyMap
 from asesearch.search.promotion import num_explored
-from asesearch.search.records import RECORD, REPEAT, TrialRecord, non_dominated, select
-from asesearch.search.study import Study, make_space, warm_starts
+from asesearch.search.records import RECORD, REPEAT, TrialRecord, non_dominated
+from asesearch.search.runner import Runner
+from asesearch.search.setup import make_space, warm_starts
+from asesearch.search.study import Study
 from tests.search.fake_search import CHEAP, DEPTH, FakeBench, figures, make_config
 
 PROPOSERS = ["tpe", "nsga2", "gp", "random"]
@@ -141,11 +142,11 @@ def test_two_workers_share_a_study(tmp_path):
 
 def test_a_schedule_in_another_workers_hands_is_left_to_it(tmp_path):
     study, bench = Study(make_config(num_trials=3), tmp_path), FakeBench()
-    other = Study.open(tmp_path)
-    with other._claim(ExitSchedule.full(6)) as mine, study._claim(ExitSchedule.full(6)) as ours:
+    here, other = Runner(study, bench), Runner(Study(study.config, tmp_path), bench)
+    with other.claim(ExitSchedule.full(6)) as mine, here.claim(ExitSchedule.full(6)) as ours:
         assert mine and not ours
         study.optuna.enqueue_trial(make_space(study.config, bench).encode(ExitSchedule.full(6)))
-        study._one_trial(make_space(study.config, bench), bench, None, None)
+        assert here._one_trial() == "taken"
         assert bench.tried == [] and study.records() == []
     study.run(bench)  # the claim was given back
     assert [r.origin for r in study.records()][:2] == ["full", "6 6 3 3"] and len(bench.tried) == 3
@@ -518,15 +519,3 @@ def test_ways_of_sampling_compete_with_schedules(tmp_path, proposer):
     before = trials_of(study)
     resumed, bench = run(make_config(proposer=proposer, num_trials=13, samplers=["ddim-25"]), tmp_path)
     assert len(bench.tried) == 1 and trials_of(resumed)[:12] == before
-
-
-def test_a_budget_ends_the_search_in_time_for_the_confirmation(tmp_path):
-    config = make_config({"confirm": {"max_points": 2, "num_samples": 100, "repeats": 1}}, budget="30s", num_trials=1)
-    study, bench = run(config, tmp_path)
-    results = study.results()
-    spent, image = spent_s(results), image_s(bench, results)
-    assert spent == pytest.approx(sum(sum(r.seconds.values()) for r in results.records)) and len(results.records) > 10
-    left = 30 * (1 - MARGIN) - spent
-    assert left >= confirmation_s(config, image, [r.time_frac for r in select(results.front(), results.full, 2)[1:]])
-    again, bench = run(config, tmp_path)
-    assert bench.tried == [] and len(again.records()) == len(results.records)

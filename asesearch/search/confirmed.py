@@ -1,0 +1,42 @@
+"""Confirmations on record: a file for each point, beside the one file of earlier releases."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from asesearch.search import directory
+from asesearch.search.records import Confirmation
+
+
+def confirmation_files(run_dir: Path) -> list[tuple[Path, dict[str, Any]]]:
+    """Files with confirmations and what they hold, {"settings": ..., "confirmations": [...]}.
+
+    A damaged one is left out, so that its points are confirmed again.
+    """
+
+    def parse(data: dict[str, Any]) -> dict[str, Any]:
+        many = [Confirmation.from_dict(c) for c in data["confirmations"]]
+        return {"settings": data["settings"], "confirmations": many}
+
+    found = []
+    single = sorted((run_dir / directory.CONFIRMATIONS).glob("*.json"))
+    for path in (run_dir / directory.OLD_CONFIRMATIONS, *single):
+        stored = directory.read_state(path, parse, "its points count as unconfirmed")
+        if stored is not None:
+            found.append((path, stored))
+    return found
+
+
+def confirmations_on_record(run_dir: Path, settings: dict[str, Any] | None = None) -> list[Confirmation]:
+    """Confirmations on record, by trial number.
+
+    Args:
+        run_dir: the study directory.
+        settings: only those under these; None for all.
+    """
+    found: dict[int, Confirmation] = {}
+    for _, stored in confirmation_files(run_dir):
+        if settings is None or stored["settings"] == settings:
+            found |= {c.number: c for c in stored["confirmations"]}
+    return [found[number] for number in sorted(found)]

@@ -1,0 +1,94 @@
+"""The latency table that all workers of a study share: measured once for each kind of device, under a lock."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from asesearch.errors import EvaluationError, StudyError
+from asesearch.evaluation.cost import LatencyTable
+from asesearch.files import write_json
+from asesearch.search import directory
+from asesearch.search.workers import waited_lock
+
+
+@dataclass(frozen=True)
+class Conditions:
+    """What a latency table is measured under.
+
+    Attributes:
+        device: see `device_name`.
+        batch_size: images per call, guidance's included.
+        precision: see `SamplingConfig`.
+        guided: whether calls have guidance's double batch.
+    """
+
+    device: str
+    batch_size: int
+    precision: str
+    guided: bool
+
+    def fit(self, table: LatencyTable) -> bool:
+        """Whether a table was measured under these, as far as it tells."""
+        same = table.device == self.device and table.batch_size == self.batch_size
+        return same and table.precision in ("", self.precision) and table.guided in (None, self.guided)
+
+    def __str__(self) -> str:
+        guided = " of guided sampling" if self.guided else ""
+        return f"{self.device}, {self.batch_size} images per call{guided}, {self.precision}"
+
+
+def shared_table(run_dir: Path, now: Conditions, measure: Callable[[], LatencyTable], *, one_only: bool) -> LatencyTable:
+    """The study's latency table for this device; measured under a lock where there is none yet.
+
+    Args:
+        run_dir: the study directory.
+        now: of this worker.
+        measure: makes the table.
+        one_only: whether a study has one table alone, as where time is what is searched for.
+
+    Raises:
+        StudyError: the one table is of another device, batch or precision.
+    """
+    with waited_lock(run_dir / directory.LOCKS / "latency.lock", "measures the latency table"):
+        first = _read(run_dir / directory.LATENCY)
+        if first is None or now.fit(first):
+            path, found = run_dir / directory.LATENCY, first
+        elif one_only:
+            raise StudyError(_refusal(run_dir, now, first))
+        else:
+            path = run_dir / f"latency-{hashlib.sha256(str(now).encode()).hexdigest()[:8]}.json"
+            found = _read(path)
+        if found is None:
+            found = measure()
+            write_json(path, found.to_dict())
+        return found
+
+
+def _refusal(run_dir: Path, now: Conditions, first: LatencyTable) -> str:
+    size = first.batch_size
+    theirs = Conditions(
+        first.device, size, first.precision or now.precision, now.guided if first.guided is None else first.guided
+    )
+    fix = 'search on a device of that kind, or in another directory (there with cost = "flops" for several kinds of device)'
+    if now.device == first.device and now.batch_size != size:
+        fix = f"set sampling.batch_size back to {size // 2 if theirs.guided else size}, or search in another directory"
+    return (
+        f"times of one study must come from one kind of device; the latency table of {run_dir} is of {theirs}, and this "
+        f"worker has {now}; {fix}"
+    )
+
+
+def _read(path: Path) -> LatencyTable | None:
+    """A table on record; None where it is missing or damaged."""
+
+    def parse(data: dict[str, Any]) -> LatencyTable:
+        try:
+            return LatencyTable.from_dict(data)
+        except EvaluationError as error:
+            raise ValueError(str(error)) from error
+
+    return directory.read_state(path, parse, "latency is measured again")

@@ -1,0 +1,62 @@
+"""What follows from a study file and its network before anything runs: space, proposer, warm starts."""
+
+from __future__ import annotations
+
+import numpy as np
+import optuna
+
+from asesearch.config import SearchConfig, StudyConfig
+from asesearch.errors import ScheduleError
+from asesearch.schedule import ExitSchedule
+from asesearch.search.difficulty import DifficultyMap
+from asesearch.search.proposer import Problem
+from asesearch.search.space import Space
+from asesearch.search.storage import experimental
+from asesearch.search.workbench import Workbench
+
+Start = tuple[ExitSchedule, str]  # a schedule, and a sampler other than the study's own, or empty
+
+
+def make_proposer(config: SearchConfig, seed: int) -> optuna.samplers.BaseSampler:
+    """The Optuna sampler of a study file, where it is one of Optuna's own."""
+    with experimental():
+        if config.proposer == "tpe":
+            return optuna.samplers.TPESampler(seed=seed, n_startup_trials=8, multivariate=True, constant_liar=True)
+        if config.proposer == "nsga2":
+            return optuna.samplers.NSGAIISampler(seed=seed, population_size=10)
+        if config.proposer == "gp":
+            return optuna.samplers.GPSampler(seed=seed, n_startup_trials=8)
+        return optuna.samplers.RandomSampler(seed=seed)
+
+
+def make_space(config: StudyConfig, bench: Workbench) -> Space:
+    """The study's search space for its network."""
+    search, chain = config.search, config.diffusion.num_train_timesteps
+    samplers = tuple(bench.samplers) if len(bench.samplers) > 1 else ()
+    return Space(bench.backbone.depth, chain, search.num_intervals, search.noise_easy, bench.min_exit_depth, samplers)
+
+
+def make_problem(space: Space, bench: Workbench, difficulty_map: DifficultyMap) -> Problem:
+    """What the quality model needs to know of the study."""
+    own, table = next(iter(bench.samplers.values())), np.asarray(bench.call_cost)
+    return Problem(space, bench.samplers, table, len(own) * float(table[-1]), difficulty_map)
+
+
+def warm_starts(config: StudyConfig, bench: Workbench) -> dict[str, Start]:
+    """Points to try first, by origin: the full network, the study's schedules, and the full network under other samplers.
+
+    Raises:
+        ScheduleError: an unknown name, or a schedule outside the space.
+    """
+    space, depth, chain = make_space(config, bench), bench.backbone.depth, config.diffusion.num_train_timesteps
+    full = ExitSchedule.full(depth, chain)
+    out: dict[str, Start] = {"full": (full, "")}
+    for text in config.search.warm_start:
+        if text != "full":
+            out[text] = ExitSchedule.from_string(text, depth, chain), ""
+    for name, (schedule, _) in out.items():
+        try:
+            space.encode(schedule)
+        except ScheduleError as error:
+            raise ScheduleError(f"warm start {name!r} does not fit the search space: {error}") from error
+    return out | {f"full {sampler}": (full, sampler) for sampler in list(bench.samplers)[1:]}

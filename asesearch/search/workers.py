@@ -1,0 +1,325 @@
+"""The workers of a study: who lives, what each is at, and how long any was at work.
+
+Every worker holds a file lock for its life and keeps a small file of the times it was at work, both
+in `workers/` in the study directory. Within one kernel the lock tells at once whether a worker
+lives, whatever the container or process namespace; from elsewhere, its file must change now and
+then. Process ids tell nothing: another namespace, or another boot, has the same ones.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import logging
+import os
+import socket
+import threading
+import time
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from filelock import BaseFileLock, FileLock, SoftFileLock, Timeout
+
+from asesearch.errors import StudyError, WriteError
+from asesearch.files import write_json
+from asesearch.search.directory import WORKERS
+from asesearch.search.storage import HEARTBEAT_S
+
+SEARCHING, CONFIRMING = "searching", "confirming"
+BEAT_S = 5.0  # between two signs of life
+PAUSE_S = 60.0  # a longer gap between two signs is no time at work: the process was stopped
+GRACE_S = 2.0 * HEARTBEAT_S  # a worker elsewhere that gives no sign for so long is taken for dead
+OLD_S = 3600.0  # signs so old need not be watched; clocks of machines differ by less
+POLL_S = 1.0
+SAY_S = 2.0  # a wait for a lock that is longer is said
+_NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL}
+
+_log = logging.getLogger(__name__)
+
+
+# -- locks ---------------------------------------------------------------------------------------
+
+
+@contextmanager
+def try_lock(path: Path) -> Iterator[bool]:
+    """Hold a file lock if it is free now; a process that dies gives its own back.
+
+    Yields:
+        Whether it is held.
+
+    Raises:
+        StudyError: the folder's file system has no locks.
+        WriteError: the folder can't be written.
+    """
+    lock = _acquired(path)
+    try:
+        yield lock is not None
+    finally:
+        if lock is not None:
+            lock.release()
+
+
+@contextmanager
+def waited_lock(path: Path, what: str) -> Iterator[None]:
+    """Hold a file lock, waiting for it as long as another process does; says once that it waits.
+
+    Args:
+        path: of the lock's file.
+        what: what the other does, for the message.
+
+    Raises:
+        StudyError, WriteError: see `try_lock`.
+    """
+    begun = time.monotonic()
+    said = False
+    while (lock := _acquired(path)) is None:
+        if not said and time.monotonic() - begun > SAY_S:
+            _log.warning("waiting for another worker, which %s", what)
+            said = True
+        time.sleep(POLL_S / 10)
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def check_locks(folder: Path) -> None:
+    """Find out whether file locks work in a folder.
+
+    Raises:
+        StudyError: they do not.
+        WriteError: the folder can't be written.
+    """
+    path = folder / f"{uuid.uuid4().hex}.try"
+    try:
+        with try_lock(path), try_lock(path) as twice:
+            if twice:
+                raise _no_locks(folder, "a lock held by one is given to a second")
+    finally:
+        with suppress(OSError):
+            path.unlink(missing_ok=True)
+
+
+def _acquired(path: Path) -> BaseFileLock | None:
+    """The lock, held; None where another holds it."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock: BaseFileLock = FileLock(path, timeout=0)
+        lock.acquire()
+    except Timeout:
+        return None
+    except (NotImplementedError, UserWarning) as error:
+        raise _no_locks(path.parent, str(error)) from error
+    except OSError as error:
+        reason = error.strerror or str(error)
+        if error.errno in _NO_LOCKS:
+            raise _no_locks(path.parent, reason) from error
+        raise WriteError(f"can't write to {path.parent}: {reason}; choose a folder you may write to") from error
+    if isinstance(lock, SoftFileLock):  # a mark in its place, which a process that dies leaves behind
+        lock.release()
+        raise _no_locks(path.parent, "flock is not supported")
+    return lock
+
+
+def _no_locks(folder: Path, reason: str) -> StudyError:
+    return StudyError(
+        f"workers of a study need file locks in its directory; can't lock a file in {folder} "
+        f"({reason}); choose a directory on a file system that has them"
+    )
+
+
+# -- this worker ---------------------------------------------------------------------------------
+
+
+def boot_id() -> str:
+    """Of the running kernel; empty where it tells none."""
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+    except OSError:
+        return ""
+
+
+class Worker:
+    """This process as one of a study's workers.
+
+    Args:
+        run_dir: the study directory; nothing is written before `at_work`.
+    """
+
+    def __init__(self, run_dir: Path) -> None:
+        self.folder = run_dir / WORKERS
+        self.id = uuid.uuid4().hex
+        self._state: dict[str, Any] = {
+            "host": socket.gethostname(),
+            "pid": os.getpid(),  # for people
+            "boot": boot_id(),
+            "doing": "",
+            "earlier_s": 0.0,
+            "times": [],
+        }
+        self._clock = 0.0  # of the last sign
+        self._guard = threading.Lock()
+
+    @property
+    def mark(self) -> dict[str, str]:
+        """What a trial carries of its worker."""
+        return {"id": self.id, **{key: self._state[key] for key in ("boot", "host")}}
+
+    @contextmanager
+    def at_work(self, doing: str, earlier_s: float = 0.0) -> Iterator[None]:
+        """Hold this worker's lock, and keep on record since when and until when it was at work.
+
+        Args:
+            doing: SEARCHING or CONFIRMING.
+            earlier_s: seconds that the study took before its workers kept such a record.
+
+        Raises:
+            StudyError: file locks do not work here.
+            WriteError: the folder can't be written.
+        """
+        check_locks(self.folder)
+        stop = threading.Event()
+        with try_lock(self.folder / f"{self.id}.lock"):
+            now = time.time()
+            self._clock = time.monotonic()
+            self._state.update(doing=doing, earlier_s=earlier_s or self._state["earlier_s"])
+            self._state["times"].append([now, now])
+            self._write()
+            thread = threading.Thread(target=self._beat_until, args=(stop,), daemon=True)
+            thread.start()
+            try:
+                yield
+            finally:
+                stop.set()
+                thread.join()
+                self._state["doing"] = ""
+                self.beat()
+
+    def beat(self) -> None:
+        """Give a sign of life now."""
+        with self._guard:
+            clock = time.monotonic()
+            passed = clock - self._clock
+            self._clock = clock
+            times = self._state["times"]
+            if passed > PAUSE_S:
+                times.append([time.time(), time.time()])
+            else:
+                times[-1][1] += passed
+            with suppress(WriteError):  # where the disk is full, what is worth keeping says so
+                self._write()
+
+    def _write(self) -> None:
+        write_json(self.folder / f"{self.id}.json", self._state)
+
+    def _beat_until(self, stop: threading.Event) -> None:
+        while not stop.wait(BEAT_S):
+            self.beat()
+
+
+# -- the others ----------------------------------------------------------------------------------
+
+
+@dataclass
+class _Sign:
+    content: str
+    since: float
+
+
+class Others:
+    """What one worker sees of the study's others.
+
+    Args:
+        run_dir: the study directory.
+        own: this worker's id.
+    """
+
+    def __init__(self, run_dir: Path, own: str) -> None:
+        self.folder = run_dir / WORKERS
+        self.own = own
+        self._signs: dict[str, _Sign] = {}
+
+    def alive(self, mark: object, number: int) -> bool | None:
+        """Whether a trial's worker lives; None where only the database can tell.
+
+        Args:
+            mark: of the trial: `Worker.mark`, or what earlier releases left, or None.
+            number: of the trial.
+        """
+        if mark is None:  # begun this moment, or killed between two lines
+            return self._silent_s(f"trial {number}", "") < GRACE_S
+        if not isinstance(mark, dict):
+            return None
+        held = self._lock_held(str(mark["id"]), str(mark["boot"]))
+        if held is not None:
+            return held
+        state = _read(self.folder / f"{mark['id']}.json")
+        if state is None:
+            return None
+        return self._silent_s(str(mark["id"]), json.dumps(state)) < GRACE_S
+
+    def at_work(self, doing: str | None = None) -> list[str]:
+        """The other workers at work, as "host, process 12".
+
+        A worker that gives no sign for GRACE_S is left out, be it dead or stopped.
+
+        Args:
+            doing: those at this; None for all.
+        """
+        found = []
+        for path in sorted(self.folder.glob("*.json")):
+            state = _read(path)
+            if path.stem == self.own or state is None or not state["doing"]:
+                continue
+            silent = self._silent_s(path.stem, json.dumps(state))
+            old = abs(time.time() - state["times"][-1][1]) > OLD_S
+            gone = silent > GRACE_S or old or self._lock_held(path.stem, state["boot"]) is False
+            if not gone and doing in (None, state["doing"]):
+                found.append(f"{state['host']}, process {state['pid']}")
+        return found
+
+    def _lock_held(self, worker: str, boot: str) -> bool | None:
+        """Whether a worker under this kernel holds its lock; None under another."""
+        path = self.folder / f"{worker}.lock"
+        if not boot or boot != boot_id() or not path.exists():
+            return None
+        with try_lock(path) as free:
+            return not free
+
+    def _silent_s(self, worker: str, content: str) -> float:
+        """Seconds that this worker has seen another's file unchanged, by its own clock."""
+        now = time.monotonic()
+        sign = self._signs.get(worker)
+        if sign is None or sign.content != content:
+            sign = self._signs[worker] = _Sign(content, now)
+        return now - sign.since
+
+
+def worked_s(run_dir: Path) -> float:
+    """Seconds in which at least one worker was at work; the time between two runs does not count."""
+    states = [s for path in (run_dir / WORKERS).glob("*.json") if (s := _read(path)) is not None]
+    total = max((float(s["earlier_s"]) for s in states), default=0.0)
+    until = float("-inf")
+    for begun, ended in sorted(pair for s in states for pair in s["times"]):
+        total += max(0.0, ended - max(begun, until))
+        until = max(until, ended)
+    return total
+
+
+def has_record(run_dir: Path) -> bool:
+    """Whether any worker has put on record when it was at work."""
+    return any((run_dir / WORKERS).glob("*.json"))
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    """A worker's file; None where it is missing or damaged."""
+    try:
+        state = json.loads(path.read_text(encoding="utf-8"))
+        _ = state["host"], state["pid"], state["boot"], state["doing"], state["earlier_s"]
+        return state if all(len(pair) == 2 for pair in state["times"]) and state["times"] else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None

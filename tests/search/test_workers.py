@@ -1,0 +1,661 @@
+"""Several workers at one study: nobody dies beside a long trial, nothing is paid for twice, nothing paid for is lost."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+import optuna
+import pytest
+from optuna.trial import TrialState
+
+from asesearch.errors import StudyError, TrainingDiverged
+from asesearch.evaluation.cost import LatencyTable
+from asesearch.files import write_json
+from asesearch.schedule import ExitSchedule
+from asesearch.search import confirmation, workers
+from asesearch.search.confirmation import confirm
+from asesearch.search.latency import Conditions, shared_table
+from asesearch.search.proposer import num_exploring
+from asesearch.search.records import EXPLORES, LOOKS_AROUND, RECORD, select
+from asesearch.search.runner import WORKER, Runner
+from asesearch.search.study import Study
+from asesearch.search.workers import Others, Worker, try_lock, waited_lock, worked_s
+from tests.search.fake_search import FakeBench, SharedBench, make_config
+from tests.search.test_study import ready
+
+# threads share one list of filters
+pytestmark = pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning")
+LADDER = {"promotion": {"num_samples": 20, "repeats": 2, "always": 1, "threshold": 0.3, "explore": 5}}
+SHORT = {"confirm": {"max_points": 3, "num_samples": 50, "repeats": 2, "time_images": 4, "time_repeats": 2}}
+
+
+def paid(run_dir):
+    return (run_dir / "paid").read_text().splitlines()
+
+
+def tried(run_dir):
+    return [line for line in paid(run_dir) if line.startswith("trial")]
+
+
+def search_in_threads(config, run_dir, count, until=None):
+    """Each thread is a worker with a bench of its own; errors are given back.
+
+    The full network's trial goes on until `until` is true, or a minute has passed.
+    """
+    errors = []
+
+    class Held(SharedBench):
+        def try_schedule(self, schedule, folder, sampler=""):
+            begun = time.monotonic()
+            while schedule.is_full and not sampler and not until() and time.monotonic() < begun + 60:
+                time.sleep(0.1)
+            return super().try_schedule(schedule, folder, sampler)
+
+    def work():
+        try:
+            study = Study(config, run_dir)
+            bench = Held(run_dir, config=config)
+            study.run(bench)
+            confirm(study, bench)
+        except BaseException as error:
+            errors.append(error)
+
+    Study(config, run_dir)
+    threads = [threading.Thread(target=work) for _ in range(count)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return errors
+
+
+@pytest.fixture
+def no_weights(monkeypatch):
+    monkeypatch.setattr(confirmation, "load_trial", lambda *_: None)
+
+
+def check_shared(config, run_dir, num_trials):
+    """What must hold of any study that several workers made."""
+    results = Study.open(run_dir).results()
+    lines = paid(run_dir)
+    assert {line: n for line, n in Counter(lines).items() if n > 1} == {}  # trials, confirmations, latency: each once
+    assert lines.count("latency") == 1
+    assert len(results.records) == num_trials == sum(line.startswith("trial") for line in lines)
+    wanted = {r.number for r in select(results.front(), results.full, config.confirm.max_points)}
+    confirmed = {c.number for c in results.confirmations}
+    assert wanted <= confirmed and len(wanted) > 1
+    assert sum(line.startswith("confirmation") for line in lines) == len(confirmed)
+
+
+@pytest.mark.parametrize("proposer", ["difficulty", "tpe"])
+def test_a_second_worker_goes_on_beside_a_long_trial_of_the_full_network(tmp_path, no_weights, proposer, caplog):
+    config = make_config(SHORT, proposer=proposer, num_trials=7, samplers=["ddim-25"])
+
+    def others_are_done():  # all but the full network, under this sampler and the other
+        return "waiting for trial" in caplog.text and len(tried(tmp_path)) == 5
+
+    assert search_in_threads(config, ready(tmp_path), 2, others_are_done) == []
+    check_shared(config, tmp_path, 7)
+    assert [line for line in tried(tmp_path)[:5] if "full" in line or line == "trial 6"] == []
+    origins = Counter(r.origin for r in Study.open(tmp_path).records())
+    assert origins == {"full": 1, "6 6 3 3": 1, "full ddim-25": 1, proposer: 4}  # proposals take no warm start's place
+    assert len(re.findall(r"waiting for trial \d", caplog.text)) <= 2  # said once, with the trial's number
+
+
+def test_a_worker_waits_where_all_that_is_left_is_in_anothers_hands(tmp_path, no_weights, caplog):
+    config = make_config(SHORT, num_intervals=1, warm_start=[], num_trials=6)  # the whole space
+
+    def others_are_done():
+        return "waiting for" in caplog.text and len(tried(tmp_path)) == 5
+
+    assert search_in_threads(config, tmp_path, 2, others_are_done) == []
+    check_shared(config, tmp_path, 6)
+
+
+def in_process(search, run_dir, sections, how):
+    script = Path(__file__).with_name("fake_search.py")
+    args = [json.dumps(search), str(run_dir), "-1", json.dumps(sections), json.dumps(how)]
+    return subprocess.Popen([sys.executable, str(script), *args], cwd=script.parents[2], stderr=subprocess.PIPE, text=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("proposer", ["difficulty", "tpe"])
+def test_four_processes_at_one_study(tmp_path, proposer):
+    search = {"proposer": proposer, "num_trials": 16, "samplers": ["ddim-25"]}
+    config = make_config(SHORT, **search)
+    Study(config, ready(tmp_path))
+    found = [in_process(search, tmp_path, SHORT, {"full_s": 15.0, "trial_s": 0.3}) for _ in range(4)]
+    for process in found:
+        _, err = process.communicate()
+        assert process.returncode == 0 and "Traceback" not in err, err
+    check_shared(config, tmp_path, 16)
+
+
+@pytest.mark.slow
+def test_a_stopped_worker_that_goes_on_keeps_its_score(tmp_path):
+    search = {"num_trials": 4, "proposer": "random"}
+    config = make_config(SHORT, **search)
+    Study(config, tmp_path)
+    how = {"full_s": 3.0, "trial_s": 0.1, "heartbeat_s": 1}
+
+    def wait_for_trials(count):
+        while not (tmp_path / "paid").exists() or len(tried(tmp_path)) < count:
+            time.sleep(0.1)
+
+    first = in_process(search, tmp_path, SHORT, how)
+    wait_for_trials(1)
+    os.kill(first.pid, signal.SIGSTOP)
+    second = in_process(search, tmp_path, SHORT, how)
+    try:
+        wait_for_trials(4)  # the second did the rest; the first's trial has been ended, for want of a heartbeat
+        states = [t.state for t in Study.open(tmp_path).optuna.get_trials()]
+        assert states[0] == TrialState.FAIL
+        os.kill(first.pid, signal.SIGCONT)
+        for process in (second, first):
+            _, err = process.communicate()
+            assert process.returncode == 0 and "Traceback" not in err, err
+    finally:
+        first.kill()
+    check_shared(config, tmp_path, 4)
+
+
+# -- who lives ------------------------------------------------------------------------------------
+
+
+def test_a_worker_lives_as_long_as_it_holds_its_lock(tmp_path):
+    worker, others = Worker(tmp_path), Others(tmp_path, "me")
+    assert others.at_work() == []
+    with worker.at_work("searching"):
+        assert others.alive(worker.mark, 0) is True
+        assert others.alive({**worker.mark, "host": "another"}, 0) is True and "pid" not in worker.mark
+        assert len(others.at_work()) == len(others.at_work("searching")) == 1 and others.at_work("confirming") == []
+        assert Others(tmp_path, worker.id).at_work() == []  # not one's own
+    assert others.alive(worker.mark, 0) is False and others.at_work() == []
+
+
+def test_a_worker_under_another_kernel_is_judged_by_its_signs(tmp_path, monkeypatch):
+    monkeypatch.setattr(workers, "GRACE_S", 0.3)
+    worker, others = Worker(tmp_path), Others(tmp_path, "me")
+    elsewhere = {**worker.mark, "boot": "another kernel"}
+    assert others.alive(elsewhere, 0) is None  # no sign at all: the database must tell
+    with worker.at_work("searching"):
+        for _ in range(3):
+            assert others.alive(elsewhere, 0) is True
+            time.sleep(0.2)
+            worker.beat()
+    assert others.alive(elsewhere, 0) is True
+    time.sleep(0.4)
+    assert others.alive(elsewhere, 0) is False
+
+
+def test_marks_of_earlier_releases_and_of_the_last_moment(tmp_path, monkeypatch):
+    monkeypatch.setattr(workers, "GRACE_S", 0.2)
+    others = Others(tmp_path, "me")
+    assert others.alive("this-host:1", 0) is None
+    assert others.alive(None, 1) is True
+    time.sleep(0.3)
+    assert others.alive(None, 1) is False and others.alive(None, 2) is True  # each by its own time
+
+
+@pytest.mark.parametrize("mark", ["a live worker", "dead", "host:99999999"])
+def test_only_a_dead_workers_trial_is_released(tmp_path, mark):
+    study = Study(make_config(num_trials=3), tmp_path)
+    other = Worker(tmp_path)
+    attrs = {WORKER: mark if ":" in mark else other.mark}
+    study.optuna.add_trial(optuna.trial.create_trial(state=TrialState.RUNNING, user_attrs=attrs))
+    with other.at_work("searching"):
+        if mark != "dead":
+            Runner(study, FakeBench())._release_dead()
+    if mark == "dead":
+        Runner(study, FakeBench())._release_dead()
+    state = study.optuna.get_trials()[0].state
+    assert state == (TrialState.FAIL if mark == "dead" else TrialState.RUNNING)
+
+
+@pytest.mark.parametrize("kind", ["complete", "failed", "told"])
+def test_a_worker_taken_for_dead_keeps_its_score(tmp_path, kind):
+    """Another ends its trial while it is at it: just before, or between record and score."""
+    config = make_config(num_trials=4, warm_start=["6 6 3 1"])
+    study, seen = Study(config, tmp_path), []
+
+    class Slow(FakeBench):
+        def try_schedule(self, schedule, folder, sampler=""):
+            if schedule.exit_depths[-1] == 1 and not seen:
+                seen.append(schedule)
+                if kind != "told":
+                    Study(config, tmp_path).optuna.tell(running(study), state=TrialState.FAIL)
+            return super().try_schedule(schedule, folder, sampler)
+
+    bench = Slow(fails=1 if kind == "failed" else None, config=config)
+    runner = Runner(study, bench)
+    if kind == "told":
+        values = runner._values
+
+        def late(record):
+            if record.schedule.exit_depths[-1] == 1:
+                Study(config, tmp_path).optuna.tell(running(study), state=TrialState.FAIL)
+            return values(record)
+
+        runner._values = late
+    with study.worker.at_work("searching"):
+        runner.run()
+    records = study.records()
+    assert len(records) == 4 == len(bench.tried)
+    mine = next(r for r in records if r.schedule == seen[0])
+    assert mine.state == ("failed" if kind == "failed" else "complete") and mine.origin == "6 6 3 1"
+    assert study.record(mine.number) == mine and len({r.number for r in records}) == 4
+
+
+def running(study):
+    return next(t.number for t in study.optuna.get_trials() if t.state == TrialState.RUNNING)
+
+
+def test_a_trial_that_two_workers_were_given_is_paid_for_once(tmp_path):
+    """A database may give one queued trial to two workers; the second, refused, ends it."""
+    config = make_config(num_trials=3)
+    study = Study(config, tmp_path)
+
+    class Given(FakeBench):
+        def try_schedule(self, schedule, folder, sampler=""):
+            if schedule.is_full:
+                Study(config, tmp_path).optuna.tell(running(study), state=TrialState.FAIL)
+            return super().try_schedule(schedule, folder, sampler)
+
+    bench = Given(config=config)
+    runner, other = Runner(study, bench), Runner(Study(config, tmp_path), bench)
+    keep = runner._keep
+
+    def kept(number, record):
+        with other.claim(record.schedule) as free:
+            assert not free  # nobody else can begin it before it is on record
+        keep(number, record)
+
+    runner._keep = kept
+    with study.worker.at_work("searching"):
+        runner.run()
+    assert [r.origin for r in study.records() if r.schedule.is_full] == ["full"] and len(bench.tried) == 3
+
+
+@pytest.mark.parametrize("error", [OSError(37, "No locks available"), OSError(95, "Operation not supported")])
+def test_a_file_system_without_locks_is_named(tmp_path, monkeypatch, error):
+    import fcntl
+
+    def refuse(*_):
+        raise error
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with pytest.raises(StudyError, match=f"need file locks.*{error.strerror}.*file system that has them") as caught:
+        Study(make_config(), tmp_path).run(FakeBench())
+    assert "\n" not in str(caught.value)
+
+
+def test_locks_without_effect_are_noticed(tmp_path, monkeypatch):
+    import fcntl
+
+    monkeypatch.setattr(fcntl, "flock", lambda *_: None)
+    with pytest.raises(StudyError, match="given to a second"):
+        Study(make_config(), tmp_path).run(FakeBench())
+
+
+def test_who_waits_for_a_lock_says_so_once(tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr(workers, "SAY_S", 0.3)
+    got = []
+
+    def wait():
+        with waited_lock(tmp_path / "a.lock", "makes tea"):
+            got.append(1)
+
+    thread = threading.Thread(target=wait)
+    with try_lock(tmp_path / "a.lock") as mine:
+        assert mine
+        thread.start()
+        time.sleep(1.0)
+        assert got == []
+    thread.join()
+    assert got == [1] and caplog.text.count("waiting for another worker, which makes tea") == 1
+
+
+# -- the first look around -------------------------------------------------------------------------
+
+
+def test_exactly_as_many_proposals_look_around_as_the_study_says(tmp_path):
+    class Slow(SharedBench):
+        def try_cheaply(self, schedule, sampler=""):
+            time.sleep(0.3)
+            return super().try_cheaply(schedule, sampler)
+
+    config = make_config(LADDER, proposer="difficulty", num_trials=12)
+    errors = []
+
+    def work():
+        try:
+            Study(config, tmp_path).run(Slow(tmp_path, config=config))
+        except BaseException as error:
+            errors.append(error)
+
+    Study(config, ready(tmp_path))
+    threads = [threading.Thread(target=work) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert errors == []
+    records = Study.open(tmp_path).records()
+    everything = [t.user_attrs.get(RECORD) for t in Study.open(tmp_path).optuna.get_trials()]
+    looked = [r for r in everything if r is not None and json.loads(r)["cheap"]["reason"] == LOOKS_AROUND]
+    assert len(looked) == 5 and len(records) == 12
+    assert all(json.loads(r)["state"] == "stopped" and json.loads(r)["origin"] == "difficulty" for r in looked)
+
+
+def test_in_flight_proposals_are_counted_by_number():
+    def trial(number, state=TrialState.RUNNING, record=None, fixed=False, **attrs):
+        attrs |= {} if record is None else {RECORD: json.dumps({"cheap": {"reason": record}})}
+        made = optuna.trial.create_trial(state=TrialState.RUNNING, user_attrs=attrs)
+        made.number, made.state = number, state
+        made.system_attrs = {"fixed_params": {}} if fixed else {}
+        return made
+
+    trials = [
+        trial(0, fixed=True),  # a warm start
+        trial(1, TrialState.PRUNED, LOOKS_AROUND),
+        trial(2, TrialState.COMPLETE, "among the first"),
+        trial(3),  # not said yet
+        trial(4, **{EXPLORES: True}),
+        trial(5, **{EXPLORES: False}),
+        trial(6, TrialState.FAIL),  # killed
+        trial(8),
+        trial(9, TrialState.PRUNED, LOOKS_AROUND),
+    ]
+    assert num_exploring(trials, 7) == 4  # 1, 3, 4, 9
+    assert num_exploring(trials, 3) == 2 and num_exploring(trials, 10) == 5
+
+
+# -- failures ------------------------------------------------------------------------------------
+
+
+class Failing(FakeBench):
+    """Trials fail as long as `broken` says so."""
+
+    broken = "all"
+
+    def try_schedule(self, schedule, folder, sampler=""):
+        if self.broken == "all" or (self.broken == "full" and schedule.is_full):
+            self.tried.append(schedule)
+            raise TrainingDiverged("the images hold NaN; give others")
+        return super().try_schedule(schedule, folder, sampler)
+
+
+@pytest.mark.parametrize("search", [{"num_trials": 6}, {"budget": "1h"}])
+def test_a_failed_full_network_stops_the_search_and_is_tried_again(tmp_path, search):
+    config = make_config(warm_start=[], num_intervals=1, **search)
+    bench = Failing(config=config)
+    bench.broken = "full"
+    for _ in range(2):
+        bench.tried.clear()
+        with pytest.raises(StudyError, match="full network's trial failed.*the images hold NaN; give others.*tries this one"):
+            Study(config, tmp_path).run(bench)
+        assert [s.is_full for s in bench.tried] == [True]  # nothing else was paid for
+    bench.broken = ""
+    study = Study(config, tmp_path)
+    study.run(bench)
+    assert study.results().full is not None and len(study.records()) == 6
+    assert all(r.state == "complete" for r in study.records())
+
+
+def test_a_study_whose_every_trial_fails_stops_at_once(tmp_path):
+    config = make_config(num_trials=9)
+    study, bench = Study(config, tmp_path), Failing(config=config)
+    with Runner(Study(config, tmp_path), bench).claim(ExitSchedule.full(6)):  # the full network is another worker's
+        with pytest.raises(StudyError, match="all 3 trials so far failed.*: the images hold NaN; give others; put that right"):
+            study.run(bench)
+        assert len(bench.tried) == 3
+    bench.broken = ""
+    study.run(bench)
+    assert "6 6 3 3" in {r.origin for r in study.records() if r.state == "complete"}  # tried again, too
+
+
+# -- confirmation --------------------------------------------------------------------------------
+
+
+def searched(run_dir, num_trials=8, **sections):
+    config = make_config({**SHORT, **sections}, num_trials=num_trials)
+    study = Study(config, run_dir)
+    bench = SharedBench(run_dir, config=config)
+    study.run(bench)
+    return study, bench
+
+
+def confirmed_points(run_dir):
+    return [line for line in paid(run_dir) if line.startswith("confirmation")]
+
+
+def test_workers_share_the_confirmation_out(tmp_path, no_weights):
+    study, _ = searched(tmp_path)
+    done = []
+
+    def work():
+        found = confirm(Study(study.config, tmp_path), SharedBench(tmp_path, config=study.config, trial_s=0.5))
+        done.append([c.number for c in found])
+
+    threads = [threading.Thread(target=work) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    results = study.results()
+    wanted = [r.number for r in select(results.front(), results.full, 3)]
+    assert done == [wanted] * 3 and len(wanted) == 4  # each worker ends when all is confirmed
+    assert len(confirmed_points(tmp_path)) == 4 == len(set(confirmed_points(tmp_path)))
+    assert {c.number for c in results.confirmations} == set(wanted)
+
+
+def test_what_a_dead_worker_was_confirming_is_left_to_the_next(tmp_path, no_weights):
+    study, bench = searched(tmp_path)
+
+    class Killed(BaseException):
+        pass
+
+    def die(*_):
+        raise Killed
+
+    bench.measured_time = die
+    with pytest.raises(Killed):
+        confirm(study, bench)
+    assert [c.number for c in study.results().confirmations] == [0]  # the full network's is kept
+    again = SharedBench(tmp_path, config=study.config)
+    found = confirm(study, again)
+    assert len(found) == 4 and Counter(confirmed_points(tmp_path)).most_common(1)[0][1] == 2
+
+
+def test_confirmations_under_other_settings_are_measured_again(tmp_path, no_weights):
+    study, bench = searched(tmp_path)
+    before = confirm(study, bench)
+    assert confirm(study, bench) == before and len(confirmed_points(tmp_path)) == 4  # nothing twice
+    config = study.config.model_copy(update={"confirm": study.config.confirm.model_copy(update={"num_samples": 70})})
+    study = Study(config, tmp_path)
+    after = confirm(study, SharedBench(tmp_path, config=config))
+    assert len(confirmed_points(tmp_path)) == 8
+    assert {c.quality.protocol.num_samples for c in before} == {50}
+    assert {c.quality.protocol.num_samples for c in after} == {70}
+    assert {c.quality.protocol.num_samples for c in study.results().confirmations} == {70}  # the stale are gone
+
+
+def test_the_one_file_of_earlier_releases_is_read(tmp_path, no_weights):
+    study, bench = searched(tmp_path)
+    made = confirm(study, bench)
+    parts = [json.loads(path.read_text()) for path in sorted((tmp_path / "confirmations").glob("*.json"))]
+    for path in (tmp_path / "confirmations").glob("*.json"):
+        path.unlink()
+    old = {"settings": parts[0]["settings"], "confirmations": [c for p in parts for c in p["confirmations"]]}
+    write_json(tmp_path / "confirmations.json", old)
+    assert len(study.results().confirmations) == 4
+    assert confirm(study, bench) == made and len(confirmed_points(tmp_path)) == 4
+    write_json(tmp_path / "confirmations.json", {**old, "settings": {"protocol": "another"}})
+    assert len(confirm(study, bench)) == 4 and len(confirmed_points(tmp_path)) == 8
+    assert not (tmp_path / "confirmations.json").exists()
+
+
+# -- latency -------------------------------------------------------------------------------------
+
+HERE = Conditions("cpu", 8, "float32", False)
+
+
+def table(**changes):
+    return replace(LatencyTable(8, "cpu", 1, "float32", (1.0, 2.0), (0.1, 0.1), 3, "float32", False), **changes)
+
+
+def test_all_workers_have_one_latency_table(tmp_path):
+    made, got = [], []
+
+    def measure():
+        time.sleep(0.5)
+        made.append(1)
+        return table(median_ms=(1.0, 2.0 + len(made)))
+
+    threads = [
+        threading.Thread(target=lambda: got.append(shared_table(tmp_path, HERE, measure, one_only=True))) for _ in range(3)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(made) == 1 and len(got) == 3 and {t.median_ms for t in got} == {(1.0, 3.0)}
+
+
+@pytest.mark.parametrize(
+    ("now", "words"),
+    [
+        (replace(HERE, device="NVIDIA H100"), 'is of cpu, 8 images.*has NVIDIA H100, 8 images.*of that kind.*cost = "flops"'),
+        (replace(HERE, batch_size=16), "8 images per call.*16 images per call.*batch_size back to 8"),
+        (replace(HERE, precision="bf16"), "float32.*bf16"),
+        (replace(HERE, guided=True), "of guided sampling"),
+    ],
+)
+def test_a_table_of_other_conditions_is_not_taken(tmp_path, now, words):
+    first = shared_table(tmp_path, HERE, table, one_only=True)
+    with pytest.raises(StudyError, match=words):
+        shared_table(tmp_path, now, lambda: pytest.fail("measured"), one_only=True)
+    other = table(median_ms=(5.0, 6.0))
+    for _ in range(2):  # where FLOPs are searched for, one beside it
+        assert shared_table(tmp_path, now, lambda: other, one_only=False) == other
+    assert shared_table(tmp_path, HERE, lambda: pytest.fail("measured"), one_only=False) == first
+
+
+def test_a_study_of_time_on_another_device_is_refused_before_the_warm_up(tmp_path):
+    data = table().to_dict() | {"device": "Tesla T4", "batch_size": 10}
+    write_json(tmp_path / "latency.json", data)
+    config = make_config(num_trials=2)
+    bench = SharedBench(tmp_path, config=config)
+    with pytest.raises(StudyError, match="Tesla T4.*cpu"):
+        Study(config, tmp_path).run(bench)
+    assert bench.tried == [] and not (tmp_path / "paid").exists()
+
+
+def test_tables_of_earlier_releases_are_used_where_they_fit(tmp_path):
+    old = {k: v for k, v in table().to_dict().items() if k not in ("precision", "guided")}
+    write_json(tmp_path / "latency.json", old)
+    assert shared_table(tmp_path, HERE, lambda: pytest.fail("measured"), one_only=True).median_ms == (1.0, 2.0)
+    with pytest.raises(StudyError, match="images per call"):
+        shared_table(tmp_path, replace(HERE, batch_size=4), table, one_only=True)
+
+
+def test_a_damaged_table_is_measured_again(tmp_path):
+    for text in ("", "{", "[]", '{"device": "cpu"}'):
+        (tmp_path / "latency.json").write_text(text)
+        assert shared_table(tmp_path, HERE, table, one_only=True) == table()
+
+
+# -- budget --------------------------------------------------------------------------------------
+
+
+def test_wall_time_is_the_union_of_all_workers_times(tmp_path):
+    def worker(name, times, earlier_s=0.0):
+        state = {"host": "h", "pid": 1, "boot": "b", "doing": "", "earlier_s": earlier_s, "times": times}
+        write_json(tmp_path / "workers" / f"{name}.json", state)
+
+    assert worked_s(tmp_path) == 0.0
+    worker("a", [[1000, 1060], [2000, 2030]])
+    assert worked_s(tmp_path) == 90  # not the time between two runs
+    worker("b", [[1030, 1100], [2010, 2020]])
+    assert worked_s(tmp_path) == 130
+    worker("c", [[5000, 5001]], earlier_s=7.0)
+    worker("d", [[5000, 5001]], earlier_s=7.0)  # begun in the same second
+    assert worked_s(tmp_path) == 138
+    (tmp_path / "workers" / "e.json").write_text("")  # a power cut
+    assert worked_s(tmp_path) == 138
+
+
+def test_time_in_which_a_worker_was_stopped_does_not_count(tmp_path, monkeypatch):
+    monkeypatch.setattr(workers, "PAUSE_S", 0.5)
+    worker = Worker(tmp_path)
+    with worker.at_work("searching"):
+        time.sleep(0.3)
+        worker.beat()
+        assert 0.3 <= worked_s(tmp_path) < 0.5
+        time.sleep(0.8)
+        worker.beat()
+    assert worked_s(tmp_path) < 0.7
+
+
+class Timed(FakeBench):
+    """A trial takes a tenth of a second, and says so."""
+
+    def try_schedule(self, schedule, folder, sampler=""):
+        time.sleep(0.1)
+        return replace(super().try_schedule(schedule, folder, sampler), seconds={"finetune": 0.1})
+
+
+@pytest.mark.parametrize("num_workers", [1, 2])
+def test_a_budget_is_of_wall_time_and_leaves_room_for_the_confirmation(tmp_path, num_workers):
+    """An image takes a thousandth of a second, so that 2,000 timed ones of a point and of the full network take 2.3 to 4 s.
+
+    Two workers share two points and more out; with one point, which one must do, they have as long as one.
+    """
+    confirm = {"max_points": 1, "num_samples": 2, "repeats": 1, "time_images": 400, "time_repeats": 4}
+    config = make_config({"confirm": confirm}, budget="8s", proposer="random", num_trials=1)
+    benches = [Timed(config=config) for _ in range(num_workers)]
+    Study(config, tmp_path)
+    threads = [threading.Thread(target=lambda b=b: Study(config, tmp_path).run(b)) for b in benches]
+    begun = time.monotonic()
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    took = time.monotonic() - begun
+    assert 3.3 < took < 6.9
+    assert len(Study.open(tmp_path).records()) >= 5
+    again = Timed(config=config)
+    Study(config, tmp_path).run(again)
+    assert again.tried == []
+
+
+def test_time_of_an_earlier_release_counts(tmp_path):
+    Study(make_config(num_trials=5), tmp_path).run(FakeBench())  # each of whose trials says that it took a second
+    for path in (tmp_path / "workers").iterdir():
+        path.unlink()  # which earlier releases did not have
+    config = make_config({"confirm": {"max_points": 1, "num_samples": 2, "repeats": 1}}, budget="5s")
+    bench = FakeBench(config=config)
+    for _ in range(2):
+        Study(config, tmp_path).run(bench)
+        assert bench.tried == [] and 5 <= worked_s(tmp_path) < 8
+
+
+def test_timing_is_a_part_of_the_confirmation():
+    from asesearch.search.budget import confirmation_s
+
+    config = make_config({"confirm": {"num_samples": 10, "repeats": 2, "time_images": 5, "time_repeats": 3}})
+    # 20 images of the full network and 10 of a point at half its time: 30 times 0.1 s; four rounds (one not counted) of five
+    # images of each: 20 * 1.5 = 30 times 0.1 s
+    assert confirmation_s(config, 0.1, [0.5]) == pytest.approx(2.0 + 1.0 + 3.0)
+    assert confirmation_s(config, 0.1, [0.5], full=False) == pytest.approx(4.0)
+    assert confirmation_s(config, 0.1, []) == pytest.approx(2.0)
+    assert confirmation_s(config, 0.1, [0.5] * 4, num_workers=2) == pytest.approx((2.0 + 16.0) / 2)
+    assert confirmation_s(config, 0.1, [0.5], num_workers=8) == pytest.approx(4.0)  # a point is one worker's
