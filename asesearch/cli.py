@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
 
 from asesearch.config import StudyConfig, load_study
 from asesearch.errors import AseSearchError, ConfigError
@@ -298,7 +299,10 @@ def search(
     total, done = None if config.search.budget else config.search.num_trials, len(opened.records())
     if done:
         _say(f"{run_dir}: {done} of {total or 'unlimited'} schedules on record; continuing")
-    with tqdm(total=total, initial=min(done, total or done), desc="search", file=sys.stderr, dynamic_ncols=True) as bar:
+    with (
+        tqdm(total=total, initial=min(done, total or done), desc="search", file=sys.stderr, dynamic_ncols=True) as bar,
+        logging_redirect_tqdm(),  # a line about waiting goes above the bar
+    ):
         bench.on_step = lambda step, loss: bar.set_postfix_str(f"step {step} loss {loss:.4f}")
 
         def on_trial(record: TrialRecord) -> None:

@@ -33,7 +33,7 @@ def replacing(path: str | os.PathLike[str], *, shared: bool = False) -> Iterator
         WriteError: folder or file can't be written.
     """
     path = Path(path)
-    part = path.with_name(f"{path.name}.{uuid.uuid4().hex}.part" if shared else f"{path.name}.part")
+    part = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}.part" if shared else f"{path.name}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield part

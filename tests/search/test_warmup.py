@@ -162,6 +162,21 @@ def test_costs_are_over_the_full_network_under_the_studys_own_sampler(study, tmp
     assert spent == pytest.approx(3 * 8 * 4 * bench.flops[-1] / 1e9)
 
 
+@pytest.mark.parametrize("cfg_scale", [1.0, 2.5])
+def test_latency_is_of_calls_as_large_as_the_samplers(study, tmp_path, cfg_scale):
+    """Guidance doubles the batch of a sampler's calls; a table of half of it would tell another time."""
+    changed = study.model_copy(update={"sampling": study.sampling.model_copy(update={"cfg_scale": cfg_scale})})
+    bench = Workbench(changed, tmp_path / "run")
+    sizes = []
+    bench.backbone.register_forward_pre_hook(lambda _, args: sizes.append(len(args[0])))
+    table = bench.latency
+    timed = set(sizes)
+    sizes.clear()
+    bench.sample(bench.backbone, bench.full, range(bench.batch_size))
+    assert timed == set(sizes) == {table.batch_size}
+    assert table.guided is (cfg_scale != 1.0) and table.precision == "float32"
+
+
 def test_protocol_leaves_competing_samplers_out(study, tmp_path):
     bench = Workbench(study, tmp_path / "run")
     assert bench.protocol.solver is None and bench.protocol.num_steps is None
