@@ -13,8 +13,10 @@ import optuna
 import pytest
 
 from asesearch.errors import StudyError
+from asesearch.schedule import ExitSchedule
 from asesearch.search import storage
 from asesearch.search.identity import is_in_use
+from asesearch.search.runner import Runner
 from asesearch.search.storage import IDENTITY, look, parse_url, secrets, shown
 from asesearch.search.study import Study
 from tests.search.fake_search import FakeBench, make_config
@@ -251,7 +253,7 @@ def test_a_later_format_is_refused(tmp_path):
 def test_a_change_before_anything_is_on_record_is_taken_over(tmp_path, change, caplog):
     first = Study(make_config(), tmp_path)
     space_of = FakeBench(config=first.config)
-    first._enqueue_warm_start(*_space(first, space_of), [])  # a trial that waits, in the former space
+    Runner(first, space_of)._enqueue_warm_start([])  # a trial that waits, in the former space
     (tmp_path / "latency.json").write_text("{}")
     data = make_config().model_dump(mode="json")
     for key, value in change.items():
@@ -265,12 +267,6 @@ def test_a_change_before_anything_is_on_record_is_taken_over(tmp_path, change, c
     assert optuna.get_all_study_names(study.optuna._storage) == [config.name]
     with pytest.raises(StudyError, match="was begun with other settings"):
         Study(make_config(), tmp_path)
-
-
-def _space(study, bench):
-    from asesearch.search.study import make_space, warm_starts
-
-    return make_space(study.config, bench), warm_starts(study.config, bench)
 
 
 def test_other_weights_before_anything_is_on_record_are_taken_over(tmp_path):
@@ -287,7 +283,7 @@ def test_another_worker_is_not_overruled(tmp_path):
     config = make_config()
     study = Study(config, tmp_path)
     study._check_inputs(FakeBench(config=config, weights="first"))
-    with study._claim(_space(study, FakeBench())[1]["full"][0]):
+    with Runner(study, FakeBench()).claim(ExitSchedule.full(6)):
         assert is_in_use(tmp_path)
         with pytest.raises(StudyError, match="another worker is at the study"):
             study._check_inputs(FakeBench(config=config, weights="second"))

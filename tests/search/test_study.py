@@ -436,7 +436,7 @@ def test_the_difficulty_proposers_own_return_is_the_judgement(tmp_path):
 
 def test_a_space_of_stopped_schedules_ends_the_search(tmp_path, monkeypatch):
     """Stopped again and again is nothing new: the search must not go round for ever."""
-    monkeypatch.setattr("asesearch.search.study.MAX_REPEATS_IN_A_ROW", 15)
+    monkeypatch.setattr("asesearch.search.runner.MAX_REFUSED_IN_A_ROW", 15)
     sections = {"promotion": {**LADDER["promotion"], "always": 0, "threshold": 1.0}}
     config = make_config(sections, proposer="random", num_intervals=1, warm_start=[], num_trials=50)
     study, bench = Study(config, ready(tmp_path)), FakeBench(config=config)
