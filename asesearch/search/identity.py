@@ -280,8 +280,9 @@ def start_over(run_dir: Path, why: str) -> None:
     if is_in_use(run_dir):
         raise StudyError(f"another worker is at the study in {run_dir}, {why}; give all workers the same")
     say_once(f"{run_dir}: nothing was on record yet, so the study begins again {why}")
-    for name in (directory.INPUTS, directory.LATENCY, directory.WARM_UP):
-        (run_dir / name).unlink(missing_ok=True)
+    names = (directory.INPUTS, directory.LATENCY, directory.WARM_UP)
+    for path in (*(run_dir / name for name in names), *run_dir.glob("latency-*.json")):
+        path.unlink(missing_ok=True)
     shutil.rmtree(run_dir / directory.TRIALS, ignore_errors=True)
 
 
