@@ -5,22 +5,51 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from math import isnan
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
+from typer.core import TyperGroup
 
 from asesearch.config import StudyConfig, load_study
 from asesearch.errors import AseSearchError, ConfigError
 from asesearch.schedule import ExitSchedule
 
 if TYPE_CHECKING:
-    from asesearch.search.records import TrialRecord
+    from asesearch.search import Study, Workbench
+    from asesearch.search.records import StudyResults, TrialRecord
+
+
+class _Program(TyperGroup):
+    """The commands: --debug may stand anywhere on the line, and Ctrl-C is answered in one line."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Take --debug out, which `main` looks for itself."""
+        end = args.index("--") if "--" in args else len(args)
+        return super().parse_args(ctx, [a for a in args[:end] if a != "--debug"] + args[end:])
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the command; Ctrl-C outside of `_interruptible` comes before any work."""
+        with _interruptible("its work had not begun; give the same command again"):
+            return super().invoke(ctx)
+
+
+@contextmanager
+def _interruptible(kept: str | Callable[[], str]) -> Iterator[None]:
+    """On Ctrl-C say in one line what is kept, and exit with 130 as shells expect."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        _say(f"interrupted: {kept if isinstance(kept, str) else kept()}")
+        raise typer.Exit(130) from None
+
 
 app = typer.Typer(
+    cls=_Program,
     help="Search early-exit schedules for diffusion transformers: search, look at the front, pick a point, ship it.",
     no_args_is_help=True,
     add_completion=False,
@@ -35,17 +64,19 @@ Storage = Annotated[
     typer.Option(help="The study's Optuna storage URL; default the one on record, which is without its password."),
 ]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the resolved plan with its cost estimate as JSON, and stop.")]
-ScheduleText = Annotated[
-    str,
-    typer.Option(
-        "--schedule",
-        help='Blocks per equal interval, data side first ("12 12 9 6"), a published name ("D3-DiT"), a JSON file, or "full".',
-    ),
-]
+SCHEDULE = typer.Option(
+    "--schedule",
+    help='Blocks per equal interval, data side first ("12 12 9 6"), with the ends of unequal ones ("12 9 @ 0 300 1000"), a '
+    'published name ("D3-DiT"), a file (.json), or "full".',
+)
+ScheduleText = Annotated[str, SCHEDULE]
+
+
+DEBUG_HELP = "Show the traceback of an error; may stand anywhere on the line."
 
 
 @app.callback()
-def _main(debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False) -> None:
+def _main(debug: Annotated[bool, typer.Option("--debug", help=DEBUG_HELP)] = False) -> None:
     pass  # --debug is read by `main`, which catches the errors
 
 
@@ -113,12 +144,12 @@ def _fit(config: StudyConfig, schedule_text: str, out: Path, run_dir: Path, dry_
     from asesearch.data import open_data
     from asesearch.diffusion import make_diffusion
     from asesearch.files import check_writable
-    from asesearch.finetuning import Trainer, seconds_per_step
+    from asesearch.finetuning import CHECKPOINT, Trainer, seconds_per_step
 
     if out.suffix != ".safetensors":
         raise ConfigError(f"weights are written as .safetensors; got {out}; change --out")
-    if not dry_run:
-        check_writable(out)
+    check_writable(out)
+    check_writable(run_dir, CHECKPOINT)
     data, diffusion = open_data(config.data), make_diffusion(config.diffusion)
     backbone = load_backbone(config.backbone, config.train.seed, getattr(data, "null_condition", None))
     schedule = _schedule(schedule_text, backbone.depth, config.diffusion.num_train_timesteps)
@@ -137,7 +168,9 @@ def _fit(config: StudyConfig, schedule_text: str, out: Path, run_dir: Path, dry_
         return
     if trainer.resumed_at:
         _say(f"resuming at step {trainer.resumed_at} of {config.train.num_steps}")
-    with _bar(config.train.num_steps, "train") as on_step:
+    every = f"one every {config.train.checkpoint_every} steps"
+    kept = f"the last checkpoint ({every}) is kept in {run_dir}; the same command resumes from it"
+    with _interruptible(kept), _bar(config.train.num_steps, "train") as on_step:
         on_step(trainer.step, trainer.losses[-1] if trainer.losses else float("nan"))
         result = trainer.run(on_step)
     if not trainer.accelerator.is_main_process:
@@ -179,12 +212,14 @@ def sample(
     from asesearch.data import save_images
     from asesearch.deployment.bundle import load_bundle
     from asesearch.evaluation.fidelity import to_uint8
+    from asesearch.files import check_writable
     from asesearch.search.workbench import default_device
 
     if out.suffix not in (".png", ".npz"):
         raise ConfigError(f"images are written as .png or .npz; got {out}; change --out")
     if (prompt is None) != (text_encoder is None) or (prompt is not None and label is not None):
         raise ConfigError("--prompt goes with --text-encoder and without --label; got another combination; correct it")
+    check_writable(out)
     loaded = load_bundle(bundle, default_device())
     if loaded.latents is not None and vae is None and out.suffix == ".png":
         raise ConfigError("this bundle makes latents, and a picture needs --vae; got none; give it, or write .npz")
@@ -192,16 +227,18 @@ def sample(
     y: Conditioning | None = None if label is None else torch.full((num,), label)
     if prompt is not None and text_encoder is not None:
         y = loaded.encode_prompts([prompt] * num, text_encoder)
+    how, calls = loaded.plan(range(seed, seed + num), y, steps)
     plan = {
         "schedule": str(loaded.schedule),
-        "sampling": loaded.sampling.model_dump(mode="json"),
+        "sampling": how.model_dump(mode="json"),
         "num": num,
-        "block_frac": loaded.schedule.block_frac(),
+        "block_frac": loaded.schedule.block_frac(calls),
     }
     if dry_run:
         _print(plan)
         return
-    result = loaded.sample(range(seed, seed + num), y, steps)
+    with _interruptible(f"no image was written to {out}; the same command begins again"):
+        result = loaded.sample(range(seed, seed + num), y, steps)
     if loaded.latents is not None and decoder is None:
         save_images(result.images.numpy(), out, "latents")
     else:
@@ -213,7 +250,7 @@ def sample(
 def evaluate(
     run_dir: RunDir,
     trial: Annotated[int | None, typer.Option(help="Trial to evaluate; default: the pretrained network as it is.")] = None,
-    schedule: ScheduleText = "full",
+    schedule: Annotated[str | None, SCHEDULE] = None,
     check: Annotated[
         bool, typer.Option("--check", help="Compare with the figure on record for --trial; exit 1 if it can't be reproduced.")
     ] = False,
@@ -221,24 +258,29 @@ def evaluate(
     dry_run: DryRun = False,
 ) -> None:
     """Measure quality under the study's protocol: a trial's weights again, or the pretrained ones under any schedule."""
+    from asesearch.backbones.base import check_schedule
     from asesearch.search import Study, Workbench
     from asesearch.search.confirmation import load_trial
     from asesearch.search.reproduce import compare
 
     if check and trial is None:
         raise ConfigError("--check compares with the figure of a trial; got no --trial; give its number")
+    if trial is not None and schedule is not None:
+        raise ConfigError(f"a trial has its own schedule; got --trial {trial} with --schedule; leave one out")
     study = Study.open(run_dir, storage)
     bench = Workbench(study.config, run_dir)
     record = None if trial is None else study.record(trial)
     if record is None:
-        net, chosen = bench.backbone, _schedule(schedule, bench.backbone.depth, bench.full.num_train_timesteps)
+        net, chosen = bench.backbone, _schedule(schedule or "full", bench.backbone.depth, bench.full.num_train_timesteps)
+        check_schedule(net, bench.full.num_train_timesteps, chosen)
     else:
         net, chosen = load_trial(study, record, bench.device), record.schedule
     if dry_run:
         _print({"schedule": str(chosen), "protocol": vars(bench.protocol)})
         return
     sampler = "" if record is None else record.sampler
-    quality, seconds = bench.evaluate(net, chosen, bench.protocol, sampler)
+    with _interruptible("a figure that is not complete is not kept; the same command begins again"):
+        quality, seconds = bench.evaluate(net, chosen, bench.protocol, sampler)
     result: dict[str, Any] = {"metric": bench.protocol.metric_name, "value": quality.value, "std_error": quality.std_error}
     result |= {"schedule": str(chosen), "sampling_seconds": round(seconds["sample"], 2), **quality.to_dict()}
     if check:
@@ -267,8 +309,9 @@ def search(
     Several processes may share one study: give all the same file, --out, and a --storage that all can reach. They share out
     trials and confirmation; one that has nothing else to do waits for the others and says so.
     """
-    from asesearch.report import write_report
-    from asesearch.search import Study, Workbench, confirm, preflight
+    from asesearch.report.page import check_report_dir
+    from asesearch.search import Study, Workbench, preflight
+    from asesearch.search.directory import check_study_dir
     from asesearch.search.plan import make_plan
     from asesearch.search.storage import parse_url
 
@@ -280,6 +323,14 @@ def search(
     if config.search.storage is not None:
         parse_url(config.search.storage)
     run_dir = out or Path("runs") / config.name
+    report_to = report_dir or Path("reports") / config.name
+    check_study_dir(run_dir, config.search.storage)
+    if report_to.resolve() in (run_dir.resolve(), *run_dir.resolve().parents):
+        raise ConfigError(
+            f"the report goes beside the study or into it; got {report_to} for the study in {run_dir}, "
+            "which it would have to replace; change --report"
+        )
+    check_report_dir(report_to)
     bench = Workbench(config, None if dry_run else run_dir)
     found = preflight(bench, run_dir)
     if dry_run:
@@ -296,6 +347,22 @@ def search(
         return
     opened = Study(config, run_dir)
     _say(make_plan(bench).line())
+    with _interruptible(lambda: _on_record(opened)):
+        _print(_search(opened, bench, report_to))
+
+
+def _on_record(study: Study) -> str:
+    """What an interrupted search has kept."""
+    of = "" if study.config.search.budget else f" of {study.config.search.num_trials}"
+    return f"{len(study.records())}{of} schedules are on record in {study.run_dir}; the same command resumes"
+
+
+def _search(opened: Study, bench: Workbench, report_to: Path) -> dict[str, Any]:
+    """Search, confirm, report; what `search` prints."""
+    from asesearch.report import write_report
+    from asesearch.search import confirm
+
+    config, run_dir = opened.config, opened.run_dir
     total, done = None if config.search.budget else config.search.num_trials, len(opened.records())
     if done:
         _say(f"{run_dir}: {done} of {total or 'unlimited'} schedules on record; continuing")
@@ -313,23 +380,30 @@ def search(
     _say("confirming the front on fresh seeds")
     confirm(opened, bench, lambda c: _say(f"trial {c.number}: {c.quality.value:.4g} at {c.measured_time_frac:.3f} measured"))
     results = opened.results()
-    page = write_report(results, report_dir or Path("reports") / config.name)
-    _print(
+    page = write_report(results, report_to)
+    return {"study": str(run_dir), "report": str(page), "front": _front(results)}
+
+
+def _front(results: StudyResults) -> list[dict[str, Any]]:
+    """The front of the report: of confirmed scores and measured times where there are any.
+
+    `confirmed` says which; without it the score is the search's and the time predicted.
+    """
+    from asesearch.report.tables import front
+
+    rows = front(results).to_dict("records")
+    return [
         {
-            "study": str(run_dir),
-            "report": str(page),
-            "front": [
-                {
-                    "trial": r.number,
-                    "schedule": str(r.schedule),
-                    "sampler": r.sampler,
-                    "quality": r.quality and r.quality.value,
-                    "time_frac": r.time_frac,
-                }
-                for r in results.front()
-            ],
+            "trial": int(row["number"]),
+            "schedule": row["schedule"],
+            "sampler": row["sampler"],
+            "confirmed": row["kind"] == "confirmed",
+            "quality": row["quality"],
+            "std_error": None if isnan(row["std_error"]) else row["std_error"],
+            "time_frac": row["time_frac"],
         }
-    )
+        for row in rows
+    ]
 
 
 def _trial_line(record: TrialRecord) -> str:
@@ -351,14 +425,19 @@ def report(
 ) -> None:
     """Write the report of a study: front, schedules, samples, cost, protocol; a page with figures and data beside it."""
     from asesearch.report import write_report
+    from asesearch.report.page import check_report_dir
     from asesearch.search import Study
 
-    results = Study.open(run_dir, storage).results()
-    folder = out or Path("reports") / results.name
+    opened = Study.open(run_dir, storage)
+    folder = out or Path("reports") / opened.config.name
+    check_report_dir(folder)
+    results = opened.results()
     if dry_run:
         _print({"trials": len(results.records), "confirmed": len(results.confirmations), "out": str(folder)})
         return
-    _print({"report": str(write_report(results, folder))})
+    with _interruptible(f"{folder} is as it was, or the same command completes it"):
+        page = write_report(results, folder)
+    _print({"report": str(page)})
 
 
 @app.command("map")
@@ -385,6 +464,7 @@ def map_command(
 
     config = load_study(study)
     folder, device = out or Path("reports") / f"{config.name}-map", default_device()
+    check_writable(folder, "map.json")
     data, diffusion = open_data(config.map.data or config.data), make_diffusion(config.diffusion)
     null = getattr(data, "null_condition", None)
     backbone, reference = load_backbone(config.backbone, config.train.seed, null).to(device), None
@@ -399,8 +479,9 @@ def map_command(
     if dry_run:
         _print({**facts, "out": str(folder), "estimate": {"total_s": round(map_seconds(*parts), 2)}})
         return
-    check_writable(folder / "map.json")
-    with tqdm(total=config.map.num_bins, desc="map", file=sys.stderr, dynamic_ncols=True, leave=False) as bar:
+    bar = tqdm(total=config.map.num_bins, desc="map", file=sys.stderr, dynamic_ncols=True, leave=False)
+    kept = f"the map was not complete, so nothing was written to {folder}; the same command begins again"
+    with _interruptible(kept), bar:
         found = measure_map(*parts, config.sampling.batch_size, lambda done, _: bar.update(done - bar.n))
     files = [str(path) for path in write_map(found, folder)]
     ends = {"data": 0, "middle": found.num_bins // 2, "noise": found.num_bins - 1}
@@ -451,9 +532,10 @@ def export(
     dry_run: DryRun = False,
 ) -> None:
     """Pick a point of the front and write it as a bundle that samples anywhere."""
-    from asesearch.deployment.export import evaluation_of
+    from asesearch.deployment.bundle import check_bundle_dir
+    from asesearch.deployment.export import check_export, evaluation_of
     from asesearch.deployment.export import export as write
-    from asesearch.search import Study, Workbench, pick_nearest
+    from asesearch.search import Study, pick_nearest
     from asesearch.search import pick as pick_point
 
     choosing = (pick, quality, time, early_exit or None, or_nearest or None)
@@ -462,6 +544,7 @@ def export(
             "--trial names the point to export, so nothing is picked; got it with --pick, --quality, --time, --early-exit or "
             "--or-nearest; leave out one or the other"
         )
+    check_bundle_dir(out, overwrite=overwrite)
     opened = Study.open(run_dir, storage)
     if trial is not None:
         record = opened.record(trial)
@@ -474,12 +557,16 @@ def export(
         record = pick_point(opened.results(), pick or "best-quality", quality, time, early_exit=early_exit)
     chosen = {"trial": record.number, "origin": record.origin, "schedule": str(record.schedule)}
     chosen |= {"sampler": record.sampler} if record.sampler else {}
+    check_export(opened, record, out, finetune_steps, overwrite=overwrite)
     if dry_run:
         _print({**chosen, "evaluation": evaluation_of(opened, record), "out": str(out)})
         return
-    bench = None if finetune_steps is None else Workbench(opened.config, run_dir)
-    with _bar(finetune_steps or 0, "fine-tune") as on_step:
-        folder = write(opened, record, out, bench=bench, finetune_steps=finetune_steps, overwrite=overwrite, on_step=on_step)
+    kept = f"no bundle was written to {out}"
+    if finetune_steps is not None:
+        kept += "; the last checkpoint of the fine-tuning is kept, and the same command resumes from it"
+    options: dict[str, Any] = {"finetune_steps": finetune_steps, "overwrite": overwrite}
+    with _interruptible(kept), _bar(finetune_steps or 0, "fine-tune") as on_step:
+        folder = write(opened, record, out, on_step=on_step, **options)
     _print({**chosen, "bundle": str(folder)})
 
 
@@ -491,7 +578,7 @@ def latents(
     image_size: Annotated[int, typer.Option(min=1, help="Side of the centre crop that is encoded, in pixels.")],
     captions: Annotated[Path | None, typer.Option(help='JSON Lines with "file_name" and "text" of every image.')] = None,
     text_encoder: Annotated[Path | None, typer.Option(help="Folder of the text encoder that --captions needs.")] = None,
-    max_length: Annotated[int, typer.Option(min=1, help="Tokens a caption; PixArt-α's is 120.")] = 120,
+    max_length: Annotated[int | None, typer.Option(min=1, help="Tokens per caption; default 120, as PixArt-α's.")] = None,
     flips: Annotated[bool, typer.Option("--flips/--no-flips", help="Encode the mirror images too.")] = True,
     skip_damaged: Annotated[bool, typer.Option("--skip-damaged", help="Leave out images that can't be read.")] = False,
     batch_size: Annotated[int, typer.Option(min=1, help="Images a pass.")] = 32,
@@ -501,10 +588,15 @@ def latents(
 ) -> None:
     """Encode an image folder once through a VAE, and captions through a text encoder. Killed runs resume."""
     from asesearch.config import DataConfig
+    from asesearch.files import check_writable
     from asesearch.latents import LatentShards, encode_folder
     from asesearch.search.workbench import default_device
 
-    with tqdm(desc="encode", file=sys.stderr, dynamic_ncols=True, leave=False, delay=0.5, disable=dry_run) as bar:
+    if max_length is not None and captions is None:
+        raise ConfigError(f"--max-length is for captions; got {max_length} without --captions; leave it out")
+    check_writable(out, "null-prompt.npy")
+    bar = tqdm(desc="encode", file=sys.stderr, dynamic_ncols=True, leave=False, delay=0.5, disable=dry_run)
+    with _interruptible(f"what is encoded is kept in {out}; the same command resumes"), bar:
 
         def progress(done: int, total: int) -> None:
             bar.total = total
@@ -519,7 +611,7 @@ def latents(
             batch_size=batch_size,
             flips=flips,
             device=default_device(),
-            max_length=max_length,
+            max_length=120 if max_length is None else max_length,
             dtype=dtype,
             progress=progress,
             dry_run=dry_run,
@@ -541,8 +633,14 @@ def train_extractor_command(
     """Train the small classifier whose features measure grey images (the shipped `fashion-cnn` was made so)."""
     from asesearch.data import fashion_mnist
     from asesearch.evaluation.extractors import train_extractor
+    from asesearch.files import check_writable
 
-    accuracy = train_extractor(fashion_mnist("train", data), out, test=fashion_mnist("test"), seed=seed)
+    if out.suffix != ".safetensors":
+        raise ConfigError(f"weights are written as .safetensors; got {out}; change --out")
+    check_writable(out)
+    images = fashion_mnist("train", data)
+    with _interruptible(f"no weights were written to {out}; the same command begins again"):
+        accuracy = train_extractor(images, out, test=fashion_mnist("test"), seed=seed)
     _print({"weights": str(out), "test_accuracy": accuracy})
 
 
@@ -553,8 +651,6 @@ def main() -> None:
     except AseSearchError as error:
         if "--debug" in sys.argv:
             raise
-        _say(f"error: {error}")
+        with suppress(BrokenPipeError):
+            _say(f"error: {error}")
         sys.exit(1)
-    except KeyboardInterrupt:
-        _say("interrupted; the same command resumes")
-        sys.exit(130)

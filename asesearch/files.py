@@ -60,7 +60,7 @@ def _to_disk(path: Path, flags: int) -> None:
         os.close(handle)
 
 
-def check_writable(path: str | os.PathLike[str], inside: str = "") -> None:
+def check_writable(path: str | os.PathLike[str], inside: str = "", *, named: str | os.PathLike[str] = "") -> None:
     """Find out before hours of work whether `path` can be written, and leave nothing behind.
 
     Folders and a file of the same names are made, in a temporary folder where the first of them
@@ -69,6 +69,7 @@ def check_writable(path: str | os.PathLike[str], inside: str = "") -> None:
     Args:
         path: the file to write; a folder to write into, where `inside` is given.
         inside: the longest name, relative to that folder, that will be written in it.
+        named: what an error calls `path`, where that is only a step on the way to it.
 
     Raises:
         WriteError: it can't.
@@ -86,7 +87,7 @@ def check_writable(path: str | os.PathLike[str], inside: str = "") -> None:
             probe.parent.mkdir(parents=True, exist_ok=True)
             probe.with_name(f"{probe.name}{_SUFFIX}").write_bytes(bytes(4096))
     except OSError as error:
-        raise WriteError(_why_not(path, error)) from error
+        raise WriteError(_why_not(Path(named or path), error)) from error
 
 
 #: As long as the longest that `replacing` and `write_bundle` append to a name.

@@ -327,7 +327,7 @@ def sample(
         ScheduleError: a schedule for another network or chain.
     """
     solver, timesteps = check_sampling(backbone, solver, diffusion, num_steps, cfg_scale)
-    _check_images(backbone, seeds, y, batch_size)
+    check_images(backbone, seeds, y, batch_size)
     check_schedule(backbone, diffusion.num_train_timesteps, schedule)
     pairs = list(pairwise((*timesteps, diffusion.t_clean)))
     place = torch.device(device or next(backbone.parameters(), torch.empty(0)).device)
@@ -392,7 +392,7 @@ def check_sampling(
     return solver, diffusion.timesteps(num_steps, solver.quadratic)
 
 
-def _check_images(backbone: Backbone, seeds: Sequence[int], y: Conditioning | None, batch_size: int) -> None:
+def check_images(backbone: Backbone, seeds: Sequence[int], y: Conditioning | None, batch_size: int) -> None:
     """The errors of `sample` about what to make."""
     if len(seeds) == 0 or not all(isinstance(seed, (int, np.integer)) and 0 <= seed < 2**32 for seed in seeds):
         raise ConfigError(

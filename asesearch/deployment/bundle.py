@@ -26,10 +26,10 @@ from asesearch.backbones.checkpoints import load_backbone, save_backbone
 from asesearch.config import BackboneConfig, DiffusionConfig, SamplingConfig
 from asesearch.diffusion import make_diffusion
 from asesearch.errors import CheckpointError, ConfigError
-from asesearch.files import file_sha256
+from asesearch.files import check_writable, file_sha256
 from asesearch.latents import LatentDecoder, encode_prompts
 from asesearch.latents.networks import PathLike
-from asesearch.sampling import SampleResult, sample
+from asesearch.sampling import SampleResult, check_images, check_sampling, sample
 from asesearch.schedule import ExitSchedule
 
 FORMAT = "asesearch.bundle"
@@ -71,10 +71,6 @@ class Bundle:
 
         `y` is (N,) class labels or a prompt's tensors; by default seed modulo the number of classes, or of `prompts`.
         """
-        if y is None and self.backbone.num_classes:
-            y = torch.tensor([s % self.backbone.num_classes for s in seeds])
-        elif y is None and self.prompts is not None:
-            y = {name: value[[s % len(value) for s in seeds]] for name, value in self.prompts.items()}
         return sample(
             self.backbone,
             self.sampling.solver,
@@ -82,11 +78,34 @@ class Bundle:
             diffusion=make_diffusion(self.diffusion),
             num_steps=num_steps or self.sampling.num_steps,
             seeds=seeds,
-            y=y,
+            y=self._conditioning(seeds, y),
             cfg_scale=self.sampling.cfg_scale,
             batch_size=self.sampling.batch_size,
             precision=self.sampling.precision,
         )
+
+    def _conditioning(self, seeds: Sequence[int], y: Conditioning | None) -> Conditioning | None:
+        """`y` of `sample`, its default filled in."""
+        if y is None and self.backbone.num_classes:
+            return torch.tensor([s % self.backbone.num_classes for s in seeds])
+        if y is None and self.prompts is not None:
+            own = self.prompts.items()
+            return {name: value[[s % len(value) for s in seeds]] for name, value in own}
+        return y
+
+    def plan(
+        self, seeds: Sequence[int], y: Conditioning | None = None, num_steps: int | None = None
+    ) -> tuple[SamplingConfig, tuple[float, ...]]:
+        """How `sample` would sample with these arguments, and the timesteps of its network calls.
+
+        Raises:
+            ConfigError: what `sample` would refuse.
+        """
+        how = self.sampling.model_copy(update={"num_steps": num_steps or self.sampling.num_steps})
+        check_images(self.backbone, seeds, self._conditioning(seeds, y), how.batch_size)
+        diffusion = make_diffusion(self.diffusion)
+        _, timesteps = check_sampling(self.backbone, how.solver, diffusion, how.num_steps, how.cfg_scale)
+        return how, timesteps
 
     def decoder(self, vae: PathLike) -> LatentDecoder:
         """What turns the latents of `sample` into images, from the folder of their AutoencoderKL, on the network's device.
@@ -132,7 +151,7 @@ def write_bundle(bundle: Bundle, folder: Path, *, overwrite: bool = False) -> Pa
     """Write a bundle; the folder appears whole or not at all.
 
     Raises:
-        CheckpointError: the folder exists (and `overwrite` is not set) or can't be written.
+        CheckpointError, WriteError: see `check_bundle_dir`.
         ConfigError: no prompts for a network that takes them, or prompts that it does not take.
         ScheduleError: the schedule does not fit the network.
     """
@@ -140,10 +159,7 @@ def write_bundle(bundle: Bundle, folder: Path, *, overwrite: bool = False) -> Pa
     check_schedule(bundle.backbone, bundle.diffusion.num_train_timesteps, bundle.schedule)
     if bundle.backbone.takes_prompt:
         bundle.backbone.check_conditioning(bundle.prompts, _parity_count(bundle))
-    if folder.exists() and not overwrite:
-        raise CheckpointError(f"{folder} exists already; choose another folder, or overwrite it (--overwrite)")
-    if folder.exists() and any(folder.iterdir()) and not (folder / "bundle.json").is_file():
-        raise CheckpointError(f"{folder} is not a bundle, so it is not overwritten; choose another folder")
+    check_bundle_dir(folder, overwrite=overwrite)
     part = folder.with_name(f"{folder.name}.{os.getpid()}.part")
     try:
         part.mkdir(parents=True)
@@ -160,6 +176,27 @@ def write_bundle(bundle: Bundle, folder: Path, *, overwrite: bool = False) -> Pa
     finally:
         shutil.rmtree(part, ignore_errors=True)
     return folder
+
+
+def check_bundle_dir(folder: Path, *, overwrite: bool = False) -> None:
+    """Refuse a folder that no bundle can be written to; nothing is left behind.
+
+    Raises:
+        CheckpointError: it exists (and `overwrite` is not set), or holds something else.
+        WriteError: it can't be written.
+    """
+    folder = Path(folder)
+    if os.path.lexists(folder):
+        if not folder.is_dir() or folder.is_symlink() or os.path.ismount(folder):
+            raise CheckpointError(
+                f"a bundle is a folder of its own, replaced as a whole; got {folder}, which is a "
+                "file, a link or a mount point; choose another, or a folder in it"
+            )
+        if not overwrite:
+            raise CheckpointError(f"{folder} exists already; choose another folder, or overwrite it (--overwrite)")
+        if any(folder.iterdir()) and not (folder / "bundle.json").is_file():
+            raise CheckpointError(f"{folder} is not a bundle, so it is not overwritten; choose another folder")
+    check_writable(folder.with_name(f"{folder.name}.{2**22}.part"), FILES[1], named=folder)
 
 
 def _parity_count(bundle: Bundle) -> int:

@@ -11,10 +11,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from asesearch.deployment.bundle import Bundle, write_bundle
+from asesearch.deployment.bundle import Bundle, check_bundle_dir, write_bundle
 from asesearch.errors import StudyError
-from asesearch.finetuning import finetune
-from asesearch.search.confirmation import load_trial
+from asesearch.files import check_writable
+from asesearch.finetuning import CHECKPOINT, finetune
+from asesearch.search.confirmation import load_trial, trial_weights
 from asesearch.search.directory import INPUTS, PROMPTS, read_json
 from asesearch.search.records import TrialRecord
 from asesearch.search.study import Study
@@ -40,9 +41,13 @@ def export(
 
     Raises:
         StudyError: the trial's weights or prompts were deleted.
-        CheckpointError: the folder exists or can't be written.
+        CheckpointError, WriteError: see `check_export`.
     """
+    check_export(study, record, folder, finetune_steps, overwrite=overwrite)
     config, evaluation = study.config, evaluation_of(study, record)
+    latents = None
+    if config.data.kind == "latents":
+        latents = read_json(study.run_dir / INPUTS)["decoder"]
     if finetune_steps is None:
         net = load_trial(study, record, torch.device("cpu"))
     else:
@@ -51,6 +56,8 @@ def export(
         start, train = bench.tuning(record.schedule)
         train = train.model_copy(update={"num_steps": finetune_steps})
         teacher = bench.backbone if train.distill_frac > 0 else None
+        if start.takes_prompt:
+            _prompts(study.trial_dir(record.schedule) / PROMPTS)  # before the hours, not after
         where = study.trial_dir(record.schedule) / f"finetune-{finetune_steps}"
         net = finetune(start, bench.data, bench.diffusion, record.schedule, train, where, teacher, on_step).backbone
         quality, _ = bench.evaluate(net, record.schedule, bench.confirmation_protocol(), record.sampler)
@@ -70,9 +77,32 @@ def export(
             "environment": environment(),
         },
         prompts=_prompts(study.trial_dir(record.schedule) / PROMPTS) if net.takes_prompt else None,
-        latents=read_json(study.run_dir / INPUTS)["decoder"] if config.data.kind == "latents" else None,
+        latents=latents,
     )
     return write_bundle(bundle, folder, overwrite=overwrite)
+
+
+def check_export(
+    study: Study,
+    record: TrialRecord,
+    folder: Path,
+    finetune_steps: int | None = None,
+    *,
+    overwrite: bool = False,
+) -> None:
+    """Refuse what `export` could not write, before anything is trained; nothing is left behind.
+
+    Raises:
+        CheckpointError: the folder exists (and `overwrite` is not set), or holds something else.
+        StudyError: the trial has no weights, where those of the trial are exported.
+        WriteError: the folder, or the trial's for the checkpoint, can't be written.
+    """
+    check_bundle_dir(folder, overwrite=overwrite)
+    if finetune_steps is None:
+        trial_weights(study, record)
+    else:
+        inside = f"finetune-{finetune_steps}/{CHECKPOINT}"
+        check_writable(study.trial_dir(record.schedule), inside)
 
 
 def _prompts(path: Path) -> dict[str, Tensor]:

@@ -17,6 +17,7 @@ import pandas as pd
 
 from asesearch.errors import AseSearchError, StudyError
 from asesearch.evaluation.results import Protocol
+from asesearch.files import check_writable
 from asesearch.report import ladder, tables
 from asesearch.report.plots import drawings
 from asesearch.report.style import Drawing
@@ -45,9 +46,11 @@ def write_report(results: StudyResults, out_dir: Path) -> Path:
     Raises:
         EvaluationError: figures of different protocols under one heading.
         StudyError: no trial has ended, the results contradict themselves, or `out_dir` holds something else.
+        WriteError: `out_dir` can't be written.
     """
     out_dir = Path(out_dir)
-    _check(results, out_dir)
+    _check(results)
+    check_report_dir(out_dir)
     try:
         out_dir.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f".{out_dir.name}.", dir=out_dir.parent) as temporary:
@@ -58,16 +61,28 @@ def write_report(results: StudyResults, out_dir: Path) -> Path:
     return out_dir / "index.html"
 
 
-def _check(results: StudyResults, out_dir: Path) -> None:
+def _check(results: StudyResults) -> None:
     if not results.records:
         raise StudyError(f"a report needs a trial that has ended; got none in {results.name!r}; run `asesearch search` first")
     tables.protocol_of(results, "search")
     tables.protocol_of(results, "confirmed")
     tables.by_number(results)
+
+
+def check_report_dir(out_dir: Path) -> None:
+    """Refuse a folder that no report can be written to; nothing is left in it.
+
+    Raises:
+        StudyError: it holds something else.
+        WriteError: it can't be written.
+    """
+    # a temporary folder beside it comes first
+    check_writable(out_dir.with_name(f".{out_dir.name}.{'0' * 8}"), "tables/confirmation.csv", named=out_dir)
     page = out_dir / "index.html"
     ours = page.is_file() and MARK in page.read_text(encoding="utf-8", errors="replace")
     if out_dir.exists() and not ours and (not out_dir.is_dir() or any(out_dir.iterdir())):
         raise StudyError(f"a report goes into an empty folder or over an earlier report; got {out_dir}; give another folder")
+    check_writable(out_dir, "tables/confirmation.csv")
 
 
 def _write(results: StudyResults, folder: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import struct
 import zipfile
 import zlib
@@ -15,7 +16,9 @@ from typing import Any, TypeVar
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from asesearch.errors import StudyError
+from asesearch.errors import StudyError, WriteError
+from asesearch.files import check_writable
+from asesearch.schedule import SLUG_BYTES
 
 STUDY = "study.json"  # settings, identity and storage
 DATABASE = "study.db"  # the storage, where no other is given
@@ -38,6 +41,31 @@ T = TypeVar("T")
 _NO_JSON = (ValueError, KeyError, TypeError, AttributeError, StudyError)  # nor what it should hold
 _NO_ARRAYS = (*_NO_JSON, EOFError, NotImplementedError, struct.error, zipfile.BadZipFile, zlib.error)
 _log = logging.getLogger(__name__)
+
+
+#: SQLite opens no file whose path, with "-journal" behind it, is longer.
+SQLITE_PATH_BYTES = 512
+
+
+def check_study_dir(run_dir: Path, storage: str | None) -> None:
+    """Refuse a directory that could not hold a study, before any of it is paid for.
+
+    Args:
+        run_dir: the study directory, there or not; nothing is left in it.
+        storage: URL of the storage, if it is not the database in that directory.
+
+    Raises:
+        WriteError: it can't be written, or its path is too long.
+    """
+    longest = f"{TRIALS}/{'0' * SLUG_BYTES}/finetune-1000000/training.safetensors"
+    check_writable(run_dir, longest)
+    path = Path(run_dir).resolve() / DATABASE
+    size = len(os.fsencode(f"{path}-journal"))
+    if storage is None and size > SQLITE_PATH_BYTES:
+        raise WriteError(
+            f"the path of a study's database has at most {SQLITE_PATH_BYTES - 8} bytes, which is "
+            f"SQLite's limit; got {size - 8}: {str(path)[:200]}…; choose a shorter directory"
+        )
 
 
 def samples_file(sampler: str) -> str:
