@@ -354,7 +354,7 @@ def search(
 def _on_record(study: Study) -> str:
     """What an interrupted search has kept."""
     of = "" if study.config.search.budget else f" of {study.config.search.num_trials}"
-    return f"{len(study.records())}{of} schedules are on record in {study.run_dir}; the same command resumes"
+    return f"{study.run_dir} keeps {len(study.records())}{of} schedules; the same command resumes"
 
 
 def _search(opened: Study, bench: Workbench, report_to: Path) -> dict[str, Any]:

@@ -121,7 +121,7 @@ def read_images(path: Path, otherwise: str) -> np.ndarray | None:
         StudyError: see `read_state`, which has the same arguments.
     """
     try:
-        with np.load(path, allow_pickle=False) as data:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as data:
             return np.asarray(data["images"])
     except FileNotFoundError:
         return None
@@ -151,8 +151,9 @@ def is_whole(path: Path, otherwise: str) -> bool:
 
 
 def _blocked(path: Path, error: OSError) -> StudyError:
-    fix = "remove it" if path.is_dir() else "check its permissions"
-    return StudyError(f"can't read {path}: {error.strerror or error}; {fix}")
+    if path.is_dir():
+        return StudyError(f"can't read {path}: it is a folder; remove it")
+    return StudyError(f"can't read {path}: {error.strerror or error}; check its permissions")
 
 
 def _reason(path: Path, error: Exception | str) -> str:

@@ -23,7 +23,7 @@ from asesearch.errors import AseSearchError, ConfigError, EvaluationError
 from asesearch.files import check_writable
 from asesearch.finetuning import Depths, Trainer, draw_batch
 from asesearch.search.difficulty import check_map
-from asesearch.search.study import warm_starts
+from asesearch.search.setup import warm_starts
 from asesearch.search.warmup import elastic_depths, needs_map
 from asesearch.search.workbench import Workbench
 

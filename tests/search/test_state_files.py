@@ -3,9 +3,10 @@
 import json
 import os
 import shutil
-import sqlite3
 
+import numpy as np
 import pytest
+from safetensors.numpy import load_file
 from typer.testing import CliRunner
 
 from asesearch.cli import app
@@ -123,7 +124,8 @@ def test_what_is_made_again_is_whole(place, tmp_path):
     call(*commands(place, run)["search"])
     for name in names[:2] + names[3:]:
         assert json.loads((run / name).read_text())
-    assert (run / "elastic.safetensors").read_bytes() == (place / "run" / "elastic.safetensors").read_bytes()
+    again, before = load_file(run / names[2]), load_file(place / "run" / names[2])
+    assert again.keys() == before.keys() and all(np.array_equal(again[k], before[k]) for k in before)
     call("report", run, "--out", tmp_path / "report")
 
 
@@ -168,4 +170,3 @@ def test_a_study_without_its_database_is_named(place, tmp_path):
     code, said = attempt("report", tmp_path / "run", "--out", tmp_path / "report")
     assert code == 1 and "study.db" in said and "restore the storage" in said
     assert not (tmp_path / "run" / "study.db").exists()
-    sqlite3.connect(tmp_path / "run" / "study.db").close()
