@@ -195,7 +195,7 @@ def sample(
     out: Annotated[Path, typer.Option("--out", "-o", help="Picture grid (.png), or all images as an array (.npz).")],
     num: Annotated[int, typer.Option(min=1, help="Number of images.")] = 64,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the first image; the others count up.")] = 0,
-    label: Annotated[int | None, typer.Option(min=0, help="Class of all images; default: all classes in turn.")] = None,
+    label: Annotated[int | None, typer.Option(help="Class of all images, from 0; default: all classes in turn.")] = None,
     prompt: Annotated[str | None, typer.Option(help="Text of all images; default: the bundle's examples in turn.")] = None,
     text_encoder: Annotated[Path | None, typer.Option(help="Folder of the text encoder that --prompt needs.")] = None,
     vae: Annotated[Path | None, typer.Option(help="Folder of the VAE that turns latents into images; .npz needs none.")] = None,
@@ -206,7 +206,6 @@ def sample(
 
     A bundle of a latent network needs --vae for images; without it the .npz holds `latents`, float32.
     """
-    import torch
 
     from asesearch.backbones.base import Conditioning
     from asesearch.data import save_images
@@ -224,7 +223,7 @@ def sample(
     if loaded.latents is not None and vae is None and out.suffix == ".png":
         raise ConfigError("this bundle makes latents, and a picture needs --vae; got none; give it, or write .npz")
     decoder = None if vae is None else loaded.decoder(vae)
-    y: Conditioning | None = None if label is None else torch.full((num,), label)
+    y: Conditioning | None = None if label is None else loaded.labels(label, num)
     if prompt is not None and text_encoder is not None:
         y = loaded.encode_prompts([prompt] * num, text_encoder)
     how, calls = loaded.plan(range(seed, seed + num), y, steps)

@@ -404,7 +404,8 @@ def check_images(backbone: Backbone, seeds: Sequence[int], y: Conditioning | Non
     backbone.check_conditioning(y, len(seeds))
     top = backbone.num_classes - 1 + backbone.has_null_label
     if isinstance(y, Tensor) and (y.dtype not in (torch.int32, torch.int64) or int(y.min()) < 0 or int(y.max()) > top):
-        raise ConfigError(f"labels must be whole numbers in 0…{top}; got {y.dtype} from {y.min()} to {y.max()}")
+        null = f" ({top} is the null label)" if backbone.has_null_label else ""
+        raise ConfigError(f"labels must be integers in 0…{top}{null}; got {y.dtype} from {y.min()} to {y.max()}; correct them")
 
 
 def _now(device: torch.device) -> float:

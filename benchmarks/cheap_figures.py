@@ -90,7 +90,13 @@ class Lab:
         """Values of the repeats."""
         changes = {"seed": seed} | ({"num_samples": num_samples} if num_samples else {})
         evaluation = self.bench.config.evaluation.model_copy(update=changes)
-        protocol = build_protocol(evaluation, self.bench.config.sampling, self.bench.extractor, self.bench.reference)
+        protocol = build_protocol(
+            evaluation,
+            self.bench.config.sampling,
+            self.bench.extractor,
+            self.bench.reference,
+            guided_channels=self.bench.backbone.guided_channels,
+        )
         return list(self.bench.evaluate(net, schedule, protocol)[0].values)
 
     def elastic(self) -> Backbone:

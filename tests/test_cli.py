@@ -158,6 +158,41 @@ def test_export_and_sample_in_a_fresh_process(place, tmp_path):
     assert (tmp_path / "x.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.parametrize(("label", "rule"), [(10, "got 10, the null label"), (11, "got 11; choose"), (-1, "got -1; choose")])
+def test_a_label_that_is_no_class_is_refused(place, tmp_path, label, rule):
+    from asesearch.errors import ConfigError
+
+    if not (place / "b").exists():
+        call("export", place / "runs/tiny", "--trial", 0, "-o", place / "b")
+    for more in ((), ("--dry-run",)):
+        with pytest.raises(ConfigError, match=rf"network, 0…9; {rule}.* 0…9"):
+            call("sample", place / "b", "-o", tmp_path / "x.png", "--num", 2, "--label", label, *more)
+    assert list(tmp_path.iterdir()) == []
+    call("sample", place / "b", "-o", tmp_path / "x.png", "--num", 2, "--label", 9)
+
+
+def test_a_guided_study_of_a_release_that_did_not_record_the_channels_goes_on(place, tmp_path, monkeypatch):
+    """Its network is on record, so its own scores stay comparable; those of a new study tell their channels."""
+    from asesearch.search import Study, workbench
+
+    text = (place / "tiny.toml").read_text().replace("batch_size = 40", "batch_size = 40\ncfg_scale = 1.5")
+    (tmp_path / "tiny.toml").write_text(text)
+    where, made = tmp_path / "run", workbench.build_protocol
+    args = ("search", tmp_path / "tiny.toml", "--out", where, "--report", tmp_path / "report", "--trials")
+    with monkeypatch.context() as earlier:
+        earlier.setattr(workbench, "build_protocol", lambda *a, **k: made(*a, **{**k, "guided_channels": None}))
+        call(*args, 2)
+    assert "guided_channels" not in (where / "inputs.json").read_text()
+    call(*args, 3)
+    records = Study.open(where).records()
+    assert len(records) == 3 and {r.quality.protocol.guided_channels for r in records} == {None}
+    assert "not on record" in (tmp_path / "report/index.html").read_text()
+    check, _ = call("evaluate", where, "--trial", 0, "--check")
+    assert json.loads(check)["check"]["reproduced"] is True
+    plan, _ = call("search", tmp_path / "tiny.toml", "--out", tmp_path / "new", "--dry-run")
+    assert json.loads(plan)["protocol"]["guided_channels"] == 1
+
+
 def test_export_takes_the_nearest_only_where_it_is_asked_to(place, tmp_path):
     from asesearch.errors import StudyError
 

@@ -70,6 +70,9 @@ class Bundle:
         """Images (or latents) for these seeds, (N, C, H, W) float32, by the bundle's solver, guidance and (unless given) steps.
 
         `y` is (N,) class labels or a prompt's tensors; by default seed modulo the number of classes, or of `prompts`.
+
+        Raises:
+            ConfigError: labels that are no classes of the network (the null label is none), or as `sampling.sample`.
         """
         return sample(
             self.backbone,
@@ -85,7 +88,13 @@ class Bundle:
         )
 
     def _conditioning(self, seeds: Sequence[int], y: Conditioning | None) -> Conditioning | None:
-        """`y` of `sample`, its default filled in."""
+        """`y` of `sample`, its default filled in; labels are classes.
+
+        Raises:
+            ConfigError: labels that are no classes.
+        """
+        if isinstance(y, Tensor) and y.dtype in (torch.int32, torch.int64) and y.numel():
+            self._check_classes(y.flatten().tolist())
         if y is None and self.backbone.num_classes:
             return torch.tensor([s % self.backbone.num_classes for s in seeds])
         if y is None and self.prompts is not None:
@@ -106,6 +115,27 @@ class Bundle:
         diffusion = make_diffusion(self.diffusion)
         _, timesteps = check_sampling(self.backbone, how.solver, diffusion, how.num_steps, how.cfg_scale)
         return how, timesteps
+
+    def labels(self, label: int, count: int) -> Tensor:
+        """(count,) times one class, as `y` of `sample`.
+
+        Raises:
+            ConfigError: not a class of the network.
+        """
+        self._check_classes([label])
+        return torch.full((count,), label)
+
+    def _check_classes(self, labels: Sequence[int]) -> None:
+        """Refuse what is no class; `sampling.sample` takes the null label too, which makes unconditional images."""
+        net, last = self.backbone, self.backbone.num_classes - 1
+        if net.num_classes == 0:
+            what = "takes prompts, not labels" if net.takes_prompt else "is unconditional and takes no labels"
+            raise ConfigError(f"the bundle's network {what}; got the label {labels[0]}; leave it out")
+        wrong = [label for label in labels if not 0 <= label <= last]
+        if wrong:
+            null = ", the null label, which stands for no class" * (net.has_null_label and wrong[0] == net.num_classes)
+            fix = f"choose from 0…{last}" if last else "choose 0, its only class"
+            raise ConfigError(f"labels must be classes of the bundle's network, 0…{last}; got {wrong[0]}{null}; {fix}")
 
     def decoder(self, vae: PathLike) -> LatentDecoder:
         """What turns the latents of `sample` into images, from the folder of their AutoencoderKL, on the network's device.

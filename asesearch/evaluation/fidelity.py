@@ -286,12 +286,14 @@ def build_protocol(
     reference: ReferenceStats,
     seeds: Sequence[int] | None = None,
     metric: str | None = None,
+    guided_channels: int | None = None,
 ) -> Protocol:
     """Fix everything a figure depends on, and refuse what can't give one, before anything is sampled.
 
     Args:
         seeds: first image seed of each repeat; by default config.seed, config.seed + num_samples, …
         metric: in place of the evaluation's own: "frechet", "kid" or "frechet-pca".
+        guided_channels: the network's (`Backbone.guided_channels`); kept where there is guidance.
 
     Raises:
         EvaluationError: too few images for the metric, repeats that share seeds, or a reference of another extractor.
@@ -326,6 +328,7 @@ def build_protocol(
         num_steps=sampling.num_steps,
         cfg_scale=sampling.cfg_scale,
         precision=sampling.precision,
+        guided_channels=None if sampling.cfg_scale == 1 else guided_channels,
     )
 
 

@@ -34,6 +34,10 @@ class Protocol:
         seeds: first image seed of each repeat; repeat r uses seeds[r] … seeds[r] + num_samples - 1.
         solver, num_steps, cfg_scale, precision: how the images were made. Solver and steps are None where they compete on
             one front: there they are part of what is measured, beside the schedule.
+        guided_channels: guidance acted on the first so many channels of the network's output: three of four in the official
+            DiT code, all in diffusers' pipelines. None without guidance (cfg_scale 1). Under guidance None means that it is
+            not on record, in a study of a release that did not keep it; such a score is comparable with those of its own
+            study, where the network fixes the channels, and not with any that tells them.
     """
 
     metric: str
@@ -48,6 +52,7 @@ class Protocol:
     num_steps: int | None
     cfg_scale: float
     precision: str = "float32"
+    guided_channels: int | None = None
 
     @property
     def num_components(self) -> int | None:
@@ -64,6 +69,11 @@ class Protocol:
         if self.num_components is not None:
             return f"Fréchet distance in {self.num_components} principal components ({self.extractor})"
         return "FID" if inception else f"Fréchet distance ({self.extractor})"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for JSON; without guided channels where there are none, as earlier releases wrote it."""
+        data = {**asdict(self), "seeds": list(self.seeds)}
+        return {k: v for k, v in data.items() if k != "guided_channels" or v is not None}
 
     def require_same(self, other: Protocol) -> None:
         """Refuse to compare figures of two protocols.
@@ -146,7 +156,7 @@ class EvaluationResult:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON."""
-        return {"protocol": asdict(self.protocol), "values": list(self.values)}
+        return {"protocol": self.protocol.to_dict(), "values": list(self.values)}
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> EvaluationResult:

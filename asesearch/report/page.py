@@ -277,11 +277,17 @@ def _protocol_grid(protocols: dict[str, Protocol | None]) -> Grid:
     used = {name: p for name, p in protocols.items() if p is not None}
     rows = [("metric name", *(p.metric_name for p in used.values()))] if used else []
     for f in fields(Protocol):
-        free = f.name in ("solver", "num_steps")  # None where ways of sampling compete
-        values = (getattr(p, f.name) for p in used.values())
-        shown = ("any: part of the point" if free and v is None else _plain(v) for v in values)
-        rows.append((f.name.replace("_", " "), *shown))
+        rows.append((f.name.replace("_", " "), *(_protocol_cell(p, f.name) for p in used.values())))
     return Grid(("", *used), rows if used else [])
+
+
+def _protocol_cell(protocol: Protocol, name: str) -> str:
+    value = getattr(protocol, name)
+    if name in ("solver", "num_steps") and value is None:  # where ways of sampling compete
+        return "any: part of the point"
+    if name == "guided_channels" and value is None:
+        return "none: no guidance" if protocol.cfg_scale == 1 else "not on record"
+    return f"the first {value}" if name == "guided_channels" else _plain(value)
 
 
 def _environment_grid(results: StudyResults) -> Grid:

@@ -10,7 +10,7 @@ import os
 import platform
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from importlib import metadata
 from pathlib import Path
@@ -235,7 +235,7 @@ class Workbench:
         out = {
             "weights": weights_fingerprint(self.backbone),
             "data": self.data.digest,
-            "protocol": json.loads(json.dumps(asdict(self.protocol))),
+            "protocol": self.protocol.to_dict(),
         }
         if (vae := self.decoder) is not None:
             out["decoder"] = {"digest": vae.digest, "shift": vae.shift, "scale": vae.scale}
@@ -440,8 +440,21 @@ class Workbench:
     def _protocol(self, evaluation: EvaluationConfig, metric: str | None = None) -> Protocol:
         """An evaluation's protocol; where ways of sampling compete, they are no part of it but of what is measured."""
         how, parts = self.config.sampling, (self.extractor, self.reference)
-        built = build_protocol(evaluation, how, *parts, metric=metric)
+        built = build_protocol(evaluation, how, *parts, metric=metric, guided_channels=self._guided_channels)
         return replace(built, solver=None, num_steps=None) if len(self.samplers) > 1 else built
+
+    @cached_property
+    def _guided_channels(self) -> int | None:
+        """Channels that guidance acts on; None in a study whose protocol was recorded without them.
+
+        That study goes on without: its network is on record, and with it the channels.
+        """
+        path = None if self.run_dir is None else self.run_dir / directory.INPUTS
+        lost = "its protocol is taken to be of this release"
+        known = None if path is None else directory.read_state(path, lambda data: dict(data["protocol"]), lost)
+        if known is not None and known.get("cfg_scale") == self.config.sampling.cfg_scale and "guided_channels" not in known:
+            return None
+        return self.backbone.guided_channels
 
     # -- confirmation ----------------------------------------------------------------------------
 

@@ -3,15 +3,17 @@
 import hashlib
 import json
 import os
+from dataclasses import replace
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from asesearch.backbones import DiT, UViT
 from asesearch.config import DiffusionConfig, SamplingConfig
 from asesearch.deployment.bundle import Bundle, load_bundle, write_bundle
 from asesearch.diffusion import Diffusion
-from asesearch.errors import CheckpointError, ScheduleError
+from asesearch.errors import CheckpointError, ConfigError, ScheduleError
 from asesearch.sampling import sample
 from asesearch.schedule import ExitSchedule
 
@@ -47,6 +49,36 @@ def test_steps_and_labels_can_be_chosen(folder):
     assert loaded.sample([0, 1], num_steps=2).nfe == 4  # two steps, each with and without the label
     one, other = (loaded.sample([5], torch.tensor([y])).images for y in (0, 2))
     assert not torch.equal(one, other)
+
+
+@pytest.mark.parametrize(
+    ("classes", "dropout", "label", "rule"),
+    [
+        (3, 0.1, 3, "the bundle's network, 0…2; got 3, the null label, which stands for no class; choose from 0…2"),
+        (3, 0.1, 4, "the bundle's network, 0…2; got 4; choose from 0…2"),
+        (3, 0.0, 3, "the bundle's network, 0…2; got 3; choose from 0…2"),
+        (3, 0.1, -1, "the bundle's network, 0…2; got -1; choose from 0…2"),
+        (1, 0.0, 1, "the bundle's network, 0…0; got 1; choose 0, its only class"),
+        (1, 0.1, 1, "got 1, the null label, which stands for no class; choose 0, its only class"),
+    ],
+)
+def test_labels_that_are_no_classes_are_refused(bundle, classes, dropout, label, rule):
+    net = DiT(**{**bundle.backbone.config, "num_classes": classes, "class_dropout_prob": dropout})
+    made = replace(bundle, backbone=net, sampling=bundle.sampling.model_copy(update={"cfg_scale": 1.5 if dropout else 1.0}))
+    net.register_forward_hook(lambda *a: pytest.fail("the network was called"))
+    for refused in (lambda: made.labels(label, 2), lambda: made.sample([0, 1], torch.tensor([0, label]))):
+        with pytest.raises(ConfigError, match=rule):
+            refused()
+    assert made.labels(classes - 1, 2).tolist() == [classes - 1] * 2
+
+
+def test_a_label_for_a_network_without_labels_is_refused(bundle):
+    small = {"img_size": 8, "patch_size": 4, "in_chans": 1, "embed_dim": 16, "depth": 4, "num_heads": 2}
+    net = UViT(**small)
+    made = replace(bundle, backbone=net, sampling=bundle.sampling.model_copy(update={"cfg_scale": 1.0}))
+    for refused in (lambda: made.labels(0, 2), lambda: made.sample([0, 1], torch.tensor([0, 0]))):
+        with pytest.raises(ConfigError, match="is unconditional and takes no labels; got the label 0; leave it out"):
+            refused()
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "parity.safetensors"])

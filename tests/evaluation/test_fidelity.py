@@ -318,6 +318,13 @@ def reference(extractor):
     return reference_statistics("fashion-mnist/train", extractor)
 
 
+@pytest.mark.parametrize(("cfg_scale", "kept"), [(1.0, None), (1.5, 3), (0.0, 3)])
+def test_guided_channels_are_part_of_a_protocol_under_guidance_alone(extractor, reference, cfg_scale, kept):
+    config = EvaluationConfig(metric="kid", extractor="fashion-cnn", num_samples=10)
+    how = SamplingConfig(cfg_scale=cfg_scale)
+    assert build_protocol(config, how, extractor, reference, guided_channels=3).guided_channels == kept
+
+
 def protocol_of(extractor, reference, **fields):
     settings_ = {"metric": "frechet", "extractor": "fashion-cnn", "num_samples": 100, **fields}
     return build_protocol(EvaluationConfig(**settings_), SamplingConfig(num_steps=7), extractor, reference)

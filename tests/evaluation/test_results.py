@@ -49,6 +49,26 @@ def test_a_result_survives_json():
     assert EvaluationResult.from_dict(json.loads(json.dumps(result.to_dict()))) == result
 
 
+def test_guidance_on_other_channels_is_another_protocol():
+    guided = dataclasses.replace(PROTOCOL, cfg_scale=1.5, guided_channels=3)
+    with pytest.raises(EvaluationError, match="guided_channels: 3 and 4"):
+        guided.require_same(dataclasses.replace(guided, guided_channels=4))
+    unknown = dataclasses.replace(guided, guided_channels=None)  # of a release that did not record them
+    unknown.require_same(dataclasses.replace(unknown))
+    with pytest.raises(EvaluationError, match="guided_channels: None and 3"):
+        unknown.require_same(guided)
+
+
+@pytest.mark.parametrize("cfg_scale", [1.0, 1.5])
+def test_records_of_releases_without_guided_channels_are_read_and_written_as_they_were(cfg_scale):
+    result = EvaluationResult(dataclasses.replace(PROTOCOL, cfg_scale=cfg_scale), (1.0, 2.0, 6.0))
+    data = json.loads(json.dumps(result.to_dict()))
+    assert "guided_channels" not in data["protocol"] and data["protocol"]["cfg_scale"] == cfg_scale
+    assert EvaluationResult.from_dict(data) == result
+    known = dataclasses.replace(result, protocol=dataclasses.replace(result.protocol, guided_channels=3))
+    assert EvaluationResult.from_dict(json.loads(json.dumps(known.to_dict()))).protocol.guided_channels == 3
+
+
 @pytest.mark.parametrize("values", [(1.0,), (1.0, 2.0, math.nan), (1.0, 2.0, math.inf)])
 def test_missing_or_infinite_figures_are_refused(values):
     with pytest.raises(EvaluationError, match="one finite value a repeat"):

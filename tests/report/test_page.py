@@ -18,6 +18,7 @@ from asesearch.config import parse_study
 from asesearch.errors import EvaluationError, StudyError
 from asesearch.report import page, plots, style, tables, write_report
 from asesearch.report.labels import spread_out
+from tests.report.conftest import protocol
 
 NAMES = {"spending", "front", "front_search", "schedules", "samples", "trials", "hypervolume", "cost", "latency", "losses"}
 SCRIPT = "<script>alert('boom')</script>"
@@ -263,6 +264,19 @@ def test_a_report_that_dies_leaves_the_old_one_whole(results, folder, monkeypatc
     with pytest.raises(KeyboardInterrupt):
         write_report(results, folder)
     assert files(folder) == before and [p.name for p in folder.parent.iterdir()] == ["report"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "shown"),
+    [
+        ({"cfg_scale": 1.5, "guided_channels": 3}, "the first 3"),
+        ({"cfg_scale": 1.5}, "not on record"),
+        ({"cfg_scale": 1.0}, "none: no guidance"),
+    ],
+)
+def test_the_protocol_tells_what_guidance_acts_on(changes, shown):
+    rows = dict(page._protocol_grid({"search": protocol(**changes)}).rows)
+    assert rows["guided channels"] == shown and rows["cfg scale"] == str(changes["cfg_scale"])
 
 
 def test_refused_before_anything_is_drawn(study, results, tmp_path, monkeypatch):

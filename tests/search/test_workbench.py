@@ -36,6 +36,13 @@ def make_bench(tmp_path):
     return make
 
 
+@pytest.mark.parametrize(("cfg_scale", "channels"), [(1.0, None), (1.5, 1)])
+def test_every_protocol_tells_what_guidance_acts_on(make_bench, cfg_scale, channels):
+    sampling = {"solver": "ddim", "num_steps": 2, "batch_size": 40, "cfg_scale": cfg_scale}
+    found = {p.guided_channels for p in make_bench(sampling=sampling, promotion={"num_samples": 20}).protocols.values()}
+    assert found == {channels}
+
+
 def test_measured_time_is_the_points_over_the_full_networks(make_bench, monkeypatch):
     """On a clock where a sampling of the full network takes 8 ms and the point's 2."""
     bench, asked, now = make_bench(), [], [0.0]
