@@ -9,7 +9,6 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +57,7 @@ class _Confirming:
         self.protocol = bench.confirmation_protocol()
         how = study.config.confirm
         self.settings: dict[str, Any] = {
-            "protocol": {**asdict(self.protocol), "seeds": list(self.protocol.seeds)},
+            "protocol": self.protocol.to_dict(),
             "time": [how.time_images, how.time_repeats],
         }
         self.others = Others(study.run_dir, study.worker.id)
@@ -163,17 +162,17 @@ def trial_weights(study: Study, record: TrialRecord) -> Path:
         why = record.failure or "its cheap figure did not promote it"
         raise StudyError(f"trial {record.number} {record.state}, so it has no weights ({why}); choose another")
     path = study.trial_dir(record.schedule) / directory.WEIGHTS
-    if not path.is_file():
-        raise StudyError(
-            f"trial {record.number} has no weights in {path.parent}: weights off the front are deleted; "
-            'pick a front point, or search with keep_weights = "all"'
-        )
-    if not is_whole(path, f"trial {record.number} has no weights now"):
+    if is_whole(path, f"trial {record.number} has no weights now"):
+        return path
+    if path.exists():
         raise StudyError(
             f"the weights of trial {record.number} in {path} are damaged; `asesearch search` makes those of points to be "
             "confirmed again; choose another trial, or restore the file"
         )
-    return path
+    raise StudyError(
+        f"trial {record.number} has no weights in {path.parent}: weights off the front are deleted; "
+        'pick a front point, or search with keep_weights = "all"'
+    )
 
 
 def load_trial(study: Study, record: TrialRecord, device: torch.device) -> Backbone:
