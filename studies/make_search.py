@@ -44,11 +44,6 @@ def asesearch(*args: str | Path) -> dict[str, Any]:
     return found
 
 
-def minutes(study: Path) -> float:
-    """Minutes that a search is expected to take here, measured."""
-    return float(asesearch("search", study, "--dry-run")["plan"]["expected_s"]) / 60
-
-
 def choose() -> Path:
     """The study that was begun already; else the quick one, or the small one where it takes long."""
     for study in (QUICK, SMALL):
@@ -58,12 +53,11 @@ def choose() -> Path:
                 say(f"the longer one: make search STUDY={QUICK}")
             return study
     say("measuring how long the search will take on this machine, as busy as it is at the moment")
-    needed = minutes(QUICK)
+    needed = float(asesearch("search", QUICK, "--dry-run")["plan"]["expected_s"]) / 60
     if needed <= LIMIT_MIN:
         say(f"searching {QUICK}: about {needed:.0f} minutes")
         return QUICK
     say(f"{QUICK} would take about {needed:.0f} minutes here, more than {LIMIT_MIN}, so {SMALL} is searched in its place")
-    say(f"searching {SMALL}: about {max(1.0, minutes(SMALL)):.0f} minutes")
     say(f"the longer one: make search STUDY={QUICK}")
     return SMALL
 
