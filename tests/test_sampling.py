@@ -220,7 +220,7 @@ BAD = {
     "shape of labels": ({"y": torch.zeros(3, dtype=torch.long)}, ConfigError, "shape"),
     "label too high": ({"y": torch.tensor([0, 11])}, ConfigError, "0…10"),
     "label too low": ({"y": torch.tensor([0, -1])}, ConfigError, "0…10"),
-    "label not whole": ({"y": torch.tensor([0.0, 1.0])}, ConfigError, "whole"),
+    "label not whole": ({"y": torch.tensor([0.0, 1.0])}, ConfigError, "must be integers in 0…10 .10 is the null label."),
     "batch size": ({"batch_size": 0}, ConfigError, "batch_size"),
     "negative guidance": ({"cfg_scale": -1.0}, ConfigError, "cfg_scale"),
     "guidance not a number": ({"cfg_scale": math.nan}, ConfigError, "cfg_scale"),

@@ -308,6 +308,6 @@ def test_pixart(tmp_path):
     assert (tmp_path / "x.png").is_file()
     with pytest.raises(ConfigError, match="--prompt goes with --text-encoder"):
         call("sample", bundle, "--prompt", "a shirt", "-o", tmp_path / "y.npz")
-    with pytest.raises(ConfigError, match="must be a dict"):
+    with pytest.raises(ConfigError, match="takes prompts, not labels; got the label 3; leave it out"):
         call("sample", bundle, "--label", 3, "-o", tmp_path / "y.npz")
     climb(config, tmp_path / "ladder")
