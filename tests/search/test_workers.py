@@ -79,7 +79,7 @@ def search_in_threads(config, run_dir, count, until=None):
 
 @pytest.fixture
 def no_weights(monkeypatch):
-    monkeypatch.setattr(confirmation, "load_trial", lambda *_: None)
+    monkeypatch.setattr(confirmation, "_network", lambda *_: None)
 
 
 def check_shared(config, run_dir, num_trials):
