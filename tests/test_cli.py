@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ from safetensors.numpy import load_file, save_file
 from typer.testing import CliRunner
 
 from asesearch.cli import app, main
+from asesearch.data import ImageArray
 
 STUDY = """
 name = "tiny"
@@ -329,3 +331,261 @@ def test_a_path_that_is_not_utf8_is_printed_as_json(place, tmp_path):
     stdout, _ = call("map", place / "tiny.toml", "--out", folder, "--dry-run")
     stdout.encode("utf-8")
     assert json.loads(stdout)["out"] == str(folder)
+
+
+# -- outputs are looked at before any work ---------------------------------------------------------
+
+LATE = [
+    ("train", "nothing.toml", "-o", "file/x.safetensors"),
+    ("train", "nothing.toml", "-o", "x.safetensors", "--run-dir", "file/run"),
+    ("finetune", "nothing.toml", "--schedule", "full", "-o", "folder.safetensors"),
+    ("finetune", "nothing.toml", "--schedule", "full", "-o", "x.safetensors", "--run-dir", "file"),
+    ("sample", "nowhere", "-o", "/proc/nope/x.npz"),
+    ("sample", "nowhere", "-o", "file/x.png"),
+    ("sample", "nowhere", "-o", f"{'a' * 250}.png"),
+    ("search", "nothing.toml", "-o", "file"),
+    ("search", "nothing.toml", "-o", "/proc/nope"),
+    ("search", "nothing.toml", "-o", "a" * 256),
+    ("search", "nothing.toml", "-o", "/".join(["a" * 100] * 6)),
+    ("search", "nothing.toml", "--report", "file"),
+    ("search", "nothing.toml", "--report", "full"),
+    ("search", "nothing.toml", "--report", "a" * 250),
+    ("search", "nothing.toml", "-o", "new", "--report", "new"),
+    ("search", "nothing.toml", "-o", "new/run", "--report", "new"),
+    ("map", "nothing.toml", "-o", "file"),
+    ("export", "nowhere", "--trial", "0", "-o", "folder.safetensors"),
+    ("export", "nowhere", "--trial", "0", "-o", "full", "--overwrite"),
+    ("export", "nowhere", "--trial", "0", "-o", "file", "--overwrite"),
+    ("export", "nowhere", "--trial", "0", "-o", "file/b", "--finetune-steps", "9"),
+    ("latents", "nowhere", "--vae", "nowhere", "--image-size", "8", "-o", "file"),
+]
+
+
+@pytest.mark.parametrize("dry", [False, True], ids=["real", "dry"])
+@pytest.mark.parametrize("args", LATE, ids=range(len(LATE)))
+def test_an_output_that_can_t_be_written_is_refused_before_inputs_are_read(place, tmp_path, monkeypatch, capsys, args, dry):
+    """The network, bundle, study or images are missing too: what comes first is what is said."""
+    monkeypatch.chdir(tmp_path)
+    text = (place / "tiny.toml").read_text().replace(f"{place}/net", "nothing")
+    Path("nothing.toml").write_text(text)
+    Path("file").write_text("not a folder")
+    Path("folder.safetensors").mkdir()
+    Path("full").mkdir()
+    Path("full/precious").write_text("kept")
+    before = sorted(tmp_path.rglob("*"))
+    code, said = as_program(monkeypatch, capsys, *args, *(["--dry-run"] if dry else []))
+    line = said.err.strip()
+    assert code == 1 and "\n" not in line and "Traceback" not in line and len(line) < 500
+    assert "nothing.safetensors" not in line and "nowhere" not in line
+    output = args[args.index("--report" if "--report" in args else "--run-dir" if "--run-dir" in args else "-o") + 1]
+    assert output[:100] in line
+    assert sorted(tmp_path.rglob("*")) == before and Path("file").read_text() == "not a folder"
+
+
+def test_the_same_commands_with_outputs_that_can_be_written_get_to_their_inputs(place, tmp_path, monkeypatch, capsys):
+    """Negative control of the refusals above."""
+    monkeypatch.chdir(tmp_path)
+    text = (place / "tiny.toml").read_text().replace(f"{place}/net", "nothing")
+    Path("nothing.toml").write_text(text)
+    for args, missing in (
+        (("train", "nothing.toml", "-o", "deep/x.safetensors"), "nothing.safetensors"),
+        (("sample", "nowhere", "-o", "deep/x.npz"), "nowhere"),
+        (("search", "nothing.toml", "-o", "a" * 200, "--report", "b" * 200), "nothing.safetensors"),
+        (("export", "nowhere", "--trial", "0", "-o", "deep/b"), "nowhere"),
+    ):
+        code, said = as_program(monkeypatch, capsys, *args)
+        assert code == 1 and missing in said.err and sorted(p.name for p in tmp_path.iterdir()) == ["nothing.toml"]
+
+
+def test_an_export_that_can_t_be_written_trains_nothing(place, tmp_path, monkeypatch, capsys):
+    (tmp_path / "b").mkdir()
+    args = ("export", place / "runs/tiny", "--trial", 1, "--finetune-steps", 7, "-o", tmp_path / "b")
+    code, said = as_program(monkeypatch, capsys, *args)
+    assert code == 1 and "exists already" in said.err
+    assert not list((place / "runs/tiny").rglob("finetune-7")) and list((tmp_path / "b").iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["x.pt", "x", "x.safetensors.bak"])
+def test_the_extractors_weights_are_safetensors(tmp_path, monkeypatch, capsys, name):
+    code, said = as_program(monkeypatch, capsys, "train-extractor", "--out", tmp_path / name)
+    assert code == 1 and "written as .safetensors" in said.err
+
+
+# -- options that would be ignored -----------------------------------------------------------------
+
+IGNORED = [
+    (("evaluate", "RUN", "--trial", "0", "--schedule", "3 1"), "a trial has its own schedule"),
+    (("evaluate", "RUN", "--trial", "0", "--schedule", "full"), "a trial has its own schedule"),
+    (("evaluate", "RUN", "--check"), "got no --trial"),
+    (("export", "RUN", "-o", "b", "--trial", "0", "--pick", "best-quality"), "--trial names the point"),
+    (("export", "RUN", "-o", "b", "--trial", "0", "--quality", "1se"), "--trial names the point"),
+    (("export", "RUN", "-o", "b", "--trial", "0", "--time", "0.5"), "--trial names the point"),
+    (("export", "RUN", "-o", "b", "--quality", "1se"), "best-quality none"),
+    (("export", "RUN", "-o", "b", "--pick", "fastest-within", "--quality", "1se", "--time", "1"), "got fastest-within"),
+    (("search", "STUDY", "--trials", "3", "--budget", "1h"), "--trials or --budget, not both"),
+    (("sample", "b", "-o", "x.png", "--prompt", "a", "--label", "1"), "--prompt goes with"),
+    (("sample", "b", "-o", "x.png", "--text-encoder", "t"), "--prompt goes with"),
+    (("latents", "i", "--vae", "v", "-o", "l", "--image-size", "8", "--max-length", "9"), "--max-length is for captions"),
+]
+
+
+@pytest.mark.parametrize("dry", [False, True], ids=["real", "dry"])
+@pytest.mark.parametrize(("args", "reason"), IGNORED, ids=[" ".join(a[0]) for a in IGNORED])
+def test_options_that_would_be_ignored_are_refused(place, tmp_path, monkeypatch, capsys, args, reason, dry):
+    monkeypatch.chdir(tmp_path)
+    paths = {"RUN": place / "runs/tiny", "STUDY": place / "tiny.toml"}
+    args = [paths.get(a, a) for a in args] + (["--dry-run"] if dry else [])
+    code, said = as_program(monkeypatch, capsys, *args)
+    assert code == 1 and reason in said.err and said.err.strip().count("\n") == 0
+    assert list(tmp_path.iterdir()) == []
+
+
+# -- schedules of the command line -----------------------------------------------------------------
+
+
+def test_what_is_printed_for_unequal_intervals_is_taken_back(place, tmp_path):
+    for text in ("3 2 @ 0 300 1000", "3 1", "full"):
+        said = json.loads(call("evaluate", place / "runs/tiny", "--schedule", text, "--dry-run")[0])
+        again = json.loads(call("evaluate", place / "runs/tiny", "--schedule", said["schedule"], "--dry-run")[0])
+        assert again["schedule"] == said["schedule"] == {"full": "3"}.get(text, text)
+    path = tmp_path / "SCHEDULE.JSON"
+    path.write_text("[3, 2, 1]", encoding="utf-16")
+    assert json.loads(call("evaluate", place / "runs/tiny", "--schedule", path, "--dry-run")[0])["schedule"] == "3 2 1"
+
+
+# -- what is reported ------------------------------------------------------------------------------
+
+
+def test_search_prints_the_confirmed_front(place, tmp_path):
+    confirmed = json.loads((place / "runs/tiny/confirmations.json").read_text())["confirmations"]
+    by_number = {c["number"]: c for c in confirmed}
+    out, _ = call("search", place / "tiny.toml", "--out", place / "runs/tiny", "--report", tmp_path / "r")
+    front = json.loads(out)["front"]
+    assert 1 <= len(front) <= len(confirmed) and all(row["confirmed"] for row in front)
+    for row in front:
+        own = by_number[row["trial"]]
+        assert row["quality"] == own["quality"]["value"] and row["time_frac"] == own["measured_time_frac"]
+        first, second = own["quality"]["values"]
+        assert row["std_error"] == pytest.approx(abs(first - second) / 2)
+        for other in confirmed:  # nothing confirmed is both faster and better
+            faster = other["measured_time_frac"] < row["time_frac"]
+            assert not (faster and other["quality"]["value"] < row["quality"])
+
+
+def test_sample_reports_the_steps_and_blocks_that_it_runs(place, tmp_path):
+    call("export", place / "runs/tiny", "--trial", 1, "-o", tmp_path / "b")  # 3 2 2 1
+    for steps, depths in ((1, [1]), (2, [2, 1]), (None, [2, 2, 1])):
+        args = ("sample", tmp_path / "b", "-o", tmp_path / "x.npz", "--num", 2, *(["--steps", steps] if steps else []))
+        plan = json.loads(call(*args, "--dry-run")[0])
+        assert not (tmp_path / "x.npz").exists()
+        said = json.loads(call(*args)[0])
+        (tmp_path / "x.npz").unlink()
+        assert plan["sampling"]["num_steps"] == said["sampling"]["num_steps"] == said["nfe"] == len(depths)
+        assert said["block_frac"] == plan["block_frac"] == pytest.approx(said["block_calls"] / (3 * said["nfe"]))
+        assert said["block_calls"] <= sum(depths) + 2
+
+
+@pytest.mark.parametrize("options", [("--label", 99), ("--steps", 1001), ("--seed", 2**32), ("--vae", "nowhere")])
+def test_a_dry_run_of_sample_refuses_what_sampling_would(place, tmp_path, monkeypatch, capsys, options):
+    call("export", place / "runs/tiny", "--trial", 0, "-o", tmp_path / "b")
+    code, said = as_program(monkeypatch, capsys, "sample", tmp_path / "b", "-o", tmp_path / "x.png", "--dry-run", *options)
+    assert code == 1 and said.err.count("\n") == 1 and "got" in said.err and not said.out
+
+
+def test_a_number_of_trials_takes_the_place_of_the_files_budget(place, tmp_path):
+    """A second is spent by the full network alone; three trials are three trials."""
+    from asesearch.search import Study
+
+    study = tmp_path / "hasty.toml"
+    study.write_text((place / "tiny.toml").read_text().replace("num_trials = 3", 'budget = "1s"'))
+    args = ("search", study, "--out", tmp_path / "run", "--report", tmp_path / "report")
+    call(*args)
+    assert len(Study.open(tmp_path / "run").records()) < 3
+    call(*args, "--trials", 3)
+    assert len(Study.open(tmp_path / "run").records()) == 3
+
+
+# -- Ctrl-C, --debug, closed pipes -----------------------------------------------------------------
+
+
+def test_ctrl_c_says_what_is_kept_and_the_same_command_resumes(place, tmp_path):
+    """A real signal to a real process, in the middle of a search."""
+    from asesearch.search import Study
+
+    args = ["search", place / "tiny.toml", "--out", tmp_path / "run", "--report", tmp_path / "r", "--trials"]
+    command = [sys.executable, "-m", "asesearch", *map(str, args), "90"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        for line in process.stderr:
+            if "trial 0 (full)" in line:
+                break
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=120)
+    kept = len(Study.open(tmp_path / "run").records())
+    last = err.replace("\r", "\n").strip().splitlines()[-1]
+    assert process.returncode == 130 and out == "" and "Traceback" not in err
+    assert last == f"interrupted: {tmp_path}/run keeps {kept} of 90 schedules; the same command resumes"
+    assert 1 <= kept < 90 and not (tmp_path / "r").exists()
+    _, err = call(*args, kept + 1)
+    assert f"{kept} of {kept + 1} schedules on record; continuing" in err
+
+
+INTERRUPTED = [
+    ("asesearch.finetuning.Trainer.run", ("train", "SCRATCH", "-o", "x.safetensors", "--run-dir", "t"), "kept in t"),
+    ("asesearch.deployment.bundle.Bundle.sample", ("sample", "BUNDLE", "-o", "x.png"), "no image was written to x.png"),
+    ("asesearch.search.Workbench.evaluate", ("evaluate", "RUN"), "begins again"),
+    ("asesearch.report.write_report", ("report", "RUN", "-o", "r"), "same command completes it"),
+    ("asesearch.search.difficulty.measure_map", ("map", "STUDY", "-o", "m"), "nothing was written to m"),
+    ("asesearch.deployment.export.export", ("export", "RUN", "--trial", "0", "-o", "b"), "no bundle was written to b"),
+    ("asesearch.deployment.export.finetune", ("export", "RUN", "--trial", "0", "-o", "b", "--finetune-steps", "9"), "resumes"),
+    ("asesearch.latents.encode_folder", ("latents", "i", "--vae", "v", "--image-size", "8", "-o", "l"), "kept in l"),
+    ("asesearch.evaluation.extractors.train_extractor", ("train-extractor", "-o", "e.safetensors"), "no weights were written"),
+    ("asesearch.search.Study.open", ("evaluate", "RUN"), "its work had not begun"),
+]
+
+
+@pytest.mark.parametrize(("where", "args", "said"), INTERRUPTED, ids=[i[0] for i in INTERRUPTED])
+def test_ctrl_c_is_one_line_in_every_command(place, tmp_path, monkeypatch, where, args, said):
+    monkeypatch.chdir(tmp_path)
+    if "BUNDLE" in args:
+        call("export", place / "runs/tiny", "--trial", 0, "-o", tmp_path / "bundle")
+    images = ImageArray(np.zeros((2, 1, 28, 28), np.uint8), np.arange(2), "none")
+    monkeypatch.setattr("asesearch.data.fashion_mnist", lambda *_, **__: images) if "extractor" in args[0] else None
+    before = sorted(p.name for p in tmp_path.iterdir())
+
+    def interrupt(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(where, interrupt)
+    paths = {
+        "RUN": place / "runs/tiny",
+        "STUDY": place / "tiny.toml",
+        "SCRATCH": place / "scratch.toml",
+        "BUNDLE": tmp_path / "bundle",
+    }
+    out, err = call(*(paths.get(a, a) for a in args), code=130)
+    last = err.replace("\r", "\n").strip().splitlines()[-1]
+    assert last.startswith("interrupted: ") and said in last and out == ""
+    assert sorted(p.name for p in tmp_path.iterdir()) == before
+
+
+@pytest.mark.parametrize("place_of_debug", range(4))
+def test_debug_stands_anywhere(monkeypatch, place_of_debug):
+    from asesearch.errors import ConfigError
+
+    args = ["search", "missing.toml", "--dry-run"]
+    monkeypatch.setattr(sys, "argv", ["asesearch", *args[:place_of_debug], "--debug", *args[place_of_debug:]])
+    with pytest.raises(ConfigError, match="can't read missing.toml"):
+        main()
+
+
+@pytest.mark.parametrize("stream", ["stdout", "stderr"])
+def test_a_reader_that_has_gone_is_no_traceback(place, tmp_path, stream):
+    """As in `asesearch … | head -1`."""
+    read, write = os.pipe()
+    os.close(read)
+    other = "stderr" if stream == "stdout" else "stdout"
+    args = ["report", place / "runs/tiny", "--dry-run"] if stream == "stdout" else ["report", "nowhere"]
+    command = [sys.executable, "-m", "asesearch", *map(str, args)]
+    done = subprocess.run(command, **{stream: write, other: subprocess.PIPE}, text=True, cwd=tmp_path, check=False)
+    os.close(write)
+    assert done.returncode == 1 and not getattr(done, other)
