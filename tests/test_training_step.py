@@ -9,10 +9,10 @@ import torch
 from asesearch.backbones import DiT
 from asesearch.config import LossWeight, TrainConfig
 from asesearch.diffusion import Diffusion
-from asesearch.finetuning import Batch, PlateauWeight, Trainer, draw_batch
+from asesearch.finetuning import Batch, PlateauWeight, Trainer, draw_batch, seconds_per_step
 from asesearch.schedule import ElasticDepths, ExitSchedule
 
-SCHEDULE = ExitSchedule.from_string("4 1")  # all blocks below t = 500, one above
+SCHEDULE = ExitSchedule.from_string("4 1", 4)  # all blocks below t = 500, one above
 PLAIN = LossWeight(shape="none")
 CONFIG = TrainConfig(num_steps=10, batch_size=8, lr=1e-3, lr_schedule="constant", loss_weight=PLAIN, seed=3)
 
@@ -47,9 +47,12 @@ def test_the_loss_of_shortened_intervals_counts_more(tiny_dit, tiny_images, t, t
     assert stats[0].item() == pytest.approx(8 * plain.item(), rel=1e-5)  # what is reported is not weighted
 
 
-def test_the_weight_ends_at_the_step_it_says(tiny_dit, tiny_images):
+@pytest.mark.parametrize(
+    ("rule", "end"), [({"window": 2, "tolerance": 1.0}, 10), ({"max_steps": 4}, 4), ({"window": 6, "max_steps": 13}, 13)]
+)
+def test_the_weight_ends_at_the_step_it_says(tiny_dit, tiny_images, rule, end):
     """λ at every step of a run, from the loss that the gradient came from and the one that is reported."""
-    weight = LossWeight(shape="step", peak=4.0, window=2, tolerance=1.0)
+    weight = LossWeight(shape="step", peak=4.0, **rule)
     trainer = trainer_of(tiny_dit, tiny_images, loss_weight=weight, num_steps=24)
     seen = []
 
@@ -59,8 +62,8 @@ def test_the_weight_ends_at_the_step_it_says(tiny_dit, tiny_images):
         return weighted, stats
 
     trainer._loss = noted
-    assert trainer.run().weight_ended_at == 10
-    assert seen == pytest.approx([4.0] * 10 + [1.0] * 14, rel=1e-4)
+    assert trainer.run().weight_ended_at == end
+    assert seen == pytest.approx([4.0] * end + [1.0] * (24 - end), rel=1e-4)
 
 
 def test_a_weight_that_never_ends_says_so(tiny_dit, tiny_images):
@@ -78,10 +81,10 @@ def test_the_weight_ends_after_so_many_steps():
     assert seen == [3.0, 3.0, 3.0, 1.0] and weight.ended_at == 3
 
 
-@pytest.mark.parametrize("checkpoint_every", [3, 7], ids=["killed before it is found", "killed before it counts"])
+@pytest.mark.parametrize("checkpoint_every", [7, 9], ids=["killed before it is found", "killed before it counts"])
 def test_the_plateau_is_resumed(tiny_dit, tiny_images, tmp_path, checkpoint_every):
-    """With tolerance 1 λ ends as soon as there are two windows of losses, at the next look at them, step 10."""
-    weight = LossWeight(shape="step", peak=4.0, window=3, tolerance=1.0)
+    """With tolerance 1 λ ends as soon as there are two windows of losses: found at step 8, it counts from step 10."""
+    weight = LossWeight(shape="step", peak=4.0, window=4, tolerance=1.0)
     config = CONFIG.model_copy(update={"num_steps": 14, "checkpoint_every": checkpoint_every, "loss_weight": weight})
 
     def train(run_dir=None, on_step=None):
@@ -200,3 +203,63 @@ def test_depth_draws_are_stratified_and_new_each_step(tiny_dit, tiny_images):
         assert sorted((batch.u * 8).long().tolist()) == list(range(8))
         assert (batch.u * 8).long().tolist() != (batch.t * 8 // 1000).tolist()  # not tied to the noise level
     assert len({tuple(batch.u.tolist()) for batch in draws}) == 5
+
+
+# -- targets and books -----------------------------------------------------------------------------
+
+
+def test_the_target_is_part_noise_and_part_the_whole_teacher(tiny_images):
+    nets = []
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        net = DiT(8, 4, in_channels=1, hidden_size=16, depth=4, num_heads=2, num_classes=3, learn_sigma=False)
+        for p in net.parameters():
+            torch.nn.init.normal_(p, std=0.1)
+        nets.append(net.eval())
+    student, teacher = nets
+    config = CONFIG.model_copy(update={"distill_frac": 0.25})
+    trainer = Trainer(student, tiny_images, Diffusion(), SCHEDULE, config, teacher=teacher)
+    batch = batch_at(student, tiny_images, 900)
+    x_t = Diffusion().q_sample(batch.x_start, batch.t, batch.noise)
+    with torch.no_grad():
+        whole, exited = teacher(x_t, batch.t, batch.y), student(x_t, batch.t, batch.y, exit_depth=1)
+    expected = (0.75 * batch.noise + 0.25 * whole - exited).square().mean()
+    assert trainer._loss(batch)[0].item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_the_loss_on_record_is_the_mean_over_the_batch(tiny_dit, tiny_images):
+    """With the learning rate at nothing, every step's loss is that of the network passed in."""
+    result = trainer_of(tiny_dit, tiny_images, lr=1e-12, num_steps=12).run()
+    expected = []
+    for step in range(12):
+        batch = draw_batch(tiny_images, tiny_dit, CONFIG, Diffusion(), step, (0, 1))
+        x_t = Diffusion().q_sample(batch.x_start, batch.t, batch.noise)
+        exit_depth = torch.where(batch.t < 500, 4, 1)
+        with torch.no_grad():
+            output = tiny_dit(x_t, batch.t, batch.y, exit_depth=exit_depth)
+        mse, vb = Diffusion().hybrid_loss(output, batch.x_start, x_t, batch.t, batch.noise)
+        expected.append((mse + vb).mean().item())
+    assert result.losses == pytest.approx(expected, rel=1e-4)
+
+
+def test_the_time_before_a_kill_is_counted(tiny_dit, tiny_images, tmp_path, monkeypatch):
+    """On a clock that ticks a second each time it is read: two ticks a look, the resumed run's on top."""
+    now = iter(range(1000))
+    monkeypatch.setattr("asesearch.finetuning.time.perf_counter", lambda: next(now))
+    config = CONFIG.model_copy(update={"num_steps": 6, "checkpoint_every": 2})
+
+    def die(done, loss):
+        if done == 4:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        Trainer(tiny_dit, tiny_images, Diffusion(), SCHEDULE, config, tmp_path).run(die)
+    resumed = Trainer(tiny_dit, tiny_images, Diffusion(), SCHEDULE, config, tmp_path)
+    assert resumed.resumed_at == 2 and resumed.seconds == 1
+    assert resumed.run().seconds == 1 + 2
+
+
+def test_the_time_of_a_step_leaves_the_first_out(tiny_dit, tiny_images, monkeypatch):
+    times = iter([0, 100, 200, 201, 300, 305, 400, 402])  # steps of 100 s, 1 s, 5 s and 2 s
+    monkeypatch.setattr("asesearch.finetuning.time.perf_counter", lambda: next(times))
+    assert seconds_per_step(trainer_of(tiny_dit, tiny_images)) == 2

@@ -105,7 +105,7 @@ def read_state(path: Path, parse: Callable[[Any], T], otherwise: str) -> T | Non
     """
     try:
         return parse(json.loads(path.read_text(encoding="utf-8")))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
     except OSError as error:
         raise _blocked(path, error) from error

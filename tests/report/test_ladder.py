@@ -84,3 +84,10 @@ def test_competing_samplers_are_said_to_be_part_of_the_point(climbed):
     )
     html = page.render_page(replace(climbed, records=records, confirmations=()), [])
     assert html.count("any: part of the point") == 2
+
+
+def test_decoding_and_evaluating_are_part_of_sampling(climbed):
+    first, *_ = climbed.records
+    slow = replace(first, seconds={"finetune": 1.0, "sample": 2.0, "decode": 30.0, "evaluate": 400.0, "other": 5000.0})
+    parts = ladder.spending(replace(climbed, records=(slow,), confirmations=(), warm_up={})).set_index("part")["seconds"]
+    assert parts.to_dict() == {"finetune": 1.0, "sample": 432.0, "other": 5000.0}

@@ -15,7 +15,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.text import Annotation, Text
 
 from asesearch.config import parse_study
-from asesearch.errors import EvaluationError, StudyError
+from asesearch.errors import EvaluationError, StudyError, WriteError
 from asesearch.report import page, plots, style, tables, write_report
 from asesearch.report.labels import spread_out
 from tests.report.conftest import protocol
@@ -297,5 +297,5 @@ def test_refused_before_anything_is_drawn(study, results, tmp_path, monkeypatch)
 
 def test_a_place_that_cannot_be_written_is_one_error(results, tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(StudyError, match="can't write"):
+    with pytest.raises(WriteError, match="can't write"):
         write_report(results, tmp_path / "file" / "report")

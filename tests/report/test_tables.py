@@ -12,6 +12,7 @@ from asesearch.evaluation.results import EvaluationResult
 from asesearch.report import tables
 from asesearch.report.wording import figure, headline, number, percent
 from asesearch.schedule import ExitSchedule
+from asesearch.search.records import shortened
 
 
 def dominated(p, points):
@@ -300,3 +301,34 @@ def test_the_hypervolume_of_scores_that_are_not_positive_is_counted_from_the_wor
         (1.0, (0.02, 0.02, 0.02)), (0.6, (-0.03, -0.03, -0.03)), (0.5, (0.01, 0.01, 0.01)),
     ])  # fmt: skip
     assert list(tables.hypervolume(results)["hypervolume"]) == pytest.approx([0, 0.5 * 0.05, 0.5 * 0.05 + 0.1 * 0.01])
+
+
+def test_losses_lie_at_the_middle_of_their_stretch(study):
+    results = with_figures(study(1, failed=(), confirm=False), [FULL])
+    (full,) = results.records
+
+    def steps(count, num_steps):
+        record = replace(full, losses=tuple(range(count)))
+        table = tables.losses(replace(results, records=(record,), config={"train": {"num_steps": num_steps}}))
+        return list(table["step"]), list(table["loss"])
+
+    assert steps(4, 4) == ([1, 2, 3, 4], [0, 1, 2, 3])
+    assert steps(4, 8) == ([2, 4, 6, 8], [0, 1, 2, 3])
+    middles, means = steps(160, 160)  # 80 stretches of two steps
+    assert middles == [1.5 + 2 * i for i in range(80)] and means == [0.5 + 2 * i for i in range(80)]
+
+
+def test_the_line_through_latencies_has_its_fixed_part(study):
+    table = tables.latency(replace(study(1), latency_ms=(5.0, 7.0, 9.0)))
+    assert list(table["fit_ms"]) == pytest.approx([5, 7, 9]) and list(table["exit_depth"]) == [1, 2, 3]
+
+
+def test_long_loss_curves_are_kept_as_means():
+    kept = shortened([float(i) for i in range(1500)])
+    assert kept == [3 * i + 1.0 for i in range(500)] and shortened([3.0, 1.0]) == [3.0, 1.0]
+
+
+def test_the_search_front_is_fastest_first(study):
+    front = study(30, seed=3).front()
+    assert len(front) > 3 and [r.time_frac for r in front] == sorted(r.time_frac for r in front)
+    assert [r.number for r in front] != sorted(r.number for r in front)  # which is no order of trials

@@ -46,6 +46,19 @@ def test_dynamic_programme_is_exact(seed, noise_easy, intervals, depth, least):
     assert [e for _, e in figures] == pytest.approx([e for _, e in expected])
 
 
+@pytest.mark.parametrize("noise_easy", [True, False])
+def test_dynamic_programme_is_exact_where_paths_meet(noise_easy):
+    """Large enough for many schedules of one budget to end at one depth, of which only the best may go on."""
+    for seed in range(25):
+        rng = np.random.default_rng(seed)
+        errors, costs = rng.normal(size=(5, 4)), rng.integers(1, 3, 5)
+        found = optimal_schedules(errors, costs, noise_easy=noise_easy)
+        scores = [(int(np.dot(s, costs)), sum(errors[i, d - 1] for i, d in enumerate(s))) for s in found]
+        expected = by_brute_force(errors, costs, noise_easy, 1)
+        assert [b for b, _ in scores] == [b for b, _ in expected]
+        assert [e for _, e in scores] == pytest.approx([e for _, e in expected])
+
+
 def test_intervals_without_calls_follow_their_neighbour():
     errors = np.array([[9.0, 0.0], [3.0, 0.0], [9.0, 0.0], [1.0, 0.0], [9.0, 0.0]])
     found = optimal_schedules(errors, [0, 1, 0, 2, 0])

@@ -278,3 +278,18 @@ def test_a_thousand_records_are_fitted_in_seconds():
             return time.process_time() - begun
 
     assert seconds(1000) < 12 * seconds(200)
+
+
+def test_reported_errors_are_drawn_to_the_mean_of_their_level():
+    """Variances of 0.01 and 0.09: a fifth their own, four fifths the mean, 0.05, which also stands in for unknown ones."""
+    std_errors = np.array([0.1, 0.3, math.nan, 0.2])
+    cheap = np.array([False, False, False, True])
+    assert module._noise(std_errors, cheap) == pytest.approx([0.042, 0.058, 0.05, 0.04])
+    assert module._noise(np.array([math.nan]), cheap[:1]) == pytest.approx([0.0025])  # nothing known: 5 %
+
+
+def test_each_level_is_centred_on_its_own_scores():
+    values, cheap = np.array([1.0, 3.0, 10.0]), np.array([True, True, False])
+    assert (module._offset(values, cheap, True), module._offset(values, cheap, False)) == (2.0, 10.0)
+    assert module._offset(values[:2], cheap[:2], False) == 2.0  # of the other where it has none
+    assert module._offset(values[:0], cheap[:0], True) == 0.0

@@ -13,7 +13,6 @@ from filelock import FileLock, Timeout
 from asesearch.backbones import DiT
 from asesearch.backbones.checkpoints import save_backbone
 from asesearch.config import parse_study
-from asesearch.errors import CheckpointError
 from asesearch.evaluation.cost import LatencyTable
 from asesearch.schedule import ExitSchedule
 from asesearch.search import directory
@@ -132,11 +131,12 @@ def test_a_damaged_map_is_measured_again_and_damaged_costs_are_forgotten(study, 
     assert f"{COST} is damaged" in caplog.text
 
 
-def test_damaged_elastic_weights_are_named(study, tmp_path):
-    warm_up(Workbench(study, tmp_path / "run"), tmp_path / "run")
+def test_damaged_elastic_weights_are_named_and_made_again(study, tmp_path, caplog):
+    before = warm_up(Workbench(study, tmp_path / "run"), tmp_path / "run").start.state_dict()
     (tmp_path / "run" / WEIGHTS).write_text("{")
-    with pytest.raises(CheckpointError, match=WEIGHTS):
-        warm_up(Workbench(study, tmp_path / "run"), tmp_path / "run")
+    again = warm_up(Workbench(study, tmp_path / "run"), tmp_path / "run").start.state_dict()
+    assert f"{WEIGHTS} is damaged" in caplog.text
+    assert all(torch.equal(again[k], before[k]) for k in before)
 
 
 def test_the_full_network_is_tuned_for_as_long_as_warm_up_and_tuning_together(study, tmp_path):

@@ -6,6 +6,7 @@ import torch
 from asesearch.backbones import DiT
 from asesearch.backbones.checkpoints import save_backbone
 from asesearch.config import parse_study
+from asesearch.evaluation.cost import LatencyTable
 from asesearch.schedule import ExitSchedule
 from asesearch.search import workbench
 from asesearch.search.workbench import FRESH_SEEDS, Workbench
@@ -46,7 +47,7 @@ def test_every_protocol_tells_what_guidance_acts_on(make_bench, cfg_scale, chann
 def test_measured_time_is_the_points_over_the_full_networks(make_bench, monkeypatch):
     """On a clock where a sampling of the full network takes 8 ms and the point's 2."""
     bench, asked, now = make_bench(), [], [0.0]
-    net, full_net, schedule = object(), object(), ExitSchedule.from_string("3 1")
+    net, full_net, schedule = object(), object(), ExitSchedule.from_string("3 1", 3)
 
     def sample(backbone, under, seeds, sampler=""):
         asked.append((backbone, under, tuple(seeds), sampler))
@@ -73,10 +74,12 @@ def test_a_guided_call_is_timed_with_both_of_its_halves(make_bench, monkeypatch,
 
     def measure(backbone, batch_size, repeats, device, y):
         rows.append((batch_size, len(y)))
-        return "table"
+        return table
 
+    table = LatencyTable(batch_size=images, device="cpu", threads=1, dtype="float32",
+                         median_ms=(1.0, 2.0, 3.0), spread_ms=(0.1, 0.1, 0.1), repeats=5)  # fmt: skip
     monkeypatch.setattr(workbench, "measure_latency", measure)
-    assert bench.latency == "table" and rows == [(images, images)]
+    assert bench.latency.median_ms == table.median_ms and rows == [(images, images)]
 
 
 def test_confirmation_has_seeds_that_no_trial_has_seen(make_bench):
@@ -90,3 +93,27 @@ def test_confirmation_has_seeds_that_no_trial_has_seen(make_bench):
 def test_classes_take_turns(make_bench):
     bench = make_bench()
     assert workbench.conditioning_for(bench.backbone, bench.data, [0, 9, 10, 23]).tolist() == [0, 9, 0, 3]
+
+
+def test_guided_sampling_costs_two_calls_a_step(make_bench):
+    plain = make_bench()
+    guided = make_bench(sampling={"solver": "ddim", "num_steps": 4, "batch_size": 40, "cfg_scale": 1.5})
+    schedule = ExitSchedule.from_string("3 1", 3)
+    once = plain.sampling_gflops(schedule, "", plain.protocol)
+    assert once > 0 and guided.sampling_gflops(schedule, "", guided.protocol) == pytest.approx(2 * once)
+
+
+def test_low_fidelity_scores_are_of_the_weights_that_trials_start_from(make_bench, monkeypatch):
+    bench, seen = make_bench(promotion={"num_samples": 66, "repeats": 1}), []
+    bench.start = elastic = object()
+
+    def evaluate(net, schedule, protocol, sampler):
+        seen.append((net, schedule, protocol, sampler))
+        return "score", {"sample": 1.0, "evaluate": 2.0}
+
+    monkeypatch.setattr(bench, "evaluate", evaluate)
+    schedule = ExitSchedule.from_string("3 1", 3)
+    score, seconds, gflops = bench.try_cheaply(schedule)
+    assert seen == [(elastic, schedule, bench.cheap_protocol, "")] and bench.cheap_protocol.num_samples == 66
+    assert (score, seconds) == ("score", 3.0)
+    assert gflops == pytest.approx(bench.sampling_gflops(schedule, "", bench.protocol) * 66 / 140)
