@@ -1,0 +1,185 @@
+"""Searches in the shape of the real ones: 28 blocks, 1,000 classes, latents, 2,048 features; all else is small.
+
+`python -m tests.search.test_true_shape STUDY_JSON RUN_DIR` is one worker of such a search.
+"""
+
+import json
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch_fidelity import FeatureExtractorBase
+
+from asesearch.backbones import DiT
+from asesearch.config import parse_study
+from asesearch.evaluation.extractors import register_extractor
+from asesearch.evaluation.fidelity import check_sample_counts, low_fidelity_metric, num_components
+from asesearch.search import Study, Workbench, preflight, search, workbench
+from tests.test_cli import call
+from tests.test_latents import make_vae
+
+README = Path(__file__).parent.parent.parent / "README.md"
+PIXELS = 16  # two latents of the tiny VAE make eight
+
+
+class Wide(FeatureExtractorBase):
+    """As many features as the name says: random ones of 4 x 4 thumbnails."""
+
+    def __init__(self, name, features_list=("all",), feature_extractor_weights_path=None, **_):
+        super().__init__(name, list(features_list))
+        generator = torch.Generator().manual_seed(0)
+        dim = int(name.rpartition("-")[2])
+        self.weight = torch.nn.Parameter(torch.randn(48, dim, generator=generator))
+        self.phase = torch.nn.Parameter(6 * torch.rand(dim, generator=generator))
+
+    def forward(self, images):
+        small = torch.nn.functional.adaptive_avg_pool2d(images.float() / 127.5 - 1, 4).flatten(1)
+        return (torch.cos(small @ self.weight + self.phase),)
+
+    @staticmethod
+    def get_provided_features_list():
+        return ("all",)
+
+    @staticmethod
+    def get_default_feature_layer_for_metric(metric):
+        return "all"
+
+    @staticmethod
+    def can_be_compiled():
+        return True
+
+    @staticmethod
+    def get_dummy_input_for_compile():
+        return torch.zeros(1, 3, PIXELS, PIXELS, dtype=torch.uint8)
+
+
+INCEPTION_SIZE = 2048
+register_extractor("wide-2048", Wide)
+register_extractor("wide-512", Wide)
+
+
+def readme_study():
+    (block,) = re.findall(r"```toml\n(.*?)```", README.read_text(encoding="utf-8"), flags=re.DOTALL)
+    return tomllib.loads(block)
+
+
+def test_the_readmes_study_has_a_score_in_every_protocol():
+    config = parse_study(readme_study(), "README")
+    check_sample_counts(config, INCEPTION_SIZE)
+    images = config.promotion.num_samples
+    assert low_fidelity_metric(config.promotion, config.evaluation, INCEPTION_SIZE) == "frechet-pca"
+    assert images == 500 and num_components(images, INCEPTION_SIZE) == 125
+
+
+def one_thousand_classes(place):
+    """Pictures of three of 1,000 classes, their latents, the VAE, and a DiT of 28 blocks; many pictures more as reference."""
+    rng = np.random.default_rng(0)
+    for i in range(24):
+        path = place / "train" / f"class-{i % 3}" / f"{i:02}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 256, (PIXELS, PIXELS, 3), np.uint8)).save(path)
+    (place / "train" / "classes.json").write_text(json.dumps({"class-0": 5, "class-1": 207, "class-2": 999}))
+    (place / "many").mkdir()
+    for i in range(2100):
+        pixels = np.clip(rng.normal(128 + 40 * rng.normal(), 60, (PIXELS, PIXELS, 3)), 0, 255).astype(np.uint8)
+        Image.fromarray(pixels).save(place / "many" / f"{i:04}.png")
+    make_vae(place / "vae", scaling_factor=0.25)
+    options = ("--vae", place / "vae", "--image-size", PIXELS, "--out", place / "latents")
+    call("latents", place / "train", *options)
+    net = DiT(input_size=8, patch_size=4, in_channels=4, hidden_size=16, depth=28, num_heads=2, num_classes=1000)
+    generator = torch.Generator().manual_seed(0)
+    for p in net.parameters():
+        p.data = torch.randn(p.shape, generator=generator) * 0.05
+    torch.save(net.state_dict(), place / "dit.pt")
+    return place
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    return one_thousand_classes(tmp_path_factory.mktemp("true-shape"))
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch, tmp_path):
+    monkeypatch.setattr(workbench, "LATENCY_REPEATS", 1)
+    monkeypatch.setenv("ASESEARCH_CACHE", str(tmp_path / "cache"))
+
+
+def located(data, place, extractor):
+    """The study with this place's paths and an extractor."""
+    data["backbone"] |= {"checkpoint": str(place / "dit.pt"), "args": {"num_heads": 2}}
+    data["data"] |= {"path": str(place / "latents"), "vae": str(place / "vae")}
+    reference = {"kind": "image-folder", "path": str(place / "many"), "image_size": PIXELS}
+    data["evaluation"] |= {"extractor": extractor, "reference": reference}
+    return data
+
+
+@pytest.mark.slow
+def test_every_trial_of_a_large_network_gets_a_score(place, tmp_path):
+    data = {
+        "name": "xl",
+        "backbone": {"kind": "dit"},
+        "data": {"kind": "latents"},
+        "elastic": {"num_steps": 3, "batch_size": 4, "distill_frac": 1.0},
+        "map": {"num_bins": 4, "num_images": 4},
+        "train": {"num_steps": 2, "batch_size": 4},
+        "sampling": {"num_steps": 2, "batch_size": 200, "cfg_scale": 1.5},
+        "evaluation": {"num_samples": 2049},
+        "search": {"proposer": "difficulty", "num_trials": 6, "warm_start": ["full", "D3-DiT"]},
+        "promotion": {},
+        "confirm": {"max_points": 2, "num_samples": 2049, "repeats": 1, "time_images": 2, "time_repeats": 1},
+    }
+    (tmp_path / "study.json").write_text(json.dumps(located(data, place, "wide-2048")))
+    command = [sys.executable, "-m", "tests.search.test_true_shape", tmp_path / "study.json", tmp_path / "run"]
+    workers = [subprocess.Popen(command, cwd=README.parent, stderr=subprocess.PIPE, text=True) for _ in range(WORKERS)]
+    errors = [worker.communicate()[1] for worker in workers]
+    assert [worker.returncode for worker in workers] == [0] * WORKERS, errors
+    results = Study.open(tmp_path / "run").results()
+    assert len(results.records) >= 6 and [r.failure for r in results.records] == [None] * len(results.records)
+    scores = [r.cheap.quality for r in results.records]
+    assert {q.protocol.metric for q in scores} == {"frechet-pca-50"} and {len(q.values) for q in scores} == {2}
+    assert {q.protocol.metric_name for q in scores} == {"Fréchet distance in 50 principal components (wide-2048)"}
+    assert len(results.complete) >= 2 and all(r.quality.value > 0 for r in results.complete)
+    assert results.full is not None and results.confirmations[0].number == results.full.number
+
+
+def test_the_readmes_study_passes_the_preflight(place):
+    """As it is, but for paths and extractor."""
+    bench = Workbench(parse_study(located(readme_study(), place, "wide-2048"), "README"))
+    checked = "\n".join(preflight(bench).checked)
+    assert "low-fidelity protocol: Fréchet distance in 125 principal components (wide-2048), 2 x 500 images" in checked
+    assert "search protocol: Fréchet distance (wide-2048), 3 x 5000 images" in checked
+    assert "warm starts: full, D2-DiT, D3-DiT, D7-DiT, full unipc-quadratic-10, full unipc-quadratic-7" in checked
+
+
+@pytest.mark.slow
+def test_the_readmes_study_runs_in_miniature(place, tmp_path):
+    """Fewer steps, images and trials; more features than low-fidelity images, as there."""
+    data = located(readme_study(), place, "wide-512")
+    data["elastic"]["num_steps"] = 3
+    data["train"] |= {"num_steps": 2, "batch_size": 4}
+    data["elastic"]["batch_size"] = 4
+    data["map"] = {"num_bins": 4, "num_images": 4}
+    data["sampling"]["num_steps"] = 3
+    data["evaluation"] |= {"num_samples": 513, "repeats": 2}
+    data["search"] |= {"num_trials": 8, "samplers": ["unipc-quadratic-2", "ddim-2"]}
+    data["confirm"] = {"max_points": 2, "num_samples": 513, "repeats": 2, "time_images": 2, "time_repeats": 1}
+    results = search(parse_study(data, "README"), tmp_path / "run")
+    assert len(results.records) == 8 and [r.failure for r in results.records] == [None] * 8
+    assert {r.cheap.quality.protocol.metric for r in results.records} == {"frechet-pca-125"}
+    assert {"full", "D2-DiT", "D3-DiT", "D7-DiT"} <= {r.origin for r in results.complete}
+    assert len(results.confirmations) >= 2
+
+
+WORKERS = 1
+
+if __name__ == "__main__":
+    study, folder = sys.argv[1:]
+    workbench.LATENCY_REPEATS = 1
+    search(parse_study(json.loads(Path(study).read_text()), study), Path(folder))
