@@ -515,11 +515,14 @@ def test_ctrl_c_says_what_is_kept_and_the_same_command_resumes(place, tmp_path):
     args = ["search", place / "tiny.toml", "--out", tmp_path / "run", "--report", tmp_path / "r", "--trials"]
     command = [sys.executable, "-m", "asesearch", *map(str, args), "90"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
-        for line in process.stderr:
-            if "trial 0 (full)" in line:
-                break
-        process.send_signal(signal.SIGINT)
-        out, err = process.communicate(timeout=120)
+        try:
+            for line in process.stderr:
+                if "trial 0 (full)" in line:
+                    break
+            process.send_signal(signal.SIGINT)
+            out, err = process.communicate(timeout=120)
+        finally:
+            process.kill()
     kept = len(Study.open(tmp_path / "run").records())
     last = err.replace("\r", "\n").strip().splitlines()[-1]
     assert process.returncode == 130 and out == "" and "Traceback" not in err

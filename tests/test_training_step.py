@@ -1,6 +1,7 @@
 """What one training step does, against numbers that do not come from the trainer's own formulas."""
 
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -245,7 +246,7 @@ def test_the_loss_on_record_is_the_mean_over_the_batch(tiny_dit, tiny_images):
 def test_the_time_before_a_kill_is_counted(tiny_dit, tiny_images, tmp_path, monkeypatch):
     """On a clock that ticks a second each time it is read: two ticks a look, the resumed run's on top."""
     now = iter(range(1000))
-    monkeypatch.setattr("asesearch.finetuning.time.perf_counter", lambda: next(now))
+    monkeypatch.setattr("asesearch.finetuning.time", SimpleNamespace(perf_counter=lambda: next(now)))
     config = CONFIG.model_copy(update={"num_steps": 6, "checkpoint_every": 2})
 
     def die(done, loss):
@@ -261,5 +262,5 @@ def test_the_time_before_a_kill_is_counted(tiny_dit, tiny_images, tmp_path, monk
 
 def test_the_time_of_a_step_leaves_the_first_out(tiny_dit, tiny_images, monkeypatch):
     times = iter([0, 100, 200, 201, 300, 305, 400, 402])  # steps of 100 s, 1 s, 5 s and 2 s
-    monkeypatch.setattr("asesearch.finetuning.time.perf_counter", lambda: next(times))
+    monkeypatch.setattr("asesearch.finetuning.time", SimpleNamespace(perf_counter=lambda: next(times)))
     assert seconds_per_step(trainer_of(tiny_dit, tiny_images)) == 2
