@@ -88,7 +88,7 @@ FILES = {
     "latency.json": "report export evaluate search",
     "map.json": "report export evaluate search",
     "warm-up.json": "report export evaluate search",
-    "confirmations.json": "report export evaluate search",
+    "confirmations/0.json": "report export evaluate search",
     "elastic.safetensors": "report export evaluate search",
     "weights.safetensors": "report",
     "samples.npz": "report export evaluate search",
@@ -118,7 +118,7 @@ def test_a_damaged_file_is_made_again_or_named(place, tmp_path, caplog, name, da
 def test_what_is_made_again_is_whole(place, tmp_path):
     run = tmp_path / "run"
     shutil.copytree(place / "run", run)
-    names = ("latency.json", "map.json", "elastic.safetensors", "confirmations.json", "environment.json")
+    names = ("latency.json", "map.json", "elastic.safetensors", "confirmations/0.json", "environment.json")
     for name in names:
         empty(run / name)
     call(*commands(place, run)["search"])
