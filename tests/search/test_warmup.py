@@ -132,7 +132,9 @@ def test_a_damaged_map_is_measured_again_and_damaged_costs_are_forgotten(study, 
 
 
 def test_damaged_elastic_weights_are_named_and_made_again(study, tmp_path, caplog):
-    before = warm_up(Workbench(study, tmp_path / "run"), tmp_path / "run").start.state_dict()
+    start = warm_up(Workbench(study, tmp_path / "run"), tmp_path / "run").start
+    before = {k: v.clone() for k, v in start.state_dict().items()}  # the file is mapped
+    (tmp_path / "run" / WEIGHTS).unlink()
     (tmp_path / "run" / WEIGHTS).write_text("{")
     again = warm_up(Workbench(study, tmp_path / "run"), tmp_path / "run").start.state_dict()
     assert f"{WEIGHTS} is damaged" in caplog.text
