@@ -141,7 +141,7 @@ def finetune(
 def _fit(config: StudyConfig, schedule_text: str, out: Path, run_dir: Path, dry_run: bool) -> None:
     """What `train` and `finetune` share."""
     from asesearch.backbones.checkpoints import load_backbone, save_backbone
-    from asesearch.data import open_data
+    from asesearch.data import check_readable, open_data
     from asesearch.diffusion import make_diffusion
     from asesearch.files import check_writable
     from asesearch.finetuning import CHECKPOINT, Trainer, seconds_per_step
@@ -154,6 +154,7 @@ def _fit(config: StudyConfig, schedule_text: str, out: Path, run_dir: Path, dry_
     backbone = load_backbone(config.backbone, config.train.seed, getattr(data, "null_condition", None))
     schedule = _schedule(schedule_text, backbone.depth, config.diffusion.num_train_timesteps)
     trainer = Trainer(backbone, data, diffusion, schedule, config.train, None if dry_run else run_dir)
+    check_readable(data)
     if dry_run:
         step_s = seconds_per_step(trainer)
         _print(

@@ -594,3 +594,32 @@ def test_a_reader_that_has_gone_is_no_traceback(place, tmp_path, stream):
     done = subprocess.run(command, **{stream: write, other: subprocess.PIPE}, text=True, cwd=tmp_path, check=False)
     os.close(write)
     assert done.returncode == 1 and not getattr(done, other)
+
+
+@pytest.mark.parametrize("dry", [(), ("--dry-run",)], ids=["real", "dry"])
+def test_damaged_images_are_found_before_any_training(place, tmp_path, monkeypatch, capsys, caplog, dry):
+    from PIL import Image
+
+    rng = np.random.default_rng(0)
+    for label in range(10):
+        (tmp_path / f"data/{label}").mkdir(parents=True)
+        for i in range(2):
+            pixels = rng.integers(0, 256, (28, 28), dtype=np.uint8)
+            Image.fromarray(pixels).save(tmp_path / f"data/{label}/{i}.png")
+    for name in ("3/1.png", "7/0.png"):
+        content = (tmp_path / "data" / name).read_bytes()
+        (tmp_path / "data" / name).write_bytes(content[: len(content) // 2])
+    folder = f'kind = "image-folder"\npath = "{tmp_path}/data"\nimage_size = 28\nchannels = 1'
+    text = (place / "tiny.toml").read_text()
+    text = text.replace('kind = "fashion-mnist"\nsplit = "test"', folder, 1)
+    (tmp_path / "damaged.toml").write_text(text)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("ASESEARCH_CACHE", str(tmp_path / "cache"))
+    args = ("finetune", "damaged.toml", "--schedule", "full", "-o", "x.safetensors", "--run-dir", "run")
+    code, said = as_program(monkeypatch, capsys, *args, *dry)
+    line = said.err.strip().splitlines()[-1]
+    assert code == 1 and "3/1.png" in line and "7/0.png" in line and "skip_damaged" in line
+    assert not (tmp_path / "run").exists() and not (tmp_path / "x.safetensors").exists()
+    (tmp_path / "damaged.toml").write_text(text.replace("channels = 1", "channels = 1\nskip_damaged = true"))
+    code, _ = as_program(monkeypatch, capsys, *args, *dry)
+    assert code == 0 and "skipped 2 damaged of 20 images" in caplog.text

@@ -11,6 +11,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from asesearch.data import check_readable
 from asesearch.deployment.bundle import Bundle, check_bundle_dir, write_bundle
 from asesearch.errors import StudyError
 from asesearch.files import check_writable
@@ -52,6 +53,7 @@ def export(
         net = load_trial(study, record, torch.device("cpu"))
     else:
         bench = bench or Workbench(config, study.run_dir)
+        check_readable(bench.data)
         warm_up(bench, study.run_dir)
         start, train = bench.tuning(record.schedule)
         train = train.model_copy(update={"num_steps": finetune_steps})

@@ -20,9 +20,9 @@ import torch
 from asesearch.config import TrainConfig
 from asesearch.data import check_readable, open_data
 from asesearch.errors import AseSearchError, ConfigError, EvaluationError
-from asesearch.files import check_writable
 from asesearch.finetuning import Depths, Trainer, draw_batch
 from asesearch.search.difficulty import check_map
+from asesearch.search.directory import check_study_dir
 from asesearch.search.setup import warm_starts
 from asesearch.search.warmup import elastic_depths, needs_map
 from asesearch.search.workbench import Workbench
@@ -66,7 +66,7 @@ def preflight(bench: Workbench, run_dir: Path | None = None) -> Preflight:
         images = f"{len(protocol.seeds)} x {protocol.num_samples} images"
         checked.append(f"{name} protocol: {protocol.metric_name}, {images}")
     if run_dir is not None:
-        check_writable(run_dir, "latency.json")
+        check_study_dir(run_dir, bench.config.search.storage)
         checked.append(f"{run_dir} can be written")
     check_readable(bench.data)
     checked.append(f"training data: {len(bench.data)} of {bench.data.name}")
