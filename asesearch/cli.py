@@ -50,24 +50,40 @@ def _interruptible(kept: str | Callable[[], str]) -> Iterator[None]:
 
 app = typer.Typer(
     cls=_Program,
-    help="Search early-exit schedules for diffusion transformers: search, look at the front, pick a point, ship it.",
+    help="Search early-exit schedules for diffusion transformers: search, look at the front, pick "
+    "a point, ship it.",
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
 
-StudyFile = Annotated[Path, typer.Argument(help="Study file (TOML): network, data, training, sampling, evaluation, search.")]
-RunDir = Annotated[Path, typer.Argument(help="Study directory that `asesearch search` wrote (runs/NAME).")]
+StudyFile = Annotated[
+    Path,
+    typer.Argument(
+        help="Study file (TOML): network, data, training, sampling, evaluation, search."
+    ),
+]
+RunDir = Annotated[
+    Path, typer.Argument(help="Study directory that `asesearch search` wrote (runs/NAME).")
+]
 Storage = Annotated[
     str | None,
-    typer.Option(help="The study's Optuna storage URL; default the one on record, which is without its password."),
+    typer.Option(
+        help="The study's Optuna storage URL; default the one on record, which is without its "
+        "password."
+    ),
 ]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the resolved plan with its cost estimate as JSON, and stop.")]
+DryRun = Annotated[
+    bool,
+    typer.Option(
+        "--dry-run", help="Print the resolved plan with its cost estimate as JSON, and stop."
+    ),
+]
 SCHEDULE = typer.Option(
     "--schedule",
-    help='Blocks per equal interval, data side first ("12 12 9 6"), with the ends of unequal ones ("12 9 @ 0 300 1000"), a '
-    'published name ("D3-DiT"), a file (.json), or "full".',
+    help='Blocks per equal interval, data side first ("12 12 9 6"), with the ends of unequal ones '
+    '("12 9 @ 0 300 1000"), a published name ("D3-DiT"), a file (.json), or "full".',
 )
 ScheduleText = Annotated[str, SCHEDULE]
 
@@ -82,7 +98,8 @@ def _main(debug: Annotated[bool, typer.Option("--debug", help=DEBUG_HELP)] = Fal
 
 def _print(data: Any) -> None:
     text = json.dumps(data, indent=1, ensure_ascii=False)
-    typer.echo(text.encode("utf-8", "backslashreplace").decode("utf-8"))  # a path may hold bytes that are not UTF-8
+    # a path may hold bytes that are not UTF-8
+    typer.echo(text.encode("utf-8", "backslashreplace").decode("utf-8"))
 
 
 def _say(text: str) -> None:
@@ -111,10 +128,13 @@ def _schedule(text: str, depth: int, chain: int) -> ExitSchedule:
 def train(
     study: StudyFile,
     out: Annotated[Path, typer.Option("--out", "-o", help="Weights to write (.safetensors).")],
-    run_dir: Annotated[Path | None, typer.Option(help="Folder of the checkpoint; default runs/NAME-train.")] = None,
+    run_dir: Annotated[
+        Path | None, typer.Option(help="Folder of the checkpoint; default runs/NAME-train.")
+    ] = None,
     dry_run: DryRun = False,
 ) -> None:
-    """Train the study's network with all its blocks, from scratch or from its checkpoint. Killed runs resume."""
+    """Train the study's network with all its blocks, from scratch or from its checkpoint. Killed
+    runs resume."""
     config = load_study(study)
     _fit(config, "full", out, run_dir or Path("runs") / f"{config.name}-train", dry_run)
 
@@ -124,8 +144,12 @@ def finetune(
     study: StudyFile,
     schedule: ScheduleText,
     out: Annotated[Path, typer.Option("--out", "-o", help="Weights to write (.safetensors).")],
-    steps: Annotated[int | None, typer.Option(help="Steps, in place of the study's train.num_steps.")] = None,
-    run_dir: Annotated[Path | None, typer.Option(help="Folder of the checkpoint; default runs/NAME-finetune.")] = None,
+    steps: Annotated[
+        int | None, typer.Option(help="Steps, in place of the study's train.num_steps.")
+    ] = None,
+    run_dir: Annotated[
+        Path | None, typer.Option(help="Folder of the checkpoint; default runs/NAME-finetune.")
+    ] = None,
     dry_run: DryRun = False,
 ) -> None:
     """Fine-tune the study's network under one exit schedule. Killed runs resume.
@@ -134,7 +158,10 @@ def finetune(
     """
     config = load_study(study).with_options("train", num_steps=steps)
     if config.backbone.checkpoint is None:
-        raise ConfigError("fine-tuning needs pretrained weights; got no backbone.checkpoint; give it, or use `asesearch train`")
+        raise ConfigError(
+            "fine-tuning needs pretrained weights; got no backbone.checkpoint; give it, or use "
+            "`asesearch train`"
+        )
     _fit(config, schedule, out, run_dir or Path("runs") / f"{config.name}-finetune", dry_run)
 
 
@@ -150,10 +177,15 @@ def _fit(config: StudyConfig, schedule_text: str, out: Path, run_dir: Path, dry_
         raise ConfigError(f"weights are written as .safetensors; got {out}; change --out")
     check_writable(out)
     check_writable(run_dir, CHECKPOINT)
-    data, diffusion = open_data(config.data), make_diffusion(config.diffusion)
-    backbone = load_backbone(config.backbone, config.train.seed, getattr(data, "null_condition", None))
+    data = open_data(config.data)
+    diffusion = make_diffusion(config.diffusion)
+    backbone = load_backbone(
+        config.backbone, config.train.seed, getattr(data, "null_condition", None)
+    )
     schedule = _schedule(schedule_text, backbone.depth, config.diffusion.num_train_timesteps)
-    trainer = Trainer(backbone, data, diffusion, schedule, config.train, None if dry_run else run_dir)
+    trainer = Trainer(
+        backbone, data, diffusion, schedule, config.train, None if dry_run else run_dir
+    )
     check_readable(data)
     if dry_run:
         step_s = seconds_per_step(trainer)
@@ -163,7 +195,10 @@ def _fit(config: StudyConfig, schedule_text: str, out: Path, run_dir: Path, dry_
                 "schedule": str(schedule),
                 "images": len(data),
                 "parameters": sum(p.numel() for p in backbone.parameters()),
-                "estimate": {"step_s": round(step_s, 4), "total_s": round(step_s * config.train.num_steps, 3)},
+                "estimate": {
+                    "step_s": round(step_s, 4),
+                    "total_s": round(step_s * config.train.num_steps, 3),
+                },
             }
         )
         return
@@ -176,8 +211,12 @@ def _fit(config: StudyConfig, schedule_text: str, out: Path, run_dir: Path, dry_
         result = trainer.run(on_step)
     if not trainer.accelerator.is_main_process:
         return
-    command = f"asesearch {'train' if schedule.is_full else 'finetune'}: {json.dumps(config.shareable())}"
-    save_backbone(result.backbone.cpu(), out, {"exit_schedule": schedule.to_json(), "made_by": command})
+    command = (
+        f"asesearch {'train' if schedule.is_full else 'finetune'}: {json.dumps(config.shareable())}"
+    )
+    save_backbone(
+        result.backbone.cpu(), out, {"exit_schedule": schedule.to_json(), "made_by": command}
+    )
     last = result.losses[-100:]
     _print(
         {
@@ -193,19 +232,36 @@ def _fit(config: StudyConfig, schedule_text: str, out: Path, run_dir: Path, dry_
 @app.command()
 def sample(
     bundle: Annotated[Path, typer.Argument(help="Bundle that `asesearch export` wrote.")],
-    out: Annotated[Path, typer.Option("--out", "-o", help="Picture grid (.png), or all images as an array (.npz).")],
+    out: Annotated[
+        Path,
+        typer.Option("--out", "-o", help="Picture grid (.png), or all images as an array (.npz)."),
+    ],
     num: Annotated[int, typer.Option(min=1, help="Number of images.")] = 64,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of the first image; the others count up.")] = 0,
-    label: Annotated[int | None, typer.Option(help="Class of all images, from 0; default: all classes in turn.")] = None,
-    prompt: Annotated[str | None, typer.Option(help="Text of all images; default: the bundle's examples in turn.")] = None,
-    text_encoder: Annotated[Path | None, typer.Option(help="Folder of the text encoder that --prompt needs.")] = None,
-    vae: Annotated[Path | None, typer.Option(help="Folder of the VAE that turns latents into images; .npz needs none.")] = None,
-    steps: Annotated[int | None, typer.Option(min=1, help="Solver steps, in place of the bundle's.")] = None,
+    seed: Annotated[
+        int, typer.Option(min=0, help="Seed of the first image; the others count up.")
+    ] = 0,
+    label: Annotated[
+        int | None, typer.Option(help="Class of all images, from 0; default: all classes in turn.")
+    ] = None,
+    prompt: Annotated[
+        str | None, typer.Option(help="Text of all images; default: the bundle's examples in turn.")
+    ] = None,
+    text_encoder: Annotated[
+        Path | None, typer.Option(help="Folder of the text encoder that --prompt needs.")
+    ] = None,
+    vae: Annotated[
+        Path | None,
+        typer.Option(help="Folder of the VAE that turns latents into images; .npz needs none."),
+    ] = None,
+    steps: Annotated[
+        int | None, typer.Option(min=1, help="Solver steps, in place of the bundle's.")
+    ] = None,
     dry_run: DryRun = False,
 ) -> None:
     """Sample images from a bundle with its network, schedule and solver.
 
-    A bundle of a latent network needs --vae for images; without it the .npz holds `latents`, float32.
+    A bundle of a latent network needs --vae for images; without it the .npz holds `latents`,
+    float32.
     """
 
     from asesearch.backbones.base import Conditioning
@@ -218,11 +274,16 @@ def sample(
     if out.suffix not in (".png", ".npz"):
         raise ConfigError(f"images are written as .png or .npz; got {out}; change --out")
     if (prompt is None) != (text_encoder is None) or (prompt is not None and label is not None):
-        raise ConfigError("--prompt goes with --text-encoder and without --label; got another combination; correct it")
+        raise ConfigError(
+            "--prompt goes with --text-encoder and without --label; got another combination; "
+            "correct it"
+        )
     check_writable(out)
     loaded = load_bundle(bundle, default_device())
     if loaded.latents is not None and vae is None and out.suffix == ".png":
-        raise ConfigError("this bundle makes latents, and a picture needs --vae; got none; give it, or write .npz")
+        raise ConfigError(
+            "this bundle makes latents, and a picture needs --vae; got none; give it, or write .npz"
+        )
     decoder = None if vae is None else loaded.decoder(vae)
     y: Conditioning | None = None if label is None else loaded.labels(label, num)
     if prompt is not None and text_encoder is not None:
@@ -242,47 +303,80 @@ def sample(
     if loaded.latents is not None and decoder is None:
         save_images(result.images.numpy(), out, "latents")
     else:
-        save_images(to_uint8(result.images if decoder is None else decoder.decode(result.images)).numpy(), out)
-    _print({**plan, "out": str(out), "nfe": result.nfe, "block_calls": result.block_calls, "seconds": round(result.seconds, 3)})
+        save_images(
+            to_uint8(result.images if decoder is None else decoder.decode(result.images)).numpy(),
+            out,
+        )
+    _print(
+        {
+            **plan,
+            "out": str(out),
+            "nfe": result.nfe,
+            "block_calls": result.block_calls,
+            "seconds": round(result.seconds, 3),
+        }
+    )
 
 
 @app.command()
 def evaluate(
     run_dir: RunDir,
-    trial: Annotated[int | None, typer.Option(help="Trial to evaluate; default: the pretrained network as it is.")] = None,
+    trial: Annotated[
+        int | None,
+        typer.Option(help="Trial to evaluate; default: the pretrained network as it is."),
+    ] = None,
     schedule: Annotated[str | None, SCHEDULE] = None,
     check: Annotated[
-        bool, typer.Option("--check", help="Compare with the figure on record for --trial; exit 1 if it can't be reproduced.")
+        bool,
+        typer.Option(
+            "--check",
+            help="Compare with the figure on record for --trial; exit 1 if it can't be reproduced.",
+        ),
     ] = False,
     storage: Storage = None,
     dry_run: DryRun = False,
 ) -> None:
-    """Measure quality under the study's protocol: a trial's weights again, or the pretrained ones under any schedule."""
+    """Measure quality under the study's protocol: a trial's weights again, or the pretrained ones
+    under any schedule."""
     from asesearch.backbones.base import check_schedule
     from asesearch.search import Study, Workbench
     from asesearch.search.confirmation import load_trial
     from asesearch.search.reproduce import compare
 
     if check and trial is None:
-        raise ConfigError("--check compares with the figure of a trial; got no --trial; give its number")
+        raise ConfigError(
+            "--check compares with the figure of a trial; got no --trial; give its number"
+        )
     if trial is not None and schedule is not None:
-        raise ConfigError(f"a trial has its own schedule; got --trial {trial} with --schedule; leave one out")
+        raise ConfigError(
+            f"a trial has its own schedule; got --trial {trial} with --schedule; leave one out"
+        )
     study = Study.open(run_dir, storage)
     bench = Workbench(study.config, run_dir)
     record = None if trial is None else study.record(trial)
     if record is None:
-        net, chosen = bench.backbone, _schedule(schedule or "full", bench.backbone.depth, bench.full.num_train_timesteps)
+        net = bench.backbone
+        chosen = _schedule(schedule or "full", bench.backbone.depth, bench.full.num_train_timesteps)
         check_schedule(net, bench.full.num_train_timesteps, chosen)
     else:
-        net, chosen = load_trial(study, record, bench.device), record.schedule
+        net = load_trial(study, record, bench.device)
+        chosen = record.schedule
     if dry_run:
         _print({"schedule": str(chosen), "protocol": vars(bench.protocol)})
         return
     sampler = "" if record is None else record.sampler
     with _interruptible("a figure that is not complete is not kept; the same command begins again"):
         quality, seconds = bench.evaluate(net, chosen, bench.protocol, sampler)
-    result: dict[str, Any] = {"metric": bench.protocol.metric_name, "value": quality.value, "std_error": quality.std_error}
-    result |= {"schedule": str(chosen), "sampling_seconds": round(seconds["sample"], 2), **quality.to_dict()}
+    result: dict[str, Any] = {
+        "metric": bench.protocol.metric_name,
+        "value": quality.value,
+        "std_error": quality.std_error,
+    }
+    result |= {
+        "schedule": str(chosen),
+        "sampling_seconds": round(seconds["sample"], 2),
+        **quality.to_dict(),
+    }
     if check:
         assert record is not None and record.quality is not None
         result["check"] = compare(record.quality, quality)
@@ -294,20 +388,34 @@ def evaluate(
 @app.command()
 def search(
     study: StudyFile,
-    out: Annotated[Path | None, typer.Option("--out", "-o", help="Study directory; default runs/NAME.")] = None,
-    trials: Annotated[int | None, typer.Option(help="Schedules in all, in place of the study's search.num_trials.")] = None,
-    budget: Annotated[str | None, typer.Option(help="Wall time in place of a number of trials: 90m, 2h, 1d.")] = None,
-    storage: Annotated[str | None, typer.Option(help="Optuna storage URL; default a SQLite file in the directory.")] = None,
-    report_dir: Annotated[Path | None, typer.Option("--report", help="Report folder; default reports/NAME.")] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="Study directory; default runs/NAME.")
+    ] = None,
+    trials: Annotated[
+        int | None,
+        typer.Option(help="Schedules in all, in place of the study's search.num_trials."),
+    ] = None,
+    budget: Annotated[
+        str | None, typer.Option(help="Wall time in place of a number of trials: 90m, 2h, 1d.")
+    ] = None,
+    storage: Annotated[
+        str | None, typer.Option(help="Optuna storage URL; default a SQLite file in the directory.")
+    ] = None,
+    report_dir: Annotated[
+        Path | None, typer.Option("--report", help="Report folder; default reports/NAME.")
+    ] = None,
     dry_run: DryRun = False,
 ) -> None:
-    """Search exit schedules: fine-tune, sample and evaluate each, confirm the front on fresh seeds, write the report.
+    """Search exit schedules: fine-tune, sample and evaluate each, confirm the front on fresh seeds,
+    write the report.
 
-    With --budget, warm-up, trials and confirmation together take that wall time, within a tenth: the time in which at least
-    one worker is at work, in earlier runs too.
-    Ctrl-C or a crash loses at most the trial in flight; the same command resumes, and with more --trials it continues.
-    Several processes may share one study: give all the same file, --out, and a --storage that all can reach. They share out
-    trials and confirmation; one that has nothing else to do waits for the others and says so.
+    With --budget, warm-up, trials and confirmation together take that wall time, within a tenth:
+    the time in which at least one worker is at work, in earlier runs too.
+    Ctrl-C or a crash loses at most the trial in flight; the same command resumes, and with more
+    --trials it continues.
+    Several processes may share one study: give all the same file, --out, and a --storage that all
+    can reach. They share out trials and confirmation; one that has nothing else to do waits for the
+    others and says so.
     """
     from asesearch.report.page import check_report_dir
     from asesearch.search import Study, Workbench, preflight
@@ -316,10 +424,16 @@ def search(
     from asesearch.search.storage import parse_url
 
     if trials is not None and budget is not None:
-        raise ConfigError(f"give --trials or --budget, not both; got {trials} and {budget}; leave one out")
-    config = load_study(study).with_options("search", num_trials=trials, budget=budget, storage=storage)
+        raise ConfigError(
+            f"give --trials or --budget, not both; got {trials} and {budget}; leave one out"
+        )
+    config = load_study(study).with_options(
+        "search", num_trials=trials, budget=budget, storage=storage
+    )
     if trials is not None:
-        config = config.model_copy(update={"search": config.search.model_copy(update={"budget": None})})
+        config = config.model_copy(
+            update={"search": config.search.model_copy(update={"budget": None})}
+        )
     if config.search.storage is not None:
         parse_url(config.search.storage)
     run_dir = out or Path("runs") / config.name
@@ -327,14 +441,16 @@ def search(
     check_study_dir(run_dir, config.search.storage)
     if report_to.resolve() in (run_dir.resolve(), *run_dir.resolve().parents):
         raise ConfigError(
-            f"the report goes beside the study or into it; got {report_to} for the study in {run_dir}, "
-            "which it would have to replace; change --report"
+            f"the report goes beside the study or into it; got {report_to} for the study in "
+            f"{run_dir}, which it would have to replace; change --report"
         )
     check_report_dir(report_to)
     bench = Workbench(config, None if dry_run else run_dir)
     found = preflight(bench, run_dir)
     if dry_run:
-        protocols = {name: {**vars(p), "metric_name": p.metric_name} for name, p in bench.protocols.items()}
+        protocols = {
+            name: {**vars(p), "metric_name": p.metric_name} for name, p in bench.protocols.items()
+        }
         _print(
             {
                 "study": config.shareable(),
@@ -362,12 +478,20 @@ def _search(opened: Study, bench: Workbench, report_to: Path) -> dict[str, Any]:
     from asesearch.report import write_report
     from asesearch.search import confirm
 
-    config, run_dir = opened.config, opened.run_dir
-    total, done = None if config.search.budget else config.search.num_trials, len(opened.records())
+    config = opened.config
+    run_dir = opened.run_dir
+    total = None if config.search.budget else config.search.num_trials
+    done = len(opened.records())
     if done:
         _say(f"{run_dir}: {done} of {total or 'unlimited'} schedules on record; continuing")
     with (
-        tqdm(total=total, initial=min(done, total or done), desc="search", file=sys.stderr, dynamic_ncols=True) as bar,
+        tqdm(
+            total=total,
+            initial=min(done, total or done),
+            desc="search",
+            file=sys.stderr,
+            dynamic_ncols=True,
+        ) as bar,
         logging_redirect_tqdm(),  # a line about waiting goes above the bar
     ):
         bench.on_step = lambda step, loss: bar.set_postfix_str(f"step {step} loss {loss:.4f}")
@@ -376,9 +500,19 @@ def _search(opened: Study, bench: Workbench, report_to: Path) -> dict[str, Any]:
             bar.update()
             bar.write(_trial_line(record), file=sys.stderr)
 
-        opened.run(bench, on_trial, lambda step, loss: bar.set_postfix_str(f"warm-up {step} loss {loss:.4f}"))
+        opened.run(
+            bench,
+            on_trial,
+            lambda step, loss: bar.set_postfix_str(f"warm-up {step} loss {loss:.4f}"),
+        )
     _say("confirming the front on fresh seeds")
-    confirm(opened, bench, lambda c: _say(f"trial {c.number}: {c.quality.value:.4g} at {c.measured_time_frac:.3f} measured"))
+    confirm(
+        opened,
+        bench,
+        lambda c: _say(
+            f"trial {c.number}: {c.quality.value:.4g} at {c.measured_time_frac:.3f} measured"
+        ),
+    )
     results = opened.results()
     page = write_report(results, report_to)
     return {"study": str(run_dir), "report": str(page), "front": _front(results)}
@@ -412,18 +546,24 @@ def _trial_line(record: TrialRecord) -> str:
     if record.quality is not None:
         return f"{point}: {record.quality.value:.4g} at {record.time_frac:.3f} of the time"
     if record.cheap is not None and record.failure is None:
-        return f"{point}: cheap figure {record.cheap.quality.value:.4g}, {record.cheap.reason}: not fine-tuned"
+        return (
+            f"{point}: cheap figure {record.cheap.quality.value:.4g}, {record.cheap.reason}: "
+            "not fine-tuned"
+        )
     return f"{point}: {record.failure}"
 
 
 @app.command()
 def report(
     run_dir: RunDir,
-    out: Annotated[Path | None, typer.Option("--out", "-o", help="Report folder; default reports/NAME.")] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="Report folder; default reports/NAME.")
+    ] = None,
     storage: Storage = None,
     dry_run: DryRun = False,
 ) -> None:
-    """Write the report of a study: front, schedules, samples, cost, protocol; a page with figures and data beside it."""
+    """Write the report of a study: front, schedules, samples, cost, protocol; a page with figures
+    and data beside it."""
     from asesearch.report import write_report
     from asesearch.report.page import check_report_dir
     from asesearch.search import Study
@@ -433,7 +573,13 @@ def report(
     check_report_dir(folder)
     results = opened.results()
     if dry_run:
-        _print({"trials": len(results.records), "confirmed": len(results.confirmations), "out": str(folder)})
+        _print(
+            {
+                "trials": len(results.records),
+                "confirmed": len(results.confirmations),
+                "out": str(folder),
+            }
+        )
         return
     with _interruptible(f"{folder} is as it was, or the same command completes it"):
         page = write_report(results, folder)
@@ -444,15 +590,23 @@ def report(
 def map_command(
     study: StudyFile,
     weights: Annotated[
-        Path | None, typer.Option(help="Weights to measure against the study's own network, in place of that network itself.")
+        Path | None,
+        typer.Option(
+            help="Weights to measure against the study's own network, in place of that network "
+            "itself."
+        ),
     ] = None,
-    out: Annotated[Path | None, typer.Option("--out", "-o", help="Folder to write; default reports/NAME-map.")] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="Folder to write; default reports/NAME-map.")
+    ] = None,
     dry_run: DryRun = False,
 ) -> None:
-    """Measure the difficulty map: the error of every exit depth at every noise level, in one pass, without sampling.
+    """Measure the difficulty map: the error of every exit depth at every noise level, in one pass,
+    without sampling.
 
-    Where few blocks already come close to the full network, an exit schedule may be shallow. The network may be trained or
-    not. The images are those of [map.data], or else the study's: give some it was not trained on.
+    Where few blocks already come close to the full network, an exit schedule may be shallow. The
+    network may be trained or not. The images are those of [map.data], or else the study's: give
+    some it was not trained on.
     """
     from asesearch.backbones.checkpoints import load_backbone
     from asesearch.data import open_data
@@ -463,26 +617,48 @@ def map_command(
     from asesearch.search.workbench import default_device
 
     config = load_study(study)
-    folder, device = out or Path("reports") / f"{config.name}-map", default_device()
+    folder = out or Path("reports") / f"{config.name}-map"
+    device = default_device()
     check_writable(folder, "map.json")
-    data, diffusion = open_data(config.map.data or config.data), make_diffusion(config.diffusion)
+    data = open_data(config.map.data or config.data)
+    diffusion = make_diffusion(config.diffusion)
     null = getattr(data, "null_condition", None)
-    backbone, reference = load_backbone(config.backbone, config.train.seed, null).to(device), None
-    names = {"weights": config.backbone.checkpoint or f"random, seed {config.train.seed}", "reference": "itself"}
+    backbone = load_backbone(config.backbone, config.train.seed, null).to(device)
+    reference = None
+    names = {
+        "weights": config.backbone.checkpoint or f"random, seed {config.train.seed}",
+        "reference": "itself",
+    }
     if weights is not None:
         if config.backbone.checkpoint is not None:
-            reference, names["reference"] = backbone, config.backbone.checkpoint
+            reference = backbone
+            names["reference"] = config.backbone.checkpoint
         given = config.backbone.model_copy(update={"checkpoint": str(weights)})
-        backbone, names["weights"] = load_backbone(given, null_condition=null).to(device), str(weights)
+        backbone = load_backbone(given, null_condition=null).to(device)
+        names["weights"] = str(weights)
     parts = (backbone, data, diffusion, config.map, reference)
-    facts = {**names, "data": data.name, "num_images": config.map.num_images, "num_bins": config.map.num_bins}
+    facts = {
+        **names,
+        "data": data.name,
+        "num_images": config.map.num_images,
+        "num_bins": config.map.num_bins,
+    }
     if dry_run:
-        _print({**facts, "out": str(folder), "estimate": {"total_s": round(map_seconds(*parts), 2)}})
+        _print(
+            {**facts, "out": str(folder), "estimate": {"total_s": round(map_seconds(*parts), 2)}}
+        )
         return
-    bar = tqdm(total=config.map.num_bins, desc="map", file=sys.stderr, dynamic_ncols=True, leave=False)
-    kept = f"the map was not complete, so nothing was written to {folder}; the same command begins again"
+    bar = tqdm(
+        total=config.map.num_bins, desc="map", file=sys.stderr, dynamic_ncols=True, leave=False
+    )
+    kept = (
+        f"the map was not complete, so nothing was written to {folder}; the same command "
+        "begins again"
+    )
     with _interruptible(kept), bar:
-        found = measure_map(*parts, config.sampling.batch_size, lambda done, _: bar.update(done - bar.n))
+        found = measure_map(
+            *parts, config.sampling.batch_size, lambda done, _: bar.update(done - bar.n)
+        )
     files = [str(path) for path in write_map(found, folder)]
     ends = {"data": 0, "middle": found.num_bins // 2, "noise": found.num_bins - 1}
     means = {name: [float(f"{v:.4g}") for v in found.error_full[i]] for name, i in ends.items()}
@@ -503,7 +679,8 @@ def export(
     quality: Annotated[
         str | None,
         typer.Option(
-            help='Quality budget: "7.5", "+5%" over the full network, "ci" (not worse than it at 95 % confidence), or "1se" '
+            help='Quality budget: "7.5", "+5%" over the full network, "ci" (not worse than it at '
+            '95 % confidence), or "1se" '
             "(within one standard error)."
         ),
     ] = None,
@@ -513,7 +690,10 @@ def export(
     ] = None,
     early_exit: Annotated[
         bool,
-        typer.Option("--early-exit", help="Pick among schedules that exit early, not full depth in fewer steps."),
+        typer.Option(
+            "--early-exit",
+            help="Pick among schedules that exit early, not full depth in fewer steps.",
+        ),
     ] = False,
     or_nearest: Annotated[
         bool,
@@ -527,7 +707,9 @@ def export(
     finetune_steps: Annotated[
         int | None, typer.Option(min=1, help="Fine-tune the point fully first, for so many steps.")
     ] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the bundle if it exists.")] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace the bundle if it exists.")
+    ] = False,
     storage: Storage = None,
     dry_run: DryRun = False,
 ) -> None:
@@ -541,8 +723,8 @@ def export(
     choosing = (pick, quality, time, early_exit or None, or_nearest or None)
     if trial is not None and any(option is not None for option in choosing):
         raise ConfigError(
-            "--trial names the point to export, so nothing is picked; got it with --pick, --quality, --time, --early-exit or "
-            "--or-nearest; leave out one or the other"
+            "--trial names the point to export, so nothing is picked; got it with --pick, "
+            "--quality, --time, --early-exit or --or-nearest; leave out one or the other"
         )
     check_bundle_dir(out, overwrite=overwrite)
     opened = Study.open(run_dir, storage)
@@ -554,7 +736,9 @@ def export(
         if shortfall:
             _say(shortfall)
     else:
-        record = pick_point(opened.results(), pick or "best-quality", quality, time, early_exit=early_exit)
+        record = pick_point(
+            opened.results(), pick or "best-quality", quality, time, early_exit=early_exit
+        )
     chosen = {"trial": record.number, "origin": record.origin, "schedule": str(record.schedule)}
     chosen |= {"sampler": record.sampler} if record.sampler else {}
     check_export(opened, record, out, finetune_steps, overwrite=overwrite)
@@ -563,7 +747,9 @@ def export(
         return
     kept = f"no bundle was written to {out}"
     if finetune_steps is not None:
-        kept += "; the last checkpoint of the fine-tuning is kept, and the same command resumes from it"
+        kept += (
+            "; the last checkpoint of the fine-tuning is kept, and the same command resumes from it"
+        )
     options: dict[str, Any] = {"finetune_steps": finetune_steps, "overwrite": overwrite}
     with _interruptible(kept), _bar(finetune_steps or 0, "fine-tune") as on_step:
         folder = write(opened, record, out, on_step=on_step, **options)
@@ -573,29 +759,54 @@ def export(
 @app.command()
 def latents(
     folder: Annotated[Path, typer.Argument(help="Image folder: class subfolders, or flat.")],
-    vae: Annotated[Path, typer.Option(help="Folder of a diffusers AutoencoderKL, or of a pipeline with one.")],
-    out: Annotated[Path, typer.Option("--out", "-o", help="Folder to write, for data of kind 'latents'.")],
-    image_size: Annotated[int, typer.Option(min=1, help="Side of the centre crop that is encoded, in pixels.")],
-    captions: Annotated[Path | None, typer.Option(help='JSON Lines with "file_name" and "text" of every image.')] = None,
-    text_encoder: Annotated[Path | None, typer.Option(help="Folder of the text encoder that --captions needs.")] = None,
-    max_length: Annotated[int | None, typer.Option(min=1, help="Tokens per caption; default 120, as PixArt-α's.")] = None,
-    flips: Annotated[bool, typer.Option("--flips/--no-flips", help="Encode the mirror images too.")] = True,
-    skip_damaged: Annotated[bool, typer.Option("--skip-damaged", help="Leave out images that can't be read.")] = False,
+    vae: Annotated[
+        Path, typer.Option(help="Folder of a diffusers AutoencoderKL, or of a pipeline with one.")
+    ],
+    out: Annotated[
+        Path, typer.Option("--out", "-o", help="Folder to write, for data of kind 'latents'.")
+    ],
+    image_size: Annotated[
+        int, typer.Option(min=1, help="Side of the centre crop that is encoded, in pixels.")
+    ],
+    captions: Annotated[
+        Path | None, typer.Option(help='JSON Lines with "file_name" and "text" of every image.')
+    ] = None,
+    text_encoder: Annotated[
+        Path | None, typer.Option(help="Folder of the text encoder that --captions needs.")
+    ] = None,
+    max_length: Annotated[
+        int | None, typer.Option(min=1, help="Tokens per caption; default 120, as PixArt-α's.")
+    ] = None,
+    flips: Annotated[
+        bool, typer.Option("--flips/--no-flips", help="Encode the mirror images too.")
+    ] = True,
+    skip_damaged: Annotated[
+        bool, typer.Option("--skip-damaged", help="Leave out images that can't be read.")
+    ] = False,
     batch_size: Annotated[int, typer.Option(min=1, help="Images a pass.")] = 32,
-    dtype: Annotated[str, typer.Option(help="Of the stored numbers: float16 or float32.")] = "float16",
-    verify: Annotated[bool, typer.Option("--verify", help="Read all files again in the end; compare SHA-256.")] = False,
+    dtype: Annotated[
+        str, typer.Option(help="Of the stored numbers: float16 or float32.")
+    ] = "float16",
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Read all files again in the end; compare SHA-256.")
+    ] = False,
     dry_run: DryRun = False,
 ) -> None:
-    """Encode an image folder once through a VAE, and captions through a text encoder. Killed runs resume."""
+    """Encode an image folder once through a VAE, and captions through a text encoder. Killed runs
+    resume."""
     from asesearch.config import DataConfig
     from asesearch.files import check_writable
     from asesearch.latents import LatentShards, encode_folder
     from asesearch.search.workbench import default_device
 
     if max_length is not None and captions is None:
-        raise ConfigError(f"--max-length is for captions; got {max_length} without --captions; leave it out")
+        raise ConfigError(
+            f"--max-length is for captions; got {max_length} without --captions; leave it out"
+        )
     check_writable(out, "null-prompt.npy")
-    bar = tqdm(desc="encode", file=sys.stderr, dynamic_ncols=True, leave=False, delay=0.5, disable=dry_run)
+    bar = tqdm(
+        desc="encode", file=sys.stderr, dynamic_ncols=True, leave=False, delay=0.5, disable=dry_run
+    )
     with _interruptible(f"what is encoded is kept in {out}; the same command resumes"), bar:
 
         def progress(done: int, total: int) -> None:
@@ -603,7 +814,12 @@ def latents(
             bar.update(done - bar.n)
 
         plan = encode_folder(
-            DataConfig(kind="image-folder", path=str(folder), image_size=image_size, skip_damaged=skip_damaged),
+            DataConfig(
+                kind="image-folder",
+                path=str(folder),
+                image_size=image_size,
+                skip_damaged=skip_damaged,
+            ),
             vae,
             out,
             captions=captions,
@@ -620,17 +836,26 @@ def latents(
         _print(vars(plan))
         return
     shards = LatentShards(out, flip=flips, verify=verify)
-    facts = {"latents": str(out), "images": len(shards), "shape": shards.shape, "classes": shards.num_classes}
+    facts = {
+        "latents": str(out),
+        "images": len(shards),
+        "shape": shards.shape,
+        "classes": shards.num_classes,
+    }
     _print({**facts, "prompts": shards.null_condition is not None, "verified": verify})
 
 
 @app.command("train-extractor")
 def train_extractor_command(
     out: Annotated[Path, typer.Option("--out", "-o", help="Weights to write (.safetensors).")],
-    data: Annotated[Path | None, typer.Option(help="Folder of the Fashion-MNIST IDX files, if not found by itself.")] = None,
+    data: Annotated[
+        Path | None,
+        typer.Option(help="Folder of the Fashion-MNIST IDX files, if not found by itself."),
+    ] = None,
     seed: Annotated[int, typer.Option(min=0)] = 0,
 ) -> None:
-    """Train the small classifier whose features measure grey images (the shipped `fashion-cnn` was made so)."""
+    """Train the small classifier whose features measure grey images (the shipped `fashion-cnn` was
+    made so)."""
     from asesearch.data import fashion_mnist
     from asesearch.evaluation.extractors import train_extractor
     from asesearch.files import check_writable
@@ -645,7 +870,8 @@ def train_extractor_command(
 
 
 def main() -> None:
-    """Entry point: asesearch's own errors become one line and exit code 1; wrong usage exits with 2."""
+    """Entry point: asesearch's own errors become one line and exit code 1; wrong usage exits with
+    2."""
     try:
         app()
     except AseSearchError as error:

@@ -48,11 +48,13 @@ def _file_name(name: str) -> str:
     """A study's name, if folders can be called after it everywhere."""
     if len(name) > NAME_LENGTH:
         raise ValueError(
-            f"folders are called after it, so it has at most {NAME_LENGTH} characters; this one has {len(name)}: shorten it"
+            f"folders are called after it, so it has at most {NAME_LENGTH} characters; this one "
+            f"has {len(name)}: shorten it"
         )
     if RESERVED.fullmatch(name) or name.endswith("."):
         raise ValueError(
-            "folders are called after it, and Windows takes neither this name nor a point at the end: choose another"
+            "folders are called after it, and Windows takes neither this name nor a point at the "
+            "end: choose another"
         )
     return name
 
@@ -66,11 +68,12 @@ class _Section(BaseModel):
 class LossWeight(_Section):
     """λ(t): raised on the shortened intervals until their loss levels off, then 1.
 
-    The paper says that λ(t) is larger on the noise side and returns to 1 once progress levels off, and gives no values
-    (the released code uses 1 throughout). Ours: with d(t) the fraction of blocks dropped at t,
-    `dropped`: λ = 1 + (peak - 1) · d(t) / max d; `step`: λ = peak wherever a block is dropped; `none`: λ = 1.
-    λ returns to 1 for good when the loss on the shortened intervals, averaged over `window` steps, has improved by less
-    than the fraction `tolerance` on the `window` before, or after `max_steps`.
+    The paper says that λ(t) is larger on the noise side and returns to 1 once progress levels off,
+    and gives no values (the released code uses 1 throughout). Ours: with d(t) the fraction of
+    blocks dropped at t, `dropped`: λ = 1 + (peak - 1) · d(t) / max d; `step`: λ = peak wherever a
+    block is dropped; `none`: λ = 1. λ returns to 1 for good when the loss on the shortened
+    intervals, averaged over `window` steps, has improved by less than the fraction `tolerance` on
+    the `window` before, or after `max_steps`.
     """
 
     shape: Literal["dropped", "step", "none"] = "dropped"
@@ -103,12 +106,14 @@ class TrainConfig(_Section):
 
 
 class ElasticConfig(TrainConfig):
-    """The elastic warm-up: one fine-tuning in which every sample draws its own exit depth, so that one network serves every
-    schedule. Done once a study; all trials start from its weights.
+    """The elastic warm-up: one fine-tuning in which every sample draws its own exit depth, so that
+    one network serves every schedule. Done once a study; all trials start from its weights.
 
-    `depth_law`: `uniform` draws depths evenly at every noise level; `noise-easy` deeper near data and shallower near noise,
-    as the schedules it will serve: with u uniform and τ = t / T, min + (depth - min + 1) u^(1/2 + 3τ/2), rounded down.
-    `full_frac` of the samples run all blocks whatever the law, so that the full network is not forgotten.
+    `depth_law`: `uniform` draws depths evenly at every noise level; `noise-easy` deeper near data
+    and shallower near noise,
+    as the schedules it will serve: with u uniform and τ = t / T, min + (depth - min + 1) u^(1/2 +
+    3τ/2), rounded down. `full_frac` of the samples run all blocks whatever the law, so that the
+    full network is not forgotten.
     """
 
     num_steps: PositiveInt = 500
@@ -117,9 +122,11 @@ class ElasticConfig(TrainConfig):
 
 
 class MapConfig(_Section):
-    """The difficulty map: the error of every exit depth in `num_bins` equal noise levels, on `num_images` images each.
+    """The difficulty map: the error of every exit depth in `num_bins` equal noise levels, on
+    `num_images` images each.
 
-    `data` holds the images; give some that the network is not fine-tuned on. By default the study's own.
+    `data` holds the images; give some that the network is not fine-tuned on. By default the study's
+    own.
     """
 
     num_bins: PositiveInt = 20
@@ -131,15 +138,18 @@ class MapConfig(_Section):
 class PromotionConfig(_Section):
     """Cheap evaluation first: which schedules are worth their brief fine-tuning.
 
-    A schedule is sampled with the elastic weights, `repeats` times `num_samples` images, and is fine-tuned if it belongs to
-    the front with a probability of at least `threshold`, judged by all figures so far and their spread.
+    A schedule is sampled with the elastic weights, `repeats` times `num_samples` images, and is
+    fine-tuned if it belongs to the front with a probability of at least `threshold`, judged by all
+    figures so far and their spread.
 
-    `metric`: `auto` is the evaluation's own where it exists: the Fréchet distance needs more images than the extractor has
-    features, and for fewer it is taken in principal components of the reference (`frechet-pca`), a quarter as many as images.
+    `metric`: `auto` is the evaluation's own where it exists: the Fréchet distance needs more images
+    than the extractor has features, and for fewer it is taken in principal components of the
+    reference (`frechet-pca`), a quarter as many as images.
 
-    The `difficulty` proposer looks around first: its first `explore` proposals (never more than half of `num_trials`) follow
-    the front of cheap figures and are not fine-tuned yet; the best of them may come again. Of those that follow, the first
-    `always` are fine-tuned whatever their cheap figure, so that there is something to judge by.
+    The `difficulty` proposer looks around first: its first `explore` proposals (never more than
+    half of `num_trials`) follow the front of cheap figures and are not fine-tuned yet; the best of
+    them may come again. Of those that follow, the first `always` are fine-tuned whatever their
+    cheap figure, so that there is something to judge by.
     """
 
     metric: Literal["auto", "frechet", "kid", "frechet-pca"] = "auto"
@@ -151,10 +161,11 @@ class PromotionConfig(_Section):
 
 
 class BackboneConfig(_Section):
-    """The network: `kind` and either a preset, constructor `args`, or both; weights from `checkpoint`.
+    """The network: `kind` and either a preset, constructor `args`, or both; weights from
+    `checkpoint`.
 
-    `checkpoint` is a path, or `shipped:NAME` for a network that travels in the package. Without one the network starts from
-    random weights, which only `asesearch train` allows.
+    `checkpoint` is a path, or `shipped:NAME` for a network that travels in the package. Without one
+    the network starts from random weights, which only `asesearch train` allows.
     """
 
     kind: Literal["dit", "uvit", "diffusers"] = "dit"
@@ -174,10 +185,11 @@ class DiffusionConfig(_Section):
 class DataConfig(_Section):
     """A data set. `path` is relative to the working directory.
 
-    `image_size` and `channels` say how an image folder's files are read: centre-cropped to a square of image_size pixels,
-    as grey (1) or colour (3). `classes` says which of the network's classes each class folder is: folder names in order of
-    class index, or a table of name = index; it takes the place of `classes.json` in the folder. `skip_damaged` checks all
-    images and leaves out those that are damaged. `vae` is for latents: the folder of the AutoencoderKL that turns generated
+    `image_size` and `channels` say how an image folder's files are read: centre-cropped to a square
+    of image_size pixels, as grey (1) or colour (3). `classes` says which of the network's classes
+    each class folder is: folder names in order of class index, or a table of name = index; it takes
+    the place of `classes.json` in the folder. `skip_damaged` checks all images and leaves out those
+    that are damaged. `vae` is for latents: the folder of the AutoencoderKL that turns generated
     latents into images, which evaluation needs.
     """
 
@@ -193,17 +205,21 @@ class DataConfig(_Section):
     download: bool = False
 
 
-SolverName = Literal["ddpm", "ddim", "dpm++2m", "dpm++2m-quadratic", "unipc-quadratic", "euler-maruyama"]
+SolverName = Literal[
+    "ddpm", "ddim", "dpm++2m", "dpm++2m-quadratic", "unipc-quadratic", "euler-maruyama"
+]
 
 #: A way to sample as "SOLVER-STEPS".
-SamplerName = Annotated[str, Field(pattern=rf"^({'|'.join(map(re.escape, get_args(SolverName)))})-[1-9][0-9]{{0,5}}$")]
+SamplerName = Annotated[
+    str, Field(pattern=rf"^({'|'.join(map(re.escape, get_args(SolverName)))})-[1-9][0-9]{{0,5}}$")
+]
 
 
 class SamplingConfig(_Section):
     """How images are made: solver, steps, guidance (1 = none), images a batch, and arithmetic.
 
-    `precision`: the network's matrix products in float32, in a GPU's TF32, several times faster (elsewhere float32), as
-    the official DiT code samples, or in bfloat16.
+    `precision`: the network's matrix products in float32, in a GPU's TF32, several times faster
+    (elsewhere float32), as the official DiT code samples, or in bfloat16.
     """
 
     solver: SolverName = "ddim"
@@ -216,8 +232,8 @@ class SamplingConfig(_Section):
 class EvaluationConfig(_Section):
     """The quality protocol: figures are compared only where all of it is equal.
 
-    Each of `repeats` sets of `num_samples` images has its own seeds, so the spread over repeats is the metric's noise.
-    The reference is `reference` (by default the training data).
+    Each of `repeats` sets of `num_samples` images has its own seeds, so the spread over repeats is
+    the metric's noise. The reference is `reference` (by default the training data).
     """
 
     metric: Literal["frechet", "kid"] = "frechet"
@@ -230,10 +246,11 @@ class EvaluationConfig(_Section):
 
 
 class ConfirmConfig(_Section):
-    """The front again, on seeds no trial has seen, with the real whole-sampling time against the full network.
+    """The front again, on seeds no trial has seen, with the real whole-sampling time against the
+    full network.
 
-    At most `max_points` points, spread evenly over the front. `time_images` images are sampled by the point and the full
-    network in turn, `time_repeats` times each.
+    At most `max_points` points, spread evenly over the front. `time_images` images are sampled by
+    the point and the full network in turn, `time_repeats` times each.
     """
 
     max_points: PositiveInt = 8
@@ -246,13 +263,14 @@ class ConfirmConfig(_Section):
 class SearchConfig(_Section):
     """Where schedules come from, and how many.
 
-    `cost` is the second objective, as a fraction of the full network's: `time` (latency measured once a study), or `flops`
-    (the same on every run, so that a study repeats trial by trial).
-    `samplers` are other ways to sample that compete with the schedules on one front, as "SOLVER-STEPS" ("ddim-10"): each
-    trial has one of them or the study's own. Time is counted over the full network's under the study's own.
-    `budget` ("90m", "2h", "1d") ends the search when the wall time in which any worker was at work, and what is still to be
-    confirmed, reach it.
-    `proposer`: `difficulty` (ours) needs the difficulty map, which is measured once a study; the others are Optuna's.
+    `cost` is the second objective, as a fraction of the full network's: `time` (latency measured
+    once a study), or `flops` (the same on every run, so that a study repeats trial by trial).
+    `samplers` are other ways to sample that compete with the schedules on one front, as
+    "SOLVER-STEPS" ("ddim-10"): each trial has one of them or the study's own. Time is counted over
+    the full network's under the study's own. `budget` ("90m", "2h", "1d") ends the search when the
+    wall time in which any worker was at work, and what is still to be confirmed, reach it.
+    `proposer`: `difficulty` (ours) needs the difficulty map, which is measured once a study; the
+    others are Optuna's.
     """
 
     proposer: Literal["difficulty", "tpe", "nsga2", "gp", "random"] = "tpe"
@@ -277,7 +295,8 @@ class SearchConfig(_Section):
 
 
 class StudyConfig(_Section):
-    """A whole experiment: `studies/NAME.toml`. Sections that a command does not use may be left out."""
+    """A whole experiment: `studies/NAME.toml`. Sections that a command does not use may be left
+    out."""
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$"), AfterValidator(_file_name)]
     backbone: BackboneConfig
@@ -293,7 +312,8 @@ class StudyConfig(_Section):
     confirm: ConfirmConfig = ConfirmConfig()
 
     def with_options(self, section: str, **options: Any) -> StudyConfig:
-        """The study with a section's fields replaced by those options of a command line that are not None.
+        """The study with a section's fields replaced by those options of a command line that are
+        not None.
 
         Raises:
             ConfigError: a value out of range.
@@ -301,23 +321,43 @@ class StudyConfig(_Section):
         given = {k: v for k, v in options.items() if v is not None}
         own = getattr(self, section)
         try:
-            return self.model_copy(update={section: type(own).model_validate({**own.model_dump(), **given})})
+            return self.model_copy(
+                update={section: type(own).model_validate({**own.model_dump(), **given})}
+            )
         except ValidationError as error:
             raise ConfigError(explain(error, f"options for {section}")) from error
 
     def shareable(self) -> dict[str, Any]:
-        """Plain data for what leaves this machine: without the storage, whose URL may hold a password."""
+        """Plain data for what leaves this machine: without the storage, whose URL may hold a
+        password."""
         return self.model_dump(mode="json", exclude={"search": {"storage"}})
 
 
-#: Fields that may change between two runs of one study: they leave every finished trial comparable. (What lies at a changed
+#: Fields that may change between two runs of one study: they leave every finished trial comparable.
+#: (What lies at a changed
 #: path must have the content on record: `Workbench.identity`.)
 MAY_CHANGE = frozenset(
-    {"search.num_trials", "search.budget", "search.storage", "search.keep_weights", "train.checkpoint_every", "train.compile",
-     "promotion.threshold", "promotion.always", "promotion.explore",
-     "sampling.batch_size", "data.path", "data.vae", "data.download", "evaluation.extractor_weights",
-     "evaluation.reference.path", "evaluation.reference.download", "map.data.path", "map.data.download"}
-)  # fmt: skip
+    {
+        "search.num_trials",
+        "search.budget",
+        "search.storage",
+        "search.keep_weights",
+        "train.checkpoint_every",
+        "train.compile",
+        "promotion.threshold",
+        "promotion.always",
+        "promotion.explore",
+        "sampling.batch_size",
+        "data.path",
+        "data.vae",
+        "data.download",
+        "evaluation.extractor_weights",
+        "evaluation.reference.path",
+        "evaluation.reference.download",
+        "map.data.path",
+        "map.data.download",
+    }
+)
 
 
 def changed_fields(old: StudyConfig, new: StudyConfig) -> list[str]:
@@ -325,7 +365,8 @@ def changed_fields(old: StudyConfig, new: StudyConfig) -> list[str]:
 
     `confirm` may change as a whole: confirmed points are confirmed anew.
     """
-    a, b = _flat(old.model_dump(exclude={"confirm"})), _flat(new.model_dump(exclude={"confirm"}))
+    a = _flat(old.model_dump(exclude={"confirm"}))
+    b = _flat(new.model_dump(exclude={"confirm"}))
     keys = [k for k in {**a, **b} if k not in MAY_CHANGE and a.get(k) != b.get(k)]
     return [f"{k}: {a.get(k)!r} -> {b.get(k)!r}" for k in sorted(keys)]
 
@@ -344,7 +385,8 @@ def load_study(path: str | Path) -> StudyConfig:
     """Read and check a study file.
 
     Raises:
-        ConfigError: unreadable, not TOML, an unknown key or a value out of range: all of them, in one line.
+        ConfigError: unreadable, not TOML, an unknown key or a value out of range: all of them, in
+            one line.
     """
     return parse_study(read_toml(path), str(path))
 
@@ -372,7 +414,9 @@ def explain(error: ValidationError, where: str) -> str:
             parts.append(f"{field} is missing")
         else:
             rule = item["msg"].removeprefix("Value error, ")
-            parts.append(f"{field}: {rule} (got {_shown(item['input'])}{_fix(item['input'], rule)})")
+            parts.append(
+                f"{field}: {rule} (got {_shown(item['input'])}{_fix(item['input'], rule)})"
+            )
     more = [f"and {len(parts) - 8} more"] if len(parts) > 8 else []
     return f"{where}: {'; '.join(parts[:8] + more)}"
 

@@ -1,7 +1,8 @@
-"""Forward processes, hybrid loss and timestep grids. Everything is computed in float64 and cast at the end.
+"""Forward processes, hybrid loss and timestep grids. Everything is computed in float64 and cast at
+the end.
 
-Source: Ho et al. 2020 (DDPM); Nichol & Dhariwal 2021 (learned variance, hybrid loss), and the official DiT code's
-`diffusion/` (facebookresearch/DiT), which the numbers match.
+Source: Ho et al. 2020 (DDPM); Nichol & Dhariwal 2021 (learned variance, hybrid loss), and the
+official DiT code's `diffusion/` (facebookresearch/DiT), which the numbers match.
 """
 
 from __future__ import annotations
@@ -23,14 +24,17 @@ BETA_SCHEDULES = ("linear", "scaled_linear")
 def make_betas(beta_schedule: str = "linear", num_train_timesteps: int = 1000) -> Tensor:
     """Noise added per step: (num_train_timesteps,) float64.
 
-    `linear` is DDPM's and DiT's (1e-4 … 0.02 at 1000 steps, scaled to other lengths); `scaled_linear` is Stable
-    Diffusion's (0.00085 … 0.012, linear in the square root), which the latent U-ViTs use.
+    `linear` is DDPM's and DiT's (1e-4 … 0.02 at 1000 steps, scaled to other lengths);
+    `scaled_linear` is Stable Diffusion's (0.00085 … 0.012, linear in the square root), which the
+    latent U-ViTs use.
 
     Raises:
         ConfigError: unknown schedule or a chain shorter than two.
     """
     if num_train_timesteps < 2:
-        raise ConfigError(f"num_train_timesteps must be at least 2; got {num_train_timesteps}; DiT uses 1000")
+        raise ConfigError(
+            f"num_train_timesteps must be at least 2; got {num_train_timesteps}; DiT uses 1000"
+        )
     scale = 1000 / num_train_timesteps
     if beta_schedule == "linear":
         betas = torch.linspace(scale * 1e-4, scale * 0.02, num_train_timesteps, dtype=torch.float64)
@@ -38,18 +42,26 @@ def make_betas(beta_schedule: str = "linear", num_train_timesteps: int = 1000) -
         ends = (math.sqrt(scale * 0.00085), math.sqrt(scale * 0.012))
         betas = torch.linspace(*ends, num_train_timesteps, dtype=torch.float64) ** 2
     else:
-        raise ConfigError(f"unknown beta_schedule {beta_schedule!r}; choose one of {', '.join(BETA_SCHEDULES)}")
+        raise ConfigError(
+            f"unknown beta_schedule {beta_schedule!r}; choose one of {', '.join(BETA_SCHEDULES)}"
+        )
     if float(betas.max()) >= 1:
-        raise ConfigError(f"num_train_timesteps = {num_train_timesteps} gives a beta of 1 or more; use at least 21")
+        raise ConfigError(
+            f"num_train_timesteps = {num_train_timesteps} gives a beta of 1 or more; use at least "
+            "21"
+        )
     return betas
 
 
 class Process(ABC):
-    """A variance-preserving forward process: x_t = alpha(t) x_start + sigma(t) noise, alpha² + sigma² = 1.
+    """A variance-preserving forward process: x_t = alpha(t) x_start + sigma(t) noise, alpha² +
+    sigma² = 1.
 
     Attributes:
-        beta_schedule: name of the noise schedule; with `num_train_timesteps` it says all about the process.
-        num_train_timesteps: the network's timesteps lie in [0, num_train_timesteps), 0 nearest to data.
+        beta_schedule: name of the noise schedule; with `num_train_timesteps` it says all about the
+            process.
+        num_train_timesteps: the network's timesteps lie in [0, num_train_timesteps), 0 nearest to
+            data.
         time_dtype: type of a timestep: whole for a chain, float32 in continuous time.
         t_clean: where sampling ends: alpha is 1 and sigma 0 there, and the network is never called.
     """
@@ -61,7 +73,8 @@ class Process(ABC):
 
     @abstractmethod
     def alpha(self, t: Tensor) -> Tensor:
-        """Factor of x_start at timesteps t, which may include `t_clean`: any shape, same shape out, float64."""
+        """Factor of x_start at timesteps t, which may include `t_clean`: any shape, same shape out,
+        float64."""
 
     @abstractmethod
     def sigma(self, t: Tensor) -> Tensor:
@@ -73,9 +86,11 @@ class Process(ABC):
 
     @abstractmethod
     def timesteps(self, num_steps: int, quadratic: bool = False) -> tuple[float, ...]:
-        """Timesteps a sampler calls the network at, descending: num_steps of them, without `t_clean`.
+        """Timesteps a sampler calls the network at, descending: num_steps of them, without
+        `t_clean`.
 
-        Evenly spaced, or with evenly spaced square roots: denser near data. A single step begins at the noise end.
+        Evenly spaced, or with evenly spaced square roots: denser near data. A single step begins at
+        the noise end.
 
         Raises:
             ConfigError: num_steps below 1, or above the length of a chain.
@@ -83,25 +98,34 @@ class Process(ABC):
 
     def level(self, t: float) -> tuple[float, float]:
         """(alpha, sigma) at one timestep, or at `t_clean`."""
-        time = torch.tensor(t, dtype=torch.float64 if self.time_dtype.is_floating_point else self.time_dtype)
+        time = torch.tensor(
+            t, dtype=torch.float64 if self.time_dtype.is_floating_point else self.time_dtype
+        )
         return float(self.alpha(time)), float(self.sigma(time))
 
     def snr(self, t: Tensor | None = None) -> Tensor:
-        """Signal-to-noise ratio (alpha / sigma)² at t (default: every whole timestep): float64, infinite where sigma is 0."""
+        """Signal-to-noise ratio (alpha / sigma)² at t (default: every whole timestep): float64,
+        infinite where sigma is 0."""
         t = torch.arange(self.num_train_timesteps) if t is None else t
         return (self.alpha(t) / self.sigma(t)) ** 2
 
     def q_sample(self, x_start: Tensor, t: Tensor, noise: Tensor) -> Tensor:
         """Noise clean images: (N, C, H, W), (N,) timesteps, (N, C, H, W) -> x_t (N, C, H, W)."""
-        return _per_image(self.alpha(t), x_start) * x_start + _per_image(self.sigma(t), x_start) * noise
+        return (
+            _per_image(self.alpha(t), x_start) * x_start
+            + _per_image(self.sigma(t), x_start) * noise
+        )
 
     def predict_x_start(self, x_t: Tensor, t: Tensor, eps: Tensor) -> Tensor:
         """Clean image that (x_t, eps) implies: (N, C, H, W)."""
         alpha = self.alpha(t)
         return _per_image(1 / alpha, x_t) * x_t - _per_image(self.sigma(t) / alpha, x_t) * eps
 
-    def vb_terms(self, eps: Tensor, interpolation: Tensor, x_start: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
-        """Variational bound per sample, (N,): what trains a learned variance; 0 where the process has no use for one."""
+    def vb_terms(
+        self, eps: Tensor, interpolation: Tensor, x_start: Tensor, x_t: Tensor, t: Tensor
+    ) -> Tensor:
+        """Variational bound per sample, (N,): what trains a learned variance; 0 where the process
+        has no use for one."""
         return torch.zeros_like(eps[:, 0, 0, 0])
 
     def hybrid_loss(
@@ -119,10 +143,12 @@ class Process(ABC):
             output: (N, C or 2·C, H, W), what the backbone gave.
             x_start, x_t, noise: (N, C, H, W).
             t: (N,) integer timesteps.
-            target: (N, C, H, W), what eps should be; `noise` by default (distillation mixes the teacher in).
+            target: (N, C, H, W), what eps should be; `noise` by default (distillation mixes the
+                teacher in).
 
         Returns:
-            (mse, vb), each (N,); their sum is the official hybrid loss. vb is 0 without a learned variance.
+            (mse, vb), each (N,); their sum is the official hybrid loss. vb is 0 without a learned
+            variance.
 
         Source: Nichol & Dhariwal 2021, eq. 16; official DiT code (mean square plus unscaled bound).
         """
@@ -141,19 +167,25 @@ class Diffusion(Process):
         betas, alphas_cumprod: (num_train_timesteps,) float64, on the CPU.
     """
 
-    time_dtype, t_clean = torch.int64, -1.0
+    time_dtype = torch.int64
+    t_clean = -1.0
 
     def __init__(self, beta_schedule: str = "linear", num_train_timesteps: int = 1000) -> None:
-        self.beta_schedule, self.num_train_timesteps = beta_schedule, num_train_timesteps
+        self.beta_schedule = beta_schedule
+        self.num_train_timesteps = num_train_timesteps
         self.betas = make_betas(beta_schedule, num_train_timesteps)
         self.alphas_cumprod = torch.cumprod(1 - self.betas, dim=0)
-        self._alpha = F.pad(self.alphas_cumprod, (0, 1), value=1.0).sqrt()  # the last entry, index -1, is t_clean
+        # the last entry, index -1, is t_clean
+        self._alpha = F.pad(self.alphas_cumprod, (0, 1), value=1.0).sqrt()
         self._sigma = F.pad(1 - self.alphas_cumprod, (0, 1), value=0.0).sqrt()
         prev = F.pad(self.alphas_cumprod[:-1], (1, 0), value=1.0)
         one = 1 - self.alphas_cumprod
         self._posterior_var = self.betas * (1 - prev) / one
-        # the posterior variance is 0 at t = 0: its logarithm is clipped to the next one, as in the official code
-        self._posterior_log_var = torch.cat([self._posterior_var[1:2], self._posterior_var[1:]]).log()
+        # the posterior variance is 0 at t = 0: its logarithm is clipped to the next one, as in the
+        # official code
+        self._posterior_log_var = torch.cat(
+            [self._posterior_var[1:2], self._posterior_var[1:]]
+        ).log()
         self._posterior_coef_start = self.betas * prev.sqrt() / one
         self._posterior_coef_t = (1 - prev) * (1 - self.betas).sqrt() / one
 
@@ -169,16 +201,20 @@ class Diffusion(Process):
     def timesteps(self, num_steps: int, quadratic: bool = False) -> tuple[float, ...]:
         """See `Process.timesteps`. On a quadratic grid, steps too short for the chain become 1.
 
-        Source: `space_timesteps` of the official DiT code with one section, whose rounding of a running sum it repeats;
-        that function would call a single step at t = 0.
+        Source: `space_timesteps` of the official DiT code with one section, whose rounding of a
+        running sum it repeats; that function would call a single step at t = 0.
         """
         last = self.num_train_timesteps - 1
         if not 1 <= num_steps <= last + 1:
-            raise ConfigError(f"num_steps must lie in 1…{last + 1}, the length of the chain; got {num_steps}")
+            raise ConfigError(
+                f"num_steps must lie in 1…{last + 1}, the length of the chain; got {num_steps}"
+            )
         if num_steps == 1:
             return (last,)
         if quadratic:
-            return tuple(max(i, round(last * (i / (num_steps - 1)) ** 2)) for i in range(num_steps))[::-1]
+            return tuple(
+                max(i, round(last * (i / (num_steps - 1)) ** 2)) for i in range(num_steps)
+            )[::-1]
         stride = last / (num_steps - 1)
         return tuple(round(t) for t in accumulate([0.0] + [stride] * (num_steps - 1)))[::-1]
 
@@ -188,18 +224,25 @@ class Diffusion(Process):
 
     def posterior(self, x_start: Tensor, x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         """Mean (N, C, H, W) and log variance (N, 1, 1, 1) of q(x_{t-1} | x_t, x_start)."""
-        mean = self._at(self._posterior_coef_start, t, x_t) * x_start + self._at(self._posterior_coef_t, t, x_t) * x_t
+        mean = (
+            self._at(self._posterior_coef_start, t, x_t) * x_start
+            + self._at(self._posterior_coef_t, t, x_t) * x_t
+        )
         return mean, self._at(self._posterior_log_var, t, x_t)
 
     def log_variance(self, interpolation: Tensor, t: Tensor) -> Tensor:
-        """Learned log variance (N, C, H, W): `interpolation` in [-1, 1] runs from the posterior's to beta's."""
+        """Learned log variance (N, C, H, W): `interpolation` in [-1, 1] runs from the posterior's
+        to beta's."""
         low = self._at(self._posterior_log_var, t, interpolation)
         high = self._at(self.betas.log(), t, interpolation)
         frac = (interpolation + 1) / 2
         return frac * high + (1 - frac) * low
 
-    def vb_terms(self, eps: Tensor, interpolation: Tensor, x_start: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
-        """Variational bound per sample in bits a dimension: KL for t > 0, discretised likelihood at t = 0. (N,).
+    def vb_terms(
+        self, eps: Tensor, interpolation: Tensor, x_start: Tensor, x_t: Tensor, t: Tensor
+    ) -> Tensor:
+        """Variational bound per sample in bits a dimension: KL for t > 0, discretised likelihood at
+        t = 0. (N,).
 
         Gradients reach `interpolation` only if `eps` is detached, as the hybrid loss does.
         """
@@ -207,7 +250,11 @@ class Diffusion(Process):
         mean, _ = self.posterior(self.predict_x_start(x_t, t, eps), x_t, t)
         log_var = self.log_variance(interpolation, t)
         kl = 0.5 * (
-            -1.0 + log_var - true_log_var + torch.exp(true_log_var - log_var) + (true_mean - mean) ** 2 * torch.exp(-log_var)
+            -1.0
+            + log_var
+            - true_log_var
+            + torch.exp(true_log_var - log_var)
+            + (true_mean - mean) ** 2 * torch.exp(-log_var)
         )
         nll = -_discretized_log_likelihood(x_start, mean, 0.5 * log_var)
         terms = torch.where(t.view(-1, *(1,) * (x_t.ndim - 1)) == 0, nll, kl)
@@ -215,30 +262,37 @@ class Diffusion(Process):
 
 
 class VPSDE(Process):
-    """The continuous-time process of Song et al.: dx = -β(s)/2 x ds + sqrt(β(s)) dw, s in [0, 1], β linear in s.
+    """The continuous-time process of Song et al.: dx = -β(s)/2 x ds + sqrt(β(s)) dw, s in [0, 1], β
+    linear in s.
 
-    The network is called at t = (num_train_timesteps - 1) · s, a fraction. It trains no variance: surplus output
-    channels are ignored.
+    The network is called at t = (num_train_timesteps - 1) · s, a fraction. It trains no variance:
+    surplus output channels are ignored.
 
     Args:
         beta_min, beta_max: β at s = 0 and s = 1.
         num_train_timesteps: scale of the network's time.
 
-    Source: Song et al. 2021, eq. 11 and appendix C; baofff/U-ViT, `sde.py` (its pixel-space CIFAR-10 and CelebA models:
-    β 0.1 … 20, network time 999·s, sampling from s = 1 to 1e-3 and then to 0).
+    Source: Song et al. 2021, eq. 11 and appendix C; baofff/U-ViT, `sde.py` (its pixel-space
+    CIFAR-10 and CelebA models: β 0.1 … 20, network time 999·s, sampling from s = 1 to 1e-3 and then
+    to 0).
     """
 
-    time_dtype, t_clean = torch.float32, 0.0
+    time_dtype = torch.float32
+    t_clean = 0.0
     s_min = 1e-3  # where the last call of a sampler is
 
-    def __init__(self, beta_min: float = 0.1, beta_max: float = 20.0, num_train_timesteps: int = 1000) -> None:
+    def __init__(
+        self, beta_min: float = 0.1, beta_max: float = 20.0, num_train_timesteps: int = 1000
+    ) -> None:
         if not (0 < beta_min <= beta_max and num_train_timesteps >= 2):
             raise ConfigError(
                 "the VP-SDE needs 0 < beta_min <= beta_max and num_train_timesteps of at least 2; "
                 f"got {beta_min}, {beta_max} and {num_train_timesteps}; U-ViT uses 0.1, 20 and 1000"
             )
         self.beta_schedule = f"vp-sde {beta_min:g} … {beta_max:g}"
-        self.beta_min, self.beta_max, self.num_train_timesteps = beta_min, beta_max, num_train_timesteps
+        self.beta_min = beta_min
+        self.beta_max = beta_max
+        self.num_train_timesteps = num_train_timesteps
 
     @property
     def t_max(self) -> float:
@@ -265,7 +319,10 @@ class VPSDE(Process):
 
     def timesteps(self, num_steps: int, quadratic: bool = False) -> tuple[float, ...]:
         if num_steps < 1:
-            raise ConfigError(f"num_steps must be at least 1; got {num_steps}; U-ViT takes 1000 Euler-Maruyama steps")
+            raise ConfigError(
+                f"num_steps must be at least 1; got {num_steps}; U-ViT takes 1000 Euler-Maruyama "
+                "steps"
+            )
         power = 2 if quadratic else 1
         s = torch.linspace(1.0, self.s_min ** (1 / power), num_steps, dtype=torch.float64) ** power
         return tuple((s * self.t_max).tolist())
@@ -280,7 +337,10 @@ def make_diffusion(config: DiffusionConfig) -> Process:
     if config.process == "discrete":
         return Diffusion(config.beta_schedule, config.num_train_timesteps)
     if config.beta_schedule != "linear":
-        raise ConfigError(f"the vp-sde process has linear betas only; got {config.beta_schedule!r}; leave beta_schedule out")
+        raise ConfigError(
+            f"the vp-sde process has linear betas only; got {config.beta_schedule!r}; leave "
+            "beta_schedule out"
+        )
     return VPSDE(num_train_timesteps=config.num_train_timesteps)
 
 
@@ -294,7 +354,8 @@ def _approx_normal_cdf(x: Tensor) -> Tensor:
 
 
 def _discretized_log_likelihood(x: Tensor, mean: Tensor, log_scale: Tensor) -> Tensor:
-    """Log likelihood of 8-bit images rescaled to [-1, 1] under a Gaussian, integrated over each grey level."""
+    """Log likelihood of 8-bit images rescaled to [-1, 1] under a Gaussian, integrated over each
+    grey level."""
     inv = torch.exp(-log_scale)
     plus = _approx_normal_cdf(inv * (x - mean + 1 / 255))
     minus = _approx_normal_cdf(inv * (x - mean - 1 / 255))

@@ -21,9 +21,11 @@ from asesearch.errors import AseSearchError, ConfigError, WriteError
 
 @contextmanager
 def replacing(path: str | os.PathLike[str], *, shared: bool = False) -> Iterator[Path]:
-    """A temporary path beside `path`, whose folder is made; what the body wrote there takes the place of `path` at the end.
+    """A temporary path beside `path`, whose folder is made; what the body wrote there takes the
+    place of `path` at the end.
 
-    If the body fails, the process is killed or the power goes, `path` is as it was before, or whole.
+    If the body fails, the process is killed or the power goes, `path` is as it was before, or
+    whole.
 
     Args:
         path: the file to write.
@@ -33,7 +35,9 @@ def replacing(path: str | os.PathLike[str], *, shared: bool = False) -> Iterator
         WriteError: folder or file can't be written.
     """
     path = Path(path)
-    part = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}.part" if shared else f"{path.name}.part")
+    part = path.with_name(
+        f"{path.name}.{uuid.uuid4().hex[:8]}.part" if shared else f"{path.name}.part"
+    )
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield part
@@ -60,7 +64,9 @@ def _to_disk(path: Path, flags: int) -> None:
         os.close(handle)
 
 
-def check_writable(path: str | os.PathLike[str], inside: str = "", *, named: str | os.PathLike[str] = "") -> None:
+def check_writable(
+    path: str | os.PathLike[str], inside: str = "", *, named: str | os.PathLike[str] = ""
+) -> None:
     """Find out before hours of work whether `path` can be written, and leave nothing behind.
 
     Folders and a file of the same names are made, in a temporary folder where the first of them

@@ -1,11 +1,13 @@
 """The ASE loop: one trainer for pretraining, brief and full fine-tuning.
 
-Every random draw of step k follows from (seed, k) alone, so a run that is killed and resumed gives the same result as one
-that was not, and a run on several processes sees the same batches as a run on one.
+Every random draw of step k follows from (seed, k) alone, so a run that is killed and resumed gives
+the same result as one that was not, and a run on several processes sees the same batches as a run
+on one.
 
-Source: Moon et al. 2024, section 3.3 and Algorithm 1. Differences from the released code: a step runs only the blocks its
-samples need (the code runs all and picks exits afterwards); the EMA rate is ramped up, min(ema_decay, (1+k)/(10+k)), so
-that a run of a few hundred steps is not dominated by its initial weights; timesteps are stratified over the batch.
+Source: Moon et al. 2024, section 3.3 and Algorithm 1. Differences from the released code: a step
+runs only the blocks its samples need (the code runs all and picks exits afterwards); the EMA rate
+is ramped up, min(ema_decay, (1+k)/(10+k)), so that a run of a few hundred steps is not dominated by
+its initial weights; timesteps are stratified over the batch.
 """
 
 from __future__ import annotations
@@ -40,10 +42,12 @@ from asesearch.errors import CheckpointError, ConfigError, DataError, TrainingDi
 from asesearch.files import replacing
 from asesearch.schedule import ElasticDepths, ExitSchedule
 
-Depths = ExitSchedule | ElasticDepths  # blocks to run: one schedule, or a law that every sample draws from
+# blocks to run: one schedule, or a law that every sample draws from
+Depths = ExitSchedule | ElasticDepths
 SYNC_EVERY = 10  # steps between looks at the loss: each is a device synchronisation
 CHECKPOINT = "training.safetensors"
-#: Steps in a row that fp16's loss scaler may skip: each halves its scale, which begins at 2^16, so that it is 1/16 after them.
+#: Steps in a row that fp16's loss scaler may skip: each halves its scale, which begins at 2^16, so
+#: that it is 1/16 after them.
 MAX_SKIPPED = 20
 
 
@@ -55,7 +59,8 @@ def seeded_generator(*key: int) -> torch.Generator:
 
 @dataclass
 class Batch:
-    """What one process needs for one step, on the CPU. `u` (N,) in [0, 1) draws the depth where a law does."""
+    """What one process needs for one step, on the CPU. `u` (N,) in [0, 1) draws the depth where a
+    law does."""
 
     x_start: Tensor
     y: Conditioning | None
@@ -65,17 +70,26 @@ class Batch:
 
 
 def draw_batch(
-    data: DataSource, backbone: Backbone, config: TrainConfig, diffusion: Process, step: int, part: tuple[int, int]
+    data: DataSource,
+    backbone: Backbone,
+    config: TrainConfig,
+    diffusion: Process,
+    step: int,
+    part: tuple[int, int],
 ) -> Batch:
     """The batch of step `step`, or the share of process `part` = (rank, number of processes) of it.
 
-    Images are drawn without replacement within an epoch; timesteps are stratified (one in each of batch_size equal
-    strata of the chain, shuffled); labels are dropped with `class_dropout_prob` where the network has a null label.
+    Images are drawn without replacement within an epoch; timesteps are stratified (one in each of
+    batch_size equal strata of the chain, shuffled); labels are dropped with `class_dropout_prob`
+    where the network has a null label.
     """
     rank, world = part
-    size, gen = config.batch_size, seeded_generator(config.seed, step, 1)
+    size = config.batch_size
+    gen = seeded_generator(config.seed, step, 1)
     indices = _epoch_indices(len(data), size, step, config.seed)
-    t = diffusion.draw_t((torch.randperm(size, generator=gen) + torch.rand(size, generator=gen)) / size)
+    t = diffusion.draw_t(
+        (torch.randperm(size, generator=gen) + torch.rand(size, generator=gen)) / size
+    )
     noise = torch.randn(size, *data.shape, generator=gen)
     dropped = torch.rand(size, generator=gen) < config.class_dropout_prob
     mine = slice(rank * size // world, (rank + 1) * size // world)
@@ -94,7 +108,9 @@ def _with_drops(y: Conditioning, null: Conditioning, dropped: Tensor) -> Conditi
         assert isinstance(null, Tensor)
         return torch.where(dropped.view(-1, *(1,) * (y.ndim - 1)), null, y)
     assert isinstance(null, dict)
-    return {k: torch.where(dropped.view(-1, *(1,) * (v.ndim - 1)), null[k], v) for k, v in y.items()}
+    return {
+        k: torch.where(dropped.view(-1, *(1,) * (v.ndim - 1)), null[k], v) for k, v in y.items()
+    }
 
 
 def _epoch_indices(total: int, size: int, step: int, seed: int) -> list[int]:
@@ -120,19 +136,23 @@ class PlateauWeight:
     def make(cls, config: LossWeight, schedule: Depths) -> PlateauWeight:
         """For a schedule; nothing is raised if it drops nothing."""
         flat = config.shape == "none" or config.peak == 1.0 or schedule.is_full
-        return cls(config, 1 - min(schedule.exit_depths) / schedule.depth, ended_at=0 if flat else None)
+        return cls(
+            config, 1 - min(schedule.exit_depths) / schedule.depth, ended_at=0 if flat else None
+        )
 
     def update(self, loss: float, step: int) -> None:
-        """Take the mean loss on the shortened intervals at a step (NaN if none was drawn); apply the stop rule.
+        """Take the mean loss on the shortened intervals at a step (NaN if none was drawn); apply
+        the stop rule.
 
-        What the losses say counts from the next look at them (see `SYNC_EVERY`), so that no result depends on when
-        checkpoints are written.
+        What the losses say counts from the next look at them (see `SYNC_EVERY`), so that no result
+        depends on when checkpoints are written.
         """
         if self.ended_at is not None:
             return
         if math.isfinite(loss):
             self.losses.append(loss)
-        window, limit = self.config.window, self.config.max_steps
+        window = self.config.window
+        limit = self.config.max_steps
         if len(self.losses) >= 2 * window and len(self.losses) % window == 0:
             before = sum(self.losses[-2 * window : -window]) / window
             now = sum(self.losses[-window:]) / window
@@ -142,11 +162,16 @@ class PlateauWeight:
             self.ended_at = limit
 
     def at(self, dropped: Tensor, step: int) -> Tensor:
-        """λ at a step of samples for which these fractions of the blocks are dropped: (N,) -> (N,)."""
+        """λ at a step of samples for which these fractions of the blocks are dropped: (N,) ->
+        (N,)."""
         ends = [end for end in (self.ended_at, self.config.max_steps) if end is not None]
         if step >= min(ends, default=math.inf):
             return torch.ones_like(dropped)
-        lift = dropped / self.most_dropped if self.config.shape == "dropped" else (dropped > 0).to(dropped)
+        lift = (
+            dropped / self.most_dropped
+            if self.config.shape == "dropped"
+            else (dropped > 0).to(dropped)
+        )
         return 1 + (self.config.peak - 1) * lift
 
 
@@ -168,16 +193,23 @@ class TrainResult:
 
 
 def lr_factor(step: int, config: TrainConfig) -> float:
-    """Learning rate at a step as a fraction of `lr`: linear warm-up, then constant or a cosine to 0."""
+    """Learning rate at a step as a fraction of `lr`: linear warm-up, then constant or a cosine to
+    0."""
     if step < config.warmup_steps:
         return (step + 1) / config.warmup_steps
     if config.lr_schedule == "constant":
         return 1.0
-    return 0.5 * (1 + math.cos(math.pi * (step - config.warmup_steps) / max(1, config.num_steps - config.warmup_steps)))
+    return 0.5 * (
+        1
+        + math.cos(
+            math.pi * (step - config.warmup_steps) / max(1, config.num_steps - config.warmup_steps)
+        )
+    )
 
 
 def make_accelerator(mixed_precision: str, *handlers: KwargsHandler) -> Accelerator:
-    """An accelerator of this precision, whatever the precision of those that this process made before.
+    """An accelerator of this precision, whatever the precision of those that this process made
+    before.
 
     accelerate keeps one precision per process and refuses another; the warm-up and a trial's
     fine-tuning may each have their own. Accelerators of another precision are not to be used on.
@@ -202,7 +234,8 @@ class Trainer:
         schedule: blocks to run at each noise level, or the law of an elastic warm-up.
         config: see `TrainConfig`.
         run_dir: folder for the checkpoint that makes the run resumable; None = not resumable.
-        teacher: full-depth network for distillation; by default a frozen copy of `backbone`, if `distill_frac` > 0.
+        teacher: full-depth network for distillation; by default a frozen copy of `backbone`, if
+            `distill_frac` > 0.
         accelerator: for several processes or devices; by default one is made.
 
     Raises:
@@ -222,21 +255,32 @@ class Trainer:
         accelerator: Accelerator | None = None,
     ) -> None:
         check_fit(backbone, data, diffusion, schedule)
-        self.data, self.diffusion, self.schedule, self.config = data, diffusion, schedule, config
+        self.data = data
+        self.diffusion = diffusion
+        self.schedule = schedule
+        self.config = config
         self.run_dir = None if run_dir is None else Path(run_dir)
         if config.mixed_precision != "no" and accelerator is None and not torch.cuda.is_available():
-            raise ConfigError(f"mixed_precision = {config.mixed_precision!r} needs a GPU; use 'no' on a CPU")
+            raise ConfigError(
+                f"mixed_precision = {config.mixed_precision!r} needs a GPU; use 'no' on a CPU"
+            )
         unused = DistributedDataParallelKwargs(find_unused_parameters=not schedule.is_full)
         self.accelerator = accelerator or make_accelerator(config.mixed_precision, unused)
-        device, self.part = self.accelerator.device, (self.accelerator.process_index, self.accelerator.num_processes)
+        device = self.accelerator.device
+        self.part = (self.accelerator.process_index, self.accelerator.num_processes)
         if config.batch_size % self.part[1]:
-            raise ConfigError(f"batch_size must be a multiple of the {self.part[1]} processes; got {config.batch_size}")
+            raise ConfigError(
+                f"batch_size must be a multiple of the {self.part[1]} processes; got "
+                f"{config.batch_size}"
+            )
         self.fingerprint = weights_fingerprint(backbone)
         self.backbone = copy.deepcopy(backbone).to(device).train()
         self.ema = copy.deepcopy(backbone).to(device).eval().requires_grad_(False)
         self.teacher = None
         if config.distill_frac > 0:
-            self.teacher = copy.deepcopy(teacher or backbone).to(device).eval().requires_grad_(False)
+            self.teacher = (
+                copy.deepcopy(teacher or backbone).to(device).eval().requires_grad_(False)
+            )
         self._learnt = [n for n, p in self.backbone.named_parameters() if p.requires_grad]
         frozen = self.backbone.time_embedder() if config.freeze_time_embedder else None
         if frozen is not None:
@@ -245,12 +289,17 @@ class Trainer:
         self.ema_of = dict(self.ema.named_parameters())
         if config.compile:
             for i in range(self.backbone.depth):
-                self.backbone.block_at(i).compile()  # in place: every depth shares the compiled blocks
-        optimizer = torch.optim.AdamW(self.named.values(), lr=config.lr, weight_decay=config.weight_decay, fused=True)
+                # in place: every depth shares the compiled blocks
+                self.backbone.block_at(i).compile()
+        optimizer = torch.optim.AdamW(
+            self.named.values(), lr=config.lr, weight_decay=config.weight_decay, fused=True
+        )
         self.model: nn.Module
         self.model, self.optimizer = self.accelerator.prepare(self.backbone, optimizer)
         self.weight = PlateauWeight.make(config.loss_weight, schedule)
-        self.step, self.seconds, self.skipped = 0, 0.0, 0
+        self.step = 0
+        self.seconds = 0.0
+        self.skipped = 0
         self.losses: list[float] = []
         self.resumed_at = self._load() if self.run_dir is not None else 0
 
@@ -262,12 +311,16 @@ class Trainer:
         return self.schedule.exit_depth_at(batch.t.numpy())
 
     def _loss(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Weighted mean loss for the gradient, and (sum of loss, sum and count of it on shortened intervals)."""
-        device, t = self.accelerator.device, batch.t
+        """Weighted mean loss for the gradient, and (sum of loss, sum and count of it on shortened
+        intervals)."""
+        device = self.accelerator.device
+        t = batch.t
         exit_depth = torch.from_numpy(self._exit_depth(batch))
         dropped = 1 - exit_depth.float() / self.schedule.depth
-        x_start, noise = batch.x_start.to(device, non_blocking=True), batch.noise.to(device, non_blocking=True)
-        y, td = send_to_device(batch.y, device, non_blocking=True), t.to(device, non_blocking=True)
+        x_start = batch.x_start.to(device, non_blocking=True)
+        noise = batch.noise.to(device, non_blocking=True)
+        y = send_to_device(batch.y, device, non_blocking=True)
+        td = t.to(device, non_blocking=True)
         x_t = self.diffusion.q_sample(x_start, td, noise)
         target = noise
         if self.teacher is not None:
@@ -277,37 +330,46 @@ class Trainer:
         with self.accelerator.autocast():
             output = self.model(x_t, td, y, exit_depth=exit_depth)
         mse, vb = self.diffusion.hybrid_loss(output, x_start, x_t, td, noise, target)
-        if self.config.min_snr_gamma is not None:  # Hang et al. 2023, for a network that predicts eps
+        # Hang et al. 2023, for a network that predicts eps
+        if self.config.min_snr_gamma is not None:
             snr = self.diffusion.snr(t)
             mse = mse * (snr.clamp(max=self.config.min_snr_gamma) / snr).to(mse)
-        loss, short = mse + vb, (dropped > 0).to(device)  # (N,)
-        stats = torch.stack([loss.detach().sum(), (loss.detach() * short).sum(), short.sum().to(loss)])
+        loss = mse + vb  # (N,)
+        short = (dropped > 0).to(device)
+        stats = torch.stack(
+            [loss.detach().sum(), (loss.detach() * short).sum(), short.sum().to(loss)]
+        )
         return (loss * self.weight.at(dropped, self.step).to(device)).mean(), stats
 
     def train_step(self, batch: Batch) -> Tensor:
-        """One optimiser step and one EMA step; the statistics of `_loss`, the gradient norm and 1 if skipped, on the device.
+        """One optimiser step and one EMA step; the statistics of `_loss`, the gradient norm and 1
+        if skipped, on the device.
 
-        Where gradients overflow in fp16, the loss scaler skips the step and lowers its scale: network and EMA stay as they
-        are, and the learning rate goes on by step.
+        Where gradients overflow in fp16, the loss scaler skips the step and lowers its scale:
+        network and EMA stay as they are, and the learning rate goes on by step.
         """
         for group in self.optimizer.param_groups:
             group["lr"] = self.config.lr * lr_factor(self.step, self.config)
         loss, stats = self._loss(batch)
         self.accelerator.backward(loss)
-        norm = self.accelerator.clip_grad_norm_(list(self.named.values()), self.config.grad_clip or math.inf)
+        norm = self.accelerator.clip_grad_norm_(
+            list(self.named.values()), self.config.grad_clip or math.inf
+        )
         skipped = self._optimizer_step()
         self.optimizer.zero_grad()
         if not skipped:
             decay = min(self.config.ema_decay, (1 + self.step) / (10 + self.step))
             with torch.no_grad():
-                torch._foreach_lerp_([self.ema_of[n] for n in self.named], list(self.named.values()), 1 - decay)
+                torch._foreach_lerp_(
+                    [self.ema_of[n] for n in self.named], list(self.named.values()), 1 - decay
+                )
         self.step += 1
         norm = torch.zeros(()) if norm is None or skipped else torch.as_tensor(norm)
         return torch.cat([stats, norm.to(stats).view(1), stats.new_full((1,), float(skipped))])
 
     def _optimizer_step(self) -> bool:
-        """Whether the loss scaler skipped it. (accelerate's `optimizer_step_was_skipped` misses it: fused AdamW is called in
-        any case and skips by itself.)
+        """Whether the loss scaler skipped it. (accelerate's `optimizer_step_was_skipped` misses it:
+        fused AdamW is called in any case and skips by itself.)
         """
         scaler = self.accelerator.scaler
         if scaler is None:
@@ -318,10 +380,12 @@ class Trainer:
         return bool(scaler.get_scale() < scale)
 
     def _absorb(self, stats: list[Tensor]) -> None:
-        """Bring the statistics of the last steps to the host, over all processes; guard against NaN.
+        """Bring the statistics of the last steps to the host, over all processes; guard against
+        NaN.
 
         Raises:
-            TrainingDiverged: a loss or a gradient is not finite, or the loss scaler skips one step after the other.
+            TrainingDiverged: a loss or a gradient is not finite, or the loss scaler skips one step
+                after the other.
         """
         if not stats:
             return
@@ -331,15 +395,16 @@ class Trainer:
             if not (math.isfinite(total) and math.isfinite(norm)):
                 other = ", or train in bf16" if self.config.mixed_precision == "fp16" else ""
                 raise TrainingDiverged(
-                    f"loss or gradient is not finite at step {first + i} of {self.config.num_steps}; "
-                    f"lower the learning rate ({self.config.lr:g}) or give a longer warm-up{other}"
+                    f"loss or gradient is not finite at step {first + i} of "
+                    f"{self.config.num_steps}; lower the learning rate ({self.config.lr:g}) or "
+                    f"give a longer warm-up{other}"
                 )
             self.skipped = self.skipped + 1 if skipped else 0
             if self.skipped >= MAX_SKIPPED:
                 raise TrainingDiverged(
-                    f"the gradients overflow in fp16 whatever the loss scale: {self.skipped} steps in a row were skipped up to "
-                    f"step {first + i} of {self.config.num_steps}; train in bf16, or lower the learning rate "
-                    f"({self.config.lr:g})"
+                    f"the gradients overflow in fp16 whatever the loss scale: {self.skipped} steps "
+                    f"in a row were skipped up to step {first + i} of {self.config.num_steps}; "
+                    f"train in bf16, or lower the learning rate ({self.config.lr:g})"
                 )
             self.losses.append(total / self.config.batch_size)
             self.weight.update(short / count if count else math.nan, first + i)
@@ -348,37 +413,48 @@ class Trainer:
         """Train to `num_steps`.
 
         Args:
-            on_step: called as (steps done, mean loss of the last steps) every few steps, on the main process.
+            on_step: called as (steps done, mean loss of the last steps) every few steps, on the
+                main process.
 
         Raises:
-            TrainingDiverged: the loss or a gradient is not finite; nothing of the last steps is saved.
+            TrainingDiverged: the loss or a gradient is not finite; nothing of the last steps is
+                saved.
         """
         total = self.config.num_steps
 
         def fetch(step: int) -> Batch:
-            return draw_batch(self.data, self.backbone, self.config, self.diffusion, step, self.part)
+            return draw_batch(
+                self.data, self.backbone, self.config, self.diffusion, step, self.part
+            )
 
         stats: list[Tensor] = []
         start = time.perf_counter()
         with ThreadPoolExecutor(1) as pool:
             ahead = pool.submit(fetch, self.step)
             while self.step < total:
-                batch, ahead = ahead.result(), pool.submit(fetch, self.step + 1)
+                batch = ahead.result()
+                ahead = pool.submit(fetch, self.step + 1)
                 stats.append(self.train_step(batch))
                 due = self.run_dir is not None and self.step % self.config.checkpoint_every == 0
                 if self.step % SYNC_EVERY == 0 or due or self.step == total:
                     self._absorb(stats)
                     self.seconds += time.perf_counter() - start
-                    start, stats = time.perf_counter(), []
+                    start = time.perf_counter()
+                    stats = []
                     if on_step is not None and self.accelerator.is_main_process:
-                        on_step(self.step, sum(self.losses[-SYNC_EVERY:]) / len(self.losses[-SYNC_EVERY:]))
+                        on_step(
+                            self.step,
+                            sum(self.losses[-SYNC_EVERY:]) / len(self.losses[-SYNC_EVERY:]),
+                        )
                     if due or (self.step == total and self.run_dir is not None):
                         self._save()
             ahead.cancel()
         for name in self._learnt:
             self.ema_of[name].requires_grad_(True)  # so that it can be trained further
         ended = self.weight.ended_at
-        return TrainResult(self.ema, self.losses, None if ended is None or ended >= total else ended, self.seconds)
+        return TrainResult(
+            self.ema, self.losses, None if ended is None or ended >= total else ended, self.seconds
+        )
 
     # -- save and resume -------------------------------------------------------------------------
 
@@ -410,9 +486,14 @@ class Trainer:
             "weight_ended_at": self.weight.ended_at,
             "seconds": self.seconds,
             "skipped": self.skipped,
-            "loss_scaler": None if self.accelerator.scaler is None else self.accelerator.scaler.state_dict(),
+            "loss_scaler": None
+            if self.accelerator.scaler is None
+            else self.accelerator.scaler.state_dict(),
         }
-        metadata = {"identity": json.dumps(self._identity(), sort_keys=True), "progress": json.dumps(progress)}
+        metadata = {
+            "identity": json.dumps(self._identity(), sort_keys=True),
+            "progress": json.dumps(progress),
+        }
         with replacing(self.run_dir / CHECKPOINT) as part:
             save_file(tensors, part, metadata)
 
@@ -425,24 +506,34 @@ class Trainer:
             with safe_open(path, "pt", device=str(self.accelerator.device)) as file:
                 metadata = file.metadata() or {}
                 tensors = {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118 (not a dict)
-            identity, progress = json.loads(metadata["identity"]), json.loads(metadata["progress"])
+            identity = json.loads(metadata["identity"])
+            progress = json.loads(metadata["progress"])
         except (SafetensorError, KeyError, ValueError, OSError) as error:
-            raise CheckpointError(f"can't resume from {path}: {error}; delete it to begin anew") from error
+            raise CheckpointError(
+                f"can't resume from {path}: {error}; delete it to begin anew"
+            ) from error
         ours = json.loads(json.dumps(self._identity()))
         for name in ours:
             if identity.get(name) != ours[name]:
                 raise CheckpointError(
-                    f"{path} belongs to a run with another {name}; delete it to begin anew, or undo the change: "
-                    f"{_difference(identity.get(name), ours[name])}"
+                    f"{path} belongs to a run with another {name}; delete it to begin anew, or "
+                    f"undo the change: {_difference(identity.get(name), ours[name])}"
                 )
         for name, p in self.named.items():
             p.data.copy_(tensors[f"model.{name}"])
             self.ema_of[name].copy_(tensors[f"ema.{name}"])
-            state = {k: tensors[f"adam.{k}.{name}"] for k in ("step", "exp_avg", "exp_avg_sq") if f"adam.{k}.{name}" in tensors}
+            state = {
+                k: tensors[f"adam.{k}.{name}"]
+                for k in ("step", "exp_avg", "exp_avg_sq")
+                if f"adam.{k}.{name}" in tensors
+            }
             if state:
                 self.optimizer.state[p] = {**state, "step": state["step"].reshape(())}
-        self.step, self.losses, self.seconds = progress["step"], progress["losses"], progress["seconds"]
-        self.weight.losses, self.weight.ended_at = progress["weight_losses"], progress["weight_ended_at"]
+        self.step = progress["step"]
+        self.losses = progress["losses"]
+        self.seconds = progress["seconds"]
+        self.weight.losses = progress["weight_losses"]
+        self.weight.ended_at = progress["weight_ended_at"]
         self.skipped = progress.get("skipped", 0)
         if self.accelerator.scaler is not None and progress.get("loss_scaler"):
             self.accelerator.scaler.load_state_dict(progress["loss_scaler"])
@@ -450,7 +541,8 @@ class Trainer:
 
 
 def weights_fingerprint(backbone: nn.Module) -> str:
-    """SHA-256 over the first 1,024 numbers of every parameter: tells two sets of weights apart, at no cost for large ones."""
+    """SHA-256 over the first 1,024 numbers of every parameter: tells two sets of weights apart, at
+    no cost for large ones."""
     sha = hashlib.sha256()
     for name, p in sorted(backbone.named_parameters()):
         sha.update(f"{name} {tuple(p.shape)}".encode())
@@ -460,7 +552,9 @@ def weights_fingerprint(backbone: nn.Module) -> str:
 
 def _difference(old: Any, new: Any) -> str:
     if isinstance(old, dict) and isinstance(new, dict):
-        return ", ".join(f"{k}: {old.get(k)!r} then, {new.get(k)!r} now" for k in new if old.get(k) != new.get(k))
+        return ", ".join(
+            f"{k}: {old.get(k)!r} then, {new.get(k)!r} now" for k in new if old.get(k) != new.get(k)
+        )
     return f"{old!r} then, {new!r} now"
 
 
@@ -468,50 +562,63 @@ def check_fit(backbone: Backbone, data: DataSource, diffusion: Process, schedule
     """Refuse parts that do not belong together.
 
     Raises:
-        DataError: images of another shape, labels out of the network's range, or not the prompts it takes.
+        DataError: images of another shape, labels out of the network's range, or not the prompts it
+            takes.
         ScheduleError: a schedule of another depth or chain, or shallower than the network allows.
     """
     if backbone.prediction_type != "epsilon":
         raise ConfigError(
-            f"fine-tuning is for networks that predict noise; got one that predicts {backbone.prediction_type!r} (rectified "
-            "flow); its schedules can be attached to a pipeline, not trained"
+            "fine-tuning is for networks that predict noise; got one that predicts "
+            f"{backbone.prediction_type!r} (rectified flow); its schedules can be attached to a "
+            "pipeline, not trained"
         )
     expected = (backbone.in_channels, backbone.input_size, backbone.input_size)
     if data.shape != expected:
-        raise DataError(f"the network takes images of shape {expected}; got {data.shape} from {data.name}; resize them")
+        raise DataError(
+            f"the network takes images of shape {expected}; got {data.shape} from {data.name}; "
+            "resize them"
+        )
     if backbone.num_classes:
         _check_classes(backbone, data)
     if backbone.takes_prompt:
         try:
             backbone.check_conditioning(data.batch([0])[1], 1)
         except ConfigError as error:
-            raise DataError(f"{data.name} must give the prompts that the network takes: {error}") from error
+            raise DataError(
+                f"{data.name} must give the prompts that the network takes: {error}"
+            ) from error
     check_schedule(backbone, diffusion.num_train_timesteps, schedule)
 
 
 def _check_classes(backbone: Backbone, data: DataSource) -> None:
     """Refuse labels that are not, or may not be, those of a network with several classes."""
-    wanted, got = backbone.num_classes, data.num_classes
+    wanted = backbone.num_classes
+    got = data.num_classes
     if wanted == 1:
         return  # see `own_labels`
     hint = ""
     if got == wanted + 1 and backbone.has_null_label:
         hint = (
-            f"; or, if the network was trained on {got} classes without label dropout, set args.num_classes = {got} in "
-            "[backbone] (for a U-ViT args.has_null_label = false)"
+            f"; or, if the network was trained on {got} classes without label dropout, set "
+            f"args.num_classes = {got} in [backbone] (for a U-ViT args.has_null_label = false)"
         )
     if got == 0:
-        raise DataError(f"the network has {wanted} classes; got images without labels from {data.name}; use class folders")
+        raise DataError(
+            f"the network has {wanted} classes; got images without labels from {data.name}; use "
+            "class folders"
+        )
     if getattr(data, "labels_by_order", False) and got != wanted:
         raise DataError(
-            f"the network has {wanted} classes; got {got} class folders from {data.name}, and nothing says which classes they "
-            'are; name them in a classes.json beside the class folders, such as {"cat": 281, "dog": 207}, or under classes in '
+            f"the network has {wanted} classes; got {got} class folders from {data.name}, and "
+            "nothing says which classes they "
+            'are; name them in a classes.json beside the class folders, such as {"cat": 281, '
+            '"dog": 207}, or under classes in '
             f"the data section (latents: encode them again with that){hint}"
         )
     if got > wanted:
         raise DataError(
-            f"the network has {wanted} classes, 0…{wanted - 1}; got labels up to {got - 1} from {data.name}; correct the "
-            f"labels, or the class indices of its folders{hint}"
+            f"the network has {wanted} classes, 0…{wanted - 1}; got labels up to {got - 1} from "
+            f"{data.name}; correct the labels, or the class indices of its folders{hint}"
         )
 
 
@@ -525,20 +632,24 @@ def finetune(
     teacher: Backbone | None = None,
     on_step: Callable[[int, float], None] | None = None,
 ) -> TrainResult:
-    """Fine-tune `backbone` (or train it from scratch, with `ExitSchedule.full`) under an exit schedule.
+    """Fine-tune `backbone` (or train it from scratch, with `ExitSchedule.full`) under an exit
+    schedule.
 
-    See `Trainer` for arguments and errors, `Trainer.run` for `on_step`. With `run_dir`, a killed run goes on where its
-    last checkpoint was, and gives the same result as one that was not killed.
+    See `Trainer` for arguments and errors, `Trainer.run` for `on_step`. With `run_dir`, a killed
+    run goes on where its last checkpoint was, and gives the same result as one that was not killed.
     """
     return Trainer(backbone, data, diffusion, schedule, config, run_dir, teacher).run(on_step)
 
 
 def seconds_per_step(trainer: Trainer, steps: int = 3) -> float:
-    """Median time of a few training steps of a trainer that is thrown away afterwards, after one to warm up."""
+    """Median time of a few training steps of a trainer that is thrown away afterwards, after one to
+    warm up."""
     times = []
     for step in range(steps + 1):
         start = time.perf_counter()
-        batch = draw_batch(trainer.data, trainer.backbone, trainer.config, trainer.diffusion, step, trainer.part)
+        batch = draw_batch(
+            trainer.data, trainer.backbone, trainer.config, trainer.diffusion, step, trainer.part
+        )
         trainer.train_step(batch).cpu()
         times.append(time.perf_counter() - start)
     return statistics.median(times[1:])

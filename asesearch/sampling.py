@@ -1,10 +1,11 @@
 """Samplers: `sample` makes images with a solver and an exit schedule.
 
-A solver is a function that reads as its algorithm, over pairs (t_cur, t_next) of which the last t_next is `t_clean`.
-It sees the network as `model(x, t)` and knows neither schedule nor guidance.
+A solver is a function that reads as its algorithm, over pairs (t_cur, t_next) of which the last
+t_next is `t_clean`. It sees the network as `model(x, t)` and knows neither schedule nor guidance.
 
-No solver is taken from diffusers: its schedulers keep whole timesteps and float32 betas, so they have no VP-SDE, and its
-DDIM takes a uniform stride. The tests compare with them where they do apply.
+No solver is taken from diffusers: its schedulers keep whole timesteps and float32 betas, so they
+have no VP-SDE, and its DDIM takes a uniform stride. The tests compare with them where they do
+apply.
 """
 
 from __future__ import annotations
@@ -35,22 +36,27 @@ Pairs = Sequence[tuple[float, float]]
 def ddpm(model: Model, x: Tensor, pairs: Pairs, diffusion: Process, noise: Noise) -> Tensor:
     """Ancestral sampling on the chain respaced to the timesteps called.
 
-    The variance is learned where the network has 2·C output channels, else the posterior's ("fixed small").
+    The variance is learned where the network has 2·C output channels, else the posterior's ("fixed
+    small").
 
-    Source: Ho et al. 2020, algorithm 2; Nichol & Dhariwal 2021, eq. 15 and section 4; official DiT code, `p_sample`.
+    Source: Ho et al. 2020, algorithm 2; Nichol & Dhariwal 2021, eq. 15 and section 4; official DiT
+    code, `p_sample`.
     """
     channels = x.shape[1]
     for t_cur, t_next in pairs:
         output = model(x, t_cur)
-        (alpha, sigma), (alpha_next, sigma_next) = diffusion.level(t_cur), diffusion.level(t_next)
+        alpha, sigma = diffusion.level(t_cur)
+        alpha_next, sigma_next = diffusion.level(t_next)
         step_alpha = (alpha / alpha_next) ** 2  # 1 - beta of the respaced chain
         beta = 1 - step_alpha
         x_start = (x - sigma * output[:, :channels]) / alpha
-        coef_start, coef_t = alpha_next * beta / sigma**2, math.sqrt(step_alpha) * (sigma_next / sigma) ** 2
+        coef_start = alpha_next * beta / sigma**2
+        coef_t = math.sqrt(step_alpha) * (sigma_next / sigma) ** 2
         x = coef_start * x_start + coef_t * x
         if t_next == diffusion.t_clean:
             break
-        std: float | Tensor = math.sqrt(beta) * sigma_next / sigma  # of the posterior; beta is the learned one's upper end
+        # of the posterior; beta is the learned one's upper end
+        std: float | Tensor = math.sqrt(beta) * sigma_next / sigma
         if output.shape[1] > channels:
             frac = (output[:, channels:] + 1) / 2
             std = std * (sigma / sigma_next) ** frac
@@ -65,7 +71,8 @@ def ddim(model: Model, x: Tensor, pairs: Pairs, diffusion: Process, noise: Noise
     """
     for t_cur, t_next in pairs:
         eps = model(x, t_cur)[:, : x.shape[1]]
-        (alpha, sigma), (alpha_next, sigma_next) = diffusion.level(t_cur), diffusion.level(t_next)
+        alpha, sigma = diffusion.level(t_cur)
+        alpha_next, sigma_next = diffusion.level(t_next)
         x_start = (x - sigma * eps) / alpha
         x = alpha_next * x_start + sigma_next * eps
     return x
@@ -74,17 +81,20 @@ def ddim(model: Model, x: Tensor, pairs: Pairs, diffusion: Process, noise: Noise
 def dpmpp_2m(model: Model, x: Tensor, pairs: Pairs, diffusion: Process, noise: Noise) -> Tensor:
     """DPM-Solver++(2M): second order, one call a step.
 
-    Source: Lu et al. 2022 (DPM-Solver++), algorithm 2. First order at the first step and at the last two: into `t_clean`,
-    where log(alpha / sigma) is infinite, and into the last timestep, where on an even grid it grows several times as much
-    as in the step before: extrapolating that far makes 25 steps up to ten times worse on Gaussian mixtures, whose exact
-    denoiser is known. On these an even grid, as the paper's DPM-25 has, gains little on DDIM below 50 steps unless the
-    data are smooth; a quadratic one (`dpm++2m-quadratic`) is several times closer at 10 to 50, but spends more of its
-    steps near data, where schedules are deepest.
+    Source: Lu et al. 2022 (DPM-Solver++), algorithm 2. First order at the first step and at the
+    last two: into `t_clean`, where log(alpha / sigma) is infinite, and into the last timestep,
+    where on an even grid it grows several times as much
+    as in the step before: extrapolating that far makes 25 steps up to ten times worse on Gaussian
+    mixtures, whose exact denoiser is known. On these an even grid, as the paper's DPM-25 has, gains
+    little on DDIM below 50 steps unless the data are smooth; a quadratic one (`dpm++2m-quadratic`)
+    is several times closer at 10 to 50, but spends more of its steps near data, where schedules are
+    deepest.
     """
     last = None
     for i, (t_cur, t_next) in enumerate(pairs):
         eps = model(x, t_cur)[:, : x.shape[1]]
-        (alpha, sigma), (alpha_next, sigma_next) = diffusion.level(t_cur), diffusion.level(t_next)
+        alpha, sigma = diffusion.level(t_cur)
+        alpha_next, sigma_next = diffusion.level(t_next)
         x_start = (x - sigma * eps) / alpha
         if t_next == diffusion.t_clean:
             return x_start
@@ -99,20 +109,24 @@ def dpmpp_2m(model: Model, x: Tensor, pairs: Pairs, diffusion: Process, noise: N
 
 
 def unipc(model: Model, x: Tensor, pairs: Pairs, diffusion: Process, noise: Noise) -> Tensor:
-    """UniPC: a second-order predictor, and a corrector that makes it third order and asks the network nothing new.
+    """UniPC: a second-order predictor, and a corrector that makes it third order and asks the
+    network nothing new.
 
-    One call a step: the network's answer at a point also corrects the step that led there. Lower order where history is short;
-    the step to `t_clean` takes the predicted image. On an even grid the step into the last timestep is extrapolated much too
-    far (see `dpmpp_2m`), so there is none.
+    One call a step: the network's answer at a point also corrects the step that led there. Lower
+    order where history is short; the step to `t_clean` takes the predicted image. On an even grid
+    the step into the last timestep is extrapolated much too far (see `dpmpp_2m`), so there is none.
 
     Source: Zhao et al. 2023 (UniPC), algorithms 5 and 6 with B2(h) = e^h - 1 and data prediction.
     """
-    levels: list[float] = []  # log(alpha / sigma) of the points called, the predicted images there beside
+    # log(alpha / sigma) of the points called, the predicted images there beside
+    levels: list[float] = []
     images: list[Tensor] = []
-    before: tuple[Tensor, float] | None = None  # the point that the last step left from, corrected, and its sigma
+    # the point that the last step left from, corrected, and its sigma
+    before: tuple[Tensor, float] | None = None
     for t_cur, t_next in pairs:
         eps = model(x, t_cur)[:, : x.shape[1]]
-        (alpha, sigma), (alpha_next, sigma_next) = diffusion.level(t_cur), diffusion.level(t_next)
+        alpha, sigma = diffusion.level(t_cur)
+        alpha_next, sigma_next = diffusion.level(t_next)
         levels.append(math.log(alpha / sigma))
         images.append((x - sigma * eps) / alpha)
         if before is not None:
@@ -120,31 +134,51 @@ def unipc(model: Model, x: Tensor, pairs: Pairs, diffusion: Process, noise: Nois
         if t_next == diffusion.t_clean:
             return images[-1]
         before = x, sigma
-        x = _unipc_step(x, sigma, [*levels[-2:], math.log(alpha_next / sigma_next)], images[-2:], alpha_next, sigma_next)
+        x = _unipc_step(
+            x,
+            sigma,
+            [*levels[-2:], math.log(alpha_next / sigma_next)],
+            images[-2:],
+            alpha_next,
+            sigma_next,
+        )
     return x
 
 
 def _unipc_step(
-    x: Tensor, sigma: float, levels: Sequence[float], images: Sequence[Tensor], alpha_next: float, sigma_next: float,
+    x: Tensor,
+    sigma: float,
+    levels: Sequence[float],
+    images: Sequence[Tensor],
+    alpha_next: float,
+    sigma_next: float,
     corrected: bool = False,
-) -> Tensor:  # fmt: skip
-    """From the last point but one of `levels` to the last; `images` ends there if the step is `corrected`."""
+) -> Tensor:
+    """From the last point but one of `levels` to the last; `images` ends there if the step is
+    `corrected`."""
     h = levels[-1] - levels[-2]
     here = images[len(levels) - 2]
     others = [i for i in range(len(images)) if i != len(levels) - 2]
     ratios = np.array([(levels[i] - levels[-2]) / h for i in others])
-    factor, targets = math.expm1(-h) / -h - 1, []
+    factor = math.expm1(-h) / -h - 1
+    targets = []
     for k in range(1, len(others) + 1):
         targets.append(factor * math.factorial(k) / math.expm1(-h))
         factor = factor / -h - 1 / math.factorial(k + 1)
-    weights = np.full(1, 0.5) if len(others) == 1 else np.linalg.solve(np.vander(ratios, increasing=True).T, targets)
+    weights = (
+        np.full(1, 0.5)
+        if len(others) == 1
+        else np.linalg.solve(np.vander(ratios, increasing=True).T, targets)
+    )
     mean = here  # of the predicted image over the step
     for weight, i in zip((weights / ratios).tolist(), others, strict=True):
         mean = mean + weight * (images[i] - here)
     return sigma_next / sigma * x - alpha_next * math.expm1(-h) * mean
 
 
-def euler_maruyama(model: Model, x: Tensor, pairs: Pairs, diffusion: Process, noise: Noise) -> Tensor:
+def euler_maruyama(
+    model: Model, x: Tensor, pairs: Pairs, diffusion: Process, noise: Noise
+) -> Tensor:
     """Euler-Maruyama on the reverse VP-SDE; no noise in the step to data.
 
     Source: Song et al. 2021 (score SDE), eq. 6; baofff/U-ViT, `sde.py`.
@@ -152,7 +186,8 @@ def euler_maruyama(model: Model, x: Tensor, pairs: Pairs, diffusion: Process, no
     assert isinstance(diffusion, VPSDE)
     for t_cur, t_next in pairs:
         eps = model(x, t_cur)[:, : x.shape[1]]
-        beta, (_, sigma) = diffusion.beta(t_cur), diffusion.level(t_cur)
+        beta = diffusion.beta(t_cur)
+        _, sigma = diffusion.level(t_cur)
         ds = (t_cur - t_next) / diffusion.t_max
         x = x + ds * beta * (0.5 * x - eps / sigma)
         if t_next != diffusion.t_clean:
@@ -210,22 +245,33 @@ class SampleResult:
 
 
 def guided(
-    backbone: Backbone, x_t: Tensor, t: Tensor, y: Conditioning | None, cfg_scale: float, exit_depth: int | None = None
+    backbone: Backbone,
+    x_t: Tensor,
+    t: Tensor,
+    y: Conditioning | None,
+    cfg_scale: float,
+    exit_depth: int | None = None,
 ) -> Tensor:
     """The network's output under classifier-free guidance; a single pass at cfg_scale 1.
 
-    eps = uncond + cfg_scale · (cond - uncond) on the first `guided_channels` output channels; the others are the
-    conditional pass's.
+    eps = uncond + cfg_scale · (cond - uncond) on the first `guided_channels` output channels; the
+    others are the conditional pass's.
 
-    Source: Ho & Salimans 2022, with the scale of the official DiT code (`forward_with_cfg`), which guides three channels.
+    Source: Ho & Salimans 2022, with the scale of the official DiT code (`forward_with_cfg`), which
+    guides three channels.
     """
     if cfg_scale == 1.0:
         return backbone(x_t, t, y, exit_depth=exit_depth)  # type: ignore[no-any-return]
     assert y is not None
     both = _joined(y, backbone.null_labels(y))  # 2·N conditions
-    cond, uncond = backbone(x_t.repeat(2, 1, 1, 1), t.repeat(2), both, exit_depth=exit_depth).chunk(2)
-    eps, eps_null = cond[:, : backbone.guided_channels], uncond[:, : backbone.guided_channels]
-    return torch.cat([eps_null + cfg_scale * (eps - eps_null), cond[:, backbone.guided_channels :]], dim=1)
+    cond, uncond = backbone(x_t.repeat(2, 1, 1, 1), t.repeat(2), both, exit_depth=exit_depth).chunk(
+        2
+    )
+    eps = cond[:, : backbone.guided_channels]
+    eps_null = uncond[:, : backbone.guided_channels]
+    return torch.cat(
+        [eps_null + cfg_scale * (eps - eps_null), cond[:, backbone.guided_channels :]], dim=1
+    )
 
 
 def _joined(a: Conditioning, b: Conditioning) -> Conditioning:
@@ -243,12 +289,22 @@ def _part(y: Conditioning | None, part: slice, device: torch.device) -> Conditio
 
 
 class _ScheduledModel:
-    """The network as a solver sees it: adds labels, guidance and exit depth, and counts what was run for an image."""
+    """The network as a solver sees it: adds labels, guidance and exit depth, and counts what was
+    run for an image."""
 
     def __init__(
-        self, backbone: Backbone, schedule: ExitSchedule, diffusion: Process, y: Conditioning | None, cfg_scale: float
+        self,
+        backbone: Backbone,
+        schedule: ExitSchedule,
+        diffusion: Process,
+        y: Conditioning | None,
+        cfg_scale: float,
     ) -> None:
-        self.backbone, self.schedule, self.diffusion, self.y, self.cfg_scale = backbone, schedule, diffusion, y, cfg_scale
+        self.backbone = backbone
+        self.schedule = schedule
+        self.diffusion = diffusion
+        self.y = y
+        self.cfg_scale = cfg_scale
         self.timesteps: list[float] = []
         self.nfe = self.block_calls = 0
 
@@ -277,7 +333,8 @@ def arithmetic(precision: str, device: torch.device) -> Iterator[None]:
 
 
 def image_noise(seeds: Sequence[int], shape: tuple[int, ...], device: torch.device) -> Noise:
-    """Noise whose image i follows from seeds[i] alone: one CPU generator an image, the same on every device."""
+    """Noise whose image i follows from seeds[i] alone: one CPU generator an image, the same on
+    every device."""
     generators = [torch.Generator().manual_seed(int(seed)) for seed in seeds]
 
     def noise() -> Tensor:
@@ -315,7 +372,8 @@ def sample(
         diffusion: the process the network was trained with.
         num_steps: calls of the network an image (twice as many under guidance).
         seeds: one int from 0 to 2^32 - 1 an image.
-        y: (N,) labels, or a prompt's tensors with leading dimension N; None for an unconditional network.
+        y: (N,) labels, or a prompt's tensors with leading dimension N; None for an unconditional
+            network.
         cfg_scale: strength of classifier-free guidance, 1 = none.
         batch_size: images at a time; under guidance the network sees twice as many.
         precision: of the network's arithmetic, see `SamplingConfig`; the solver's is float32.
@@ -332,7 +390,8 @@ def sample(
     pairs = list(pairwise((*timesteps, diffusion.t_clean)))
     place = torch.device(device or next(backbone.parameters(), torch.empty(0)).device)
     shape = (backbone.in_channels, backbone.input_size, backbone.input_size)
-    images, seconds = torch.empty(len(seeds), *shape), 0.0
+    images = torch.empty(len(seeds), *shape)
+    seconds = 0.0
     with _evaluating(backbone.to(place)), arithmetic(precision, place):
         for first in range(0, len(seeds), batch_size):
             part = slice(first, min(first + batch_size, len(seeds)))
@@ -371,8 +430,8 @@ def check_sampling(
     """
     if backbone.prediction_type != "epsilon":
         raise ConfigError(
-            f"these solvers need a network that predicts noise (epsilon); got {backbone.prediction_type!r}; "
-            "sample it with its own diffusers pipeline"
+            "these solvers need a network that predicts noise (epsilon); got "
+            f"{backbone.prediction_type!r}; sample it with its own diffusers pipeline"
         )
     if isinstance(solver, str):
         if solver not in SOLVERS:
@@ -381,31 +440,47 @@ def check_sampling(
     if not isinstance(diffusion, solver.processes):
         kinds = " or ".join(kind.__name__ for kind in solver.processes)
         fit = ", ".join(s.name for s in SOLVERS.values() if isinstance(diffusion, s.processes))
-        raise ConfigError(f"{solver.name} is for a {kinds} process; got {type(diffusion).__name__}; choose one of {fit}")
+        raise ConfigError(
+            f"{solver.name} is for a {kinds} process; got {type(diffusion).__name__}; choose one "
+            f"of {fit}"
+        )
     if not (math.isfinite(cfg_scale) and cfg_scale >= 0):
-        raise ConfigError(f"cfg_scale must be a finite number of at least 0; got {cfg_scale}; 1 means no guidance")
+        raise ConfigError(
+            f"cfg_scale must be a finite number of at least 0; got {cfg_scale}; 1 means no guidance"
+        )
     if cfg_scale != 1.0 and not backbone.has_null_label:
         raise ConfigError(
-            "guidance needs a network with a null label or null condition, as training with dropped labels or prompts makes; "
-            f"this one has none; got cfg_scale {cfg_scale}; use 1"
+            "guidance needs a network with a null label or null condition, as training with "
+            f"dropped labels or prompts makes; this one has none; got cfg_scale {cfg_scale}; use 1"
         )
     return solver, diffusion.timesteps(num_steps, solver.quadratic)
 
 
-def check_images(backbone: Backbone, seeds: Sequence[int], y: Conditioning | None, batch_size: int) -> None:
+def check_images(
+    backbone: Backbone, seeds: Sequence[int], y: Conditioning | None, batch_size: int
+) -> None:
     """The errors of `sample` about what to make."""
-    if len(seeds) == 0 or not all(isinstance(seed, (int, np.integer)) and 0 <= seed < 2**32 for seed in seeds):
+    if len(seeds) == 0 or not all(
+        isinstance(seed, (int, np.integer)) and 0 <= seed < 2**32 for seed in seeds
+    ):
         raise ConfigError(
-            "seeds must be whole numbers from 0 to 2^32 - 1 (torch's CPU generator ignores higher bits), one an image; "
-            f"got {list(seeds)[:5]} …; begin lower"
+            "seeds must be whole numbers from 0 to 2^32 - 1 (torch's CPU generator ignores higher "
+            f"bits), one an image; got {list(seeds)[:5]} …; begin lower"
         )
     if batch_size < 1:
-        raise ConfigError(f"batch_size must be at least 1; got {batch_size}; 100 suits most networks")
+        raise ConfigError(
+            f"batch_size must be at least 1; got {batch_size}; 100 suits most networks"
+        )
     backbone.check_conditioning(y, len(seeds))
     top = backbone.num_classes - 1 + backbone.has_null_label
-    if isinstance(y, Tensor) and (y.dtype not in (torch.int32, torch.int64) or int(y.min()) < 0 or int(y.max()) > top):
+    if isinstance(y, Tensor) and (
+        y.dtype not in (torch.int32, torch.int64) or int(y.min()) < 0 or int(y.max()) > top
+    ):
         null = f" ({top} is the null label)" if backbone.has_null_label else ""
-        raise ConfigError(f"labels must be integers in 0…{top}{null}; got {y.dtype} from {y.min()} to {y.max()}; correct them")
+        raise ConfigError(
+            f"labels must be integers in 0…{top}{null}; got {y.dtype} from {y.min()} to {y.max()}; "
+            "correct them"
+        )
 
 
 def _now(device: torch.device) -> float:

@@ -1,7 +1,7 @@
 """`ExitSchedule`: how many blocks run at each noise level. No torch in here.
 
-Source: Moon et al., "A Simple Early Exiting Framework for Accelerated Sampling in Diffusion Models", ICML 2024,
-section 3.2 and Table 5.
+Source: Moon et al., "A Simple Early Exiting Framework for Accelerated Sampling in Diffusion
+Models", ICML 2024, section 3.2 and Table 5.
 """
 
 from __future__ import annotations
@@ -86,7 +86,12 @@ def _numbers(text: str, whole: str) -> tuple[int, ...]:
         f"the published names are {', '.join(PUBLISHED)}",
     )
     for part in parts:
-        _require(len(part.lstrip("0")) < 10, "numbers of a schedule must be below 10^9", part, "correct it")
+        _require(
+            len(part.lstrip("0")) < 10,
+            "numbers of a schedule must be below 10^9",
+            part,
+            "correct it",
+        )
     return tuple(int(part) for part in parts)
 
 
@@ -97,7 +102,8 @@ class ExitSchedule:
     Attributes:
         depth: blocks of the network that may be dropped (all of DiT's, the decoder's in a U-ViT).
         num_train_timesteps: length of the chain; t lies in [0, num_train_timesteps), 0 = data.
-        boundaries: strictly increasing, from 0 to num_train_timesteps; interval i is [boundaries[i], boundaries[i+1]).
+        boundaries: strictly increasing, from 0 to num_train_timesteps; interval i is
+            [boundaries[i], boundaries[i+1]).
         exit_depths: one count in 1…depth an interval, data side first.
 
     Raises:
@@ -110,11 +116,21 @@ class ExitSchedule:
     exit_depths: tuple[int, ...]
 
     def __post_init__(self) -> None:
-        (depth, chain) = _integers((self.depth, self.num_train_timesteps), "depth and num_train_timesteps")
-        bounds, depths = _integers(self.boundaries, "boundaries"), _integers(self.exit_depths, "exit_depths")
-        _require(depth >= 1, "depth must be at least 1", depth, "give the number of blocks of the network")
+        (depth, chain) = _integers(
+            (self.depth, self.num_train_timesteps), "depth and num_train_timesteps"
+        )
+        bounds = _integers(self.boundaries, "boundaries")
+        depths = _integers(self.exit_depths, "exit_depths")
+        _require(
+            depth >= 1,
+            "depth must be at least 1",
+            depth,
+            "give the number of blocks of the network",
+        )
         _require(chain >= 1, "num_train_timesteps must be at least 1", chain, "DiT uses 1000")
-        _require(len(depths) >= 1, "exit_depths must not be empty", depths, "give one depth an interval")
+        _require(
+            len(depths) >= 1, "exit_depths must not be empty", depths, "give one depth an interval"
+        )
         _require(
             len(bounds) == len(depths) + 1,
             "boundaries must have one entry more than exit_depths",
@@ -140,14 +156,21 @@ class ExitSchedule:
                 value,
                 "lower it, or rescale the schedule with rescaled(depth)",
             )
-        whole = {"depth": depth, "num_train_timesteps": chain, "boundaries": bounds, "exit_depths": depths}
+        whole = {
+            "depth": depth,
+            "num_train_timesteps": chain,
+            "boundaries": bounds,
+            "exit_depths": depths,
+        }
         for name, plain in whole.items():
             object.__setattr__(self, name, plain)  # plain ints and tuples, whatever was passed
 
     # -- making one ------------------------------------------------------------------------------
 
     @classmethod
-    def uniform_intervals(cls, exit_depths: Sequence[int], depth: int, num_train_timesteps: int = 1000) -> ExitSchedule:
+    def uniform_intervals(
+        cls, exit_depths: Sequence[int], depth: int, num_train_timesteps: int = 1000
+    ) -> ExitSchedule:
         """A schedule over equal intervals (to the nearest timestep), data side first."""
         _integers((depth, num_train_timesteps), "depth and num_train_timesteps")
         count = len(exit_depths)
@@ -167,7 +190,9 @@ class ExitSchedule:
         return cls.uniform_intervals((depth,), depth, num_train_timesteps)
 
     @classmethod
-    def from_string(cls, text: str, depth: int | None = None, num_train_timesteps: int = 1000) -> ExitSchedule:
+    def from_string(
+        cls, text: str, depth: int | None = None, num_train_timesteps: int = 1000
+    ) -> ExitSchedule:
         """Read what `str` gives, a published name (`"D3-DiT"`) or `"full"`.
 
         Args:
@@ -198,20 +223,35 @@ class ExitSchedule:
         return cls.uniform_intervals(depths, depth, num_train_timesteps)
 
     @classmethod
-    def published(cls, name: str, depth: int | None = None, num_train_timesteps: int = 1000) -> ExitSchedule:
+    def published(
+        cls, name: str, depth: int | None = None, num_train_timesteps: int = 1000
+    ) -> ExitSchedule:
         """One of the paper's eight schedules, rescaled to `depth` where given."""
-        _require(name in PUBLISHED, "unknown published schedule", repr(name), f"choose one of {', '.join(PUBLISHED)}")
+        _require(
+            name in PUBLISHED,
+            "unknown published schedule",
+            repr(name),
+            f"choose one of {', '.join(PUBLISHED)}",
+        )
         own_depth, depths = PUBLISHED[name]
         schedule = cls.uniform_intervals(depths, own_depth, num_train_timesteps)
         return schedule if depth is None else schedule.rescaled(depth)
 
     def rescaled(self, depth: int) -> ExitSchedule:
-        """The same shape for another depth: each entry times depth / self.depth, rounded half up, at least 1.
+        """The same shape for another depth: each entry times depth / self.depth, rounded half up,
+        at least 1.
 
         Noise-easy schedules stay noise-easy. Rounding makes coarse nets coarse: check `block_frac`.
         """
-        _require(depth >= 1, "depth must be at least 1", depth, "give the number of blocks of the network")
-        scaled = tuple(max(1, (2 * d * depth + self.depth) // (2 * self.depth)) for d in self.exit_depths)
+        _require(
+            depth >= 1,
+            "depth must be at least 1",
+            depth,
+            "give the number of blocks of the network",
+        )
+        scaled = tuple(
+            max(1, (2 * d * depth + self.depth) // (2 * self.depth)) for d in self.exit_depths
+        )
         return ExitSchedule(depth, self.num_train_timesteps, self.boundaries, scaled)
 
     # -- asking it -------------------------------------------------------------------------------
@@ -227,7 +267,12 @@ class ExitSchedule:
         """
         times = np.asarray(t, dtype=np.float64)
         ok = bool(np.all((times >= 0) & (times < self.num_train_timesteps)))
-        _require(ok, f"timesteps must lie in [0, {self.num_train_timesteps})", t, "0 is data; the last is one below the end")
+        _require(
+            ok,
+            f"timesteps must lie in [0, {self.num_train_timesteps})",
+            t,
+            "0 is data; the last is one below the end",
+        )
         interval = np.searchsorted(np.asarray(self.boundaries), times, side="right") - 1
         return np.asarray(self.exit_depths, dtype=np.int64)[interval]
 
@@ -246,23 +291,38 @@ class ExitSchedule:
         return int(self.exit_depth_at(timesteps).sum())
 
     def block_frac(self, timesteps: npt.ArrayLike | None = None) -> float:
-        """`block_calls` as a fraction of the full network's, in (0, 1]; over the whole chain if no timesteps are given."""
-        times = np.arange(self.num_train_timesteps) if timesteps is None else np.atleast_1d(np.asarray(timesteps))
-        _require(times.size > 0, "timesteps must not be empty", "no timesteps", "give the timesteps the sampler calls at")
+        """`block_calls` as a fraction of the full network's, in (0, 1]; over the whole chain if no
+        timesteps are given."""
+        times = (
+            np.arange(self.num_train_timesteps)
+            if timesteps is None
+            else np.atleast_1d(np.asarray(timesteps))
+        )
+        _require(
+            times.size > 0,
+            "timesteps must not be empty",
+            "no timesteps",
+            "give the timesteps the sampler calls at",
+        )
         return self.block_calls(times) / (self.depth * times.size)
 
     def merged(self) -> ExitSchedule:
-        """The same function of t with equal neighbouring intervals joined: equal schedules become equal objects."""
+        """The same function of t with equal neighbouring intervals joined: equal schedules become
+        equal objects."""
         keep = [i for i, d in enumerate(self.exit_depths) if i == 0 or d != self.exit_depths[i - 1]]
         bounds = (*(self.boundaries[i] for i in keep), self.num_train_timesteps)
-        return ExitSchedule(self.depth, self.num_train_timesteps, bounds, tuple(self.exit_depths[i] for i in keep))
+        return ExitSchedule(
+            self.depth, self.num_train_timesteps, bounds, tuple(self.exit_depths[i] for i in keep)
+        )
 
     # -- writing it ------------------------------------------------------------------------------
 
     def __str__(self) -> str:
         depths = " ".join(map(str, self.exit_depths))
         count = len(self.exit_depths)
-        if self.boundaries == tuple(i * self.num_train_timesteps // count for i in range(count + 1)):
+        if self.boundaries == tuple(
+            i * self.num_train_timesteps // count for i in range(count + 1)
+        ):
             return depths
         return f"{depths} @ {' '.join(map(str, self.boundaries))}"
 
@@ -286,9 +346,15 @@ class ExitSchedule:
         """Inverse of `to_dict`.
 
         Raises:
-            ScheduleError: another format or version, a missing or unknown key, or an invalid schedule.
+            ScheduleError: another format or version, a missing or unknown key, or an invalid
+                schedule.
         """
-        _require(isinstance(data, dict), "a schedule must be a JSON object", type(data).__name__, "write it with to_json")
+        _require(
+            isinstance(data, dict),
+            "a schedule must be a JSON object",
+            type(data).__name__,
+            "write it with to_json",
+        )
         assert isinstance(data, dict)
         _require(
             data.get("format") == FORMAT,
@@ -304,10 +370,20 @@ class ExitSchedule:
             "install the asesearch release that wrote it",
         )
         keys = {"format", "version", "depth", "num_train_timesteps", "boundaries", "exit_depths"}
-        _require(set(data) == keys, f"keys must be {sorted(keys)}", sorted(map(str, data)), "write it with to_json")
+        _require(
+            set(data) == keys,
+            f"keys must be {sorted(keys)}",
+            sorted(map(str, data)),
+            "write it with to_json",
+        )
         lists = all(isinstance(data[k], (list, tuple)) for k in ("boundaries", "exit_depths"))
         _require(lists, "boundaries and exit_depths must be lists", data, "write it with to_json")
-        return cls(data["depth"], data["num_train_timesteps"], tuple(data["boundaries"]), tuple(data["exit_depths"]))
+        return cls(
+            data["depth"],
+            data["num_train_timesteps"],
+            tuple(data["boundaries"]),
+            tuple(data["exit_depths"]),
+        )
 
     @classmethod
     def from_json(cls, text: str) -> ExitSchedule:
@@ -319,7 +395,9 @@ class ExitSchedule:
         return cls.from_dict(_parsed(text))
 
     @classmethod
-    def read(cls, path: str | os.PathLike[str], depth: int, num_train_timesteps: int = 1000) -> ExitSchedule:
+    def read(
+        cls, path: str | os.PathLike[str], depth: int, num_train_timesteps: int = 1000
+    ) -> ExitSchedule:
         """A schedule for a network of `depth` blocks from a JSON file.
 
         The file holds what `to_json` gives, a string for `from_string`, or plain depths over equal
@@ -388,7 +466,9 @@ def _parsed(text: str) -> Any:
         if not isinstance(error, json.JSONDecodeError):
             deep = isinstance(error, RecursionError)
             reason = "it is nested too deep" if deep else "an integer is too long"
-        raise ScheduleError(f"a schedule must be JSON; got {_shown(repr(text))} ({reason}); write it with to_json") from error
+        raise ScheduleError(
+            f"a schedule must be JSON; got {_shown(repr(text))} ({reason}); write it with to_json"
+        ) from error
 
 
 @dataclass(frozen=True)
@@ -428,9 +508,11 @@ class ElasticDepths:
     def draw(self, t: npt.ArrayLike, u: npt.ArrayLike) -> npt.NDArray[np.int64]:
         """Blocks to run for samples at timesteps t (N,) and uniform draws u (N,) in [0, 1): (N,).
 
-        The share `full_frac` of the draws, the largest, stands for all blocks; the others are spread by the law.
+        The share `full_frac` of the draws, the largest, stands for all blocks; the others are
+        spread by the law.
         """
-        times, draws = np.asarray(t, np.float64), np.asarray(u, np.float64)
+        times = np.asarray(t, np.float64)
+        draws = np.asarray(u, np.float64)
         drops = draws < 1 - self.full_frac
         part = np.where(drops, draws / max(1 - self.full_frac, 1e-9), 0.0)
         power = 1.0 if self.law == "uniform" else 0.5 + 1.5 * times / self.num_train_timesteps

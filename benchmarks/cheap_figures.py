@@ -1,8 +1,9 @@
 """Which cheap figure predicts the full protocol, and what a fine-tuning is best done with.
 
-One part a question: `predict` compares cheap figures of schedules with their figure after the longest fine-tuning, by rank;
-`ablate` compares ways of fine-tuning after equal compute; `low-fidelity` compares scores that exist for fewer images than
-features. Killed, the same command goes on.
+One part a question: `predict` compares cheap figures of schedules with their figure after the
+longest fine-tuning, by rank; `ablate` compares ways of fine-tuning after equal compute;
+`low-fidelity` compares scores that exist for fewer images than features. Killed, the same command
+goes on.
 """
 
 from __future__ import annotations
@@ -20,7 +21,15 @@ from torch import Tensor
 
 from asesearch.backbones.base import Backbone
 from asesearch.backbones.checkpoints import load_backbone, save_backbone
-from asesearch.config import BackboneConfig, ElasticConfig, LossWeight, MapConfig, StudyConfig, TrainConfig, parse_study
+from asesearch.config import (
+    BackboneConfig,
+    ElasticConfig,
+    LossWeight,
+    MapConfig,
+    StudyConfig,
+    TrainConfig,
+    parse_study,
+)
 from asesearch.evaluation.extractors import FashionCNN, make_extractor, register_extractor
 from asesearch.evaluation.fidelity import (
     ReferenceStats,
@@ -43,7 +52,8 @@ SHORT = {"min_snr_gamma": 5.0, "batch_size": 32, "loss_weight": {"shape": "none"
 
 
 def study(args: argparse.Namespace) -> StudyConfig:
-    """The shipped network and images; eight second-order steps, which are as good as fifty of DDIM."""
+    """The shipped network and images; eight second-order steps, which are as good as fifty of
+    DDIM."""
     return parse_study(
         {
             "name": "cheap-figures",
@@ -51,20 +61,23 @@ def study(args: argparse.Namespace) -> StudyConfig:
             "data": {"kind": "fashion-mnist", "split": "test"},
             "sampling": {"solver": "dpm++2m-quadratic", "num_steps": 8},
             "evaluation": {
-                "extractor": "fashion-cnn", "num_samples": 80 if args.tiny else 200, "repeats": 2,
+                "extractor": "fashion-cnn",
+                "num_samples": 80 if args.tiny else 200,
+                "repeats": 2,
                 "reference": {"kind": "fashion-mnist", "split": "train"},
             },
             "search": {"min_exit_depth": 2, "cost": "flops"},
         },
         "cheap_figures",
-    )  # fmt: skip
+    )
 
 
 class Lab:
     """Network, elastic weights and map, made once."""
 
     def __init__(self, args: argparse.Namespace) -> None:
-        self.args, self.bench = args, Workbench(study(args))
+        self.args = args
+        self.bench = Workbench(study(args))
         self.depth = self.bench.backbone.depth
         self.steps = next(iter(self.bench.samplers.values()))
         self.work: Path = args.work
@@ -78,15 +91,26 @@ class Lab:
             say(f"{key}: {path.read_text()[:90]}")
         return json.loads(path.read_text())
 
-    def tuned(self, key: str, start: Backbone, depths: ExitSchedule | ElasticDepths, config: TrainConfig) -> Backbone:
+    def tuned(
+        self, key: str, start: Backbone, depths: ExitSchedule | ElasticDepths, config: TrainConfig
+    ) -> Backbone:
         """A fine-tuned network, kept under a key."""
         path = self.work / f"{key}.safetensors"
         if not path.is_file():
-            net = finetune(start, self.bench.data, self.bench.diffusion, depths, config, teacher=self.bench.backbone).backbone
+            net = finetune(
+                start,
+                self.bench.data,
+                self.bench.diffusion,
+                depths,
+                config,
+                teacher=self.bench.backbone,
+            ).backbone
             save_backbone(net, path, {})
         return load_backbone(BackboneConfig(checkpoint=str(path))).eval()
 
-    def figure(self, net: Backbone, schedule: ExitSchedule, num_samples: int | None = None, seed: int = 0) -> list[float]:
+    def figure(
+        self, net: Backbone, schedule: ExitSchedule, num_samples: int | None = None, seed: int = 0
+    ) -> list[float]:
         """Values of the repeats."""
         changes = {"seed": seed} | ({"num_samples": num_samples} if num_samples else {})
         evaluation = self.bench.config.evaluation.model_copy(update=changes)
@@ -102,23 +126,31 @@ class Lab:
     def elastic(self) -> Backbone:
         """The elastic network that `predict` and the warm-started parts of `ablate` share."""
         steps = 3 if self.args.tiny else self.args.elastic_steps
-        config = ElasticConfig(**SHORT, num_steps=steps, lr=1e-3, warmup_steps=20, ema_decay=0.98, distill_frac=1.0)
+        config = ElasticConfig(
+            **SHORT, num_steps=steps, lr=1e-3, warmup_steps=20, ema_decay=0.98, distill_frac=1.0
+        )
         law = ElasticDepths(self.depth, 1000, 2, "noise-easy", 0.1)
         return self.tuned("elastic", self.bench.backbone, law, config)
 
     def map(self) -> DifficultyMap:
         """Of the elastic network against the pretrained one."""
         config = MapConfig(num_bins=10, num_images=8 if self.args.tiny else 48)
-        data, diffusion = self.bench.data, self.bench.diffusion
+        data = self.bench.data
+        diffusion = self.bench.diffusion
         made = self.remembered(
-            "map", lambda: measure_map(self.elastic(), data, diffusion, config, self.bench.backbone).to_dict()
+            "map",
+            lambda: measure_map(
+                self.elastic(), data, diffusion, config, self.bench.backbone
+            ).to_dict(),
         )
         return DifficultyMap.from_dict(made)
 
 
 def schedules(lab: Lab, count: int, budget: float | None, seed: int) -> list[ExitSchedule]:
-    """Random schedules of any shape, noise-easy or not, of one budget (share of block calls) or of budgets from 0.35 to 0.9."""
-    rng, out = np.random.default_rng(seed), []
+    """Random schedules of any shape, noise-easy or not, of one budget (share of block calls) or of
+    budgets from 0.35 to 0.9."""
+    rng = np.random.default_rng(seed)
+    out = []
     while len(out) < count:
         target = budget or rng.uniform(0.35, 0.9)
         shape = np.sort(rng.uniform(0, 1, 10)) ** rng.uniform(0.4, 2.5)
@@ -127,7 +159,9 @@ def schedules(lab: Lab, count: int, budget: float | None, seed: int) -> list[Exi
         depths = np.clip(np.round(low + (lab.depth - low) * shape), 2, lab.depth).astype(int)
         schedule = ExitSchedule.uniform_intervals(depths.tolist(), lab.depth)
         close = 0.006 if budget else 0.03
-        if abs(schedule.block_frac(lab.steps) - target) < close and schedule.merged() not in {s.merged() for s in out}:
+        if abs(schedule.block_frac(lab.steps) - target) < close and schedule.merged() not in {
+            s.merged() for s in out
+        }:
             out.append(schedule)
     return out
 
@@ -135,19 +169,35 @@ def schedules(lab: Lab, count: int, budget: float | None, seed: int) -> list[Exi
 def predict(lab: Lab) -> tuple[list[Figure], dict[str, Any]]:
     """Rank correlation of each cheap figure with the longest fine-tuning."""
     count, lengths = (4, (1, 2, 3)) if lab.args.tiny else (lab.args.schedules, (8, 24, 64))
-    elastic, table = lab.elastic(), lab.map()
+    elastic = lab.elastic()
+    table = lab.map()
     snr = np.array([float(lab.bench.diffusion.snr()[int(t)]) for t in lab.steps])
     weightings = {"unweighted": np.ones(len(snr)), "1/SNR": 1 / snr, "log(1+SNR)": np.log1p(snr)}
-    figures, raw = [], {}
+    figures = []
+    raw = {}
     for name, budget in (("one budget", 0.62), ("mixed budgets", None)):
         rows = []
         for i, schedule in enumerate(schedules(lab, count, budget, 1 if budget else 2)):
-            rows.append(lab.remembered(f"{name[:3]}-{i}", lambda s=schedule: one(lab, elastic, table, weightings, s, lengths)))
+            rows.append(
+                lab.remembered(
+                    f"{name[:3]}-{i}",
+                    lambda s=schedule: one(lab, elastic, table, weightings, s, lengths),
+                )
+            )
         raw[name] = rows
         truth = [r[f"tuned {lengths[-1]}"] for r in rows]
-        for key in [k for k in rows[0] if k not in ("schedule", "block_frac", f"tuned {lengths[-1]}")]:
+        for key in [
+            k for k in rows[0] if k not in ("schedule", "block_frac", f"tuned {lengths[-1]}")
+        ]:
             values = [r[key] for r in rows]
-            figures.append(Figure(f"{name}: {key}", float(spearmanr(values, truth).statistic), "", bootstrap(values, truth)))
+            figures.append(
+                Figure(
+                    f"{name}: {key}",
+                    float(spearmanr(values, truth).statistic),
+                    "",
+                    bootstrap(values, truth),
+                )
+            )
     return figures, raw
 
 
@@ -165,11 +215,17 @@ def one(
     out: dict[str, Any] = {"schedule": str(schedule), "block_frac": schedule.block_frac(lab.steps)}
     out |= {f"map error, {name}": float((w * errors).sum()) for name, w in weightings.items()}
     out["map error, root"] = float(np.sqrt(errors).sum())
-    out["elastic, 100 images"] = float(np.mean(lab.figure(elastic, schedule, None if lab.args.tiny else 100)))
+    out["elastic, 100 images"] = float(
+        np.mean(lab.figure(elastic, schedule, None if lab.args.tiny else 100))
+    )
     out["elastic, 200 images"] = float(np.mean(lab.figure(elastic, schedule)))
     for steps in lengths:
-        config = TrainConfig(**SHORT, num_steps=steps, lr=6e-4, warmup_steps=5, ema_decay=0.9, distill_frac=1.0)
-        data, diffusion, teacher = lab.bench.data, lab.bench.diffusion, lab.bench.backbone
+        config = TrainConfig(
+            **SHORT, num_steps=steps, lr=6e-4, warmup_steps=5, ema_decay=0.9, distill_frac=1.0
+        )
+        data = lab.bench.data
+        diffusion = lab.bench.diffusion
+        teacher = lab.bench.backbone
         net = finetune(elastic, data, diffusion, schedule, config, teacher=teacher).backbone
         out[f"tuned {steps}"] = float(np.mean(lab.figure(net, schedule)))
     return out
@@ -177,16 +233,20 @@ def one(
 
 def bootstrap(a: list[float], b: list[float]) -> float:
     """Standard error of a rank correlation, over resampled schedules."""
-    rng, pairs = np.random.default_rng(0), np.array([a, b])
+    rng = np.random.default_rng(0)
+    pairs = np.array([a, b])
     draws = [pairs[:, rng.integers(0, len(a), len(a))] for _ in range(400)]
     ranks = [spearmanr(*d).statistic for d in draws if len(set(d[0])) > 2 and len(set(d[1])) > 2]
     return float(np.nanstd(ranks))
 
 
 class FashionConv(FashionCNN):
-    """The 2,352 numbers behind `fashion-cnn`'s last convolution: as many features as Inception has, and few images."""
+    """The 2,352 numbers behind `fashion-cnn`'s last convolution: as many features as Inception has,
+    and few images."""
 
-    def __init__(self, name: str = "fashion-conv", features_list: tuple[str, ...] = ("64",), **rest: Any) -> None:
+    def __init__(
+        self, name: str = "fashion-conv", features_list: tuple[str, ...] = ("64",), **rest: Any
+    ) -> None:
         super().__init__(name, features_list, **rest)
 
     def forward(self, images: Tensor) -> tuple[Tensor]:
@@ -195,21 +255,27 @@ class FashionConv(FashionCNN):
         return (F.silu(self.norm2(self.conv2(x))).flatten(1),)
 
 
-TRUTH_IMAGES, SET_IMAGES, SETS = 1000, 200, 3  # of each schedule: for the full distance, and for each set of seeds
+# of each schedule: for the full distance, and for each set of seeds
+TRUTH_IMAGES = 1000
+SET_IMAGES = 200
+SETS = 3
 FEW = {"fashion-cnn": (16, 32), "fashion-conv": (100,)}  # images a repeat, of two
 
 
 def low_fidelity(lab: Lab) -> tuple[list[Figure], dict[str, Any]]:
-    """Rank correlation of scores of few images with the full distance of many, and with the fine-tuned score on record.
+    """Rank correlation of scores of few images with the full distance of many, and with the
+    fine-tuned score on record.
 
-    All scores of a schedule are of the elastic network and of the same images; the full distance is of others.
+    All scores of a schedule are of the elastic network and of the same images; the full distance is
+    of others.
     """
     register_extractor("fashion-conv", FashionConv)
     conv = make_extractor("fashion-conv")
     spaces = {"fashion-cnn": (lab.bench.extractor, lab.bench.reference)}
     spaces["fashion-conv"] = conv, reference_statistics(lab.bench.data, conv)
     count = 4 if lab.args.tiny else lab.args.schedules // 2
-    figures, raw = [], {}
+    figures = []
+    raw = {}
     for name, budget in (("one budget", 0.62), ("mixed budgets", None)):
         rows = []
         for i, schedule in enumerate(schedules(lab, count, budget, 1 if budget else 2)):
@@ -223,17 +289,22 @@ def low_fidelity(lab: Lab) -> tuple[list[Figure], dict[str, Any]]:
             for key in rows[0]["few"]:
                 sets = np.array([r["few"][key] for r in rows])  # (schedules, sets)
                 found = float(np.mean([spearmanr(column, truth).statistic for column in sets.T]))
-                figures.append(Figure(f"{name}, {what}: {key}", found, "", bootstrap_sets(sets, truth)))
+                figures.append(
+                    Figure(f"{name}, {what}: {key}", found, "", bootstrap_sets(sets, truth))
+                )
     return figures, raw
 
 
 def scores_of_few(lab: Lab, spaces: dict[str, Any], schedule: ExitSchedule) -> dict[str, Any]:
-    """Of one schedule: its full distance, and for each score the mean over two repeats, one a set of seeds."""
+    """Of one schedule: its full distance, and for each score the mean over two repeats, one a set
+    of seeds."""
     many, few, sets = (80, 24, 1) if lab.args.tiny else (TRUTH_IMAGES, SET_IMAGES, SETS)
     images = to_uint8(lab.bench.sample(lab.elastic(), schedule, range(many + sets * few)).images)
     extractor, reference = spaces["fashion-cnn"]
     features = extract_features(extractor, images[:many])
-    full = frechet_distance(features.mean(0), np.cov(features, rowvar=False), reference.mean, reference.cov)
+    full = frechet_distance(
+        features.mean(0), np.cov(features, rowvar=False), reference.mean, reference.cov
+    )
     found: dict[str, list[float]] = {}
     for space, (extractor, reference) in spaces.items():
         features = extract_features(extractor, images[many:]).reshape(sets, few, -1)
@@ -241,14 +312,25 @@ def scores_of_few(lab: Lab, spaces: dict[str, Any], schedule: ExitSchedule) -> d
             n = min(n, few // 2)
             for part in features:
                 for key, value in scores(part[: 2 * n].reshape(2, n, -1), reference).items():
-                    found.setdefault(f"{extractor.dim} features, {n} x 2 images, {key}", []).append(value)
-    return {"schedule": str(schedule), "block_frac": schedule.block_frac(lab.steps), "full distance": full, "few": found}
+                    found.setdefault(f"{extractor.dim} features, {n} x 2 images, {key}", []).append(
+                        value
+                    )
+    return {
+        "schedule": str(schedule),
+        "block_frac": schedule.block_frac(lab.steps),
+        "full distance": full,
+        "few": found,
+    }
 
 
 def scores(repeats: Any, reference: ReferenceStats) -> dict[str, float]:
     """Every score of (2, N, D) features, N < D, the mean over the repeats."""
     n = repeats.shape[1]
-    out = {"kernel distance": float(np.mean([kernel_distance(f, reference.features)[0] for f in repeats]))}
+    out = {
+        "kernel distance": float(
+            np.mean([kernel_distance(f, reference.features)[0] for f in repeats])
+        )
+    }
     for part in (8, 4, 2):
         found = [projected_distance(f, reference, n // part) for f in repeats]
         out[f"Fréchet distance in N/{part} principal components"] = float(np.mean(found))
@@ -260,74 +342,135 @@ def scores(repeats: Any, reference: ReferenceStats) -> dict[str, float]:
 
 
 def on_record(name: str, rows: list[dict[str, Any]]) -> list[float] | None:
-    """Fine-tuned scores of the same schedules in the last results of `predict`; None where there are none."""
+    """Fine-tuned scores of the same schedules in the last results of `predict`; None where there
+    are none."""
     if not RESULTS.is_file():
         return None
-    known = {r["schedule"]: r["tuned 64"] for r in json.loads(RESULTS.read_text())["raw"]["predict"][name]}
-    return [known[r["schedule"]] for r in rows] if all(r["schedule"] in known for r in rows) else None
+    known = {
+        r["schedule"]: r["tuned 64"]
+        for r in json.loads(RESULTS.read_text())["raw"]["predict"][name]
+    }
+    return (
+        [known[r["schedule"]] for r in rows] if all(r["schedule"] in known for r in rows) else None
+    )
 
 
 def bootstrap_sets(sets: Any, truth: list[float]) -> float:
-    """Standard error of the mean over seed sets of a rank correlation: schedules and sets drawn again together."""
-    rng, values = np.random.default_rng(0), np.asarray(truth)
+    """Standard error of the mean over seed sets of a rank correlation: schedules and sets drawn
+    again together."""
+    rng = np.random.default_rng(0)
+    values = np.asarray(truth)
     draws = []
     for _ in range(400):
-        rows, columns = rng.integers(0, len(values), len(values)), rng.integers(0, sets.shape[1], sets.shape[1])
+        rows = rng.integers(0, len(values), len(values))
+        columns = rng.integers(0, sets.shape[1], sets.shape[1])
         if len(set(rows)) > 2:
-            draws.append(np.mean([spearmanr(sets[rows, c], values[rows]).statistic for c in columns]))
+            draws.append(
+                np.mean([spearmanr(sets[rows, c], values[rows]).statistic for c in columns])
+            )
     return float(np.std(draws))
 
 
 def ablate(lab: Lab) -> tuple[list[Figure], dict[str, Any]]:
     """Figure of one schedule after equal compute, by target, loss weight and start."""
     schedule = ExitSchedule.published("D7-DiT", lab.depth)
-    frac = float(np.mean(np.asarray(lab.bench.flops)[schedule.exit_depth_at(np.arange(1000)) - 1]) / lab.bench.flops[-1])
+    frac = float(
+        np.mean(np.asarray(lab.bench.flops)[schedule.exit_depth_at(np.arange(1000)) - 1])
+        / lab.bench.flops[-1]
+    )
     budget = 4 if lab.args.tiny else lab.args.ablation_steps  # steps with noise targets
-    figures, raw = [], {}
-    flat, raised = LossWeight(shape="none"), LossWeight(shape="dropped", peak=2.0, window=20)
+    figures = []
+    raw = {}
+    flat = LossWeight(shape="none")
+    raised = LossWeight(shape="dropped", peak=2.0, window=20)
     for start in ("pretrained", "elastic"):
         net = lab.bench.backbone if start == "pretrained" else lab.elastic()
         for distill in (0.0, 0.5, 1.0):
             for name, weight in (("λ = 1", flat), ("λ(t) to 2", raised)):
-                steps = budget if distill == 0 else max(1, round(budget * 3 * frac / (3 * frac + 1)))
+                steps = (
+                    budget if distill == 0 else max(1, round(budget * 3 * frac / (3 * frac + 1)))
+                )
                 values = []
                 for repeat in range(1 if lab.args.tiny else lab.args.repeats):
                     config = TrainConfig(
-                        **{**SHORT, "loss_weight": weight}, num_steps=steps, lr=8e-4, warmup_steps=10, ema_decay=0.9,
-                        distill_frac=distill, seed=repeat,
-                    )  # fmt: skip
+                        **{**SHORT, "loss_weight": weight},
+                        num_steps=steps,
+                        lr=8e-4,
+                        warmup_steps=10,
+                        ema_decay=0.9,
+                        distill_frac=distill,
+                        seed=repeat,
+                    )
                     key = f"ablate-{start}-{distill}-{weight.shape}-{repeat}"
-                    values.append(lab.remembered(key, lambda n=net, c=config, r=repeat: tune_once(lab, n, schedule, c, r)))
+                    values.append(
+                        lab.remembered(
+                            key, lambda n=net, c=config, r=repeat: tune_once(lab, n, schedule, c, r)
+                        )
+                    )
                 means = [float(np.mean(v)) for v in values]
                 what = "noise targets" if distill == 0 else f"distillation {distill:g}"
-                spread = float(np.std(means, ddof=1) / np.sqrt(len(means))) if len(means) > 1 else None
-                figures.append(Figure(f"{start} start, {what}, {name} ({steps} steps)", float(np.mean(means)), "", spread))
+                spread = (
+                    float(np.std(means, ddof=1) / np.sqrt(len(means))) if len(means) > 1 else None
+                )
+                figures.append(
+                    Figure(
+                        f"{start} start, {what}, {name} ({steps} steps)",
+                        float(np.mean(means)),
+                        "",
+                        spread,
+                    )
+                )
                 raw[f"{start} {distill} {weight.shape}"] = values
     return figures, raw
 
 
-def tune_once(lab: Lab, start: Backbone, schedule: ExitSchedule, config: TrainConfig, repeat: int) -> list[float]:
+def tune_once(
+    lab: Lab, start: Backbone, schedule: ExitSchedule, config: TrainConfig, repeat: int
+) -> list[float]:
     """Values of one run."""
-    data, diffusion = lab.bench.data, lab.bench.diffusion
+    data = lab.bench.data
+    diffusion = lab.bench.diffusion
     net = finetune(start, data, diffusion, schedule, config, teacher=lab.bench.backbone).backbone
     return lab.figure(net, schedule, seed=50_000 * (repeat + 1))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--only", choices=("predict", "ablate", "low-fidelity"), help="one part alone")
-    parser.add_argument("--schedules", type=int, default=20, help="of each kind in `predict` (default %(default)s)")
-    parser.add_argument("--elastic-steps", type=int, default=300, help="of 32 images (default %(default)s)")
-    parser.add_argument("--ablation-steps", type=int, default=64, help="with noise targets, of 32 images (default %(default)s)")
-    parser.add_argument("--repeats", type=int, default=3, help="training and sampling seeds of `ablate` (default %(default)s)")
-    parser.add_argument("--work", type=Path, default=Path("runs/cheap-figures"), help="folder of what is kept")
-    parser.add_argument("--tiny", action="store_true", help="few steps and images, to see that the script runs")
+    parser.add_argument(
+        "--only", choices=("predict", "ablate", "low-fidelity"), help="one part alone"
+    )
+    parser.add_argument(
+        "--schedules", type=int, default=20, help="of each kind in `predict` (default %(default)s)"
+    )
+    parser.add_argument(
+        "--elastic-steps", type=int, default=300, help="of 32 images (default %(default)s)"
+    )
+    parser.add_argument(
+        "--ablation-steps",
+        type=int,
+        default=64,
+        help="with noise targets, of 32 images (default %(default)s)",
+    )
+    parser.add_argument(
+        "--repeats",
+        type=int,
+        default=3,
+        help="training and sampling seeds of `ablate` (default %(default)s)",
+    )
+    parser.add_argument(
+        "--work", type=Path, default=Path("runs/cheap-figures"), help="folder of what is kept"
+    )
+    parser.add_argument(
+        "--tiny", action="store_true", help="few steps and images, to see that the script runs"
+    )
     parser.add_argument("--out", type=Path, help="write the results to this JSON file")
     parser.set_defaults(batch=32, quick=False)
     tiny_repeats = parser.get_default("repeats")
     args = parse(parser)
     args.repeats = args.repeats if not args.tiny else tiny_repeats
-    lab, figures, raw = Lab(args), [], {}
+    lab = Lab(args)
+    figures = []
+    raw = {}
     for name, part in {"ablate": ablate, "predict": predict, "low-fidelity": low_fidelity}.items():
         if args.only in (None, name):
             more, raw[name] = part(lab)

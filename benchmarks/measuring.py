@@ -1,4 +1,5 @@
-"""What the benchmarks share: options, the device, and results as a table on stdout and a JSON file."""
+"""What the benchmarks share: options, the device, and results as a table on stdout and a JSON
+file."""
 
 from __future__ import annotations
 
@@ -18,7 +19,8 @@ from torch import nn
 from asesearch.files import write_json
 from asesearch.search.workbench import environment
 
-QUICK, TINY = 2, 1  # repeats of --quick and --tiny
+QUICK = 2  # repeats of --quick and --tiny
+TINY = 1
 
 
 @dataclass(frozen=True)
@@ -28,7 +30,8 @@ class Figure:
     Attributes:
         name: what was measured.
         value: in `unit`; `x` is a ratio of two quantities of the same kind.
-        spread: half the distance between the quartiles over the repeats, None for what is not repeated.
+        spread: half the distance between the quartiles over the repeats, None for what is not
+            repeated.
         goal: `<= number` or `>= number`, None for a number that is only reported.
     """
 
@@ -50,12 +53,29 @@ class Figure:
 def options(description: str, repeats: int, batch: int) -> argparse.ArgumentParser:
     """A parser with the options that all benchmarks have; the arguments are its defaults."""
     parser = argparse.ArgumentParser(description=description)
-    parser.add_argument("--batch", type=int, default=batch, help="images a call or step (default %(default)s)")
-    parser.add_argument("--repeats", type=int, default=repeats, help="timed repeats of each comparison (default %(default)s)")
+    parser.add_argument(
+        "--batch", type=int, default=batch, help="images a call or step (default %(default)s)"
+    )
+    parser.add_argument(
+        "--repeats",
+        type=int,
+        default=repeats,
+        help="timed repeats of each comparison (default %(default)s)",
+    )
     parser.add_argument("--quick", action="store_true", help=f"{QUICK} repeats: a first look")
-    parser.add_argument("--tiny", action="store_true", help="a tiny network, to see that the script runs; goals do not apply")
-    parser.add_argument("--compile", action="store_true", help="torch.compile every droppable block, as train.compile does")
-    parser.add_argument("--seed", type=int, default=0, help="of weights and inputs (default %(default)s)")
+    parser.add_argument(
+        "--tiny",
+        action="store_true",
+        help="a tiny network, to see that the script runs; goals do not apply",
+    )
+    parser.add_argument(
+        "--compile",
+        action="store_true",
+        help="torch.compile every droppable block, as train.compile does",
+    )
+    parser.add_argument(
+        "--seed", type=int, default=0, help="of weights and inputs (default %(default)s)"
+    )
     parser.add_argument("--out", type=Path, help="write the results to this JSON file")
     return parser
 
@@ -64,9 +84,12 @@ def parse(parser: argparse.ArgumentParser) -> argparse.Namespace:
     """The command line, with `repeats` as --quick and --tiny have it."""
     args = parser.parse_args()
     if args.batch < 1 or args.repeats < 1:
-        parser.error(f"--batch and --repeats must be at least 1; got {args.batch} and {args.repeats}")
+        parser.error(
+            f"--batch and --repeats must be at least 1; got {args.batch} and {args.repeats}"
+        )
     args.repeats = TINY if args.tiny else QUICK if args.quick else args.repeats
-    args.load_before, args.started = _load(), time.perf_counter()
+    args.load_before = _load()
+    args.started = time.perf_counter()
     return args
 
 
@@ -76,7 +99,8 @@ def gpu_or_cpu() -> torch.device:
 
 
 def wake(net: nn.Module, seed: int) -> None:
-    """Draw what starts at zero (adaLN-Zero, the output layer, biases) from N(0, 0.02), so that every block does real work."""
+    """Draw what starts at zero (adaLN-Zero, the output layer, biases) from N(0, 0.02), so that
+    every block does real work."""
     generator = torch.Generator().manual_seed(seed)
     for p in net.parameters():
         if not p.any():
@@ -88,7 +112,9 @@ def say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def publish(benchmark: str, args: argparse.Namespace, figures: Sequence[Figure], raw: dict[str, Any]) -> None:
+def publish(
+    benchmark: str, args: argparse.Namespace, figures: Sequence[Figure], raw: dict[str, Any]
+) -> None:
     """Print the figures as a table and write them with everything they depend on.
 
     Args:
@@ -101,12 +127,17 @@ def publish(benchmark: str, args: argparse.Namespace, figures: Sequence[Figure],
         spread = "" if f.spread is None else f"{f.spread:.4g}"
         goal = "" if f.goal is None else f"{f.goal}  {'met' if f.met else 'MISSED'}"
         print(f"{f.name:{width}}  {f.value:12.5g} {f.unit:4} {spread:>8}  {goal}".rstrip())
-    settings = {k: v for k, v in vars(args).items() if k not in ("out", "work", "report", "load_before", "started")}
+    settings = {
+        k: v
+        for k, v in vars(args).items()
+        if k not in ("out", "work", "report", "load_before", "started")
+    }
     record = {
         "benchmark": benchmark,
         "settings": settings,
         "environment": {**environment(), "cpu": _cpu_name(), "device": gpu_or_cpu().type},
-        "load_average": {"before": args.load_before, "after": _load()},  # 1 minute; far above `threads` = not a quiet machine
+        # 1 minute; far above `threads` = not a quiet machine
+        "load_average": {"before": args.load_before, "after": _load()},
         "seconds": time.perf_counter() - args.started,
         "figures": [{**asdict(f), "met": f.met} for f in figures],
         "raw": raw,
@@ -123,4 +154,7 @@ def _load() -> float | None:
 def _cpu_name() -> str:
     info = Path("/proc/cpuinfo")
     lines = info.read_text(encoding="utf-8").splitlines() if info.is_file() else []
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.processor())
+    return next(
+        (line.partition(":")[2].strip() for line in lines if line.startswith("model name")),
+        platform.processor(),
+    )

@@ -1,8 +1,9 @@
-"""Hypervolume against compute: Optuna's random, TPE, NSGA-II and GP, each schedule fine-tuned from the pretrained weights,
-against elastic warm-up, difficulty proposer and promotion.
+"""Hypervolume against compute: Optuna's random, TPE, NSGA-II and GP, each schedule fine-tuned from
+the pretrained weights, against elastic warm-up, difficulty proposer and promotion.
 
-One study a method and repeat, on the shipped network and images. Compute counts all arithmetic: warm-up, map, fine-tuning and
-sampling. Warm starts that several rivals share are run once and charged to each. Killed, the same command goes on.
+One study a method and repeat, on the shipped network and images. Compute counts all arithmetic:
+warm-up, map, fine-tuning and sampling. Warm starts that several rivals share are run once and
+charged to each. Killed, the same command goes on.
 """
 
 from __future__ import annotations
@@ -32,16 +33,26 @@ OURS = "difficulty"
 METHODS = (OURS, *RIVALS)
 PUBLISHED = ("D2-DiT", "D3-DiT", "D4-DiT", "D7-DiT")
 TRAIN: dict[str, Any] = {
-    "batch_size": 32, "lr": 8e-4, "warmup_steps": 10, "ema_decay": 0.9, "min_snr_gamma": 5.0, "checkpoint_every": 1000,
+    "batch_size": 32,
+    "lr": 8e-4,
+    "warmup_steps": 10,
+    "ema_decay": 0.9,
+    "min_snr_gamma": 5.0,
+    "checkpoint_every": 1000,
     "loss_weight": {"shape": "none"},
-}  # fmt: skip
+}
 
 
 def study_of(method: str, repeat: int, args: argparse.Namespace) -> StudyConfig:
     """The study of one method: all but the way of searching is the same."""
     ours = method == OURS
     tiny = args.tiny
-    evaluation = {"extractor": "fashion-cnn", "num_samples": 80 if tiny else 300, "repeats": 2, "seed": 10_000 * (repeat + 1)}
+    evaluation = {
+        "extractor": "fashion-cnn",
+        "num_samples": 80 if tiny else 300,
+        "repeats": 2,
+        "seed": 10_000 * (repeat + 1),
+    }
     data: dict[str, Any] = {
         "name": f"{method}-{repeat}",
         "backbone": {"kind": "dit", "checkpoint": "shipped:fashion-mnist-dit"},
@@ -50,27 +61,46 @@ def study_of(method: str, repeat: int, args: argparse.Namespace) -> StudyConfig:
         "sampling": {"solver": "dpm++2m-quadratic", "num_steps": 8},
         "evaluation": {**evaluation, "reference": {"kind": "fashion-mnist", "split": "train"}},
         "search": {
-            "proposer": method, "num_trials": args.own_trials if ours else args.trials, "num_intervals": 10,
-            "min_exit_depth": 2, "seed": repeat, "cost": "flops", "keep_weights": "front",
+            "proposer": method,
+            "num_trials": args.own_trials if ours else args.trials,
+            "num_intervals": 10,
+            "min_exit_depth": 2,
+            "seed": repeat,
+            "cost": "flops",
+            "keep_weights": "front",
             "warm_start": ["full", *PUBLISHED],
         },
-    }  # fmt: skip
+    }
     if ours:
-        elastic = {"num_steps": args.elastic_steps, "lr": 1e-3, "ema_decay": 0.98, "distill_frac": 1.0, "seed": repeat}
+        elastic = {
+            "num_steps": args.elastic_steps,
+            "lr": 1e-3,
+            "ema_decay": 0.98,
+            "distill_frac": 1.0,
+            "seed": repeat,
+        }
         data["elastic"] = {**TRAIN, **elastic, "depth_law": "noise-easy", "warmup_steps": 20}
         data["map"] = {"num_bins": 10, "num_images": 32, "seed": repeat}
         data["train"] = {**data["train"], "distill_frac": 1.0, "ema_decay": 0.8}
-        data["promotion"] = {"num_samples": 80 if tiny else 100, "repeats": 2, "explore": args.explore}
+        data["promotion"] = {
+            "num_samples": 80 if tiny else 100,
+            "repeats": 2,
+            "explore": args.explore,
+        }
         data["search"]["warm_start"] = ["full"]
     return parse_study(data, "search_efficiency")
 
 
 class Bench(Workbench):
-    """A workbench whose trials are shared by the rivals of one repeat, and whose full network is tuned alike for all."""
+    """A workbench whose trials are shared by the rivals of one repeat, and whose full network is
+    tuned alike for all."""
 
-    def __init__(self, config: StudyConfig, run_dir: Path, shared: Path | None, full_train: TrainConfig) -> None:
+    def __init__(
+        self, config: StudyConfig, run_dir: Path, shared: Path | None, full_train: TrainConfig
+    ) -> None:
         super().__init__(config, run_dir)
-        self.shared, self.full_train = shared, full_train
+        self.shared = shared
+        self.full_train = full_train
 
     def tuning(self, schedule: ExitSchedule) -> Any:
         return (self.backbone, self.full_train) if schedule.is_full else super().tuning(schedule)
@@ -81,7 +111,9 @@ class Bench(Workbench):
         path = self.shared / folder.name
         if not (path / "outcome.json").is_file():
             outcome = super().try_schedule(schedule, path, sampler)
-            write_json(path / "outcome.json", {**vars(outcome), "quality": outcome.quality.to_dict()})
+            write_json(
+                path / "outcome.json", {**vars(outcome), "quality": outcome.quality.to_dict()}
+            )
         shutil.copytree(path, folder, dirs_exist_ok=True)
         stored = json.loads((path / "outcome.json").read_text())
         return Outcome(**{**stored, "quality": EvaluationResult.from_dict(stored["quality"])})
@@ -97,29 +129,48 @@ def run_one(method: str, repeat: int, work: Path, args: argparse.Namespace) -> d
     shared = None if method == OURS else work / f"shared-{repeat}"
     bench = Bench(config, run_dir, shared, study_of("random", repeat, args).train)
     study = Study(config, run_dir)
-    study.run(bench, lambda r: say(f"  {config.name} #{r.number} {r.schedule}: {r.quality.value if r.quality else r.state}"))
+    study.run(
+        bench,
+        lambda r: say(
+            f"  {config.name} #{r.number} {r.schedule}: {r.quality.value if r.quality else r.state}"
+        ),
+    )
     results = study.results()
     fresh = fresh_figures(study, bench, list(results.front()))
     extra = sum(results.warm_up.get("gflops", {}).values())
     rows = rows_of(study)
-    result = {"method": method, "repeat": repeat, "warm_up_gflops": extra, "trials": rows, "fresh": fresh}
+    result = {
+        "method": method,
+        "repeat": repeat,
+        "warm_up_gflops": extra,
+        "trials": rows,
+        "fresh": fresh,
+    }
     write_json(done, result)
     return result
 
 
 def rows_of(study: Study) -> list[dict[str, Any]]:
-    """Trials as plain data, in order; one that was stopped and came again has two rows, each with what was spent in it."""
+    """Trials as plain data, in order; one that was stopped and came again has two rows, each with
+    what was spent in it."""
     spent: dict[ExitSchedule, float] = {}
     rows = []
     for trial in study.optuna.get_trials(deepcopy=False):
         if RECORD in trial.user_attrs:
             record = TrialRecord.from_dict(json.loads(trial.user_attrs[RECORD]))
-            total, key = sum(record.gflops.values()), record.schedule.merged()
-            rows.append({
-                "number": record.number, "origin": record.origin, "schedule": str(record.schedule), "state": record.state,
-                "quality": None if record.quality is None else record.quality.value, "cost": record.flops_frac,
-                "gflops": total - spent.get(key, 0.0),
-            })  # fmt: skip
+            total = sum(record.gflops.values())
+            key = record.schedule.merged()
+            rows.append(
+                {
+                    "number": record.number,
+                    "origin": record.origin,
+                    "schedule": str(record.schedule),
+                    "state": record.state,
+                    "quality": None if record.quality is None else record.quality.value,
+                    "cost": record.flops_frac,
+                    "gflops": total - spent.get(key, 0.0),
+                }
+            )
             spent[key] = total
     return rows
 
@@ -130,20 +181,27 @@ def fresh_figures(study: Study, bench: Workbench, front: list[TrialRecord]) -> l
     protocol: Protocol = type(bench.protocol)(**{**vars(bench.protocol), "seeds": seeds})
     out = []
     for record in front:
-        quality, _ = bench.evaluate(load_trial(study, record, bench.device), record.schedule, protocol)
-        out.append({"schedule": str(record.schedule), "cost": record.flops_frac, "quality": quality.value})
+        quality, _ = bench.evaluate(
+            load_trial(study, record, bench.device), record.schedule, protocol
+        )
+        out.append(
+            {"schedule": str(record.schedule), "cost": record.flops_frac, "quality": quality.value}
+        )
     return out
 
 
 def hypervolume(points: list[tuple[float, float]], full_quality: float) -> float:
-    """Area in cost fraction × log figure that the points dominate below 1.1 times the full network's cost, twice its figure."""
+    """Area in cost fraction × log figure that the points dominate below 1.1 times the full
+    network's cost, twice its figure."""
     found = np.array([(cost, math.log(quality)) for cost, quality in points]).reshape(-1, 2)
     return hypervolume_2d(found, (REFERENCE_TIME, math.log(REFERENCE_QUALITY * full_quality)))
 
 
 def curve(result: dict[str, Any], full_quality: float) -> list[tuple[float, float]]:
     """(GFLOPs spent, hypervolume of dear figures) after each trial."""
-    spent, points, out = result["warm_up_gflops"], [], [(result["warm_up_gflops"], 0.0)]
+    spent = result["warm_up_gflops"]
+    points = []
+    out = [(result["warm_up_gflops"], 0.0)]
     for trial in result["trials"]:
         spent += trial["gflops"]
         if trial["quality"] is not None:
@@ -161,7 +219,11 @@ def compare(results: list[dict[str, Any]]) -> tuple[list[Figure], dict[str, Any]
     """Figures of all repeats."""
     repeats = sorted({r["repeat"] for r in results})
     curves: dict[str, list[list[tuple[float, float]]]] = {}
-    ratios, fresh, final, covered, published = [], {}, {}, [], []
+    ratios = []
+    fresh = {}
+    final = {}
+    covered = []
+    published = []
     for repeat in repeats:
         own = {r["method"]: r for r in results if r["repeat"] == repeat}
         full = next(t["quality"] for t in own[RIVALS[0]]["trials"] if t["origin"] == "full")
@@ -175,24 +237,60 @@ def compare(results: list[dict[str, Any]]) -> tuple[list[Figure], dict[str, Any]
         ratios.append(reached_at(curves[OURS][-1], final[best][-1]) / total)
         covered.append(dominated(own[OURS]["fresh"], own[best]["fresh"]))
         warm = [t for t in own[RIVALS[0]]["trials"] if t["origin"] in PUBLISHED]
-        published.append(dominated([t for t in own[OURS]["trials"] if t["quality"] is not None], warm))
+        published.append(
+            dominated([t for t in own[OURS]["trials"] if t["quality"] is not None], warm)
+        )
     figures = [
-        Figure("our compute at the best rival's hypervolume / its", float(np.median(ratios)), "x", half(ratios), "<= 0.2"),
-        Figure("share of the best rival's fresh front that ours dominates", float(np.mean(covered)), "", half(covered), ">= 1"),
-        Figure("share of the published schedules that ours dominates", float(np.mean(published)), "", half(published), ">= 1"),
-    ]  # fmt: skip
+        Figure(
+            "our compute at the best rival's hypervolume / its",
+            float(np.median(ratios)),
+            "x",
+            half(ratios),
+            "<= 0.2",
+        ),
+        Figure(
+            "share of the best rival's fresh front that ours dominates",
+            float(np.mean(covered)),
+            "",
+            half(covered),
+            ">= 1",
+        ),
+        Figure(
+            "share of the published schedules that ours dominates",
+            float(np.mean(published)),
+            "",
+            half(published),
+            ">= 1",
+        ),
+    ]
     for method in (*RIVALS, OURS):
-        figures.append(Figure(f"hypervolume, fresh seeds: {method}", float(np.mean(fresh[method])), "", half(fresh[method])))
+        figures.append(
+            Figure(
+                f"hypervolume, fresh seeds: {method}",
+                float(np.mean(fresh[method])),
+                "",
+                half(fresh[method]),
+            )
+        )
     for method in (*RIVALS, OURS):
         spent = [c[-1][0] / 1000 for c in curves[method]]
         figures.append(Figure(f"compute: {method}", float(np.mean(spent)), "TFLOP", half(spent)))
-    return figures, {"curves": curves, "fresh_hypervolume": fresh, "final_hypervolume": final, "compute_ratios": ratios}
+    return figures, {
+        "curves": curves,
+        "fresh_hypervolume": fresh,
+        "final_hypervolume": final,
+        "compute_ratios": ratios,
+    }
 
 
 def dominated(ours: list[dict[str, Any]], theirs: list[dict[str, Any]]) -> float:
-    """Share of their points (the full network's left out) that one of ours is at least as good as in both objectives."""
+    """Share of their points (the full network's left out) that one of ours is at least as good as
+    in both objectives."""
     rivals = [p for p in theirs if p["cost"] < 1]
-    hit = [any(o["cost"] <= p["cost"] + 1e-9 and o["quality"] <= p["quality"] for o in ours) for p in rivals]
+    hit = [
+        any(o["cost"] <= p["cost"] + 1e-9 and o["quality"] <= p["quality"] for o in ours)
+        for p in rivals
+    ]
     return float(np.mean(hit)) if hit else math.nan
 
 
@@ -203,23 +301,59 @@ def half(values: list[float]) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--repeats", type=int, default=3, help="training, sampling and search seeds (default %(default)s)")
+    parser.add_argument(
+        "--repeats",
+        type=int,
+        default=3,
+        help="training, sampling and search seeds (default %(default)s)",
+    )
     parser.add_argument("--trials", type=int, default=24, help="of a rival (default %(default)s)")
-    parser.add_argument("--steps", type=int, default=200, help="of a rival's fine-tuning (default %(default)s)")
-    parser.add_argument("--own-trials", type=int, default=24, help="of ours, stopped ones included (default %(default)s)")
-    parser.add_argument("--explore", type=int, default=10, help="of ours, that only look around (default %(default)s)")
-    parser.add_argument("--own-steps", type=int, default=40, help="of ours, from the elastic weights (default %(default)s)")
-    parser.add_argument("--elastic-steps", type=int, default=300, help="of the warm-up (default %(default)s)")
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS, help="run these studies alone")
-    parser.add_argument("--first", type=int, default=0, help="begin at this repeat: processes can share the work")
-    parser.add_argument("--work", type=Path, default=Path("runs/search-efficiency"), help="folder of the studies")
+    parser.add_argument(
+        "--steps", type=int, default=200, help="of a rival's fine-tuning (default %(default)s)"
+    )
+    parser.add_argument(
+        "--own-trials",
+        type=int,
+        default=24,
+        help="of ours, stopped ones included (default %(default)s)",
+    )
+    parser.add_argument(
+        "--explore",
+        type=int,
+        default=10,
+        help="of ours, that only look around (default %(default)s)",
+    )
+    parser.add_argument(
+        "--own-steps",
+        type=int,
+        default=40,
+        help="of ours, from the elastic weights (default %(default)s)",
+    )
+    parser.add_argument(
+        "--elastic-steps", type=int, default=300, help="of the warm-up (default %(default)s)"
+    )
+    parser.add_argument(
+        "--methods", nargs="+", choices=METHODS, default=METHODS, help="run these studies alone"
+    )
+    parser.add_argument(
+        "--first", type=int, default=0, help="begin at this repeat: processes can share the work"
+    )
+    parser.add_argument(
+        "--work", type=Path, default=Path("runs/search-efficiency"), help="folder of the studies"
+    )
     parser.add_argument("--report", type=Path, help="folder for the page, its figures and tables")
-    parser.add_argument("--tiny", action="store_true", help="few steps and images, to see that the script runs")
+    parser.add_argument(
+        "--tiny", action="store_true", help="few steps and images, to see that the script runs"
+    )
     parser.add_argument("--out", type=Path, help="write the results to this JSON file")
     parser.set_defaults(batch=32, quick=False)
     args = parse(parser)
     if args.tiny:
-        args.trials, args.own_trials, args.steps, args.own_steps, args.elastic_steps = 5, 5, 3, 3, 3
+        args.trials = 5
+        args.own_trials = 5
+        args.steps = 3
+        args.own_steps = 3
+        args.elastic_steps = 3
     results = []
     for repeat in range(args.first, args.repeats):
         for method in args.methods:

@@ -21,10 +21,16 @@ from torch import Tensor, nn
 
 from asesearch.backbones import Backbone, DiT, UViT
 from asesearch.backbones.conversion import dit_to_diffusers
-from asesearch.evaluation.cost import LatencyTable, call_timer, compare_sampling_time, measure_latency
+from asesearch.evaluation.cost import (
+    LatencyTable,
+    call_timer,
+    compare_sampling_time,
+    measure_latency,
+)
 from asesearch.schedule import ExitSchedule
 
-#: Model -> class, its published schedules, and what --tiny changes (not the depth: the schedules stay as published).
+#: Model -> class, its published schedules, and what --tiny changes (not the depth: the schedules
+#: stay as published).
 MODELS: dict[str, tuple[type[DiT] | type[UViT], tuple[str, ...], dict[str, Any]]] = {
     "DiT-XL/2": (
         DiT,
@@ -39,7 +45,8 @@ MODELS: dict[str, tuple[type[DiT] | type[UViT], tuple[str, ...], dict[str, Any]]
 }
 PARTS = ("memory", "latency", "schedules", "diffusers")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-TIMESTEPS = tuple(range(50, 1000, 100))  # the middles of the ten intervals: every interval counts alike
+# the middles of the ten intervals: every interval counts alike
+TIMESTEPS = tuple(range(50, 1000, 100))
 
 
 def build(args: argparse.Namespace) -> Backbone:
@@ -60,8 +67,14 @@ def on_device(net: nn.Module, args: argparse.Namespace) -> nn.Module:
 def inputs(net: Backbone, args: argparse.Namespace) -> tuple[Tensor, Tensor | None]:
     """x_t (N, C, H, W) and labels (N,)."""
     generator = torch.Generator().manual_seed(args.seed)
-    x_t = torch.randn(args.batch, net.in_channels, net.input_size, net.input_size, generator=generator)
-    y = torch.randint(net.num_classes, (args.batch,), generator=generator) if net.num_classes else None
+    x_t = torch.randn(
+        args.batch, net.in_channels, net.input_size, net.input_size, generator=generator
+    )
+    y = (
+        torch.randint(net.num_classes, (args.batch,), generator=generator)
+        if net.num_classes
+        else None
+    )
     return x_t.to(gpu_or_cpu(), DTYPES[args.dtype]), None if y is None else y.to(gpu_or_cpu())
 
 
@@ -69,7 +82,8 @@ def inputs(net: Backbone, args: argparse.Namespace) -> tuple[Tensor, Tensor | No
 
 
 def peak_memory_mb(args: argparse.Namespace, exit_depth: int) -> float:
-    """High-water mark of one forward in a process of its own, weights included: allocated on a GPU, resident on Linux."""
+    """High-water mark of one forward in a process of its own, weights included: allocated on a GPU,
+    resident on Linux."""
     net = build(args)
     on_device(net, args)
     x_t, y = inputs(net, args)
@@ -83,7 +97,8 @@ def peak_memory_mb(args: argparse.Namespace, exit_depth: int) -> float:
     if x_t.is_cuda:
         return torch.cuda.max_memory_allocated() / 2**20
     status = Path("/proc/self/status").read_text()
-    return int(status.split("VmHWM:")[1].split()[0]) / 2**10  # getrusage's mark is inherited from the parent
+    # getrusage's mark is inherited from the parent
+    return int(status.split("VmHWM:")[1].split()[0]) / 2**10
 
 
 def memory(args: argparse.Namespace) -> list[Figure]:
@@ -99,8 +114,12 @@ def memory(args: argparse.Namespace) -> list[Figure]:
             peaks[name] = pool.submit(peak_memory_mb, args, depth).result()
     early, full = peaks.values()
     return [
-        *(Figure(f"peak memory, {name} ({depths[name]} blocks)", mb, "MiB") for name, mb in peaks.items()),
-        Figure("peak memory, early exit / full", early / full, goal="<= 1.001"),  # processes differ by a few pages,
+        *(
+            Figure(f"peak memory, {name} ({depths[name]} blocks)", mb, "MiB")
+            for name, mb in peaks.items()
+        ),
+        # processes differ by a few pages,
+        Figure("peak memory, early exit / full", early / full, goal="<= 1.001"),
     ]
 
 
@@ -111,9 +130,16 @@ def latency(net: Backbone, args: argparse.Namespace) -> tuple[list[Figure], Late
     say(f"latency: {net.depth} exit depths, {args.repeats} rounds and one to warm up")
     table = measure_latency(net, args.batch, args.repeats, gpu_or_cpu())
     rows = zip(table.median_ms, table.spread_ms, strict=True)
-    figures = [Figure(f"forward, exit depth {d}", ms, "ms", spread) for d, (ms, spread) in enumerate(rows, 1)]
+    figures = [
+        Figure(f"forward, exit depth {d}", ms, "ms", spread)
+        for d, (ms, spread) in enumerate(rows, 1)
+    ]
     fixed, per_block = table.fit
-    return [*figures, Figure("fixed part of a forward (fit)", fixed, "ms"), Figure("one block (fit)", per_block, "ms")], table
+    return [
+        *figures,
+        Figure("fixed part of a forward (fit)", fixed, "ms"),
+        Figure("one block (fit)", per_block, "ms"),
+    ], table
 
 
 def always_run(net: Backbone) -> int:
@@ -127,10 +153,15 @@ def bound(net: Backbone, schedule: ExitSchedule) -> float:
     return (kept + net.depth) / (kept + net.depth * schedule.block_frac(TIMESTEPS))
 
 
-def network_time(net: Backbone, schedule: ExitSchedule, args: argparse.Namespace) -> Callable[[], None]:
+def network_time(
+    net: Backbone, schedule: ExitSchedule, args: argparse.Namespace
+) -> Callable[[], None]:
     """The network calls of one sampling, without a solver."""
     x_t, y = inputs(net, args)
-    calls = [(torch.full((args.batch,), t, device=x_t.device), int(schedule.exit_depth_at(t))) for t in TIMESTEPS]
+    calls = [
+        (torch.full((args.batch,), t, device=x_t.device), int(schedule.exit_depth_at(t)))
+        for t in TIMESTEPS
+    ]
 
     def run() -> None:
         with torch.no_grad():
@@ -140,14 +171,20 @@ def network_time(net: Backbone, schedule: ExitSchedule, args: argparse.Namespace
     return run
 
 
-def schedules(net: Backbone, table: LatencyTable | None, args: argparse.Namespace) -> tuple[list[Figure], dict[str, Any]]:
-    figures, raw = [], {}
+def schedules(
+    net: Backbone, table: LatencyTable | None, args: argparse.Namespace
+) -> tuple[list[Figure], dict[str, Any]]:
+    figures = []
+    raw = {}
     full = network_time(net, ExitSchedule.full(net.depth), args)
     for name in MODELS[args.model][1]:
         schedule = ExitSchedule.published(name, net.depth)
         say(f"schedules: {name}, {args.repeats} pairs of {len(TIMESTEPS)} calls and one to warm up")
-        ratio = compare_sampling_time(network_time(net, schedule, args), full, args.repeats, call_timer(gpu_or_cpu()))
-        measured, limit = 1 / ratio.median, bound(net, schedule)
+        ratio = compare_sampling_time(
+            network_time(net, schedule, args), full, args.repeats, call_timer(gpu_or_cpu())
+        )
+        measured = 1 / ratio.median
+        limit = bound(net, schedule)
         spread = ratio.spread / ratio.median**2
         goal = ">= 1.0" if args.model == "DiT-XL/2" else None
         figures += [
@@ -157,7 +194,10 @@ def schedules(net: Backbone, table: LatencyTable | None, args: argparse.Namespac
         ]
         if table is not None:
             figures.append(
-                Figure(f"{name}, speed-up of the bound with the fixed part", 1 / table.bound_frac(schedule, TIMESTEPS))
+                Figure(
+                    f"{name}, speed-up of the bound with the fixed part",
+                    1 / table.bound_frac(schedule, TIMESTEPS),
+                )
             )
         raw[name] = asdict(ratio)
     return figures, raw
@@ -180,7 +220,9 @@ def as_diffusers(net: DiT) -> nn.Module:
     return model.eval().requires_grad_(False)
 
 
-def against_diffusers(net: Backbone, theirs: nn.Module, args: argparse.Namespace) -> tuple[list[Figure], dict[str, Any]]:
+def against_diffusers(
+    net: Backbone, theirs: nn.Module, args: argparse.Namespace
+) -> tuple[list[Figure], dict[str, Any]]:
     x_t, y = inputs(net, args)
     t = torch.full((args.batch,), TIMESTEPS[5], device=x_t.device)
 
@@ -195,7 +237,8 @@ def against_diffusers(net: Backbone, theirs: nn.Module, args: argparse.Namespace
         return out
 
     say(f"diffusers: {4 * args.repeats} pairs of full-depth forwards")
-    ours_out, theirs_out = ours_run().float(), theirs_run().float()
+    ours_out = ours_run().float()
+    theirs_out = theirs_run().float()
     ratio = compare_sampling_time(ours_run, theirs_run, 4 * args.repeats, call_timer(gpu_or_cpu()))
     ours_s, theirs_s = (median(side) for side in zip(*ratio.pairs, strict=True))
     return [
@@ -219,10 +262,18 @@ def compile_blocks(net: Backbone, theirs: nn.Module | None) -> None:
 def main() -> None:
     parser = options(__doc__ or "", repeats=5, batch=1)
     parser.add_argument("--model", choices=MODELS, default="DiT-XL/2")
-    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of weights and images (default %(default)s)")
-    parser.add_argument("--only", choices=PARTS, nargs="+", default=PARTS, help="parts to run (default all)")
+    parser.add_argument(
+        "--dtype",
+        choices=DTYPES,
+        default="float32",
+        help="of weights and images (default %(default)s)",
+    )
+    parser.add_argument(
+        "--only", choices=PARTS, nargs="+", default=PARTS, help="parts to run (default all)"
+    )
     args = parse(parser)
-    figures, raw = memory(args) if "memory" in args.only else [], {}
+    figures = memory(args) if "memory" in args.only else []
+    raw = {}
     net = build(args)
     theirs = as_diffusers(net) if "diffusers" in args.only and isinstance(net, DiT) else None
     for model in (net, theirs):
@@ -233,7 +284,8 @@ def main() -> None:
     table = None
     if "latency" in args.only:
         more, table = latency(net, args)
-        figures, raw["latency"] = [*figures, *more], table.to_dict()
+        figures = [*figures, *more]
+        raw["latency"] = table.to_dict()
     if "schedules" in args.only:
         more, raw["schedules"] = schedules(net, table, args)
         figures += more

@@ -36,7 +36,9 @@ def asesearch(*args: str | Path) -> dict[str, Any]:
     """
     words = [str(a) for a in args]
     say(f"\n$ asesearch {shlex.join(words)}")
-    done = subprocess.Popen([sys.executable, "-m", "asesearch", *words], stdout=subprocess.PIPE, text=True)
+    done = subprocess.Popen(
+        [sys.executable, "-m", "asesearch", *words], stdout=subprocess.PIPE, text=True
+    )
     out, _ = done.communicate()
     if done.returncode:
         sys.exit(done.returncode if done.returncode > 0 else 128 - done.returncode)
@@ -45,7 +47,8 @@ def asesearch(*args: str | Path) -> dict[str, Any]:
 
 
 def choose() -> Path:
-    """The study that was begun already; else the quick one, or the small one where it takes long."""
+    """The study that was begun already; else the quick one, or the small one where it takes
+    long."""
     for study in (QUICK, SMALL):
         if (Path("runs") / study.stem / "study.json").is_file():
             say(f"{study} was begun here (runs/{study.stem}): going on with it")
@@ -57,7 +60,10 @@ def choose() -> Path:
     if needed <= LIMIT_MIN:
         say(f"searching {QUICK}: about {needed:.0f} minutes")
         return QUICK
-    say(f"{QUICK} would take about {needed:.0f} minutes here, more than {LIMIT_MIN}, so {SMALL} is searched in its place")
+    say(
+        f"{QUICK} would take about {needed:.0f} minutes here, more than {LIMIT_MIN}, so {SMALL} is "
+        "searched in its place"
+    )
     say(f"the longer one: make search STUDY={QUICK}")
     return SMALL
 
@@ -75,7 +81,9 @@ def main(study: str) -> None:
     decode = [] if vae is None else ["--vae", vae]
     asesearch("sample", bundle, "--num", "40", "--out", images, *decode)
     print(f"The report: {found['report']}")
-    print(f"The bundle: {bundle} (trial {picked['trial']}: {picked['schedule']}), sampled: {images}")
+    print(
+        f"The bundle: {bundle} (trial {picked['trial']}: {picked['schedule']}), sampled: {images}"
+    )
 
 
 if __name__ == "__main__":

@@ -21,7 +21,8 @@ TINY_DIT = {
 
 @pytest.fixture
 def tiny_dit():
-    """A DiT of 4 blocks for 8x8 grey images whose every parameter is random (adaLN-Zero would hide the blocks)."""
+    """A DiT of 4 blocks for 8x8 grey images whose every parameter is random (adaLN-Zero would hide
+    the blocks)."""
     generator = torch.Generator().manual_seed(0)
     net = DiT(**TINY_DIT)
     for p in net.parameters():
@@ -35,7 +36,9 @@ def tiny_images():
     """96 grey 8x8 images of 3 classes."""
     rng = np.random.default_rng(0)
     labels = np.arange(96) % 3
-    images = np.clip(rng.normal(60 + 60 * labels[:, None, None, None], 20, (96, 1, 8, 8)), 0, 255).astype(np.uint8)
+    images = np.clip(
+        rng.normal(60 + 60 * labels[:, None, None, None], 20, (96, 1, 8, 8)), 0, 255
+    ).astype(np.uint8)
     return ImageArray(images, labels, "tiny")
 
 

@@ -48,7 +48,8 @@ time_images = 4
 time_repeats = 2
 """
 ARGS = (
-    "args = { input_size = 28, patch_size = 14, in_channels = 1, hidden_size = 16, depth = 3, num_heads = 2, num_classes = 10 }"
+    "args = { input_size = 28, patch_size = 14, in_channels = 1, hidden_size = 16, depth = 3, "
+    "num_heads = 2, num_classes = 10 }"
 )
 
 
@@ -66,9 +67,25 @@ def place(tmp_path_factory):
     """A folder with study files, trained weights and a finished search."""
     folder = tmp_path_factory.mktemp("cli")
     (folder / "scratch.toml").write_text(STUDY.format(backbone=ARGS))
-    call("train", folder / "scratch.toml", "--out", folder / "net.safetensors", "--run-dir", folder / "runs/train")
-    (folder / "tiny.toml").write_text(STUDY.format(backbone=f'checkpoint = "{folder}/net.safetensors"'))
-    out, err = call("search", folder / "tiny.toml", "--out", folder / "runs/tiny", "--report", folder / "reports/tiny")
+    call(
+        "train",
+        folder / "scratch.toml",
+        "--out",
+        folder / "net.safetensors",
+        "--run-dir",
+        folder / "runs/train",
+    )
+    (folder / "tiny.toml").write_text(
+        STUDY.format(backbone=f'checkpoint = "{folder}/net.safetensors"')
+    )
+    out, err = call(
+        "search",
+        folder / "tiny.toml",
+        "--out",
+        folder / "runs/tiny",
+        "--report",
+        folder / "reports/tiny",
+    )
     result = json.loads(out)
     assert result["report"] == str(folder / "reports/tiny/index.html") and result["front"]
     assert "confirming the front" in err
@@ -80,7 +97,14 @@ def test_train_writes_weights_and_says_how_they_were_made(place):
 
     info = inspect_checkpoint(place / "net.safetensors")
     assert info.args["hidden_size"] == 16
-    out, err = call("train", place / "scratch.toml", "--out", place / "again.safetensors", "--run-dir", place / "runs/train")
+    out, err = call(
+        "train",
+        place / "scratch.toml",
+        "--out",
+        place / "again.safetensors",
+        "--run-dir",
+        place / "runs/train",
+    )
     assert "resuming at step 4 of 4" in err and json.loads(out)["steps"] == 4
     first, again = (load_file(place / name) for name in ("net.safetensors", "again.safetensors"))
     assert first.keys() == again.keys() and all(np.array_equal(first[k], again[k]) for k in first)
@@ -92,7 +116,16 @@ def test_search_left_a_report_and_resumes_with_more_trials(place):
     assert (place / "runs/tiny/confirmations/0.json").is_file()
     copy = place / "longer.toml"
     copy.write_text((place / "tiny.toml").read_text())
-    out, err = call("search", copy, "--out", place / "runs/tiny", "--trials", 4, "--report", place / "reports/longer")
+    out, err = call(
+        "search",
+        copy,
+        "--out",
+        place / "runs/tiny",
+        "--trials",
+        4,
+        "--report",
+        place / "reports/longer",
+    )
     assert "3 of 4 schedules on record" in err and json.loads(out)["front"]
 
 
@@ -106,11 +139,21 @@ def test_a_comparability_break_is_refused(place):
 
 
 def test_dry_run_prints_a_plan_and_leaves_nothing(place, tmp_path):
-    plan = json.loads(call("search", place / "tiny.toml", "--out", tmp_path / "dry", "--dry-run")[0])
+    plan = json.loads(
+        call("search", place / "tiny.toml", "--out", tmp_path / "dry", "--dry-run")[0]
+    )
     assert plan["plan"]["search_s"] > 0 and plan["study"]["search"]["num_trials"] == 3
     assert not (tmp_path / "dry").exists()
     plan = json.loads(
-        call("finetune", place / "tiny.toml", "--schedule", "D3-DiT", "-o", tmp_path / "w.safetensors", "--dry-run")[0]
+        call(
+            "finetune",
+            place / "tiny.toml",
+            "--schedule",
+            "D3-DiT",
+            "-o",
+            tmp_path / "w.safetensors",
+            "--dry-run",
+        )[0]
     )
     assert plan["schedule"] == "3 3 3 3 2 2 2 2 1 1" and plan["estimate"]["total_s"] > 0
     assert list(tmp_path.iterdir()) == []
@@ -118,15 +161,30 @@ def test_dry_run_prints_a_plan_and_leaves_nothing(place, tmp_path):
 
 def test_finetune_under_a_schedule(place, tmp_path):
     out, _ = call(
-        "finetune", place / "tiny.toml", "--schedule", "3 1", "--steps", 2, "-o", tmp_path / "w.safetensors",
-        "--run-dir", tmp_path / "run",
-    )  # fmt: skip
+        "finetune",
+        place / "tiny.toml",
+        "--schedule",
+        "3 1",
+        "--steps",
+        2,
+        "-o",
+        tmp_path / "w.safetensors",
+        "--run-dir",
+        tmp_path / "run",
+    )
     assert json.loads(out)["steps"] == 2 and (tmp_path / "w.safetensors").is_file()
 
 
 def test_report_alone(place, tmp_path):
-    assert json.loads(call("report", place / "runs/tiny", "--out", tmp_path / "r", "--dry-run")[0])["trials"] >= 3
-    assert Path(json.loads(call("report", place / "runs/tiny", "--out", tmp_path / "r")[0])["report"]).is_file()
+    assert (
+        json.loads(call("report", place / "runs/tiny", "--out", tmp_path / "r", "--dry-run")[0])[
+            "trials"
+        ]
+        >= 3
+    )
+    assert Path(
+        json.loads(call("report", place / "runs/tiny", "--out", tmp_path / "r")[0])["report"]
+    ).is_file()
 
 
 def test_export_and_sample_in_a_fresh_process(place, tmp_path):
@@ -134,7 +192,17 @@ def test_export_and_sample_in_a_fresh_process(place, tmp_path):
     from asesearch.evaluation.fidelity import to_uint8
 
     chosen = json.loads(
-        call("export", place / "runs/tiny", "--pick", "best-within", "--time", 1, "-o", tmp_path / "b", "--dry-run")[0]
+        call(
+            "export",
+            place / "runs/tiny",
+            "--pick",
+            "best-within",
+            "--time",
+            1,
+            "-o",
+            tmp_path / "b",
+            "--dry-run",
+        )[0]
     )
     assert chosen["evaluation"]["confirmed"] and not (tmp_path / "b").exists()
     call("export", place / "runs/tiny", "--pick", "best-within", "--time", 1, "-o", tmp_path / "b")
@@ -160,7 +228,10 @@ def test_export_and_sample_in_a_fresh_process(place, tmp_path):
     assert (tmp_path / "x.png").read_bytes().startswith(b"\x89PNG")
 
 
-@pytest.mark.parametrize(("label", "rule"), [(10, "got 10, the null label"), (11, "got 11; choose"), (-1, "got -1; choose")])
+@pytest.mark.parametrize(
+    ("label", "rule"),
+    [(10, "got 10, the null label"), (11, "got 11; choose"), (-1, "got -1; choose")],
+)
 def test_a_label_that_is_no_class_is_refused(place, tmp_path, label, rule):
     from asesearch.errors import ConfigError
 
@@ -168,21 +239,41 @@ def test_a_label_that_is_no_class_is_refused(place, tmp_path, label, rule):
         call("export", place / "runs/tiny", "--trial", 0, "-o", place / "b")
     for more in ((), ("--dry-run",)):
         with pytest.raises(ConfigError, match=rf"network, 0…9; {rule}.* 0…9"):
-            call("sample", place / "b", "-o", tmp_path / "x.png", "--num", 2, "--label", label, *more)
+            call(
+                "sample", place / "b", "-o", tmp_path / "x.png", "--num", 2, "--label", label, *more
+            )
     assert list(tmp_path.iterdir()) == []
     call("sample", place / "b", "-o", tmp_path / "x.png", "--num", 2, "--label", 9)
 
 
-def test_a_guided_study_of_a_release_that_did_not_record_the_channels_goes_on(place, tmp_path, monkeypatch):
-    """Its network is on record, so its own scores stay comparable; those of a new study tell their channels."""
+def test_a_guided_study_of_a_release_that_did_not_record_the_channels_goes_on(
+    place, tmp_path, monkeypatch
+):
+    """Its network is on record, so its own scores stay comparable; those of a new study tell their
+    channels."""
     from asesearch.search import Study, workbench
 
-    text = (place / "tiny.toml").read_text().replace("batch_size = 40", "batch_size = 40\ncfg_scale = 1.5")
+    text = (
+        (place / "tiny.toml")
+        .read_text()
+        .replace("batch_size = 40", "batch_size = 40\ncfg_scale = 1.5")
+    )
     (tmp_path / "tiny.toml").write_text(text)
-    where, made = tmp_path / "run", workbench.build_protocol
-    args = ("search", tmp_path / "tiny.toml", "--out", where, "--report", tmp_path / "report", "--trials")
+    where = tmp_path / "run"
+    made = workbench.build_protocol
+    args = (
+        "search",
+        tmp_path / "tiny.toml",
+        "--out",
+        where,
+        "--report",
+        tmp_path / "report",
+        "--trials",
+    )
     with monkeypatch.context() as earlier:
-        earlier.setattr(workbench, "build_protocol", lambda *a, **k: made(*a, **{**k, "guided_channels": None}))
+        earlier.setattr(
+            workbench, "build_protocol", lambda *a, **k: made(*a, **{**k, "guided_channels": None})
+        )
         call(*args, 2)
     assert "guided_channels" not in (where / "inputs.json").read_text()
     call(*args, 3)
@@ -198,8 +289,21 @@ def test_a_guided_study_of_a_release_that_did_not_record_the_channels_goes_on(pl
 def test_export_takes_the_nearest_only_where_it_is_asked_to(place, tmp_path):
     from asesearch.errors import StudyError
 
-    args = ("export", place / "runs/tiny", "--pick", "fastest-within", "--quality", "0.5", "-o", tmp_path / "b", "--dry-run")
-    with pytest.raises(StudyError, match=r"no schedule is within the quality budget '0.5'; the nearest is .*--or-nearest"):
+    args = (
+        "export",
+        place / "runs/tiny",
+        "--pick",
+        "fastest-within",
+        "--quality",
+        "0.5",
+        "-o",
+        tmp_path / "b",
+        "--dry-run",
+    )
+    with pytest.raises(
+        StudyError,
+        match=r"no schedule is within the quality budget '0.5'; the nearest is .*--or-nearest",
+    ):
         call(*args)
     out, err = call(*args, "--early-exit", "--or-nearest")
     chosen = json.loads(out)
@@ -228,7 +332,8 @@ def test_evaluate_check_fails_for_other_weights(place):
     path = place / "runs/tiny/trials/3-2-1_at_250-750/weights.safetensors"
     kept = path.read_bytes()
     with safe_open(path, "np") as file:
-        metadata, tensors = file.metadata(), {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118 (not a dict)
+        metadata = file.metadata()  # noqa: SIM118 (not a dict)
+        tensors = {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118
     path.unlink()  # loaded weights are mapped from their file: never write it in place
     save_file({k: v + np.float32(0.1) for k, v in tensors.items()}, path, metadata)
     out, _ = call("evaluate", place / "runs/tiny", "--trial", 1, "--check", code=1)
@@ -238,12 +343,26 @@ def test_evaluate_check_fails_for_other_weights(place):
 
 
 @pytest.mark.parametrize(
-    "command", ["train", "finetune", "sample", "evaluate", "map", "search", "report", "export", "latents", "train-extractor"]
+    "command",
+    [
+        "train",
+        "finetune",
+        "sample",
+        "evaluate",
+        "map",
+        "search",
+        "report",
+        "export",
+        "latents",
+        "train-extractor",
+    ],
 )
 def test_every_command_explains_itself(command):
     out, _ = call(command, "--help")
     assert "Usage" in out and len(out) > 300
-    assert all(option in out for option in (["--dry-run"] if command != "train-extractor" else ["--out"]))
+    assert all(
+        option in out for option in (["--dry-run"] if command != "train-extractor" else ["--out"])
+    )
 
 
 def as_program(monkeypatch, capsys, *args):
@@ -255,7 +374,9 @@ def as_program(monkeypatch, capsys, *args):
 
 def test_a_budget_is_planned_and_kept(place, tmp_path):
     study = tmp_path / "timed.toml"
-    study.write_text((place / "tiny.toml").read_text().replace("num_intervals = 4", "num_intervals = 8"))
+    study.write_text(
+        (place / "tiny.toml").read_text().replace("num_intervals = 4", "num_intervals = 8")
+    )
     args = ("search", study, "--out", tmp_path / "run", "--report", tmp_path / "report")
     plan = json.loads(call(*args, "--budget", "10m", "--dry-run")[0])["plan"]
     assert plan["budget_s"] == 600 and plan["num_trials"] >= 1
@@ -265,7 +386,8 @@ def test_a_budget_is_planned_and_kept(place, tmp_path):
     from asesearch.search.budget import spent_s
 
     results = Study.open(tmp_path / "run").results()
-    # a trial is a large part of so short a budget, and other tests share the machine: a search of minutes keeps to a tenth
+    # a trial is a large part of so short a budget, and other tests share the machine: a search of
+    # minutes keeps to a tenth
     assert json.loads(out)["front"] and len(results.records) > 1 and spent_s(results) <= 2 * 12
 
 
@@ -278,22 +400,42 @@ WRONG = [
     (("sample", "nowhere", "-o", "x.png"), 1, "can't read nowhere/bundle.json"),
     (("sample", "nowhere", "-o", "x.jpg"), 1, "written as .png or .npz"),
     (("train", "tiny.toml", "-o", "x.pt"), 1, "written as .safetensors"),
-    (("finetune", "deep.toml", "--schedule", "28 28", "-o", "x.safetensors"), 1, "rescale the schedule"),
-    (("finetune", "deep.toml", "--schedule", "D9-DiT", "-o", "x.safetensors"), 1, "published names"),
+    (
+        ("finetune", "deep.toml", "--schedule", "28 28", "-o", "x.safetensors"),
+        1,
+        "rescale the schedule",
+    ),
+    (
+        ("finetune", "deep.toml", "--schedule", "D9-DiT", "-o", "x.safetensors"),
+        1,
+        "published names",
+    ),
     (("search", "tiny.toml", "--trials", "0"), 1, "search: num_trials"),
     (("search", "tiny.toml", "--budget", "soon"), 1, "search: budget"),
-    (("search", "tiny.toml", "--budget", "1h", "--trials", "4"), 1, "--trials or --budget, not both"),
+    (
+        ("search", "tiny.toml", "--budget", "1h", "--trials", "4"),
+        1,
+        "--trials or --budget, not both",
+    ),
     (("search", "sampler.toml"), 1, "search.samplers.0"),
     (("train", "tiny.toml", "-o", "tiny.toml/x.safetensors"), 1, "can't write to tiny.toml/"),
-    (("export", "runs", "--trial", "1", "--pick", "best-quality", "-o", "b"), 1, "--trial names the point"),
+    (
+        ("export", "runs", "--trial", "1", "--pick", "best-quality", "-o", "b"),
+        1,
+        "--trial names the point",
+    ),
     (("export", "runs", "--trial", "1", "--or-nearest", "-o", "b"), 1, "--trial names the point"),
     (("search",), 2, "Missing argument"),
     (("export", "runs", "--time", "2", "-o", "b"), 2, "less than or equal to 1"),
 ]
 
 
-@pytest.mark.parametrize(("args", "code", "message"), WRONG, ids=[" ".join(w[0][:2]) for w in WRONG])
-def test_wrong_input_is_one_line_and_leaves_nothing(place, tmp_path, monkeypatch, capsys, args, code, message):
+@pytest.mark.parametrize(
+    ("args", "code", "message"), WRONG, ids=[" ".join(w[0][:2]) for w in WRONG]
+)
+def test_wrong_input_is_one_line_and_leaves_nothing(
+    place, tmp_path, monkeypatch, capsys, args, code, message
+):
     text = (place / "tiny.toml").read_text()
     monkeypatch.chdir(tmp_path)
     files = {
@@ -322,7 +464,9 @@ def test_debug_shows_the_traceback(monkeypatch):
 
 def test_unwritable_study_directory(place, tmp_path, monkeypatch, capsys):
     (tmp_path / "file").write_text("not a folder")
-    code, said = as_program(monkeypatch, capsys, "search", place / "tiny.toml", "--out", tmp_path / "file" / "run")
+    code, said = as_program(
+        monkeypatch, capsys, "search", place / "tiny.toml", "--out", tmp_path / "file" / "run"
+    )
     assert code == 1 and "can't write to" in said.err and said.err.count("\n") == 1
 
 
@@ -363,7 +507,9 @@ LATE = [
 
 @pytest.mark.parametrize("dry", [False, True], ids=["real", "dry"])
 @pytest.mark.parametrize("args", LATE, ids=range(len(LATE)))
-def test_an_output_that_can_t_be_written_is_refused_before_inputs_are_read(place, tmp_path, monkeypatch, capsys, args, dry):
+def test_an_output_that_can_t_be_written_is_refused_before_inputs_are_read(
+    place, tmp_path, monkeypatch, capsys, args, dry
+):
     """The network, bundle, study or images are missing too: what comes first is what is said."""
     monkeypatch.chdir(tmp_path)
     text = (place / "tiny.toml").read_text().replace(f"{place}/net", "nothing")
@@ -377,12 +523,19 @@ def test_an_output_that_can_t_be_written_is_refused_before_inputs_are_read(place
     line = said.err.strip()
     assert code == 1 and "\n" not in line and "Traceback" not in line and len(line) < 500
     assert "nothing.safetensors" not in line and "nowhere" not in line
-    output = args[args.index("--report" if "--report" in args else "--run-dir" if "--run-dir" in args else "-o") + 1]
+    output = args[
+        args.index(
+            "--report" if "--report" in args else "--run-dir" if "--run-dir" in args else "-o"
+        )
+        + 1
+    ]
     assert output[:100] in line
     assert sorted(tmp_path.rglob("*")) == before and Path("file").read_text() == "not a folder"
 
 
-def test_the_same_commands_with_outputs_that_can_be_written_get_to_their_inputs(place, tmp_path, monkeypatch, capsys):
+def test_the_same_commands_with_outputs_that_can_be_written_get_to_their_inputs(
+    place, tmp_path, monkeypatch, capsys
+):
     """Negative control of the refusals above."""
     monkeypatch.chdir(tmp_path)
     text = (place / "tiny.toml").read_text().replace(f"{place}/net", "nothing")
@@ -394,15 +547,31 @@ def test_the_same_commands_with_outputs_that_can_be_written_get_to_their_inputs(
         (("export", "nowhere", "--trial", "0", "-o", "deep/b"), "nowhere"),
     ):
         code, said = as_program(monkeypatch, capsys, *args)
-        assert code == 1 and missing in said.err and sorted(p.name for p in tmp_path.iterdir()) == ["nothing.toml"]
+        assert (
+            code == 1
+            and missing in said.err
+            and sorted(p.name for p in tmp_path.iterdir()) == ["nothing.toml"]
+        )
 
 
 def test_an_export_that_can_t_be_written_trains_nothing(place, tmp_path, monkeypatch, capsys):
     (tmp_path / "b").mkdir()
-    args = ("export", place / "runs/tiny", "--trial", 1, "--finetune-steps", 7, "-o", tmp_path / "b")
+    args = (
+        "export",
+        place / "runs/tiny",
+        "--trial",
+        1,
+        "--finetune-steps",
+        7,
+        "-o",
+        tmp_path / "b",
+    )
     code, said = as_program(monkeypatch, capsys, *args)
     assert code == 1 and "exists already" in said.err
-    assert not list((place / "runs/tiny").rglob("finetune-7")) and list((tmp_path / "b").iterdir()) == []
+    assert (
+        not list((place / "runs/tiny").rglob("finetune-7"))
+        and list((tmp_path / "b").iterdir()) == []
+    )
 
 
 @pytest.mark.parametrize("name", ["x.pt", "x", "x.safetensors.bak"])
@@ -417,21 +586,32 @@ IGNORED = [
     (("evaluate", "RUN", "--trial", "0", "--schedule", "3 1"), "a trial has its own schedule"),
     (("evaluate", "RUN", "--trial", "0", "--schedule", "full"), "a trial has its own schedule"),
     (("evaluate", "RUN", "--check"), "got no --trial"),
-    (("export", "RUN", "-o", "b", "--trial", "0", "--pick", "best-quality"), "--trial names the point"),
+    (
+        ("export", "RUN", "-o", "b", "--trial", "0", "--pick", "best-quality"),
+        "--trial names the point",
+    ),
     (("export", "RUN", "-o", "b", "--trial", "0", "--quality", "1se"), "--trial names the point"),
     (("export", "RUN", "-o", "b", "--trial", "0", "--time", "0.5"), "--trial names the point"),
     (("export", "RUN", "-o", "b", "--quality", "1se"), "best-quality none"),
-    (("export", "RUN", "-o", "b", "--pick", "fastest-within", "--quality", "1se", "--time", "1"), "got fastest-within"),
+    (
+        ("export", "RUN", "-o", "b", "--pick", "fastest-within", "--quality", "1se", "--time", "1"),
+        "got fastest-within",
+    ),
     (("search", "STUDY", "--trials", "3", "--budget", "1h"), "--trials or --budget, not both"),
     (("sample", "b", "-o", "x.png", "--prompt", "a", "--label", "1"), "--prompt goes with"),
     (("sample", "b", "-o", "x.png", "--text-encoder", "t"), "--prompt goes with"),
-    (("latents", "i", "--vae", "v", "-o", "l", "--image-size", "8", "--max-length", "9"), "--max-length is for captions"),
+    (
+        ("latents", "i", "--vae", "v", "-o", "l", "--image-size", "8", "--max-length", "9"),
+        "--max-length is for captions",
+    ),
 ]
 
 
 @pytest.mark.parametrize("dry", [False, True], ids=["real", "dry"])
 @pytest.mark.parametrize(("args", "reason"), IGNORED, ids=[" ".join(a[0]) for a in IGNORED])
-def test_options_that_would_be_ignored_are_refused(place, tmp_path, monkeypatch, capsys, args, reason, dry):
+def test_options_that_would_be_ignored_are_refused(
+    place, tmp_path, monkeypatch, capsys, args, reason, dry
+):
     monkeypatch.chdir(tmp_path)
     paths = {"RUN": place / "runs/tiny", "STUDY": place / "tiny.toml"}
     args = [paths.get(a, a) for a in args] + (["--dry-run"] if dry else [])
@@ -446,11 +626,18 @@ def test_options_that_would_be_ignored_are_refused(place, tmp_path, monkeypatch,
 def test_what_is_printed_for_unequal_intervals_is_taken_back(place, tmp_path):
     for text in ("3 2 @ 0 300 1000", "3 1", "full"):
         said = json.loads(call("evaluate", place / "runs/tiny", "--schedule", text, "--dry-run")[0])
-        again = json.loads(call("evaluate", place / "runs/tiny", "--schedule", said["schedule"], "--dry-run")[0])
+        again = json.loads(
+            call("evaluate", place / "runs/tiny", "--schedule", said["schedule"], "--dry-run")[0]
+        )
         assert again["schedule"] == said["schedule"] == {"full": "3"}.get(text, text)
     path = tmp_path / "SCHEDULE.JSON"
     path.write_text("[3, 2, 1]", encoding="utf-16")
-    assert json.loads(call("evaluate", place / "runs/tiny", "--schedule", path, "--dry-run")[0])["schedule"] == "3 2 1"
+    assert (
+        json.loads(call("evaluate", place / "runs/tiny", "--schedule", path, "--dry-run")[0])[
+            "schedule"
+        ]
+        == "3 2 1"
+    )
 
 
 # -- what is reported ------------------------------------------------------------------------------
@@ -460,7 +647,9 @@ def test_search_prints_the_confirmed_front(place, tmp_path):
     files = (place / "runs/tiny/confirmations").glob("*.json")  # one a point
     confirmed = [c for f in files for c in json.loads(f.read_text())["confirmations"]]
     by_number = {c["number"]: c for c in confirmed}
-    out, _ = call("search", place / "tiny.toml", "--out", place / "runs/tiny", "--report", tmp_path / "r")
+    out, _ = call(
+        "search", place / "tiny.toml", "--out", place / "runs/tiny", "--report", tmp_path / "r"
+    )
     front = json.loads(out)["front"]
     assert 1 <= len(front) <= len(confirmed) and all(row["confirmed"] for row in front)
     for row in front:
@@ -477,20 +666,50 @@ def test_search_prints_the_confirmed_front(place, tmp_path):
 def test_sample_reports_the_steps_and_blocks_that_it_runs(place, tmp_path):
     call("export", place / "runs/tiny", "--trial", 1, "-o", tmp_path / "b")  # 3 2 2 1
     for steps, depths in ((1, [1]), (2, [2, 1]), (None, [2, 2, 1])):
-        args = ("sample", tmp_path / "b", "-o", tmp_path / "x.npz", "--num", 2, *(["--steps", steps] if steps else []))
+        args = (
+            "sample",
+            tmp_path / "b",
+            "-o",
+            tmp_path / "x.npz",
+            "--num",
+            2,
+            *(["--steps", steps] if steps else []),
+        )
         plan = json.loads(call(*args, "--dry-run")[0])
         assert not (tmp_path / "x.npz").exists()
         said = json.loads(call(*args)[0])
         (tmp_path / "x.npz").unlink()
-        assert plan["sampling"]["num_steps"] == said["sampling"]["num_steps"] == said["nfe"] == len(depths)
-        assert said["block_frac"] == plan["block_frac"] == pytest.approx(said["block_calls"] / (3 * said["nfe"]))
+        assert (
+            plan["sampling"]["num_steps"]
+            == said["sampling"]["num_steps"]
+            == said["nfe"]
+            == len(depths)
+        )
+        assert (
+            said["block_frac"]
+            == plan["block_frac"]
+            == pytest.approx(said["block_calls"] / (3 * said["nfe"]))
+        )
         assert said["block_calls"] <= sum(depths) + 2
 
 
-@pytest.mark.parametrize("options", [("--label", 99), ("--steps", 1001), ("--seed", 2**32), ("--vae", "nowhere")])
-def test_a_dry_run_of_sample_refuses_what_sampling_would(place, tmp_path, monkeypatch, capsys, options):
+@pytest.mark.parametrize(
+    "options", [("--label", 99), ("--steps", 1001), ("--seed", 2**32), ("--vae", "nowhere")]
+)
+def test_a_dry_run_of_sample_refuses_what_sampling_would(
+    place, tmp_path, monkeypatch, capsys, options
+):
     call("export", place / "runs/tiny", "--trial", 0, "-o", tmp_path / "b")
-    code, said = as_program(monkeypatch, capsys, "sample", tmp_path / "b", "-o", tmp_path / "x.png", "--dry-run", *options)
+    code, said = as_program(
+        monkeypatch,
+        capsys,
+        "sample",
+        tmp_path / "b",
+        "-o",
+        tmp_path / "x.png",
+        "--dry-run",
+        *options,
+    )
     assert code == 1 and said.err.count("\n") == 1 and "got" in said.err and not said.out
 
 
@@ -514,9 +733,19 @@ def test_ctrl_c_says_what_is_kept_and_the_same_command_resumes(place, tmp_path):
     """A real signal to a real process, in the middle of a search."""
     from asesearch.search import Study
 
-    args = ["search", place / "tiny.toml", "--out", tmp_path / "run", "--report", tmp_path / "r", "--trials"]
+    args = [
+        "search",
+        place / "tiny.toml",
+        "--out",
+        tmp_path / "run",
+        "--report",
+        tmp_path / "r",
+        "--trials",
+    ]
     command = [sys.executable, "-m", "asesearch", *map(str, args), "90"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
         try:
             for line in process.stderr:
                 if "trial 0 (full)" in line:
@@ -528,22 +757,53 @@ def test_ctrl_c_says_what_is_kept_and_the_same_command_resumes(place, tmp_path):
     kept = len(Study.open(tmp_path / "run").records())
     last = err.replace("\r", "\n").strip().splitlines()[-1]
     assert process.returncode == 130 and out == "" and "Traceback" not in err
-    assert last == f"interrupted: {tmp_path}/run keeps {kept} of 90 schedules; the same command resumes"
+    assert (
+        last
+        == f"interrupted: {tmp_path}/run keeps {kept} of 90 schedules; the same command resumes"
+    )
     assert 1 <= kept < 90 and not (tmp_path / "r").exists()
     _, err = call(*args, kept + 1)
     assert f"{kept} of {kept + 1} schedules on record; continuing" in err
 
 
 INTERRUPTED = [
-    ("asesearch.finetuning.Trainer.run", ("train", "SCRATCH", "-o", "x.safetensors", "--run-dir", "t"), "kept in t"),
-    ("asesearch.deployment.bundle.Bundle.sample", ("sample", "BUNDLE", "-o", "x.png"), "no image was written to x.png"),
+    (
+        "asesearch.finetuning.Trainer.run",
+        ("train", "SCRATCH", "-o", "x.safetensors", "--run-dir", "t"),
+        "kept in t",
+    ),
+    (
+        "asesearch.deployment.bundle.Bundle.sample",
+        ("sample", "BUNDLE", "-o", "x.png"),
+        "no image was written to x.png",
+    ),
     ("asesearch.search.Workbench.evaluate", ("evaluate", "RUN"), "begins again"),
     ("asesearch.report.write_report", ("report", "RUN", "-o", "r"), "same command completes it"),
-    ("asesearch.search.difficulty.measure_map", ("map", "STUDY", "-o", "m"), "nothing was written to m"),
-    ("asesearch.deployment.export.export", ("export", "RUN", "--trial", "0", "-o", "b"), "no bundle was written to b"),
-    ("asesearch.deployment.export.finetune", ("export", "RUN", "--trial", "0", "-o", "b", "--finetune-steps", "9"), "resumes"),
-    ("asesearch.latents.encode_folder", ("latents", "i", "--vae", "v", "--image-size", "8", "-o", "l"), "kept in l"),
-    ("asesearch.evaluation.extractors.train_extractor", ("train-extractor", "-o", "e.safetensors"), "no weights were written"),
+    (
+        "asesearch.search.difficulty.measure_map",
+        ("map", "STUDY", "-o", "m"),
+        "nothing was written to m",
+    ),
+    (
+        "asesearch.deployment.export.export",
+        ("export", "RUN", "--trial", "0", "-o", "b"),
+        "no bundle was written to b",
+    ),
+    (
+        "asesearch.deployment.export.finetune",
+        ("export", "RUN", "--trial", "0", "-o", "b", "--finetune-steps", "9"),
+        "resumes",
+    ),
+    (
+        "asesearch.latents.encode_folder",
+        ("latents", "i", "--vae", "v", "--image-size", "8", "-o", "l"),
+        "kept in l",
+    ),
+    (
+        "asesearch.evaluation.extractors.train_extractor",
+        ("train-extractor", "-o", "e.safetensors"),
+        "no weights were written",
+    ),
     ("asesearch.search.Study.open", ("evaluate", "RUN"), "its work had not begun"),
 ]
 
@@ -554,7 +814,9 @@ def test_ctrl_c_is_one_line_in_every_command(place, tmp_path, monkeypatch, where
     if "BUNDLE" in args:
         call("export", place / "runs/tiny", "--trial", 0, "-o", tmp_path / "bundle")
     images = ImageArray(np.zeros((2, 1, 28, 28), np.uint8), np.arange(2), "none")
-    monkeypatch.setattr("asesearch.data.fashion_mnist", lambda *_, **__: images) if "extractor" in args[0] else None
+    monkeypatch.setattr(
+        "asesearch.data.fashion_mnist", lambda *_, **__: images
+    ) if "extractor" in args[0] else None
     before = sorted(p.name for p in tmp_path.iterdir())
 
     def interrupt(*_, **__):
@@ -578,7 +840,9 @@ def test_debug_stands_anywhere(monkeypatch, place_of_debug):
     from asesearch.errors import ConfigError
 
     args = ["search", "missing.toml", "--dry-run"]
-    monkeypatch.setattr(sys, "argv", ["asesearch", *args[:place_of_debug], "--debug", *args[place_of_debug:]])
+    monkeypatch.setattr(
+        sys, "argv", ["asesearch", *args[:place_of_debug], "--debug", *args[place_of_debug:]]
+    )
     with pytest.raises(ConfigError, match="can't read missing.toml"):
         main()
 
@@ -589,15 +853,23 @@ def test_a_reader_that_has_gone_is_no_traceback(place, tmp_path, stream):
     read, write = os.pipe()
     os.close(read)
     other = "stderr" if stream == "stdout" else "stdout"
-    args = ["report", place / "runs/tiny", "--dry-run"] if stream == "stdout" else ["report", "nowhere"]
+    args = (
+        ["report", place / "runs/tiny", "--dry-run"]
+        if stream == "stdout"
+        else ["report", "nowhere"]
+    )
     command = [sys.executable, "-m", "asesearch", *map(str, args)]
-    done = subprocess.run(command, **{stream: write, other: subprocess.PIPE}, text=True, cwd=tmp_path, check=False)
+    done = subprocess.run(
+        command, **{stream: write, other: subprocess.PIPE}, text=True, cwd=tmp_path, check=False
+    )
     os.close(write)
     assert done.returncode == 1 and not getattr(done, other)
 
 
 @pytest.mark.parametrize("dry", [(), ("--dry-run",)], ids=["real", "dry"])
-def test_damaged_images_are_found_before_any_training(place, tmp_path, monkeypatch, capsys, caplog, dry):
+def test_damaged_images_are_found_before_any_training(
+    place, tmp_path, monkeypatch, capsys, caplog, dry
+):
     from PIL import Image
 
     rng = np.random.default_rng(0)
@@ -615,11 +887,22 @@ def test_damaged_images_are_found_before_any_training(place, tmp_path, monkeypat
     (tmp_path / "damaged.toml").write_text(text)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("ASESEARCH_CACHE", str(tmp_path / "cache"))
-    args = ("finetune", "damaged.toml", "--schedule", "full", "-o", "x.safetensors", "--run-dir", "run")
+    args = (
+        "finetune",
+        "damaged.toml",
+        "--schedule",
+        "full",
+        "-o",
+        "x.safetensors",
+        "--run-dir",
+        "run",
+    )
     code, said = as_program(monkeypatch, capsys, *args, *dry)
     line = said.err.strip().splitlines()[-1]
     assert code == 1 and "3/1.png" in line and "7/0.png" in line and "skip_damaged" in line
     assert not (tmp_path / "run").exists() and not (tmp_path / "x.safetensors").exists()
-    (tmp_path / "damaged.toml").write_text(text.replace("channels = 1", "channels = 1\nskip_damaged = true"))
+    (tmp_path / "damaged.toml").write_text(
+        text.replace("channels = 1", "channels = 1\nskip_damaged = true")
+    )
     code, _ = as_program(monkeypatch, capsys, *args, *dry)
     assert code == 0 and "skipped 2 damaged of 20 images" in caplog.text

@@ -14,7 +14,15 @@ from asesearch.cli import app
 from asesearch.errors import CheckpointError, ConfigError, DataError, WriteError
 from asesearch.search.difficulty import DifficultyMap
 
-SHAPE = {"input_size": 28, "patch_size": 14, "in_channels": 1, "hidden_size": 16, "depth": 3, "num_heads": 2, "num_classes": 10}
+SHAPE = {
+    "input_size": 28,
+    "patch_size": 14,
+    "in_channels": 1,
+    "hidden_size": 16,
+    "depth": 3,
+    "num_heads": 2,
+    "num_classes": 10,
+}
 STUDY = """
 name = "tiny"
 [backbone]
@@ -49,7 +57,8 @@ def network(path, seed):
 
 @pytest.fixture
 def place(tmp_path, monkeypatch):
-    """A working directory with study files for a trained and an untrained network, and other weights."""
+    """A working directory with study files for a trained and an untrained network, and other
+    weights."""
     monkeypatch.chdir(tmp_path)
     network("net.safetensors", 0)
     network("tuned.safetensors", 1)
@@ -69,22 +78,46 @@ def read(folder):
 
 def test_a_map_of_the_studys_own_network(place):
     out, err = call("trained.toml")
-    said, found = json.loads(out), read(place / "reports/tiny-map")
-    assert said["files"] == [f"reports/tiny-map/map.{kind}" for kind in ("csv", "png", "svg", "json")]
+    said = json.loads(out)
+    found = read(place / "reports/tiny-map")
+    assert said["files"] == [
+        f"reports/tiny-map/map.{kind}" for kind in ("csv", "png", "svg", "json")
+    ]
     assert all((place / name).stat().st_size > 100 for name in said["files"])
-    assert (said["data"], said["num_images"], said["reference"]) == ("fashion-mnist/test", 6, "itself")
+    assert (said["data"], said["num_images"], said["reference"]) == (
+        "fashion-mnist/test",
+        6,
+        "itself",
+    )
     assert said["error_by_exit_depth"].keys() == {"data", "middle", "noise"}
-    assert np.allclose(list(said["error_by_exit_depth"].values()), np.array(found.error_full)[[0, 2, 3]], rtol=1e-3)
-    assert found.weights == found.reference_weights and found.error_full[0][-1] == 0 and found.error_full[0][0] > 0
-    assert len(pd.read_csv(place / "reports/tiny-map/map.csv")) == 4 * 3 and "map" in err and "{" not in err
+    assert np.allclose(
+        list(said["error_by_exit_depth"].values()), np.array(found.error_full)[[0, 2, 3]], rtol=1e-3
+    )
+    assert (
+        found.weights == found.reference_weights
+        and found.error_full[0][-1] == 0
+        and found.error_full[0][0] > 0
+    )
+    assert (
+        len(pd.read_csv(place / "reports/tiny-map/map.csv")) == 4 * 3
+        and "map" in err
+        and "{" not in err
+    )
 
 
 def test_other_weights_are_judged_against_the_studys_network(place):
     call("trained.toml", "--out", "own")
     out, _ = call("trained.toml", "--weights", "tuned.safetensors", "--out", "tuned")
-    own, tuned = read(place / "own"), read(place / "tuned")
-    assert json.loads(out)["reference"] == "net.safetensors" and json.loads(out)["weights"] == "tuned.safetensors"
-    assert tuned.reference_weights == own.weights != tuned.weights and min(row[-1] for row in tuned.error_full) > 0
+    own = read(place / "own")
+    tuned = read(place / "tuned")
+    assert (
+        json.loads(out)["reference"] == "net.safetensors"
+        and json.loads(out)["weights"] == "tuned.safetensors"
+    )
+    assert (
+        tuned.reference_weights == own.weights != tuned.weights
+        and min(row[-1] for row in tuned.error_full) > 0
+    )
     call("trained.toml", "--weights", "net.safetensors", "--out", "again")
     assert np.allclose(read(place / "again").error_full, own.error_full, rtol=1e-4, atol=1e-12)
 
@@ -97,13 +130,21 @@ def test_an_untrained_network(place):
     assert not np.any(found.error_full) and np.allclose(found.error_noise, 1, atol=0.1)
     out, _ = call("scratch.toml", "--weights", "tuned.safetensors", "--out", "tuned")
     found = read(place / "tuned")
-    assert json.loads(out)["reference"] == "itself" and found.reference_weights == found.weights and np.any(found.error_full)
+    assert (
+        json.loads(out)["reference"] == "itself"
+        and found.reference_weights == found.weights
+        and np.any(found.error_full)
+    )
 
 
 def test_a_dry_run_estimates_and_leaves_nothing(place):
     before = sorted(place.iterdir())
     plan = json.loads(call("trained.toml", "--weights", "tuned.safetensors", "--dry-run")[0])
-    assert plan["estimate"]["total_s"] > 0 and plan["num_bins"] == 4 and plan["out"] == "reports/tiny-map"
+    assert (
+        plan["estimate"]["total_s"] > 0
+        and plan["num_bins"] == 4
+        and plan["out"] == "reports/tiny-map"
+    )
     assert plan["reference"] == "net.safetensors" and sorted(place.iterdir()) == before
 
 
@@ -132,26 +173,35 @@ def test_images_that_do_not_fit_are_refused(place):
 
 def test_it_explains_itself():
     out, _ = call("--help")
-    assert all(word in out for word in ("--weights", "--out", "--dry-run", "trained or", "full network"))
+    assert all(
+        word in out for word in ("--weights", "--out", "--dry-run", "trained or", "full network")
+    )
     call(code=2)
 
 
 @pytest.mark.parametrize("classes", [1, 10])
 def test_official_weights_without_label_dropout(tmp_path, monkeypatch, classes):
-    """A network of one class is measured on images of any; ten labels are ten classes if the study file says so."""
+    """A network of one class is measured on images of any; ten labels are ten classes if the study
+    file says so."""
     monkeypatch.chdir(tmp_path)
     net = DiT(**{**SHAPE, "num_classes": classes}, class_dropout_prob=0.0)
     torch.save(net.state_dict(), "net.pt")
-    (tmp_path / "one.toml").write_text(STUDY.format(backbone='checkpoint = "net.pt"\nargs = { num_heads = 2 }', bins=2))
+    (tmp_path / "one.toml").write_text(
+        STUDY.format(backbone='checkpoint = "net.pt"\nargs = { num_heads = 2 }', bins=2)
+    )
     told = f'checkpoint = "net.pt"\nargs = {{ num_heads = 2, num_classes = {classes} }}'
     (tmp_path / "told.toml").write_text(STUDY.format(backbone=told, bins=2))
     out, _ = call("told.toml", "--out", "told")
-    assert json.loads(out)["num_bins"] == 2 and DifficultyMap.from_dict(json.loads((tmp_path / "told/map.json").read_text()))
+    assert json.loads(out)["num_bins"] == 2 and DifficultyMap.from_dict(
+        json.loads((tmp_path / "told/map.json").read_text())
+    )
     if classes == 1:
         call("one.toml", "--out", "one")
         assert (tmp_path / "one/map.json").read_text() == (tmp_path / "told/map.json").read_text()
     else:
-        with pytest.raises(DataError, match=r"has 9 classes.* without label dropout, set args\.num_classes = 10"):
+        with pytest.raises(
+            DataError, match=r"has 9 classes.* without label dropout, set args\.num_classes = 10"
+        ):
             call("one.toml", "--out", "one")
 
 
@@ -159,9 +209,15 @@ def test_weights_that_are_not_finite_are_refused_before_anything_is_measured(pla
     net = DiT(**SHAPE)
     net.final_layer.linear.bias.data[:] = torch.nan
     torch.save(net.state_dict(), "broken.pt")
-    text = STUDY.format(backbone='checkpoint = "broken.pt"\nargs = { num_heads = 2, num_classes = 10 }', bins=2)
+    text = STUDY.format(
+        backbone='checkpoint = "broken.pt"\nargs = { num_heads = 2, num_classes = 10 }', bins=2
+    )
     (place / "broken.toml").write_text(text)
-    for args in (["broken.toml"], ["broken.toml", "--dry-run"], ["scratch.toml", "--weights", "broken.pt"]):
+    for args in (
+        ["broken.toml"],
+        ["broken.toml", "--dry-run"],
+        ["scratch.toml", "--weights", "broken.pt"],
+    ):
         with pytest.raises(CheckpointError, match=r"392 of 392 in final_layer\.linear\.bias"):
             call(*args, "--out", "out")
     assert not (place / "out").exists()

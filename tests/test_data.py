@@ -10,13 +10,25 @@ import torch
 from PIL import Image
 
 from asesearch.config import DataConfig
-from asesearch.data import ImageArray, ImageFolder, cache_dir, centre_crop, fashion_mnist, open_data, read_idx
+from asesearch.data import (
+    ImageArray,
+    ImageFolder,
+    cache_dir,
+    centre_crop,
+    fashion_mnist,
+    open_data,
+    read_idx,
+)
 from asesearch.data import fashion as data
 from asesearch.errors import ConfigError, DataError
 
 
 def idx_bytes(array):
-    return b"\x00\x00\x08" + struct.pack(f">B{array.ndim}I", array.ndim, *array.shape) + array.tobytes()
+    return (
+        b"\x00\x00\x08"
+        + struct.pack(f">B{array.ndim}I", array.ndim, *array.shape)
+        + array.tobytes()
+    )
 
 
 def generator(seed=0):
@@ -34,7 +46,9 @@ ARRAY = np.arange(2 * 3 * 4, dtype=np.uint8).reshape(2, 3, 4)
 
 
 @pytest.mark.parametrize("pack", [bytes, gzip.compress], ids=["plain", "gzip"])
-@pytest.mark.parametrize("array", [ARRAY, ARRAY.reshape(-1), ARRAY[:0]], ids=["3-d", "1-d", "empty"])
+@pytest.mark.parametrize(
+    "array", [ARRAY, ARRAY.reshape(-1), ARRAY[:0]], ids=["3-d", "1-d", "empty"]
+)
 def test_idx_round_trip(tmp_path, array, pack):
     path = tmp_path / "file"
     path.write_bytes(pack(idx_bytes(array)))
@@ -68,8 +82,10 @@ def test_a_damaged_idx_file_is_refused_by_name(tmp_path, content):
 
 
 def test_every_flipped_or_missing_byte_of_a_gzipped_idx_file_is_noticed(tmp_path):
-    """All damage ends in a DataError or, where gzip ignores the byte (its header's), in the same array."""
-    whole, path = gzip.compress(idx_bytes(ARRAY), mtime=0), tmp_path / "file"
+    """All damage ends in a DataError or, where gzip ignores the byte (its header's), in the same
+    array."""
+    whole = gzip.compress(idx_bytes(ARRAY), mtime=0)
+    path = tmp_path / "file"
     for i in range(2, len(whole)):
         for content in (whole[:i], whole[:i] + bytes([whole[i] ^ 0x5A]) + whole[i + 1 :]):
             path.write_bytes(content)
@@ -89,11 +105,21 @@ def test_a_missing_idx_file_names_its_path(tmp_path):
 
 def test_shipped_fashion_mnist_is_the_published_one():
     test = fashion_mnist("test")
-    assert (len(test), test.shape, test.num_classes, test.name) == (10_000, (1, 28, 28), 10, "fashion-mnist/test")
+    assert (len(test), test.shape, test.num_classes, test.name) == (
+        10_000,
+        (1, 28, 28),
+        10,
+        "fashion-mnist/test",
+    )
     assert torch.bincount(test.labels).tolist() == [1000] * 10
     assert len(data.FASHION_MNIST_CLASSES) == 10
     x_start, y = test.batch([0, 9999])
-    assert x_start.dtype == torch.float32 and x_start.min() == -1 and x_start.max() <= 1 and y.tolist() == [9, 5]
+    assert (
+        x_start.dtype == torch.float32
+        and x_start.min() == -1
+        and x_start.max() <= 1
+        and y.tolist() == [9, 5]
+    )
 
 
 def test_fashion_mnist_with_one_pixel_changed_is_refused(tmp_path):
@@ -101,7 +127,8 @@ def test_fashion_mnist_with_one_pixel_changed_is_refused(tmp_path):
     labels = bytearray(gzip.decompress((source / "t10k-labels-idx1-ubyte.gz").read_bytes()))
     (tmp_path / "t10k-images-idx3-ubyte.gz").symlink_to(source / "t10k-images-idx3-ubyte.gz")
     (tmp_path / "t10k-labels-idx1-ubyte").write_bytes(labels)
-    assert fashion_mnist("test", tmp_path).digest == fashion_mnist("test").digest  # uncompressed, and whole
+    # uncompressed, and whole
+    assert fashion_mnist("test", tmp_path).digest == fashion_mnist("test").digest
     labels[-1] ^= 1
     (tmp_path / "t10k-labels-idx1-ubyte").write_bytes(labels)
     with pytest.raises(DataError, match="not Fashion-MNIST's t10k-labels"):
@@ -113,10 +140,16 @@ def test_missing_fashion_mnist_says_where_it_looked(tmp_path, monkeypatch):
     monkeypatch.setenv("ASESEARCH_CACHE", str(tmp_path / "cache"))
     with pytest.raises(DataError) as caught:
         fashion_mnist("train")
-    for part in (str(tmp_path / "debian"), str(tmp_path / "cache" / "fashion-mnist"), "dataset-fashion-mnist", "download"):
+    for part in (
+        str(tmp_path / "debian"),
+        str(tmp_path / "cache" / "fashion-mnist"),
+        "dataset-fashion-mnist",
+        "download",
+    ):
         assert part in str(caught.value)
     with pytest.raises(DataError, match="nowhere"):
-        fashion_mnist("train", tmp_path / "nowhere", download=True)  # a folder that is given is never downloaded into
+        # a folder that is given is never downloaded into
+        fashion_mnist("train", tmp_path / "nowhere", download=True)
     with pytest.raises(DataError, match="splits train and test; got 'valid'"):
         fashion_mnist("valid")
 
@@ -179,7 +212,12 @@ def test_cache_dir_follows_the_environment(monkeypatch, tmp_path):
         (np.zeros((0, 1, 8, 8), np.uint8), None, None, "N > 0"),
         (np.zeros((2, 1, 8, 8), np.uint8), np.array([0]), None, "one label an image"),
         (np.zeros((2, 1, 8, 8), np.uint8), np.array([[0, 1]]), None, "one label an image"),
-        (np.zeros((2, 1, 8, 8), np.uint8), np.array([-1, 1]), None, "labels must lie in 0…1; got -1…1"),
+        (
+            np.zeros((2, 1, 8, 8), np.uint8),
+            np.array([-1, 1]),
+            None,
+            "labels must lie in 0…1; got -1…1",
+        ),
         (np.zeros((2, 1, 8, 8), np.uint8), np.array([0, 3]), 3, "labels must lie in 0…2; got 0…3"),
     ],
 )
@@ -200,7 +238,8 @@ def test_image_array_values_labels_and_classes():
 
 
 def test_image_array_keeps_its_own_copy_and_its_digest_sees_everything():
-    images, labels = np.random.default_rng(0).integers(0, 256, (4, 1, 2, 2), np.uint8), np.array([0, 1, 0, 1])
+    images = np.random.default_rng(0).integers(0, 256, (4, 1, 2, 2), np.uint8)
+    labels = np.array([0, 1, 0, 1])
     kept = ImageArray(images, labels, "a")
     before = kept.batch([0])[0].clone()
     other = images.copy()
@@ -224,7 +263,8 @@ def test_image_array_keeps_its_own_copy_and_its_digest_sees_everything():
 
 @pytest.fixture
 def imagenet(tmp_path):
-    """Three classes in ImageNet's layout, one of them nested deeper, file types mixed; every pixel tells its file."""
+    """Three classes in ImageNet's layout, one of them nested deeper, file types mixed; every pixel
+    tells its file."""
     root = tmp_path / "pictures"
     files = ["n01/b.png", "n01/a.JPEG", "n02/c.webp", "n10/deep/d.bmp", "n10/e.ppm"]
     for i, name in enumerate(files):
@@ -246,7 +286,9 @@ def test_imagenet_layout(imagenet):
     assert y.tolist() == [0, 0, 1, 2, 2] and folder.num_classes == 3 and folder.name == "pictures"
     assert x_start.shape == (5, 3, 16, 16) and folder.shape == (3, 16, 16) and len(folder) == 5
     levels = (x_start.mean(dim=(1, 2, 3)) + 1) * 127.5
-    torch.testing.assert_close(levels, torch.tensor([80.0, 40.0, 120.0, 160.0, 200.0]), atol=1.5, rtol=0)
+    torch.testing.assert_close(
+        levels, torch.tensor([80.0, 40.0, 120.0, 160.0, 200.0]), atol=1.5, rtol=0
+    )
 
 
 def test_a_flat_folder_has_no_labels(tmp_path):
@@ -267,7 +309,8 @@ def test_wrong_folders_are_refused(tmp_path, imagenet):
     (imagenet / ".cache").mkdir()
     ImageFolder(imagenet, 16)
     (imagenet / "n03").mkdir()
-    with pytest.raises(DataError, match="got none in n03"):  # or n10 would be class 2 with the folder and class 3 without
+    # or n10 would be class 2 with the folder and class 3 without
+    with pytest.raises(DataError, match="got none in n03"):
         ImageFolder(imagenet, 16)
     (imagenet / "n03").rmdir()
     write_image(imagenet / "stray.png", np.zeros((8, 8), np.uint8))
@@ -289,9 +332,11 @@ def test_a_damaged_image_is_named_when_it_is_read(tmp_path, suffix):
 
 def test_damage_inside_a_png_gives_an_image_or_our_error(tmp_path):
     """Pillow's errors are of many classes; none of them gets out."""
-    path, rng = tmp_path / "damaged.png", np.random.default_rng(0)
+    path = tmp_path / "damaged.png"
+    rng = np.random.default_rng(0)
     write_image(path, rng.integers(0, 256, (12, 12, 3), np.uint8))
-    whole, refused = path.read_bytes(), 0
+    whole = path.read_bytes()
+    refused = 0
     for i in range(0, len(whole), 4):
         path.write_bytes(whole[:i] + bytes([whole[i] ^ 0xA5]) + whole[i + 1 :])
         try:
@@ -305,30 +350,44 @@ def test_grey_and_colour(tmp_path):
     write_image(tmp_path / "a.png", np.array([[[255, 0, 0]]], np.uint8).repeat(8, 0).repeat(8, 1))
     write_image(tmp_path / "b.png", np.full((8, 8), 7, np.uint8))
     write_image(tmp_path / "c.png", np.full((8, 8, 4), 9, np.uint8))
-    colour, grey = ImageFolder(tmp_path, 8), ImageFolder(tmp_path, 8, channels=1)
+    colour = ImageFolder(tmp_path, 8)
+    grey = ImageFolder(tmp_path, 8, channels=1)
     assert colour.read(0)[:, 0, 0].tolist() == [255, 0, 0]
     assert grey.read(0)[:, 0, 0].tolist() == [76]  # ITU-R 601 luma
-    assert colour.read(1)[:, 0, 0].tolist() == [7] * 3 and colour.read(2)[:, 0, 0].tolist() == [246] * 3
+    assert (
+        colour.read(1)[:, 0, 0].tolist() == [7] * 3
+        and colour.read(2)[:, 0, 0].tolist() == [246] * 3
+    )
     assert grey.shape == (1, 8, 8) and grey.digest != colour.digest
 
 
 def official_crop(image, size):
-    """ADM's arithmetic in plain numbers: halve with a box filter while both halves cover the crop, bicubic, crop by floor."""
+    """ADM's arithmetic in plain numbers: halve with a box filter while both halves cover the crop,
+    bicubic, crop by floor."""
     width, height = image.size
     while min(width, height) // 2 >= size:
-        width, height = width // 2, height // 2
+        width = width // 2
+        height = height // 2
         image = image.resize((width, height), Image.Resampling.BOX)
     factor = size / min(width, height)
-    array = np.array(image.resize((round(width * factor), round(height * factor)), Image.Resampling.BICUBIC))
-    top, left = (array.shape[0] - size) // 2, (array.shape[1] - size) // 2
+    array = np.array(
+        image.resize((round(width * factor), round(height * factor)), Image.Resampling.BICUBIC)
+    )
+    top = (array.shape[0] - size) // 2
+    left = (array.shape[1] - size) // 2
     return array[top : top + size, left : left + size]
 
 
-@pytest.mark.parametrize("size", [(16, 16), (33, 47), (64, 31), (31, 200), (129, 65), (32, 33), (10, 13)])
+@pytest.mark.parametrize(
+    "size", [(16, 16), (33, 47), (64, 31), (31, 200), (129, 65), (32, 33), (10, 13)]
+)
 def test_centre_crop_is_the_official_one(size):
     pixels = np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), np.uint8)
     cropped = np.asarray(centre_crop(Image.fromarray(pixels), 16))
-    assert cropped.shape == (16, 16, 3) and (cropped == official_crop(Image.fromarray(pixels), 16)).all()
+    assert (
+        cropped.shape == (16, 16, 3)
+        and (cropped == official_crop(Image.fromarray(pixels), 16)).all()
+    )
 
 
 def test_the_crop_check_sees_a_bicubic_that_skips_the_halving():
@@ -362,8 +421,14 @@ def test_half_of_the_images_are_mirrored_each_by_itself(tmp_path):
     side[..., 1] = 255  # bright on the right
     for i, image in enumerate(side):
         write_image(tmp_path / f"{i}.png", image[0])
-    for source in (ImageArray(side, None, "array", flip=True), ImageFolder(tmp_path, 2, 1, flip=True)):
-        drawn = torch.stack([source.batch(range(4), generator(s))[0][:, 0, 0, 0] > 0 for s in range(400)])  # (400, 4)
+    for source in (
+        ImageArray(side, None, "array", flip=True),
+        ImageFolder(tmp_path, 2, 1, flip=True),
+    ):
+        # (400, 4)
+        drawn = torch.stack(
+            [source.batch(range(4), generator(s))[0][:, 0, 0, 0] > 0 for s in range(400)]
+        )
         assert abs(drawn.float().mean() - 0.5) < 0.05  # four standard errors of 1,600 draws
         assert all(abs(share - 0.5) < 0.1 for share in drawn.float().mean(0))  # of each image
         per_batch = torch.bincount(drawn.sum(1), minlength=5) / 400
@@ -385,7 +450,11 @@ def test_folder_digest_follows_names_sizes_and_settings_but_not_the_place(imagen
     digest = ImageFolder(imagenet, 16).digest
     moved = imagenet.rename(tmp_path / "elsewhere")
     assert ImageFolder(moved, 16).digest == digest
-    others = {ImageFolder(moved, 8).digest, ImageFolder(moved, 16, 1).digest, ImageFolder(moved, 16, flip=True).digest}
+    others = {
+        ImageFolder(moved, 8).digest,
+        ImageFolder(moved, 16, 1).digest,
+        ImageFolder(moved, 16, flip=True).digest,
+    }
     (moved / "n01" / "b.png").rename(moved / "n01" / "z.png")
     others.add(ImageFolder(moved, 16).digest)
     assert len(others | {digest}) == 5
@@ -396,7 +465,9 @@ def test_folder_digest_follows_names_sizes_and_settings_but_not_the_place(imagen
 
 def test_open_data_by_kind(imagenet):
     assert open_data(DataConfig(kind="fashion-mnist", split="test")).name == "fashion-mnist/test"
-    folder = open_data(DataConfig(kind="image-folder", path=str(imagenet), image_size=16, channels=1, flip=True))
+    folder = open_data(
+        DataConfig(kind="image-folder", path=str(imagenet), image_size=16, channels=1, flip=True)
+    )
     assert isinstance(folder, ImageFolder) and folder.shape == (1, 16, 16) and folder.flip
 
 

@@ -1,4 +1,5 @@
-"""Forward processes, hybrid loss, timestep grids: identities, then parity with the official DiT code."""
+"""Forward processes, hybrid loss, timestep grids: identities, then parity with the official DiT
+code."""
 
 import json
 from pathlib import Path
@@ -60,7 +61,8 @@ def test_level_is_alpha_and_sigma_of_one_timestep(process: Process) -> None:
 
 
 def test_predict_x_start_undoes_q_sample(process: Process) -> None:
-    x_start, noise = randn(6, 2, 4, 4), randn(6, 2, 4, 4, seed=1)
+    x_start = randn(6, 2, 4, 4)
+    noise = randn(6, 2, 4, 4, seed=1)
     t = process.draw_t(torch.tensor([0.001, 0.1, 0.3, 0.5, 0.7, 0.8]))
     x_t = process.q_sample(x_start, t, noise)
     assert x_t.dtype == torch.float32
@@ -68,10 +70,18 @@ def test_predict_x_start_undoes_q_sample(process: Process) -> None:
 
 
 def test_training_timesteps_fill_the_range(process: Process) -> None:
-    u = torch.cat([torch.rand(4000, generator=torch.Generator().manual_seed(0)), torch.tensor([0.0, 1 - 2**-24])])
+    u = torch.cat(
+        [
+            torch.rand(4000, generator=torch.Generator().manual_seed(0)),
+            torch.tensor([0.0, 1 - 2**-24]),
+        ]
+    )
     t = process.draw_t(u)
     assert t.dtype == process.time_dtype and t.shape == u.shape
-    assert float(t.min()) == 0 and process.num_train_timesteps - 1.01 < float(t.max()) < process.num_train_timesteps
+    assert (
+        float(t.min()) == 0
+        and process.num_train_timesteps - 1.01 < float(t.max()) < process.num_train_timesteps
+    )
     tenths = torch.histc(t.float(), 10, 0, process.num_train_timesteps)
     assert bool((tenths > 300).all() and (tenths < 500).all())
 
@@ -83,7 +93,9 @@ def test_grids_descend_from_the_noise_end_in_even_steps(process: Process, num_st
     strides = -np.diff(grid)
     assert np.all(strides > 0)
     assert num_steps < 2 or np.ptp(strides) <= 1.0 + 1e-9
-    assert num_steps == 1 or grid[-1] == pytest.approx(process.s_min * 999 if isinstance(process, VPSDE) else 0)
+    assert num_steps == 1 or grid[-1] == pytest.approx(
+        process.s_min * 999 if isinstance(process, VPSDE) else 0
+    )
 
 
 @pytest.mark.parametrize("num_steps", [1, 2, 3, 20, 49])
@@ -92,13 +104,17 @@ def test_quadratic_grids_are_denser_near_data(process: Process, num_steps: int) 
     even = process.timesteps(num_steps)
     assert (len(grid), grid[0]) == (num_steps, even[0]) and grid[-1] == pytest.approx(even[-1])
     assert np.all(np.diff(grid) < 0) and np.all(np.array(grid) <= np.array(even) + 1e-9)
-    assert num_steps < 3 or np.ptp(np.diff(np.sqrt(grid[: num_steps // 2 + 1]))) < 0.3  # rounding, in a short chain
+    # rounding, in a short chain
+    assert num_steps < 3 or np.ptp(np.diff(np.sqrt(grid[: num_steps // 2 + 1]))) < 0.3
 
 
 def test_quadratic_grids_of_any_length_do_not_repeat() -> None:
     for num_steps in (*range(1, 1000, 9), 1000):
         grid = Diffusion().timesteps(num_steps, quadratic=True)
-        assert len(set(grid)) == num_steps and (grid[0], grid[-1]) == (999, 0 if num_steps > 1 else 999)
+        assert len(set(grid)) == num_steps and (grid[0], grid[-1]) == (
+            999,
+            0 if num_steps > 1 else 999,
+        )
 
 
 @pytest.mark.parametrize("num_steps", [0, -3])
@@ -108,7 +124,9 @@ def test_a_grid_needs_a_step(process: Process, num_steps: int) -> None:
 
 
 def test_loss_is_the_mean_square_and_target_replaces_noise(process: Process) -> None:
-    x_start, noise, output = randn(3, 2, 4, 4), randn(3, 2, 4, 4, seed=1), randn(3, 2, 4, 4, seed=2)
+    x_start = randn(3, 2, 4, 4)
+    noise = randn(3, 2, 4, 4, seed=1)
+    output = randn(3, 2, 4, 4, seed=2)
     t = process.draw_t(torch.tensor([0.1, 0.5, 0.9]))
     mse, vb = process.hybrid_loss(output, x_start, process.q_sample(x_start, t, noise), t, noise)
     torch.testing.assert_close(mse, ((output - noise) ** 2).mean((1, 2, 3)))
@@ -149,13 +167,17 @@ def test_bad_betas_are_refused(args: tuple[str, int]) -> None:
 def test_scaled_linear_is_stable_diffusions() -> None:
     betas = make_betas("scaled_linear")
     assert betas[0] == pytest.approx(0.00085) and betas[-1] == pytest.approx(0.012)
-    torch.testing.assert_close(betas.sqrt().diff(), betas.sqrt().diff()[:1].expand(999), rtol=1e-6, atol=0)
+    torch.testing.assert_close(
+        betas.sqrt().diff(), betas.sqrt().diff()[:1].expand(999), rtol=1e-6, atol=0
+    )
 
 
 def test_posterior_of_the_truth_has_no_divergence() -> None:
     """With the right eps and the posterior's own variance the bound is 0 for every t > 0."""
     d = Diffusion()
-    x_start, noise, t = randn(4, 2, 4, 4), randn(4, 2, 4, 4, seed=1), torch.tensor([1, 50, 500, 999])
+    x_start = randn(4, 2, 4, 4)
+    noise = randn(4, 2, 4, 4, seed=1)
+    t = torch.tensor([1, 50, 500, 999])
     x_t = d.q_sample(x_start, t, noise)
     exact = d.vb_terms(noise, -torch.ones_like(noise), x_start, x_t, t)
     torch.testing.assert_close(exact, torch.zeros(4), rtol=0, atol=1e-5)
@@ -163,8 +185,11 @@ def test_posterior_of_the_truth_has_no_divergence() -> None:
 
 
 def test_the_bound_trains_only_the_variance() -> None:
-    d, t = Diffusion(), torch.tensor([0, 400])
-    x_start, noise, output = randn(2, 1, 4, 4), randn(2, 1, 4, 4, seed=1), randn(2, 2, 4, 4, seed=2).requires_grad_()
+    d = Diffusion()
+    t = torch.tensor([0, 400])
+    x_start = randn(2, 1, 4, 4)
+    noise = randn(2, 1, 4, 4, seed=1)
+    output = randn(2, 2, 4, 4, seed=2).requires_grad_()
     _, vb = d.hybrid_loss(output, x_start, d.q_sample(x_start, t, noise), t, noise)
     (grad,) = torch.autograd.grad(vb.sum(), output)
     assert bool((grad[:, :1] == 0).all()) and bool((grad[:, 1:] != 0).any())
@@ -175,7 +200,9 @@ def losses(process: Process) -> tuple[dict[str, torch.Tensor], dict[str, torch.T
     with safe_open(DATA / "dit_losses.safetensors", "pt") as file:
         data = {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118
         net = DiT(**json.loads(file.metadata()["config"]))
-    net.load_state_dict({k.removeprefix("state."): v for k, v in data.items() if k.startswith("state.")})
+    net.load_state_dict(
+        {k.removeprefix("state."): v for k, v in data.items() if k.startswith("state.")}
+    )
     x_t = process.q_sample(data["x_start"], data["t"], data["noise"])
     with torch.no_grad():
         output = net(x_t, data["t"], data["y"])
@@ -186,7 +213,9 @@ def losses(process: Process) -> tuple[dict[str, torch.Tensor], dict[str, torch.T
 def test_losses_are_the_official_ones() -> None:
     ours, official = losses(Diffusion())
     torch.testing.assert_close(Diffusion().betas, official["betas"], rtol=0, atol=1e-15)
-    torch.testing.assert_close(Diffusion().alphas_cumprod, official["alphas_cumprod"], rtol=0, atol=1e-15)
+    torch.testing.assert_close(
+        Diffusion().alphas_cumprod, official["alphas_cumprod"], rtol=0, atol=1e-15
+    )
     for name, value in ours.items():
         torch.testing.assert_close(value, official[name], rtol=1e-4, atol=1e-4, msg=name)
 
@@ -202,7 +231,8 @@ def test_losses_of_other_betas_are_not() -> None:
 
 def test_marginals_solve_the_sde() -> None:
     """d log alpha / ds = -beta / 2, by central differences."""
-    sde, ds = VPSDE(), 1e-5
+    sde = VPSDE()
+    ds = 1e-5
     for s in (0.01, 0.3, 0.9):
         ends = torch.tensor([s - ds, s + ds], dtype=torch.float64) * 999
         slope = float(sde.alpha(ends).log().diff()) / (2 * ds)
@@ -210,7 +240,8 @@ def test_marginals_solve_the_sde() -> None:
 
 
 def test_the_chain_is_the_sde_in_steps() -> None:
-    """DDPM's betas 1e-4 … 0.02 are beta(s) / 1000; timestep t of the chain stands for s = (t + 1) / 1000."""
+    """DDPM's betas 1e-4 … 0.02 are beta(s) / 1000; timestep t of the chain stands for s = (t + 1) /
+    1000."""
     chain = Diffusion()
     t = (all_t(chain).double() + 1) / 1000 * 999
     assert float((VPSDE().alpha(t) - chain.alpha(all_t(chain))).abs().max()) < 2e-3
@@ -223,8 +254,11 @@ def test_sigma_keeps_its_digits_near_data() -> None:
 
 
 def test_the_sde_ignores_a_learned_variance() -> None:
-    sde, t = VPSDE(), torch.tensor([10.5, 700.25])
-    x_start, noise, output = randn(2, 1, 4, 4), randn(2, 1, 4, 4, seed=1), randn(2, 2, 4, 4, seed=2)
+    sde = VPSDE()
+    t = torch.tensor([10.5, 700.25])
+    x_start = randn(2, 1, 4, 4)
+    noise = randn(2, 1, 4, 4, seed=1)
+    output = randn(2, 2, 4, 4, seed=2)
     mse, vb = sde.hybrid_loss(output, x_start, sde.q_sample(x_start, t, noise), t, noise)
     torch.testing.assert_close(mse, ((output[:, :1] - noise) ** 2).mean((1, 2, 3)))
     assert bool((vb == 0).all())
@@ -244,7 +278,11 @@ def test_make_diffusion_builds_what_the_study_says() -> None:
     assert isinstance(chain, Diffusion)
     torch.testing.assert_close(chain.betas, make_betas("scaled_linear", 400))
     sde = make_diffusion(DiffusionConfig(process="vp-sde"))
-    assert isinstance(sde, VPSDE) and (sde.beta_min, sde.beta_max, sde.num_train_timesteps) == (0.1, 20.0, 1000)
+    assert isinstance(sde, VPSDE) and (sde.beta_min, sde.beta_max, sde.num_train_timesteps) == (
+        0.1,
+        20.0,
+        1000,
+    )
 
 
 def test_the_sde_has_no_beta_schedule_to_choose() -> None:

@@ -18,7 +18,13 @@ from asesearch.backbones import DiT, UViT
 from asesearch.config import LossWeight, TrainConfig
 from asesearch.data import ImageArray, ImageFolder
 from asesearch.diffusion import Diffusion
-from asesearch.errors import CheckpointError, ConfigError, DataError, ScheduleError, TrainingDiverged
+from asesearch.errors import (
+    CheckpointError,
+    ConfigError,
+    DataError,
+    ScheduleError,
+    TrainingDiverged,
+)
 from asesearch.finetuning import (
     CHECKPOINT,
     Batch,
@@ -34,7 +40,9 @@ from asesearch.finetuning import (
 from asesearch.schedule import ElasticDepths, ExitSchedule
 
 SCHEDULE = ExitSchedule.from_string("4 3 2 1", 4)
-CONFIG = TrainConfig(num_steps=12, batch_size=8, lr=1e-3, warmup_steps=2, checkpoint_every=5, seed=3)
+CONFIG = TrainConfig(
+    num_steps=12, batch_size=8, lr=1e-3, warmup_steps=2, checkpoint_every=5, seed=3
+)
 
 
 def weights(net):
@@ -61,7 +69,9 @@ def kill_at(step):
     return on_step
 
 
-@pytest.mark.parametrize("changes", [{}, {"distill_frac": 0.5}, {"freeze_time_embedder": True, "min_snr_gamma": 5.0}])
+@pytest.mark.parametrize(
+    "changes", [{}, {"distill_frac": 0.5}, {"freeze_time_embedder": True, "min_snr_gamma": 5.0}]
+)
 def test_killed_and_resumed_gives_the_same_result(tiny_dit, tiny_images, tmp_path, changes):
     config = with_(CONFIG, **changes)
     straight = finetune(tiny_dit, tiny_images, Diffusion(), SCHEDULE, config)
@@ -77,8 +87,20 @@ def test_killed_and_resumed_gives_the_same_result(tiny_dit, tiny_images, tmp_pat
 def test_a_finished_run_is_not_repeated(tiny_dit, tiny_images, tmp_path):
     first = finetune(tiny_dit, tiny_images, Diffusion(), SCHEDULE, CONFIG, tmp_path)
     calls = []
-    again = finetune(tiny_dit, tiny_images, Diffusion(), SCHEDULE, CONFIG, tmp_path, on_step=lambda *a: calls.append(a))
-    assert calls == [] and same(weights(first.backbone), weights(again.backbone)) and first.losses == again.losses
+    again = finetune(
+        tiny_dit,
+        tiny_images,
+        Diffusion(),
+        SCHEDULE,
+        CONFIG,
+        tmp_path,
+        on_step=lambda *a: calls.append(a),
+    )
+    assert (
+        calls == []
+        and same(weights(first.backbone), weights(again.backbone))
+        and first.losses == again.losses
+    )
 
 
 def test_the_network_passed_in_is_not_changed(tiny_dit, tiny_images):
@@ -89,12 +111,22 @@ def test_the_network_passed_in_is_not_changed(tiny_dit, tiny_images):
 
 
 @pytest.mark.parametrize(
-    ("name", "value"), [("lr", 2e-3), ("seed", 4), ("distill_frac", 0.5), ("ema_decay", 0.5), ("num_steps", 13)]
+    ("name", "value"),
+    [("lr", 2e-3), ("seed", 4), ("distill_frac", 0.5), ("ema_decay", 0.5), ("num_steps", 13)],
 )
-def test_a_checkpoint_of_another_run_is_refused_by_field(tiny_dit, tiny_images, tmp_path, name, value):
+def test_a_checkpoint_of_another_run_is_refused_by_field(
+    tiny_dit, tiny_images, tmp_path, name, value
+):
     finetune(tiny_dit, tiny_images, Diffusion(), SCHEDULE, with_(CONFIG, num_steps=2), tmp_path)
     with pytest.raises(CheckpointError, match=name):
-        Trainer(tiny_dit, tiny_images, Diffusion(), SCHEDULE, with_(CONFIG, **{"num_steps": 2, name: value}), tmp_path)
+        Trainer(
+            tiny_dit,
+            tiny_images,
+            Diffusion(),
+            SCHEDULE,
+            with_(CONFIG, **{"num_steps": 2, name: value}),
+            tmp_path,
+        )
 
 
 def test_a_checkpoint_of_another_schedule_or_network_is_refused(tiny_dit, tiny_images, tmp_path):
@@ -119,17 +151,26 @@ def test_a_damaged_checkpoint_is_refused(tiny_dit, tiny_images, tmp_path):
 
 def test_batches_depend_on_seed_and_step_and_not_on_the_number_of_processes(tiny_dit, tiny_images):
     def whole(step, seed=3):
-        return draw_batch(tiny_images, tiny_dit, with_(CONFIG, seed=seed), Diffusion(), step, (0, 1))
+        return draw_batch(
+            tiny_images, tiny_dit, with_(CONFIG, seed=seed), Diffusion(), step, (0, 1)
+        )
 
     halves = [draw_batch(tiny_images, tiny_dit, CONFIG, Diffusion(), 7, (r, 2)) for r in (0, 1)]
     batch = whole(7)
     for name in ("x_start", "y", "t", "noise"):
         assert torch.equal(getattr(batch, name), torch.cat([getattr(h, name) for h in halves]))
-    assert not torch.equal(batch.noise, whole(8).noise) and not torch.equal(batch.noise, whole(7, seed=4).noise)
+    assert not torch.equal(batch.noise, whole(8).noise) and not torch.equal(
+        batch.noise, whole(7, seed=4).noise
+    )
 
 
 def test_an_epoch_sees_every_image_once(tiny_dit, tiny_images):
-    seen = torch.cat([draw_batch(tiny_images, tiny_dit, CONFIG, Diffusion(), s, (0, 1)).x_start for s in range(12)])
+    seen = torch.cat(
+        [
+            draw_batch(tiny_images, tiny_dit, CONFIG, Diffusion(), s, (0, 1)).x_start
+            for s in range(12)
+        ]
+    )
     assert len(seen) == 96
     every, _ = tiny_images.batch(range(96))
     assert torch.equal(seen.flatten(1).sum(1).sort().values, every.flatten(1).sum(1).sort().values)
@@ -156,8 +197,15 @@ def test_an_early_exit_step_runs_only_the_blocks_it_needs(tiny_dit, tiny_images)
 
 
 def test_gradients_equal_those_of_masked_whole_forwards(tiny_dit, tiny_images):
-    """The grouped forward against the released code's way: run everything, pick each sample's exit afterwards."""
-    trainer = Trainer(tiny_dit, tiny_images, Diffusion(), SCHEDULE, with_(CONFIG, loss_weight=LossWeight(shape="none")))
+    """The grouped forward against the released code's way: run everything, pick each sample's exit
+    afterwards."""
+    trainer = Trainer(
+        tiny_dit,
+        tiny_images,
+        Diffusion(),
+        SCHEDULE,
+        with_(CONFIG, loss_weight=LossWeight(shape="none")),
+    )
     batch = draw_batch(tiny_images, tiny_dit, CONFIG, Diffusion(), 0, (0, 1))
     loss, _ = trainer._loss(batch)
     loss.backward()
@@ -179,12 +227,15 @@ def test_gradients_equal_those_of_masked_whole_forwards(tiny_dit, tiny_images):
 
 def test_time_embedder_is_frozen_on_request(tiny_dit, tiny_images):
     config = with_(CONFIG, freeze_time_embedder=True)
-    before, after = weights(tiny_dit), weights(finetune(tiny_dit, tiny_images, Diffusion(), SCHEDULE, config).backbone)
+    before = weights(tiny_dit)
+    after = weights(finetune(tiny_dit, tiny_images, Diffusion(), SCHEDULE, config).backbone)
     moved = {n for n in before if not torch.equal(before[n], after[n])}
     assert moved and not any(n.startswith("t_embedder") for n in moved)
 
 
-def test_pure_distillation_of_the_full_network_into_itself_has_no_error_to_learn(tiny_dit, tiny_images):
+def test_pure_distillation_of_the_full_network_into_itself_has_no_error_to_learn(
+    tiny_dit, tiny_images
+):
     config = with_(CONFIG, distill_frac=1.0, num_steps=1, warmup_steps=0)
     trainer = Trainer(tiny_dit, tiny_images, Diffusion(), ExitSchedule.full(4), config)
     batch = draw_batch(tiny_images, tiny_dit, config, Diffusion(), 0, (0, 1))
@@ -196,7 +247,15 @@ def test_pure_distillation_of_the_full_network_into_itself_has_no_error_to_learn
 
 def test_training_lowers_the_loss(tiny_images):
     torch.manual_seed(0)
-    net = DiT(input_size=8, patch_size=4, in_channels=1, hidden_size=16, depth=2, num_heads=2, num_classes=3)
+    net = DiT(
+        input_size=8,
+        patch_size=4,
+        in_channels=1,
+        hidden_size=16,
+        depth=2,
+        num_heads=2,
+        num_classes=3,
+    )
     config = TrainConfig(num_steps=80, batch_size=16, lr=5e-3, lr_schedule="cosine", seed=0)
     losses = finetune(net, tiny_images, Diffusion(), ExitSchedule.full(2), config).losses
     assert np.mean(losses[-20:]) < 0.75 * np.mean(losses[:20])
@@ -229,7 +288,10 @@ def test_ema_follows_its_definition(tiny_dit, tiny_images):
     for step in range(3):
         trainer.train_step(draw_batch(tiny_images, tiny_dit, config, Diffusion(), step, (0, 1)))
         decay = min(0.9, (1 + step) / (10 + step))
-        expected = decay * expected + (1 - decay) * dict(trainer.backbone.named_parameters())[name].detach()
+        expected = (
+            decay * expected
+            + (1 - decay) * dict(trainer.backbone.named_parameters())[name].detach()
+        )
     assert torch.allclose(dict(trainer.ema.named_parameters())[name], expected, atol=1e-6)
 
 
@@ -237,7 +299,9 @@ def test_learning_rate_warms_up_and_decays():
     config = TrainConfig(num_steps=10, warmup_steps=4, lr_schedule="cosine")
     factors = [lr_factor(s, config) for s in range(10)]
     assert factors[:4] == [0.25, 0.5, 0.75, 1.0] and factors[4] == 1.0
-    assert all(a > b for a, b in zip(factors[4:], factors[5:], strict=False)) and 0 < factors[-1] < 0.1
+    assert (
+        all(a > b for a, b in zip(factors[4:], factors[5:], strict=False)) and 0 < factors[-1] < 0.1
+    )
     assert lr_factor(9, with_(config, lr_schedule="constant")) == 1.0
 
 
@@ -248,7 +312,10 @@ def test_loss_weight_is_raised_on_shortened_intervals_only():
     assert weight.at(dropped, 0).tolist() == pytest.approx([1.0, 1 + 2 * (2 / 3), 3.0])
     step = PlateauWeight.make(LossWeight(shape="step", peak=3.0), schedule)
     assert step.at(dropped, 0).tolist() == [1.0, 3.0, 3.0]
-    for config, flat in ((LossWeight(shape="none"), schedule), (LossWeight(peak=3.0), ExitSchedule.full(4))):
+    for config, flat in (
+        (LossWeight(shape="none"), schedule),
+        (LossWeight(peak=3.0), ExitSchedule.full(4)),
+    ):
         assert PlateauWeight.make(config, flat).at(dropped, 0).tolist() == [1.0] * 3
 
 
@@ -262,13 +329,21 @@ def test_loss_weight_returns_to_one_at_the_plateau_and_stays():
     for i in range(20, 40):
         weight.update(0.09, i)
     # no better from steps 20 … 24 to 25 … 29, which counts from step 30
-    assert weight.ended_at == 30 and weight.at(most, 29).item() == 2.0 and weight.at(most, 30).item() == 1.0
+    assert (
+        weight.ended_at == 30
+        and weight.at(most, 29).item() == 2.0
+        and weight.at(most, 30).item() == 1.0
+    )
     weight.update(0.001, 41)
     assert weight.ended_at == 30 and weight.at(most, 42).item() == 1.0
 
 
 def test_seeded_generators_do_not_collide():
-    draws = {torch.randint(2**62, (1,), generator=seeded_generator(a, b)).item() for a in range(20) for b in range(20)}
+    draws = {
+        torch.randint(2**62, (1,), generator=seeded_generator(a, b)).item()
+        for a in range(20)
+        for b in range(20)
+    }
     assert len(draws) == 400
 
 
@@ -283,8 +358,12 @@ def class_folders(root, names):
 @pytest.mark.parametrize("count", [1, 2, 4])
 def test_class_folders_that_are_not_the_networks_classes_need_a_mapping(tiny_dit, tmp_path, count):
     """Fewer or more folders than classes: which is which would be a guess."""
-    root, full = class_folders(tmp_path / "pets", "abcd"[:count]), ExitSchedule.full(4)
-    with pytest.raises(DataError, match=f"has 3 classes; got {count} class folders from pets.*classes.json.*the data section"):
+    root = class_folders(tmp_path / "pets", "abcd"[:count])
+    full = ExitSchedule.full(4)
+    with pytest.raises(
+        DataError,
+        match=f"has 3 classes; got {count} class folders from pets.*classes.json.*the data section",
+    ):
         check_fit(tiny_dit, ImageFolder(root, 8, 1), Diffusion(), full)
     first = max(0, 3 - count)
     shifted = {name: i + first for i, name in enumerate("abcd"[:count])}
@@ -296,30 +375,52 @@ def test_class_folders_that_are_not_the_networks_classes_need_a_mapping(tiny_dit
             check_fit(tiny_dit, mapped, Diffusion(), full)
 
 
-def test_as_many_class_folders_as_classes_are_taken_in_order_and_no_labels_never(tiny_dit, tmp_path):
+def test_as_many_class_folders_as_classes_are_taken_in_order_and_no_labels_never(
+    tiny_dit, tmp_path
+):
     full = ExitSchedule.full(4)
-    check_fit(tiny_dit, ImageFolder(class_folders(tmp_path / "three", "cab"), 8, 1), Diffusion(), full)
+    check_fit(
+        tiny_dit, ImageFolder(class_folders(tmp_path / "three", "cab"), 8, 1), Diffusion(), full
+    )
     flat = class_folders(tmp_path / "deep", "a") / "a"
-    with pytest.raises(DataError, match="has 3 classes; got images without labels from a; use class folders"):
+    with pytest.raises(
+        DataError, match="has 3 classes; got images without labels from a; use class folders"
+    ):
         check_fit(tiny_dit, ImageFolder(flat, 8, 1), Diffusion(), full)
 
 
 def test_one_label_more_than_classes_may_mean_that_there_is_no_null_label(tiny_dit, tmp_path):
     full = ExitSchedule.full(4)
-    hint = r"; or, if the network was trained on 4 classes without label dropout, set args\.num_classes = 4"
+    hint = (
+        r"; or, if the network was trained on 4 classes without label dropout, set "
+        r"args\.num_classes = 4"
+    )
     data = ImageFolder(class_folders(tmp_path / "pets", "abcd"), 8, 1)
     with pytest.raises(DataError, match=hint):
         check_fit(tiny_dit, data, Diffusion(), full)
     with pytest.raises(DataError) as caught:
-        check_fit(tiny_dit, ImageFolder(class_folders(tmp_path / "more", "abcde"), 8, 1), Diffusion(), full)
+        check_fit(
+            tiny_dit,
+            ImageFolder(class_folders(tmp_path / "more", "abcde"), 8, 1),
+            Diffusion(),
+            full,
+        )
     assert "label dropout" not in str(caught.value)
-    check_fit(DiT(**{**tiny_dit.config, "num_classes": 4, "class_dropout_prob": 0.0}), data, Diffusion(), full)
+    check_fit(
+        DiT(**{**tiny_dit.config, "num_classes": 4, "class_dropout_prob": 0.0}),
+        data,
+        Diffusion(),
+        full,
+    )
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
 @pytest.mark.parametrize("names", ["", "a", "abc"])
-def test_a_network_of_one_class_takes_every_image_as_of_that_class(tiny_dit, tmp_path, dropout, names):
-    """The official DiT is trained unconditionally so; no label is dropped where there is no null label."""
+def test_a_network_of_one_class_takes_every_image_as_of_that_class(
+    tiny_dit, tmp_path, dropout, names
+):
+    """The official DiT is trained unconditionally so; no label is dropped where there is no null
+    label."""
     net = DiT(**{**tiny_dit.config, "num_classes": 1, "class_dropout_prob": dropout})
     root = class_folders(tmp_path / "pets", names or "a")
     data = ImageFolder(root if names else root / "a", 8, 1)
@@ -337,12 +438,22 @@ def test_no_label_is_dropped_without_a_null_label(tiny_dit, tmp_path):
     data = ImageFolder(class_folders(tmp_path, "abc"), 8, 1)
     net = DiT(**{**tiny_dit.config, "class_dropout_prob": 0.0})
     config = TrainConfig(batch_size=30, class_dropout_prob=1.0)
-    assert sorted(draw_batch(data, net, config, Diffusion(), 0, (0, 1)).y.tolist()) == sorted([0, 1, 2] * 10)
+    assert sorted(draw_batch(data, net, config, Diffusion(), 0, (0, 1)).y.tolist()) == sorted(
+        [0, 1, 2] * 10
+    )
     assert set(draw_batch(data, tiny_dit, config, Diffusion(), 0, (0, 1)).y.tolist()) == {3}
 
 
 def test_an_unconditional_network_needs_no_mapping(tmp_path):
-    shape = {"img_size": 8, "patch_size": 4, "in_chans": 1, "embed_dim": 16, "depth": 4, "num_heads": 2, "num_classes": -1}
+    shape = {
+        "img_size": 8,
+        "patch_size": 4,
+        "in_chans": 1,
+        "embed_dim": 16,
+        "depth": 4,
+        "num_heads": 2,
+        "num_classes": -1,
+    }
     net = UViT(**shape)
     data = ImageFolder(class_folders(tmp_path, "ab"), 8, 1)
     check_fit(net, data, Diffusion(), ExitSchedule.full(net.depth))
@@ -350,9 +461,13 @@ def test_an_unconditional_network_needs_no_mapping(tmp_path):
 
 def test_parts_that_do_not_fit_are_refused(tiny_dit, tiny_images):
     rng = np.random.default_rng(0)
-    large = ImageArray(rng.integers(0, 255, (4, 1, 12, 12), dtype=np.uint8), np.arange(4) % 3, "large")
+    large = ImageArray(
+        rng.integers(0, 255, (4, 1, 12, 12), dtype=np.uint8), np.arange(4) % 3, "large"
+    )
     many = ImageArray(rng.integers(0, 255, (4, 1, 8, 8), dtype=np.uint8), np.arange(4), "many")
-    with pytest.raises(DataError, match=r"takes images of shape \(1, 8, 8\); got \(1, 12, 12\) from large"):
+    with pytest.raises(
+        DataError, match=r"takes images of shape \(1, 8, 8\); got \(1, 12, 12\) from large"
+    ):
         finetune(tiny_dit, large, Diffusion(), SCHEDULE, CONFIG)
     with pytest.raises(DataError, match="has 3 classes, 0…2; got labels up to 3 from many"):
         finetune(tiny_dit, many, Diffusion(), SCHEDULE, CONFIG)
@@ -361,7 +476,9 @@ def test_parts_that_do_not_fit_are_refused(tiny_dit, tiny_images):
     with pytest.raises(ScheduleError, match="chain of 500"):
         finetune(tiny_dit, tiny_images, Diffusion(), ExitSchedule.full(4, 500), CONFIG)
     with pytest.raises(ConfigError, match="needs a GPU"):
-        finetune(tiny_dit, tiny_images, Diffusion(), SCHEDULE, with_(CONFIG, mixed_precision="bf16"))
+        finetune(
+            tiny_dit, tiny_images, Diffusion(), SCHEDULE, with_(CONFIG, mixed_precision="bf16")
+        )
 
 
 @pytest.mark.slow
@@ -370,12 +487,21 @@ def test_two_processes_give_the_result_of_one(tmp_path):
     study = tmp_path / "study.toml"
     study.write_text(
         'name = "two"\n[backbone]\nkind = "dit"\ncheckpoint = "shipped:fashion-mnist-dit"\n'
-        '[data]\nkind = "fashion-mnist"\nsplit = "test"\n[train]\nnum_steps = 6\nbatch_size = 16\ncheckpoint_every = 3\n'
+        '[data]\nkind = "fashion-mnist"\nsplit = "test"\n[train]\nnum_steps = 6\nbatch_size = '
+        "16\ncheckpoint_every = 3\n"
     )
     states = []
     for processes in (1, 2):
         out = tmp_path / f"{processes}.safetensors"
-        command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes), "-m", "asesearch"]
+        command = [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--nproc_per_node",
+            str(processes),
+            "-m",
+            "asesearch",
+        ]
         command += [
             "finetune",
             str(study),
@@ -386,7 +512,9 @@ def test_two_processes_give_the_result_of_one(tmp_path):
             "--run-dir",
             str(tmp_path / f"run{processes}"),
         ]
-        subprocess.run(command, check=True, capture_output=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        subprocess.run(
+            command, check=True, capture_output=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
+        )
         states.append(load_file(out))
     largest = max(float((states[0][k] - states[1][k]).abs().max()) for k in states[0])
     assert 0 < largest < 1e-4  # 0 would mean that no gradient was reduced
@@ -403,7 +531,8 @@ def test_progress_is_plain_json(tiny_dit, tiny_images, tmp_path):
 
 
 def test_elastic_warm_up_draws_a_depth_a_sample_and_resumes(tiny_dit, tiny_images, tmp_path):
-    law, config = ElasticDepths(4, 1000, 1, "noise-easy", 0.2), with_(CONFIG, distill_frac=1.0)
+    law = ElasticDepths(4, 1000, 1, "noise-easy", 0.2)
+    config = with_(CONFIG, distill_frac=1.0)
     trainer = Trainer(tiny_dit, tiny_images, Diffusion(), law, config)
     drawn = []
     for step in range(40):
@@ -415,7 +544,10 @@ def test_elastic_warm_up_draws_a_depth_a_sample_and_resumes(tiny_dit, tiny_image
     with pytest.raises(Killed):
         finetune(tiny_dit, tiny_images, Diffusion(), law, config, tmp_path, on_step=kill_at(10))
     resumed = finetune(tiny_dit, tiny_images, Diffusion(), law, config, tmp_path)
-    assert same(weights(straight.backbone), weights(resumed.backbone)) and straight.losses == resumed.losses
+    assert (
+        same(weights(straight.backbone), weights(resumed.backbone))
+        and straight.losses == resumed.losses
+    )
     with pytest.raises(CheckpointError, match="another schedule"):
         finetune(tiny_dit, tiny_images, Diffusion(), ElasticDepths(4, 1000, 2), config, tmp_path)
 
@@ -427,12 +559,15 @@ def test_one_elastic_network_serves_every_depth_better_than_the_pretrained(tiny_
     full = finetune(DiT(**shape), tiny_images, Diffusion(), ExitSchedule.full(4), config).backbone
     config = with_(config, num_steps=80, lr=1e-3, distill_frac=1.0)
     elastic = finetune(full, tiny_images, Diffusion(), ElasticDepths(4, 1000, 1), config).backbone
-    batch = draw_batch(tiny_images, full, with_(config, batch_size=96, seed=9), Diffusion(), 0, (0, 1))
+    batch = draw_batch(
+        tiny_images, full, with_(config, batch_size=96, seed=9), Diffusion(), 0, (0, 1)
+    )
     x_t = Diffusion().q_sample(batch.x_start, batch.t, batch.noise)
 
     def error(net, depth):
         with torch.no_grad():
-            truth, found = full(x_t, batch.t, batch.y), net(x_t, batch.t, batch.y, exit_depth=depth)
+            truth = full(x_t, batch.t, batch.y)
+            found = net(x_t, batch.t, batch.y, exit_depth=depth)
         return float((truth - found)[:, :1].pow(2).mean())
 
     assert all(error(elastic, depth) < 0.7 * error(full, depth) for depth in (1, 2, 3))
@@ -448,7 +583,8 @@ def half_precision():
     def make(init_scale):
         AcceleratorState._reset_state()
         accelerator = Accelerator(mixed_precision="fp16", cpu=True)
-        accelerator.native_amp = True  # accelerate itself leaves loss scaling to devices that are not the CPU
+        # accelerate itself leaves loss scaling to devices that are not the CPU
+        accelerator.native_amp = True
         accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=init_scale)
         return accelerator
 
@@ -457,28 +593,49 @@ def half_precision():
 
 
 def in_halves(net, images, accelerator, run_dir=None, **changes):
-    return Trainer(net, images, Diffusion(), SCHEDULE, with_(CONFIG, **changes), run_dir, accelerator=accelerator)
+    return Trainer(
+        net,
+        images,
+        Diffusion(),
+        SCHEDULE,
+        with_(CONFIG, **changes),
+        run_dir,
+        accelerator=accelerator,
+    )
 
 
 def test_a_loss_scale_that_overflows_is_no_divergence(tiny_dit, tiny_images, half_precision):
     trainer = in_halves(tiny_dit, tiny_images, half_precision(2.0**24), num_steps=30)
     moved = []
     for step in range(20):
-        before, ema = weights(trainer.backbone), weights(trainer.ema)
-        trainer._absorb([trainer.train_step(draw_batch(tiny_images, tiny_dit, trainer.config, Diffusion(), step, (0, 1)))])
-        moved.append((not same(before, weights(trainer.backbone)), not same(ema, weights(trainer.ema))))
+        before = weights(trainer.backbone)
+        ema = weights(trainer.ema)
+        trainer._absorb(
+            [
+                trainer.train_step(
+                    draw_batch(tiny_images, tiny_dit, trainer.config, Diffusion(), step, (0, 1))
+                )
+            ]
+        )
+        moved.append(
+            (not same(before, weights(trainer.backbone)), not same(ema, weights(trainer.ema)))
+        )
     assert all(net == ema for net, ema in moved)  # a skipped step leaves both alone
     skipped = [step for step, (net, _) in enumerate(moved) if not net]
     assert 2 <= len(skipped) <= 14 and skipped[0] == 0 and moved[-1] == (True, True)
     assert trainer.accelerator.scaler.get_scale() == 2.0 ** (24 - len(skipped))
     assert len(trainer.losses) == 20 and np.isfinite(trainer.losses).all() and trainer.skipped == 0
     # the learning rate goes by step, whatever was skipped
-    assert trainer.optimizer.param_groups[0]["lr"] == pytest.approx(1e-3 * 0.5 * (1 + math.cos(math.pi * 17 / 28)))
+    assert trainer.optimizer.param_groups[0]["lr"] == pytest.approx(
+        1e-3 * 0.5 * (1 + math.cos(math.pi * 17 / 28))
+    )
 
 
 def test_a_scale_that_never_fits_is_divergence_and_says_so(tiny_dit, tiny_images, half_precision):
     trainer = in_halves(tiny_dit, tiny_images, half_precision(2.0**70), num_steps=60)
-    with pytest.raises(TrainingDiverged, match="overflow in fp16.*20 steps in a row.*step 19 of 60.*bf16"):
+    with pytest.raises(
+        TrainingDiverged, match="overflow in fp16.*20 steps in a row.*step 19 of 60.*bf16"
+    ):
         trainer.run()
 
 
@@ -496,23 +653,31 @@ def test_the_loss_scale_is_resumed(tiny_dit, tiny_images, half_precision, tmp_pa
         in_halves(tiny_dit, tiny_images, half_precision(2.0**24), tmp_path).run(kill_at(6))
     resumed = in_halves(tiny_dit, tiny_images, half_precision(2.0**24), tmp_path)
     assert resumed.resumed_at == 5 and resumed.accelerator.scaler.get_scale() < 2.0**24
-    assert same(weights(straight.backbone), weights(resumed.run().backbone)) and straight.losses == resumed.losses
+    assert (
+        same(weights(straight.backbone), weights(resumed.run().backbone))
+        and straight.losses == resumed.losses
+    )
 
 
 # -- precisions of one process -------------------------------------------------------------------
 
 
 def test_a_warm_up_and_a_fine_tuning_may_differ_in_precision(tiny_dit, tiny_images):
-    """One process, float32 and bfloat16 in turn: each is what it says, and float32 gives the same as before."""
+    """One process, float32 and bfloat16 in turn: each is what it says, and float32 gives the same
+    as before."""
 
     def losses(precision):
         accelerator = make_accelerator(precision)
         assert accelerator.mixed_precision == precision
-        trainer = Trainer(tiny_dit, tiny_images, Diffusion(), SCHEDULE, CONFIG, accelerator=accelerator)
+        trainer = Trainer(
+            tiny_dit, tiny_images, Diffusion(), SCHEDULE, CONFIG, accelerator=accelerator
+        )
         return trainer.run().losses
 
     try:
-        first, half, again = losses("no"), losses("bf16"), losses("no")
+        first = losses("no")
+        half = losses("bf16")
+        again = losses("no")
     finally:
         AcceleratorState._reset_state()
     assert again == first

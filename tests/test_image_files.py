@@ -1,4 +1,5 @@
-"""From image files of every kind to the right pixels, or a line that names the file; damaged ones are found at once."""
+"""From image files of every kind to the right pixels, or a line that names the file; damaged ones
+are found at once."""
 
 import errno
 import logging
@@ -12,13 +13,22 @@ import pytest
 from PIL import Image, ImageOps
 
 from asesearch.config import DataConfig
-from asesearch.data import ImageFolder, cache_dir, centre_crop, check_readable, checking, images, open_data
+from asesearch.data import (
+    ImageFolder,
+    cache_dir,
+    centre_crop,
+    check_readable,
+    checking,
+    images,
+    open_data,
+)
 from asesearch.errors import ConfigError, DataError
 from tests.test_image_folders import write
 
 pytestmark = pytest.mark.usefixtures("own_cache")
 
-RAMP = np.linspace(0, 255, 32).round().astype(np.uint8)[None, :].repeat(32, 0)  # left black, right white
+# left black, right white
+RAMP = np.linspace(0, 255, 32).round().astype(np.uint8)[None, :].repeat(32, 0)
 WIDE = RAMP.astype(np.uint16) * 257  # the same in 16 bits
 
 
@@ -40,12 +50,19 @@ def png16(pixels, colour_type, *chunks):
     """A PNG of 16 bits, which Pillow can't write in colour: (H, W, C) uint16."""
 
     def chunk(kind, data):
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        return (
+            struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        )
 
     height, width = pixels.shape[:2]
     rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in pixels)
     head = struct.pack(">IIBBBBB", width, height, 16, colour_type, 0, 0, 0)
-    parts = [chunk(b"IHDR", head), *(chunk(*c) for c in chunks), chunk(b"IDAT", zlib.compress(rows)), chunk(b"IEND", b"")]
+    parts = [
+        chunk(b"IHDR", head),
+        *(chunk(*c) for c in chunks),
+        chunk(b"IDAT", zlib.compress(rows)),
+        chunk(b"IEND", b""),
+    ]
     return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
 
 
@@ -65,11 +82,17 @@ def test_every_mode_gives_what_its_eight_bit_grey_twin_gives(tmp_path, mode, cha
 
 
 @pytest.mark.parametrize("channels", [1, 3])
-@pytest.mark.parametrize("how", ["I;16 png", "16-bit ppm", "I;16 tiff", "I;16B tiff", "RGB 16", "RGBA 16", "LA 16"])
+@pytest.mark.parametrize(
+    "how", ["I;16 png", "16-bit ppm", "I;16 tiff", "I;16B tiff", "RGB 16", "RGBA 16", "LA 16"]
+)
 def test_sixteen_bits_are_scaled_to_eight(tmp_path, how, channels):
     path = tmp_path / "picture.png"
     opaque = np.full_like(WIDE, 65535)
-    colour = {"RGB 16": (2, [WIDE] * 3), "RGBA 16": (6, [WIDE] * 3 + [opaque]), "LA 16": (4, [WIDE, opaque])}
+    colour = {
+        "RGB 16": (2, [WIDE] * 3),
+        "RGBA 16": (6, [WIDE] * 3 + [opaque]),
+        "LA 16": (4, [WIDE, opaque]),
+    }
     if how == "16-bit ppm":
         path.write_bytes(b"P5 32 32 65535\n" + WIDE.astype(">u2").tobytes())
     elif how in colour:
@@ -94,7 +117,10 @@ def test_modes_without_a_fixed_white_are_refused_by_name(tmp_path, channels):
     for mode, pixels in (("F", RAMP.astype(np.float32) / 255), ("I", RAMP.astype(np.int32) * 1000)):
         Image.fromarray(pixels).save(tmp_path / "odd.png", format="TIFF")
         folder = ImageFolder(tmp_path, 8, channels)
-        with pytest.raises(DataError, match=rf"odd\.png: mode {mode} of a TIFF file has no fixed white.*8 or 16 bits"):
+        with pytest.raises(
+            DataError,
+            match=rf"odd\.png: mode {mode} of a TIFF file has no fixed white.*8 or 16 bits",
+        ):
             folder.read(0)
         with pytest.raises(DataError, match=rf"1 of 1 images.*odd\.png \(mode {mode}"):
             folder.check()
@@ -125,7 +151,9 @@ def half_clear(mode):
     if mode == "P bytes":
         return image.quantize(8), {}
     if mode == "P index":
-        image = Image.fromarray(np.eye(2, dtype=np.uint8)[1].repeat(16)[None].repeat(32, 0), "L").convert("P")
+        image = Image.fromarray(
+            np.eye(2, dtype=np.uint8)[1].repeat(16)[None].repeat(32, 0), "L"
+        ).convert("P")
         image.putpalette([255, 0, 0, 0, 0, 255])
         return image, {"transparency": 0}
     if mode == "RGB colour":
@@ -143,15 +171,22 @@ def test_what_is_transparent_is_white(tmp_path, mode):
 
 
 def test_webp_and_partly_transparent_grey(tmp_path):
-    pixels = np.stack([np.full((32, 32), 100, np.uint8), RAMP], axis=-1)  # grey 100 under a ramp of opacity
+    # grey 100 under a ramp of opacity
+    pixels = np.stack([np.full((32, 32), 100, np.uint8), RAMP], axis=-1)
     got = read_image(tmp_path, Image.fromarray(pixels))
     expected = 255 - RAMP.astype(int) * 155 / 255
     assert np.abs(got - expected).max() <= 1
     image, _ = half_clear("RGBA")
-    assert read_image(tmp_path, image, "webp", 3, lossless=True)[:, 5, 3].tolist() == [255, 255, 255]
+    assert read_image(tmp_path, image, "webp", 3, lossless=True)[:, 5, 3].tolist() == [
+        255,
+        255,
+        255,
+    ]
 
 
-@pytest.mark.parametrize(("kind", "clear", "planes"), [(0, b"\x12\x34", 1), (2, b"\x12\x34" * 3, 3)])
+@pytest.mark.parametrize(
+    ("kind", "clear", "planes"), [(0, b"\x12\x34", 1), (2, b"\x12\x34" * 3, 3)]
+)
 def test_one_colour_of_a_sixteen_bit_png_may_be_transparent(tmp_path, kind, clear, planes):
     pixels = np.full((8, 8, planes), 0x8080, np.uint16)
     pixels[:, :4] = 0x1234
@@ -163,12 +198,16 @@ def test_one_colour_of_a_sixteen_bit_png_may_be_transparent(tmp_path, kind, clea
 @pytest.mark.parametrize("suffix", ["jpg", "png", "webp"])
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_orientation_is_applied_before_the_crop(tmp_path, orientation, suffix):
-    pixels = np.random.default_rng(0).integers(0, 256, (6, 8, 3), np.uint8).repeat(8, 0).repeat(8, 1)
+    pixels = (
+        np.random.default_rng(0).integers(0, 256, (6, 8, 3), np.uint8).repeat(8, 0).repeat(8, 1)
+    )
     exif = Image.Exif()
     exif[0x0112] = orientation
     got = read_image(tmp_path, Image.fromarray(pixels), suffix, 3, exif=exif, quality=95)
     with Image.open(tmp_path / f"picture.{suffix}") as image:
-        want = np.asarray(centre_crop(ImageOps.exif_transpose(image).convert("RGB"), 32)).transpose(2, 0, 1)
+        want = np.asarray(centre_crop(ImageOps.exif_transpose(image).convert("RGB"), 32)).transpose(
+            2, 0, 1
+        )
         plain = np.asarray(centre_crop(image.convert("RGB"), 32)).transpose(2, 0, 1)
     assert (got == want).all() and ((want != plain).any() or orientation == 1)
 
@@ -196,12 +235,19 @@ def test_damaged_orientation_is_passed_over_and_damaged_pixels_are_not(tmp_path)
 # -- long and large images -------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("size", [(3200, 16), (16, 3200), (2001, 31), (700, 5), (5, 701), (1000, 1)])
+@pytest.mark.parametrize(
+    "size", [(3200, 16), (16, 3200), (2001, 31), (700, 5), (5, 701), (1000, 1)]
+)
 def test_the_middle_of_a_long_image_is_as_in_the_official_crop(size):
-    levels = np.random.default_rng(0).integers(80, 176, (size[1], size[0], 3), np.uint8)  # no overshoot to be cut off
-    image, factor = Image.fromarray(levels), 16 / min(size)
-    whole = np.asarray(image.resize([round(s * factor) for s in size], Image.Resampling.BICUBIC)).astype(int)
-    top, left = (whole.shape[0] - 16) // 2, (whole.shape[1] - 16) // 2
+    # no overshoot to be cut off
+    levels = np.random.default_rng(0).integers(80, 176, (size[1], size[0], 3), np.uint8)
+    image = Image.fromarray(levels)
+    factor = 16 / min(size)
+    whole = np.asarray(
+        image.resize([round(s * factor) for s in size], Image.Resampling.BICUBIC)
+    ).astype(int)
+    top = (whole.shape[0] - 16) // 2
+    left = (whole.shape[1] - 16) // 2
     cropped = np.asarray(centre_crop(image, 16)).astype(int)
     assert cropped.shape == (16, 16, 3)
     assert np.abs(cropped - whole[top : top + 16, left : left + 16]).max() <= 1
@@ -219,9 +265,13 @@ def test_a_line_is_not_enlarged_as_a_whole(tmp_path, size):
 
 def test_too_many_pixels_are_said_to_be_that(tmp_path, monkeypatch):
     Image.fromarray(RAMP).save(tmp_path / "a.png")
-    for limit in (400, 1000):  # Pillow refuses twice its limit, and warns from the limit on, which is an error here
+    # Pillow refuses twice its limit, and warns from the limit on, which is an error here
+    for limit in (400, 1000):
         monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
-        with pytest.raises(DataError, match=r"a\.png: too large: Image size \(1024 pixels\) exceeds limit of .* shrink it"):
+        with pytest.raises(
+            DataError,
+            match=r"a\.png: too large: Image size \(1024 pixels\) exceeds limit of .* shrink it",
+        ):
             read(tmp_path / "a.png")
 
 
@@ -231,7 +281,8 @@ def test_too_many_pixels_are_said_to_be_that(tmp_path, monkeypatch):
 @pytest.fixture
 def some_damaged(tmp_path):
     """Two classes of six images, three of them damaged in different ways."""
-    root, rng = tmp_path / "pictures", np.random.default_rng(0)
+    root = tmp_path / "pictures"
+    rng = np.random.default_rng(0)
     for name in ("cat", "dog"):
         for i in range(6):
             suffix = ("png", "jpg", "webp")[i % 3]
@@ -251,7 +302,13 @@ def test_all_damaged_images_are_listed_at_once(some_damaged):
     assert sorted(folder.damaged()) == DAMAGED
     with pytest.raises(DataError) as caught:
         check_readable(folder)
-    for part in ("3 of 12 images", *DAMAGED, "truncated", "no image that Pillow knows", "skip_damaged = true"):
+    for part in (
+        "3 of 12 images",
+        *DAMAGED,
+        "truncated",
+        "no image that Pillow knows",
+        "skip_damaged = true",
+    ):
         assert part in str(caught.value)
     assert "\n" not in str(caught.value)
 
@@ -266,9 +323,11 @@ def test_of_many_the_first_are_named_and_the_rest_counted(tmp_path):
 @pytest.mark.parametrize("suffix", ["png", "jpg", "webp", "bmp", "ppm"])
 def test_the_check_finds_what_reading_would_stop_at(tmp_path, suffix):
     """Cut anywhere: the check says the same as reading in full."""
-    path, rng = tmp_path / f"a.{suffix}", np.random.default_rng(0)
+    path = tmp_path / f"a.{suffix}"
+    rng = np.random.default_rng(0)
     write(path, rng.integers(0, 256, (48, 40, 3), np.uint8))
-    whole, found = path.read_bytes(), []
+    whole = path.read_bytes()
+    found = []
     for share in (0.02, 0.3, 0.6, 0.9, 0.99, 1.0):
         path.write_bytes(whole[: int(len(whole) * share)])
         folder = ImageFolder(tmp_path, 16)
@@ -315,8 +374,14 @@ def test_images_are_decoded_once_and_again_when_they_change(some_damaged, monkey
 def test_damaged_images_are_skipped_where_asked(some_damaged, caplog):
     whole = ImageFolder(some_damaged, 16)
     images._warn_once.cache_clear()
-    folder = open_data(DataConfig(kind="image-folder", path=str(some_damaged), image_size=16, skip_damaged=True))
-    assert len(folder) == 9 and list(folder.skipped) == DAMAGED and folder.labels.tolist() == [0] * 5 + [1] * 4
+    folder = open_data(
+        DataConfig(kind="image-folder", path=str(some_damaged), image_size=16, skip_damaged=True)
+    )
+    assert (
+        len(folder) == 9
+        and list(folder.skipped) == DAMAGED
+        and folder.labels.tolist() == [0] * 5 + [1] * 4
+    )
     folder.check()
     assert folder.batch(range(9))[0].shape == (9, 3, 16, 16)
     assert "skipped 3 damaged of 12 images: cat/1.jpg (" in caplog.text
@@ -347,7 +412,9 @@ def test_what_can_not_be_reached_is_not_skipped_as_damaged(some_damaged, monkeyp
         ImageFolder(some_damaged, 16, skip_damaged=True)
 
 
-def test_a_check_that_can_not_be_kept_is_made_all_the_same(some_damaged, tmp_path, monkeypatch, caplog):
+def test_a_check_that_can_not_be_kept_is_made_all_the_same(
+    some_damaged, tmp_path, monkeypatch, caplog
+):
     (tmp_path / "file").touch()
     monkeypatch.setenv("ASESEARCH_CACHE", str(tmp_path / "file" / "cache"))
     with caplog.at_level(logging.WARNING):
@@ -355,8 +422,13 @@ def test_a_check_that_can_not_be_kept_is_made_all_the_same(some_damaged, tmp_pat
     assert "can't be kept" in caplog.text and "ASESEARCH_CACHE" in caplog.text
 
 
-@pytest.mark.parametrize("setting", [{"skip_damaged": True}, {"classes": ("a",)}, {"classes": {"a": 0}}])
+@pytest.mark.parametrize(
+    "setting", [{"skip_damaged": True}, {"classes": ("a",)}, {"classes": {"a": 0}}]
+)
 @pytest.mark.parametrize("kind", ["fashion-mnist", "latents"])
 def test_settings_of_image_folders_are_refused_elsewhere(kind, setting):
-    with pytest.raises(ConfigError, match=f"{next(iter(setting))} is for image folders; got it for data of kind '{kind}'"):
+    with pytest.raises(
+        ConfigError,
+        match=f"{next(iter(setting))} is for image folders; got it for data of kind '{kind}'",
+    ):
         open_data(DataConfig(kind=kind, path="nowhere", **setting))

@@ -18,7 +18,9 @@ pytestmark = pytest.mark.usefixtures("own_cache")
 
 def write(path, pixels=None, **options):
     path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(np.full((8, 8), 7, np.uint8) if pixels is None else pixels).save(path, **options)
+    Image.fromarray(np.full((8, 8), 7, np.uint8) if pixels is None else pixels).save(
+        path, **options
+    )
     return path
 
 
@@ -39,7 +41,17 @@ def names(folder):
 
 @pytest.mark.parametrize(
     "hidden",
-    [".ipynb_checkpoints", ".thumbnails", ".git", "@eaDir", "__MACOSX", "#recycle", "lost+found", "$RECYCLE.BIN", "@Recycle"],
+    [
+        ".ipynb_checkpoints",
+        ".thumbnails",
+        ".git",
+        "@eaDir",
+        "__MACOSX",
+        "#recycle",
+        "lost+found",
+        "$RECYCLE.BIN",
+        "@Recycle",
+    ],
 )
 @pytest.mark.parametrize("where", ["", "ant/", "cat/deep/"])
 def test_hidden_folders_are_no_classes_and_hold_no_images(pets, hidden, where):
@@ -85,14 +97,17 @@ def test_what_is_left_out_is_said_once(pets, caplog):
     ImageFolder(pets, 8)
     (record,) = caplog.records
     assert record.levelname == "WARNING" and record.getMessage() == (
-        f"{pets}: left out 3 .gif, 1 .txt, 1 @eaDir folder, 1 Thumbs.db file, 1 file without suffix, 2 hidden files, "
-        "1 hidden folder"
+        f"{pets}: left out 3 .gif, 1 .txt, 1 @eaDir folder, 1 Thumbs.db file, 1 file without "
+        "suffix, 2 hidden files, 1 hidden folder"
     )
 
 
 def test_what_is_left_out_is_seen_on_stderr(pets):
     (pets / "cat" / "._a.png").touch()
-    code = f"from asesearch.data import ImageFolder; ImageFolder({str(pets)!r}, 8); ImageFolder({str(pets)!r}, 16)"
+    code = (
+        f"from asesearch.data import ImageFolder; ImageFolder({str(pets)!r}, 8); "
+        f"ImageFolder({str(pets)!r}, 16)"
+    )
     shown = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
     assert shown.stderr == f"{pets}: left out 1 hidden file\n" and shown.stdout == ""
 
@@ -105,16 +120,26 @@ def test_nothing_is_said_where_all_is_read(pets, caplog):
 def test_no_images_says_what_there_is(tmp_path):
     for name in ("a.gif", "b.tif", ".c.png"):
         (tmp_path / name).touch()
-    with pytest.raises(DataError, match=r"no images .*it holds 1 \.gif, 1 \.tif, 1 hidden file; check data\.path"):
+    with pytest.raises(
+        DataError, match=r"no images .*it holds 1 \.gif, 1 \.tif, 1 hidden file; check data\.path"
+    ):
         ImageFolder(tmp_path, 8)
 
 
 def test_the_digest_of_an_ordinary_folder_is_that_of_the_last_release(tmp_path):
     """An identity in studies, caches and latents: it must not change."""
-    for name, content in {"b/z.png": b"12", "b/a.JPG": b"123", "a.b/c.png": b"", "a/x/deep.png": b"1"}.items():
+    for name, content in {
+        "b/z.png": b"12",
+        "b/a.JPG": b"123",
+        "a.b/c.png": b"",
+        "a/x/deep.png": b"1",
+    }.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_bytes(content)
-    assert ImageFolder(tmp_path, 16).digest == "2415793105ee4b0ef00b9ae25571baa56734c1628d176c896f3c487d4d68795b"
+    assert (
+        ImageFolder(tmp_path, 16).digest
+        == "2415793105ee4b0ef00b9ae25571baa56734c1628d176c896f3c487d4d68795b"
+    )
 
 
 # -- links -----------------------------------------------------------------------------------------
@@ -122,12 +147,15 @@ def test_the_digest_of_an_ordinary_folder_is_that_of_the_last_release(tmp_path):
 
 @pytest.mark.parametrize("relative", [True, False])
 def test_links_to_folders_and_files_are_followed(pets, tmp_path, relative):
-    links, plain = tmp_path / "links", ImageFolder(pets, 8)
+    links = tmp_path / "links"
+    plain = ImageFolder(pets, 8)
     (links / "dog").mkdir(parents=True)
     target = "../pets" if relative else str(pets)
     (links / "ant").symlink_to(f"{target}/ant")
     (links / "cat").symlink_to(f"{target}/cat", target_is_directory=True)
-    (links / "dog" / "c.png").symlink_to(f"../{target}/dog/c.png" if relative else f"{target}/dog/c.png")
+    (links / "dog" / "c.png").symlink_to(
+        f"../{target}/dog/c.png" if relative else f"{target}/dog/c.png"
+    )
     folder = ImageFolder(links, 8)
     assert folder.labels.tolist() == [0, 1, 1, 2] and names(folder) == names(plain)
     assert folder.digest == plain.digest and folder.batch(range(4))[0].shape == (4, 3, 8, 8)
@@ -153,8 +181,14 @@ def test_two_folders_that_link_to_each_other_end(pets):
     (pets / "cat" / "dogs").symlink_to("../dog")
     (pets / "dog" / "cats").symlink_to("../cat")
     assert names(ImageFolder(pets, 8)) == [
-        "ant/a.png", "cat/a.png", "cat/b.jpg", "cat/dogs/c.png", "dog/c.png", "dog/cats/a.png", "dog/cats/b.jpg",
-    ]  # fmt: skip
+        "ant/a.png",
+        "cat/a.png",
+        "cat/b.jpg",
+        "cat/dogs/c.png",
+        "dog/c.png",
+        "dog/cats/a.png",
+        "dog/cats/b.jpg",
+    ]
 
 
 @pytest.mark.parametrize("target", ["/nowhere/x.png", "gone.png"])
@@ -166,14 +200,19 @@ def test_broken_links_are_named(pets, target, caplog):
 
 def test_a_broken_link_in_place_of_a_class_is_refused(pets):
     (pets / "bee").symlink_to("/nowhere/bee")
-    with pytest.raises(DataError, match="broken links where class folders are .bee -> /nowhere/bee.*labels.*would shift"):
+    with pytest.raises(
+        DataError,
+        match="broken links where class folders are .bee -> /nowhere/bee.*labels.*would shift",
+    ):
         ImageFolder(pets, 8)
 
 
 def test_a_folder_of_broken_links_says_so(tmp_path):
     for i in range(5):
         (tmp_path / f"{i}.png").symlink_to(f"/nowhere/{i}.png")
-    with pytest.raises(DataError, match=r"it holds 5 broken links \(0.png -> /nowhere/0.png, .* and 2 more\)"):
+    with pytest.raises(
+        DataError, match=r"it holds 5 broken links \(0.png -> /nowhere/0.png, .* and 2 more\)"
+    ):
         ImageFolder(tmp_path, 8)
 
 
@@ -201,7 +240,9 @@ def test_a_file_name_may_be_any_bytes(tmp_path):
     str(caught.value).encode("utf-8")
     skipping = ImageFolder(tmp_path / os.fsdecode(b"ann\xe9e"), 8)
     with pytest.raises(DataError, match="caf") as caught:
-        skipping.read([f.suffix == ".png" and f.stat().st_size == 0 for f in skipping.files].index(True))
+        skipping.read(
+            [f.suffix == ".png" and f.stat().st_size == 0 for f in skipping.files].index(True)
+        )
     str(caught.value).encode("utf-8")
 
 
@@ -219,7 +260,9 @@ ORDERS = [
 def test_a_mapping_gives_the_labels(pets, place, classes, labels, count):
     if place != "config":
         wrong = {"ant": 5, "cat": 3, "dog": 4}
-        (pets / "classes.json").write_text(json.dumps(wrong if place == "both" else classes), encoding="utf-8")
+        (pets / "classes.json").write_text(
+            json.dumps(wrong if place == "both" else classes), encoding="utf-8"
+        )
     given = None if place == "file" else classes
     folder = open_data(DataConfig(kind="image-folder", path=str(pets), image_size=8, classes=given))
     assert folder.labels.tolist() == labels == folder.batch(range(4))[1].tolist()
@@ -268,7 +311,9 @@ def test_wrong_mappings_are_refused_in_one_line(pets, text, rule):
 
 
 def test_the_data_sections_classes_are_named_when_they_are_wrong(pets, tmp_path):
-    with pytest.raises(DataError, match="the data section's classes must name exactly.*no folder cow"):
+    with pytest.raises(
+        DataError, match="the data section's classes must name exactly.*no folder cow"
+    ):
         ImageFolder(pets, 8, classes={"ant": 0, "cat": 1, "dog": 2, "cow": 3})
     write(tmp_path / "flat" / "a.png")
     with pytest.raises(DataError, match="got no folder ant"):
@@ -283,15 +328,26 @@ def test_a_flat_folder_has_no_use_for_a_classes_file_and_says_so(tmp_path, caplo
 
 @pytest.mark.parametrize("classes", [["ant", "cat"], {"ant": 3, "cat": 1}])
 def test_a_study_file_takes_both_forms(classes):
-    study = {"name": "s", "backbone": {}, "data": {"kind": "image-folder", "path": "x", "classes": classes}}
+    study = {
+        "name": "s",
+        "backbone": {},
+        "data": {"kind": "image-folder", "path": "x", "classes": classes},
+    }
     given = parse_study(study, "s.toml").data.classes
     assert given == (tuple(classes) if isinstance(classes, list) else classes)
-    assert parse_study(json.loads(parse_study(study, "s").model_dump_json()), "again").data.classes == given
+    assert (
+        parse_study(json.loads(parse_study(study, "s").model_dump_json()), "again").data.classes
+        == given
+    )
 
 
 @pytest.mark.parametrize("classes", [{"ant": True}, {"ant": "1"}, {"ant": 1.5}, "ant", [1]])
 def test_a_study_file_with_classes_of_another_form_is_refused(classes):
-    study = {"name": "s", "backbone": {}, "data": {"kind": "image-folder", "path": "x", "classes": classes}}
+    study = {
+        "name": "s",
+        "backbone": {},
+        "data": {"kind": "image-folder", "path": "x", "classes": classes},
+    }
     with pytest.raises(ConfigError, match=r"s\.toml: data\.classes"):
         parse_study(study, "s.toml")
 

@@ -16,7 +16,13 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast, T5Config, T5Enc
 from asesearch.config import DataConfig
 from asesearch.data import ImageArray, ImageFolder, open_data
 from asesearch.errors import CheckpointError, ConfigError, DataError
-from asesearch.latents import LatentDecoder, LatentShards, encode_folder, encode_latents, read_captions
+from asesearch.latents import (
+    LatentDecoder,
+    LatentShards,
+    encode_folder,
+    encode_latents,
+    read_captions,
+)
 
 pytestmark = pytest.mark.usefixtures("own_cache")
 CAPTIONS = ["a red shirt", "A  Blue Shirt ", "shirt", "a red red red red blue shirt", ""]
@@ -25,8 +31,18 @@ MAX_LENGTH = 6  # the fourth caption has seven words and the end
 
 def make_vae(path, seed=0, **config):
     torch.manual_seed(seed)
-    blocks = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
-    vae = AutoencoderKL(block_out_channels=(8, 16), norm_num_groups=4, sample_size=16, latent_channels=4, **blocks, **config)
+    blocks = {
+        "down_block_types": ("DownEncoderBlock2D",) * 2,
+        "up_block_types": ("UpDecoderBlock2D",) * 2,
+    }
+    vae = AutoencoderKL(
+        block_out_channels=(8, 16),
+        norm_num_groups=4,
+        sample_size=16,
+        latent_channels=4,
+        **blocks,
+        **config,
+    )
     vae.save_pretrained(path)
     return path
 
@@ -35,19 +51,32 @@ def make_text_encoder(path, seed=0):
     words = {w: i for i, w in enumerate(["<pad>", "</s>", "<unk>", "a", "red", "blue", "shirt"])}
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="$A </s>", special_tokens=[("</s>", 1)]
+    )
     special = {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=16, **special)
     fast.save_pretrained(path / "tokenizer")
     torch.manual_seed(seed)
-    sizes = {"vocab_size": len(words), "d_model": 16, "d_kv": 4, "d_ff": 32, "num_layers": 2, "num_heads": 4}
-    T5EncoderModel(T5Config(**sizes, pad_token_id=0, eos_token_id=1)).save_pretrained(path / "text_encoder")
+    sizes = {
+        "vocab_size": len(words),
+        "d_model": 16,
+        "d_kv": 4,
+        "d_ff": 32,
+        "num_layers": 2,
+        "num_heads": 4,
+    }
+    T5EncoderModel(T5Config(**sizes, pad_token_id=0, eos_token_id=1)).save_pretrained(
+        path / "text_encoder"
+    )
     return path
 
 
 @pytest.fixture(scope="module")
 def vae_path(tmp_path_factory):
-    return make_vae(tmp_path_factory.mktemp("networks") / "vae", scaling_factor=0.25, shift_factor=0.5)
+    return make_vae(
+        tmp_path_factory.mktemp("networks") / "vae", scaling_factor=0.25, shift_factor=0.5
+    )
 
 
 @pytest.fixture(scope="module")
@@ -63,10 +92,13 @@ def text_path(tmp_path_factory):
 @pytest.fixture(scope="module")
 def images():
     rng = np.random.default_rng(0)
-    return ImageArray(rng.integers(0, 256, (5, 3, 16, 16), np.uint8), np.array([2, 0, 1, 1, 0]), "five")
+    return ImageArray(
+        rng.integers(0, 256, (5, 3, 16, 16), np.uint8), np.array([2, 0, 1, 1, 0]), "five"
+    )
 
 
-SETTINGS = {"batch_size": 2, "shard_size": 3, "dtype": "float32"}  # shards of 3 and 2 images, batches of 2 and 1
+# shards of 3 and 2 images, batches of 2 and 1
+SETTINGS = {"batch_size": 2, "shard_size": 3, "dtype": "float32"}
 
 
 @pytest.fixture(scope="module")
@@ -80,7 +112,15 @@ def encoded(images, vae_path, tmp_path_factory):
 @pytest.fixture(scope="module")
 def captioned(images, vae_path, text_path, tmp_path_factory):
     out = tmp_path_factory.mktemp("captioned") / "latents"
-    encode_latents(images, vae_path, out, captions=CAPTIONS, text_encoder_path=text_path, max_length=MAX_LENGTH, **SETTINGS)
+    encode_latents(
+        images,
+        vae_path,
+        out,
+        captions=CAPTIONS,
+        text_encoder_path=text_path,
+        max_length=MAX_LENGTH,
+        **SETTINGS,
+    )
     return out
 
 
@@ -118,10 +158,13 @@ def test_order_and_repeats_of_indices(encoded):
 
 
 def test_with_a_generator_the_posterior_is_sampled(encoded, images, vae):
-    shards, want = LatentShards(encoded), posterior(vae, images.batch(range(5))[0])
+    shards = LatentShards(encoded)
+    want = posterior(vae, images.batch(range(5))[0])
     x_start = shards.batch(range(5), generator(7))[0]
     noise = torch.randn(5, 4, 8, 8, generator=generator(7))
-    torch.testing.assert_close(x_start, (want.mean + want.std * noise - 0.5) * 0.25, atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(
+        x_start, (want.mean + want.std * noise - 0.5) * 0.25, atol=1e-6, rtol=1e-5
+    )
     assert torch.equal(x_start, shards.batch(range(5), generator(7))[0])
     assert not torch.equal(x_start, shards.batch(range(5), generator(8))[0])
     draws = torch.stack([shards.batch([0], generator(s))[0][0] for s in range(300)])
@@ -129,17 +172,23 @@ def test_with_a_generator_the_posterior_is_sampled(encoded, images, vae):
 
 
 def test_flips_are_the_mirror_images_latents(encoded, images, vae):
-    plain, flipping = LatentShards(encoded), LatentShards(encoded, flip=True)
-    assert torch.equal(plain.batch(range(5))[0], flipping.batch(range(5))[0])  # no generator, no flips
+    plain = LatentShards(encoded)
+    flipping = LatentShards(encoded, flip=True)
+    # no generator, no flips
+    assert torch.equal(plain.batch(range(5))[0], flipping.batch(range(5))[0])
     x_start = images.batch(range(5))[0]
-    both = torch.stack([posterior(vae, x).mean for x in (x_start, x_start.flip(-1))])  # (2, N, C, h, w)
+    # (2, N, C, h, w)
+    both = torch.stack([posterior(vae, x).mean for x in (x_start, x_start.flip(-1))])
     std = torch.stack([posterior(vae, x).std for x in (x_start, x_start.flip(-1))])
     draws = generator(4)
     side = (torch.rand(5, generator=draws) < 0.5).long()
     assert 0 < side.sum() < 5
-    noise, each = torch.randn(5, 4, 8, 8, generator=draws), torch.arange(5)
+    noise = torch.randn(5, 4, 8, 8, generator=draws)
+    each = torch.arange(5)
     expected = (both[side, each] + std[side, each] * noise - 0.5) * 0.25
-    torch.testing.assert_close(flipping.batch(range(5), generator(4))[0], expected, atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(
+        flipping.batch(range(5), generator(4))[0], expected, atol=1e-6, rtol=1e-5
+    )
     mirrored_latents = both[0].flip(-1)
     assert not torch.allclose(
         mirrored_latents, both[1], atol=1e-3
@@ -154,7 +203,14 @@ def test_latents_are_mapped_not_loaded(encoded):
 def test_float16_is_the_default_and_agrees_to_three_digits(encoded, images, vae_path, tmp_path):
     encode_latents(images, vae_path, tmp_path / "half", batch_size=2)
     half = LatentShards(tmp_path / "half", verify=True)
-    assert half._shards[0]["latents"].dtype == np.float16 and half._shards[0]["latents"].shape == (5, 2, 2, 4, 8, 8)
+    assert half._shards[0]["latents"].dtype == np.float16 and half._shards[0]["latents"].shape == (
+        5,
+        2,
+        2,
+        4,
+        8,
+        8,
+    )
     exact = LatentShards(encoded).batch(range(5))[0]
     torch.testing.assert_close(half.batch(range(5))[0], exact, atol=1e-3, rtol=1e-3)
 
@@ -171,7 +227,11 @@ def test_without_flips_or_labels(images, vae_path, tmp_path):
 
 def test_channel_statistics_of_a_config_take_the_place_of_the_shift(images, tmp_path):
     """Some autoencoders give a mean and a standard deviation for each channel."""
-    stats = {"latents_mean": [0.1, 0.2, 0.3, 0.4], "latents_std": [1.0, 2.0, 4.0, 0.5], "scaling_factor": 0.5}
+    stats = {
+        "latents_mean": [0.1, 0.2, 0.3, 0.4],
+        "latents_std": [1.0, 2.0, 4.0, 0.5],
+        "scaling_factor": 0.5,
+    }
     path = make_vae(tmp_path / "vae", **stats)
     encode_latents(images, path, tmp_path / "out", **SETTINGS)
     mean = posterior(AutoencoderKL.from_pretrained(path).eval(), images.batch([0])[0]).mean
@@ -204,9 +264,12 @@ def test_a_run_that_was_killed_ends_in_the_same_bytes(encoded, images, vae_path,
         encode_latents(images, vae_path, out, **SETTINGS, progress=killed_after(batches))
     with pytest.raises(DataError, match="all images must be encoded; got [03] of 5"):
         LatentShards(out)
-    (out / "latents-00000.npy.part").write_bytes(b"cut short")  # what a kill in the middle of a write leaves
+    # what a kill in the middle of a write leaves
+    (out / "latents-00000.npy.part").write_bytes(b"cut short")
     calls = []
-    encode_latents(images, vae_path, out, **SETTINGS, progress=lambda done, total: calls.append((done, total)))
+    encode_latents(
+        images, vae_path, out, **SETTINGS, progress=lambda done, total: calls.append((done, total))
+    )
     (out / "latents-00000.npy.part").unlink(missing_ok=True)
     assert content(out) == content(encoded)
     assert calls == ([(2, 5), (3, 5), (5, 5)] if batches < 2 else [(3, 5), (5, 5)])
@@ -240,7 +303,10 @@ def test_damage_is_noticed_and_mended(encoded, images, vae_path, tmp_path, name,
 
 def test_an_array_of_another_shape_or_type_is_refused(encoded, tmp_path):
     out = shutil.copytree(encoded, tmp_path / "out")
-    for array in (np.zeros((2, 2, 2, 4, 8, 8), np.float32), np.zeros((3, 2, 2, 4, 8, 8), np.float16)):
+    for array in (
+        np.zeros((2, 2, 2, 4, 8, 8), np.float32),
+        np.zeros((3, 2, 2, 4, 8, 8), np.float16),
+    ):
         np.save(out / "latents-00000.npy", array)
         with pytest.raises(DataError, match="must hold float32"):
             LatentShards(out)
@@ -291,7 +357,9 @@ def test_the_vaes_digest_is_of_its_content_not_its_files(images, encoded, vae_pa
     pipeline = tmp_path / "pipeline"
     shutil.copytree(vae_path, pipeline / "vae")
     config = json.loads((pipeline / "vae" / "config.json").read_text())
-    (pipeline / "vae" / "config.json").write_text(json.dumps({**config, "_diffusers_version": "0.31.0"}))
+    (pipeline / "vae" / "config.json").write_text(
+        json.dumps({**config, "_diffusers_version": "0.31.0"})
+    )
     out = shutil.copytree(encoded, tmp_path / "out")
     encode_latents(images, pipeline, out, **SETTINGS)
     assert LatentDecoder(pipeline).digest == LatentDecoder(vae_path).digest
@@ -309,7 +377,11 @@ def test_the_vaes_digest_is_of_its_content_not_its_files(images, encoded, vae_pa
         ({"captions": CAPTIONS}, ConfigError, "needed together"),
         ({"text_encoder_path": "t5"}, ConfigError, "needed together"),
         ({"captions": CAPTIONS[1:], "text_encoder_path": "t5"}, DataError, "got 4 for 5 images"),
-        ({"captions": CAPTIONS, "text_encoder_path": "nowhere"}, CheckpointError, "nowhere must hold config.json"),
+        (
+            {"captions": CAPTIONS, "text_encoder_path": "nowhere"},
+            CheckpointError,
+            "nowhere must hold config.json",
+        ),
     ],
 )
 def test_wrong_arguments(images, vae_path, tmp_path, changes, error, rule):
@@ -321,7 +393,9 @@ def test_wrong_arguments(images, vae_path, tmp_path, changes, error, rule):
 @pytest.mark.parametrize("shape", [(2, 1, 16, 16), (2, 3, 15, 16), (2, 3, 16, 17)])
 def test_images_the_vae_does_not_take(vae_path, tmp_path, shape):
     with pytest.raises(DataError, match="3 channels whose sides are multiples of 2"):
-        encode_latents(ImageArray(np.zeros(shape, np.uint8), None, "odd"), vae_path, tmp_path / "out")
+        encode_latents(
+            ImageArray(np.zeros(shape, np.uint8), None, "odd"), vae_path, tmp_path / "out"
+        )
 
 
 def test_numbers_that_float16_cannot_hold_are_refused(images, vae_path, tmp_path):
@@ -329,7 +403,9 @@ def test_numbers_that_float16_cannot_hold_are_refused(images, vae_path, tmp_path
     state = load_file(path / "diffusion_pytorch_model.safetensors")
     state["quant_conv.bias"] += 1e5
     save_file(state, path / "diffusion_pytorch_model.safetensors")
-    with pytest.raises(DataError, match=r"finite in torch.float16; got others in images 0…1 of five; use float32"):
+    with pytest.raises(
+        DataError, match=r"finite in torch.float16; got others in images 0…1 of five; use float32"
+    ):
         encode_latents(images, path, tmp_path / "out", batch_size=2)
     encode_latents(images, path, tmp_path / "single", **SETTINGS)
 
@@ -354,7 +430,9 @@ def damage_config(path):
 
 
 def another_class(path):
-    (path / "config.json").write_text(json.dumps({**json.loads((path / "config.json").read_text()), "_class_name": "VQModel"}))
+    (path / "config.json").write_text(
+        json.dumps({**json.loads((path / "config.json").read_text()), "_class_name": "VQModel"})
+    )
 
 
 @pytest.mark.parametrize(
@@ -386,7 +464,8 @@ def test_decoding_is_the_vaes_own_and_the_inverse_of_the_scaling(encoded, images
 
 
 def test_decoded_images_stay_in_range_and_do_not_depend_on_the_batch(vae_path):
-    latents, decoder = torch.randn(5, 4, 8, 8, generator=generator()) * 100, LatentDecoder(vae_path)
+    latents = torch.randn(5, 4, 8, 8, generator=generator()) * 100
+    decoder = LatentDecoder(vae_path)
     pixels = decoder.decode(latents)
     assert pixels.min() == -1 and pixels.max() == 1
     torch.testing.assert_close(pixels, decoder.decode(latents, batch_size=1), atol=1e-4, rtol=1e-4)
@@ -408,32 +487,65 @@ def test_captions_are_the_text_encoders_own(captioned, text_path):
     encoder = T5EncoderModel.from_pretrained(text_path / "text_encoder").eval()
 
     def direct(captions):
-        tokens = tokenizer(captions, padding="max_length", max_length=MAX_LENGTH, truncation=True, return_tensors="pt")
+        tokens = tokenizer(
+            captions,
+            padding="max_length",
+            max_length=MAX_LENGTH,
+            truncation=True,
+            return_tensors="pt",
+        )
         return encoder(**tokens).last_hidden_state, tokens.attention_mask
 
     shards = LatentShards(captioned, verify=True)
     x_start, y = shards.batch([4, 1, 0, 3, 2], generator())
-    hidden, mask = direct(["", "a blue shirt", "a red shirt", "a red red red red blue shirt", "shirt"])
+    hidden, mask = direct(
+        ["", "a blue shirt", "a red shirt", "a red red red red blue shirt", "shirt"]
+    )
     assert x_start.shape == (5, 4, 8, 8) and shards.num_classes == 0
-    assert y["encoder_hidden_states"].shape == (5, MAX_LENGTH, 16) and y["encoder_hidden_states"].dtype == torch.float32
-    assert torch.equal(y["encoder_attention_mask"], mask) and mask.sum(1).tolist() == [1, 4, 4, 6, 2]
-    torch.testing.assert_close(y["encoder_hidden_states"], hidden * mask[..., None], atol=1e-5, rtol=1e-4)
+    assert (
+        y["encoder_hidden_states"].shape == (5, MAX_LENGTH, 16)
+        and y["encoder_hidden_states"].dtype == torch.float32
+    )
+    assert torch.equal(y["encoder_attention_mask"], mask) and mask.sum(1).tolist() == [
+        1,
+        4,
+        4,
+        6,
+        2,
+    ]
+    torch.testing.assert_close(
+        y["encoder_hidden_states"], hidden * mask[..., None], atol=1e-5, rtol=1e-4
+    )
     hidden, mask = direct([""])
     null = shards.null_condition
     assert torch.equal(null["encoder_attention_mask"], mask)
-    torch.testing.assert_close(null["encoder_hidden_states"], hidden * mask[..., None], atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(
+        null["encoder_hidden_states"], hidden * mask[..., None], atol=1e-5, rtol=1e-4
+    )
 
 
 def test_captions_survive_a_kill_too(captioned, images, vae_path, text_path, tmp_path):
-    how = {**SETTINGS, "captions": CAPTIONS, "text_encoder_path": text_path, "max_length": MAX_LENGTH}
+    how = {
+        **SETTINGS,
+        "captions": CAPTIONS,
+        "text_encoder_path": text_path,
+        "max_length": MAX_LENGTH,
+    }
     with pytest.raises(Killed):
         encode_latents(images, vae_path, tmp_path / "out", **how, progress=killed_after(2))
     encode_latents(images, vae_path, tmp_path / "out", **how)
     assert content(tmp_path / "out") == content(captioned)
 
 
-def test_other_captions_or_another_text_encoder_are_refused_by_name(captioned, images, vae_path, text_path, tmp_path):
-    how = {**SETTINGS, "captions": CAPTIONS, "text_encoder_path": text_path, "max_length": MAX_LENGTH}
+def test_other_captions_or_another_text_encoder_are_refused_by_name(
+    captioned, images, vae_path, text_path, tmp_path
+):
+    how = {
+        **SETTINGS,
+        "captions": CAPTIONS,
+        "text_encoder_path": text_path,
+        "max_length": MAX_LENGTH,
+    }
     other = make_text_encoder(tmp_path / "other", seed=1)
     for changes, name in [
         ({"captions": ["another", *CAPTIONS[1:]]}, "captions"),
@@ -447,15 +559,28 @@ def test_other_captions_or_another_text_encoder_are_refused_by_name(captioned, i
 def test_text_encoders_that_cannot_be_used(images, vae_path, text_path, tmp_path):
     how = {**SETTINGS, "captions": CAPTIONS}
     with pytest.raises(ConfigError, match="max_length must lie in 1…16 .*got 17"):
-        encode_latents(images, vae_path, tmp_path / "out", **how, text_encoder_path=text_path, max_length=17)
+        encode_latents(
+            images, vae_path, tmp_path / "out", **how, text_encoder_path=text_path, max_length=17
+        )
     shutil.copytree(text_path / "text_encoder", tmp_path / "bare")
     with pytest.raises(CheckpointError, match="tokenizer_config.json is needed"):
-        encode_latents(images, vae_path, tmp_path / "out", **how, text_encoder_path=tmp_path / "bare", max_length=6)
+        encode_latents(
+            images,
+            vae_path,
+            tmp_path / "out",
+            **how,
+            text_encoder_path=tmp_path / "bare",
+            max_length=6,
+        )
     together = shutil.copytree(text_path / "tokenizer", tmp_path / "bare", dirs_exist_ok=True)
-    encode_latents(images, vae_path, tmp_path / "out", **how, text_encoder_path=together, max_length=6)
+    encode_latents(
+        images, vae_path, tmp_path / "out", **how, text_encoder_path=together, max_length=6
+    )
     (together / "tokenizer.json").write_text("{")
     with pytest.raises(CheckpointError, match="can't load the tokenizer"):
-        encode_latents(images, vae_path, tmp_path / "out", **how, text_encoder_path=together, max_length=6)
+        encode_latents(
+            images, vae_path, tmp_path / "out", **how, text_encoder_path=together, max_length=6
+        )
 
 
 # -- folders ---------------------------------------------------------------------------------------
@@ -473,7 +598,9 @@ def folder(tmp_path):
 
 
 def write_captions(path, rows):
-    path.write_text("\n".join(json.dumps(row, ensure_ascii=False) for row in rows) + "\n", encoding="utf-8")
+    path.write_text(
+        "\n".join(json.dumps(row, ensure_ascii=False) for row in rows) + "\n", encoding="utf-8"
+    )
     return path
 
 
@@ -493,7 +620,10 @@ def test_captions_are_paired_by_file_name(folder, tmp_path):
     ("rows", "rule"),
     [
         (ROWS[1:], r"1 images without caption \['dog/1.png'\] and 0 captions"),
-        ([*ROWS, {"file_name": "x.png", "text": ""}], r"0 images .* 1 captions without image \['x.png'\]"),
+        (
+            [*ROWS, {"file_name": "x.png", "text": ""}],
+            r"0 images .* 1 captions without image \['x.png'\]",
+        ),
         ([*ROWS, ROWS[0]], ":4 must give each image one text"),
         ([{"file_name": "cat/1.png", "text": None}], ":1 must give each image one text; got None"),
         ([*ROWS[:2], {"file_name": "cat/1.png"}], ":3 must read"),
@@ -532,20 +662,31 @@ def test_a_folder_goes_in_and_a_data_source_comes_out(folder, vae, vae_path, tmp
 def test_a_folder_with_captions(folder, vae_path, text_path, tmp_path):
     config = DataConfig(kind="image-folder", path=str(folder), image_size=16)
     captions = write_captions(tmp_path / "metadata.jsonl", ROWS)
-    encode_folder(config, vae_path, tmp_path / "out", captions=captions, text_encoder=text_path, max_length=6)
+    encode_folder(
+        config, vae_path, tmp_path / "out", captions=captions, text_encoder=text_path, max_length=6
+    )
     y = LatentShards(tmp_path / "out").batch([0, 2])[1]
-    assert y["encoder_attention_mask"].sum(1).tolist() == [2, 3]  # "red", end; "shirt", unknown, end
+    # "red", end; "shirt", unknown, end
+    assert y["encoder_attention_mask"].sum(1).tolist() == [2, 3]
 
 
-@pytest.mark.parametrize("changes", [{"kind": "fashion-mnist"}, {"path": None}, {"image_size": None}])
+@pytest.mark.parametrize(
+    "changes", [{"kind": "fashion-mnist"}, {"path": None}, {"image_size": None}]
+)
 def test_only_image_folders_are_encoded(folder, vae_path, tmp_path, changes):
-    config = DataConfig(**{"kind": "image-folder", "path": str(folder), "image_size": 16, **changes})
-    with pytest.raises(ConfigError, match="encoding takes data of kind 'image-folder' with path and image_size"):
+    config = DataConfig(
+        **{"kind": "image-folder", "path": str(folder), "image_size": 16, **changes}
+    )
+    with pytest.raises(
+        ConfigError, match="encoding takes data of kind 'image-folder' with path and image_size"
+    ):
         encode_folder(config, vae_path, tmp_path / "out")
 
 
 @pytest.mark.parametrize("dry_run", [True, False])
-def test_damaged_images_stop_the_encoding_before_it_begins_all_by_name(folder, vae_path, tmp_path, monkeypatch, dry_run):
+def test_damaged_images_stop_the_encoding_before_it_begins_all_by_name(
+    folder, vae_path, tmp_path, monkeypatch, dry_run
+):
     for name in ("cat/2.png", "dog/1.png"):
         (folder / name).write_bytes(b"damaged")
     monkeypatch.setattr(ImageFolder, "batch", None)
@@ -558,13 +699,18 @@ def test_damaged_images_are_skipped_with_their_captions(folder, vae_path, text_p
     (folder / "cat" / "2.png").write_bytes(b"damaged")
     config = DataConfig(kind="image-folder", path=str(folder), image_size=16, skip_damaged=True)
     captions = write_captions(tmp_path / "metadata.jsonl", ROWS)
-    encode_folder(config, vae_path, tmp_path / "out", captions=captions, text_encoder=text_path, max_length=6)
+    encode_folder(
+        config, vae_path, tmp_path / "out", captions=captions, text_encoder=text_path, max_length=6
+    )
     y = LatentShards(tmp_path / "out").batch([0, 1])[1]
-    assert y["encoder_attention_mask"].sum(1).tolist() == [2, 3]  # "red", end; "shirt", unknown, end
+    # "red", end; "shirt", unknown, end
+    assert y["encoder_attention_mask"].sum(1).tolist() == [2, 3]
 
 
 def test_latents_carry_the_mapping_of_their_folders(folder, vae_path, tmp_path):
-    config = DataConfig(kind="image-folder", path=str(folder), image_size=16, classes={"cat": 281, "dog": 207})
+    config = DataConfig(
+        kind="image-folder", path=str(folder), image_size=16, classes={"cat": 281, "dog": 207}
+    )
     encode_folder(config, vae_path, tmp_path / "mapped", **SETTINGS)
     mapped = LatentShards(tmp_path / "mapped")
     assert mapped.batch(range(3))[1].tolist() == [281, 281, 207] and mapped.num_classes == 282
@@ -574,7 +720,8 @@ def test_latents_carry_the_mapping_of_their_folders(folder, vae_path, tmp_path):
         encode_folder(plain, vae_path, tmp_path / "mapped", **SETTINGS)
     encode_folder(plain, vae_path, tmp_path / "plain", **SETTINGS)
     assert LatentShards(tmp_path / "plain").labels_by_order
-    (folder / "classes.json").write_text('["cat", "dog"]')  # which says of the same labels that they are meant
+    # which says of the same labels that they are meant
+    (folder / "classes.json").write_text('["cat", "dog"]')
     encode_folder(plain, vae_path, tmp_path / "plain", **SETTINGS)
     again = LatentShards(tmp_path / "plain")
     assert not again.labels_by_order and again.batch(range(3))[1].tolist() == [0, 0, 1]
@@ -586,7 +733,8 @@ def test_latents_of_the_last_release_are_read(encoded, tmp_path):
     index = json.loads((old / "index.json").read_text())
     assert index.pop("classes") == {} and index.pop("labels_by_order") is False
     (old / "index.json").write_text(json.dumps(index))
-    shards, new = LatentShards(old), LatentShards(encoded)
+    shards = LatentShards(old)
+    new = LatentShards(encoded)
     assert shards.labels_by_order and not new.labels_by_order and shards.digest == new.digest
     assert torch.equal(shards.batch(range(5))[0], new.batch(range(5))[0])
 
@@ -598,7 +746,11 @@ def test_captions_of_files_whose_names_are_not_utf8(folder, tmp_path, escaped):
     rows = [{**ROWS[0], "file_name": f"dog/{name}"}, *ROWS[1:]]
     text = "\n".join(json.dumps(row, ensure_ascii=escaped) for row in rows)
     (tmp_path / "captions").write_bytes(text.encode("utf-8", "surrogateescape"))
-    assert read_captions(tmp_path / "captions", ImageFolder(folder, 16)) == ["red", "blue", ROWS[0]["text"]]
+    assert read_captions(tmp_path / "captions", ImageFolder(folder, 16)) == [
+        "red",
+        "blue",
+        ROWS[0]["text"],
+    ]
 
 
 def test_a_caption_that_is_not_utf8_is_refused_by_line(folder, tmp_path):
@@ -618,6 +770,10 @@ def test_half_of_the_latents_are_mirror_images_each_by_itself(images, vae_path, 
         np.save(tmp_path / "out" / shard["latents"]["file"], array)
     flipped = LatentShards(tmp_path / "out", flip=True)
     level = flipped.batch([0])[0].flatten()[0]
-    drawn = torch.stack([flipped.batch(range(5), generator(s))[0][:, 0, 0, 0] != level for s in range(400)])  # (400, 5)
+    # (400, 5)
+    drawn = torch.stack(
+        [flipped.batch(range(5), generator(s))[0][:, 0, 0, 0] != level for s in range(400)]
+    )
     assert abs(drawn.float().mean() - 0.5) < 0.045  # four standard errors
-    assert 0 < (drawn.sum(1) == 0).sum() < 40 and 0 < (drawn.sum(1) == 5).sum() < 40  # 12.5 of each are expected
+    # 12.5 of each are expected
+    assert 0 < (drawn.sum(1) == 0).sum() < 40 and 0 < (drawn.sum(1) == 5).sum() < 40

@@ -1,4 +1,5 @@
-"""The house rules that a reader can't keep in mind: who imports whom, and which libraries load when."""
+"""The house rules that a reader can't keep in mind: who imports whom, and which libraries load
+when."""
 
 import ast
 import subprocess
@@ -71,9 +72,19 @@ def breaches(path, tree):
     own = room_of(path)
     for name in imports(tree, everywhere=True):
         parts = name.split(".")
-        if parts[0] == "asesearch" and len(parts) > 1 and parts[1] != own and LEVELS[parts[1]] > LEVELS[own]:
+        if (
+            parts[0] == "asesearch"
+            and len(parts) > 1
+            and parts[1] != own
+            and LEVELS[parts[1]] > LEVELS[own]
+        ):
             yield f"{path.name} (level {LEVELS[own]}) imports {name} (level {LEVELS[parts[1]]})"
-        same_level = parts[0] == "asesearch" and len(parts) > 1 and parts[1] != own and LEVELS[parts[1]] == LEVELS[own]
+        same_level = (
+            parts[0] == "asesearch"
+            and len(parts) > 1
+            and parts[1] != own
+            and LEVELS[parts[1]] == LEVELS[own]
+        )
         if same_level and (own, parts[1]) not in SIBLINGS:
             yield f"{path.name} imports its sibling room {name}"
     for name in imports(tree, everywhere=False):
@@ -81,7 +92,11 @@ def breaches(path, tree):
         if library in OWNERS and own not in OWNERS[library]:
             yield f"{path.name} imports {library}, which {sorted(OWNERS[library])} owns"
     if own in ("errors", "schedule", "config"):
-        yield from (f"{path.name} imports torch" for name in imports(tree, True) if name.split(".")[0] == "torch")
+        yield from (
+            f"{path.name} imports torch"
+            for name in imports(tree, True)
+            if name.split(".")[0] == "torch"
+        )
 
 
 SIBLINGS = {("latents", "data"), ("data", "latents")}
@@ -93,15 +108,17 @@ def test_a_module_imports_only_from_below(path):
 
 
 def test_the_check_sees_a_breach():
-    tree = ast.parse("import pandas\nfrom asesearch.search import study\nfrom asesearch.report import page\n")
+    tree = ast.parse(
+        "import pandas\nfrom asesearch.search import study\nfrom asesearch.report import page\n"
+    )
     assert len(list(breaches(ROOT / "sampling.py", tree))) == 3
 
 
 def test_import_asesearch_is_light():
     code = (
         "import sys, asesearch, asesearch.schedule\n"
-        "heavy = {'torch', 'optuna', 'matplotlib', 'typer', 'torch_fidelity', 'pandas', 'diffusers'} & set(sys.modules)\n"
-        "assert not heavy, heavy\n"
+        "heavy = {'torch', 'optuna', 'matplotlib', 'typer', 'torch_fidelity', 'pandas', "
+        "'diffusers'} & set(sys.modules)\nassert not heavy, heavy\n"
         "assert asesearch.ExitSchedule is asesearch.schedule.ExitSchedule\n"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -1,4 +1,5 @@
-"""`make` as a new user meets it, with stand-ins for asesearch, pip and apt-get that note what they are asked."""
+"""`make` as a new user meets it, with stand-ins for asesearch, pip and apt-get that note what they
+are asked."""
 
 import os
 import shutil
@@ -15,7 +16,8 @@ from asesearch.config import load_study
 from asesearch.evaluation.extractors import make_extractor
 
 ROOT = Path(__file__).parent.parent
-QUICK, SMALL = "studies/fashion-mnist-quick.toml", "studies/fashion-mnist-small.toml"
+QUICK = "studies/fashion-mnist-quick.toml"
+SMALL = "studies/fashion-mnist-small.toml"
 PICK = "--pick fastest-within --quality +25% --early-exit --or-nearest"
 STANDIN = f"""case "$*" in
   "-m pip install"*) echo "$*" >> pip.txt; ! [ -e fail-install ]; exit;;
@@ -30,7 +32,8 @@ with open("calls.txt", "a") as log:
     print(*args, sep="|", file=log)
 fail = pathlib.Path("fail-" + args[0])
 if "--dry-run" in args:
-    print(json.dumps({"plan": {"expected_s": json.loads(pathlib.Path("seconds.json").read_text())[args[1]]}}))
+    expected = json.loads(pathlib.Path("seconds.json").read_text())[args[1]]
+    print(json.dumps({"plan": {"expected_s": expected}}))
 elif args[0] == "search":
     name = tomllib.loads(pathlib.Path(args[1]).read_text())["name"]
     run = pathlib.Path("runs") / name
@@ -63,7 +66,8 @@ def program(path, text):
 
 @pytest.fixture
 def clone(tmp_path):
-    """A fresh clone with a blank and an apostrophe in its path, set up but for what pip installs."""
+    """A fresh clone with a blank and an apostrophe in its path, set up but for what pip
+    installs."""
     folder = tmp_path / "a user's clone"
     (folder / "studies").mkdir(parents=True)
     (folder / ".ci").mkdir()
@@ -88,7 +92,8 @@ def environment():
 
 
 def begin(clone, *args):
-    """Start make as the leader of a process group, with Ctrl-C heeded even where these tests run in the background."""
+    """Start make as the leader of a process group, with Ctrl-C heeded even where these tests run in
+    the background."""
     with (clone / "said.txt").open("w") as said:
         return subprocess.Popen(
             ["make", *args],
@@ -110,7 +115,14 @@ def wait_for(path, process, seconds):
 
 
 def make(clone, *args, code=0, timeout=60, **env):
-    done = subprocess.run(["make", *args], cwd=clone, env=environment() | env, capture_output=True, text=True, timeout=timeout)
+    done = subprocess.run(
+        ["make", *args],
+        cwd=clone,
+        env=environment() | env,
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+    )
     assert done.returncode == code, done.stdout + done.stderr
     return done.stdout + done.stderr
 
@@ -135,7 +147,11 @@ def after_search(name):
 
 def test_the_quick_study_where_it_is_quick(clone):
     said = make(clone, "search")
-    assert calls(clone) == [f"search {QUICK} --dry-run", f"search {QUICK}", *after_search("fashion-mnist-quick")]
+    assert calls(clone) == [
+        f"search {QUICK} --dry-run",
+        f"search {QUICK}",
+        *after_search("fashion-mnist-quick"),
+    ]
     assert f"searching {QUICK}: about 8 minutes" in said
     assert "no early-exit schedule is within the budget; taking trial 3" in said
     assert "The report: reports/fashion-mnist-quick/index.html" in said
@@ -148,9 +164,13 @@ def test_the_small_study_where_the_quick_one_is_long_and_again(clone):
     first = [f"search {QUICK} --dry-run"]
     rest = [f"search {SMALL}", *after_search("fashion-mnist-small")]
     assert calls(clone) == first + rest
-    assert f"{QUICK} would take about 31 minutes here, more than 20, so {SMALL} is searched in its place" in said
+    assert (
+        f"{QUICK} would take about 31 minutes here, more than 20, so {SMALL} is searched in its "
+        "place" in said
+    )
     assert f"make search STUDY={QUICK}" in said
-    (clone / "seconds.json").write_text("{}")  # not asked again: what was begun goes on, however busy the machine is now
+    # not asked again: what was begun goes on, however busy the machine is now
+    (clone / "seconds.json").write_text("{}")
     said = make(clone, "search")
     assert calls(clone) == first + rest + rest
     assert f"{SMALL} was begun here (runs/fashion-mnist-small): going on with it" in said
@@ -197,7 +217,8 @@ def test_ctrl_c_lets_the_search_end_itself(clone):
 def test_installed_once_and_again_when_something_changed(clone):
     (clone / "fail-pip").touch()
     said = make(clone, "setup", code=2, PYTHON="/bin/false")
-    assert "Python 3.11 or newer" in said  # no pip, so the environment is made again, by the Python that was named
+    # no pip, so the environment is made again, by the Python that was named
+    assert "Python 3.11 or newer" in said
     (clone / "fail-pip").unlink()
     make(clone, "setup")
     assert installs(clone) == ["."] and (clone / ".venv/installed").read_text().endswith("clone\n")
@@ -234,7 +255,9 @@ NEW = """case "$*" in
     mkdir -p "$4/bin"; echo "$0" > "$4/made-by";;
 esac
 """
-APT = 'echo "$*" >> "$TMP/apt.txt"; [ -e "$TMP/offline" ] && exit 100; touch "$TMP/venv-installed"\n'
+APT = (
+    'echo "$*" >> "$TMP/apt.txt"; [ -e "$TMP/offline" ] && exit 100; touch "$TMP/venv-installed"\n'
+)
 
 
 def venv(tmp_path, code=0, **env):

@@ -48,12 +48,24 @@ def test_what_is_imported_is_declared():
                 if top == "asesearch" or top in sys.stdlib_module_names:
                     continue
                 key = modules.get(top.lower(), top.lower())
-                assert key in names, f"{path.name} imports {top}, which pyproject.toml does not declare"
+                assert key in names, (
+                    f"{path.name} imports {top}, which pyproject.toml does not declare"
+                )
 
 
 @pytest.mark.slow
 def test_a_wheel_holds_the_assets_and_the_licences(tmp_path):
-    command = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "-w", str(tmp_path), str(ROOT)]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "wheel",
+        "-q",
+        "--no-deps",
+        "-w",
+        str(tmp_path),
+        str(ROOT),
+    ]
     subprocess.run(command, check=True)
     (wheel,) = tmp_path.glob("*.whl")
     names = set(zipfile.ZipFile(wheel).namelist())

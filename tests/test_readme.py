@@ -1,4 +1,5 @@
-"""The README's study file, commands and Python do what it says, as far as that can be checked without running hours."""
+"""The README's study file, commands and Python do what it says, as far as that can be checked
+without running hours."""
 
 import ast
 import importlib
@@ -64,6 +65,9 @@ def test_python_imports_exist():
 
 def test_make_targets_and_linked_files_exist():
     makefile = (ROOT / "Makefile").read_text()
-    assert all(f"\n{target}:" in makefile for target in re.findall(r"^make (\w+)", TEXT, flags=re.MULTILINE))
+    assert all(
+        f"\n{target}:" in makefile
+        for target in re.findall(r"^make (\w+)", TEXT, flags=re.MULTILINE)
+    )
     links = [link for link in re.findall(r"\]\(([^)]+)\)", TEXT) if not link.startswith("http")]
     assert links and all((ROOT / link).exists() for link in links)

@@ -1,4 +1,5 @@
-"""`sample`: one contract for every solver, and what it refuses. The solvers' mathematics: test_solvers.py."""
+"""`sample`: one contract for every solver, and what it refuses. The solvers' mathematics:
+test_solvers.py."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -35,13 +36,18 @@ SCHEDULE = ExitSchedule.from_string("4 3 3 1", 4)
 
 @pytest.fixture(scope="module")
 def net() -> DiT:
-    """The official DiT of the fixtures: 4 blocks, 4 channels of 8 x 8, 10 classes and a null label, learned variance."""
+    """The official DiT of the fixtures: 4 blocks, 4 channels of 8 x 8, 10 classes and a null label,
+    learned variance."""
     return load("dit")[0]
 
 
-def make(net: Backbone, solver: str, process: Process, seeds: Sequence[int], **changes: object) -> SampleResult:
+def make(
+    net: Backbone, solver: str, process: Process, seeds: Sequence[int], **changes: object
+) -> SampleResult:
     y = torch.tensor([s % 10 for s in seeds]) if net.num_classes else None
-    schedule = ExitSchedule.from_string("4 3 3 1", 4, num_train_timesteps=process.num_train_timesteps)
+    schedule = ExitSchedule.from_string(
+        "4 3 3 1", 4, num_train_timesteps=process.num_train_timesteps
+    )
     options = {"diffusion": process, "num_steps": 5, "y": y, "schedule": schedule, **changes}
     return sample(net, solver, options.pop("schedule"), seeds=seeds, **options)
 
@@ -54,12 +60,16 @@ def test_images_have_the_datas_moments(solver: str, process: Process) -> None:
     net = Gaussian(process)
     images = make(net, solver, process, range(64), num_steps=250).images  # 4096 independent pixels
     assert float(images.mean()) == pytest.approx(net.mean, abs=4 * net.std / math.sqrt(4096) + 2e-3)
-    assert float(images.std()) == pytest.approx(net.std, abs=4 * net.std / math.sqrt(2 * 4096) + 1.5e-2)
+    assert float(images.std()) == pytest.approx(
+        net.std, abs=4 * net.std / math.sqrt(2 * 4096) + 1.5e-2
+    )
 
 
 @every_solver
 @pytest.mark.parametrize("cfg_scale", [1.0, 1.5])
-def test_an_image_depends_on_seed_and_label_only(net: DiT, solver: str, process: Process, cfg_scale: float) -> None:
+def test_an_image_depends_on_seed_and_label_only(
+    net: DiT, solver: str, process: Process, cfg_scale: float
+) -> None:
     seeds = [3, 11, 4, 25, 5]
     whole = make(net, solver, process, seeds, cfg_scale=cfg_scale).images
     scale = float(whole.abs().max())
@@ -80,22 +90,39 @@ def test_the_label_matters_and_the_seed_repeats(net: DiT, solver: str, process: 
 @every_solver
 @pytest.mark.parametrize("cfg_scale", [1.0, 4.0])
 @pytest.mark.parametrize("num_steps", [1, 2, 7])
-def test_counts_are_what_was_really_run(net: DiT, solver: str, process: Process, cfg_scale: float, num_steps: int) -> None:
+def test_counts_are_what_was_really_run(
+    net: DiT, solver: str, process: Process, cfg_scale: float, num_steps: int
+) -> None:
     images_through_blocks: list[int] = []
-    handles = [net.block_at(i).register_forward_hook(lambda *a: images_through_blocks.append(len(a[-1]))) for i in range(4)]
-    result = make(net, solver, process, [0, 1, 2], num_steps=num_steps, cfg_scale=cfg_scale, batch_size=2)
+    handles = [
+        net.block_at(i).register_forward_hook(lambda *a: images_through_blocks.append(len(a[-1])))
+        for i in range(4)
+    ]
+    result = make(
+        net, solver, process, [0, 1, 2], num_steps=num_steps, cfg_scale=cfg_scale, batch_size=2
+    )
     for handle in handles:
         handle.remove()
     passes = 1 if cfg_scale == 1 else 2
     assert result.nfe == passes * num_steps
-    assert result.block_calls == passes * SCHEDULE.block_calls(result.timesteps) == sum(images_through_blocks) / 3
-    assert result.images.shape == (3, 4, 8, 8) and result.images.dtype == torch.float32 and not result.images.requires_grad
+    assert (
+        result.block_calls
+        == passes * SCHEDULE.block_calls(result.timesteps)
+        == sum(images_through_blocks) / 3
+    )
+    assert (
+        result.images.shape == (3, 4, 8, 8)
+        and result.images.dtype == torch.float32
+        and not result.images.requires_grad
+    )
     assert result.seconds > 0
 
 
 @every_solver
 @pytest.mark.parametrize("num_steps", [1, 2, 10])
-def test_the_network_is_called_at_the_published_timesteps_and_depths(solver: str, process: Process, num_steps: int) -> None:
+def test_the_network_is_called_at_the_published_timesteps_and_depths(
+    solver: str, process: Process, num_steps: int
+) -> None:
     net = Gaussian(process)
     result = make(net, solver, process, [0, 1], num_steps=num_steps)
     assert result.timesteps == grid_of(solver, process, num_steps)
@@ -108,13 +135,16 @@ def test_the_network_is_called_at_the_published_timesteps_and_depths(solver: str
 
 @every_solver
 def test_the_full_schedule_is_the_plain_network(net: DiT, solver: str, process: Process) -> None:
-    y, noise = torch.tensor([3, 4]), image_noise((3, 4), (4, 8, 8), torch.device("cpu"))
+    y = torch.tensor([3, 4])
+    noise = image_noise((3, 4), (4, 8, 8), torch.device("cpu"))
 
     def plain(x: Tensor, t: float) -> Tensor:
         return net(x, torch.full((2,), t, dtype=process.time_dtype), y)
 
     with torch.no_grad():
-        expected = SOLVERS[solver].integrate(plain, noise(), pairs_of(process, 5, solver), process, noise)
+        expected = SOLVERS[solver].integrate(
+            plain, noise(), pairs_of(process, 5, solver), process, noise
+        )
     full = make(net, solver, process, [3, 4], schedule=ExitSchedule.full(4)).images
     torch.testing.assert_close(full, expected, rtol=0, atol=0)
     short = make(net, solver, process, [3, 4]).images
@@ -129,7 +159,10 @@ def test_nan_is_not_swallowed(solver: str, process: Process) -> None:
 
 @every_solver
 def test_images_are_not_clamped(solver: str, process: Process) -> None:
-    assert float(make(Gaussian(process, mean=5.0), solver, process, [0], num_steps=100).images.mean()) > 4
+    assert (
+        float(make(Gaussian(process, mean=5.0), solver, process, [0], num_steps=100).images.mean())
+        > 4
+    )
 
 
 # -- training and sampling agree -------------------------------------------------------------------
@@ -137,9 +170,11 @@ def test_images_are_not_clamped(solver: str, process: Process) -> None:
 
 @pytest.mark.parametrize("process", [Diffusion(), VPSDE()], ids=["chain", "sde"])
 def test_the_sampler_calls_the_network_that_was_trained(net: DiT, process: Process) -> None:
-    """For the same (x_t, t) a training batch with one exit a sample gives what the sampler's call with an int gives."""
+    """For the same (x_t, t) a training batch with one exit a sample gives what the sampler's call
+    with an int gives."""
     t = process.draw_t(torch.tensor([0.95, 0.02, 0.4, 0.7, 0.1, 0.3]))
-    y, noise = torch.arange(6), image_noise(range(12), (4, 8, 8), torch.device("cpu"))()
+    y = torch.arange(6)
+    noise = image_noise(range(12), (4, 8, 8), torch.device("cpu"))()
     x_t = process.q_sample(noise[:6], t, noise[6:])
     with torch.no_grad():
         trained = net(x_t, t, y, exit_depth=torch.from_numpy(SCHEDULE.exit_depth_at(t.numpy())))
@@ -154,7 +189,9 @@ def test_the_sampler_calls_the_network_that_was_trained(net: DiT, process: Proce
 
 def test_guidance_without_strength_is_one_pass_and_zero_is_the_null_class(net: DiT) -> None:
     with torch.no_grad():
-        x, t, y = torch.ones(2, 4, 8, 8), torch.tensor([9, 9]), torch.tensor([1, 2])
+        x = torch.ones(2, 4, 8, 8)
+        t = torch.tensor([9, 9])
+        y = torch.tensor([1, 2])
         torch.testing.assert_close(guided(net, x, t, y, 1.0), net(x, t, y), rtol=0, atol=0)
         null = net(x, t, torch.full_like(y, 10))
         torch.testing.assert_close(guided(net, x, t, y, 0.0)[:, :3], null[:, :3], rtol=0, atol=1e-5)
@@ -162,7 +199,8 @@ def test_guidance_without_strength_is_one_pass_and_zero_is_the_null_class(net: D
 
 def test_noise_can_be_made_again_from_a_seed() -> None:
     noise = image_noise([7, 2**32 - 1], (3, 4), torch.device("cpu"))
-    first, second = noise(), noise()
+    first = noise()
+    second = noise()
     generator = torch.Generator().manual_seed(7)
     for draw in (first, second):
         torch.testing.assert_close(draw[0], torch.randn(3, 4, generator=generator), rtol=0, atol=0)
@@ -180,7 +218,15 @@ def test_mode_is_restored_and_progress_told(net: DiT) -> None:
     assert net.training and told == [(2, 5), (4, 5), (5, 5)]
     net.guided_channels = 3
     with pytest.raises(RuntimeError):
-        sample(net, Solver("broken", broken), SCHEDULE, diffusion=Diffusion(), num_steps=2, seeds=[0], y=torch.tensor([0]))
+        sample(
+            net,
+            Solver("broken", broken),
+            SCHEDULE,
+            diffusion=Diffusion(),
+            num_steps=2,
+            seeds=[0],
+            y=torch.tensor([0]),
+        )
     assert net.training
     net.eval()
 
@@ -190,7 +236,9 @@ def broken(*args: object) -> Tensor:
 
 
 def test_a_solver_of_your_own() -> None:
-    def jump(model: Callable, x: Tensor, pairs: Sequence, diffusion: Process, noise: Callable) -> Tensor:
+    def jump(
+        model: Callable, x: Tensor, pairs: Sequence, diffusion: Process, noise: Callable
+    ) -> Tensor:
         for t_cur, _ in pairs:
             x = x - model(x, t_cur)
         return x
@@ -207,8 +255,16 @@ def test_numpy_seeds_and_a_network_without_parameters() -> None:
 
 BAD = {
     "solver": ({"solver": "heun"}, ConfigError, "unknown solver 'heun'.*ddpm, ddim"),
-    "em on a chain": ({"solver": "euler-maruyama"}, ConfigError, "VPSDE process; got Diffusion; choose one of ddpm, ddim, dpm"),
-    "ddpm on the sde": ({"solver": "ddpm", "diffusion": VPSDE()}, ConfigError, "choose one of ddim, dpm"),
+    "em on a chain": (
+        {"solver": "euler-maruyama"},
+        ConfigError,
+        "VPSDE process; got Diffusion; choose one of ddpm, ddim, dpm",
+    ),
+    "ddpm on the sde": (
+        {"solver": "ddpm", "diffusion": VPSDE()},
+        ConfigError,
+        "choose one of ddim, dpm",
+    ),
     "no steps": ({"num_steps": 0}, ConfigError, "1…1000.*got 0"),
     "too many steps": ({"num_steps": 1001}, ConfigError, "1…1000.*got 1001"),
     "no steps of the sde": ({"num_steps": 0, "diffusion": VPSDE()}, ConfigError, "got 0"),
@@ -220,7 +276,11 @@ BAD = {
     "shape of labels": ({"y": torch.zeros(3, dtype=torch.long)}, ConfigError, "shape"),
     "label too high": ({"y": torch.tensor([0, 11])}, ConfigError, "0…10"),
     "label too low": ({"y": torch.tensor([0, -1])}, ConfigError, "0…10"),
-    "label not whole": ({"y": torch.tensor([0.0, 1.0])}, ConfigError, "must be integers in 0…10 .10 is the null label."),
+    "label not whole": (
+        {"y": torch.tensor([0.0, 1.0])},
+        ConfigError,
+        "must be integers in 0…10 .10 is the null label.",
+    ),
     "batch size": ({"batch_size": 0}, ConfigError, "batch_size"),
     "negative guidance": ({"cfg_scale": -1.0}, ConfigError, "cfg_scale"),
     "guidance not a number": ({"cfg_scale": math.nan}, ConfigError, "cfg_scale"),
@@ -235,7 +295,13 @@ def test_bad_arguments_are_refused_before_the_network_is_called(
 ) -> None:
     net = load("dit")[0]
     net.register_forward_hook(lambda *a: pytest.fail("the network was called"))
-    options = {"solver": "ddim", "seeds": [0, 1], "diffusion": Diffusion(), "y": torch.tensor([0, 1]), **changes}
+    options = {
+        "solver": "ddim",
+        "seeds": [0, 1],
+        "diffusion": Diffusion(),
+        "y": torch.tensor([0, 1]),
+        **changes,
+    }
     with pytest.raises(error, match=message):
         make(net, options.pop("solver"), options.pop("diffusion"), options.pop("seeds"), **options)
 
@@ -260,27 +326,42 @@ class Prompted(Gaussian):
     def null_labels(self, y: dict[str, Tensor]) -> dict[str, Tensor]:
         return {name: torch.zeros_like(value) for name, value in y.items()}
 
-    def forward(self, x_t: Tensor, t: Tensor, y: dict[str, Tensor], *, exit_depth: object = None) -> Tensor:
-        return self.eps(x_t - y["a"].view(-1, 1, 1, 1) - y["b"].sum(1).view(-1, 1, 1, 1), t[0].item())
+    def forward(
+        self, x_t: Tensor, t: Tensor, y: dict[str, Tensor], *, exit_depth: object = None
+    ) -> Tensor:
+        return self.eps(
+            x_t - y["a"].view(-1, 1, 1, 1) - y["b"].sum(1).view(-1, 1, 1, 1), t[0].item()
+        )
 
 
 def test_prompts_are_cut_into_batches_and_guided() -> None:
-    net, seeds = Prompted(Diffusion()), [1, 2, 3]
-    y = {"a": torch.tensor([0.5, 0.0, -0.5]), "b": torch.tensor([[0.1, 0.2], [0.0, 0.0], [1.0, 0.0]])}
+    net = Prompted(Diffusion())
+    seeds = [1, 2, 3]
+    y = {
+        "a": torch.tensor([0.5, 0.0, -0.5]),
+        "b": torch.tensor([[0.1, 0.2], [0.0, 0.0], [1.0, 0.0]]),
+    }
     whole = make(net, "ddim", Diffusion(), seeds, y=y, cfg_scale=1.5).images
     parts = make(net, "ddim", Diffusion(), seeds, y=y, cfg_scale=1.5, batch_size=2).images
     torch.testing.assert_close(parts, whole, rtol=0, atol=1e-5)
     scaled = {name: 1.5 * value for name, value in y.items()}  # this network is linear in y
-    torch.testing.assert_close(make(net, "ddim", Diffusion(), seeds, y=scaled).images, whole, rtol=0, atol=1e-3)
+    torch.testing.assert_close(
+        make(net, "ddim", Diffusion(), seeds, y=scaled).images, whole, rtol=0, atol=1e-3
+    )
     with pytest.raises(ConfigError, match="leading dimension 2.*'a': 3"):
         make(net, "ddim", Diffusion(), [1, 2], y=y)
 
 
 def test_bfloat16_changes_the_network_s_arithmetic_only() -> None:
-    net, y = load("dit")[0], torch.tensor([0, 1])
+    net = load("dit")[0]
+    y = torch.tensor([0, 1])
     exact = make(net, "ddim", Diffusion(), [0, 1], y=y).images
     rough = make(net, "ddim", Diffusion(), [0, 1], y=y, precision="bf16").images
-    assert rough.dtype == torch.float32 and 0 < (rough - exact).abs().max() < 0.1 * exact.abs().max()
-    assert torch.equal(make(net, "ddim", Diffusion(), [0, 1], y=y).images, exact)  # nothing stays switched on
-    same = make(Gaussian(Diffusion()), "ddim", Diffusion(), [0], precision="bf16").images  # no matrix product in this one
+    assert (
+        rough.dtype == torch.float32 and 0 < (rough - exact).abs().max() < 0.1 * exact.abs().max()
+    )
+    # nothing stays switched on
+    assert torch.equal(make(net, "ddim", Diffusion(), [0, 1], y=y).images, exact)
+    # no matrix product in this one
+    same = make(Gaussian(Diffusion()), "ddim", Diffusion(), [0], precision="bf16").images
     assert torch.equal(same, make(Gaussian(Diffusion()), "ddim", Diffusion(), [0]).images)

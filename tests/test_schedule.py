@@ -18,7 +18,9 @@ def schedules(draw):
     chain = draw(st.integers(10, 1000))
     inner = draw(st.lists(st.integers(1, chain - 1), max_size=8, unique=True))
     bounds = (0, *sorted(inner), chain)
-    depths = draw(st.lists(st.integers(1, depth), min_size=len(bounds) - 1, max_size=len(bounds) - 1))
+    depths = draw(
+        st.lists(st.integers(1, depth), min_size=len(bounds) - 1, max_size=len(bounds) - 1)
+    )
     return ExitSchedule(depth, chain, bounds, tuple(depths))
 
 
@@ -31,14 +33,17 @@ def test_json_round_trip_and_hash(schedule):
 @given(schedules(), st.data())
 def test_exit_depth_at_agrees_with_the_definition(schedule, data):
     t = data.draw(st.integers(0, schedule.num_train_timesteps - 1))
-    expected = next(d for d, end in zip(schedule.exit_depths, schedule.boundaries[1:], strict=True) if t < end)
+    expected = next(
+        d for d, end in zip(schedule.exit_depths, schedule.boundaries[1:], strict=True) if t < end
+    )
     assert schedule.exit_depth_at(t) == expected
     assert schedule.exit_depth_at(np.full((2, 3), t)).tolist() == [[expected] * 3] * 2
 
 
 @given(schedules())
 def test_merged_is_the_same_function_and_canonical(schedule):
-    merged, t = schedule.merged(), np.arange(schedule.num_train_timesteps)
+    merged = schedule.merged()
+    t = np.arange(schedule.num_train_timesteps)
     assert (merged.exit_depth_at(t) == schedule.exit_depth_at(t)).all()
     assert merged.merged() == merged
     assert all(a != b for a, b in zip(merged.exit_depths, merged.exit_depths[1:], strict=False))
@@ -47,7 +52,11 @@ def test_merged_is_the_same_function_and_canonical(schedule):
 @given(schedules(), st.integers(1, 40))
 def test_rescaling_keeps_order_and_range(schedule, depth):
     rescaled = schedule.rescaled(depth)
-    assert rescaled.depth == depth and min(rescaled.exit_depths) >= 1 and max(rescaled.exit_depths) <= depth
+    assert (
+        rescaled.depth == depth
+        and min(rescaled.exit_depths) >= 1
+        and max(rescaled.exit_depths) <= depth
+    )
     assert not schedule.is_noise_easy or rescaled.is_noise_easy
     assert schedule.rescaled(schedule.depth) == schedule
 
@@ -55,12 +64,17 @@ def test_rescaling_keeps_order_and_range(schedule, depth):
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_published_schedules_are_noise_easy_and_of_ten_intervals(name):
     schedule = ExitSchedule.published(name)
-    assert schedule.is_noise_easy and len(schedule.exit_depths) == 10 and schedule.num_train_timesteps == 1000
+    assert (
+        schedule.is_noise_easy
+        and len(schedule.exit_depths) == 10
+        and schedule.num_train_timesteps == 1000
+    )
     assert ExitSchedule.from_string(name) == schedule
 
 
 @pytest.mark.parametrize(
-    ("name", "frac"), [("D2-DiT", 220 / 280), ("D3-DiT", 200 / 280), ("D4-DiT", 182 / 280), ("D7-DiT", 170 / 280)]
+    ("name", "frac"),
+    [("D2-DiT", 220 / 280), ("D3-DiT", 200 / 280), ("D4-DiT", 182 / 280), ("D7-DiT", 170 / 280)],
 )
 def test_block_frac_of_the_paper_schedules(name, frac):
     """The bound behind the paper's speed-ups: D3 1.40x, D4 1.54x."""
@@ -86,7 +100,11 @@ def test_data_easy_is_not_noise_easy():
 
 def test_string_forms():
     schedule = ExitSchedule.from_string("12, 9 6 3", depth=28)
-    assert schedule.exit_depths == (12, 9, 6, 3) and schedule.depth == 28 and schedule.boundaries == (0, 250, 500, 750, 1000)
+    assert (
+        schedule.exit_depths == (12, 9, 6, 3)
+        and schedule.depth == 28
+        and schedule.boundaries == (0, 250, 500, 750, 1000)
+    )
     assert str(schedule) == "12 9 6 3"
     assert str(ExitSchedule(4, 10, (0, 3, 10), (4, 2))) == "4 2 @ 0 3 10"
     unequal = ExitSchedule(12, 1000, (0, 300, 1000), (12, 9))
@@ -125,7 +143,10 @@ BAD = [
     (lambda: ExitSchedule.from_string("@", 12), "integers"),
     (lambda: ExitSchedule.from_string("12 9 @ 0 300 1000 @", 12), "integers"),
     (lambda: ExitSchedule.from_string("12 9 @ 0 300", 12), "2 boundaries for 2 exit_depths"),
-    (lambda: ExitSchedule.from_string("12 9 @ 0 300 500", 12), "from 0 to num_train_timesteps = 1000"),
+    (
+        lambda: ExitSchedule.from_string("12 9 @ 0 300 500", 12),
+        "from 0 to num_train_timesteps = 1000",
+    ),
     (lambda: ExitSchedule.from_string("12 9 6 @ 0 300 300 1000", 12), "300 before 300"),
     (lambda: ExitSchedule.from_string("12 " * 1001, 12), "got 1001 intervals"),
     (lambda: ExitSchedule.from_string("1" * 5000, 12), "(5000 characters)"),
@@ -180,10 +201,13 @@ def test_is_frozen():
 def test_elastic_depths_cover_their_range_by_their_law(law):
     depths = ElasticDepths(12, 1000, 3, law, full_frac=0.25)
     u = (np.arange(4000) + 0.5) / 4000
-    near_data, near_noise = depths.draw(np.full(4000, 10), u), depths.draw(np.full(4000, 990), u)
+    near_data = depths.draw(np.full(4000, 10), u)
+    near_noise = depths.draw(np.full(4000, 990), u)
     assert set(near_data) == set(near_noise) == set(range(3, 13))
     for drawn in (near_data, near_noise):
-        assert (drawn == 12).mean() == pytest.approx(0.25 + 0.75 * (drawn[u < 0.75] == 12).mean(), abs=1e-3)
+        assert (drawn == 12).mean() == pytest.approx(
+            0.25 + 0.75 * (drawn[u < 0.75] == 12).mean(), abs=1e-3
+        )
     if law == "uniform":
         counts = np.bincount(near_noise[u < 0.75], minlength=13)[3:]
         assert np.array_equal(near_data, near_noise) and counts.max() - counts.min() <= 1
@@ -264,7 +288,8 @@ def test_a_path_that_is_no_file(tmp_path):
 @st.composite
 def long_schedules(draw):
     """Schedules of 12 blocks and 1,000 timesteps with up to 1,000 intervals."""
-    seed, count = draw(st.integers(0, 2**32)), draw(st.integers(1, 1000))
+    seed = draw(st.integers(0, 2**32))
+    count = draw(st.integers(1, 1000))
     rng = np.random.default_rng(seed)
     inner = np.sort(rng.choice(np.arange(1, 1000), count - 1, replace=False)).tolist()
     return ExitSchedule(12, 1000, (0, *inner, 1000), tuple(rng.integers(1, 13, count).tolist()))
@@ -279,7 +304,8 @@ def test_a_slug_fits_every_file_system(schedule):
 
 @given(long_schedules(), st.data())
 def test_another_schedule_has_another_slug(schedule, data):
-    """Also where only the last interval differs, which the readable part of a long name leaves out."""
+    """Also where only the last interval differs, which the readable part of a long name leaves
+    out."""
     count = len(schedule.exit_depths)
     place = data.draw(st.sampled_from([0, count // 2, count - 1]))
     depths = list(schedule.exit_depths)

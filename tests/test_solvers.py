@@ -17,7 +17,8 @@ from tests.exact_networks import Gaussian, load, no_noise, pairs_of
 
 @pytest.fixture(scope="module")
 def net() -> DiT:
-    """The official DiT of the fixtures: 4 blocks, 4 channels of 8 x 8, 10 classes and a null label, learned variance."""
+    """The official DiT of the fixtures: 4 blocks, 4 channels of 8 x 8, 10 classes and a null label,
+    learned variance."""
     return load("dit")[0]
 
 
@@ -49,7 +50,13 @@ def cfg_error(net: DiT, first: slice | None = None) -> float:
     _, data, metadata = load("dit")
     half = len(data["cfg.t"]) // 2
     with torch.no_grad():
-        ours = guided(net, data["cfg.x_t"][:half], data["cfg.t"][:half], data["cfg.y"][:half], float(metadata["cfg_scale"]))
+        ours = guided(
+            net,
+            data["cfg.x_t"][:half],
+            data["cfg.t"][:half],
+            data["cfg.y"][:half],
+            float(metadata["cfg_scale"]),
+        )
     return float((ours - data["cfg.out"][:half]).abs().max())
 
 
@@ -64,7 +71,9 @@ def test_guidance_on_other_channels_is_not(channels: int) -> None:
     assert cfg_error(net) > 1e-3
 
 
-def diffusers_states(scheduler: object, model: Callable, x: Tensor, steps: int, **options: object) -> Tensor:
+def diffusers_states(
+    scheduler: object, model: Callable, x: Tensor, steps: int, **options: object
+) -> Tensor:
     scheduler.set_timesteps(timesteps=list(Diffusion().timesteps(steps)))
     for i, t in enumerate(scheduler.timesteps.tolist()):
         if i == steps - 2 and hasattr(scheduler, "lower_order_nums"):
@@ -85,38 +94,53 @@ def model_of(net: DiT, learned: bool, y: Tensor) -> Callable[[Tensor, float], Te
 @pytest.mark.parametrize("learned", [True, False])
 def test_ddpm_agrees_with_diffusers(net: DiT, learned: bool, steps: int) -> None:
     """Respaced ancestral steps with the same noise, learned variance or the posterior's."""
-    seeds, model = (3, 4), model_of(net, learned, torch.tensor([1, 2]))
+    seeds = (3, 4)
+    model = model_of(net, learned, torch.tensor([1, 2]))
     scheduler = DDPMScheduler(
-        trained_betas=Diffusion().betas.numpy(), clip_sample=False, variance_type="learned_range" if learned else "fixed_small"
+        trained_betas=Diffusion().betas.numpy(),
+        clip_sample=False,
+        variance_type="learned_range" if learned else "fixed_small",
     )
     noise = image_noise(seeds, (4, 8, 8), torch.device("cpu"))
     generators = [torch.Generator().manual_seed(s) for s in seeds]
     with torch.no_grad():
         x = torch.cat([torch.randn(1, 4, 8, 8, generator=g) for g in generators])
         theirs = diffusers_states(scheduler, model, x, steps, generator=generators)
-        ours = SOLVERS["ddpm"].integrate(model, noise(), pairs_of(Diffusion(), steps), Diffusion(), noise)
+        ours = SOLVERS["ddpm"].integrate(
+            model, noise(), pairs_of(Diffusion(), steps), Diffusion(), noise
+        )
     torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-3)
 
 
-@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # inside diffusers
+# inside diffusers
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 @pytest.mark.parametrize("steps", [2, 3, 6, 20])
 def test_dpmpp_2m_agrees_with_diffusers(net: DiT, steps: int) -> None:
     model = model_of(net, False, torch.tensor([1, 2]))
-    scheduler = DPMSolverMultistepScheduler(trained_betas=Diffusion().betas.numpy(), final_sigmas_type="zero")
+    scheduler = DPMSolverMultistepScheduler(
+        trained_betas=Diffusion().betas.numpy(), final_sigmas_type="zero"
+    )
     x = image_noise((3, 4), (4, 8, 8), torch.device("cpu"))()
     with torch.no_grad():
         theirs = diffusers_states(scheduler, model, x, steps)
-        ours = SOLVERS["dpm++2m"].integrate(model, x, pairs_of(Diffusion(), steps), Diffusion(), no_noise)
-        first = SOLVERS["ddim"].integrate(model, x, pairs_of(Diffusion(), steps), Diffusion(), no_noise)
+        ours = SOLVERS["dpm++2m"].integrate(
+            model, x, pairs_of(Diffusion(), steps), Diffusion(), no_noise
+        )
+        first = SOLVERS["ddim"].integrate(
+            model, x, pairs_of(Diffusion(), steps), Diffusion(), no_noise
+        )
     torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-3)
     assert steps < 4 or float((first - theirs).abs().max()) > 0.01  # the second order is seen
 
 
-@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # inside diffusers
+# inside diffusers
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 @pytest.mark.parametrize("steps", [1, 2, 3, 6, 20])
 def test_unipc_agrees_with_diffusers(net: DiT, steps: int) -> None:
     model = model_of(net, False, torch.tensor([1, 2]))
-    scheduler = UniPCMultistepScheduler(trained_betas=Diffusion().betas.numpy(), final_sigmas_type="zero")
+    scheduler = UniPCMultistepScheduler(
+        trained_betas=Diffusion().betas.numpy(), final_sigmas_type="zero"
+    )
     pairs = pairs_of(Diffusion(), steps, "unipc-quadratic")
     timesteps = [int(t) for t, _ in pairs]
     scheduler.set_timesteps(steps)
@@ -135,13 +159,18 @@ def test_unipc_agrees_with_diffusers(net: DiT, steps: int) -> None:
 
 def test_a_ddpm_step_of_the_whole_chain_is_the_posterior(net: DiT) -> None:
     """Mean and learned variance of diffusion.py, which the hybrid loss trains."""
-    d, t = Diffusion(), torch.tensor([400, 400])
+    d = Diffusion()
+    t = torch.tensor([400, 400])
     x_t = image_noise((0, 1), (4, 8, 8), torch.device("cpu"))()
     with torch.no_grad():
         output = net(x_t, t, t % 10)
-        step = SOLVERS["ddpm"].integrate(lambda x, t: output, x_t, [(400, 399)], d, lambda: torch.ones_like(x_t))
+        step = SOLVERS["ddpm"].integrate(
+            lambda x, t: output, x_t, [(400, 399)], d, lambda: torch.ones_like(x_t)
+        )
     mean, _ = d.posterior(d.predict_x_start(x_t, t, output[:, :4]), x_t, t)
-    torch.testing.assert_close(step, mean + torch.exp(0.5 * d.log_variance(output[:, 4:], t)), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        step, mean + torch.exp(0.5 * d.log_variance(output[:, 4:], t)), rtol=1e-5, atol=1e-5
+    )
 
 
 # -- order and bias --------------------------------------------------------------------------------
@@ -153,9 +182,11 @@ def slope(steps: Sequence[int], errors: Sequence[float]) -> float:
 
 
 def flow_errors(solver: str, steps: Sequence[int]) -> list[float]:
-    """Error of the image against the exact flow to the last timestep followed by the exact denoiser, in float64."""
+    """Error of the image against the exact flow to the last timestep followed by the exact
+    denoiser, in float64."""
     sde = VPSDE()
-    net, errors = Gaussian(sde), []
+    net = Gaussian(sde)
+    errors = []
     x = torch.linspace(-2, 2, 9, dtype=torch.float64).view(1, 1, 3, 3)
     for n in steps:
         pairs = pairs_of(sde, n, solver)
@@ -188,33 +219,52 @@ def test_higher_order_pays_at_few_steps(solver: str) -> None:
 
 
 def test_extrapolating_into_the_last_timestep_does_harm() -> None:
-    """Why dpm++2m is first order there: with one more step after it, that step is extrapolated as any other."""
+    """Why dpm++2m is first order there: with one more step after it, that step is extrapolated as
+    any other."""
     sde = VPSDE()
-    net, x, pairs = Gaussian(sde, mean=0.0), torch.full((1, 1, 1, 1), 1.5, dtype=torch.float64), pairs_of(sde, 20)
+    net = Gaussian(sde, mean=0.0)
+    x = torch.full((1, 1, 1, 1), 1.5, dtype=torch.float64)
+    pairs = pairs_of(sde, 20)
     t_last = pairs[-1][0]
     exact = net.flow(x, pairs[0][0], t_last)
-    good = SOLVERS["dpm++2m"].integrate(net.eps, x, [*pairs[:-1], (t_last, t_last * 0.99)], sde, no_noise)
-    bad = SOLVERS["dpm++2m"].integrate(net.eps, x, [*pairs[:-1], (t_last, t_last * 0.99), (1.0, 0.99)], sde, no_noise)
+    good = SOLVERS["dpm++2m"].integrate(
+        net.eps, x, [*pairs[:-1], (t_last, t_last * 0.99)], sde, no_noise
+    )
+    bad = SOLVERS["dpm++2m"].integrate(
+        net.eps, x, [*pairs[:-1], (t_last, t_last * 0.99), (1.0, 0.99)], sde, no_noise
+    )
     assert float((good - exact).abs()) < 0.3 * float((bad - exact).abs())
 
 
 def moments(solver: str, process: Process, num_steps: int, net: Gaussian) -> tuple[float, float]:
-    """Exact mean and standard deviation of the images a solver makes from a linear network, without sampling.
+    """Exact mean and standard deviation of the images a solver makes from a linear network, without
+    sampling.
 
-    The image is linear in the noises drawn: image k of the batch gets a unit for its k-th noise and 0 for the others.
+    The image is linear in the noises drawn: image k of the batch gets a unit for its k-th noise and
+    0 for the others.
     """
     draws = iter(torch.eye(num_steps + 1, dtype=torch.float64))
 
     def noise() -> Tensor:
         return next(draws).view(-1, 1, 1, 1)
 
-    out = SOLVERS[solver].integrate(net.eps, noise(), pairs_of(process, num_steps, solver), process, noise).flatten()
-    return float(out[-1]), float((out[:-1] - out[-1]).square().sum().sqrt())  # the last row's noise is never drawn
+    out = (
+        SOLVERS[solver]
+        .integrate(net.eps, noise(), pairs_of(process, num_steps, solver), process, noise)
+        .flatten()
+    )
+    # the last row's noise is never drawn
+    return float(out[-1]), float((out[:-1] - out[-1]).square().sum().sqrt())
 
 
-@pytest.mark.parametrize(("solver", "process"), [("ddpm", Diffusion()), ("euler-maruyama", VPSDE())], ids=["ddpm", "em"])
-def test_bias_of_the_stochastic_solvers_falls_as_the_first_order(solver: str, process: Process) -> None:
-    net, steps = Gaussian(process), (125, 250, 500)
+@pytest.mark.parametrize(
+    ("solver", "process"), [("ddpm", Diffusion()), ("euler-maruyama", VPSDE())], ids=["ddpm", "em"]
+)
+def test_bias_of_the_stochastic_solvers_falls_as_the_first_order(
+    solver: str, process: Process
+) -> None:
+    net = Gaussian(process)
+    steps = (125, 250, 500)
     means, stds = zip(*(moments(solver, process, n, net) for n in steps), strict=True)
     assert slope(steps, [abs(s - net.std) for s in stds]) == pytest.approx(1, abs=0.35)
     assert abs(means[-1] - net.mean) < 2e-3 and abs(stds[-1] - net.std) < 1e-2

@@ -1,4 +1,5 @@
-"""Every study file loads, and those for large networks run to the end on tiny networks and data of the same kind.
+"""Every study file loads, and those for large networks run to the end on tiny networks and data of
+the same kind.
 
 Only sizes, paths and numbers are made small; all else is as in the file.
 """
@@ -44,7 +45,9 @@ PIXELS = 16  # two latents of the tiny VAE make eight
 class Thumbnail(FeatureExtractorBase):
     """Features of colour images that cost nothing: their 2 x 2 thumbnails."""
 
-    def __init__(self, name="thumbnail", features_list=("12",), feature_extractor_weights_path=None, **_):
+    def __init__(
+        self, name="thumbnail", features_list=("12",), feature_extractor_weights_path=None, **_
+    ):
         super().__init__(name, list(features_list))
 
     def forward(self, images):
@@ -99,8 +102,15 @@ def small(name, **changes):
 def run(config, folder):
     """Search, confirm, report and export; the bundle's folder."""
     results = search(config, folder / "run")
-    assert [r.origin for r in results.complete] == list(config.search.warm_start[:3]), [r.failure for r in results.records]
-    assert results.confirmations[0].number == 0 and results.samples[0].shape == (14, 3, PIXELS, PIXELS)
+    assert [r.origin for r in results.complete] == list(config.search.warm_start[:3]), [
+        r.failure for r in results.records
+    ]
+    assert results.confirmations[0].number == 0 and results.samples[0].shape == (
+        14,
+        3,
+        PIXELS,
+        PIXELS,
+    )
     assert write_report(results, folder / "report").is_file()
     study = Study.open(folder / "run")
     return export(study, study.record(results.confirmations[-1].number), folder / "bundle")
@@ -112,11 +122,24 @@ def climb(config, folder):
     data["elastic"] = {**data["train"], "num_steps": 2, "distill_frac": 1.0}
     data["map"] = {"num_bins": 2, "num_images": 3}
     data["promotion"] = {"num_samples": 14, "repeats": 1}
-    data["search"] |= {"proposer": "difficulty", "warm_start": ["full"], "samplers": ["ddim-2"], "num_trials": 4}
+    data["search"] |= {
+        "proposer": "difficulty",
+        "warm_start": ["full"],
+        "samplers": ["ddim-2"],
+        "num_trials": 4,
+    }
     results = search(parse_study(data, "climb"), folder)
     assert results.difficulty_map is not None and results.difficulty_map.num_bins == 2
-    assert [r.origin for r in results.records] == ["full", "full ddim-2", "difficulty", "difficulty"]
-    assert all(r.cheap is not None for r in results.records) and results.warm_up["gflops"]["elastic"] > 0
+    assert [r.origin for r in results.records] == [
+        "full",
+        "full ddim-2",
+        "difficulty",
+        "difficulty",
+    ]
+    assert (
+        all(r.cheap is not None for r in results.records)
+        and results.warm_up["gflops"]["elastic"] > 0
+    )
     assert results.confirmations and write_report(results, folder / "report").is_file()
 
 
@@ -137,7 +160,15 @@ def test_every_study_file_loads_and_is_called_what_it_is(path):
 
 
 def test_celeba(tmp_path):
-    net = UViT(img_size=PIXELS, patch_size=8, in_chans=3, embed_dim=16, depth=12, num_heads=2, num_classes=-1)
+    net = UViT(
+        img_size=PIXELS,
+        patch_size=8,
+        in_chans=3,
+        embed_dim=16,
+        depth=12,
+        num_heads=2,
+        num_classes=-1,
+    )
     torch.save(randomised(net).state_dict(), tmp_path / "uvit.pth")
     config = small(
         "celeba64-uvit-s4",
@@ -156,20 +187,43 @@ def test_celeba(tmp_path):
 
 @pytest.fixture(scope="module")
 def imagenet(tmp_path_factory):
-    """Images of three classes, their latents, the VAE, and a DiT for them: all that the study names."""
+    """Images of three classes, their latents, the VAE, and a DiT for them: all that the study
+    names."""
     from tests.test_latents import make_vae
 
     place = tmp_path_factory.mktemp("imagenet")
     make_images(place / "train", ("n01", "n02", "n03"))
     make_vae(place / "vae", scaling_factor=0.25)
-    options = ("--vae", place / "vae", "--image-size", PIXELS, "--out", place / "latents", "--batch-size", 16)
+    options = (
+        "--vae",
+        place / "vae",
+        "--image-size",
+        PIXELS,
+        "--out",
+        place / "latents",
+        "--batch-size",
+        16,
+    )
     plan = json.loads(call("latents", place / "train", *options, "--dry-run")[0])
-    assert plan["images"] == 24 and plan["shape"] == [4, 8, 8] and plan["total_s"] > 0 and not (place / "latents").exists()
+    assert (
+        plan["images"] == 24
+        and plan["shape"] == [4, 8, 8]
+        and plan["total_s"] > 0
+        and not (place / "latents").exists()
+    )
     made = json.loads(call("latents", place / "train", *options, "--verify")[0])
     assert made["images"] == 24 and made["classes"] == 3 and made["verified"]
     on_disk = sum(p.stat().st_size for p in (place / "latents").glob("l*.npy"))
     assert plan["total_bytes"] <= on_disk < 1.1 * plan["total_bytes"]
-    net = DiT(input_size=8, patch_size=4, in_channels=4, hidden_size=16, depth=4, num_heads=2, num_classes=3)
+    net = DiT(
+        input_size=8,
+        patch_size=4,
+        in_channels=4,
+        hidden_size=16,
+        depth=4,
+        num_heads=2,
+        num_classes=3,
+    )
     torch.save(randomised(net).state_dict(), place / "dit.pt")
     return place
 
@@ -194,18 +248,28 @@ def test_imagenet(imagenet, tmp_path):
     record = Study.open(tmp_path / "run").record(1)
     assert {"finetune", "sample", "decode", "evaluate", "other"} == record.seconds.keys()
     manifest = json.loads((bundle / "bundle.json").read_text())
-    assert manifest["latents"]["scale"] == [0.25] * 4 and manifest["provenance"]["config"]["data"]["kind"] == "latents"
+    assert (
+        manifest["latents"]["scale"] == [0.25] * 4
+        and manifest["provenance"]["config"]["data"]["kind"] == "latents"
+    )
     call("sample", bundle, "--num", 3, "-o", tmp_path / "x.npz")
-    loaded, latents = load_bundle(bundle), np.load(tmp_path / "x.npz")["latents"]
-    assert latents.dtype == np.float32 and np.array_equal(latents, loaded.sample(range(3)).images.numpy())
+    loaded = load_bundle(bundle)
+    latents = np.load(tmp_path / "x.npz")["latents"]
+    assert latents.dtype == np.float32 and np.array_equal(
+        latents, loaded.sample(range(3)).images.numpy()
+    )
     call("sample", bundle, "--num", 3, "--vae", imagenet / "vae", "-o", tmp_path / "y.npz")
     decoded = loaded.decoder(imagenet / "vae").decode(torch.from_numpy(latents))
-    assert np.array_equal(np.load(tmp_path / "y.npz")["images"], workbench.to_uint8(decoded).numpy())
+    assert np.array_equal(
+        np.load(tmp_path / "y.npz")["images"], workbench.to_uint8(decoded).numpy()
+    )
     with pytest.raises(ConfigError, match="picture needs --vae"):
         call("sample", bundle, "-o", tmp_path / "z.png")
 
 
-def test_a_study_of_latents_that_can_t_be_evaluated_is_refused_before_the_network_is_read(imagenet, tmp_path):
+def test_a_study_of_latents_that_can_t_be_evaluated_is_refused_before_the_network_is_read(
+    imagenet, tmp_path
+):
     from tests.test_latents import make_vae
 
     good = imagenet_study(imagenet)
@@ -219,11 +283,27 @@ def test_a_study_of_latents_that_can_t_be_evaluated_is_refused_before_the_networ
     make_vae(tmp_path / "other", scaling_factor=0.5)
     latents = {"kind": "latents", "path": str(imagenet / "latents")}
     wrong = [
-        (changed(data={"vae": None}, backbone={"checkpoint": "nowhere"}), ConfigError, "got no data.vae"),
-        (changed(evaluation={"reference": None}, backbone={"checkpoint": "nowhere"}), ConfigError, "set evaluation.reference"),
+        (
+            changed(data={"vae": None}, backbone={"checkpoint": "nowhere"}),
+            ConfigError,
+            "got no data.vae",
+        ),
+        (
+            changed(evaluation={"reference": None}, backbone={"checkpoint": "nowhere"}),
+            ConfigError,
+            "set evaluation.reference",
+        ),
         (changed(evaluation={"reference": latents}), ConfigError, "set evaluation.reference"),
-        (changed(evaluation={"reference": reference(imagenet, 8)}), ConfigError, "3 and 16; got 3 and 8"),
-        (changed(data={"vae": str(tmp_path / "other")}), DataError, r"by \[0.25.*after a shift.*got \[0.5"),
+        (
+            changed(evaluation={"reference": reference(imagenet, 8)}),
+            ConfigError,
+            "3 and 16; got 3 and 8",
+        ),
+        (
+            changed(data={"vae": str(tmp_path / "other")}),
+            DataError,
+            r"by \[0.25.*after a shift.*got \[0.5",
+        ),
         (changed(data={"vae": str(imagenet / "latents")}), AseSearchError, "config.json"),
         (changed(sampling={"solver": "euler-maruyama"}), ConfigError, "VPSDE process"),
     ]
@@ -238,7 +318,9 @@ def test_prompts_and_labels_are_no_substitute_for_each_other(imagenet):
     from diffusers import PixArtTransformer2DModel
 
     heads = {"num_attention_heads": 2, "attention_head_dim": 8, "num_layers": 4, "sample_size": 8}
-    net = DiffusersBackbone(PixArtTransformer2DModel(**heads, cross_attention_dim=16, caption_channels=16))
+    net = DiffusersBackbone(
+        PixArtTransformer2DModel(**heads, cross_attention_dim=16, caption_channels=16)
+    )
     with pytest.raises(DataError, match="must give the prompts that the network takes.*got Tensor"):
         check_fit(net, LatentShards(imagenet / "latents"), Diffusion(), ExitSchedule.full(4))
     with pytest.raises(DataError, match="prompts need captions"):
@@ -260,7 +342,10 @@ def test_another_decoder_is_another_study(imagenet, tmp_path):
     shutil.copytree(imagenet / "vae", tmp_path / "moved")
     make_vae(tmp_path / "other", seed=1, scaling_factor=0.25)
     assert Workbench(imagenet_study(imagenet, vae=str(tmp_path / "moved"))).identity == first
-    assert Workbench(imagenet_study(imagenet, vae=str(tmp_path / "other"))).identity["decoder"] != first["decoder"]
+    assert (
+        Workbench(imagenet_study(imagenet, vae=str(tmp_path / "other"))).identity["decoder"]
+        != first["decoder"]
+    )
 
 
 # -- PixArt, text to image -------------------------------------------------------------------------
@@ -272,16 +357,34 @@ def test_pixart(tmp_path):
     from tests.test_latents import make_text_encoder, make_vae
 
     images = make_images(tmp_path / "train")
-    lines = [{"file_name": p.name, "text": f"a {['red', 'blue'][i % 2]} shirt"} for i, p in enumerate(sorted(images.iterdir()))]
+    lines = [
+        {"file_name": p.name, "text": f"a {['red', 'blue'][i % 2]} shirt"}
+        for i, p in enumerate(sorted(images.iterdir()))
+    ]
     (images / "metadata.jsonl").write_text("\n".join(map(json.dumps, lines)))
     make_vae(tmp_path / "vae")
     text = make_text_encoder(tmp_path / "text")
     call(
-        "latents", images, "--vae", tmp_path / "vae", "--image-size", PIXELS, "--no-flips", "--out", tmp_path / "latents",
-        "--captions", images / "metadata.jsonl", "--text-encoder", text, "--max-length", 8,
-    )  # fmt: skip
+        "latents",
+        images,
+        "--vae",
+        tmp_path / "vae",
+        "--image-size",
+        PIXELS,
+        "--no-flips",
+        "--out",
+        tmp_path / "latents",
+        "--captions",
+        images / "metadata.jsonl",
+        "--text-encoder",
+        text,
+        "--max-length",
+        8,
+    )
     heads = {"num_attention_heads": 2, "attention_head_dim": 8, "num_layers": 4, "sample_size": 8}
-    net = PixArtTransformer2DModel(**heads, in_channels=4, out_channels=8, cross_attention_dim=16, caption_channels=16)
+    net = PixArtTransformer2DModel(
+        **heads, in_channels=4, out_channels=8, cross_attention_dim=16, caption_channels=16
+    )
     randomised(net).save_pretrained(tmp_path / "pixart" / "transformer")
     config = small(
         "pixart-alpha-256",
@@ -295,19 +398,34 @@ def test_pixart(tmp_path):
     bench = Workbench(config)
     seeds = range(5)
     expected = bench.sample(loaded.backbone, loaded.schedule, seeds).images[:4]
-    assert torch.equal(loaded.sample(seeds).images[:4], expected)  # its own prompts are the data's first four
+    # its own prompts are the data's first four
+    assert torch.equal(loaded.sample(seeds).images[:4], expected)
     y = loaded.encode_prompts(["a  red shirt", "a blue shirt"], text)
     own = {name: value[:2] for name, value in loaded.prompts.items()}
-    torch.testing.assert_close(y["encoder_hidden_states"], own["encoder_hidden_states"], atol=2e-3, rtol=0)
+    torch.testing.assert_close(
+        y["encoder_hidden_states"], own["encoder_hidden_states"], atol=2e-3, rtol=0
+    )
     assert torch.equal(y["encoder_attention_mask"], own["encoder_attention_mask"])
     assert not torch.equal(loaded.sample([0, 0], y).images[0], loaded.sample([0, 0], y).images[1])
     call(
-        "sample", bundle, "--num", 2, "--prompt", "a blue shirt", "--text-encoder", text, "--vae", tmp_path / "vae",
-        "-o", tmp_path / "x.png",
-    )  # fmt: skip
+        "sample",
+        bundle,
+        "--num",
+        2,
+        "--prompt",
+        "a blue shirt",
+        "--text-encoder",
+        text,
+        "--vae",
+        tmp_path / "vae",
+        "-o",
+        tmp_path / "x.png",
+    )
     assert (tmp_path / "x.png").is_file()
     with pytest.raises(ConfigError, match="--prompt goes with --text-encoder"):
         call("sample", bundle, "--prompt", "a shirt", "-o", tmp_path / "y.npz")
-    with pytest.raises(ConfigError, match="takes prompts, not labels; got the label 3; leave it out"):
+    with pytest.raises(
+        ConfigError, match="takes prompts, not labels; got the label 3; leave it out"
+    ):
         call("sample", bundle, "--label", 3, "-o", tmp_path / "y.npz")
     climb(config, tmp_path / "ladder")

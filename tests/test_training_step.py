@@ -15,7 +15,9 @@ from asesearch.schedule import ElasticDepths, ExitSchedule
 
 SCHEDULE = ExitSchedule.from_string("4 1", 4)  # all blocks below t = 500, one above
 PLAIN = LossWeight(shape="none")
-CONFIG = TrainConfig(num_steps=10, batch_size=8, lr=1e-3, lr_schedule="constant", loss_weight=PLAIN, seed=3)
+CONFIG = TrainConfig(
+    num_steps=10, batch_size=8, lr=1e-3, lr_schedule="constant", loss_weight=PLAIN, seed=3
+)
 
 
 def trainer_of(net, images, schedule=SCHEDULE, **changes):
@@ -43,22 +45,33 @@ def largest_move(before, after):
 def test_the_loss_of_shortened_intervals_counts_more(tiny_dit, tiny_images, t, times):
     batch = batch_at(tiny_dit, tiny_images, t)
     plain, _ = trainer_of(tiny_dit, tiny_images)._loss(batch)
-    raised, stats = trainer_of(tiny_dit, tiny_images, loss_weight=LossWeight(shape="step", peak=3.0))._loss(batch)
+    raised, stats = trainer_of(
+        tiny_dit, tiny_images, loss_weight=LossWeight(shape="step", peak=3.0)
+    )._loss(batch)
     assert raised.item() == pytest.approx(times * plain.item(), rel=1e-5)
-    assert stats[0].item() == pytest.approx(8 * plain.item(), rel=1e-5)  # what is reported is not weighted
+    # what is reported is not weighted
+    assert stats[0].item() == pytest.approx(8 * plain.item(), rel=1e-5)
 
 
 @pytest.mark.parametrize(
-    ("rule", "end"), [({"window": 2, "tolerance": 1.0}, 10), ({"max_steps": 4}, 4), ({"window": 6, "max_steps": 13}, 13)]
+    ("rule", "end"),
+    [
+        ({"window": 2, "tolerance": 1.0}, 10),
+        ({"max_steps": 4}, 4),
+        ({"window": 6, "max_steps": 13}, 13),
+    ],
 )
 def test_the_weight_ends_at_the_step_it_says(tiny_dit, tiny_images, rule, end):
-    """λ at every step of a run, from the loss that the gradient came from and the one that is reported."""
+    """λ at every step of a run, from the loss that the gradient came from and the one that is
+    reported."""
     weight = LossWeight(shape="step", peak=4.0, **rule)
     trainer = trainer_of(tiny_dit, tiny_images, loss_weight=weight, num_steps=24)
     seen = []
 
     def noted(batch, loss=trainer._loss):
-        weighted, stats = loss(Batch(batch.x_start, batch.y, torch.full_like(batch.t, 900), batch.noise, batch.u))
+        weighted, stats = loss(
+            Batch(batch.x_start, batch.y, torch.full_like(batch.t, 900), batch.noise, batch.u)
+        )
         seen.append(weighted.item() * 8 / stats[0].item())
         return weighted, stats
 
@@ -69,11 +82,16 @@ def test_the_weight_ends_at_the_step_it_says(tiny_dit, tiny_images, rule, end):
 
 def test_a_weight_that_never_ends_says_so(tiny_dit, tiny_images):
     weight = LossWeight(shape="step", peak=4.0, window=3, tolerance=1.0)
-    assert trainer_of(tiny_dit, tiny_images, loss_weight=weight, num_steps=10).run().weight_ended_at is None
+    assert (
+        trainer_of(tiny_dit, tiny_images, loss_weight=weight, num_steps=10).run().weight_ended_at
+        is None
+    )
 
 
 def test_the_weight_ends_after_so_many_steps():
-    weight = PlateauWeight.make(LossWeight(shape="step", peak=3.0, window=50, max_steps=3), SCHEDULE)
+    weight = PlateauWeight.make(
+        LossWeight(shape="step", peak=3.0, window=50, max_steps=3), SCHEDULE
+    )
     dropped = torch.tensor([0.75])
     seen = []
     for step, loss in enumerate([9.0, 6.0, 3.0, 1.0]):  # falling: no plateau
@@ -82,11 +100,16 @@ def test_the_weight_ends_after_so_many_steps():
     assert seen == [3.0, 3.0, 3.0, 1.0] and weight.ended_at == 3
 
 
-@pytest.mark.parametrize("checkpoint_every", [7, 9], ids=["killed before it is found", "killed before it counts"])
+@pytest.mark.parametrize(
+    "checkpoint_every", [7, 9], ids=["killed before it is found", "killed before it counts"]
+)
 def test_the_plateau_is_resumed(tiny_dit, tiny_images, tmp_path, checkpoint_every):
-    """With tolerance 1 λ ends as soon as there are two windows of losses: found at step 8, it counts from step 10."""
+    """With tolerance 1 λ ends as soon as there are two windows of losses: found at step 8, it
+    counts from step 10."""
     weight = LossWeight(shape="step", peak=4.0, window=4, tolerance=1.0)
-    config = CONFIG.model_copy(update={"num_steps": 14, "checkpoint_every": checkpoint_every, "loss_weight": weight})
+    config = CONFIG.model_copy(
+        update={"num_steps": 14, "checkpoint_every": checkpoint_every, "loss_weight": weight}
+    )
 
     def train(run_dir=None, on_step=None):
         return Trainer(tiny_dit, tiny_images, Diffusion(), SCHEDULE, config, run_dir).run(on_step)
@@ -114,11 +137,15 @@ def test_the_plateau_is_resumed(tiny_dit, tiny_images, tmp_path, checkpoint_ever
         ({"warmup_steps": 4}, 0, 0.25),
         ({"warmup_steps": 4}, 2, 0.75),
         ({"lr_schedule": "cosine"}, 5, 0.5),  # half way down
-        ({"lr_schedule": "cosine", "warmup_steps": 2}, 8, 0.1464466),  # three quarters: (1 - 1/√2) / 2
+        # three quarters: (1 - 1/√2) / 2
+        ({"lr_schedule": "cosine", "warmup_steps": 2}, 8, 0.1464466),
     ],
 )
-def test_a_first_step_moves_weights_by_the_scheduled_learning_rate(tiny_dit, tiny_images, changes, step, fraction):
-    """Adam's first step is the learning rate for every gradient that is not tiny, whatever its size."""
+def test_a_first_step_moves_weights_by_the_scheduled_learning_rate(
+    tiny_dit, tiny_images, changes, step, fraction
+):
+    """Adam's first step is the learning rate for every gradient that is not tiny, whatever its
+    size."""
     trainer = trainer_of(tiny_dit, tiny_images, **changes)
     trainer.step = step
     trainer.train_step(draw_batch(tiny_images, tiny_dit, CONFIG, Diffusion(), step, (0, 1)))
@@ -144,7 +171,9 @@ def test_gradients_are_clipped_to_their_norm(tiny_dit, tiny_images, clip):
     norms = []
 
     def note(*_):
-        norms.append(math.sqrt(sum(float(p.grad.double().square().sum()) for p in trainer.named.values())))
+        norms.append(
+            math.sqrt(sum(float(p.grad.double().square().sum()) for p in trainer.named.values()))
+        )
 
     trainer.optimizer.optimizer.register_step_pre_hook(note)
     stats = trainer.train_step(draw_batch(tiny_images, tiny_dit, CONFIG, Diffusion(), 0, (0, 1)))
@@ -153,10 +182,17 @@ def test_gradients_are_clipped_to_their_norm(tiny_dit, tiny_images, clip):
 
 
 @pytest.mark.parametrize(
-    ("ema_decay", "kept"),  # of the old average at each of four steps: ramped up from 0.1, at most ema_decay
-    [(0.0, [0, 0, 0, 0]), (0.15, [0.1, 0.15, 0.15, 0.15]), (0.999, [1 / 10, 2 / 11, 3 / 12, 4 / 13])],
+    # of the old average at each of four steps: ramped up from 0.1, at most ema_decay
+    ("ema_decay", "kept"),
+    [
+        (0.0, [0, 0, 0, 0]),
+        (0.15, [0.1, 0.15, 0.15, 0.15]),
+        (0.999, [1 / 10, 2 / 11, 3 / 12, 4 / 13]),
+    ],
 )
-def test_the_average_of_weights_keeps_no_more_than_its_decay(tiny_dit, tiny_images, ema_decay, kept):
+def test_the_average_of_weights_keeps_no_more_than_its_decay(
+    tiny_dit, tiny_images, ema_decay, kept
+):
     trainer = trainer_of(tiny_dit, tiny_images, ema_decay=ema_decay)
     name = "final_layer.linear.weight"
     average = copied(tiny_dit)[name].double().numpy()
@@ -172,12 +208,15 @@ def test_the_average_of_weights_keeps_no_more_than_its_decay(tiny_dit, tiny_imag
 @pytest.mark.parametrize("t", [10, 50, 100, 400, 900])
 def test_min_snr_lowers_the_weight_near_data_and_nowhere_else(tiny_images, t):
     torch.manual_seed(0)
-    net = DiT(8, 4, in_channels=1, hidden_size=16, depth=4, num_heads=2, num_classes=3, learn_sigma=False)
+    net = DiT(
+        8, 4, in_channels=1, hidden_size=16, depth=4, num_heads=2, num_classes=3, learn_sigma=False
+    )
     torch.nn.init.normal_(net.final_layer.linear.weight, std=0.1)
     batch = batch_at(net, tiny_images, t)
     plain = trainer_of(net, tiny_images)._loss(batch)[0].item()
     weighted = trainer_of(net, tiny_images, min_snr_gamma=5.0)._loss(batch)[0].item()
-    signal = np.prod(1 - np.linspace(1e-4, 0.02, 1000)[: t + 1])  # the linear schedule of Ho et al. 2020
+    # the linear schedule of Ho et al. 2020
+    signal = np.prod(1 - np.linspace(1e-4, 0.02, 1000)[: t + 1])
     snr = signal / (1 - signal)
     assert (snr > 5) == (t <= 100)
     assert weighted / plain == pytest.approx(5 / snr if snr > 5 else 1.0, rel=1e-4)
@@ -189,20 +228,31 @@ def test_min_snr_lowers_the_weight_near_data_and_nowhere_else(tiny_images, t):
 @pytest.mark.parametrize("world", [2, 4])
 def test_processes_draw_their_own_shares_of_one_batch(tiny_dit, tiny_images, world):
     whole = draw_batch(tiny_images, tiny_dit, CONFIG, Diffusion(), 7, (0, 1))
-    parts = [draw_batch(tiny_images, tiny_dit, CONFIG, Diffusion(), 7, (rank, world)) for rank in range(world)]
+    parts = [
+        draw_batch(tiny_images, tiny_dit, CONFIG, Diffusion(), 7, (rank, world))
+        for rank in range(world)
+    ]
     for name in ("x_start", "y", "t", "noise", "u"):
         assert torch.equal(getattr(whole, name), torch.cat([getattr(p, name) for p in parts])), name
-        assert len({getattr(p, name).numpy().tobytes() for p in parts}) == world or name == "y", name
+        assert len({getattr(p, name).numpy().tobytes() for p in parts}) == world or name == "y", (
+            name
+        )
     law = ElasticDepths(4, 1000, 1)
-    depths = [trainer_of(tiny_dit, tiny_images, law)._exit_depth(batch).tolist() for batch in (whole, *parts)]
+    depths = [
+        trainer_of(tiny_dit, tiny_images, law)._exit_depth(batch).tolist()
+        for batch in (whole, *parts)
+    ]
     assert depths[0] == sum(depths[1:], []) and set(depths[0]) == {1, 2, 3, 4}
 
 
 def test_depth_draws_are_stratified_and_new_each_step(tiny_dit, tiny_images):
-    draws = [draw_batch(tiny_images, tiny_dit, CONFIG, Diffusion(), step, (0, 1)) for step in range(5)]
+    draws = [
+        draw_batch(tiny_images, tiny_dit, CONFIG, Diffusion(), step, (0, 1)) for step in range(5)
+    ]
     for batch in draws:
         assert sorted((batch.u * 8).long().tolist()) == list(range(8))
-        assert (batch.u * 8).long().tolist() != (batch.t * 8 // 1000).tolist()  # not tied to the noise level
+        # not tied to the noise level
+        assert (batch.u * 8).long().tolist() != (batch.t * 8 // 1000).tolist()
     assert len({tuple(batch.u.tolist()) for batch in draws}) == 5
 
 
@@ -213,7 +263,16 @@ def test_the_target_is_part_noise_and_part_the_whole_teacher(tiny_images):
     nets = []
     for seed in (0, 1):
         torch.manual_seed(seed)
-        net = DiT(8, 4, in_channels=1, hidden_size=16, depth=4, num_heads=2, num_classes=3, learn_sigma=False)
+        net = DiT(
+            8,
+            4,
+            in_channels=1,
+            hidden_size=16,
+            depth=4,
+            num_heads=2,
+            num_classes=3,
+            learn_sigma=False,
+        )
         for p in net.parameters():
             torch.nn.init.normal_(p, std=0.1)
         nets.append(net.eval())
@@ -223,7 +282,8 @@ def test_the_target_is_part_noise_and_part_the_whole_teacher(tiny_images):
     batch = batch_at(student, tiny_images, 900)
     x_t = Diffusion().q_sample(batch.x_start, batch.t, batch.noise)
     with torch.no_grad():
-        whole, exited = teacher(x_t, batch.t, batch.y), student(x_t, batch.t, batch.y, exit_depth=1)
+        whole = teacher(x_t, batch.t, batch.y)
+        exited = student(x_t, batch.t, batch.y, exit_depth=1)
     expected = (0.75 * batch.noise + 0.25 * whole - exited).square().mean()
     assert trainer._loss(batch)[0].item() == pytest.approx(expected.item(), rel=1e-5)
 
@@ -244,9 +304,12 @@ def test_the_loss_on_record_is_the_mean_over_the_batch(tiny_dit, tiny_images):
 
 
 def test_the_time_before_a_kill_is_counted(tiny_dit, tiny_images, tmp_path, monkeypatch):
-    """On a clock that ticks a second each time it is read: two ticks a look, the resumed run's on top."""
+    """On a clock that ticks a second each time it is read: two ticks a look, the resumed run's on
+    top."""
     now = iter(range(1000))
-    monkeypatch.setattr("asesearch.finetuning.time", SimpleNamespace(perf_counter=lambda: next(now)))
+    monkeypatch.setattr(
+        "asesearch.finetuning.time", SimpleNamespace(perf_counter=lambda: next(now))
+    )
     config = CONFIG.model_copy(update={"num_steps": 6, "checkpoint_every": 2})
 
     def die(done, loss):
@@ -262,5 +325,7 @@ def test_the_time_before_a_kill_is_counted(tiny_dit, tiny_images, tmp_path, monk
 
 def test_the_time_of_a_step_leaves_the_first_out(tiny_dit, tiny_images, monkeypatch):
     times = iter([0, 100, 200, 201, 300, 305, 400, 402])  # steps of 100 s, 1 s, 5 s and 2 s
-    monkeypatch.setattr("asesearch.finetuning.time", SimpleNamespace(perf_counter=lambda: next(times)))
+    monkeypatch.setattr(
+        "asesearch.finetuning.time", SimpleNamespace(perf_counter=lambda: next(times))
+    )
     assert seconds_per_step(trainer_of(tiny_dit, tiny_images)) == 2

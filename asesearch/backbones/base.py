@@ -16,7 +16,8 @@ from asesearch.errors import ConfigError, ScheduleError
 from asesearch.schedule import ElasticDepths, ExitSchedule
 
 ExitDepth = int | Tensor | None
-Conditioning = Tensor | dict[str, Tensor]  # class labels (N,), or a prompt's tensors, each with leading dimension N
+# class labels (N,), or a prompt's tensors, each with leading dimension N
+Conditioning = Tensor | dict[str, Tensor]
 
 
 class Backbone(nn.Module):
@@ -27,13 +28,15 @@ class Backbone(nn.Module):
         min_exit_depth: fewest blocks that must run.
         in_channels: C of `x_t`.
         input_size: H = W of `x_t`.
-        num_classes: number of class labels, 0 for an unconditional network. Label `num_classes` is the null label of
-            classifier-free guidance where `has_null_label`.
-        learn_sigma: True if the output has 2·C channels: eps, then the interpolation of the variance.
+        num_classes: number of class labels, 0 for an unconditional network. Label `num_classes` is
+            the null label of classifier-free guidance where `has_null_label`.
+        learn_sigma: True if the output has 2·C channels: eps, then the interpolation of the
+            variance.
         guided_channels: classifier-free guidance acts on the first so many output channels.
         prediction_type: `epsilon` (noise) or `flow` (velocity of rectified flow).
         takes_prompt: conditioned on a prompt's tensors rather than class labels.
-        null_condition: what stands for "no prompt": tensors with leading dimension 1, on the CPU; None where not known.
+        null_condition: what stands for "no prompt": tensors with leading dimension 1, on the CPU;
+            None where not known.
         config: the constructor arguments, so that `type(net)(**net.config)` makes the same network.
     """
 
@@ -52,7 +55,8 @@ class Backbone(nn.Module):
 
     @classmethod
     def from_preset(cls, name: str, **changes: Any) -> Self:
-        """A published network by name, such as `"DiT-XL/2"`; keyword arguments override its constructor arguments.
+        """A published network by name, such as `"DiT-XL/2"`; keyword arguments override its
+        constructor arguments.
 
         Raises:
             ConfigError: unknown name.
@@ -68,15 +72,17 @@ class Backbone(nn.Module):
         """
         raise ConfigError(f"this kind of network has no presets; got {name!r}; give a checkpoint")
 
-    def forward(self, x_t: Tensor, t: Tensor, y: Tensor | None = None, *, exit_depth: ExitDepth = None) -> Tensor:
+    def forward(
+        self, x_t: Tensor, t: Tensor, y: Tensor | None = None, *, exit_depth: ExitDepth = None
+    ) -> Tensor:
         """Predict the noise (and the variance where learned).
 
         Args:
             x_t: (N, C, H, W) float.
             t: (N,) timesteps in [0, num_train_timesteps).
             y: (N,) class labels; None only for an unconditional network.
-            exit_depth: blocks to run: one int for the batch, a LongTensor (N,) with one count a sample (on the CPU, to
-                spare a device synchronisation), or None for all.
+            exit_depth: blocks to run: one int for the batch, a LongTensor (N,) with one count a
+                sample (on the CPU, to spare a device synchronisation), or None for all.
 
         Returns:
             (N, C or 2·C, H, W) float.
@@ -87,7 +93,8 @@ class Backbone(nn.Module):
         raise NotImplementedError
 
     def time_embedder(self) -> nn.Module | None:
-        """The module that embeds t, which ASE fine-tuning may freeze; None if it has no parameters."""
+        """The module that embeds t, which ASE fine-tuning may freeze; None if it has no
+        parameters."""
         raise NotImplementedError
 
     def block_at(self, index: int) -> nn.Module:
@@ -95,13 +102,17 @@ class Backbone(nn.Module):
         raise NotImplementedError
 
     def null_labels(self, y: Conditioning) -> Conditioning:
-        """What takes the place of `y` in the unconditional half of classifier-free guidance, of the same kind and N.
+        """What takes the place of `y` in the unconditional half of classifier-free guidance, of the
+        same kind and N.
 
         Raises:
             ConfigError: the network has no null label, or was given none.
         """
         if not self.has_null_label or not isinstance(y, Tensor):
-            raise ConfigError("guidance needs class labels and a network with a null label; got neither; use cfg_scale 1")
+            raise ConfigError(
+                "guidance needs class labels and a network with a null label; got neither; use "
+                "cfg_scale 1"
+            )
         return torch.full_like(y, self.num_classes)
 
     def check_conditioning(self, y: Conditioning | None, batch: int) -> None:
@@ -115,7 +126,10 @@ class Backbone(nn.Module):
         sizes = {k: len(v) for k, v in y.items()} if isinstance(y, dict) else {}
         if set(sizes.values()) != {batch}:
             got = sizes or type(y).__name__
-            raise ConfigError(f"y must be a prompt's tensors of leading dimension {batch}, one an image; got {got}; repeat it")
+            raise ConfigError(
+                f"y must be a prompt's tensors of leading dimension {batch}, one an image; got "
+                f"{got}; repeat it"
+            )
 
     def check_exit_depth(self, exit_depth: ExitDepth, batch: int) -> int | list[int]:
         """Validate `exit_depth`; an int for the whole batch, or one an image.
@@ -126,10 +140,15 @@ class Backbone(nn.Module):
         if exit_depth is None:
             return self.depth
         if isinstance(exit_depth, Tensor):
-            if exit_depth.shape != (batch,) or exit_depth.is_floating_point() or exit_depth.dtype == torch.bool:
+            if (
+                exit_depth.shape != (batch,)
+                or exit_depth.is_floating_point()
+                or exit_depth.dtype == torch.bool
+            ):
                 raise ScheduleError(
-                    f"exit_depth must be an integer tensor of shape ({batch},), one count a sample; "
-                    f"got {exit_depth.dtype} of shape {tuple(exit_depth.shape)}; pass ExitSchedule.exit_depth_at(t)"
+                    f"exit_depth must be an integer tensor of shape ({batch},), one count a "
+                    f"sample; got {exit_depth.dtype} of shape {tuple(exit_depth.shape)}; pass "
+                    "ExitSchedule.exit_depth_at(t)"
                 )
             depths: list[int] = exit_depth.tolist()
             low, high = (min(depths), max(depths)) if depths else (self.depth, self.depth)
@@ -138,11 +157,13 @@ class Backbone(nn.Module):
             try:
                 low = high = result = operator.index(exit_depth)
             except TypeError as error:
-                raise ScheduleError(f"exit_depth must be a whole number; got {exit_depth!r}; round it") from error
+                raise ScheduleError(
+                    f"exit_depth must be a whole number; got {exit_depth!r}; round it"
+                ) from error
         if low < self.min_exit_depth or high > self.depth:
             raise ScheduleError(
-                f"exit_depth must lie in {self.min_exit_depth}…{self.depth} for this network; got {low}…{high}; "
-                "rescale the schedule to the network's depth"
+                f"exit_depth must lie in {self.min_exit_depth}…{self.depth} for this network; got "
+                f"{low}…{high}; rescale the schedule to the network's depth"
             )
         return result
 
@@ -154,21 +175,30 @@ def check_labels(net: Backbone, y: Conditioning | None, batch: int) -> None:
         ConfigError: y missing, surplus, a prompt's tensors, or not of shape (N,).
     """
     if isinstance(y, dict):
-        raise ConfigError(f"this network takes no prompts; got y with {', '.join(y)}; pass class labels, or none")
+        raise ConfigError(
+            f"this network takes no prompts; got y with {', '.join(y)}; pass class labels, or none"
+        )
     if net.num_classes == 0:
         if y is not None:
-            raise ConfigError("this network is unconditional and takes no labels; got y; leave y out")
+            raise ConfigError(
+                "this network is unconditional and takes no labels; got y; leave y out"
+            )
     elif y is None:
-        raise ConfigError(f"this network needs class labels 0…{net.num_classes - 1}; got none; pass y of shape ({batch},)")
+        raise ConfigError(
+            f"this network needs class labels 0…{net.num_classes - 1}; got none; pass y of shape "
+            f"({batch},)"
+        )
     elif y.shape != (batch,):
-        raise ConfigError(f"y must have shape ({batch},); got {tuple(y.shape)}; pass one label an image")
+        raise ConfigError(
+            f"y must have shape ({batch},); got {tuple(y.shape)}; pass one label an image"
+        )
 
 
 def own_labels(net: Backbone, y: Conditioning | None, batch: int) -> Conditioning | None:
     """What a data set gives with `batch` images, as the network takes it.
 
-    An unconditional network has no use for labels or prompts. One with a single class, which is how the official DiT is
-    trained unconditionally, takes every image as of that class.
+    An unconditional network has no use for labels or prompts. One with a single class, which is how
+    the official DiT is trained unconditionally, takes every image as of that class.
     """
     if net.takes_prompt:
         return y
@@ -177,7 +207,9 @@ def own_labels(net: Backbone, y: Conditioning | None, batch: int) -> Conditionin
     return torch.zeros(batch, dtype=torch.long) if net.num_classes == 1 else y
 
 
-def check_schedule(backbone: Backbone, num_train_timesteps: int, schedule: ExitSchedule | ElasticDepths) -> None:
+def check_schedule(
+    backbone: Backbone, num_train_timesteps: int, schedule: ExitSchedule | ElasticDepths
+) -> None:
     """Refuse a schedule that was made for another network or chain.
 
     Raises:
@@ -185,25 +217,31 @@ def check_schedule(backbone: Backbone, num_train_timesteps: int, schedule: ExitS
     """
     if schedule.depth != backbone.depth:
         raise ScheduleError(
-            f"the schedule is for a network of {schedule.depth} blocks; got one of {backbone.depth}; "
-            f"use rescaled({backbone.depth})"
+            f"the schedule is for a network of {schedule.depth} blocks; got one of "
+            f"{backbone.depth}; use rescaled({backbone.depth})"
         )
     if schedule.num_train_timesteps != num_train_timesteps:
         raise ScheduleError(
-            f"the schedule is for a chain of {schedule.num_train_timesteps} timesteps; got one of {num_train_timesteps}"
+            f"the schedule is for a chain of {schedule.num_train_timesteps} timesteps; got one of "
+            f"{num_train_timesteps}"
         )
     if min(schedule.exit_depths) < backbone.min_exit_depth:
         raise ScheduleError(
-            f"this network must run at least {backbone.min_exit_depth} blocks; got {min(schedule.exit_depths)} in the schedule"
+            f"this network must run at least {backbone.min_exit_depth} blocks; got "
+            f"{min(schedule.exit_depths)} in the schedule"
         )
 
 
 def run_blocks(
-    blocks: Sequence[Callable[[Tensor, Tensor], Tensor]], x: Tensor, c: Tensor, exit_depth: int | list[int]
+    blocks: Sequence[Callable[[Tensor, Tensor], Tensor]],
+    x: Tensor,
+    c: Tensor,
+    exit_depth: int | list[int],
 ) -> Tensor:
     """Run blocks 1…exit_depth of each sample; a sample that is done costs nothing in later blocks.
 
-    The batch is sorted by depth, deepest first, and shrinks as samples leave; the order is restored at the end.
+    The batch is sorted by depth, deepest first, and shrinks as samples leave; the order is restored
+    at the end.
 
     Args:
         blocks: callables (x, c) -> x.
@@ -220,13 +258,15 @@ def run_blocks(
         return x
     order = sorted(range(len(exit_depth)), key=lambda i: -exit_depth[i])
     index = torch.tensor(order, device=x.device)
-    x, c = x[index], c[index]
+    x = x[index]
+    c = c[index]
     done: list[Tensor] = []  # shallowest first
     for i in range(max(exit_depth)):
         active = sum(d > i for d in exit_depth)
         if active < x.shape[0]:
             done.append(x[active:])
-            x, c = x[:active], c[:active]  # (N', L, D), N' the samples that go on
+            x = x[:active]  # (N', L, D), N' the samples that go on
+            c = c[:active]
         x = blocks[i](x, c)
     x = torch.cat([x, *reversed(done)])  # (N, L, D), deepest first
     back = torch.empty_like(index)

@@ -1,8 +1,10 @@
-"""Early exit in a diffusers transformer, driven from outside: none of diffusers' forward code is repeated here.
+"""Early exit in a diffusers transformer, driven from outside: none of diffusers' forward code is
+repeated here.
 
-While a network is attached, the class of each of its blocks is a subclass that looks up the exit plan of the running call
-before the block is called (as `torch.nn.utils.parametrize` does). A skipped block computes nothing, not even its norms;
-names, weights, hooks and compiled forms of the blocks stay as they are, and detaching restores the class.
+While a network is attached, the class of each of its blocks is a subclass that looks up the exit
+plan of the running call before the block is called (as `torch.nn.utils.parametrize` does). A
+skipped block computes nothing, not even its norms; names, weights, hooks and compiled forms of the
+blocks stay as they are, and detaching restores the class.
 """
 
 from __future__ import annotations
@@ -27,8 +29,10 @@ class TransformerSpec:
     Attributes:
         required, optional: conditioning arguments of its forward, tensors with leading dimension N.
         added: conditioning that the forward takes inside `added_cond_kwargs`.
-        block_outputs: what a block returns, in order; each is also an argument of the block, of the same shape.
-        refused: forward arguments that act between the blocks, so that dropping blocks would change their meaning.
+        block_outputs: what a block returns, in order; each is also an argument of the block, of the
+            same shape.
+        refused: forward arguments that act between the blocks, so that dropping blocks would change
+            their meaning.
         prediction_type: `epsilon` (noise), or `flow` (velocity of rectified flow).
     """
 
@@ -69,12 +73,17 @@ class ExitPlan:
     """Which blocks run for which samples during one call of a network; used once.
 
     Attributes:
-        block_calls: blocks really run so far (a block that runs on part of the batch counts as one).
+        block_calls: blocks really run so far (a block that runs on part of the batch counts as
+            one).
     """
 
-    def __init__(self, blocks: Iterable[nn.Module], outputs: tuple[str, ...], exit_depth: int | list[int]) -> None:
+    def __init__(
+        self, blocks: Iterable[nn.Module], outputs: tuple[str, ...], exit_depth: int | list[int]
+    ) -> None:
         self.position = {block: i for i, block in enumerate(blocks)}
-        self.outputs, self.exit_depth, self.block_calls = outputs, exit_depth, 0
+        self.outputs = outputs
+        self.exit_depth = exit_depth
+        self.block_calls = 0
         self._done: list[Tensor] = []  # hidden states of the samples that left, shallowest first
         self._in_order: dict[int, tuple[Tensor, Tensor]] = {}
         if isinstance(exit_depth, list):
@@ -91,21 +100,34 @@ class ExitPlan:
             return self._pack(values)
         return self._call_active(block, index, self.exit_depth, values)
 
-    def _call_active(self, block: Any, index: int, exit_depth: list[int], values: dict[str, Any]) -> Any:
-        """As `run_blocks`: sorted at the first block, deepest first; shrunk as samples leave; restored at the last."""
+    def _call_active(
+        self, block: Any, index: int, exit_depth: list[int], values: dict[str, Any]
+    ) -> Any:
+        """As `run_blocks`: sorted at the first block, deepest first; shrunk as samples leave;
+        restored at the last."""
         if index == 0:
-            values |= {name: values[name][self._order.to(values[name].device)] for name in self.outputs}
+            values |= {
+                name: values[name][self._order.to(values[name].device)] for name in self.outputs
+            }
         active = sum(d > index for d in exit_depth)
         if active < values["hidden_states"].shape[0]:
             self._done.append(values["hidden_states"][active:])
-            values |= {name: values[name][:active] for name in self.outputs}  # (N', L, D), N' the samples that go on
+            # (N', L, D), N' the samples that go on
+            values |= {name: values[name][:active] for name in self.outputs}
         if active:
             self.block_calls += 1
-            rest = {k: self._rows(v, active, len(exit_depth)) for k, v in values.items() if k not in self.outputs}
+            rest = {
+                k: self._rows(v, active, len(exit_depth))
+                for k, v in values.items()
+                if k not in self.outputs
+            }
             result = block.run(**{**values, **rest})
-            values |= dict(zip(self.outputs, result if len(self.outputs) > 1 else (result,), strict=True))
+            values |= dict(
+                zip(self.outputs, result if len(self.outputs) > 1 else (result,), strict=True)
+            )
         if index == len(self.position) - 1:  # nothing after the last block reads the other outputs
-            x = torch.cat([values["hidden_states"], *reversed(self._done)])  # (N, L, D), deepest first
+            # (N, L, D), deepest first
+            x = torch.cat([values["hidden_states"], *reversed(self._done)])
             values["hidden_states"] = x[torch.argsort(self._order).to(x.device)]
         return self._pack(values)
 
@@ -114,7 +136,8 @@ class ExitPlan:
         return packed if len(packed) > 1 else packed[0]
 
     def _sorted(self, tensor: Tensor) -> Tensor:
-        """Rows in the plan's order; every block gets the same conditioning, so it is sorted once."""
+        """Rows in the plan's order; every block gets the same conditioning, so it is sorted
+        once."""
         if id(tensor) not in self._in_order:
             self._in_order[id(tensor)] = (tensor, tensor[self._order.to(tensor.device)])
         return self._in_order[id(tensor)][1]
@@ -149,7 +172,11 @@ class _ExitBlock(nn.Module):
 
 @functools.cache
 def _exit_class(cls: type[Any]) -> type[nn.Module]:
-    members = {"__module__": cls.__module__, "plain_class": cls, "argument_names": argument_names(cls)}
+    members = {
+        "__module__": cls.__module__,
+        "plain_class": cls,
+        "argument_names": argument_names(cls),
+    }
     return type(cls.__name__, (_ExitBlock, cls), members)
 
 
@@ -157,21 +184,24 @@ class BlockExits:
     """Early exit in one diffusers transformer, from `attach()` to `detach()`.
 
     Raises:
-        ConfigError: an unsupported class, a network compiled as a whole, or one that is attached already.
+        ConfigError: an unsupported class, a network compiled as a whole, or one that is attached
+            already.
     """
 
     def __init__(self, model: nn.Module) -> None:
         if hasattr(model, "_orig_mod") or getattr(model, "_compiled_call_impl", None) is not None:
             raise ConfigError(
-                "early exit must be attached before a network is compiled as a whole; got a compiled "
-                f"{type(getattr(model, '_orig_mod', model)).__name__}; compile afterwards, or its blocks one by one: "
-                "for block in transformer.transformer_blocks: block.compile()"
+                "early exit must be attached before a network is compiled as a whole; got a "
+                f"compiled {type(getattr(model, '_orig_mod', model)).__name__}; compile "
+                "afterwards, or its blocks one by one: for block in "
+                "transformer.transformer_blocks: block.compile()"
             )
-        self.model, self.spec = model, spec_of(model)
+        self.model = model
+        self.spec = spec_of(model)
         if any(isinstance(block, _ExitBlock) for block in self.blocks):
             raise ConfigError(
-                f"a network takes one early exit at a time; got a {type(model).__name__} that a DiffusersBackbone or a "
-                "schedule is attached to; call detach() of that one first"
+                f"a network takes one early exit at a time; got a {type(model).__name__} that a "
+                "DiffusersBackbone or a schedule is attached to; call detach() of that one first"
             )
 
     def attach(self) -> None:
@@ -188,15 +218,21 @@ class BlockExits:
         return list(blocks)
 
     def begin(self, exit_depth: int | list[int]) -> None:
-        """Apply `exit_depth` (one count for the batch, or one a sample) to the network's next call; `end` must follow.
+        """Apply `exit_depth` (one count for the batch, or one a sample) to the network's next call;
+        `end` must follow.
 
         Raises:
             ConfigError: gradient checkpointing, which runs blocks again when the plan is gone.
         """
-        if exit_depth != len(self.blocks) and getattr(self.model, "gradient_checkpointing", False) and torch.is_grad_enabled():
+        if (
+            exit_depth != len(self.blocks)
+            and getattr(self.model, "gradient_checkpointing", False)
+            and torch.is_grad_enabled()
+        ):
             raise ConfigError(
-                "early exit can't be combined with gradient checkpointing, which runs dropped blocks again; got a network "
-                "with checkpointing on; call transformer.disable_gradient_checkpointing()"
+                "early exit can't be combined with gradient checkpointing, which runs dropped "
+                "blocks again; got a network with checkpointing on; call "
+                "transformer.disable_gradient_checkpointing()"
             )
         _plan.set(ExitPlan(self.blocks, self.spec.block_outputs, exit_depth))
 
@@ -223,6 +259,6 @@ def spec_of(model: nn.Module) -> TransformerSpec:
         if cls.__name__ in SPECS:
             return SPECS[cls.__name__]
     raise ConfigError(
-        "early exit needs a transformer whose blocks form one chain, with no later code reading a block's side output; "
-        f"got {type(model).__name__}; supported are {', '.join(SPECS)}"
+        "early exit needs a transformer whose blocks form one chain, with no later code reading a "
+        f"block's side output; got {type(model).__name__}; supported are {', '.join(SPECS)}"
     )

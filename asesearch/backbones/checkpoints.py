@@ -1,7 +1,7 @@
 """Network files: what is in one, and the network it holds.
 
-Read: facebookresearch/DiT `.pt` (weights, or a whole training state), baofff/U-ViT `.pth`, safetensors, diffusers folders;
-what training programs wrap around weights and names is taken off.
+Read: facebookresearch/DiT `.pt` (weights, or a whole training state), baofff/U-ViT `.pth`,
+safetensors, diffusers folders; what training programs wrap around weights and names is taken off.
 Written: safetensors that carry their own architecture.
 """
 
@@ -46,15 +46,18 @@ class CheckpointInfo:
     """What a checkpoint holds.
 
     Attributes:
-        kind: "dit", "uvit", or "diffusers" for what only diffusers' own code can run (its DiT is kind "dit").
+        kind: "dit", "uvit", or "diffusers" for what only diffusers' own code can run (its DiT is
+            kind "dit").
         model: such as "DiT-XL/2", or "DiT, depth 12, width 64, patch 2" for a size without a name.
         input_size: H = W of the network's input (of the latent, for a latent network).
         learn_sigma: the variance is learned.
         num_classes: labels, the null label not counted; 0 for none.
-        source: where in the file the weights were: such as "ema" or "model" of a training state; "weights" for the top.
+        source: where in the file the weights were: such as "ema" or "model" of a training state;
+            "weights" for the top.
         args: constructor arguments; without `num_heads` if only the user can know them.
         metadata: text that the writer of a safetensors file added.
-        notes: what the file does not tell and was taken to be usual, and how the weights were chosen; a sentence each.
+        notes: what the file does not tell and was taken to be usual, and how the weights were
+            chosen; a sentence each.
     """
 
     kind: str
@@ -72,7 +75,8 @@ class CheckpointInfo:
 
 
 def inspect_checkpoint(path: str | os.PathLike[str]) -> CheckpointInfo:
-    """What a checkpoint holds, from its metadata or the shapes of its tensors. `path` may be `shipped:NAME`.
+    """What a checkpoint holds, from its metadata or the shapes of its tensors. `path` may be
+    `shipped:NAME`.
 
     Raises:
         CheckpointError: unreadable, or not a network that asesearch knows.
@@ -91,20 +95,29 @@ def _architecture(contents: Contents, given: Mapping[str, Any]) -> Architecture:
 
 
 def _describe(found: Architecture, contents: Contents) -> CheckpointInfo:
-    kind, args = found.kind, found.args
+    kind = found.kind
+    args = found.args
     metadata = {} if contents.config is not None else contents.metadata
     extra = {k: v for k, v in metadata.items() if k not in RESERVED}
     notes = (*contents.notes, *found.assumed)
     name = _model_name(kind, args)
     if kind == "dit":
-        size, sigma, labels = args["input_size"], args["learn_sigma"], args["num_classes"]
+        size = args["input_size"]
+        sigma = args["learn_sigma"]
+        labels = args["num_classes"]
     elif kind == "uvit":
-        size, sigma, labels = args["img_size"], False, max(0, args["num_classes"] - args["has_null_label"])
+        size = args["img_size"]
+        sigma = False
+        labels = max(0, args["num_classes"] - args["has_null_label"])
     else:
         config = args["transformer"]
-        size, channels = config.get("sample_size"), config.get("in_channels")
+        size = config.get("sample_size")
+        channels = config.get("in_channels")
         if type(size) is not int or type(channels) is not int:
-            raise CheckpointError(f"{name}'s config must give sample_size and in_channels; got {size!r}, {channels!r}; mend it")
+            raise CheckpointError(
+                f"{name}'s config must give sample_size and in_channels; got {size!r}, "
+                f"{channels!r}; mend it"
+            )
         sigma = config.get("out_channels") == 2 * channels
         labels = config.get("num_embeds_ada_norm", 0) if name == "DiTTransformer2DModel" else 0
     return CheckpointInfo(kind, name, size, sigma, labels, contents.source, args, extra, notes)
@@ -114,12 +127,16 @@ def _from_diffusers(config: dict[str, Any]) -> tuple[str, dict[str, Any]]:
     """Kind and constructor arguments of what a diffusers folder holds: its DiT is ours too."""
     name = config.get("_class_name")
     if name == "Transformer2DModel":  # the class released folders were first made with
-        name = {"ada_norm_zero": "DiTTransformer2DModel", "ada_norm_single": "PixArtTransformer2DModel"}.get(
-            str(config.get("norm_type"))
-        )
+        name = {
+            "ada_norm_zero": "DiTTransformer2DModel",
+            "ada_norm_single": "PixArtTransformer2DModel",
+        }.get(str(config.get("norm_type")))
     if name not in SPECS:
         got = config.get("_class_name")
-        raise CheckpointError(f"config.json must be of {', '.join(SPECS)}; got {got!r}, whose blocks asesearch can't drop")
+        raise CheckpointError(
+            f"config.json must be of {', '.join(SPECS)}; got {got!r}, whose blocks asesearch can't "
+            "drop"
+        )
     if name == "DiTTransformer2DModel":
         return "dit", diffusers_dit_args(config)
     return "diffusers", {"transformer": {**config, "_class_name": name}}
@@ -129,17 +146,20 @@ def _own_config(contents: Contents) -> tuple[str, dict[str, Any]]:
     meta = contents.metadata
     if meta.get("version") != VERSION:
         raise CheckpointError(
-            f"this release reads version {VERSION} of {FORMAT}; got {meta.get('version')!r} in {contents.path}; "
-            "install the asesearch release that wrote it"
+            f"this release reads version {VERSION} of {FORMAT}; got {meta.get('version')!r} in "
+            f"{contents.path}; install the asesearch release that wrote it"
         )
     try:
-        kind, given = meta["kind"], json.loads(meta["config"])
+        kind = meta["kind"]
+        given = json.loads(meta["config"])
         if kind == "diffusers":
             return kind, {"transformer": dict(given["transformer"])}
         cls = BACKBONES[kind]
         check_args(cls, given)
     except (KeyError, ValueError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"the metadata of {contents.path} is damaged: {error}; write it with save_backbone") from error
+        raise CheckpointError(
+            f"the metadata of {contents.path} is damaged: {error}; write it with save_backbone"
+        ) from error
     return kind, {**{k: p.default for k, p in inspect.signature(cls).parameters.items()}, **given}
 
 
@@ -147,10 +167,14 @@ def _model_name(kind: str, args: Mapping[str, Any]) -> str:
     if kind == "diffusers":
         return str(args["transformer"].get("_class_name"))
     if kind == "uvit":
-        text = f"U-ViT, depth {args['depth']}, width {args['embed_dim']}, patch {args['patch_size']}"
+        text = (
+            f"U-ViT, depth {args['depth']}, width {args['embed_dim']}, patch {args['patch_size']}"
+        )
         return uvit_preset(args) or text
     size = (args["depth"], args["hidden_size"], args.get("num_heads"))
-    named = [n for n, s in dit.PRESETS.items() if s == size and args["patch_size"] in dit.PATCH_SIZES]
+    named = [
+        n for n, s in dit.PRESETS.items() if s == size and args["patch_size"] in dit.PATCH_SIZES
+    ]
     if named:
         return f"{named[0]}/{args['patch_size']}"
     return f"DiT, depth {size[0]}, width {size[1]}, patch {args['patch_size']}"
@@ -168,27 +192,49 @@ def check_args(cls: type[Backbone], args: Mapping[str, Any]) -> None:
     known = inspect.signature(cls).parameters
     for name, value in args.items():
         if name not in known:
-            raise ConfigError(f"{cls.__name__} has no argument {name!r}; choose from {', '.join(known)}")
+            raise ConfigError(
+                f"{cls.__name__} has no argument {name!r}; choose from {', '.join(known)}"
+            )
         default = known[name].default
-        types = (bool,) if isinstance(default, bool) else (int,) if isinstance(default, int) else (int, float)
+        types = (
+            (bool,)
+            if isinstance(default, bool)
+            else (int,)
+            if isinstance(default, int)
+            else (int, float)
+        )
         fits = type(value) in types or (value is None and default is None)
         if not fits or (type(default) is int and default > 0 and value < 1):
-            rule = "true or false" if types == (bool,) else "a positive integer" if types == (int,) else "a number"
-            raise ConfigError(f"{cls.__name__}'s {name} must be {rule}; got {value!r}; correct the study file")
+            rule = (
+                "true or false"
+                if types == (bool,)
+                else "a positive integer"
+                if types == (int,)
+                else "a number"
+            )
+            raise ConfigError(
+                f"{cls.__name__}'s {name} must be {rule}; got {value!r}; correct the study file"
+            )
 
 
-def load_backbone(config: BackboneConfig, seed: int = 0, null_condition: Mapping[str, Tensor] | None = None) -> Backbone:
-    """The network of a study file: with the checkpoint's weights, or random ones, drawn from `seed`, if it names none.
+def load_backbone(
+    config: BackboneConfig, seed: int = 0, null_condition: Mapping[str, Tensor] | None = None
+) -> Backbone:
+    """The network of a study file: with the checkpoint's weights, or random ones, drawn from
+    `seed`, if it names none.
 
-    The architecture is the checkpoint's own; `preset` and then `args` override it. Of weights under official names the
-    shapes tell most of it; `CheckpointInfo.notes` says what was taken to be usual, and a log line what may well not be.
-    Weights become float32; those that were float32 are mapped from the file, not copied, so don't overwrite the file in
-    place while the network lives.
-    `null_condition` is for a network that takes prompts; by default it has that of a file of `save_backbone`.
+    The architecture is the checkpoint's own; `preset` and then `args` override it. Of weights under
+    official names the shapes tell most of it; `CheckpointInfo.notes` says what was taken to be
+    usual, and a log line what may well not be. Weights become float32; those that were float32 are
+    mapped from the file, not copied, so don't overwrite the file in place while the network lives.
+    `null_condition` is for a network that takes prompts; by default it has that of a file of
+    `save_backbone`.
 
     Raises:
-        ConfigError: an unknown preset or argument, one that does not fit the weights, or heads that they don't tell.
-        CheckpointError: unreadable, of another kind, entries that do not fit the network, or numbers that are not finite.
+        ConfigError: an unknown preset or argument, one that does not fit the weights, or heads that
+            they don't tell.
+        CheckpointError: unreadable, of another kind, entries that do not fit the network, or
+            numbers that are not finite.
     """
     if config.kind == "diffusers":
         return _load_diffusers(config, null_condition)
@@ -206,8 +252,8 @@ def load_backbone(config: BackboneConfig, seed: int = 0, null_condition: Mapping
     args = info.args | args
     if "num_heads" not in args:
         raise ConfigError(
-            f"the weights of {info.model} in {contents.path} don't tell the number of attention heads; "
-            "set args.num_heads in [backbone] to that of their training"
+            f"the weights of {info.model} in {contents.path} don't tell the number of attention "
+            "heads; set args.num_heads in [backbone] to that of their training"
         )
     with torch.device("meta"):
         net = cls(**args)
@@ -217,7 +263,9 @@ def load_backbone(config: BackboneConfig, seed: int = 0, null_condition: Mapping
     return net
 
 
-def _open(config: BackboneConfig, given: Mapping[str, Any]) -> tuple[Contents, CheckpointInfo, list[str]]:
+def _open(
+    config: BackboneConfig, given: Mapping[str, Any]
+) -> tuple[Contents, CheckpointInfo, list[str]]:
     """What a checkpoint holds, and what to say if it loads."""
     assert config.checkpoint is not None
     contents = read_checkpoint(resolve(config.checkpoint))
@@ -225,9 +273,14 @@ def _open(config: BackboneConfig, given: Mapping[str, Any]) -> tuple[Contents, C
     info = _describe(found, contents)
     if info.kind != config.kind:
         raise CheckpointError(
-            f"{contents.path} holds {info.model}, kind {info.kind!r}; got kind = {config.kind!r} in [backbone]; change it"
+            f"{contents.path} holds {info.model}, kind {info.kind!r}; got kind = {config.kind!r} "
+            "in [backbone]; change it"
         )
-    return contents, info, [f"{contents.path}: {note}" for note in (*contents.notes, *found.doubtful)]
+    return (
+        contents,
+        info,
+        [f"{contents.path}: {note}" for note in (*contents.notes, *found.doubtful)],
+    )
 
 
 @cache
@@ -235,11 +288,17 @@ def _say_once(line: str) -> None:
     _log.warning("%s", line)
 
 
-def _load_diffusers(config: BackboneConfig, null_condition: Mapping[str, Tensor] | None) -> Backbone:
+def _load_diffusers(
+    config: BackboneConfig, null_condition: Mapping[str, Tensor] | None
+) -> Backbone:
     """From a diffusers folder, or from a file that `save_backbone` wrote."""
     if config.checkpoint is None or config.preset is not None or config.args:
-        raise ConfigError("kind = 'diffusers' needs a checkpoint folder, and takes neither preset nor args; correct [backbone]")
-    from asesearch.backbones.diffusers_adapter import DiffusersBackbone, load_diffusers  # slow to import
+        raise ConfigError(
+            "kind = 'diffusers' needs a checkpoint folder, and takes neither preset nor args; "
+            "correct [backbone]"
+        )
+    # slow to import
+    from asesearch.backbones.diffusers_adapter import DiffusersBackbone, load_diffusers
 
     path = resolve(config.checkpoint)
     if path.is_dir():
@@ -247,7 +306,11 @@ def _load_diffusers(config: BackboneConfig, null_condition: Mapping[str, Tensor]
     contents, info, _ = _open(config, {})
     own = {k.removeprefix(NULL): v for k, v in contents.state.items() if k.startswith(NULL)}
     net = DiffusersBackbone(**info.args, null_condition=null_condition or own)
-    _fill(net, {k: v for k, v in contents.state.items() if not k.startswith(NULL)}, f"{path} ({info.model})")
+    _fill(
+        net,
+        {k: v for k, v in contents.state.items() if not k.startswith(NULL)},
+        f"{path} ({info.model})",
+    )
     return net
 
 
@@ -259,7 +322,8 @@ def _fill(net: Backbone, state: dict[str, Tensor], where: str) -> None:
         for k, v in needed.items()
         if k in state and state[k].shape != v.shape
     ]
-    missing, surplus = [k for k in needed if k not in state], [k for k in state if k not in needed]
+    missing = [k for k in needed if k not in state]
+    surplus = [k for k in state if k not in needed]
     refuse_mismatch(where, missing, surplus, misshapen, "check preset and args in [backbone]")
     converted = {k: _float32(k, v, where) for k, v in state.items()}
     refuse_not_finite(converted, where)
@@ -269,13 +333,16 @@ def _fill(net: Backbone, state: dict[str, Tensor], where: str) -> None:
 def _float32(name: str, value: Tensor, where: str) -> Tensor:
     if not value.is_floating_point():
         raise CheckpointError(
-            f"{where} must hold floating-point weights; got {name} of {str(value.dtype).removeprefix('torch.')}, as "
-            "quantised networks have; give the weights from before the quantisation"
+            f"{where} must hold floating-point weights; got {name} of "
+            f"{str(value.dtype).removeprefix('torch.')}, as quantised networks have; give the "
+            "weights from before the quantisation"
         )
     return value.float()
 
 
-def save_backbone(backbone: Backbone, path: str | os.PathLike[str], extra: Mapping[str, str] | None = None) -> None:
+def save_backbone(
+    backbone: Backbone, path: str | os.PathLike[str], extra: Mapping[str, str] | None = None
+) -> None:
     """Write a safetensors file that `load_backbone` needs no preset or args for.
 
     Args:
@@ -287,14 +354,32 @@ def save_backbone(backbone: Backbone, path: str | os.PathLike[str], extra: Mappi
         ConfigError: another network, or a reserved key in `extra`.
     """
     kind = next((k for k, cls in BACKBONES.items() if type(backbone) is cls), None)
-    if kind is None and backbone.config.keys() == {"transformer"}:  # as `DiffusersBackbone`, without importing diffusers
+    # as `DiffusersBackbone`, without importing diffusers
+    if kind is None and backbone.config.keys() == {"transformer"}:
         kind = "diffusers"
     if kind is None:
-        raise ConfigError(f"only DiT, U-ViT and diffusers networks can be saved; got {type(backbone).__name__}; use one")
+        raise ConfigError(
+            f"only DiT, U-ViT and diffusers networks can be saved; got {type(backbone).__name__}; "
+            "use one"
+        )
     taken = set(RESERVED) & (extra or {}).keys()
     if taken:
-        raise ConfigError(f"extra must not use the keys {', '.join(RESERVED)}; got {', '.join(sorted(taken))}; rename it")
-    own = {"format": FORMAT, "version": VERSION, "kind": kind, "config": json.dumps(backbone.config)}
-    tensors = backbone.state_dict() | {f"{NULL}{k}": v for k, v in (backbone.null_condition or {}).items()}
+        raise ConfigError(
+            f"extra must not use the keys {', '.join(RESERVED)}; got {', '.join(sorted(taken))}; "
+            "rename it"
+        )
+    own = {
+        "format": FORMAT,
+        "version": VERSION,
+        "kind": kind,
+        "config": json.dumps(backbone.config),
+    }
+    tensors = backbone.state_dict() | {
+        f"{NULL}{k}": v for k, v in (backbone.null_condition or {}).items()
+    }
     with replacing(path) as part:
-        save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, part, {**own, **(extra or {})})
+        save_file(
+            {k: v.detach().cpu().contiguous() for k, v in tensors.items()},
+            part,
+            {**own, **(extra or {})},
+        )

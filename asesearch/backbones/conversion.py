@@ -1,8 +1,9 @@
 """DiT weights between the official parameter names and those of diffusers' `DiTTransformer2DModel`.
 
-The two hold the same tensors, but for: diffusers keeps one q, k and v, gives every block its own copy of the timestep and
-label embedders, and does not store the fixed positions. They do not compute the same: diffusers spaces the timestep
-frequencies over 127 steps instead of 128 (`frequency_shift`, not in its config) and has another `norm_eps` by default.
+The two hold the same tensors, but for: diffusers keeps one q, k and v, gives every block its own
+copy of the timestep and label embedders, and does not store the fixed positions. They do not
+compute the same: diffusers spaces the timestep frequencies over 127 steps instead of 128
+(`frequency_shift`, not in its config) and has another `norm_eps` by default.
 """
 
 from __future__ import annotations
@@ -57,26 +58,40 @@ def _names(depth: int) -> dict[str, str]:
     """Official name -> diffusers name, of everything that is stored one to one."""
     pairs = {f"{a}.{p}": f"{b}.{p}" for a, b in _NETWORK.items() for p in _PARTS}
     for i in range(depth):
-        pairs |= {f"blocks.{i}.{a}.{p}": f"transformer_blocks.{i}.{b}.{p}" for a, b in _BLOCK.items() for p in _PARTS}
+        pairs |= {
+            f"blocks.{i}.{a}.{p}": f"transformer_blocks.{i}.{b}.{p}"
+            for a, b in _BLOCK.items()
+            for p in _PARTS
+        }
     return pairs
 
 
-def refuse_mismatch(where: str, missing: list[str], surplus: list[str], misshapen: list[str], fix: str) -> None:
+def refuse_mismatch(
+    where: str, missing: list[str], surplus: list[str], misshapen: list[str], fix: str
+) -> None:
     """Raise one error that names up to five entries of each kind; nothing if there are none.
 
     Raises:
         CheckpointError: any list is not empty.
     """
     parts = []
-    for kind, names in (("missing", missing), ("surplus", surplus), ("of another shape", misshapen)):
+    for kind, names in (
+        ("missing", missing),
+        ("surplus", surplus),
+        ("of another shape", misshapen),
+    ):
         if names:
             more = f" and {len(names) - 5} more" if len(names) > 5 else ""
             parts.append(f"{len(names)} {kind}: {', '.join(names[:5])}{more}")
     if parts:
-        raise CheckpointError(f"{where} does not hold what the network needs; {'; '.join(parts)}; {fix}")
+        raise CheckpointError(
+            f"{where} does not hold what the network needs; {'; '.join(parts)}; {fix}"
+        )
 
 
-def dit_to_diffusers(state: Mapping[str, Tensor], config: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def dit_to_diffusers(
+    state: Mapping[str, Tensor], config: Mapping[str, Any]
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Official DiT to diffusers.
 
     Tensors are not copied: blocks share the embedders and q, k, v are views.
@@ -86,23 +101,31 @@ def dit_to_diffusers(state: Mapping[str, Tensor], config: Mapping[str, Any]) -> 
         config: `DiT.config`.
 
     Returns:
-        The state dict and the constructor arguments of `DiTTransformer2DModel`. A network with `frequency_shift` 0 (all
-        official ones) computes the same there only once every block's `norm1.emb.time_proj.downscale_freq_shift` is set
+        The state dict and the constructor arguments of `DiTTransformer2DModel`. A network with
+        `frequency_shift` 0 (all official ones) computes the same there only once every block's
+        `norm1.emb.time_proj.downscale_freq_shift` is set
         to 0: diffusers fixes it at 1 and has no argument for it.
 
     Raises:
         ConfigError: a network that diffusers has no configuration for.
-        CheckpointError: the positions are not the fixed ones, which are all that diffusers can have.
+        CheckpointError: the positions are not the fixed ones, which are all that diffusers can
+            have.
     """
     if config["mlp_ratio"] != 4 or config["class_dropout_prob"] == 0:
         raise ConfigError(
-            f"diffusers' DiT has mlp_ratio 4 and a null label; got mlp_ratio {config['mlp_ratio']} and "
-            f"class_dropout_prob {config['class_dropout_prob']}; deploy this network as a bundle"
+            f"diffusers' DiT has mlp_ratio 4 and a null label; got mlp_ratio {config['mlp_ratio']} "
+            f"and class_dropout_prob {config['class_dropout_prob']}; deploy this network as a "
+            "bundle"
         )
-    depth, heads, width = config["depth"], config["num_heads"], config["hidden_size"]
+    depth = config["depth"]
+    heads = config["num_heads"]
+    width = config["hidden_size"]
     fixed = sincos_pos_embed(width, config["input_size"] // config["patch_size"])[None]
     if not torch.allclose(state["pos_embed"].float().cpu(), fixed, atol=1e-3):
-        raise CheckpointError("diffusers' DiT has fixed sine-cosine positions; got others; deploy this network as a bundle")
+        raise CheckpointError(
+            "diffusers' DiT has fixed sine-cosine positions; got others; deploy this network as a "
+            "bundle"
+        )
     out = {theirs: state[ours] for ours, theirs in _names(depth).items()}
     for i in range(depth):
         block = f"transformer_blocks.{i}"
@@ -133,16 +156,26 @@ def diffusers_dit_args(config: Mapping[str, Any]) -> dict[str, Any]:
     other = [f"{k} = {config[k]!r}" for k, v in _FIXED.items() if config.get(k, v) != v]
     if other:
         raise CheckpointError(
-            f"a DiT of diffusers must have {', '.join(f'{k} = {v!r}' for k, v in _FIXED.items())}; got {', '.join(other)}; "
-            "load it with kind = 'diffusers'"
+            f"a DiT of diffusers must have {', '.join(f'{k} = {v!r}' for k, v in _FIXED.items())}; "
+            f"got {', '.join(other)}; load it with kind = 'diffusers'"
         )
-    bad = [f"{k} = {config.get(k)!r}" for k in _SIZES if type(config.get(k)) is not int or config[k] < 1]
+    bad = [
+        f"{k} = {config.get(k)!r}"
+        for k in _SIZES
+        if type(config.get(k)) is not int or config[k] < 1
+    ]
     if bad:
-        raise CheckpointError(f"config.json must give a DiT's sizes as positive integers; got {', '.join(bad)}; fetch it again")
+        raise CheckpointError(
+            f"config.json must give a DiT's sizes as positive integers; got {', '.join(bad)}; "
+            "fetch it again"
+        )
     channels = config["in_channels"]
     out_channels = config.get("out_channels") or channels
     if out_channels not in (channels, 2 * channels):
-        raise CheckpointError(f"out_channels must be once or twice in_channels; got {out_channels}, {channels}; fetch it again")
+        raise CheckpointError(
+            f"out_channels must be once or twice in_channels; got {out_channels}, {channels}; "
+            "fetch it again"
+        )
     return {
         "input_size": config["sample_size"],
         "patch_size": config["patch_size"],
@@ -157,16 +190,21 @@ def diffusers_dit_args(config: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def diffusers_to_dit(state: Mapping[str, Tensor], config: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def diffusers_to_dit(
+    state: Mapping[str, Tensor], config: Mapping[str, Any]
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """diffusers to official DiT.
 
     Returns:
-        The state dict under official names, and the constructor arguments of our DiT that make it compute what diffusers
-        computes: `frequency_shift` 1 and the config's `norm_eps`. Override them (0 and 1e-6) for weights that come from
+        The state dict under official names, and the constructor arguments of our DiT that make it
+        compute what diffusers
+        computes: `frequency_shift` 1 and the config's `norm_eps`. Override them (0 and 1e-6) for
+            weights that come from
         the official code and were only converted.
 
     Raises:
-        CheckpointError: another architecture, missing or surplus entries, or blocks whose embedders have diverged, as
+        CheckpointError: another architecture, missing or surplus entries, or blocks whose embedders
+            have diverged, as
             training in diffusers makes them: official DiT has one embedder for all blocks.
     """
     args = diffusers_dit_args(config)
@@ -175,18 +213,24 @@ def diffusers_to_dit(state: Mapping[str, Tensor], config: Mapping[str, Any]) -> 
     needed = {*names.values()} | {f"{b}.{e}" for b in blocks for e in _EMBEDDERS.values()}
     needed |= {f"{b}.attn1.to_{n}.{p}" for b in blocks for n in "qkv" for p in _PARTS}
     given = state.keys() - {"pos_embed.pos_embed"}  # stored by older releases
-    refuse_mismatch("the diffusers DiT", sorted(needed - given), sorted(given - needed), [], "fetch it again")
+    refuse_mismatch(
+        "the diffusers DiT", sorted(needed - given), sorted(given - needed), [], "fetch it again"
+    )
     for block in blocks[1:]:
         for entry in _EMBEDDERS.values():
             if not torch.equal(state[f"{block}.{entry}"], state[f"{blocks[0]}.{entry}"]):
                 raise CheckpointError(
-                    f"all blocks must have the same embedders; got another {entry} in {block}, as after training in "
-                    "diffusers; load it with kind = 'diffusers'"
+                    f"all blocks must have the same embedders; got another {entry} in {block}, as "
+                    "after training in diffusers; load it with kind = 'diffusers'"
                 )
     out = {ours: state[theirs] for ours, theirs in names.items()}
     out |= {ours: state[f"{blocks[0]}.{theirs}"] for ours, theirs in _EMBEDDERS.items()}
     for i, block in enumerate(blocks):
         for part in _PARTS:
-            out[f"blocks.{i}.attn.qkv.{part}"] = torch.cat([state[f"{block}.attn1.to_{n}.{part}"] for n in "qkv"])
-    out["pos_embed"] = sincos_pos_embed(args["hidden_size"], args["input_size"] // args["patch_size"])[None]
+            out[f"blocks.{i}.attn.qkv.{part}"] = torch.cat(
+                [state[f"{block}.attn1.to_{n}.{part}"] for n in "qkv"]
+            )
+    out["pos_embed"] = sincos_pos_embed(
+        args["hidden_size"], args["input_size"] // args["patch_size"]
+    )[None]
     return out, args

@@ -21,44 +21,62 @@ from asesearch.backbones.foreign import foreign
 from asesearch.errors import CheckpointError, ConfigError
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
-#: Released DiT and PixArt folders name the class they were first made with; its `norm_type` tells which is meant.
+#: Released DiT and PixArt folders name the class they were first made with; its `norm_type` tells
+#: which is meant.
 LEGACY_CLASS = "Transformer2DModel"
-LEGACY_NORMS = {"ada_norm_zero": "DiTTransformer2DModel", "ada_norm_single": "PixArtTransformer2DModel"}
+LEGACY_NORMS = {
+    "ada_norm_zero": "DiTTransformer2DModel",
+    "ada_norm_single": "PixArtTransformer2DModel",
+}
 
 
 def _build(config: Mapping[str, Any]) -> nn.Module:
     """A network with random weights from `_class_name` and the constructor's arguments."""
     name = config.get("_class_name")
     if name not in SPECS or not hasattr(diffusers, name):
-        raise ConfigError(f"_class_name must be a supported diffusers class; got {name!r}; supported are {', '.join(SPECS)}")
+        raise ConfigError(
+            f"_class_name must be a supported diffusers class; got {name!r}; supported are "
+            f"{', '.join(SPECS)}"
+        )
     arguments = {k: v for k, v in config.items() if not k.startswith("_")}
     try:
         model = getattr(diffusers, name)(**arguments)
     except (TypeError, ValueError, NotImplementedError) as error:
-        raise ConfigError(f"{name} must accept its constructor arguments; got {arguments}: {error}; correct them") from error
+        raise ConfigError(
+            f"{name} must accept its constructor arguments; got {arguments}: {error}; correct them"
+        ) from error
     assert isinstance(model, nn.Module)
     return model
 
 
 class DiffusersBackbone(Backbone):
-    """A diffusers transformer under the backbone contract. Its parameters are found under `transformer.`.
+    """A diffusers transformer under the backbone contract. Its parameters are found under
+    `transformer.`.
 
-    `y` is (N,) class labels for DiT. The other networks take a prompt's conditioning: a dict of tensors with leading
-    dimension N, keys as in `SPECS` (PixArt's micro-conditions `resolution` (N, 2) and `aspect_ratio` (N, 1) stand beside
-    the rest); `num_classes` is 0, and guidance needs `null_condition`. `prediction_type` is `flow` where the network
-    gives a velocity rather than noise: such a network can be trained and sampled by a flow-matching method only.
+    `y` is (N,) class labels for DiT. The other networks take a prompt's conditioning: a dict of
+    tensors with leading dimension N, keys as in `SPECS` (PixArt's micro-conditions `resolution` (N,
+    2) and `aspect_ratio` (N, 1) stand beside the rest); `num_classes` is 0, and guidance needs
+    `null_condition`. `prediction_type` is `flow` where the network
+    gives a velocity rather than noise: such a network can be trained and sampled by a flow-matching
+    method only.
 
     Args:
-        transformer: the network, which stays attached until `detach()`; or its diffusers config (`_class_name` and the
-            constructor's arguments), for one with random weights.
-        null_condition: what stands for "no prompt", as a rule the embedding of an empty one: tensors with leading
-            dimension 1. It is in neither state dict nor config, but in the files of `save_backbone`.
+        transformer: the network, which stays attached until `detach()`; or its diffusers config
+            (`_class_name` and the constructor's arguments), for one with random weights.
+        null_condition: what stands for "no prompt", as a rule the embedding of an empty one:
+            tensors with leading dimension 1. It is in neither state dict nor config, but in the
+            files of `save_backbone`.
 
     Raises:
-        ConfigError: as `BlockExits`; a config that makes no network; a null condition of other names or shapes.
+        ConfigError: as `BlockExits`; a config that makes no network; a null condition of other
+            names or shapes.
     """
 
-    def __init__(self, transformer: nn.Module | Mapping[str, Any], null_condition: Mapping[str, Tensor] | None = None) -> None:
+    def __init__(
+        self,
+        transformer: nn.Module | Mapping[str, Any],
+        null_condition: Mapping[str, Tensor] | None = None,
+    ) -> None:
         super().__init__()
         model: Any = transformer if isinstance(transformer, nn.Module) else _build(transformer)
         self.exits = BlockExits(model)
@@ -67,21 +85,31 @@ class DiffusersBackbone(Backbone):
         arguments = {k: v for k, v in config.items() if not k.startswith("_")}
         self.config = {"transformer": {"_class_name": type(model).__name__, **arguments}}
         self.prediction_type = self.exits.spec.prediction_type
-        self.depth, self.input_size = len(self.exits.blocks), config["sample_size"]
-        self.in_channels = self.guided_channels = config["in_channels"]  # the pipelines guide every channel
-        self.num_classes = config["num_embeds_ada_norm"] if "class_labels" in self.exits.spec.required else 0
+        self.depth = len(self.exits.blocks)
+        self.input_size = config["sample_size"]
+        # the pipelines guide every channel
+        self.in_channels = self.guided_channels = config["in_channels"]
+        self.num_classes = (
+            config["num_embeds_ada_norm"] if "class_labels" in self.exits.spec.required else 0
+        )
         self.takes_prompt = not self.num_classes
         self.has_null_label = bool(self.num_classes or null_condition)
-        self._width = config.get("caption_channels") or config.get("joint_attention_dim") or config.get("cross_attention_dim")
+        self._width = (
+            config.get("caption_channels")
+            or config.get("joint_attention_dim")
+            or config.get("cross_attention_dim")
+        )
         channels = config["out_channels"] or self.in_channels
         if channels not in (self.in_channels, 2 * self.in_channels):
             raise ConfigError(
-                f"out_channels must be in_channels = {self.in_channels}, or twice as many; got {channels}; "
-                "such a network predicts neither noise nor noise and variance"
+                f"out_channels must be in_channels = {self.in_channels}, or twice as many; got "
+                f"{channels}; such a network predicts neither noise nor noise and variance"
             )
         self.learn_sigma = channels == 2 * self.in_channels
         self._check_null(null_condition or {})
-        self.null_condition = {k: v.cpu() for k, v in null_condition.items()} if null_condition else None
+        self.null_condition = (
+            {k: v.cpu() for k, v in null_condition.items()} if null_condition else None
+        )
         for name, value in (null_condition or {}).items():
             self.register_buffer(f"null_{name}", value, persistent=False)
         self.train(model.training)
@@ -97,19 +125,23 @@ class DiffusersBackbone(Backbone):
         allowed = () if self.num_classes else self._keys
         if not got.keys() <= set(allowed) or any(shape[:1] != (1,) for shape in got.values()):
             raise ConfigError(
-                f"null_condition takes tensors with leading dimension 1 under the names {', '.join(allowed) or '(none)'}; "
-                f"got {got}; class labels have a null label of their own"
+                "null_condition takes tensors with leading dimension 1 under the names "
+                f"{', '.join(allowed) or '(none)'}; got {got}; class labels have a null label of "
+                "their own"
             )
 
     def train(self, mode: bool = True) -> DiffusersBackbone:
-        """As usual, but diffusers' own label dropout, one draw a block, stays off: the training loop drops labels."""
+        """As usual, but diffusers' own label dropout, one draw a block, stays off: the training
+        loop drops labels."""
         super().train(mode)
         for module in self.transformer.modules():
             if isinstance(module, LabelEmbedding):
                 module.training = False
         return self
 
-    def forward(self, x_t: Tensor, t: Tensor, y: Conditioning | None = None, *, exit_depth: ExitDepth = None) -> Tensor:
+    def forward(
+        self, x_t: Tensor, t: Tensor, y: Conditioning | None = None, *, exit_depth: ExitDepth = None
+    ) -> Tensor:
         exit_depths = self.check_exit_depth(exit_depth, x_t.shape[0])
         conditioning = self._arguments(y, x_t.shape[0])
         self.exits.begin(exit_depths)
@@ -124,25 +156,32 @@ class DiffusersBackbone(Backbone):
         width = y["encoder_hidden_states"].shape[-1] if isinstance(y, dict) else self._width
         if self.takes_prompt and width != self._width:
             raise ConfigError(
-                f"{type(self.transformer).__name__} takes prompt embeddings {self._width} wide; got {width}; "
-                "use the text encoder it was trained with"
+                f"{type(self.transformer).__name__} takes prompt embeddings {self._width} wide; "
+                f"got {width}; use the text encoder it was trained with"
             )
 
     def _arguments(self, y: Conditioning | None, batch: int) -> dict[str, Any]:
         """`y` as arguments of the transformer's forward.
 
         Raises:
-            ConfigError: labels for prompts or the reverse, missing or unknown names, another leading dimension.
+            ConfigError: labels for prompts or the reverse, missing or unknown names, another
+                leading dimension.
         """
         spec = self.exits.spec
         if self.num_classes and not isinstance(y, Mapping):
             check_labels(self, y, batch)
             return {"class_labels": y}
-        required = spec.required + (spec.added if getattr(self.transformer, "use_additional_conditions", False) else ())
+        required = spec.required + (
+            spec.added if getattr(self.transformer, "use_additional_conditions", False) else ()
+        )
         got = {k: tuple(v.shape) for k, v in y.items()} if isinstance(y, Mapping) else {}
-        fits = set(required) <= got.keys() <= set(self._keys) and all(shape[:1] == (batch,) for shape in got.values())
+        fits = set(required) <= got.keys() <= set(self._keys) and all(
+            shape[:1] == (batch,) for shape in got.values()
+        )
         if self.num_classes or not isinstance(y, Mapping) or not fits:
-            wanted = "(N,) class labels" if self.num_classes else f"a dict with {', '.join(required)}"
+            wanted = (
+                "(N,) class labels" if self.num_classes else f"a dict with {', '.join(required)}"
+            )
             raise ConfigError(
                 f"y of {type(self.transformer).__name__} must be {wanted}, N = {batch}; got "
                 f"{got or type(y).__name__}; it may hold {', '.join(self._keys)} and no more"
@@ -159,59 +198,93 @@ class DiffusersBackbone(Backbone):
                 "guidance needs a null condition; got none for this network; "
                 "pass null_condition, the embedding of an empty prompt, to DiffusersBackbone"
             )
-        batch, device = next(iter(y.values())).shape[0], next(iter(y.values())).device
+        batch = next(iter(y.values())).shape[0]
+        device = next(iter(y.values())).device
         null = {name: self.get_buffer(f"null_{name}") for name in self.null_condition}
-        if any(value.device != device for value in null.values()):  # training drops prompts on the CPU
+        # training drops prompts on the CPU
+        if any(value.device != device for value in null.values()):
             null = {name: value.to(device) for name, value in self.null_condition.items()}
-        return {**y, **{name: value.expand(batch, *value.shape[1:]) for name, value in null.items()}}
+        return {
+            **y,
+            **{name: value.expand(batch, *value.shape[1:]) for name, value in null.items()},
+        }
 
     def time_embedder(self) -> nn.Module:
         """The timestep embedders: one, or one a block in DiT."""
-        found = [m for name, m in self.transformer.named_modules() if name.endswith("timestep_embedder")]
+        found = [
+            m for name, m in self.transformer.named_modules() if name.endswith("timestep_embedder")
+        ]
         return nn.ModuleList(found)
 
     def block_at(self, index: int) -> nn.Module:
         return self.exits.blocks[index]
 
     def detach(self) -> nn.Module:
-        """Give the diffusers transformer back as it was (the weights as they are now); this object is then spent."""
+        """Give the diffusers transformer back as it was (the weights as they are now); this object
+        is then spent."""
         self.exits.detach()
         self.transformer.train(self.training)
         transformer: nn.Module = self.transformer
         return transformer
 
 
-def load_diffusers(path: Path, null_condition: Mapping[str, Tensor] | None = None) -> DiffusersBackbone:
-    """Read a diffusers transformer in float32 from a local folder; nothing is downloaded, nothing unpickled.
+def load_diffusers(
+    path: Path, null_condition: Mapping[str, Tensor] | None = None
+) -> DiffusersBackbone:
+    """Read a diffusers transformer in float32 from a local folder; nothing is downloaded, nothing
+    unpickled.
 
     Args:
-        path: folder with `config.json` and safetensors (sharded or not), or a pipeline's with these in `transformer/`.
+        path: folder with `config.json` and safetensors (sharded or not), or a pipeline's with these
+            in `transformer/`.
         null_condition: as in `DiffusersBackbone`.
 
     Raises:
-        CheckpointError: a file is missing or unreadable, weights in pickle form only, an unsupported class, or weights
-            that do not fit the config.
+        CheckpointError: a file is missing or unreadable, weights in pickle form only, an
+            unsupported class, or weights that do not fit the config.
     """
     folder = path if (path / "config.json").is_file() else path / "transformer"
     name = _class_name(folder / "config.json")
     _check_weight_files(folder)
     try:
         model, info = getattr(diffusers, name).from_pretrained(
-            folder, local_files_only=True, use_safetensors=True, torch_dtype=torch.float32, output_loading_info=True
+            folder,
+            local_files_only=True,
+            use_safetensors=True,
+            torch_dtype=torch.float32,
+            output_loading_info=True,
         )
-    except (OSError, ValueError, RuntimeError, TypeError, KeyError, ImportError, SafetensorError) as error:
+    except (
+        OSError,
+        ValueError,
+        RuntimeError,
+        TypeError,
+        KeyError,
+        ImportError,
+        SafetensorError,
+    ) as error:
         text = " ".join(str(error).split())[:300]
-        raise CheckpointError(f"{folder} must hold a readable {name}; got {text}; save it again with diffusers") from error
-    bad = {key: sorted(map(str, info[key]))[:3] for key in ("missing_keys", "unexpected_keys", "mismatched_keys") if info[key]}
+        raise CheckpointError(
+            f"{folder} must hold a readable {name}; got {text}; save it again with diffusers"
+        ) from error
+    bad = {
+        key: sorted(map(str, info[key]))[:3]
+        for key in ("missing_keys", "unexpected_keys", "mismatched_keys")
+        if info[key]
+    }
     if bad and not _unwrap(model, folder):
-        raise CheckpointError(f"the weights in {folder} must fit its config; got {bad}; save it again with diffusers")
+        raise CheckpointError(
+            f"the weights in {folder} must fit its config; got {bad}; save it again with diffusers"
+        )
     refuse_not_finite(model.state_dict(), f"{folder} ({name})")
     return DiffusersBackbone(model, null_condition)
 
 
 def _unwrap(model: nn.Module, folder: Path) -> bool:
-    """Give a network the weights of a folder whose names have what training programs put in front; whether they fit."""
-    state, own = read_checkpoint(folder).state, model.state_dict()
+    """Give a network the weights of a folder whose names have what training programs put in front;
+    whether they fit."""
+    state = read_checkpoint(folder).state
+    own = model.state_dict()
     if {k: v.shape for k, v in state.items()} != {k: v.shape for k, v in own.items()}:
         return False
     model.load_state_dict({k: v.float() for k, v in state.items()}, assign=True)
@@ -224,8 +297,8 @@ def _class_name(config_path: Path) -> str:
         config = json.loads(config_path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise CheckpointError(
-            f"a diffusers folder must hold config.json or transformer/config.json; got neither at {config_path.parent}; "
-            "save the model or pipeline with save_pretrained"
+            "a diffusers folder must hold config.json or transformer/config.json; got neither at "
+            f"{config_path.parent}; save the model or pipeline with save_pretrained"
         ) from error
     except (OSError, ValueError) as error:
         what = foreign(config_path, plain_text=False) if config_path.is_file() else None
@@ -236,8 +309,8 @@ def _class_name(config_path: Path) -> str:
         name = LEGACY_NORMS.get(config.get("norm_type"), name)
     if name not in SPECS or not hasattr(diffusers, name):
         raise CheckpointError(
-            f"_class_name in {config_path} must be a supported class of the installed diffusers; got {name!r}; "
-            f"supported are {', '.join(SPECS)}"
+            f"_class_name in {config_path} must be a supported class of the installed diffusers; "
+            f"got {name!r}; supported are {', '.join(SPECS)}"
         )
     return str(name)
 
@@ -248,19 +321,38 @@ def _check_weight_files(folder: Path) -> None:
     needed = [WEIGHTS]
     if index.is_file():
         try:
-            needed = list(dict.fromkeys(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+            needed = list(
+                dict.fromkeys(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+            )
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise CheckpointError(f"{index} must map names to files; got {error!r}; save the model again") from error
+            raise CheckpointError(
+                f"{index} must map names to files; got {error!r}; save the model again"
+            ) from error
     elsewhere = [
-        name for name in needed if not isinstance(name, str) or Path(name).name != name or Path(name).suffix != ".safetensors"
+        name
+        for name in needed
+        if not isinstance(name, str)
+        or Path(name).name != name
+        or Path(name).suffix != ".safetensors"
     ]
     if elsewhere:
-        raise CheckpointError(f"{index} must name safetensors files beside it; got {elsewhere[:3]}; save the model again")
+        raise CheckpointError(
+            f"{index} must name safetensors files beside it; got {elsewhere[:3]}; save the model "
+            "again"
+        )
     missing = [name for name in needed if not (folder / name).is_file()]
     for name in needed:
         if name not in missing and (what := foreign(folder / name, plain_text=False)) is not None:
             raise CheckpointError(f"{folder / name} {what}")
     if missing:
-        pickled = sorted(p.name for p in folder.iterdir() if p.suffix in {".bin", ".pt", ".pth", ".ckpt"})
-        fix = "convert the pickled weights with safetensors" if pickled else "copy them beside config.json"
-        raise CheckpointError(f"{folder} must hold {', '.join(missing[:3])}; got {pickled or 'no such files'}; {fix}")
+        pickled = sorted(
+            p.name for p in folder.iterdir() if p.suffix in {".bin", ".pt", ".pth", ".ckpt"}
+        )
+        fix = (
+            "convert the pickled weights with safetensors"
+            if pickled
+            else "copy them beside config.json"
+        )
+        raise CheckpointError(
+            f"{folder} must hold {', '.join(missing[:3])}; got {pickled or 'no such files'}; {fix}"
+        )

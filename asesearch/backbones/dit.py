@@ -1,7 +1,7 @@
 """DiT with early exit. Parameter names, presets and arithmetic are the official ones.
 
-Source: Peebles & Xie, "Scalable Diffusion Models with Transformers", ICCV 2023, and its released code
-(facebookresearch/DiT, `models.py`); early exit: Moon et al. 2024, section 3.2.
+Source: Peebles & Xie, "Scalable Diffusion Models with Transformers", ICCV 2023, and its released
+code (facebookresearch/DiT, `models.py`); early exit: Moon et al. 2024, section 3.2.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from asesearch.backbones.base import Backbone, ExitDepth, check_labels, run_blocks
 from asesearch.errors import ConfigError
 
-#: Official presets: name -> depth, hidden_size, num_heads. The patch size is chosen apart ("DiT-XL/2").
+#: Official presets: name -> depth, hidden_size, num_heads. The patch size is chosen apart
+#: ("DiT-XL/2").
 PRESETS: dict[str, tuple[int, int, int]] = {
     "DiT-XL": (28, 1152, 16),
     "DiT-L": (24, 1024, 16),
@@ -27,7 +28,9 @@ PRESETS: dict[str, tuple[int, int, int]] = {
 PATCH_SIZES = (2, 4, 8)
 
 
-def timestep_embedding(t: Tensor, dim: int, max_period: int = 10000, frequency_shift: int = 0) -> Tensor:
+def timestep_embedding(
+    t: Tensor, dim: int, max_period: int = 10000, frequency_shift: int = 0
+) -> Tensor:
     """Sinusoidal embedding of t, cosines first: (N,) -> (N, dim) float32."""
     half = dim // 2
     steps = torch.arange(half, dtype=torch.float32, device=t.device)
@@ -38,7 +41,8 @@ def timestep_embedding(t: Tensor, dim: int, max_period: int = 10000, frequency_s
 
 
 def sincos_pos_embed(dim: int, grid: int) -> Tensor:
-    """Fixed 2-D sine-cosine position embedding: (grid², dim) float32, w before h as in the official code."""
+    """Fixed 2-D sine-cosine position embedding: (grid², dim) float32, w before h as in the official
+    code."""
     omega = 1.0 / 10000 ** (np.arange(dim // 4, dtype=np.float64) / (dim / 4.0))
     rows, cols = np.meshgrid(np.arange(grid), np.arange(grid), indexing="ij")
     parts = []
@@ -64,20 +68,26 @@ class PatchEmbed(nn.Module):
 class TimestepEmbedder(nn.Module):
     """Timestep to vector: (N,) -> (N, D)."""
 
-    def __init__(self, hidden_size: int, frequency_embedding_size: int = 256, frequency_shift: int = 0) -> None:
+    def __init__(
+        self, hidden_size: int, frequency_embedding_size: int = 256, frequency_shift: int = 0
+    ) -> None:
         super().__init__()
         first = nn.Linear(frequency_embedding_size, hidden_size)
         self.mlp = nn.Sequential(first, nn.SiLU(), nn.Linear(hidden_size, hidden_size))
-        self.frequency_embedding_size, self.frequency_shift = frequency_embedding_size, frequency_shift
+        self.frequency_embedding_size = frequency_embedding_size
+        self.frequency_shift = frequency_shift
 
     def forward(self, t: Tensor) -> Tensor:
-        freqs = timestep_embedding(t, self.frequency_embedding_size, frequency_shift=self.frequency_shift)
+        freqs = timestep_embedding(
+            t, self.frequency_embedding_size, frequency_shift=self.frequency_shift
+        )
         out: Tensor = self.mlp(freqs.to(next(self.mlp.parameters()).dtype))
         return out
 
 
 class LabelEmbedder(nn.Module):
-    """Class label to vector; the last row is the null label where labels were dropped in training."""
+    """Class label to vector; the last row is the null label where labels were dropped in
+    training."""
 
     def __init__(self, num_classes: int, hidden_size: int, dropout_prob: float) -> None:
         super().__init__()
@@ -91,22 +101,30 @@ class LabelEmbedder(nn.Module):
 class Attention(nn.Module):
     """Multi-head self-attention with timm's parameter names: (N, L, D) -> (N, L, D)."""
 
-    def __init__(self, dim: int, num_heads: int, qkv_bias: bool = True, qk_scale: float | None = None) -> None:
+    def __init__(
+        self, dim: int, num_heads: int, qkv_bias: bool = True, qk_scale: float | None = None
+    ) -> None:
         super().__init__()
-        self.num_heads, self.qk_scale = num_heads, qk_scale
+        self.num_heads = num_heads
+        self.qk_scale = qk_scale
         self.qkv = nn.Linear(dim, dim * 3, bias=qkv_bias)
         self.proj = nn.Linear(dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:
         n, length, dim = x.shape
-        q, k, v = self.qkv(x).view(n, length, 3, self.num_heads, dim // self.num_heads).permute(2, 0, 3, 1, 4)
+        q, k, v = (
+            self.qkv(x)
+            .view(n, length, 3, self.num_heads, dim // self.num_heads)
+            .permute(2, 0, 3, 1, 4)
+        )
         x = F.scaled_dot_product_attention(q, k, v, scale=self.qk_scale)  # (N, heads, L, D/heads)
         out: Tensor = self.proj(x.transpose(1, 2).reshape(n, length, dim))
         return out
 
 
 class Mlp(nn.Module):
-    """Two layers with a GELU ("tanh" or exact, "none"), timm's parameter names: (N, L, D) -> (N, L, D)."""
+    """Two layers with a GELU ("tanh" or exact, "none"), timm's parameter names: (N, L, D) -> (N, L,
+    D)."""
 
     def __init__(self, dim: int, hidden: int, approximate: str = "tanh") -> None:
         super().__init__()
@@ -127,7 +145,9 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
 class DiTBlock(nn.Module):
     """Transformer block with adaLN-Zero: (N, L, D), (N, D) -> (N, L, D)."""
 
-    def __init__(self, hidden_size: int, num_heads: int, mlp_ratio: float = 4.0, norm_eps: float = 1e-6) -> None:
+    def __init__(
+        self, hidden_size: int, num_heads: int, mlp_ratio: float = 4.0, norm_eps: float = 1e-6
+    ) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
         self.attn = Attention(hidden_size, num_heads)
@@ -136,9 +156,15 @@ class DiTBlock(nn.Module):
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 6 * hidden_size))
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
-        shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = self.adaLN_modulation(c).chunk(6, dim=1)
-        x = torch.addcmul(x, gate_msa[:, None], self.attn(modulate(self.norm1(x), shift_msa, scale_msa)))
-        return torch.addcmul(x, gate_mlp[:, None], self.mlp(modulate(self.norm2(x), shift_mlp, scale_mlp)))
+        shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = self.adaLN_modulation(
+            c
+        ).chunk(6, dim=1)
+        x = torch.addcmul(
+            x, gate_msa[:, None], self.attn(modulate(self.norm1(x), shift_msa, scale_msa))
+        )
+        return torch.addcmul(
+            x, gate_mlp[:, None], self.mlp(modulate(self.norm2(x), shift_mlp, scale_mlp))
+        )
 
 
 class FinalLayer(nn.Module):
@@ -157,11 +183,13 @@ class FinalLayer(nn.Module):
 
 
 class DiT(Backbone):
-    """Diffusion transformer whose trailing blocks may be dropped; the last block run feeds the final layer.
+    """Diffusion transformer whose trailing blocks may be dropped; the last block run feeds the
+    final layer.
 
-    Arguments are the official constructor's. Differences: labels are dropped by the training loop, not in here, so a
-    forward pass is deterministic; `num_classes` must be at least 1, as in the official code. `frequency_shift` and
-    `norm_eps` (of each block's second norm) are ours: diffusers' DiT has 1 and 1e-5 there.
+    Arguments are the official constructor's. Differences: labels are dropped by the training loop,
+    not in here, so a forward pass is deterministic; `num_classes` must be at least 1, as in the
+    official code. `frequency_shift` and `norm_eps` (of each block's second norm) are ours:
+    diffusers' DiT has 1 and 1e-5 there.
 
     Raises:
         ConfigError: sizes that do not fit each other.
@@ -184,10 +212,14 @@ class DiT(Backbone):
     ) -> None:
         super().__init__()
         if input_size % patch_size:
-            raise ConfigError(f"patch_size must divide input_size; got {patch_size} and {input_size}; pad or choose another")
+            raise ConfigError(
+                f"patch_size must divide input_size; got {patch_size} and {input_size}; pad or "
+                "choose another"
+            )
         if hidden_size % num_heads or hidden_size % 4:
             raise ConfigError(
-                f"hidden_size must be a multiple of num_heads and of 4; got {hidden_size} and {num_heads}; correct num_heads"
+                f"hidden_size must be a multiple of num_heads and of 4; got {hidden_size} and "
+                f"{num_heads}; correct num_heads"
             )
         self.config: dict[str, Any] = {
             "input_size": input_size,
@@ -201,19 +233,29 @@ class DiT(Backbone):
             "num_classes": num_classes,
             "learn_sigma": learn_sigma,
         }
-        if (frequency_shift, norm_eps) != (0, 1e-6):  # official networks have the official arguments alone
+        # official networks have the official arguments alone
+        if (frequency_shift, norm_eps) != (0, 1e-6):
             self.config |= {"frequency_shift": frequency_shift, "norm_eps": norm_eps}
-        self.depth, self.input_size, self.patch_size = depth, input_size, patch_size
-        self.in_channels, self.learn_sigma, self.num_classes = in_channels, learn_sigma, num_classes
+        self.depth = depth
+        self.input_size = input_size
+        self.patch_size = patch_size
+        self.in_channels = in_channels
+        self.learn_sigma = learn_sigma
+        self.num_classes = num_classes
         self.has_null_label = class_dropout_prob > 0
         self.out_channels = in_channels * 2 if learn_sigma else in_channels
-        self.guided_channels = min(3, in_channels)  # the official code guides three channels of four
+        # the official code guides three channels of four
+        self.guided_channels = min(3, in_channels)
         grid = input_size // patch_size
         self.x_embedder = PatchEmbed(patch_size, in_channels, hidden_size)
         self.t_embedder = TimestepEmbedder(hidden_size, frequency_shift=frequency_shift)
         self.y_embedder = LabelEmbedder(num_classes, hidden_size, class_dropout_prob)
-        self.pos_embed = nn.Parameter(sincos_pos_embed(hidden_size, grid)[None], requires_grad=False)
-        self.blocks = nn.ModuleList(DiTBlock(hidden_size, num_heads, mlp_ratio, norm_eps) for _ in range(depth))
+        self.pos_embed = nn.Parameter(
+            sincos_pos_embed(hidden_size, grid)[None], requires_grad=False
+        )
+        self.blocks = nn.ModuleList(
+            DiTBlock(hidden_size, num_heads, mlp_ratio, norm_eps) for _ in range(depth)
+        )
         self.final_layer = FinalLayer(hidden_size, patch_size, self.out_channels)
         self.initialize_weights()
 
@@ -229,10 +271,16 @@ class DiT(Backbone):
             known = ", ".join(f"{s}/{p}" for s in PRESETS for p in PATCH_SIZES)
             raise ConfigError(f"unknown DiT preset {name!r}; choose one of {known}")
         depth, hidden_size, num_heads = PRESETS[size]
-        return {"depth": depth, "hidden_size": hidden_size, "num_heads": num_heads, "patch_size": int(patch)}
+        return {
+            "depth": depth,
+            "hidden_size": hidden_size,
+            "num_heads": num_heads,
+            "patch_size": int(patch),
+        }
 
     def initialize_weights(self) -> None:
-        """Initialise as the official code: Xavier, N(0, 0.02) embeddings, adaLN and output layer zero."""
+        """Initialise as the official code: Xavier, N(0, 0.02) embeddings, adaLN and output layer
+        zero."""
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
@@ -258,12 +306,16 @@ class DiT(Backbone):
 
     def unpatchify(self, x: Tensor) -> Tensor:
         """(N, L, patch²·C) -> (N, C, H, W)."""
-        n, p, c = x.shape[0], self.patch_size, self.out_channels
+        n = x.shape[0]
+        p = self.patch_size
+        c = self.out_channels
         grid = self.input_size // p
         x = x.view(n, grid, grid, p, p, c).permute(0, 5, 1, 3, 2, 4)  # (N, C, grid, p, grid, p)
         return x.reshape(n, c, grid * p, grid * p)
 
-    def forward(self, x_t: Tensor, t: Tensor, y: Tensor | None = None, *, exit_depth: ExitDepth = None) -> Tensor:
+    def forward(
+        self, x_t: Tensor, t: Tensor, y: Tensor | None = None, *, exit_depth: ExitDepth = None
+    ) -> Tensor:
         depths = self.check_exit_depth(exit_depth, x_t.shape[0])
         check_labels(self, y, x_t.shape[0])
         assert y is not None

@@ -1,4 +1,5 @@
-"""Checkpoint files as data: tensors, metadata and config. Nothing is ever unpickled but plain data."""
+"""Checkpoint files as data: tensors, metadata and config. Nothing is ever unpickled but plain
+data."""
 
 from __future__ import annotations
 
@@ -53,14 +54,17 @@ class Contents:
 
 
 def read_state_dict(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], str]:
-    """The weights, and where in the file they were: such as "ema" or "state_dict.model"; "weights" for the top.
+    """The weights, and where in the file they were: such as "ema" or "state_dict.model"; "weights"
+    for the top.
 
-    Of a training state the averaged weights (EMA) are taken where they are whole. What training programs put in front of
-    names (`module.`, `_orig_mod.`, `model.` …) is left out. The tensors are mapped from the file (private, copied on
-    write), so reading costs no memory until they are used.
+    Of a training state the averaged weights (EMA) are taken where they are whole. What training
+    programs put in front of names (`module.`, `_orig_mod.`, `model.` …) is left out. The tensors
+    are mapped from the file (private, copied on write), so reading costs no memory until they are
+    used.
 
     Raises:
-        CheckpointError: no such file, not a checkpoint, truncated, or a pickle that asks for code to be run.
+        CheckpointError: no such file, not a checkpoint, truncated, or a pickle that asks for code
+            to be run.
     """
     contents = read_checkpoint(resolve(path))
     return contents.state, contents.source
@@ -80,7 +84,9 @@ def resolve(path: str | os.PathLike[str]) -> Path:
     shipped = {p.stem: p for p in files if _load_safetensors(p)[1].get("format") == FORMAT}
     name = text.removeprefix(SHIPPED)
     if name not in shipped:
-        raise ConfigError(f"no shipped network is called {name!r}; choose one of {', '.join(shipped) or '(none)'}")
+        raise ConfigError(
+            f"no shipped network is called {name!r}; choose one of {', '.join(shipped) or '(none)'}"
+        )
     return shipped[name]
 
 
@@ -98,7 +104,9 @@ def read_checkpoint(path: Path) -> Contents:
 def _load(path: Path) -> tuple[object, dict[str, str]]:
     """What a file holds as it is, and its metadata."""
     if not path.is_file():
-        raise CheckpointError(f"there is no checkpoint at {path}; check the path, or fetch the checkpoint")
+        raise CheckpointError(
+            f"there is no checkpoint at {path}; check the path, or fetch the checkpoint"
+        )
     try:
         with path.open("rb") as file:
             head = file.read(9)
@@ -106,7 +114,9 @@ def _load(path: Path) -> tuple[object, dict[str, str]]:
             return _load_safetensors(path)
         return _load_torch(path, head), {}
     except OSError as error:
-        raise CheckpointError(f"can't read {path}: {error.strerror or error}; check its permissions") from error
+        raise CheckpointError(
+            f"can't read {path}: {error.strerror or error}; check its permissions"
+        ) from error
 
 
 def _load_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -140,12 +150,16 @@ def _refused(path: Path, head: bytes, error: Exception) -> str:
         code = told[1] if told else _first_global(path)
         if code is not None:
             return (
-                f"{path} is not a checkpoint of plain tensors: it asks for code to be run, which is refused (it "
-                f"needs {code}); where it was made, save the state dict alone, best with safetensors"
+                f"{path} is not a checkpoint of plain tensors: it asks for code to be run, which "
+                f"is refused (it needs {code}); where it was made, save the state dict alone, best "
+                "with safetensors"
             )
     if not head.startswith((b"PK", b"\x80")):
         begin = head[:8].hex(" ")
-        return f"{path} is no checkpoint: it begins with the bytes {begin}; give a .pt, .pth or .safetensors file"
+        return (
+            f"{path} is no checkpoint: it begins with the bytes {begin}; give a .pt, .pth or "
+            ".safetensors file"
+        )
     return _damaged(path, "a damaged or truncated checkpoint", str(error) or type(error).__name__)
 
 
@@ -168,7 +182,10 @@ def _damaged(path: Path, what: str, reason: str) -> str:
         return f"{path} {other}"
     size = path.stat().st_size
     first = reason.strip().splitlines()[0].split(". ")[0]
-    return f"{path} is {what} of {size:,} bytes ({first}), as an unfinished download leaves it; download it again"
+    return (
+        f"{path} is {what} of {size:,} bytes ({first}), as an unfinished download leaves it; "
+        "download it again"
+    )
 
 
 def _unwrapped(path: Path, data: object, metadata: dict[str, str]) -> Contents:
@@ -192,14 +209,21 @@ def _read_folder(path: Path) -> Contents:
     if (path / "transformer" / "config.json").is_file():
         path = path / "transformer"
     if not (path / "config.json").is_file():
-        raise CheckpointError(f"a checkpoint folder must hold a diffusers config.json; got none in {path}; give another")
-    config, index = _read_json(path / "config.json"), path / f"{_WEIGHTS}.safetensors.index.json"
+        raise CheckpointError(
+            f"a checkpoint folder must hold a diffusers config.json; got none in {path}; give "
+            "another"
+        )
+    config = _read_json(path / "config.json")
+    index = path / f"{_WEIGHTS}.safetensors.index.json"
     names = [n for n in (f"{_WEIGHTS}.safetensors", f"{_WEIGHTS}.bin") if (path / n).is_file()][:1]
     if index.is_file():
         shards = _read_json(index).get("weight_map")
         names = sorted(set(map(str, shards.values()))) if isinstance(shards, dict) else []
     if not names or any(Path(n).name != n for n in names):
-        raise CheckpointError(f"{path} must hold {_WEIGHTS}.safetensors, or an index of files beside it; fetch it again")
+        raise CheckpointError(
+            f"{path} must hold {_WEIGHTS}.safetensors, or an index of files beside it; fetch it "
+            "again"
+        )
     data: object = _load(path / names[0])[0]
     for name in names[1:]:
         shard = _load(path / name)[0]
@@ -215,7 +239,11 @@ def _read_json(path: Path) -> dict[str, Any]:
         data = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         what = foreign(path, plain_text=False) if path.is_file() else None
-        raise CheckpointError(f"{path} {what or f'is not readable JSON: {error}; fetch it again'}") from error
+        raise CheckpointError(
+            f"{path} {what or f'is not readable JSON: {error}; fetch it again'}"
+        ) from error
     if not isinstance(data, dict):
-        raise CheckpointError(f"{path} must hold a JSON object; got {type(data).__name__}; fetch it again")
+        raise CheckpointError(
+            f"{path} must hold a JSON object; got {type(data).__name__}; fetch it again"
+        )
     return data

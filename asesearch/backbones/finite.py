@@ -20,11 +20,13 @@ def refuse_not_finite(state: Mapping[str, Tensor], where: str) -> None:
     """
     bad = {name: count for name, value in state.items() if (count := _not_finite(value))}
     if bad:
-        shown = ", ".join(f"{count} of {state[name].numel()} in {name}" for name, count in list(bad.items())[:3])
+        shown = ", ".join(
+            f"{count} of {state[name].numel()} in {name}" for name, count in list(bad.items())[:3]
+        )
         more = f", and more in {len(bad) - 3} other tensors" if len(bad) > 3 else ""
         raise CheckpointError(
-            f"{where} must hold finite numbers; got NaN or infinity: {shown}{more}; take a checkpoint from before the "
-            "training broke, or copy a damaged file again"
+            f"{where} must hold finite numbers; got NaN or infinity: {shown}{more}; take a "
+            "checkpoint from before the training broke, or copy a damaged file again"
         )
 
 

@@ -32,7 +32,8 @@ _AGAIN = "download it again"
 
 
 def foreign(path: Path, plain_text: bool = True) -> str | None:
-    """What a file is and how to fix that, as "WHAT; FIX"; None where it may be a checkpoint, whole or damaged.
+    """What a file is and how to fix that, as "WHAT; FIX"; None where it may be a checkpoint, whole
+    or damaged.
 
     Args:
         path: of a file that can be read.
@@ -74,12 +75,17 @@ def _zip(path: Path, size: int) -> str | None:
     except zipfile.BadZipFile:
         return f"is cut short after {size:,} bytes, as an unfinished download is; {_AGAIN}"
     if any(name.endswith("constants.pkl") for name in names):
-        return "is a TorchScript program; save its state dict: torch.save(module.state_dict(), FILE)"
+        return (
+            "is a TorchScript program; save its state dict: torch.save(module.state_dict(), FILE)"
+        )
     if any(name.endswith("data.pkl") for name in names):
         return None
     if names and all(name.endswith(".npy") for name in names):
         return f"is an archive of NumPy arrays (.npz); {_CONVERT}"
-    return f"is a zip archive of {', '.join(names[:3]) or 'nothing'}; unpack it, and give the checkpoint"
+    return (
+        f"is a zip archive of {', '.join(names[:3]) or 'nothing'}; unpack it, and give the "
+        "checkpoint"
+    )
 
 
 def _text(path: Path, head: bytes, size: int, plain_text: bool) -> str | None:
@@ -94,7 +100,9 @@ def _text(path: Path, head: bytes, size: int, plain_text: bool) -> str | None:
     if lower.startswith("<") and ("<html" in lower or "<!doctype html" in lower):
         title = re.search(r"<title>\s*([^<]{1,80}?)\s*</title>", text, re.IGNORECASE)
         shown = f" ({title[1]!r})" if title else ""
-        return f"is a web page{shown}; download the file itself, signed in where the site asks for it"
+        return (
+            f"is a web page{shown}; download the file itself, signed in where the site asks for it"
+        )
     if lower.startswith("<?xml") or (lower.startswith("<") and "</" in lower):
         return f"is an XML text, often a server's error message; {_AGAIN}"
     if not plain_text:

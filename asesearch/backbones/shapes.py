@@ -1,4 +1,5 @@
-"""The architecture of a network that is told by its weights alone: what their shapes say, and the rest.
+"""The architecture of a network that is told by its weights alone: what their shapes say, and the
+rest.
 
 Not in the shapes, and taken as the official code has it: activation, norm eps, spacing of the
 timestep frequencies, scale of the attention, and that the network predicts noise. Heads are known
@@ -22,7 +23,8 @@ Shapes = Mapping[str, tuple[int, ...]]
 OFFICIAL_DROPOUT = 0.1  # of labels, in DiT's training
 IMAGENET_ROWS = 1001  # of label embeddings: 1,000 classes and the null label
 
-#: Names by which the original weights of other networks are known: what they are, and their diffusers version.
+#: Names by which the original weights of other networks are known: what they are, and their
+#: diffusers version.
 _OTHERS = {
     "t_block.": ("PixArt", "PixArt-alpha/PixArt-XL-2-256x256"),
     "csize_embedder.": ("PixArt", "PixArt-alpha/PixArt-XL-2-1024-MS"),
@@ -72,8 +74,8 @@ def from_shapes(contents: Contents, given: Mapping[str, Any]) -> Architecture:
         rows = _label_rows(kind, shapes)
     except (KeyError, IndexError, ValueError, ZeroDivisionError) as error:
         raise CheckpointError(
-            f"{contents.path} must be an official DiT or U-ViT; got {', '.join(list(shapes)[:5])} …, "
-            f"where an entry is missing or misshapen: {error}; convert it to the official names"
+            f"{contents.path} must be an official DiT or U-ViT; got {', '.join(list(shapes)[:5])} "
+            f"…, where an entry is missing or misshapen: {error}; convert it to the official names"
         ) from error
     heads, said = _heads(kind, args, contents.options)
     args |= heads
@@ -95,21 +97,30 @@ def _refuse_others(contents: Contents, shapes: Shapes) -> None:
     """Refuse weights of networks that asesearch reads elsewhere, or not at all."""
     path = contents.path
     if any(k.startswith("transformer_blocks.") for k in shapes):
-        raise CheckpointError(f"{path} is the weight file of a diffusers folder; give the folder, with config.json")
+        raise CheckpointError(
+            f"{path} is the weight file of a diffusers folder; give the folder, with config.json"
+        )
     if "context_embed.weight" in shapes:
-        raise CheckpointError(f"{path} is a U-ViT for text; asesearch runs unconditional and class-conditional ones")
+        raise CheckpointError(
+            f"{path} is a U-ViT for text; asesearch runs unconditional and class-conditional ones"
+        )
     for begin, (name, folder) in _OTHERS.items():
         if any(k.startswith(begin) for k in shapes):
             fix = "asesearch can't run it"
             if folder is not None:
-                fix = f"give the folder of its diffusers version, such as {folder}, with kind = 'diffusers'"
-            raise CheckpointError(f"{path} holds {name}'s weights as its authors released them; {fix}")
+                fix = (
+                    f"give the folder of its diffusers version, such as {folder}, with kind = "
+                    "'diffusers'"
+                )
+            raise CheckpointError(
+                f"{path} holds {name}'s weights as its authors released them; {fix}"
+            )
     for key in _PREDICTION:
         value = contents.options.get(key)
         if value is not None and value not in _NOISE:
             raise CheckpointError(
-                f"{path} was trained with {key} = {value!r}, as its options say; asesearch's DiT and "
-                "U-ViT predict noise; give a network that does"
+                f"{path} was trained with {key} = {value!r}, as its options say; asesearch's DiT "
+                "and U-ViT predict noise; give a network that does"
             )
 
 
@@ -165,7 +176,9 @@ def _label_rows(kind: str, shapes: Shapes) -> int:
 # -- heads -----------------------------------------------------------------------------------------
 
 
-def _heads(kind: str, args: Mapping[str, Any], options: Mapping[str, Any]) -> tuple[dict[str, int], tuple[str, ...]]:
+def _heads(
+    kind: str, args: Mapping[str, Any], options: Mapping[str, Any]
+) -> tuple[dict[str, int], tuple[str, ...]]:
     """The number of heads, if it can be known, and what was assumed."""
     told = options.get("num_heads")
     width = args["hidden_size" if kind == "dit" else "embed_dim"]
@@ -207,12 +220,15 @@ def uvit_preset(args: Mapping[str, Any]) -> str | None:
 # -- labels ----------------------------------------------------------------------------------------
 
 
-def _dit_labels(rows: int, given: Mapping[str, Any], contents: Contents) -> tuple[dict[str, Any], str]:
+def _dit_labels(
+    rows: int, given: Mapping[str, Any], contents: Contents
+) -> tuple[dict[str, Any], str]:
     """Arguments about labels, and what was assumed.
 
     DiT has a row for each class and, if labels were dropped in training, one more: the null label.
     """
-    classes, dropout = given.get("num_classes"), given.get("class_dropout_prob")
+    classes = given.get("num_classes")
+    dropout = given.get("class_dropout_prob")
     unsure = ""
     if classes is None and dropout is not None:
         classes = rows - (dropout > 0)
@@ -221,14 +237,15 @@ def _dit_labels(rows: int, given: Mapping[str, Any], contents: Contents) -> tupl
     null = rows - classes
     if null not in (0, 1) or classes < 1:
         raise ConfigError(
-            f"the {rows} label embeddings in {contents.path} are those of num_classes = {rows} (no null label)"
-            f"{f' or {rows - 1} (and the null label)' if rows > 1 else ''}; got {classes} in [backbone]; "
-            "correct args.num_classes"
+            f"the {rows} label embeddings in {contents.path} are those of num_classes = {rows} (no "
+            f"null label){f' or {rows - 1} (and the null label)' if rows > 1 else ''}; got "
+            f"{classes} in [backbone]; correct args.num_classes"
         )
     if dropout is not None and (dropout > 0) != bool(null):
         raise ConfigError(
-            f"{rows} label embeddings in {contents.path} and num_classes = {classes} mean a network "
-            f"{'with' if null else 'without'} a null label; got class_dropout_prob = {dropout}; leave it out"
+            f"{rows} label embeddings in {contents.path} and num_classes = {classes} mean a "
+            f"network {'with' if null else 'without'} a null label; got class_dropout_prob = "
+            f"{dropout}; leave it out"
         )
     if dropout is None:
         dropout = OFFICIAL_DROPOUT if null else 0.0
@@ -236,8 +253,10 @@ def _dit_labels(rows: int, given: Mapping[str, Any], contents: Contents) -> tupl
 
 
 def _told_classes(rows: int, options: Mapping[str, Any]) -> tuple[int, str]:
-    """The number of classes by the training's options, or by what is usual; and what was assumed."""
-    told, dropout = options.get("num_classes"), options.get("class_dropout_prob")
+    """The number of classes by the training's options, or by what is usual; and what was
+    assumed."""
+    told = options.get("num_classes")
+    dropout = options.get("class_dropout_prob")
     if told in (rows, rows - 1) and told > 0:
         return told, ""
     if dropout is not None and rows - (dropout > 0) > 0:
@@ -247,13 +266,17 @@ def _told_classes(rows: int, options: Mapping[str, Any]) -> tuple[int, str]:
     if rows == IMAGENET_ROWS:
         return rows - 1, ""
     return rows - 1, (
-        f"{rows} label embeddings are taken for {rows - 1} classes and the null label, as the official training makes "
-        f"them; set args.num_classes = {rows} in [backbone] if no labels were dropped in training, or {rows - 1} to say so"
+        f"{rows} label embeddings are taken for {rows - 1} classes and the null label, as the "
+        f"official training makes them; set args.num_classes = {rows} in [backbone] if no labels "
+        f"were dropped in training, or {rows - 1} to say so"
     )
 
 
-def _uvit_labels(rows: int, given: Mapping[str, Any], args: Mapping[str, Any]) -> tuple[dict[str, Any], str]:
-    """As `_dit_labels`; U-ViT's `num_classes` counts the null label, which `has_null_label` tells of."""
+def _uvit_labels(
+    rows: int, given: Mapping[str, Any], args: Mapping[str, Any]
+) -> tuple[dict[str, Any], str]:
+    """As `_dit_labels`; U-ViT's `num_classes` counts the null label, which `has_null_label` tells
+    of."""
     if "has_null_label" in given or rows < 1:
         return {"has_null_label": given.get("has_null_label", True)}, ""
     preset = uvit_preset(args)
@@ -261,6 +284,6 @@ def _uvit_labels(rows: int, given: Mapping[str, Any], args: Mapping[str, Any]) -
         null = rows != 1 if preset is None else uvit.PRESETS[preset].get("has_null_label", True)
         return {"has_null_label": null}, ""
     return {"has_null_label": True}, (
-        f"the last of {rows} label embeddings is taken for the null label; set args.has_null_label in [backbone] to "
-        "false if no labels were dropped in training, or to true to say so"
+        f"the last of {rows} label embeddings is taken for the null label; set args.has_null_label "
+        "in [backbone] to false if no labels were dropped in training, or to true to say so"
     )

@@ -1,7 +1,8 @@
 """U-ViT with early exit. Parameter names, presets and arithmetic are the official ones.
 
-Source: Bao et al., "All are Worth Words: A ViT Backbone for Diffusion Models", CVPR 2023, and its released code
-(baofff/U-ViT, `libs/uvit.py` and `configs/`); early exit: Moon et al. 2024, section 3.2 and Figure 8.
+Source: Bao et al., "All are Worth Words: A ViT Backbone for Diffusion Models", CVPR 2023, and its
+released code (baofff/U-ViT, `libs/uvit.py` and `configs/`); early exit: Moon et al. 2024, section
+3.2 and Figure 8.
 """
 
 from __future__ import annotations
@@ -16,15 +17,23 @@ from asesearch.backbones.base import Backbone, ExitDepth, check_labels
 from asesearch.backbones.dit import Attention, Mlp, PatchEmbed, timestep_embedding
 from asesearch.errors import ConfigError
 
-_S: dict[str, Any] = {"in_chans": 3, "embed_dim": 512, "depth": 12, "num_heads": 8, "num_classes": -1, "conv": True}
+_S: dict[str, Any] = {
+    "in_chans": 3,
+    "embed_dim": 512,
+    "depth": 12,
+    "num_heads": 8,
+    "num_classes": -1,
+    "conv": True,
+}
 _M: dict[str, Any] = {"in_chans": 3, "embed_dim": 768, "depth": 16, "num_heads": 12, "conv": True}
 _L: dict[str, Any] = {"embed_dim": 1024, "depth": 20, "num_heads": 16, "conv": True}
 _H: dict[str, Any] = {"embed_dim": 1152, "depth": 28, "num_heads": 16, "conv": False}
 _PIXELS: dict[str, Any] = {"in_chans": 3, "num_classes": 1000, "has_null_label": False}
 _LATENTS: dict[str, Any] = {"in_chans": 4, "num_classes": 1001}
 
-#: The released networks of this class: name -> constructor arguments. The two ImageNet-64 ones have no null label, so no
-#: classifier-free guidance. (The two for text, `libs/uvit_t2i.py`, are another class.)
+#: The released networks of this class: name -> constructor arguments. The two ImageNet-64 ones have
+#: no null label, so no classifier-free guidance. (The two for text, `libs/uvit_t2i.py`, are another
+#: class.)
 PRESETS: dict[str, dict[str, Any]] = {
     "U-ViT-S/2-CIFAR10": {"img_size": 32, "patch_size": 2, **_S},
     "U-ViT-S/4-CelebA64": {"img_size": 64, "patch_size": 4, **_S},
@@ -38,7 +47,8 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 
 class UViTBlock(nn.Module):
-    """Pre-norm transformer block: (N, L, D) -> (N, L, D). A decoder block also owns the merging of its long skip."""
+    """Pre-norm transformer block: (N, L, D) -> (N, L, D). A decoder block also owns the merging of
+    its long skip."""
 
     def __init__(
         self,
@@ -59,7 +69,8 @@ class UViTBlock(nn.Module):
         self.use_checkpoint = use_checkpoint
 
     def merge(self, x: Tensor, skip: Tensor) -> Tensor:
-        """Take the long skip in, which a dropped block still does: (N, L, D), (N, L, D) -> (N, L, D)."""
+        """Take the long skip in, which a dropped block still does: (N, L, D), (N, L, D) -> (N, L,
+        D)."""
         if self.skip_linear is None:
             return x
         merged: Tensor = self.skip_linear(torch.cat([x, skip], dim=-1))
@@ -81,13 +92,13 @@ class UViTBlock(nn.Module):
 class UViT(Backbone):
     """Transformer with long skip connections whose trailing decoder blocks may be dropped.
 
-    `depth` the argument is the official one: twice the decoder blocks, and one block in the middle on top. `depth` the
-    attribute counts what may be dropped, the decoder blocks; `exit_depth` 0 drops all of them. A dropped block keeps its
-    `skip_linear`, so every long skip arrives.
+    `depth` the argument is the official one: twice the decoder blocks, and one block in the middle
+    on top. `depth` the attribute counts what may be dropped, the decoder blocks; `exit_depth` 0
+    drops all of them. A dropped block keeps its `skip_linear`, so every long skip arrives.
 
-    Arguments are the official constructor's (but `norm_layer`), and `has_null_label`: whether the last of the
-    `num_classes` embeddings is the null label of classifier-free guidance (the official code knows that from the data set).
-    `num_classes` the attribute does not count the null label.
+    Arguments are the official constructor's (but `norm_layer`), and `has_null_label`: whether the
+    last of the `num_classes` embeddings is the null label of classifier-free guidance (the official
+    code knows that from the data set). `num_classes` the attribute does not count the null label.
 
     Raises:
         ConfigError: sizes that do not fit each other.
@@ -115,15 +126,24 @@ class UViT(Backbone):
     ) -> None:
         super().__init__()
         if img_size % patch_size:
-            raise ConfigError(f"patch_size must divide img_size; got {patch_size} and {img_size}; pad or choose another")
+            raise ConfigError(
+                f"patch_size must divide img_size; got {patch_size} and {img_size}; pad or choose "
+                "another"
+            )
         if embed_dim % num_heads:
-            raise ConfigError(f"embed_dim must be a multiple of num_heads; got {embed_dim} and {num_heads}")
+            raise ConfigError(
+                f"embed_dim must be a multiple of num_heads; got {embed_dim} and {num_heads}"
+            )
         if num_classes == 1 and has_null_label:
             raise ConfigError(
-                "num_classes counts the null label and some label; got 1; set has_null_label to false, or add one"
+                "num_classes counts the null label and some label; got 1; set has_null_label to "
+                "false, or add one"
             )
         if depth < 2 or depth % 2:
-            raise ConfigError(f"depth must be even, half encoder, half decoder; got {depth}; the middle block is not counted")
+            raise ConfigError(
+                f"depth must be even, half encoder, half decoder; got {depth}; the middle block is "
+                "not counted"
+            )
         self.config: dict[str, Any] = {
             "img_size": img_size,
             "patch_size": patch_size,
@@ -142,9 +162,13 @@ class UViT(Backbone):
             "has_null_label": has_null_label,
         }
         labelled = num_classes > 0
-        self.depth, self.input_size, self.patch_size, self.embed_dim = depth // 2, img_size, patch_size, embed_dim
+        self.depth = depth // 2
+        self.input_size = img_size
+        self.patch_size = patch_size
+        self.embed_dim = embed_dim
         self.in_channels = self.guided_channels = in_chans
-        self.has_null_label, self.learn_sigma = labelled and has_null_label, False
+        self.has_null_label = labelled and has_null_label
+        self.learn_sigma = False
         self.num_classes = num_classes - self.has_null_label if labelled else 0
         self.extras = 2 if labelled else 1  # tokens before the patches: label, time
 
@@ -156,16 +180,22 @@ class UViT(Backbone):
         self.time_embed: nn.Module = nn.Identity()
         if mlp_time_embed:
             hidden = 4 * embed_dim
-            self.time_embed = nn.Sequential(nn.Linear(embed_dim, hidden), nn.SiLU(), nn.Linear(hidden, embed_dim))
+            self.time_embed = nn.Sequential(
+                nn.Linear(embed_dim, hidden), nn.SiLU(), nn.Linear(hidden, embed_dim)
+            )
         if labelled:
             self.label_emb = nn.Embedding(num_classes, embed_dim)
-        self.pos_embed = nn.Parameter(torch.zeros(1, self.extras + (img_size // patch_size) ** 2, embed_dim))
+        self.pos_embed = nn.Parameter(
+            torch.zeros(1, self.extras + (img_size // patch_size) ** 2, embed_dim)
+        )
         self.in_blocks = nn.ModuleList(blocks(depth // 2, skip=False))
         self.mid_block = blocks(1, skip=False)[0]
         self.out_blocks = nn.ModuleList(blocks(depth // 2, skip=skip))
         self.norm = nn.LayerNorm(embed_dim)
         self.decoder_pred = nn.Linear(embed_dim, patch_size**2 * in_chans)
-        self.final_layer: nn.Module = nn.Conv2d(in_chans, in_chans, 3, padding=1) if conv else nn.Identity()
+        self.final_layer: nn.Module = (
+            nn.Conv2d(in_chans, in_chans, 3, padding=1) if conv else nn.Identity()
+        )
         self.initialize_weights()
 
     @staticmethod
@@ -207,18 +237,23 @@ class UViT(Backbone):
 
     def _unpatchify(self, x: Tensor) -> Tensor:
         """(N, L, patch²·C) -> (N, C, H, W)."""
-        n, p, c = x.shape[0], self.patch_size, self.in_channels
+        n = x.shape[0]
+        p = self.patch_size
+        c = self.in_channels
         grid = self.input_size // p
         x = x.view(n, grid, grid, p, p, c).permute(0, 5, 1, 3, 2, 4)  # (N, C, grid, p, grid, p)
         return x.reshape(n, c, grid * p, grid * p)
 
-    def forward(self, x_t: Tensor, t: Tensor, y: Tensor | None = None, *, exit_depth: ExitDepth = None) -> Tensor:
+    def forward(
+        self, x_t: Tensor, t: Tensor, y: Tensor | None = None, *, exit_depth: ExitDepth = None
+    ) -> Tensor:
         n = x_t.shape[0]
         depths = self.check_exit_depth(exit_depth, n)
         check_labels(self, y, n)
         x = self._embed(x_t, t, y)  # (N, extras + L, D)
         order: Tensor | None = None
-        if isinstance(depths, list):  # deepest first, so that each block runs on the head of the batch
+        # deepest first, so that each block runs on the head of the batch
+        if isinstance(depths, list):
             order = torch.tensor(sorted(range(n), key=lambda i: -depths[i]), device=x.device)
             active = [sum(d > i for d in depths) for i in range(self.depth)]
             x = x[order]

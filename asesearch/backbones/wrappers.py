@@ -82,7 +82,8 @@ class _Candidate:
 
 
 def find_weights(data: object) -> Weights:
-    """The weights in what a checkpoint file holds: the EMA's where it has them all, else the model's.
+    """The weights in what a checkpoint file holds: the EMA's where it has them all, else the
+    model's.
 
     Raises:
         NoWeightsError: none, several that might be meant, or some without names.
@@ -97,7 +98,9 @@ def find_weights(data: object) -> Weights:
             "copy them into the network (ema.copy_to(net.parameters())) and save net.state_dict()"
         )
     if not found:
-        raise NoWeightsError(f"must hold a state dict of tensors; it holds {contents(data)}; save net.state_dict()")
+        raise NoWeightsError(
+            f"must hold a state dict of tensors; it holds {contents(data)}; save net.state_dict()"
+        )
     ema = _one(averaged) if averaged else None
     if ema is None:
         return _with_notes(_one(plain), _empty_averages(data))
@@ -115,8 +118,8 @@ def _complete(ema: _Candidate, model: _Candidate) -> Weights:
         return Weights(state, ema.source, (note,))
     if missing:
         note = (
-            f"{ema.source} lacks {len(missing)} of the {len(model.state)} tensors of {model.source}, "
-            f"such as {min(missing)}, so the weights are those of {model.source}"
+            f"{ema.source} lacks {len(missing)} of the {len(model.state)} tensors of "
+            f"{model.source}, such as {min(missing)}, so the weights are those of {model.source}"
         )
         return Weights(model.state, model.source, (note,))
     return Weights(ema.state, ema.source)
@@ -125,7 +128,10 @@ def _complete(ema: _Candidate, model: _Candidate) -> Weights:
 def _with_notes(chosen: _Candidate, empty: list[str]) -> Weights:
     if not empty:
         return Weights(chosen.state, chosen.source)
-    note = f"{', '.join(empty)} holds no weights under the network's names, so they are those of {chosen.source}"
+    note = (
+        f"{', '.join(empty)} holds no weights under the network's names, so they are those of "
+        f"{chosen.source}"
+    )
     return Weights(chosen.state, chosen.source, (note,))
 
 
@@ -139,7 +145,9 @@ def _candidates(data: object, path: tuple[str, ...]) -> Iterator[_Candidate]:
     plain = {".".join(p for p in k.split(".") if p not in _SEGMENTS): k for k in tensors}
     if len(plain) < len(tensors):
         twice = min(tensors.keys() - set(plain.values()))
-        raise NoWeightsError(f"holds {twice} twice, with and without a prefix; save net.state_dict()")
+        raise NoWeightsError(
+            f"holds {twice} twice, with and without a prefix; save net.state_dict()"
+        )
     roots = {m[1] for name in plain if (m := _ANCHOR.match(name))}
     for root in sorted(roots):
         inside = tuple(other for other in roots if other != root and other.startswith(root))
@@ -175,7 +183,9 @@ def _one(found: list[_Candidate]) -> _Candidate:
     if len(chosen) == 1:
         return chosen[0]
     names = ", ".join(c.source for c in found[:6])
-    raise NoWeightsError(f"holds several sets of weights: {names}; save the one that is meant by itself")
+    raise NoWeightsError(
+        f"holds several sets of weights: {names}; save the one that is meant by itself"
+    )
 
 
 def _empty_averages(data: object, nesting: int = 1) -> list[str]:
@@ -197,7 +207,11 @@ def _nameless(data: object, path: tuple[str, ...]) -> str | None:
     if isinstance(data, Mapping) and len(path) <= _MAX_NESTING:
         inner = (_nameless(v, (*path, str(k))) for k, v in data.items())
         return next((where for where in inner if where), None)
-    is_list = isinstance(data, list | tuple) and len(data) > 0 and all(isinstance(v, Tensor) for v in data)
+    is_list = (
+        isinstance(data, list | tuple)
+        and len(data) > 0
+        and all(isinstance(v, Tensor) for v in data)
+    )
     return ".".join(path) if is_list and any(_EMA.search(p) for p in path) else None
 
 
@@ -215,7 +229,11 @@ def _kind(value: object) -> str:
         return f"{str(value.dtype).removeprefix('torch.')} {tuple(value.shape)}"
     if isinstance(value, Mapping):
         inner = ", ".join(str(k) for k in list(value)[:3])
-        return f"dict of {len(value)}: {inner}{', …' if len(value) > 3 else ''}" if value else "empty dict"
+        return (
+            f"dict of {len(value)}: {inner}{', …' if len(value) > 3 else ''}"
+            if value
+            else "empty dict"
+        )
     if isinstance(value, list | tuple):
         return f"{type(value).__name__} of {len(value)}"
     return type(value).__name__

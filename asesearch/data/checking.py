@@ -25,26 +25,40 @@ KEEP_EVERY = 20_000  # images between writes of what is known
 VERSION = 1  # of what `check_image` finds
 
 _log = logging.getLogger(__name__)
-_known: dict[Path, npt.NDArray[np.uint64]] = {}  # what this process has found, wherever it could be kept
+# what this process has found, wherever it could be kept
+_known: dict[Path, npt.NDArray[np.uint64]] = {}
 
 
 def find_unreadable(root: Path, files: Sequence[ImageFile]) -> dict[str, UnreadableImage]:
     """The images that can't be read, by name, with the reason.
 
-    Every image is decoded, by several threads. Those that were found whole are known again by name, size and time of change,
-    from a file in `cache_dir()`, and are not decoded a second time.
+    Every image is decoded, by several threads. Those that were found whole are known again by name,
+    size and time of change, from a file in `cache_dir()`, and are not decoded a second time.
     """
     keys = np.array([_key(f) for f in files], dtype=np.uint64)
-    path = cache_dir() / "checked" / f"{hashlib.sha256(os.fsencode(root.resolve())).hexdigest()[:32]}.npy"
+    path = (
+        cache_dir()
+        / "checked"
+        / f"{hashlib.sha256(os.fsencode(root.resolve())).hexdigest()[:32]}.npy"
+    )
     whole = np.isin(keys, _read_known(path))
     todo = np.flatnonzero(~whole)
     faults: dict[str, UnreadableImage] = {}
     threads = min(os.cpu_count() or 1, READERS)
-    bar = tqdm(total=len(todo), desc="check images", file=sys.stderr, dynamic_ncols=True, leave=False, delay=1.0)
+    bar = tqdm(
+        total=len(todo),
+        desc="check images",
+        file=sys.stderr,
+        dynamic_ncols=True,
+        leave=False,
+        delay=1.0,
+    )
     with bar, ThreadPoolExecutor(threads) as pool:
         for first in range(0, len(todo), KEEP_EVERY):
             part = todo[first : first + KEEP_EVERY].tolist()
-            for i, fault in zip(part, pool.map(_fault, [root / files[i].name for i in part]), strict=True):
+            for i, fault in zip(
+                part, pool.map(_fault, [root / files[i].name for i in part]), strict=True
+            ):
                 bar.update()
                 whole[i] = fault is None
                 if fault is not None:
@@ -55,7 +69,9 @@ def find_unreadable(root: Path, files: Sequence[ImageFile]) -> dict[str, Unreada
 
 def _key(file: ImageFile) -> int:
     text = f"{VERSION} {file.name} {file.size} {file.mtime_ns}"
-    return int.from_bytes(hashlib.blake2b(text.encode("utf-8", "surrogateescape"), digest_size=8).digest(), "big")
+    return int.from_bytes(
+        hashlib.blake2b(text.encode("utf-8", "surrogateescape"), digest_size=8).digest(), "big"
+    )
 
 
 def _fault(path: Path) -> UnreadableImage | None:
@@ -86,8 +102,8 @@ def _keep(path: Path, keys: npt.NDArray[np.uint64]) -> None:
     except WriteError as error:
         reason = getattr(error.__cause__, "strerror", None) or error.__cause__
         _log.warning(
-            "images will be checked again by the next run, as what was found can't be kept in %s: %s; set ASESEARCH_CACHE to a "
-            "folder you may write to",
+            "images will be checked again by the next run, as what was found can't be kept in %s: "
+            "%s; set ASESEARCH_CACHE to a folder you may write to",
             printable(path.parent),
             reason,
         )

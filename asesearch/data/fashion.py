@@ -48,13 +48,20 @@ def read_idx(path: str | os.PathLike[str]) -> npt.NDArray[np.uint8]:
         raw = path.read_bytes()
         data = gzip.decompress(raw) if raw[:2] == b"\x1f\x8b" else raw
     except (OSError, EOFError, zlib.error) as error:
-        raise DataError(f"can't read the IDX file {path}: {error}; check the path or fetch the file again") from error
+        raise DataError(
+            f"can't read the IDX file {path}: {error}; check the path or fetch the file again"
+        ) from error
     if len(data) < 4 or data[:3] != b"\x00\x00\x08" or len(data) < 4 + 4 * data[3]:
-        raise DataError(f"{path} is not an IDX file of unsigned bytes; MNIST's and Fashion-MNIST's files are")
+        raise DataError(
+            f"{path} is not an IDX file of unsigned bytes; MNIST's and Fashion-MNIST's files are"
+        )
     shape = struct.unpack(f">{data[3]}I", data[4 : 4 + 4 * data[3]])
     body = np.frombuffer(data, dtype=np.uint8, offset=4 + 4 * data[3])
     if body.size != math.prod(shape):
-        raise DataError(f"{path} is truncated or damaged: its header says {shape}, it holds {body.size} bytes; fetch it again")
+        raise DataError(
+            f"{path} is truncated or damaged: its header says {shape}, it holds {body.size} bytes; "
+            "fetch it again"
+        )
     return body.reshape(shape)
 
 
@@ -67,12 +74,15 @@ FASHION_MNIST_SHA256 = {
 }
 
 
-def fashion_mnist(split: str = "train", path: str | os.PathLike[str] | None = None, *, download: bool = False) -> ImageArray:
+def fashion_mnist(
+    split: str = "train", path: str | os.PathLike[str] | None = None, *, download: bool = False
+) -> ImageArray:
     """Fashion-MNIST: 28×28 grey images of ten kinds of clothing (Xiao et al. 2017, MIT licence).
 
-    The 10,000 `test` images travel in the package. The 60,000 `train` images are taken from `path` where given, else from
-    Debian's package `dataset-fashion-mnist`, else from the cache; with `download` they are fetched into the cache.
-    The content is checked against its published SHA-256 wherever it came from.
+    The 10,000 `test` images travel in the package. The 60,000 `train` images are taken from `path`
+    where given, else from Debian's package `dataset-fashion-mnist`, else from the cache; with
+    `download` they are fetched into the cache. The content is checked against its published SHA-256
+    wherever it came from.
 
     Raises:
         DataError: unknown split, files not found, or files that are not Fashion-MNIST.
@@ -81,19 +91,27 @@ def fashion_mnist(split: str = "train", path: str | os.PathLike[str] | None = No
         raise DataError(f"Fashion-MNIST has the splits train and test; got {split!r}")
     stem = "train" if split == "train" else "t10k"
     names = [f"{stem}-images-idx3-ubyte", f"{stem}-labels-idx1-ubyte"]
-    folders = [Path(path)] if path is not None else [DEBIAN_FASHION_MNIST, cache_dir() / "fashion-mnist"]
+    folders = (
+        [Path(path)] if path is not None else [DEBIAN_FASHION_MNIST, cache_dir() / "fashion-mnist"]
+    )
     if split == "test" and path is None:
         folders.insert(0, Path(str(resources.files("asesearch"))) / "assets" / "fashion-mnist")
     for folder in folders:
-        found = [next((f for f in (folder / n, folder / f"{n}.gz") if os.path.isfile(f)), None) for n in names]
+        found = [
+            next((f for f in (folder / n, folder / f"{n}.gz") if os.path.isfile(f)), None)
+            for n in names
+        ]
         if all(found):
-            arrays = [_checked_idx(f, n) for f, n in zip(found, names, strict=True) if f is not None]
+            arrays = [
+                _checked_idx(f, n) for f, n in zip(found, names, strict=True) if f is not None
+            ]
             break
     else:
         if not (download and path is None):
             raise DataError(
-                f"the Fashion-MNIST {split} images are not in {' or '.join(map(str, folders))}; install Debian's package "
-                "dataset-fashion-mnist, give the folder that holds the IDX files, or allow the download"
+                f"the Fashion-MNIST {split} images are not in {' or '.join(map(str, folders))}; "
+                "install Debian's package dataset-fashion-mnist, give the folder that holds the "
+                "IDX files, or allow the download"
             )
         arrays = [_checked_idx(_download_fashion_mnist(n, folders[-1]), n) for n in names]
     return ImageArray(arrays[0][:, None], arrays[1], f"fashion-mnist/{split}", num_classes=10)
@@ -104,7 +122,10 @@ def _checked_idx(path: Path, name: str) -> npt.NDArray[np.uint8]:
     raw = path.read_bytes()
     content = gzip.decompress(raw) if raw[:2] == b"\x1f\x8b" else raw
     if hashlib.sha256(content).hexdigest() != FASHION_MNIST_SHA256[name]:
-        raise DataError(f"{path} is a readable IDX file but not Fashion-MNIST's {name} (SHA-256 differs); fetch it again")
+        raise DataError(
+            f"{path} is a readable IDX file but not Fashion-MNIST's {name} (SHA-256 differs); "
+            "fetch it again"
+        )
     return array
 
 
@@ -114,14 +135,16 @@ def _download_fashion_mnist(name: str, folder: Path) -> Path:
         check_writable(target)
     except WriteError as error:
         raise DataError(
-            f"can't keep Fashion-MNIST in {folder}: {error.__cause__}; set ASESEARCH_CACHE to a folder you may write to"
+            f"can't keep Fashion-MNIST in {folder}: {error.__cause__}; set ASESEARCH_CACHE to a "
+            "folder you may write to"
         ) from error
     try:
         with urllib.request.urlopen(f"{FASHION_MNIST_URL}{name}.gz", timeout=60) as response:
             content = response.read()
     except OSError as error:
         raise DataError(
-            f"can't download {FASHION_MNIST_URL}{name}.gz to {folder}: {error}; fetch the files by hand and give their folder"
+            f"can't download {FASHION_MNIST_URL}{name}.gz to {folder}: {error}; fetch the files by "
+            "hand and give their folder"
         ) from error
     with replacing(target, shared=True) as part:
         part.write_bytes(content)

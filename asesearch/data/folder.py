@@ -16,12 +16,30 @@ IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".ppm")
 CLASSES_FILE = "classes.json"
 #: Files of data sets that are read elsewhere, or said to be, when they lie in the folder itself.
 OWN_FILES = (CLASSES_FILE, "metadata.jsonl")
-#: What operating systems and network storage leave in folders beside what is hidden by its dot; in lower case.
+#: What operating systems and network storage leave in folders beside what is hidden by its dot; in
+#: lower case.
 SYSTEM_NAMES = frozenset(
-    {"@eadir", "@tmp", "#recycle", "#snapshot", "@recycle", "@recently-snapshot", "@synoresource", "lost+found", "recycler",
-     "$recycle.bin", "system volume information", "network trash folder", "temporary items", "__macosx", "__pycache__",
-     "thumbs.db", "ehthumbs.db", "desktop.ini"}
-)  # fmt: skip
+    {
+        "@eadir",
+        "@tmp",
+        "#recycle",
+        "#snapshot",
+        "@recycle",
+        "@recently-snapshot",
+        "@synoresource",
+        "lost+found",
+        "recycler",
+        "$recycle.bin",
+        "system volume information",
+        "network trash folder",
+        "temporary items",
+        "__macosx",
+        "__pycache__",
+        "thumbs.db",
+        "ehthumbs.db",
+        "desktop.ini",
+    }
+)
 SHOWN = 3  # names given in a message
 
 
@@ -38,7 +56,8 @@ def some(names: Sequence[str]) -> str:
 
 @dataclass(frozen=True, slots=True)
 class ImageFile:
-    """One image: its path in the folder (with slashes), size in bytes, and time of change in nanoseconds."""
+    """One image: its path in the folder (with slashes), size in bytes, and time of change in
+    nanoseconds."""
 
     name: str
     size: int
@@ -68,9 +87,14 @@ class Listing:
         """What is not read, in words; empty if nothing is."""
         parts = [_counted(kind, n) for kind, n in sorted(self.counts.items())]
         if self.broken:
-            parts.append(f"{_counted('broken link', len(self.broken))} ({some(sorted(self.broken))})")
+            parts.append(
+                f"{_counted('broken link', len(self.broken))} ({some(sorted(self.broken))})"
+            )
         if self.loops:
-            parts.append(f"{_counted('link', len(self.loops))} back into the own path ({some(sorted(self.loops))})")
+            parts.append(
+                f"{_counted('link', len(self.loops))} back into the own path "
+                f"({some(sorted(self.loops))})"
+            )
         return ", ".join(parts)
 
 
@@ -80,7 +104,8 @@ def _counted(kind: str, count: int) -> str:
 
 
 def list_folder(root: Path) -> Listing:
-    """Walk a folder. Links to files and folders are followed, as torchvision does; what is hidden is not.
+    """Walk a folder. Links to files and folders are followed, as torchvision does; what is hidden
+    is not.
 
     Raises:
         DataError: no such folder, or a folder that can't be read.
@@ -100,7 +125,8 @@ def _walk(found: Listing, folder: str, prefix: str, above: tuple[tuple[int, int]
         entries = list(os.scandir(folder))
     except OSError as error:
         raise DataError(
-            f"can't read the folder {printable(folder)}: {error.strerror}; check its permissions, or move it away"
+            f"can't read the folder {printable(folder)}: {error.strerror}; check its permissions, "
+            "or move it away"
         ) from error
     above = (*above, (here.st_dev, here.st_ino))
     for entry in entries:
@@ -125,7 +151,9 @@ def _walk(found: Listing, folder: str, prefix: str, above: tuple[tuple[int, int]
         elif os.path.splitext(entry.name)[1].lower() in IMAGE_SUFFIXES:
             found.files.append(ImageFile(name, facts.st_size, facts.st_mtime_ns))
         elif prefix or entry.name not in OWN_FILES:
-            found.counts[printable(os.path.splitext(entry.name)[1].lower()) or "file without suffix"] += 1
+            found.counts[
+                printable(os.path.splitext(entry.name)[1].lower()) or "file without suffix"
+            ] += 1
 
 
 def _note_broken(found: Listing, entry: os.DirEntry[str], name: str) -> None:
@@ -140,25 +168,40 @@ def class_folders(root: Path, listing: Listing) -> list[str]:
     """The names of the class folders, sorted; none for a folder of images without classes.
 
     Raises:
-        DataError: no images at all, images both in class folders and beside them, or a class folder without images.
+        DataError: no images at all, images both in class folders and beside them, or a class folder
+            without images.
     """
-    shown, left_out = printable(root), listing.left_out
+    shown = printable(root)
+    left_out = listing.left_out
     if not listing.files:
         holds = f"it holds {left_out}" if left_out else "it is empty"
-        raise DataError(f"no images ({' '.join(IMAGE_SUFFIXES)}) in {shown} or its subfolders: {holds}; check data.path")
+        raise DataError(
+            f"no images ({' '.join(IMAGE_SUFFIXES)}) in {shown} or its subfolders: {holds}; check "
+            "data.path"
+        )
     beside = [f.name for f in listing.files if "/" not in f.name]
     if len(beside) == len(listing.files):
         return []
     if beside:
-        raise DataError(f"{shown} holds images both in class folders and beside them ({some(beside)}); move these")
+        raise DataError(
+            f"{shown} holds images both in class folders and beside them ({some(beside)}); move "
+            "these"
+        )
     classes = sorted({f.name.split("/", 1)[0] for f in listing.files})
     if empty := [name for name in listing.folders if name not in set(classes)]:
-        raise DataError(f"every class folder of {shown} must hold images; got none in {some(empty)}; remove or fill it")
-    lost = [link for link in listing.broken if "/" not in link.split(" -> ")[0] and not _has_image_suffix(link)]
+        raise DataError(
+            f"every class folder of {shown} must hold images; got none in {some(empty)}; remove or "
+            "fill it"
+        )
+    lost = [
+        link
+        for link in listing.broken
+        if "/" not in link.split(" -> ")[0] and not _has_image_suffix(link)
+    ]
     if lost:
         raise DataError(
-            f"{shown} holds broken links where class folders are ({some(sorted(lost))}), and the labels of those after them "
-            "would shift; mend or remove them"
+            f"{shown} holds broken links where class folders are ({some(sorted(lost))}), and the "
+            "labels of those after them would shift; mend or remove them"
         )
     return classes
 
@@ -170,37 +213,58 @@ def _has_image_suffix(link: str) -> bool:
 # -- which class a folder is -----------------------------------------------------------------------
 
 ClassMap = Sequence[str] | Mapping[str, int]
-FORMS = 'a list of folder names in order of class index, or an object such as {"cat": 281, "dog": 207}'
+FORMS = (
+    'a list of folder names in order of class index, or an object such as {"cat": 281, "dog": 207}'
+)
 
 
-def class_indices(root: Path, folders: Sequence[str], given: ClassMap | None) -> dict[str, int] | None:
-    """The class index of each folder, from `given` or else from `classes.json` in `root`; None where neither is there.
+def class_indices(
+    root: Path, folders: Sequence[str], given: ClassMap | None
+) -> dict[str, int] | None:
+    """The class index of each folder, from `given` or else from `classes.json` in `root`; None
+    where neither is there.
 
     Raises:
-        DataError: unreadable, of another form, or not exactly one index, 0 or above, for every folder.
+        DataError: unreadable, of another form, or not exactly one index, 0 or above, for every
+            folder.
     """
     where = "the data section's classes"
     if given is None:
         path = root / CLASSES_FILE
         if not os.path.lexists(path):
             return None
-        given, where = _read_classes(path), printable(path)
+        given = _read_classes(path)
+        where = printable(path)
     names = list(given)
     if doubled := [name for name, n in Counter(names).items() if n > 1]:
-        raise DataError(f"{where} must name each class folder once; got {some(doubled)} more than once; correct it")
-    indices = dict(given) if isinstance(given, Mapping) else {name: i for i, name in enumerate(given)}
-    if wrong := [f"{name}: {json.dumps(i)}" for name, i in indices.items() if type(i) is not int or i < 0]:
-        raise DataError(f"{where} must give class indices, integers from 0; got {some(wrong)}; correct it")
+        raise DataError(
+            f"{where} must name each class folder once; got {some(doubled)} more than once; "
+            "correct it"
+        )
+    indices = (
+        dict(given) if isinstance(given, Mapping) else {name: i for i, name in enumerate(given)}
+    )
+    if wrong := [
+        f"{name}: {json.dumps(i)}" for name, i in indices.items() if type(i) is not int or i < 0
+    ]:
+        raise DataError(
+            f"{where} must give class indices, integers from 0; got {some(wrong)}; correct it"
+        )
     if shared := [i for i, n in Counter(indices.values()).items() if n > 1]:
         both = [name for name, i in indices.items() if i == shared[0]]
-        raise DataError(f"{where} must give each folder an index of its own; got {shared[0]} for {some(both)}; correct it")
+        raise DataError(
+            f"{where} must give each folder an index of its own; got {shared[0]} for {some(both)}; "
+            "correct it"
+        )
     unknown = sorted(indices.keys() - set(folders))
     bare = [name for name in folders if name not in indices]
     if unknown or bare:
-        what = [f"no folder {some(unknown)}"] * bool(unknown) + [f"no index for the folder {some(bare)}"] * bool(bare)
+        what = [f"no folder {some(unknown)}"] * bool(unknown) + [
+            f"no index for the folder {some(bare)}"
+        ] * bool(bare)
         raise DataError(
-            f"{where} must name exactly the class folders of {printable(root)}; got {' and '.join(what)}; correct names, or "
-            "add or remove entries"
+            f"{where} must name exactly the class folders of {printable(root)}; got "
+            f"{' and '.join(what)}; correct names, or add or remove entries"
         )
     return {name: indices[name] for name in folders}
 
@@ -216,6 +280,8 @@ def _read_classes(path: Path) -> ClassMap:
         data = json.loads(path.read_text(encoding="utf-8-sig"), object_pairs_hook=pairs)
     except (OSError, ValueError, RecursionError) as error:
         raise DataError(f"can't read {printable(path)}: {error}; it must hold {FORMS}") from error
-    if isinstance(data, dict) or (isinstance(data, list) and all(isinstance(name, str) for name in data)):
+    if isinstance(data, dict) or (
+        isinstance(data, list) and all(isinstance(name, str) for name in data)
+    ):
         return data
     raise DataError(f"{printable(path)} must hold {FORMS}; got {json.dumps(data)[:60]}; correct it")

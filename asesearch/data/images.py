@@ -16,7 +16,15 @@ import torch
 from torch import Tensor
 
 from asesearch.data.checking import find_unreadable
-from asesearch.data.folder import CLASSES_FILE, ClassMap, class_folders, class_indices, list_folder, printable, some
+from asesearch.data.folder import (
+    CLASSES_FILE,
+    ClassMap,
+    class_folders,
+    class_indices,
+    list_folder,
+    printable,
+    some,
+)
 from asesearch.data.pixels import UnreadableImage, read_pixels
 from asesearch.data.sources import mirrored
 from asesearch.errors import DataError
@@ -25,32 +33,37 @@ _log = logging.getLogger(__name__)
 
 
 class ImageFolder:
-    """Image files, read when they are needed. Subfolders are classes (ImageNet's layout); a flat folder has no labels.
+    """Image files, read when they are needed. Subfolders are classes (ImageNet's layout); a flat
+    folder has no labels.
 
-    Links are followed. Hidden files and folders, and those that systems leave behind (@eaDir, __MACOSX, lost+found, …), are
-    not read; what is left out is said once, in one warning. Images are turned as their EXIF orientation says, transparency
-    is laid on white, and 16 bits are scaled to 8.
+    Links are followed. Hidden files and folders, and those that systems leave behind (@eaDir,
+    __MACOSX, lost+found, …), are not read; what is left out is said once, in one warning. Images
+    are turned as their EXIF orientation says, transparency is laid on white, and 16 bits are scaled
+    to 8.
 
     Args:
         path: the folder; kept as `root`.
         image_size: side of the centre crop, in pixels.
         channels: 1 = grey, 3 = colour.
         flip: mirror half of the images left to right, where a generator is passed.
-        classes: class index of each class folder, as folder names in order of index or as name -> index. By default what
-            `classes.json` in the folder says, in either form; without it the folders are counted in sorted order.
+        classes: class index of each class folder, as folder names in order of index or as name ->
+            index. By default what `classes.json` in the folder says, in either form; without it the
+            folders are counted in sorted order.
         skip_damaged: check all images and leave out those that are damaged.
 
     Attributes:
         files: paths of the images.
         classes: class index of each class folder; empty for a flat folder.
-        labels_by_order: labels merely count the class folders, so they are a network's only if it has as many classes.
+        labels_by_order: labels merely count the class folders, so they are a network's only if it
+            has as many classes.
         skipped: names of the images that `skip_damaged` left out, and why.
-        digest: covers names and sizes of the files, not their content, which would mean reading all of ImageNet, and
-            classes where they are not the sorted folders.
+        digest: covers names and sizes of the files, not their content, which would mean reading all
+            of ImageNet, and classes where they are not the sorted folders.
 
     Raises:
-        DataError: no such folder, no images in it, images both beside and in subfolders, a class folder without images
-            (the labels of those after it would shift), or classes that do not fit the folders; on reading, a damaged file.
+        DataError: no such folder, no images in it, images both beside and in subfolders, a class
+            folder without images (the labels of those after it would shift), or classes that do not
+            fit the folders; on reading, a damaged file.
     """
 
     def __init__(
@@ -86,7 +99,9 @@ class ImageFolder:
         self.shape = (channels, image_size, image_size)
         self.labels = None
         if folders:
-            self.labels = torch.tensor([self.classes[f.name.split("/", 1)[0]] for f in self._listed])
+            self.labels = torch.tensor(
+                [self.classes[f.name.split("/", 1)[0]] for f in self._listed]
+            )
         text = f"{self.shape} {flip}\n" + "\n".join(f"{f.name} {f.size}" for f in self._listed)
         if self.classes != by_order:
             text += f"\nclasses {json.dumps(self.classes, sort_keys=True)}"
@@ -98,17 +113,21 @@ class ImageFolder:
         if not faults:
             return
         if not all(fault.reachable for fault in faults.values()):
-            raise DataError(self._faults_text({n: str(f) for n, f in faults.items() if not f.reachable}))
+            raise DataError(
+                self._faults_text({n: str(f) for n, f in faults.items() if not f.reachable})
+            )
         kept = [f for f in self._listed if f.name not in faults]
         bare = sorted(set(folders) - {f.name.split("/", 1)[0] for f in kept})
         if bare or not kept:
             raise DataError(
-                f"{printable(self.root)} must hold images that can be read{f' in {some(bare)} too' if bare else ''}; all of "
-                f"them are damaged ({_reasons({n: str(f) for n, f in faults.items()})}); replace them"
+                f"{printable(self.root)} must hold images that can be "
+                f"read{f' in {some(bare)} too' if bare else ''}; all of them are damaged "
+                f"({_reasons({n: str(f) for n, f in faults.items()})}); replace them"
             )
         self.skipped = {n: str(f) for n, f in faults.items()}
         _warn_once(
-            f"{printable(self.root)}: skipped {len(faults):,} damaged of {len(self._listed):,} images: {_reasons(self.skipped)}"
+            f"{printable(self.root)}: skipped {len(faults):,} damaged of {len(self._listed):,} "
+            f"images: {_reasons(self.skipped)}"
         )
         self._listed = kept
 
@@ -116,8 +135,11 @@ class ImageFolder:
         return len(self.files)
 
     def damaged(self) -> dict[str, str]:
-        """Names in the folder of the images that can't be read, and why; every image is decoded once, see `find_unreadable`."""
-        return {name: str(fault) for name, fault in find_unreadable(self.root, self._listed).items()}
+        """Names in the folder of the images that can't be read, and why; every image is decoded
+        once, see `find_unreadable`."""
+        return {
+            name: str(fault) for name, fault in find_unreadable(self.root, self._listed).items()
+        }
 
     def check(self) -> None:
         """Find all images that can't be read, before anything is paid for.
@@ -130,9 +152,9 @@ class ImageFolder:
 
     def _faults_text(self, faults: dict[str, str]) -> str:
         return (
-            f"{len(faults):,} of {len(self._listed):,} images in {printable(self.root)} can't be read: {_reasons(faults)}; "
-            "replace or remove them, or leave out what is damaged with skip_damaged = true in the data section (or "
-            "asesearch latents: --skip-damaged)"
+            f"{len(faults):,} of {len(self._listed):,} images in {printable(self.root)} can't be "
+            f"read: {_reasons(faults)}; replace or remove them, or leave out what is damaged with "
+            "skip_damaged = true in the data section (or asesearch latents: --skip-damaged)"
         )
 
     def read(self, index: int) -> npt.NDArray[np.uint8]:
@@ -140,10 +162,15 @@ class ImageFolder:
         try:
             pixels = read_pixels(self.files[index], self.shape[1], self.channels)  # (H, W, C)
         except UnreadableImage as error:
-            raise DataError(f"can't read the image {printable(self.files[index])}: {error}; replace or remove it") from error
+            raise DataError(
+                f"can't read the image {printable(self.files[index])}: {error}; replace or remove "
+                "it"
+            ) from error
         return pixels.transpose(2, 0, 1)  # (C, H, W)
 
-    def batch(self, indices: Sequence[int], generator: torch.Generator | None = None) -> tuple[Tensor, Tensor | None]:
+    def batch(
+        self, indices: Sequence[int], generator: torch.Generator | None = None
+    ) -> tuple[Tensor, Tensor | None]:
         images = np.stack([self.read(i) for i in indices])
         y = None if self.labels is None else self.labels[torch.as_tensor(indices)]
         x_start = torch.from_numpy(images).float().div_(127.5).sub_(1.0)  # (N, C, H, W)

@@ -13,24 +13,33 @@ def open_data(config: DataConfig) -> DataSource:
     """The data set of a study file.
 
     Raises:
-        ConfigError: a setting that this kind of data needs is missing, or one that it has no use for.
+        ConfigError: a setting that this kind of data needs is missing, or one that it has no use
+            for.
         DataError: missing, empty or damaged data.
     """
     if config.vae is not None and config.kind != "latents":
-        raise ConfigError(f"vae decodes latents; got it for data of kind {config.kind!r}; leave it out")
+        raise ConfigError(
+            f"vae decodes latents; got it for data of kind {config.kind!r}; leave it out"
+        )
     if config.kind != "image-folder" and (config.classes is not None or config.skip_damaged):
         what = "skip_damaged" if config.classes is None else "classes"
-        raise ConfigError(f"{what} is for image folders; got it for data of kind {config.kind!r}; leave it out")
+        raise ConfigError(
+            f"{what} is for image folders; got it for data of kind {config.kind!r}; leave it out"
+        )
     if config.kind == "fashion-mnist":
         return fashion_mnist(config.split, config.path, download=config.download)
     if config.path is None:
-        raise ConfigError(f"data.path is needed for data of kind {config.kind!r}; got none; give the folder")
+        raise ConfigError(
+            f"data.path is needed for data of kind {config.kind!r}; got none; give the folder"
+        )
     if config.kind == "latents":
         from asesearch.latents import LatentShards  # here, because that module imports this one
 
         return LatentShards(config.path, config.flip)
     if config.image_size is None:
-        raise ConfigError("data.image_size is needed for an image folder; got none; give the side in pixels")
+        raise ConfigError(
+            "data.image_size is needed for an image folder; got none; give the side in pixels"
+        )
     return ImageFolder(
         config.path,
         config.image_size,
@@ -42,7 +51,8 @@ def open_data(config: DataConfig) -> DataSource:
 
 
 def check_readable(source: DataSource) -> None:
-    """Find images that can't be read before anything is paid for; sources that are not image files have none.
+    """Find images that can't be read before anything is paid for; sources that are not image files
+    have none.
 
     Raises:
         DataError: see `ImageFolder.check`.

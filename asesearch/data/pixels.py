@@ -29,7 +29,8 @@ MARGIN = 8  # pixels beside a crop that the bicubic filter may look at: at most 
 
 
 class UnreadableImage(Exception):
-    """An image can't be read, and why; `reachable` is False where the file itself can't, whatever it may hold."""
+    """An image can't be read, and why; `reachable` is False where the file itself can't, whatever
+    it may hold."""
 
     def __init__(self, reason: str, reachable: bool = True) -> None:
         super().__init__(reason)
@@ -49,7 +50,9 @@ def _opened(path: Path) -> Iterator[Image.Image]:
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise UnreadableImage(f"too large: {str(error).split(', could')[0]}; shrink it") from error
     except OSError as error:
-        raise UnreadableImage(error.strerror or str(error), reachable=error.errno is None) from error
+        raise UnreadableImage(
+            error.strerror or str(error), reachable=error.errno is None
+        ) from error
     except Exception as error:
         raise UnreadableImage(str(error) or type(error).__name__) from error
 
@@ -57,11 +60,13 @@ def _opened(path: Path) -> Iterator[Image.Image]:
 def read_pixels(path: Path, size: int, channels: int) -> npt.NDArray[np.uint8]:
     """The centre square of an image file: (size, size, channels) uint8.
 
-    The EXIF orientation is applied before the crop. 16 bits are scaled to 8 as 65535 to 255. What is transparent is laid
-    on white, palette entries and single colours that count as transparent included.
+    The EXIF orientation is applied before the crop. 16 bits are scaled to 8 as 65535 to 255. What
+    is transparent is laid on white, palette entries and single colours that count as transparent
+    included.
 
     Raises:
-        UnreadableImage: missing, damaged, too large, or of a mode without a fixed white, such as floating point.
+        UnreadableImage: missing, damaged, too large, or of a mode without a fixed white, such as
+            floating point.
     """
     with _opened(path) as image:
         image.load()  # not left to `getexif`, whose errors are passed over
@@ -71,7 +76,8 @@ def read_pixels(path: Path, size: int, channels: int) -> npt.NDArray[np.uint8]:
 
 
 def check_image(path: Path) -> None:
-    """Decode an image file as `read_pixels` does, as cheaply as truth allows: JPEG at an eighth of its size.
+    """Decode an image file as `read_pixels` does, as cheaply as truth allows: JPEG at an eighth of
+    its size.
 
     Raises:
         UnreadableImage: as `read_pixels`.
@@ -85,10 +91,12 @@ def check_image(path: Path) -> None:
 
 
 def _upright(image: Image.Image) -> Image.Image:
-    """The image as its EXIF orientation says; as it is where there is none, or none that can be read."""
+    """The image as its EXIF orientation says; as it is where there is none, or none that can be
+    read."""
     try:
         turn = ORIENTATIONS.get(image.getexif().get(ExifTags.Base.Orientation, 1))
-    except Exception:  # damaged EXIF data say nothing about the pixels, and come in as many errors as decoders
+    # damaged EXIF data say nothing about the pixels, and come in as many errors as decoders
+    except Exception:
         turn = None
     if turn is None:
         return image
@@ -104,7 +112,8 @@ def _flat(image: Image.Image) -> Image.Image:
     if not image.has_transparency_data:
         return image
     clear = image.info.get("transparency")
-    if image.mode == "RGB" and isinstance(clear, tuple) and max(clear) > 255:  # of a PNG with 16 bits, read as 8
+    # of a PNG with 16 bits, read as 8
+    if image.mode == "RGB" and isinstance(clear, tuple) and max(clear) > 255:
         image.info["transparency"] = tuple(v >> 8 for v in clear)
     layer = image.convert("RGBA")
     return Image.alpha_composite(Image.new("RGBA", image.size, "white"), layer).convert("RGB")
@@ -112,12 +121,16 @@ def _flat(image: Image.Image) -> Image.Image:
 
 def _eight_bits(image: Image.Image) -> Image.Image:
     """A grey image of 16 bits in 8."""
-    sixteen = image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM"))
-    if image.format == "TIFF" and getattr(image, "tag_v2", {}).get(258, (16,)) != (16,):  # bits, such as 12, in each sample
+    sixteen = image.mode.startswith("I;16") or (
+        image.mode == "I" and image.format in ("PNG", "PPM")
+    )
+    # bits, such as 12, in each sample
+    if image.format == "TIFF" and getattr(image, "tag_v2", {}).get(258, (16,)) != (16,):
         sixteen = False
     if not sixteen:
         raise UnreadableImage(
-            f"mode {image.mode} of a {image.format} file has no fixed white to scale by; convert it to 8 or 16 bits"
+            f"mode {image.mode} of a {image.format} file has no fixed white to scale by; convert "
+            "it to 8 or 16 bits"
         )
     values = np.asarray(image).astype(np.uint32)
     grey = ((values + 128) // 257).clip(max=255).astype(np.uint8)
@@ -127,39 +140,50 @@ def _eight_bits(image: Image.Image) -> Image.Image:
 
 
 def centre_crop(image: Image.Image, size: int) -> Image.Image:
-    """Shrink by halves with a box filter, then bicubic to `size` on the shorter side, then crop the centre square.
+    """Shrink by halves with a box filter, then bicubic to `size` on the shorter side, then crop the
+    centre square.
 
-    Of an image more than LONG times as long as it is wide only the middle is enlarged, so that memory is bounded; its pixels
-    may differ from the official code's by rounding, and where bicubic overshoot is cut off between the two directions.
+    Of an image more than LONG times as long as it is wide only the middle is enlarged, so that
+    memory is bounded; its pixels may differ from the official code's by rounding, and where bicubic
+    overshoot is cut off between the two directions.
 
     Source: the official DiT and guided-diffusion code (`center_crop_arr`), whose FIDs depend on it.
     """
     while min(image.size) >= 2 * size:
-        image = image.resize((image.size[0] // 2, image.size[1] // 2), resample=Image.Resampling.BOX)
+        image = image.resize(
+            (image.size[0] // 2, image.size[1] // 2), resample=Image.Resampling.BOX
+        )
     scale = size / min(image.size)
-    wide, high = round(image.size[0] * scale), round(image.size[1] * scale)
-    left, top = (wide - size) // 2, (high - size) // 2
+    wide = round(image.size[0] * scale)
+    high = round(image.size[1] * scale)
+    left = (wide - size) // 2
+    top = (high - size) // 2
     if max(image.size) <= LONG * min(image.size):
         image = image.resize((wide, high), resample=Image.Resampling.BICUBIC)
         return image.crop((left, top, left + size, top + size))
     x, columns = _window(image.size[0], wide, left, size)
     y, rows = _window(image.size[1], high, top, size)
     image = image.crop((columns.start, rows.start, columns.stop, rows.stop))
-    return image.resize((size, size), resample=Image.Resampling.BICUBIC, box=(x[0], y[0], x[1], y[1]))
+    return image.resize(
+        (size, size), resample=Image.Resampling.BICUBIC, box=(x[0], y[0], x[1], y[1])
+    )
 
 
 def _window(pixels: int, scaled: int, first: int, size: int) -> tuple[tuple[float, float], range]:
-    """Where `size` of `scaled` pixels from `first` on lie among the image's own, and which of these are needed for them.
+    """Where `size` of `scaled` pixels from `first` on lie among the image's own, and which of these
+    are needed for them.
 
     The ends are counted from the first of those that are needed.
     """
-    start, stop = first * pixels / scaled, (first + size) * pixels / scaled
+    start = first * pixels / scaled
+    stop = (first + size) * pixels / scaled
     needed = range(max(0, math.floor(start) - MARGIN), min(pixels, math.ceil(stop) + MARGIN))
     return (start - needed.start, stop - needed.start), needed
 
 
 def save_images(pixels: npt.NDArray[Any], path: Path, name: str = "images") -> None:
-    """Write (N, C, H, W) uint8 as a grid (.png, about as wide as high), or any array under `name` (.npz).
+    """Write (N, C, H, W) uint8 as a grid (.png, about as wide as high), or any array under `name`
+    (.npz).
 
     Raises:
         WriteError: the file can't be written.
@@ -177,5 +201,9 @@ def _grid(pixels: npt.NDArray[np.uint8]) -> Image.Image:
     rows = math.ceil(n / columns)
     grid = np.full((rows * columns, c, h, w), 255, np.uint8)
     grid[:n] = pixels
-    grid = grid.reshape(rows, columns, c, h, w).transpose(0, 3, 1, 4, 2).reshape(rows * h, columns * w, c)
+    grid = (
+        grid.reshape(rows, columns, c, h, w)
+        .transpose(0, 3, 1, 4, 2)
+        .reshape(rows * h, columns * w, c)
+    )
     return Image.fromarray(grid[..., 0] if c == 1 else grid[..., :3])

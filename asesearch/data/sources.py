@@ -34,7 +34,8 @@ class DataSource(Protocol):
     def batch(
         self, indices: Sequence[int], generator: torch.Generator | None = None
     ) -> tuple[Tensor, Tensor | dict[str, Tensor] | None]:
-        """x_start (N, C, H, W) float32 in [-1, 1] (or scaled latents), and y: (N,) int64, a prompt's tensors, or None.
+        """x_start (N, C, H, W) float32 in [-1, 1] (or scaled latents), and y: (N,) int64, a
+        prompt's tensors, or None.
 
         `generator` feeds random augmentation; None means none is applied.
         """
@@ -64,15 +65,27 @@ class ImageArray:
         flip: bool = False,
     ) -> None:
         if images.ndim != 4 or images.dtype != np.uint8 or len(images) == 0:
-            raise DataError(f"images must be uint8 of shape (N, C, H, W), N > 0; got {images.dtype} {images.shape} in {name}")
+            raise DataError(
+                f"images must be uint8 of shape (N, C, H, W), N > 0; got {images.dtype} "
+                f"{images.shape} in {name}"
+            )
         if labels is not None and labels.shape != (len(images),):
-            raise DataError(f"one label an image is needed; got {labels.shape} labels for {len(images)} images in {name}")
-        self.images, self.name, self.flip = torch.tensor(images), name, flip
+            raise DataError(
+                f"one label an image is needed; got {labels.shape} labels for {len(images)} images "
+                f"in {name}"
+            )
+        self.images = torch.tensor(images)
+        self.name = name
+        self.flip = flip
         self.labels = None if labels is None else torch.from_numpy(labels.astype(np.int64))
         self.num_classes = 0 if self.labels is None else num_classes or int(self.labels.max()) + 1
-        if self.labels is not None and not 0 <= int(self.labels.min()) <= int(self.labels.max()) < self.num_classes:
+        if (
+            self.labels is not None
+            and not 0 <= int(self.labels.min()) <= int(self.labels.max()) < self.num_classes
+        ):
             raise DataError(
-                f"labels must lie in 0…{self.num_classes - 1}; got {int(self.labels.min())}…{int(self.labels.max())} in {name}"
+                f"labels must lie in 0…{self.num_classes - 1}; got "
+                f"{int(self.labels.min())}…{int(self.labels.max())} in {name}"
             )
         self.shape = (int(images.shape[1]), int(images.shape[2]), int(images.shape[3]))
         sha = hashlib.sha256(repr((images.shape, flip)).encode())
@@ -84,10 +97,14 @@ class ImageArray:
     def __len__(self) -> int:
         return len(self.images)
 
-    def batch(self, indices: Sequence[int], generator: torch.Generator | None = None) -> tuple[Tensor, Tensor | None]:
+    def batch(
+        self, indices: Sequence[int], generator: torch.Generator | None = None
+    ) -> tuple[Tensor, Tensor | None]:
         index = torch.as_tensor(indices, dtype=torch.int64)
         x_start = self.images[index].float().div_(127.5).sub_(1.0)  # (N, C, H, W)
-        return mirrored(x_start, self.flip, generator), None if self.labels is None else self.labels[index]
+        return mirrored(
+            x_start, self.flip, generator
+        ), None if self.labels is None else self.labels[index]
 
 
 def mirrored(x_start: Tensor, flip: bool, generator: torch.Generator | None) -> Tensor:

@@ -1,9 +1,11 @@
-"""The bundle: one folder with everything that sampling needs, checked when it is read, and no pickle in it.
+"""The bundle: one folder with everything that sampling needs, checked when it is read, and no
+pickle in it.
 
-`bundle.json` holds format version, schedule, network, solver, evaluation, provenance and the SHA-256 of each file;
-`model.safetensors` the weights; `parity.safetensors` inputs and outputs of the network at every exit depth that the
-schedule uses, so that whoever loads the bundle knows that it computes the same there. For a network that takes prompts, the
-empty one is among the weights, and the inputs are a few real ones, which `sample` takes by default.
+`bundle.json` holds format version, schedule, network, solver, evaluation, provenance and the
+SHA-256 of each file; `model.safetensors` the weights; `parity.safetensors` inputs and outputs of
+the network at every exit depth that the schedule uses, so that whoever loads the bundle knows that
+it computes the same there. For a network that takes prompts, the empty one is among the weights,
+and the inputs are a few real ones, which `sample` takes by default.
 """
 
 from __future__ import annotations
@@ -51,9 +53,10 @@ class Bundle:
         diffusion, sampling: the process, and the solver the schedule was evaluated with.
         evaluation: the recorded figures, as plain data.
         provenance: where it came from, as plain data.
-        prompts: a few examples of what a network that takes prompts is given, N first; None for other networks.
-        latents: how the latents that it makes were scaled, `shift` and `scale` of each channel, and the `digest` of the
-            VAE that decoded them; None where it makes images.
+        prompts: a few examples of what a network that takes prompts is given, N first; None for
+            other networks.
+        latents: how the latents that it makes were scaled, `shift` and `scale` of each channel, and
+            the `digest` of the VAE that decoded them; None where it makes images.
     """
 
     backbone: Backbone
@@ -66,13 +69,18 @@ class Bundle:
     prompts: dict[str, Tensor] | None = None
     latents: dict[str, Any] | None = None
 
-    def sample(self, seeds: Sequence[int], y: Conditioning | None = None, num_steps: int | None = None) -> SampleResult:
-        """Images (or latents) for these seeds, (N, C, H, W) float32, by the bundle's solver, guidance and (unless given) steps.
+    def sample(
+        self, seeds: Sequence[int], y: Conditioning | None = None, num_steps: int | None = None
+    ) -> SampleResult:
+        """Images (or latents) for these seeds, (N, C, H, W) float32, by the bundle's solver,
+        guidance and (unless given) steps.
 
-        `y` is (N,) class labels or a prompt's tensors; by default seed modulo the number of classes, or of `prompts`.
+        `y` is (N,) class labels or a prompt's tensors; by default seed modulo the number of
+        classes, or of `prompts`.
 
         Raises:
-            ConfigError: labels that are no classes of the network (the null label is none), or as `sampling.sample`.
+            ConfigError: labels that are no classes of the network (the null label is none), or as
+                `sampling.sample`.
         """
         return sample(
             self.backbone,
@@ -113,7 +121,9 @@ class Bundle:
         how = self.sampling.model_copy(update={"num_steps": num_steps or self.sampling.num_steps})
         check_images(self.backbone, seeds, self._conditioning(seeds, y), how.batch_size)
         diffusion = make_diffusion(self.diffusion)
-        _, timesteps = check_sampling(self.backbone, how.solver, diffusion, how.num_steps, how.cfg_scale)
+        _, timesteps = check_sampling(
+            self.backbone, how.solver, diffusion, how.num_steps, how.cfg_scale
+        )
         return how, timesteps
 
     def labels(self, label: int, count: int) -> Tensor:
@@ -126,39 +136,61 @@ class Bundle:
         return torch.full((count,), label)
 
     def _check_classes(self, labels: Sequence[int]) -> None:
-        """Refuse what is no class; `sampling.sample` takes the null label too, which makes unconditional images."""
-        net, last = self.backbone, self.backbone.num_classes - 1
+        """Refuse what is no class; `sampling.sample` takes the null label too, which makes
+        unconditional images."""
+        net = self.backbone
+        last = self.backbone.num_classes - 1
         if net.num_classes == 0:
-            what = "takes prompts, not labels" if net.takes_prompt else "is unconditional and takes no labels"
-            raise ConfigError(f"the bundle's network {what}; got the label {labels[0]}; leave it out")
+            what = (
+                "takes prompts, not labels"
+                if net.takes_prompt
+                else "is unconditional and takes no labels"
+            )
+            raise ConfigError(
+                f"the bundle's network {what}; got the label {labels[0]}; leave it out"
+            )
         wrong = [label for label in labels if not 0 <= label <= last]
         if wrong:
-            null = ", the null label, which stands for no class" * (net.has_null_label and wrong[0] == net.num_classes)
+            null = ", the null label, which stands for no class" * (
+                net.has_null_label and wrong[0] == net.num_classes
+            )
             fix = f"choose from 0…{last}" if last else "choose 0, its only class"
-            raise ConfigError(f"labels must be classes of the bundle's network, 0…{last}; got {wrong[0]}{null}; {fix}")
+            raise ConfigError(
+                f"labels must be classes of the bundle's network, 0…{last}; got {wrong[0]}{null}; "
+                f"{fix}"
+            )
 
     def decoder(self, vae: PathLike) -> LatentDecoder:
-        """What turns the latents of `sample` into images, from the folder of their AutoencoderKL, on the network's device.
+        """What turns the latents of `sample` into images, from the folder of their AutoencoderKL,
+        on the network's device.
 
         Raises:
             ConfigError: this bundle makes images.
-            CheckpointError, DataError: no AutoencoderKL there, or one that scales latents otherwise.
+            CheckpointError, DataError: no AutoencoderKL there, or one that scales latents
+                otherwise.
         """
         if self.latents is None:
-            raise ConfigError(f"a VAE is for bundles that make latents; got {vae} for one that makes images; leave it out")
+            raise ConfigError(
+                f"a VAE is for bundles that make latents; got {vae} for one that makes images; "
+                "leave it out"
+            )
         decoder = LatentDecoder(vae, next(self.backbone.parameters()).device)
         decoder.check_scaling(self.latents["shift"], self.latents["scale"])
         return decoder
 
     def encode_prompts(self, texts: Sequence[str], text_encoder: PathLike) -> dict[str, Tensor]:
-        """Texts as `y` of `sample`, by the folder of the text encoder that the network was trained with.
+        """Texts as `y` of `sample`, by the folder of the text encoder that the network was trained
+        with.
 
         Raises:
             ConfigError: this bundle takes no prompts, or those of another text encoder.
             CheckpointError: no text encoder there.
         """
         if self.prompts is None:
-            raise ConfigError(f"prompts are for networks that take them; got {texts[0]!r} for another; leave them out")
+            raise ConfigError(
+                f"prompts are for networks that take them; got {texts[0]!r} for another; leave "
+                "them out"
+            )
         length = self.prompts["encoder_hidden_states"].shape[1]
         return encode_prompts(texts, text_encoder, length, next(self.backbone.parameters()).device)
 
@@ -169,7 +201,9 @@ def _prompts(parity: dict[str, Tensor]) -> dict[str, Tensor] | None:
 
 
 @torch.no_grad()
-def _parity_outputs(backbone: Backbone, tensors: dict[str, Tensor], depths: Sequence[int]) -> dict[str, Tensor]:
+def _parity_outputs(
+    backbone: Backbone, tensors: dict[str, Tensor], depths: Sequence[int]
+) -> dict[str, Tensor]:
     device = next(backbone.parameters()).device
     given = {k: v.to(device) for k, v in tensors.items() if not k.startswith("out.")}
     y = given.get("y") if "y" in given else _prompts(given)
@@ -202,7 +236,9 @@ def write_bundle(bundle: Bundle, folder: Path, *, overwrite: bool = False) -> Pa
         else:
             os.replace(part, folder)
     except OSError as error:
-        raise CheckpointError(f"can't write the bundle {folder}: {error}; choose a folder you may write to") from error
+        raise CheckpointError(
+            f"can't write the bundle {folder}: {error}; choose a folder you may write to"
+        ) from error
     finally:
         shutil.rmtree(part, ignore_errors=True)
     return folder
@@ -223,9 +259,13 @@ def check_bundle_dir(folder: Path, *, overwrite: bool = False) -> None:
                 "file, a link or a mount point; choose another, or a folder in it"
             )
         if not overwrite:
-            raise CheckpointError(f"{folder} exists already; choose another folder, or overwrite it (--overwrite)")
+            raise CheckpointError(
+                f"{folder} exists already; choose another folder, or overwrite it (--overwrite)"
+            )
         if any(folder.iterdir()) and not (folder / "bundle.json").is_file():
-            raise CheckpointError(f"{folder} is not a bundle, so it is not overwritten; choose another folder")
+            raise CheckpointError(
+                f"{folder} is not a bundle, so it is not overwritten; choose another folder"
+            )
     check_writable(folder.with_name(f"{folder.name}.{2**22}.part"), FILES[1], named=folder)
 
 
@@ -234,7 +274,8 @@ def _parity_count(bundle: Bundle) -> int:
 
 
 def _write_files(bundle: Bundle, folder: Path) -> None:
-    net, count = bundle.backbone, _parity_count(bundle)
+    net = bundle.backbone
+    count = _parity_count(bundle)
     save_backbone(net, folder / FILES[0], {})
     generator = torch.Generator().manual_seed(0)
     x_t = torch.randn(count, net.in_channels, net.input_size, net.input_size, generator=generator)
@@ -242,7 +283,10 @@ def _write_files(bundle: Bundle, folder: Path) -> None:
     tensors = {"x_t": x_t, "t": t} | {f"{PROMPT}{k}": v for k, v in (bundle.prompts or {}).items()}
     if net.num_classes:
         tensors["y"] = torch.arange(count) % net.num_classes
-    save_file(tensors | _parity_outputs(net, tensors, sorted(set(bundle.schedule.exit_depths))), folder / FILES[1])
+    save_file(
+        tensors | _parity_outputs(net, tensors, sorted(set(bundle.schedule.exit_depths))),
+        folder / FILES[1],
+    )
     data = {
         "format": FORMAT,
         "version": VERSION,
@@ -253,16 +297,23 @@ def _write_files(bundle: Bundle, folder: Path) -> None:
         "evaluation": bundle.evaluation,
         "provenance": bundle.provenance,
         "latents": bundle.latents,
-        "files": {name: {"sha256": file_sha256(folder / name), "bytes": (folder / name).stat().st_size} for name in FILES},
+        "files": {
+            name: {"sha256": file_sha256(folder / name), "bytes": (folder / name).stat().st_size}
+            for name in FILES
+        },
     }
     (folder / "bundle.json").write_text(json.dumps(data, indent=1), encoding="utf-8")
 
 
-def load_bundle(folder: Path, device: torch.device | str = "cpu", *, check_parity: bool = True) -> Bundle:
-    """Read a bundle: hashes are verified before any weight is read, and the network's outputs are compared with its own.
+def load_bundle(
+    folder: Path, device: torch.device | str = "cpu", *, check_parity: bool = True
+) -> Bundle:
+    """Read a bundle: hashes are verified before any weight is read, and the network's outputs are
+    compared with its own.
 
     Raises:
-        CheckpointError: missing, of another version, damaged, or computing something else here than where it was made.
+        CheckpointError: missing, of another version, damaged, or computing something else here than
+            where it was made.
     """
     folder = Path(folder)
     data = _read_manifest(folder)
@@ -270,18 +321,27 @@ def load_bundle(folder: Path, device: torch.device | str = "cpu", *, check_parit
         entry = data["files"].get(name, {})
         if not (folder / name).is_file() or file_sha256(folder / name) != entry.get("sha256"):
             raise CheckpointError(
-                f"{folder / name} is missing or damaged (its SHA-256 is not the recorded one); copy the bundle again"
+                f"{folder / name} is missing or damaged (its SHA-256 is not the recorded one); "
+                "copy the bundle again"
             )
     try:
-        kind, schedule = data["backbone"]["kind"], ExitSchedule.from_dict(data["schedule"])
-        diffusion, sampling = DiffusionConfig(**data["diffusion"]), SamplingConfig(**data["sampling"])
-        net = load_backbone(BackboneConfig(kind=kind, checkpoint=str(folder / FILES[0]))).to(device).eval()
+        kind = data["backbone"]["kind"]
+        schedule = ExitSchedule.from_dict(data["schedule"])
+        diffusion = DiffusionConfig(**data["diffusion"])
+        sampling = SamplingConfig(**data["sampling"])
+        net = (
+            load_backbone(BackboneConfig(kind=kind, checkpoint=str(folder / FILES[0])))
+            .to(device)
+            .eval()
+        )
         check_schedule(net, diffusion.num_train_timesteps, schedule)
         parity = load_file(folder / FILES[1])
         facts = (data["evaluation"], data["provenance"], _prompts(parity), data.get("latents"))
         bundle = Bundle(net, schedule, kind, diffusion, sampling, *facts)
     except (KeyError, TypeError, ValueError, SafetensorError) as error:
-        raise CheckpointError(f"{folder} holds a bundle that does not fit together: {error}; export it again") from error
+        raise CheckpointError(
+            f"{folder} holds a bundle that does not fit together: {error}; export it again"
+        ) from error
     if check_parity:
         _check_parity(net, parity, folder)
     return bundle
@@ -292,12 +352,19 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"can't read {path}: {error}; is {folder} a bundle written by `asesearch export`?") from error
-    if not isinstance(data, dict) or data.get("format") != FORMAT or not isinstance(data.get("files"), dict):
+        raise CheckpointError(
+            f"can't read {path}: {error}; is {folder} a bundle written by `asesearch export`?"
+        ) from error
+    if (
+        not isinstance(data, dict)
+        or data.get("format") != FORMAT
+        or not isinstance(data.get("files"), dict)
+    ):
         raise CheckpointError(f"{path} is not the manifest of an asesearch bundle; export it again")
     if data.get("version") != VERSION:
         raise CheckpointError(
-            f"{path} has bundle version {data.get('version')!r}; this release reads {VERSION}; update asesearch"
+            f"{path} has bundle version {data.get('version')!r}; this release reads {VERSION}; "
+            "update asesearch"
         )
     return data
 
@@ -309,6 +376,7 @@ def _check_parity(net: Backbone, parity: dict[str, Tensor], folder: Path) -> Non
         error = float((outputs[name] - want).abs().max() / want.abs().max().clamp(min=1e-6))
         if not error <= PARITY_TOLERANCE:
             raise CheckpointError(
-                f"the network of {folder} computes something else here than where it was exported: at exit depth {name[4:]} it "
-                f"is off by {error:.2g} of the largest output (tolerance {PARITY_TOLERANCE:g}); check versions and device"
+                f"the network of {folder} computes something else here than where it was exported: "
+                f"at exit depth {name[4:]} it is off by {error:.2g} of the largest output "
+                f"(tolerance {PARITY_TOLERANCE:g}); check versions and device"
             )

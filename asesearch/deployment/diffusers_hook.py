@@ -16,7 +16,8 @@ from asesearch.schedule import ExitSchedule
 
 
 class ScheduleHandle:
-    """A schedule attached to a diffusers transformer until `detach()`, or to the end of a `with` block.
+    """A schedule attached to a diffusers transformer until `detach()`, or to the end of a `with`
+    block.
 
     Attributes:
         nfe: calls of the transformer so far.
@@ -24,12 +25,14 @@ class ScheduleHandle:
     """
 
     def __init__(self, transformer: nn.Module, schedule: ExitSchedule) -> None:
-        self.schedule, self.nfe, self.block_calls = schedule, 0, 0
+        self.schedule = schedule
+        self.nfe = 0
+        self.block_calls = 0
         self._exits = BlockExits(transformer)
         if schedule.depth != len(self._exits.blocks):
             raise ScheduleError(
-                f"the schedule must be for a network of {len(self._exits.blocks)} blocks; got one for {schedule.depth}; "
-                f"use rescaled({len(self._exits.blocks)})"
+                f"the schedule must be for a network of {len(self._exits.blocks)} blocks; got one "
+                f"for {schedule.depth}; use rescaled({len(self._exits.blocks)})"
             )
         self._exits.attach()
         self._names = argument_names(type(transformer))
@@ -47,7 +50,12 @@ class ScheduleHandle:
     def __enter__(self) -> ScheduleHandle:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         self.detach()
 
     def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -55,26 +63,35 @@ class ScheduleHandle:
         acting = [name for name in self._exits.spec.refused if values.get(name) is not None]
         if acting:
             raise ConfigError(
-                f"early exit can't be combined with {', '.join(self._exits.spec.refused)}, which act between the blocks; "
-                f"got {', '.join(acting)}; detach the schedule for this call"
+                f"early exit can't be combined with {', '.join(self._exits.spec.refused)}, which "
+                f"act between the blocks; got {', '.join(acting)}; detach the schedule for this "
+                "call"
             )
         depths = self._depths(values.get("timestep"))
         batch = values["hidden_states"].shape[0]
         if len(set(depths)) > 1 and len(depths) != batch:
             raise ConfigError(
-                f"timestep must be one number or one a sample ({batch}); got {len(depths)}; expand it to ({batch},)"
+                f"timestep must be one number or one a sample ({batch}); got {len(depths)}; expand "
+                f"it to ({batch},)"
             )
         self._exits.begin(depths if len(set(depths)) > 1 else depths[0])
         self.nfe += 1
 
     def _depths(self, timestep: object) -> list[int]:
-        """Scheduled depth of each entry of the transformer's timestep argument; waits for the device it lies on."""
+        """Scheduled depth of each entry of the transformer's timestep argument; waits for the
+        device it lies on."""
         if timestep is None:
-            raise ConfigError("an exit schedule needs the timestep; got none; pass timestep to the transformer")
-        t: npt.NDArray[np.float64] = np.atleast_1d(torch.as_tensor(timestep).detach().cpu().double().numpy())
+            raise ConfigError(
+                "an exit schedule needs the timestep; got none; pass timestep to the transformer"
+            )
+        t: npt.NDArray[np.float64] = np.atleast_1d(
+            torch.as_tensor(timestep).detach().cpu().double().numpy()
+        )
         end = self.schedule.num_train_timesteps
         # rectified flow begins at t = num_train_timesteps itself: that is the noisiest interval
-        depths: list[int] = self.schedule.exit_depth_at(np.where(t == end, np.nextafter(end, 0.0), t)).tolist()
+        depths: list[int] = self.schedule.exit_depth_at(
+            np.where(t == end, np.nextafter(end, 0.0), t)
+        ).tolist()
         return depths
 
     def _after(self, module: nn.Module, args: tuple[Any, ...], output: object) -> None:
@@ -82,9 +99,11 @@ class ScheduleHandle:
 
 
 def attach_exit_schedule(pipeline_or_transformer: Any, schedule: ExitSchedule) -> ScheduleHandle:
-    """Make every call of a pipeline's transformer run only the blocks its timestep is scheduled for.
+    """Make every call of a pipeline's transformer run only the blocks its timestep is scheduled
+    for.
 
-    The timestep is read from the call itself, so the pipeline, its scheduler and its number of steps stay as they are.
+    The timestep is read from the call itself, so the pipeline, its scheduler and its number of
+    steps stay as they are.
 
     Args:
         pipeline_or_transformer: a diffusers pipeline with a `transformer`, or the transformer.
@@ -95,19 +114,22 @@ def attach_exit_schedule(pipeline_or_transformer: Any, schedule: ExitSchedule) -
 
     Raises:
         ScheduleError: a schedule for another depth or chain.
-        ConfigError: no transformer, an unsupported one, one compiled as a whole, or one attached already.
+        ConfigError: no transformer, an unsupported one, one compiled as a whole, or one attached
+            already.
     """
     transformer = getattr(pipeline_or_transformer, "transformer", pipeline_or_transformer)
     if not isinstance(transformer, nn.Module):
         raise ConfigError(
-            f"a schedule attaches to a transformer, or a pipeline that has one; got {type(pipeline_or_transformer).__name__}; "
-            "pass pipeline.transformer"
+            "a schedule attaches to a transformer, or a pipeline that has one; got "
+            f"{type(pipeline_or_transformer).__name__}; pass pipeline.transformer"
         )
     scheduler = getattr(pipeline_or_transformer, "scheduler", None)
-    chain = schedule.num_train_timesteps if scheduler is None else scheduler.config.num_train_timesteps
+    chain = (
+        schedule.num_train_timesteps if scheduler is None else scheduler.config.num_train_timesteps
+    )
     if chain != schedule.num_train_timesteps:
         raise ScheduleError(
-            f"the schedule is for a chain of {schedule.num_train_timesteps} timesteps; got a scheduler of {chain}; "
-            f"make the schedule with num_train_timesteps={chain}"
+            f"the schedule is for a chain of {schedule.num_train_timesteps} timesteps; got a "
+            f"scheduler of {chain}; make the schedule with num_train_timesteps={chain}"
         )
     return ScheduleHandle(transformer, schedule)

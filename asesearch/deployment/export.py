@@ -34,18 +34,21 @@ def export(
     overwrite: bool = False,
     on_step: Callable[[int, float], None] | None = None,
 ) -> Path:
-    """Write the bundle of one point, with the weights of its trial or, with `finetune_steps`, fully fine-tuned ones.
+    """Write the bundle of one point, with the weights of its trial or, with `finetune_steps`, fully
+    fine-tuned ones.
 
-    A full fine-tuning starts where the trial's did (from the elastic weights, where the study has them; the full network from
-    the pretrained ones) under the study's `train` settings with another number of steps. It is resumable (its checkpoint lies
-    in the trial's folder), and is evaluated under the confirmation protocol; it needs a `bench`.
+    A full fine-tuning starts where the trial's did (from the elastic weights, where the study has
+    them; the full network from the pretrained ones) under the study's `train` settings with another
+    number of steps. It is resumable (its checkpoint lies in the trial's folder), and is evaluated
+    under the confirmation protocol; it needs a `bench`.
 
     Raises:
         StudyError: the trial's weights or prompts were deleted.
         CheckpointError, WriteError: see `check_export`.
     """
     check_export(study, record, folder, finetune_steps, overwrite=overwrite)
-    config, evaluation = study.config, evaluation_of(study, record)
+    config = study.config
+    evaluation = evaluation_of(study, record)
     latents = None
     if config.data.kind == "latents":
         latents = read_json(study.run_dir / INPUTS)["decoder"]
@@ -61,9 +64,16 @@ def export(
         if start.takes_prompt:
             _prompts(study.trial_dir(record.schedule) / PROMPTS)  # before the hours, not after
         where = study.trial_dir(record.schedule) / f"finetune-{finetune_steps}"
-        net = finetune(start, bench.data, bench.diffusion, record.schedule, train, where, teacher, on_step).backbone
-        quality, _ = bench.evaluate(net, record.schedule, bench.confirmation_protocol(), record.sampler)
-        evaluation["after_full_finetuning"] = {"num_steps": finetune_steps, "quality": quality.to_dict()}
+        net = finetune(
+            start, bench.data, bench.diffusion, record.schedule, train, where, teacher, on_step
+        ).backbone
+        quality, _ = bench.evaluate(
+            net, record.schedule, bench.confirmation_protocol(), record.sampler
+        )
+        evaluation["after_full_finetuning"] = {
+            "num_steps": finetune_steps,
+            "quality": quality.to_dict(),
+        }
     bundle = Bundle(
         backbone=net.cpu(),
         schedule=record.schedule,
@@ -111,11 +121,14 @@ def _prompts(path: Path) -> dict[str, Tensor]:
     try:
         return load_file(path)
     except (OSError, SafetensorError) as error:
-        raise StudyError(f"can't read the trial's prompts {path}: {error}; restore it, or search anew") from error
+        raise StudyError(
+            f"can't read the trial's prompts {path}: {error}; restore it, or search anew"
+        ) from error
 
 
 def evaluation_of(study: Study, record: TrialRecord) -> dict[str, Any]:
-    """What the study knows of a point: the search's figure and, where there is one, the confirmed one."""
+    """What the study knows of a point: the search's figure and, where there is one, the confirmed
+    one."""
     found = [c for c in study.results().confirmations if c.number == record.number]
     return {
         "search": None if record.quality is None else record.quality.to_dict(),

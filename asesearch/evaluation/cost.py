@@ -1,8 +1,9 @@
 """What a schedule costs: latency measured once a study, FLOPs, and the bound that block calls set.
 
-Three figures, each a fraction of the full network's and none of them the others: `ExitSchedule.block_frac` counts block calls
-only; `LatencyTable.bound_frac` adds the part of a call that no schedule can drop; `LatencyTable.time_frac` sums what was
-measured. `compare_sampling_time` then times whole samplings.
+Three figures, each a fraction of the full network's and none of them the others:
+`ExitSchedule.block_frac` counts block calls only; `LatencyTable.bound_frac` adds the part of a call
+that no schedule can drop; `LatencyTable.time_frac` sums what was measured. `compare_sampling_time`
+then times whole samplings.
 """
 
 from __future__ import annotations
@@ -26,17 +27,24 @@ from asesearch.schedule import ExitSchedule
 Timer = Callable[[Callable[[], object]], float]  # runs a call, gives its milliseconds
 
 
-def _cost_frac(cost: Sequence[float] | npt.NDArray[np.floating], schedule: ExitSchedule, timesteps: npt.ArrayLike) -> float:
-    """Cost of network calls at `timesteps` over that at full depth; cost[d - 1] is one call's at exit depth d."""
+def _cost_frac(
+    cost: Sequence[float] | npt.NDArray[np.floating],
+    schedule: ExitSchedule,
+    timesteps: npt.ArrayLike,
+) -> float:
+    """Cost of network calls at `timesteps` over that at full depth; cost[d - 1] is one call's at
+    exit depth d."""
     table = np.asarray(cost, dtype=np.float64)
     if schedule.depth != len(table):
         raise ScheduleError(
-            f"the cost table is for a network of {len(table)} blocks; got a schedule for {schedule.depth}; "
-            f"use rescaled({len(table)})"
+            f"the cost table is for a network of {len(table)} blocks; got a schedule for "
+            f"{schedule.depth}; use rescaled({len(table)})"
         )
     depths = np.atleast_1d(schedule.exit_depth_at(timesteps))
     if depths.size == 0:
-        raise ScheduleError("timesteps must not be empty; got none; give the timesteps the sampler calls at")
+        raise ScheduleError(
+            "timesteps must not be empty; got none; give the timesteps the sampler calls at"
+        )
     return float(table[depths - 1].sum() / (table[-1] * depths.size))
 
 
@@ -57,10 +65,11 @@ class LatencyTable:
         device: name of the device.
         threads: CPU threads of torch.
         dtype: of weights and images.
-        median_ms, spread_ms: median and half the distance between the quartiles, for exit depths 1…depth (index 0 =
-            depth 1). Depths below the network's least have its time.
+        median_ms, spread_ms: median and half the distance between the quartiles, for exit depths
+            1…depth (index 0 = depth 1). Depths below the network's least have its time.
         repeats: timed calls a depth.
-        precision: of the network's arithmetic, as `SamplingConfig.precision`; empty where it is not known.
+        precision: of the network's arithmetic, as `SamplingConfig.precision`; empty where it is not
+            known.
         guided: whether calls have guidance's double batch; None where it is not known.
     """
 
@@ -75,17 +84,20 @@ class LatencyTable:
     guided: bool | None = None
 
     def __post_init__(self) -> None:
-        ok = 0 < len(self.median_ms) == len(self.spread_ms) and all(0 < m < float("inf") for m in self.median_ms)
+        ok = 0 < len(self.median_ms) == len(self.spread_ms) and all(
+            0 < m < float("inf") for m in self.median_ms
+        )
         if not ok:
             raise EvaluationError(
-                f"a latency table needs one positive median and one spread a depth; got {self.median_ms} and {self.spread_ms}; "
-                "measure it again"
+                "a latency table needs one positive median and one spread a depth; got "
+                f"{self.median_ms} and {self.spread_ms}; measure it again"
             )
 
     @property
     def fit(self) -> tuple[float, float]:
         """Least-squares line through the medians: (fixed_ms, per_block_ms), neither below zero."""
-        depths, ms = np.arange(1, len(self.median_ms) + 1), np.asarray(self.median_ms)
+        depths = np.arange(1, len(self.median_ms) + 1)
+        ms = np.asarray(self.median_ms)
         if len(ms) == 1:
             return 0.0, float(ms[0])
         per_block, fixed = (float(c) for c in np.polyfit(depths, ms, 1))
@@ -105,13 +117,16 @@ class LatencyTable:
         return _cost_frac(self.median_ms, schedule, timesteps)
 
     def bound_frac(self, schedule: ExitSchedule, timesteps: npt.ArrayLike) -> float:
-        """As `time_frac`, from the fitted line: the block-call bound with the fixed part of a call counted in.
+        """As `time_frac`, from the fitted line: the block-call bound with the fixed part of a call
+        counted in.
 
         Raises:
             ScheduleError: a schedule for another depth, or no timesteps.
         """
         fixed, per_block = self.fit
-        return _cost_frac(fixed + per_block * np.arange(1, len(self.median_ms) + 1), schedule, timesteps)
+        return _cost_frac(
+            fixed + per_block * np.arange(1, len(self.median_ms) + 1), schedule, timesteps
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON."""
@@ -125,11 +140,15 @@ class LatencyTable:
             EvaluationError: a missing or unknown key.
         """
         keys = {f.name for f in fields(cls)}
-        if not keys - {"precision", "guided"} <= set(data) <= keys:  # earlier releases did not have these two
+        # earlier releases did not have these two
+        if not keys - {"precision", "guided"} <= set(data) <= keys:
             raise EvaluationError(
-                f"a latency table has the keys {sorted(keys)}; got {sorted(data)}; delete it to measure again"
+                f"a latency table has the keys {sorted(keys)}; got {sorted(data)}; delete it to "
+                "measure again"
             )
-        return cls(**{**data, "median_ms": tuple(data["median_ms"]), "spread_ms": tuple(data["spread_ms"])})
+        return cls(
+            **{**data, "median_ms": tuple(data["median_ms"]), "spread_ms": tuple(data["spread_ms"])}
+        )
 
 
 def device_name(device: torch.device) -> str:
@@ -159,9 +178,20 @@ def call_timer(device: torch.device) -> Timer:
 
 
 def _inputs(
-    backbone: Backbone, batch_size: int, device: torch.device, dtype: torch.dtype, y: Conditioning | None
+    backbone: Backbone,
+    batch_size: int,
+    device: torch.device,
+    dtype: torch.dtype,
+    y: Conditioning | None,
 ) -> tuple[Tensor, Tensor, Conditioning | None]:
-    x_t = torch.zeros(batch_size, backbone.in_channels, backbone.input_size, backbone.input_size, device=device, dtype=dtype)
+    x_t = torch.zeros(
+        batch_size,
+        backbone.in_channels,
+        backbone.input_size,
+        backbone.input_size,
+        device=device,
+        dtype=dtype,
+    )
     t = torch.zeros(batch_size, dtype=torch.int64, device=device)
     if y is None:
         return x_t, t, t if backbone.num_classes else None
@@ -178,11 +208,13 @@ def measure_latency(
 ) -> LatencyTable:
     """Time one network call at every exit depth, the depths in a new random order each round.
 
-    Interleaving spreads a drift of the machine's speed over all depths alike. One round is run first and thrown away.
+    Interleaving spreads a drift of the machine's speed over all depths alike. One round is run
+    first and thrown away.
 
     Args:
         backbone: already on `device`; its training mode is left as it is.
-        batch_size: images a call; with classifier-free guidance a sampler's call has twice its images.
+        batch_size: images a call; with classifier-free guidance a sampler's call has twice its
+            images.
         repeats: rounds.
         y: conditioning of the batch, where the network takes more than class labels.
         timer: runs a call and gives its milliseconds; by default `call_timer(device)`.
@@ -191,13 +223,17 @@ def measure_latency(
         EvaluationError: no repeats or no images.
     """
     if repeats < 1 or batch_size < 1:
-        raise EvaluationError(f"repeats and batch_size must be at least 1; got {repeats} and {batch_size}; 15 repeats do")
+        raise EvaluationError(
+            f"repeats and batch_size must be at least 1; got {repeats} and {batch_size}; 15 "
+            "repeats do"
+        )
     device = torch.device(device)
     timer = timer or call_timer(device)
     dtype = next(p.dtype for p in backbone.parameters())
     x_t, t, y = _inputs(backbone, batch_size, device, dtype, y)
     times = np.zeros((backbone.depth, repeats + 1))
-    order, rng = np.arange(backbone.depth), np.random.default_rng(0)
+    order = np.arange(backbone.depth)
+    rng = np.random.default_rng(0)
     with torch.no_grad():
         for repeat in range(repeats + 1):
             rng.shuffle(order)
@@ -232,14 +268,18 @@ class TimeRatio:
 
 
 def compare_sampling_time(
-    run_a: Callable[[], object], run_b: Callable[[], object], repeats: int = 5, timer: Timer | None = None
+    run_a: Callable[[], object],
+    run_b: Callable[[], object],
+    repeats: int = 5,
+    timer: Timer | None = None,
 ) -> TimeRatio:
     """Time two samplings in turn, A B, B A, A B, …, after one untimed run of each.
 
     Args:
         run_a, run_b: each makes the same number of images.
         repeats: pairs.
-        timer: runs a call and gives its milliseconds; by default the wall clock, with the GPU synchronised.
+        timer: runs a call and gives its milliseconds; by default the wall clock, with the GPU
+            synchronised.
 
     Raises:
         EvaluationError: no repeats.
@@ -276,10 +316,14 @@ def _synchronised_wall(call: Callable[[], object]) -> float:
 # -- FLOPs ---------------------------------------------------------------------------------------
 
 
-def count_flops(backbone: Backbone, exit_depth: int, batch_size: int = 1, y: Conditioning | None = None) -> float:
-    """FLOPs an image of one network call: matrix products, convolutions and attention, a multiply-add being two.
+def count_flops(
+    backbone: Backbone, exit_depth: int, batch_size: int = 1, y: Conditioning | None = None
+) -> float:
+    """FLOPs an image of one network call: matrix products, convolutions and attention, a
+    multiply-add being two.
 
-    Nothing is computed: torch's counter follows shapes only, so the figure is the same on every machine.
+    Nothing is computed: torch's counter follows shapes only, so the figure is the same on every
+    machine.
 
     Args:
         exit_depth: blocks run.
@@ -295,13 +339,22 @@ def count_flops(backbone: Backbone, exit_depth: int, batch_size: int = 1, y: Con
     dtype = next(p.dtype for p in backbone.parameters())
     counter = FlopCounterMode(display=False)
     with torch.no_grad(), counter:
-        functional_call(backbone, state, _inputs(backbone, batch_size, meta, dtype, y), {"exit_depth": exit_depth})
+        functional_call(
+            backbone,
+            state,
+            _inputs(backbone, batch_size, meta, dtype, y),
+            {"exit_depth": exit_depth},
+        )
     return counter.get_total_flops() / batch_size
 
 
 def flops_table(backbone: Backbone, y: Conditioning | None = None) -> tuple[float, ...]:
-    """`count_flops` at exit depths 1…depth (index 0 = depth 1), `y` for one image; depths below the least have its figure."""
-    return tuple(count_flops(backbone, max(d, backbone.min_exit_depth), 1, y) for d in range(1, backbone.depth + 1))
+    """`count_flops` at exit depths 1…depth (index 0 = depth 1), `y` for one image; depths below the
+    least have its figure."""
+    return tuple(
+        count_flops(backbone, max(d, backbone.min_exit_depth), 1, y)
+        for d in range(1, backbone.depth + 1)
+    )
 
 
 def flops_frac(schedule: ExitSchedule, timesteps: npt.ArrayLike, flops: Sequence[float]) -> float:

@@ -1,7 +1,9 @@
-"""Feature extractors: the networks whose features a metric compares, all of them torch-fidelity's kind.
+"""Feature extractors: the networks whose features a metric compares, all of them torch-fidelity's
+kind.
 
-The registry is torch-fidelity's own, so every extractor it knows works here by name, and ours work in
-`torch_fidelity.calculate_metrics`. Ours: `fashion-cnn`, a small classifier for Fashion-MNIST that travels in the package.
+The registry is torch-fidelity's own, so every extractor it knows works here by name, and ours work
+in `torch_fidelity.calculate_metrics`. Ours: `fashion-cnn`, a small classifier for Fashion-MNIST
+that travels in the package.
 """
 
 from __future__ import annotations
@@ -21,7 +23,11 @@ import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch_fidelity import FeatureExtractorBase, FeatureExtractorInceptionV3, register_feature_extractor
+from torch_fidelity import (
+    FeatureExtractorBase,
+    FeatureExtractorInceptionV3,
+    register_feature_extractor,
+)
 from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3
 from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY
 
@@ -42,7 +48,8 @@ class Extractor:
 
     Attributes:
         name: its name in the registry.
-        digest: SHA-256 of its weights (names, types, shapes and values), whatever file they came from.
+        digest: SHA-256 of its weights (names, types, shapes and values), whatever file they came
+            from.
         channels: C of the images it takes; grey images are repeated where it takes three.
         dim: D, the number of features.
         net: the network, in eval mode.
@@ -64,8 +71,9 @@ class Extractor:
         """
         if channels not in (1, self.channels):
             raise EvaluationError(
-                f"the extractor {self.name} takes images of {self.channels} channel(s) or grey ones; got {channels} in {name}; "
-                "choose another extractor, or decode latents to images first"
+                f"the extractor {self.name} takes images of {self.channels} channel(s) or grey "
+                f"ones; got {channels} in {name}; choose another extractor, or decode latents to "
+                "images first"
             )
 
     def __call__(self, images: Tensor) -> Tensor:
@@ -76,7 +84,8 @@ class Extractor:
         """
         if images.dtype != torch.uint8 or images.ndim != 4:
             raise EvaluationError(
-                f"images must be uint8 of shape (N, C, H, W); got {images.dtype} {tuple(images.shape)}; convert with to_uint8"
+                f"images must be uint8 of shape (N, C, H, W); got {images.dtype} "
+                f"{tuple(images.shape)}; convert with to_uint8"
             )
         self.check_shape(images.shape[1], "this batch")
         images = images.to(self.device).expand(-1, self.channels, -1, -1)  # (N, channels, H, W)
@@ -91,51 +100,69 @@ class Extractor:
 def register_extractor(name: str, cls: type[FeatureExtractorBase]) -> None:
     """Make a `torch_fidelity.FeatureExtractorBase` available by name, here and in torch-fidelity.
 
-    Its default layer for "fid" must give (N, D) features. A class attribute `channels` says how many channels it takes
-    (3 if there is none). Two extractors that differ in anything but weights need different names.
+    Its default layer for "fid" must give (N, D) features. A class attribute `channels` says how
+    many channels it takes (3 if there is none). Two extractors that differ in anything but weights
+    need different names.
 
     Raises:
         EvaluationError: the name is taken, or not a FeatureExtractorBase.
     """
     if not (isinstance(cls, type) and issubclass(cls, FeatureExtractorBase)):
         raise EvaluationError(
-            f"an extractor must be a subclass of torch_fidelity.FeatureExtractorBase; got {cls!r}; subclass it"
+            f"an extractor must be a subclass of torch_fidelity.FeatureExtractorBase; got {cls!r}; "
+            "subclass it"
         )
     try:
         register_feature_extractor(name, cls)
     except ValueError as error:
-        raise EvaluationError(f"can't register the extractor {name!r}: {error}; choose another name") from error
+        raise EvaluationError(
+            f"can't register the extractor {name!r}: {error}; choose another name"
+        ) from error
 
 
-def make_extractor(name: str, weights: str | os.PathLike[str] | None = None, device: str | torch.device = "cpu") -> Extractor:
+def make_extractor(
+    name: str, weights: str | os.PathLike[str] | None = None, device: str | torch.device = "cpu"
+) -> Extractor:
     """Load a registered extractor.
 
     Args:
-        name: `inception-v3-compat` (2048 features; the figure is FID), `fashion-cnn` (64 features, 28×28 grey), another of
-            torch-fidelity's, or one from `register_extractor`.
+        name: `inception-v3-compat` (2048 features; the figure is FID), `fashion-cnn` (64 features,
+            28×28 grey), another of torch-fidelity's, or one from `register_extractor`.
         weights: file with the weights; by default the shipped ones, or torch-fidelity's download.
         device: where to run it.
 
     Raises:
-        EvaluationError: unknown name, or weights that are missing, unreadable or of another network.
+        EvaluationError: unknown name, or weights that are missing, unreadable or of another
+            network.
     """
     if name not in FEATURE_EXTRACTORS_REGISTRY:
         known = ", ".join(sorted(FEATURE_EXTRACTORS_REGISTRY))
-        raise EvaluationError(f"unknown extractor {name!r}; choose one of {known}, or register it with register_extractor")
+        raise EvaluationError(
+            f"unknown extractor {name!r}; choose one of {known}, or register it with "
+            "register_extractor"
+        )
     cls = FEATURE_EXTRACTORS_REGISTRY[name]
     layer = cls.get_default_feature_layer_for_metric("fid")
     path = None if weights is None else Path(weights)
     if path is not None and not path.is_file():
-        raise EvaluationError(f"the weights of the extractor {name} must be a file; got {path}; check the path")
+        raise EvaluationError(
+            f"the weights of the extractor {name} must be a file; got {path}; check the path"
+        )
     with _one_line_errors(name, path):
         if issubclass(cls, FeatureExtractorInceptionV3):
             path = _inception_weights(name, path)
         where = None if path is None else str(path)
-        net = cls(name, [layer], feature_extractor_weights_path=where, verbose=False).requires_grad_(False).eval()
+        net = (
+            cls(name, [layer], feature_extractor_weights_path=where, verbose=False)
+            .requires_grad_(False)
+            .eval()
+        )
         channels = int(getattr(cls, "channels", 3))
         dummy = net.get_dummy_input_for_compile()
         dim = int(net(dummy)[0].shape[1])
-    return Extractor(name, _weights_digest(net), channels, dim, net.to(device), torch.device(device))
+    return Extractor(
+        name, _weights_digest(net), channels, dim, net.to(device), torch.device(device)
+    )
 
 
 @contextmanager
@@ -144,18 +171,28 @@ def _one_line_errors(name: str, path: Path | None) -> Iterator[None]:
         yield
     except EvaluationError:
         raise
-    except (OSError, RuntimeError, ValueError, KeyError, EOFError, pickle.UnpicklingError, SafetensorError) as error:
+    except (
+        OSError,
+        RuntimeError,
+        ValueError,
+        KeyError,
+        EOFError,
+        pickle.UnpicklingError,
+        SafetensorError,
+    ) as error:
         reason = (str(error) or repr(error)).splitlines()[0]
         source = "its download" if path is None else str(path)
         raise EvaluationError(
-            f"can't load the extractor {name} from {source}: {reason}; give a file with its weights as extractor_weights"
+            f"can't load the extractor {name} from {source}: {reason}; give a file with its "
+            "weights as extractor_weights"
         ) from error
 
 
 def _inception_weights(name: str, path: Path | None) -> Path:
     """The file to load: checked, and downloaded to torch's hub folder where none is given.
 
-    Under the name that stands for FID only torch-fidelity's own file is taken; other weights need a name of their own.
+    Under the name that stands for FID only torch-fidelity's own file is taken; other weights need a
+    name of their own.
     """
     if path is None:
         path = Path(torch.hub.get_dir()) / "checkpoints" / INCEPTION_FILE
@@ -165,22 +202,27 @@ def _inception_weights(name: str, path: Path | None) -> Path:
         found = file_sha256(path)
         if not found.startswith(INCEPTION_SHA256_PREFIX):
             raise EvaluationError(
-                f"the extractor {INCEPTION} needs {INCEPTION_FILE} (SHA-256 {INCEPTION_SHA256_PREFIX}…); got {path} "
-                f"({found[:8]}…), damaged or other weights; fetch it again from {URL_INCEPTION_V3}, or register other weights "
-                "under another name"
+                f"the extractor {INCEPTION} needs {INCEPTION_FILE} (SHA-256 "
+                f"{INCEPTION_SHA256_PREFIX}…); got {path} ({found[:8]}…), damaged or other "
+                f"weights; fetch it again from {URL_INCEPTION_V3}, or register other weights under "
+                "another name"
             )
-    torch.load(path, map_location="cpu", weights_only=True)  # refuses code before torch-fidelity unpickles it
+    # refuses code before torch-fidelity unpickles it
+    torch.load(path, map_location="cpu", weights_only=True)
     return path
 
 
 def _download_inception(target: Path) -> None:
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        torch.hub.download_url_to_file(URL_INCEPTION_V3, str(target), INCEPTION_SHA256_PREFIX, progress=False)
+        torch.hub.download_url_to_file(
+            URL_INCEPTION_V3, str(target), INCEPTION_SHA256_PREFIX, progress=False
+        )
     except (OSError, RuntimeError) as error:
         raise EvaluationError(
-            f"can't download the weights of {INCEPTION}: {str(error).splitlines()[0]}; fetch {URL_INCEPTION_V3} "
-            f"elsewhere and put it at {target}, or give its path as extractor_weights"
+            f"can't download the weights of {INCEPTION}: {str(error).splitlines()[0]}; fetch "
+            f"{URL_INCEPTION_V3} elsewhere and put it at {target}, or give its path as "
+            "extractor_weights"
         ) from error
 
 
@@ -234,8 +276,8 @@ class FashionCNN(FeatureExtractorBase):  # type: ignore[misc]  # torch-fidelity 
         """The requested features, as torch-fidelity wants them."""
         if images.ndim != 4 or images.shape[1:] != (1, 28, 28):
             raise EvaluationError(
-                f"the extractor {FASHION_CNN} takes images of shape (N, 1, 28, 28); got {tuple(images.shape)}; "
-                f"use {INCEPTION} for others"
+                f"the extractor {FASHION_CNN} takes images of shape (N, 1, 28, 28); got "
+                f"{tuple(images.shape)}; use {INCEPTION} for others"
             )
         features = self.features(images)
         return tuple(features if f == "64" else self.head(features) for f in self.features_list)
@@ -270,10 +312,11 @@ def train_extractor(
     batch_size: int = 128,
     lr: float = 4e-3,
 ) -> float:
-    """Train `fashion-cnn` and write its weights: Adam, one cycle of the learning rate, half of the images mirrored.
+    """Train `fashion-cnn` and write its weights: Adam, one cycle of the learning rate, half of the
+    images mirrored.
 
-    The file's metadata record accuracy, seed, data and command. Six epochs take about three minutes on one CPU core and
-    reach 91.5 %.
+    The file's metadata record accuracy, seed, data and command. Six epochs take about three minutes
+    on one CPU core and reach 91.5 %.
 
     Args:
         data, test: (N, 1, 28, 28) images with labels 0…9.
@@ -289,8 +332,9 @@ def train_extractor(
     for source in (data, test):
         if source.shape != (1, 28, 28) or not 0 < source.num_classes <= 10:
             raise DataError(
-                f"{FASHION_CNN} is trained on 28×28 grey images of at most ten classes; got {source.shape} with "
-                f"{source.num_classes} classes in {source.name}; use Fashion-MNIST"
+                f"{FASHION_CNN} is trained on 28×28 grey images of at most ten classes; got "
+                f"{source.shape} with {source.num_classes} classes in {source.name}; use "
+                "Fashion-MNIST"
             )
     if epochs < 1:
         raise EvaluationError(f"epochs must be at least 1; got {epochs}; 6 give 91.5 %")
@@ -325,9 +369,13 @@ def _fit(net: FashionCNN, data: ImageArray, epochs: int, batch_size: int, lr: fl
         order = torch.randperm(len(data))
         for start in range(0, len(data), batch_size):
             index = order[start : start + batch_size]
-            images, mirrored = data.images[index], torch.rand(len(index)) < 0.5
-            images = torch.where(mirrored[:, None, None, None], images.flip(-1), images)  # (N, 1, 28, 28)
-            loss = F.cross_entropy(net.head(net.features(images)), data.labels[index], label_smoothing=0.05)
+            images = data.images[index]
+            mirrored = torch.rand(len(index)) < 0.5
+            # (N, 1, 28, 28)
+            images = torch.where(mirrored[:, None, None, None], images.flip(-1), images)
+            loss = F.cross_entropy(
+                net.head(net.features(images)), data.labels[index], label_smoothing=0.05
+            )
             optimizer.zero_grad()
             loss.backward()  # type: ignore[no-untyped-call]
             optimizer.step()

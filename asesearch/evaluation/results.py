@@ -24,7 +24,8 @@ class Protocol:
     """Everything a figure depends on besides the network and its schedule.
 
     Attributes:
-        metric: "frechet", "kid", or "frechet-pca-K": the Fréchet distance in the reference's first K principal components.
+        metric: "frechet", "kid", or "frechet-pca-K": the Fréchet distance in the reference's first
+            K principal components.
         extractor: name of the feature extractor.
         extractor_digest: SHA-256 of its weights.
         num_samples: images generated a repeat.
@@ -32,12 +33,14 @@ class Protocol:
         reference_size: its number of images.
         reference_digest: SHA-256 of its content.
         seeds: first image seed of each repeat; repeat r uses seeds[r] … seeds[r] + num_samples - 1.
-        solver, num_steps, cfg_scale, precision: how the images were made. Solver and steps are None where they compete on
+        solver, num_steps, cfg_scale, precision: how the images were made. Solver and steps are None
+            where they compete on
             one front: there they are part of what is measured, beside the schedule.
-        guided_channels: guidance acted on the first so many channels of the network's output: three of four in the official
-            DiT code, all in diffusers' pipelines. None without guidance (cfg_scale 1). Under guidance None means that it is
-            not on record, in a study of a release that did not keep it; such a score is comparable with those of its own
-            study, where the network fixes the channels, and not with any that tells them.
+        guided_channels: guidance acted on the first so many channels of the network's output: three
+            of four in the official DiT code, all in diffusers' pipelines. None without guidance
+            (cfg_scale 1). Under guidance None means that it is not on record, in a study of a
+            release that did not keep it; such a score is comparable with those of its own study,
+            where the network fixes the channels, and not with any that tells them.
     """
 
     metric: str
@@ -62,16 +65,20 @@ class Protocol:
 
     @property
     def metric_name(self) -> str:
-        """What to print: "FID" for Inception-v3 features, else the extractor's name stands with the metric's."""
+        """What to print: "FID" for Inception-v3 features, else the extractor's name stands with the
+        metric's."""
         inception = self.extractor == "inception-v3-compat"
         if self.metric == "kid":
             return "KID" if inception else f"Kernel distance ({self.extractor})"
         if self.num_components is not None:
-            return f"Fréchet distance in {self.num_components} principal components ({self.extractor})"
+            return (
+                f"Fréchet distance in {self.num_components} principal components ({self.extractor})"
+            )
         return "FID" if inception else f"Fréchet distance ({self.extractor})"
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data for JSON; without guided channels where there are none, as earlier releases wrote it."""
+        """Plain data for JSON; without guided channels where there are none, as earlier releases
+        wrote it."""
         data = {**asdict(self), "seeds": list(self.seeds)}
         return {k: v for k, v in data.items() if k != "guided_channels" or v is not None}
 
@@ -88,7 +95,8 @@ class Protocol:
         ]
         if differ:
             raise EvaluationError(
-                f"figures are compared only under one protocol; these differ in {'; '.join(differ)}; evaluate both alike"
+                "figures are compared only under one protocol; these differ in "
+                f"{'; '.join(differ)}; evaluate both alike"
             )
 
 
@@ -105,10 +113,13 @@ class EvaluationResult:
     values: tuple[float, ...]
 
     def __post_init__(self) -> None:
-        if len(self.values) != len(self.protocol.seeds) or not all(math.isfinite(v) for v in self.values):
+        if len(self.values) != len(self.protocol.seeds) or not all(
+            math.isfinite(v) for v in self.values
+        ):
             raise EvaluationError(
-                f"one finite value a repeat is needed; got {self.values} for {len(self.protocol.seeds)} repeats; "
-                "the network gave images that are not finite, or too few"
+                f"one finite value a repeat is needed; got {self.values} for "
+                f"{len(self.protocol.seeds)} repeats; the network gave images that are not finite, "
+                "or too few"
             )
 
     @property
@@ -127,7 +138,8 @@ class EvaluationResult:
     def minus(self, other: EvaluationResult) -> tuple[float, float | None]:
         """Difference of the means and its standard error (None from one repeat).
 
-        Repeat r of both used the same image seeds, so the error is that of the differences repeat by repeat.
+        Repeat r of both used the same image seeds, so the error is that of the differences repeat
+        by repeat.
 
         Raises:
             EvaluationError: the protocols differ.
@@ -143,8 +155,9 @@ class EvaluationResult:
     def margin(self, other: EvaluationResult) -> float | None:
         """Half the width of the confidence interval of `minus` (None from one repeat).
 
-        The interval is Student's for the differences repeat by repeat: at three repeats it reaches 4.3 standard errors,
-        at two 12.7. Where it leaves out 0, the two differ at the level `CONFIDENCE`.
+        The interval is Student's for the differences repeat by repeat: at three repeats it reaches
+        4.3 standard errors, at two 12.7. Where it leaves out 0, the two differ at the level
+        `CONFIDENCE`.
 
         Raises:
             EvaluationError: the protocols differ.
@@ -166,5 +179,6 @@ class EvaluationResult:
 
 
 def student_factor(repeats: int, confidence: float = CONFIDENCE) -> float:
-    """Standard errors of a mean of `repeats` values from the middle of its confidence interval to an end."""
+    """Standard errors of a mean of `repeats` values from the middle of its confidence interval to
+    an end."""
     return float(stdtrit(repeats - 1, (1 + confidence) / 2))

@@ -20,7 +20,15 @@ from asesearch.data import DataSource, ImageFolder, check_readable
 from asesearch.errors import ConfigError, DataError
 from asesearch.files import file_sha256
 from asesearch.latents.networks import PathLike, TextEncoder, Vae
-from asesearch.latents.shards import FORMAT_VERSION, INDEX, Array, Entry, Index, pad_prompts, write_array
+from asesearch.latents.shards import (
+    FORMAT_VERSION,
+    INDEX,
+    Array,
+    Entry,
+    Index,
+    pad_prompts,
+    write_array,
+)
 
 READERS = 16  # threads that read images, at most
 
@@ -65,10 +73,14 @@ class _Job:
         for chunk, x_start, y in self._batches(indices):
             where = f"images {chunk.start}…{chunk.stop - 1} of {self.source.name}"
             views = (x_start, x_start.flip(-1)) if self.flips else (x_start,)
-            moments = torch.stack([self.vae.moments(view) for view in views], dim=1)  # (n, V, 2, C, h, w)
+            # (n, V, 2, C, h, w)
+            moments = torch.stack([self.vae.moments(view) for view in views], dim=1)
             latents.append(self._stored(moments, where))
             if self.text is not None:
-                prompts += [self._stored(p, where) for p in self.text.encode([self.captions[i] for i in chunk])]
+                prompts += [
+                    self._stored(p, where)
+                    for p in self.text.encode([self.captions[i] for i in chunk])
+                ]
             elif y is not None:
                 labels.append(y)
             self.on_batch(len(chunk))
@@ -82,23 +94,31 @@ class _Job:
 
     def plan(self, shape: Sequence[int]) -> EncodingPlan:
         """Encode one batch twice, and time the second."""
-        count, indices = len(self.source), range(min(self.batch_size, len(self.source)))
+        count = len(self.source)
+        indices = range(min(self.batch_size, len(self.source)))
         self.shard(indices)
         start = time.perf_counter()
         parts = self.shard(indices)
         image_s = (time.perf_counter() - start) / len(indices)
         size = sum(array.nbytes for array in parts.values())
-        return EncodingPlan(count, tuple(shape), image_s, image_s * count, size * count // len(indices))
+        return EncodingPlan(
+            count, tuple(shape), image_s, image_s * count, size * count // len(indices)
+        )
 
     def null_prompt(self) -> Array | None:
         """The empty prompt's embedding: (tokens, D)."""
-        return None if self.text is None else self._stored(self.text.encode([""])[0], "the empty prompt").numpy()
+        return (
+            None
+            if self.text is None
+            else self._stored(self.text.encode([""])[0], "the empty prompt").numpy()
+        )
 
     def _stored(self, values: Tensor, where: str) -> Tensor:
         stored = values.to("cpu", self.dtype)
         if not bool(torch.isfinite(stored).all()):
             raise DataError(
-                f"latents and embeddings must be finite in {self.dtype}; got others in {where}; use float32, or other weights"
+                f"latents and embeddings must be finite in {self.dtype}; got others in {where}; "
+                "use float32, or other weights"
             )
         return stored
 
@@ -112,7 +132,8 @@ class _Job:
 
             ahead = submit(chunks[0])
             for chunk, following in zip(chunks, [*chunks[1:], range(0)], strict=True):
-                current, ahead = ahead, submit(following)
+                current = ahead
+                ahead = submit(following)
                 images, labels = zip(*(future.result() for future in current), strict=True)
                 yield chunk, torch.cat(images), None if labels[0] is None else torch.cat(labels)
 
@@ -136,9 +157,10 @@ def encode_latents(
 ) -> EncodingPlan | None:
     """Encode images, and captions if there are any, into a folder that `LatentShards` reads.
 
-    A run that was killed goes on when it is called again with the same arguments, and leaves the same bytes as one that was
-    not; a shard that is missing or damaged is made anew. `batch_size` and `device` may change, which changes numbers by
-    rounding only (with captions, from GPU to CPU or back is refused, as the text encoder's precision differs).
+    A run that was killed goes on when it is called again with the same arguments, and leaves the
+    same bytes as one that was not; a shard that is missing or damaged is made anew. `batch_size`
+    and `device` may change, which changes numbers by rounding only (with captions, from GPU to CPU
+    or back is refused, as the text encoder's precision differs).
 
     Args:
         source: images (N, 3, H, W) in [-1, 1]; it is read without augmentation.
@@ -149,21 +171,23 @@ def encode_latents(
         shard_size: images a file.
         device: where the networks run.
         captions: one an image, in the source's order; labels are then left out.
-        text_encoder_path: local folder of a transformers text encoder with its tokenizer, or of a pipeline with these in
-            `text_encoder/` and `tokenizer/`.
+        text_encoder_path: local folder of a transformers text encoder with its tokenizer, or of a
+            pipeline with these in `text_encoder/` and `tokenizer/`.
         max_length: tokens a caption, the rest is cut off; PixArt-α's is 120.
         dtype: of the stored numbers; float16 keeps three digits in half the space.
-        progress: called as (images done, images in all) after every batch, and for every shard that was done before.
+        progress: called as (images done, images in all) after every batch, and for every shard that
+            was done before.
         dry_run: check everything, time a batch, write nothing, and return the plan.
 
     Raises:
         ConfigError: arguments out of range, or captions without a text encoder.
         CheckpointError: VAE or text encoder missing or unreadable.
-        DataError: images that can't be read, images or captions that don't fit, or `out_dir` holds another encoding: the
-            message says what changed.
+        DataError: images that can't be read, images or captions that don't fit, or `out_dir` holds
+            another encoding: the message says what changed.
     """
     _check_arguments(source, batch_size, shard_size, dtype, captions, text_encoder_path)
-    vae, folder = Vae(vae_path, device), Path(out_dir)
+    vae = Vae(vae_path, device)
+    folder = Path(out_dir)
     _check_images(source, vae)
     text = None if text_encoder_path is None else TextEncoder(text_encoder_path, device, max_length)
     identity = {
@@ -172,11 +196,14 @@ def encode_latents(
         "flips": flips,
         "dtype": dtype,
         "shard_size": shard_size,
-        "captions": None if captions is None else hashlib.sha256(json.dumps(list(captions)).encode()).hexdigest(),
+        "captions": None
+        if captions is None
+        else hashlib.sha256(json.dumps(list(captions)).encode()).hexdigest(),
         "text_encoder": None if text is None else text.digest,
         "max_length": None if text is None else max_length,
     }
-    index, done = _fresh_index(source, vae, identity), 0
+    index = _fresh_index(source, vae, identity)
+    done = 0
     if folder.is_dir() or not dry_run:
         index = _resumed(folder, index)
     check_readable(source)
@@ -195,23 +222,31 @@ def encode_latents(
 
 
 def _run(job: _Job, index: Index, folder: Path) -> None:
-    """Encode what `index` does not have yet, or what is no longer intact; the index follows each shard."""
-    null, size = job.null_prompt(), index.identity["shard_size"]
+    """Encode what `index` does not have yet, or what is no longer intact; the index follows each
+    shard."""
+    null = job.null_prompt()
+    size = index.identity["shard_size"]
     index.null_prompt = None if null is None else write_array(folder / "null-prompt.npy", null)
     index.write(folder)
     for number, start in enumerate(range(0, index.count, size)):
         indices = range(start, min(start + size, index.count))
-        if number < len(index.shards) and all(_intact(folder, entry) for entry in index.shards[number].values()):
+        if number < len(index.shards) and all(
+            _intact(folder, entry) for entry in index.shards[number].values()
+        ):
             job.on_batch(len(indices))
             continue
         parts = job.shard(indices)
-        entries = {part: write_array(folder / f"{part}-{number:05d}.npy", array) for part, array in parts.items()}
+        entries = {
+            part: write_array(folder / f"{part}-{number:05d}.npy", array)
+            for part, array in parts.items()
+        }
         index.shards[number : number + 1] = [entries]
         index.write(folder)
 
 
 def _intact(folder: Path, entry: Entry) -> bool:
-    path, sha256 = folder / entry["file"], str(entry["sha256"])
+    path = folder / entry["file"]
+    sha256 = str(entry["sha256"])
     return path.is_file() and file_sha256(path) == sha256
 
 
@@ -222,12 +257,23 @@ def _fresh_index(source: DataSource, vae: Vae, identity: dict[str, Any]) -> Inde
     by_order: bool = getattr(source, "labels_by_order", False)
     vae_scaling = (vae.shift, vae.scale)
     return Index(
-        FORMAT_VERSION, identity, source.name, len(source), shape, num_classes, *vae_scaling, None, [], classes, by_order
+        FORMAT_VERSION,
+        identity,
+        source.name,
+        len(source),
+        shape,
+        num_classes,
+        *vae_scaling,
+        None,
+        [],
+        classes,
+        by_order,
     )
 
 
 def _resumed(folder: Path, fresh: Index) -> Index:
-    """The index already in `folder`, if it is of the same encoding; `fresh` if the folder is new or empty.
+    """The index already in `folder`, if it is of the same encoding; `fresh` if the folder is new or
+    empty.
 
     Raises:
         DataError: `folder` holds something else.
@@ -236,36 +282,58 @@ def _resumed(folder: Path, fresh: Index) -> Index:
         folder.mkdir(parents=True, exist_ok=True)
         strange = sorted(p.name for p in folder.iterdir() if p.suffix != ".part")
         if strange:
-            raise DataError(f"latents go into an empty folder; got {folder} with {strange[0]} in it; give another folder")
+            raise DataError(
+                f"latents go into an empty folder; got {folder} with {strange[0]} in it; give "
+                "another folder"
+            )
         return fresh
     index = Index.read(folder)
-    old, new = index.identity, fresh.identity
+    old = index.identity
+    new = fresh.identity
     changed = [f"{k}: {old.get(k)} -> {new[k]}" for k in new if old.get(k) != new[k]]
     if changed:
-        raise DataError(f"{folder} holds another encoding; changed: {'; '.join(changed)}; undo that, or give an empty folder")
-    index.classes, index.labels_by_order = fresh.classes, fresh.labels_by_order
+        raise DataError(
+            f"{folder} holds another encoding; changed: {'; '.join(changed)}; undo that, or give "
+            "an empty folder"
+        )
+    index.classes = fresh.classes
+    index.labels_by_order = fresh.labels_by_order
     return index
 
 
 def _check_arguments(
-    source: DataSource, batch_size: int, shard_size: int, dtype: str, captions: Sequence[str] | None, text: PathLike | None
+    source: DataSource,
+    batch_size: int,
+    shard_size: int,
+    dtype: str,
+    captions: Sequence[str] | None,
+    text: PathLike | None,
 ) -> None:
     if batch_size < 1 or shard_size < 1:
-        raise ConfigError(f"batch_size and shard_size must be at least 1; got {batch_size} and {shard_size}; raise them")
+        raise ConfigError(
+            f"batch_size and shard_size must be at least 1; got {batch_size} and {shard_size}; "
+            "raise them"
+        )
     if dtype not in ("float16", "float32"):
         raise ConfigError(f"dtype must be float16 or float32; got {dtype!r}; choose one of them")
     if (captions is None) != (text is None):
-        raise ConfigError("captions and a text encoder are needed together; got one of them; give both or none")
+        raise ConfigError(
+            "captions and a text encoder are needed together; got one of them; give both or none"
+        )
     if captions is not None and len(captions) != len(source):
-        raise DataError(f"one caption an image is needed; got {len(captions)} for {len(source)} images; add captions")
+        raise DataError(
+            f"one caption an image is needed; got {len(captions)} for {len(source)} images; add "
+            "captions"
+        )
 
 
 def _check_images(source: DataSource, vae: Vae) -> None:
     channels, height, width = source.shape
     if channels != vae.channels or height % vae.factor or width % vae.factor:
         raise DataError(
-            f"this VAE encodes images of {vae.channels} channels whose sides are multiples of {vae.factor} pixels; "
-            f"got {source.shape} from {source.name}; change data.channels or data.image_size"
+            f"this VAE encodes images of {vae.channels} channels whose sides are multiples of "
+            f"{vae.factor} pixels; got {source.shape} from {source.name}; change data.channels or "
+            "data.image_size"
         )
 
 
@@ -275,15 +343,18 @@ def _check_images(source: DataSource, vae: Vae) -> None:
 def read_captions(path: PathLike, images: ImageFolder) -> list[str]:
     """The captions of a folder's images, in its order.
 
-    The file is JSON Lines with `file_name`, relative to the folder, and `text`: Hugging Face's `metadata.jsonl`.
+    The file is JSON Lines with `file_name`, relative to the folder, and `text`: Hugging Face's
+    `metadata.jsonl`.
 
     Raises:
-        DataError: unreadable, a line of another form, two lines for an image, an image without caption or the reverse.
+        DataError: unreadable, a line of another form, two lines for an image, an image without
+            caption or the reverse.
     """
     path = Path(path)
     texts: dict[str, str] = {}
     try:
-        text = path.read_text(encoding="utf-8-sig", errors="surrogateescape")  # a file name may be any bytes
+        # a file name may be any bytes
+        text = path.read_text(encoding="utf-8-sig", errors="surrogateescape")
         lines = text.split("\n")  # not splitlines(), which also splits at U+2028 inside a caption
     except (OSError, ValueError) as error:
         raise DataError(f"can't read the caption file {path}: {error}; check the path") from error
@@ -292,21 +363,32 @@ def read_captions(path: PathLike, images: ImageFolder) -> list[str]:
             continue
         try:
             row = json.loads(line)
-            name, text = PurePosixPath(row["file_name"]).as_posix(), row["text"]
+            name = PurePosixPath(row["file_name"]).as_posix()
+            text = row["text"]
         except (ValueError, KeyError, TypeError) as error:
-            raise DataError(f'{path}:{number} must read {{"file_name": …, "text": …}}; got {line[:60]!r}; mend it') from error
+            raise DataError(
+                f'{path}:{number} must read {{"file_name": …, "text": …}}; got {line[:60]!r}; mend '
+                "it"
+            ) from error
         if name in texts or not isinstance(text, str):
-            raise DataError(f"{path}:{number} must give each image one text; got {text!r} for {name}; correct or remove it")
+            raise DataError(
+                f"{path}:{number} must give each image one text; got {text!r} for {name}; correct "
+                "or remove it"
+            )
         if not _is_unicode(text):
-            raise DataError(f"{path}:{number} must hold a caption in UTF-8; got {text[:60]!r}; save the file as UTF-8")
+            raise DataError(
+                f"{path}:{number} must hold a caption in UTF-8; got {text[:60]!r}; save the file "
+                "as UTF-8"
+            )
         texts[name] = text
     names = [file.relative_to(images.root).as_posix() for file in images.files]
     bare = [n for n in names if n not in texts]
     lost = sorted(texts.keys() - set(names) - images.skipped.keys())
     if bare or lost:
         raise DataError(
-            f"images in {images.root} and captions in {path} must pair up; got {len(bare)} images without caption {bare[:3]} "
-            f"and {len(lost)} captions without image {lost[:3]}; add or remove them"
+            f"images in {images.root} and captions in {path} must pair up; got {len(bare)} images "
+            f"without caption {bare[:3]} and {len(lost)} captions without image {lost[:3]}; add or "
+            "remove them"
         )
     return [texts[n] for n in names]
 
@@ -332,7 +414,8 @@ def encode_folder(
     progress: Callable[[int, int], None] | None = None,
     dry_run: bool = False,
 ) -> EncodingPlan | None:
-    """Encode a study file's image folder; `captions` is a file for `read_captions`, the rest is as in `encode_latents`.
+    """Encode a study file's image folder; `captions` is a file for `read_captions`, the rest is as
+    in `encode_latents`.
 
     Raises:
         ConfigError: `data` is not an image folder, or lacks path or image_size.
@@ -340,10 +423,17 @@ def encode_folder(
     """
     if data.kind != "image-folder" or data.path is None or data.image_size is None:
         raise ConfigError(
-            f"encoding takes data of kind 'image-folder' with path and image_size; got {data.kind!r}, path {data.path!r}, "
-            f"image_size {data.image_size!r}; complete the data section"
+            "encoding takes data of kind 'image-folder' with path and image_size; got "
+            f"{data.kind!r}, path {data.path!r}, image_size {data.image_size!r}; complete the data "
+            "section"
         )
-    images = ImageFolder(data.path, data.image_size, data.channels, classes=data.classes, skip_damaged=data.skip_damaged)
+    images = ImageFolder(
+        data.path,
+        data.image_size,
+        data.channels,
+        classes=data.classes,
+        skip_damaged=data.skip_damaged,
+    )
     return encode_latents(
         images,
         vae,
@@ -363,7 +453,10 @@ def encode_folder(
 
 @torch.inference_mode()
 def encode_prompts(
-    prompts: Sequence[str], text_encoder: PathLike, max_length: int, device: str | torch.device = "cpu"
+    prompts: Sequence[str],
+    text_encoder: PathLike,
+    max_length: int,
+    device: str | torch.device = "cpu",
 ) -> dict[str, Tensor]:
     """Prompts as the y of a network that takes them, on the CPU: as `LatentShards` gives captions.
 

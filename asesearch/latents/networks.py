@@ -1,4 +1,5 @@
-"""The networks around the latents: the VAE, both ways, and the text encoder. Local folders only, and never a pickle."""
+"""The networks around the latents: the VAE, both ways, and the text encoder. Local folders only,
+and never a pickle."""
 
 from __future__ import annotations
 
@@ -17,7 +18,8 @@ from torch import Tensor, nn
 from asesearch.errors import CheckpointError, ConfigError, DataError
 
 PathLike = str | os.PathLike[str]
-VERSION_KEYS = {"transformers_version", "architectures", "dtype", "torch_dtype"}  # say how a network was saved, not what it is
+# say how a network was saved, not what it is
+VERSION_KEYS = {"transformers_version", "architectures", "dtype", "torch_dtype"}
 
 
 def find_component(path: PathLike, name: str) -> Path:
@@ -29,7 +31,10 @@ def find_component(path: PathLike, name: str) -> Path:
     for folder in (Path(path), Path(path) / name):
         if (folder / "config.json").is_file():
             return folder
-    raise CheckpointError(f"{path} must hold config.json and weights, itself or in {name}/; got no config.json; check the path")
+    raise CheckpointError(
+        f"{path} must hold config.json and weights, itself or in {name}/; got no config.json; "
+        "check the path"
+    )
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -40,25 +45,41 @@ def read_config(folder: Path) -> dict[str, Any]:
     """
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        return {k: v for k, v in config.items() if k == "_class_name" or k[0] != "_" and k not in VERSION_KEYS}
+        return {
+            k: v
+            for k, v in config.items()
+            if k == "_class_name" or k[0] != "_" and k not in VERSION_KEYS
+        }
     except (OSError, ValueError, AttributeError) as error:
-        raise CheckpointError(f"can't read {folder / 'config.json'}: {error}; fetch it again") from error
+        raise CheckpointError(
+            f"can't read {folder / 'config.json'}: {error}; fetch it again"
+        ) from error
 
 
 def load_pretrained(cls: Any, folder: Path) -> Any:
     """A network from a local folder, every weight from its file.
 
     Raises:
-        CheckpointError: unreadable, not safetensors, or some weights are missing or of another shape.
+        CheckpointError: unreadable, not safetensors, or some weights are missing or of another
+            shape.
     """
     try:
-        net, info = cls.from_pretrained(folder, local_files_only=True, use_safetensors=True, output_loading_info=True)
+        net, info = cls.from_pretrained(
+            folder, local_files_only=True, use_safetensors=True, output_loading_info=True
+        )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         reason = str(error).strip().split("\n")[0]
-        raise CheckpointError(f"can't load the safetensors weights in {folder}: {reason}; fetch or convert them") from error
-    lost = sorted(str(k) for k in (*info["missing_keys"], *info["mismatched_keys"]) if "pooler" not in str(k))
+        raise CheckpointError(
+            f"can't load the safetensors weights in {folder}: {reason}; fetch or convert them"
+        ) from error
+    lost = sorted(
+        str(k) for k in (*info["missing_keys"], *info["mismatched_keys"]) if "pooler" not in str(k)
+    )
     if lost:
-        raise CheckpointError(f"{folder} must hold all weights; got none that fit for {', '.join(lost[:3])}; fetch it again")
+        raise CheckpointError(
+            f"{folder} must hold all weights; got none that fit for {', '.join(lost[:3])}; fetch "
+            "it again"
+        )
     return net.eval().requires_grad_(False)
 
 
@@ -87,18 +108,27 @@ class Vae:
         folder = find_component(path, "vae")
         saved = read_config(folder)
         if saved.get("_class_name") != "AutoencoderKL":
-            raise CheckpointError(f"the VAE must be an AutoencoderKL; got {saved.get('_class_name')} in {folder}; give another")
-        self.net, self.device = load_pretrained(AutoencoderKL, folder).float(), torch.device(device)
-        self.digest, config = net_digest(self.net, saved), self.net.config
+            raise CheckpointError(
+                f"the VAE must be an AutoencoderKL; got {saved.get('_class_name')} in {folder}; "
+                "give another"
+            )
+        self.net = load_pretrained(AutoencoderKL, folder).float()
+        self.device = torch.device(device)
+        self.digest = net_digest(self.net, saved)
+        config = self.net.config
         stds = config.latents_std or [1.0] * config.latent_channels
         self.scale = [float(config.scaling_factor / std) for std in stds]
-        self.shift = [float(s) for s in config.latents_mean or [config.shift_factor or 0.0] * config.latent_channels]
+        self.shift = [
+            float(s)
+            for s in config.latents_mean or [config.shift_factor or 0.0] * config.latent_channels
+        ]
         self.factor: int = 2 ** (len(config.block_out_channels) - 1)
         self.channels: int = config.in_channels
         self.net.to(self.device)
 
     def moments(self, x_start: Tensor) -> Tensor:
-        """Mean and standard deviation of the posterior: (N, 3, H, W) -> (N, 2, C, h, w), not scaled."""
+        """Mean and standard deviation of the posterior: (N, 3, H, W) -> (N, 2, C, h, w), not
+        scaled."""
         posterior = self.net.encode(x_start.to(self.device)).latent_dist
         return torch.stack([posterior.mean, posterior.std], dim=1)
 
@@ -122,11 +152,15 @@ class LatentDecoder:
 
     def __init__(self, path: PathLike, device: str | torch.device = "cpu") -> None:
         self._vae = vae = Vae(path, device)
-        self.digest, self.factor, self.shift, self.scale = vae.digest, vae.factor, vae.shift, vae.scale
+        self.digest = vae.digest
+        self.factor = vae.factor
+        self.shift = vae.shift
+        self.scale = vae.scale
         self.channels: int = vae.net.config.out_channels
 
     def check_scaling(self, shift: Sequence[float], scale: Sequence[float]) -> None:
-        """Refuse latents that another kind of VAE made (one that differs in its decoder only is welcome).
+        """Refuse latents that another kind of VAE made (one that differs in its decoder only is
+        welcome).
 
         Args:
             shift, scale: of each channel, as the latents were made.
@@ -134,16 +168,19 @@ class LatentDecoder:
         Raises:
             DataError: this VAE's are others.
         """
-        own, others = np.array([self.shift, self.scale]), np.array([shift, scale])
+        own = np.array([self.shift, self.scale])
+        others = np.array([shift, scale])
         if own.shape != others.shape or not np.allclose(own, others):
             raise DataError(
-                f"the VAE must scale latents as the one that encoded them, by {list(scale)} after a shift of {list(shift)}; "
-                f"got {self.scale} and {self.shift}; use the latents' own VAE"
+                f"the VAE must scale latents as the one that encoded them, by {list(scale)} after "
+                f"a shift of {list(shift)}; got {self.scale} and {self.shift}; use the latents' "
+                "own VAE"
             )
 
     @torch.inference_mode()
     def decode(self, latents: Tensor, batch_size: int = 32) -> Tensor:
-        """Scaled latents (N, C, h, w) -> images (N, 3, H, W) float32 in [-1, 1], on the latents' device.
+        """Scaled latents (N, C, h, w) -> images (N, 3, H, W) float32 in [-1, 1], on the latents'
+        device.
 
         Raises:
             DataError: latents of another number of channels.
@@ -151,14 +188,23 @@ class LatentDecoder:
         vae = self._vae
         if latents.ndim != 4 or latents.shape[1] != len(vae.scale):
             wanted = f"(N, {len(vae.scale)}, h, w)"
-            raise DataError(f"this VAE decodes latents of shape {wanted}; got {tuple(latents.shape)}; use the latents' own VAE")
-        shift, scale = (torch.tensor(v, device=vae.device).view(-1, 1, 1) for v in (vae.shift, vae.scale))  # (C, 1, 1)
-        parts = (part.to(vae.device).float() / scale + shift for part in torch.split(latents, batch_size))
+            raise DataError(
+                f"this VAE decodes latents of shape {wanted}; got {tuple(latents.shape)}; use the "
+                "latents' own VAE"
+            )
+        # (C, 1, 1)
+        shift, scale = (
+            torch.tensor(v, device=vae.device).view(-1, 1, 1) for v in (vae.shift, vae.scale)
+        )
+        parts = (
+            part.to(vae.device).float() / scale + shift for part in torch.split(latents, batch_size)
+        )
         return torch.cat([vae.net.decode(z).sample.clamp(-1, 1).to(latents.device) for z in parts])
 
 
 class TextEncoder:
-    """A transformers text encoder with its tokenizer; in bfloat16 on a GPU, as PixArt-α's, else in float32.
+    """A transformers text encoder with its tokenizer; in bfloat16 on a GPU, as PixArt-α's, else in
+    float32.
 
     Attributes:
         digest: SHA-256 over configuration, weights as used, and vocabulary.
@@ -172,24 +218,40 @@ class TextEncoder:
         try:
             from transformers import AutoModelForTextEncoding
         except ImportError as error:
-            raise ConfigError(f"captions need transformers; got {error}; pip install 'asesearch[text]'") from error
+            raise ConfigError(
+                f"captions need transformers; got {error}; pip install 'asesearch[text]'"
+            ) from error
         folder = find_component(path, "text_encoder")
-        self.tokenizer, self.max_length, self.device = _load_tokenizer(folder), max_length, torch.device(device)
+        self.tokenizer = _load_tokenizer(folder)
+        self.max_length = max_length
+        self.device = torch.device(device)
         limit = self.tokenizer.model_max_length
         if not 0 < max_length <= limit:
-            raise ConfigError(f"max_length must lie in 1…{limit} for the text encoder {folder}; got {max_length}; change it")
+            raise ConfigError(
+                f"max_length must lie in 1…{limit} for the text encoder {folder}; got "
+                f"{max_length}; change it"
+            )
         self.net = load_pretrained(AutoModelForTextEncoding, folder)
         self.net.to(torch.float32 if self.device.type == "cpu" else torch.bfloat16)
-        self.digest = net_digest(self.net, {**read_config(folder), "vocabulary": sorted(self.tokenizer.get_vocab().items())})
+        self.digest = net_digest(
+            self.net,
+            {**read_config(folder), "vocabulary": sorted(self.tokenizer.get_vocab().items())},
+        )
         self.net.to(self.device)
 
     def encode(self, captions: Sequence[str]) -> list[Tensor]:
         """The embedding of each caption without its padding: (tokens, D).
 
-        Source: PixArt-α's pipeline in diffusers: lower case, stripped, padded and cut to max_length, with an attention mask.
+        Source: PixArt-α's pipeline in diffusers: lower case, stripped, padded and cut to
+        max_length, with an attention mask.
         """
         texts = [caption.lower().strip() for caption in captions]
-        how = {"padding": "max_length", "max_length": self.max_length, "truncation": True, "return_tensors": "pt"}
+        how = {
+            "padding": "max_length",
+            "max_length": self.max_length,
+            "truncation": True,
+            "return_tensors": "pt",
+        }
         tokens = self.tokenizer(texts, **how).to(self.device)
         mask = tokens.attention_mask
         hidden = self.net(tokens.input_ids, attention_mask=mask).last_hidden_state  # (N, L, D)
@@ -203,8 +265,13 @@ def _load_tokenizer(folder: Path) -> Any:
     places = (folder, folder / "tokenizer", folder.parent / "tokenizer")
     place = next((p for p in places if (p / "tokenizer_config.json").is_file()), None)
     if place is None:
-        raise CheckpointError(f"a tokenizer_config.json is needed; got none in {', '.join(map(str, places))}; put it there")
+        raise CheckpointError(
+            f"a tokenizer_config.json is needed; got none in {', '.join(map(str, places))}; put it "
+            "there"
+        )
     try:
         return AutoTokenizer.from_pretrained(place, local_files_only=True)
     except (OSError, ValueError, ImportError) as error:
-        raise CheckpointError(f"can't load the tokenizer {place}: {error}; fetch it again; is sentencepiece there?") from error
+        raise CheckpointError(
+            f"can't load the tokenizer {place}: {error}; fetch it again; is sentencepiece there?"
+        ) from error

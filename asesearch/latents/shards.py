@@ -1,11 +1,12 @@
 """The folder of latents: its format, and reading it.
 
-Kept are the posterior's mean and standard deviation, so that every epoch draws its own sample, as the official DiT code does
-on the fly, and of each image its mirror image too, as the official U-ViT code does. A folder holds `index.json` (format
-version, digests of VAE, images and text encoder, scaling, and shape and SHA-256 of each file) and, for each shard of n images,
+Kept are the posterior's mean and standard deviation, so that every epoch draws its own sample, as
+the official DiT code does on the fly, and of each image its mirror image too, as the official U-ViT
+code does. A folder holds `index.json` (format version, digests of VAE, images and text encoder,
+scaling, and shape and SHA-256 of each file) and, for each shard of n images,
 
-    latents-00000.npy   (n, V, 2, C, h, w), V = 2 with mirror images; mean and standard deviation, not scaled
-    labels-00000.npy    (n,) int64, where the images have labels and no captions
+    latents-00000.npy   (n, V, 2, C, h, w), V = 2 with mirror images; mean and standard deviation,
+    not scaled labels-00000.npy    (n,) int64, where the images have labels and no captions
     tokens-00000.npy    (tokens, D), all captions' embeddings one after the other, without padding
     offsets-00000.npy   (n + 1,) int64, where each caption begins and ends in `tokens`
 
@@ -49,7 +50,8 @@ class Index:
         shape: C, h, w.
         num_classes: number of labels, 0 with captions.
         classes: label of each class folder, where the images came from class folders.
-        labels_by_order: labels only count the class folders, see `ImageFolder`; releases before this was kept did no other.
+        labels_by_order: labels only count the class folders, see `ImageFolder`; releases before
+            this was kept did no other.
         shift, scale: of each channel; the network sees (z - shift) · scale.
         null_prompt: the empty prompt's embedding, None without captions.
         shards: of those done, in order: part -> its file.
@@ -81,8 +83,13 @@ class Index:
             if data["version"] == FORMAT_VERSION:
                 return cls(**data)
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise DataError(f"can't read the index of latents {path}: {error}; check data.path, or encode anew") from error
-        raise DataError(f"{path} has version {data['version']!r}; this release reads {FORMAT_VERSION}; encode the images anew")
+            raise DataError(
+                f"can't read the index of latents {path}: {error}; check data.path, or encode anew"
+            ) from error
+        raise DataError(
+            f"{path} has version {data['version']!r}; this release reads {FORMAT_VERSION}; encode "
+            "the images anew"
+        )
 
     def write(self, folder: Path) -> None:
         """Atomically."""
@@ -95,14 +102,20 @@ def write_array(path: Path, array: Array) -> Entry:
         with part.open("wb") as file:
             np.save(file, array, allow_pickle=False)
         sha256 = file_sha256(part)
-    return {"file": path.name, "sha256": sha256, "shape": list(array.shape), "dtype": str(array.dtype)}
+    return {
+        "file": path.name,
+        "sha256": sha256,
+        "shape": list(array.shape),
+        "dtype": str(array.dtype),
+    }
 
 
 def open_array(folder: Path, entry: Entry, verify: bool) -> Array:
     """Map an array of the index into memory.
 
     Raises:
-        DataError: missing, truncated, of another shape or type, or, with `verify`, of another SHA-256.
+        DataError: missing, truncated, of another shape or type, or, with `verify`, of another
+            SHA-256.
     """
     path = folder / entry["file"]
     try:
@@ -110,18 +123,24 @@ def open_array(folder: Path, entry: Entry, verify: bool) -> Array:
     except (OSError, EOFError, ValueError) as error:
         raise DataError(f"can't read {path}: {error}; {AGAIN}") from error
     if list(array.shape) != entry["shape"] or str(array.dtype) != entry["dtype"]:
-        raise DataError(f"{path} must hold {entry['dtype']} {entry['shape']}; got {array.dtype} {list(array.shape)}; {AGAIN}")
+        raise DataError(
+            f"{path} must hold {entry['dtype']} {entry['shape']}; got {array.dtype} "
+            f"{list(array.shape)}; {AGAIN}"
+        )
     if verify and file_sha256(path) != entry["sha256"]:
-        raise DataError(f"{path} must have the SHA-256 {entry['sha256']} of {INDEX}; got another, so it is damaged; {AGAIN}")
+        raise DataError(
+            f"{path} must have the SHA-256 {entry['sha256']} of {INDEX}; got another, so it is "
+            f"damaged; {AGAIN}"
+        )
     return array
 
 
 class LatentShards:
     """A folder of latents as a `DataSource`: read by memory map, never decoded.
 
-    `batch` gives x_start (N, C, h, w) float32, scaled: a sample of the posterior, or its mean where no generator is passed.
-    y is (N,) int64, None, or for captions `encoder_hidden_states` (N, L, D) float32, zero on padding, and
-    `encoder_attention_mask` (N, L) int64, 1 on tokens.
+    `batch` gives x_start (N, C, h, w) float32, scaled: a sample of the posterior, or its mean where
+    no generator is passed. y is (N,) int64, None, or for captions `encoder_hidden_states` (N, L, D)
+    float32, zero on padding, and `encoder_attention_mask` (N, L) int64, 1 on tokens.
 
     Args:
         path: a folder made by `encode_latents`.
@@ -135,31 +154,55 @@ class LatentShards:
         scaling: the same, (C, 1, 1) float32 each: x_start = (z - shift) · scale.
 
     Raises:
-        DataError: not such a folder, not all images encoded, a file missing, truncated or damaged, or `flip` without
-            mirror images.
+        DataError: not such a folder, not all images encoded, a file missing, truncated or damaged,
+            or `flip` without mirror images.
     """
 
-    def __init__(self, path: str | os.PathLike[str], flip: bool = False, verify: bool = False) -> None:
+    def __init__(
+        self, path: str | os.PathLike[str], flip: bool = False, verify: bool = False
+    ) -> None:
         folder = Path(path)
         index = Index.read(folder)
         self._shard_size: int = index.identity["shard_size"]
         done = min(len(index.shards) * self._shard_size, index.count)
         if done < index.count:
-            raise DataError(f"all images must be encoded; got {done} of {index.count} in {folder}; {AGAIN}")
+            raise DataError(
+                f"all images must be encoded; got {done} of {index.count} in {folder}; {AGAIN}"
+            )
         if flip and not index.identity["flips"]:
-            raise DataError(f"flip needs the mirror images' latents; got none in {folder}; encode them, or leave flip out")
-        self.name, self.flip, self.num_classes = f"{index.name}/latents", flip, index.num_classes
-        self.classes, self.labels_by_order = index.classes, index.labels_by_order and index.num_classes > 0
+            raise DataError(
+                f"flip needs the mirror images' latents; got none in {folder}; encode them, or "
+                "leave flip out"
+            )
+        self.name = f"{index.name}/latents"
+        self.flip = flip
+        self.num_classes = index.num_classes
+        self.classes = index.classes
+        self.labels_by_order = index.labels_by_order and index.num_classes > 0
         self.shape = (index.shape[0], index.shape[1], index.shape[2])
-        self._count, self._max_length = index.count, index.identity["max_length"]
-        self.shift, self.scale = index.shift, index.scale
-        self.scaling = torch.tensor(index.shift).view(-1, 1, 1), torch.tensor(index.scale).view(-1, 1, 1)
-        self._shards = [{k: open_array(folder, entry, verify) for k, entry in shard.items()} for shard in index.shards]
+        self._count = index.count
+        self._max_length = index.identity["max_length"]
+        self.shift = index.shift
+        self.scale = index.scale
+        self.scaling = (
+            torch.tensor(index.shift).view(-1, 1, 1),
+            torch.tensor(index.scale).view(-1, 1, 1),
+        )
+        self._shards = [
+            {k: open_array(folder, entry, verify) for k, entry in shard.items()}
+            for shard in index.shards
+        ]
         self._labels = None
         if "labels" in self._shards[0]:
-            self._labels = torch.from_numpy(np.concatenate([shard["labels"] for shard in self._shards]))
+            self._labels = torch.from_numpy(
+                np.concatenate([shard["labels"] for shard in self._shards])
+            )
         null = index.null_prompt
-        self.null_condition = None if null is None else pad_prompts([open_array(folder, null, verify)], self._max_length)
+        self.null_condition = (
+            None
+            if null is None
+            else pad_prompts([open_array(folder, null, verify)], self._max_length)
+        )
         content = [[entry["sha256"] for entry in shard.values()] for shard in index.shards]
         text = json.dumps([index.identity, index.shift, index.scale, content, flip], sort_keys=True)
         self.digest = hashlib.sha256(text.encode()).hexdigest()
@@ -174,7 +217,10 @@ class LatentShards:
         mirrored = torch.zeros(len(where), dtype=torch.int64)
         if self.flip and generator is not None:
             mirrored = (torch.rand(len(where), generator=generator) < 0.5).long()
-        picked = [self._shards[s]["latents"][i, m] for (s, i), m in zip(where, mirrored.tolist(), strict=True)]
+        picked = [
+            self._shards[s]["latents"][i, m]
+            for (s, i), m in zip(where, mirrored.tolist(), strict=True)
+        ]
         z, std = torch.from_numpy(np.stack(picked)).float().unbind(1)  # (N, C, h, w) each
         if generator is not None:
             z = z + std * torch.randn(z.shape, generator=generator)
@@ -182,7 +228,9 @@ class LatentShards:
         x_start = (z - shift) * scale
         if self.null_condition is not None:
             return x_start, self.conditions(indices)
-        return x_start, None if self._labels is None else self._labels[torch.as_tensor(indices, dtype=torch.int64)]
+        return x_start, None if self._labels is None else self._labels[
+            torch.as_tensor(indices, dtype=torch.int64)
+        ]
 
     def conditions(self, indices: Sequence[int]) -> dict[str, Tensor]:
         """The captions' y alone, without reading latents.
@@ -191,8 +239,12 @@ class LatentShards:
             DataError: encoded without captions.
         """
         if self.null_condition is None:
-            raise DataError(f"prompts need captions; got none in {self.name}; encode the images with captions")
-        return pad_prompts([self._caption(*divmod(i, self._shard_size)) for i in indices], self._max_length)
+            raise DataError(
+                f"prompts need captions; got none in {self.name}; encode the images with captions"
+            )
+        return pad_prompts(
+            [self._caption(*divmod(i, self._shard_size)) for i in indices], self._max_length
+        )
 
     def _caption(self, shard: int, i: int) -> Array:
         """The embedding of one caption: (tokens, D)."""
@@ -202,9 +254,11 @@ class LatentShards:
 
 
 def pad_prompts(prompts: Sequence[Array], max_length: int) -> dict[str, Tensor]:
-    """Embeddings (tokens, D) each as a network's y: `encoder_hidden_states`, `encoder_attention_mask`; see `LatentShards`."""
+    """Embeddings (tokens, D) each as a network's y: `encoder_hidden_states`,
+    `encoder_attention_mask`; see `LatentShards`."""
     hidden = torch.zeros(len(prompts), max_length, prompts[0].shape[1])  # (N, L, D)
     mask = torch.zeros(len(prompts), max_length, dtype=torch.int64)  # (N, L)
     for row, tokens in enumerate(prompts):
-        hidden[row, : len(tokens)], mask[row, : len(tokens)] = torch.tensor(tokens), 1
+        hidden[row, : len(tokens)] = torch.tensor(tokens)
+        mask[row, : len(tokens)] = 1
     return {"encoder_hidden_states": hidden, "encoder_attention_mask": mask}

@@ -26,19 +26,25 @@ from asesearch.search.difficulty import TABLES, DifficultyMap
 
 Array = npt.NDArray[np.float64]
 CAPTION = (
-    "Mean square error of the predicted noise against {against} full-depth prediction, by noise level and blocks run. "
-    "From a line upwards the error is at most the number on it: where the line is low, a schedule may be shallow."
+    "Mean square error of the predicted noise against {against} full-depth prediction, by noise "
+    "level and blocks run. From a line upwards the error is at most the number on it: where the "
+    "line is low, a schedule may be shallow."
 )
 
 
 def table(difficulty_map: DifficultyMap) -> pd.DataFrame:
     """One row a noise level and exit depth, data side first, shallow first.
 
-    Columns: `t_from`, `t_to` (the first timestep that no longer belongs to it), `exit_depth`, then the errors and standard
-    errors of the map.
+    Columns: `t_from`, `t_to` (the first timestep that no longer belongs to it), `exit_depth`, then
+    the errors and standard errors of the map.
     """
     rows = [
-        {"t_from": t_from, "t_to": t_to, "exit_depth": d + 1, **{name: getattr(difficulty_map, name)[i][d] for name in TABLES}}
+        {
+            "t_from": t_from,
+            "t_to": t_to,
+            "exit_depth": d + 1,
+            **{name: getattr(difficulty_map, name)[i][d] for name in TABLES},
+        }
         for i, (t_from, t_to) in enumerate(pairwise(difficulty_map.edges))
         for d in range(difficulty_map.depth)
     ]
@@ -46,8 +52,10 @@ def table(difficulty_map: DifficultyMap) -> pd.DataFrame:
 
 
 def draw(data: pd.DataFrame) -> Figure:
-    """Heat map of `error_full`, and for a few round numbers a line above which it is no larger: `table`."""
-    errors = data.pivot(index="exit_depth", columns="t_from", values="error_full").to_numpy()  # (depth, bins)
+    """Heat map of `error_full`, and for a few round numbers a line above which it is no larger:
+    `table`."""
+    # (depth, bins)
+    errors = data.pivot(index="exit_depth", columns="t_from", values="error_full").to_numpy()
     edges = [*sorted(set(data["t_from"])), int(data["t_to"].max())]
     positive = errors[errors > 0]
     high = float(positive.max()) if positive.size else 1.0
@@ -55,11 +63,15 @@ def draw(data: pd.DataFrame) -> Figure:
     figure, ax = axes(HEIGHT + 0.4)
     ax.set_facecolor("0.85")  # shows where the error is 0
     mesh = ax.pcolormesh(
-        edges, np.arange(len(errors) + 1) + 0.5, np.ma.masked_less_equal(errors, 0.0), cmap="viridis",
+        edges,
+        np.arange(len(errors) + 1) + 0.5,
+        np.ma.masked_less_equal(errors, 0.0),
+        cmap="viridis",
         norm=LogNorm(low, max(high, 1.01 * low)),
-    )  # fmt: skip
+    )
     _lines(ax, edges, errors)
-    exact = int(np.cumprod((errors == 0).all(axis=1)[::-1]).sum())  # deepest exits without any error
+    # deepest exits without any error
+    exact = int(np.cumprod((errors == 0).all(axis=1)[::-1]).sum())
     if exact:
         middle = (edges[0] + edges[-1]) / 2, len(errors) - exact / 2 + 0.5
         ax.text(*middle, "no error", color="0.3", fontsize=SMALL, ha="center", va="center")
@@ -78,8 +90,12 @@ def draw(data: pd.DataFrame) -> Figure:
 
 
 def _lines(ax: Axes, edges: list[int], errors: Array) -> None:
-    """For each threshold a staircase on top of the exit depths that are too shallow, with its number on it."""
-    found = {tuple(too_shallow(errors, threshold)): threshold for threshold in thresholds(errors)[::-1]}  # the least of equals
+    """For each threshold a staircase on top of the exit depths that are too shallow, with its
+    number on it."""
+    # the least of equals
+    found = {
+        tuple(too_shallow(errors, threshold)): threshold for threshold in thresholds(errors)[::-1]
+    }
     dark = withStroke(linewidth=2.8, foreground="0.1")
     taken: list[tuple[float, float]] = []
     for line, threshold in sorted(found.items(), key=lambda item: item[1]):
@@ -87,13 +103,23 @@ def _lines(ax: Axes, edges: list[int], errors: Array) -> None:
         if at is None:  # no line without its number
             continue
         height = np.array(line)
-        shown = np.where(height == 0, -1, np.where(height == len(errors), len(errors) + 1, height))  # frame: out of sight
-        ax.stairs(shown + 0.5, edges, baseline=None, color="white", lw=1.4, path_effects=[dark], zorder=3)
+        # frame: out of sight
+        shown = np.where(height == 0, -1, np.where(height == len(errors), len(errors) + 1, height))
+        ax.stairs(
+            shown + 0.5, edges, baseline=None, color="white", lw=1.4, path_effects=[dark], zorder=3
+        )
         taken.append(_middle(line, at, len(errors)))
         ax.text(
-            (edges[at] + edges[at + 1]) / 2, line[at] + 0.5, f"{threshold:g}", color="white", fontsize=SMALL,
-            ha="center", va="center", bbox={"boxstyle": "round,pad=0.15", "fc": "0.1", "lw": 0}, zorder=4,
-        )  # fmt: skip
+            (edges[at] + edges[at + 1]) / 2,
+            line[at] + 0.5,
+            f"{threshold:g}",
+            color="white",
+            fontsize=SMALL,
+            ha="center",
+            va="center",
+            bbox={"boxstyle": "round,pad=0.15", "fc": "0.1", "lw": 0},
+            zorder=4,
+        )
 
 
 def _middle(line: tuple[int, ...], at: int, depth: int) -> tuple[float, float]:
@@ -101,8 +127,14 @@ def _middle(line: tuple[int, ...], at: int, depth: int) -> tuple[float, float]:
     return (at + 0.5) / len(line), line[at] / depth
 
 
-def _place(line: tuple[int, ...], others: list[tuple[int, ...]], depth: int, taken: list[tuple[float, float]]) -> int | None:
-    """The bin where a line's number has most room: far from the other lines, the frame and the line's own steps.
+def _place(
+    line: tuple[int, ...],
+    others: list[tuple[int, ...]],
+    depth: int,
+    taken: list[tuple[float, float]],
+) -> int | None:
+    """The bin where a line's number has most room: far from the other lines, the frame and the
+    line's own steps.
 
     Args:
         line, others: exit depths by bin.
@@ -129,7 +161,8 @@ def _place(line: tuple[int, ...], others: list[tuple[int, ...]], depth: int, tak
 
 
 def thresholds(errors: Array) -> list[float]:
-    """Up to three round numbers (1, 2 or 5 times a power of ten) that lie well apart among the errors (depth, bins)."""
+    """Up to three round numbers (1, 2 or 5 times a power of ten) that lie well apart among the
+    errors (depth, bins)."""
     positive = errors[errors > 0]
     if not positive.size:
         return []
@@ -141,9 +174,12 @@ def thresholds(errors: Array) -> list[float]:
 
 
 def too_shallow(errors: Array, threshold: float) -> npt.NDArray[np.int64]:
-    """Deepest exit whose error is above the threshold, by noise level: (depth, bins) -> (bins,); 0 where there is none."""
+    """Deepest exit whose error is above the threshold, by noise level: (depth, bins) -> (bins,); 0
+    where there is none."""
     above = errors > threshold
-    deepest: npt.NDArray[np.int64] = np.where(above.any(axis=0), len(errors) - above[::-1].argmax(axis=0), 0)
+    deepest: npt.NDArray[np.int64] = np.where(
+        above.any(axis=0), len(errors) - above[::-1].argmax(axis=0), 0
+    )
     return deepest
 
 
@@ -152,12 +188,19 @@ def drawing(difficulty_map: DifficultyMap | None) -> Drawing | None:
     if difficulty_map is None:
         return None
     data = table(difficulty_map)
-    against = "its own" if difficulty_map.weights == difficulty_map.reference_weights else "the pretrained network's"
-    return Drawing("difficulty", "Difficulty", CAPTION.format(against=against), data, lambda: draw(data))
+    against = (
+        "its own"
+        if difficulty_map.weights == difficulty_map.reference_weights
+        else "the pretrained network's"
+    )
+    return Drawing(
+        "difficulty", "Difficulty", CAPTION.format(against=against), data, lambda: draw(data)
+    )
 
 
 def write_map(difficulty_map: DifficultyMap, folder: Path) -> list[Path]:
-    """Write map.csv, map.png, map.svg and, last, map.json, which `DifficultyMap.from_dict` reads; returns their paths.
+    """Write map.csv, map.png, map.svg and, last, map.json, which `DifficultyMap.from_dict` reads;
+    returns their paths.
 
     Raises:
         WriteError: the folder can't be made or written to.
@@ -172,6 +215,8 @@ def write_map(difficulty_map: DifficultyMap, folder: Path) -> list[Path]:
             for name in names:
                 os.replace(Path(temporary) / name, folder / name)
     except OSError as error:
-        raise WriteError(f"can't write the map to {folder}: {error}; choose a folder you may write to") from error
+        raise WriteError(
+            f"can't write the map to {folder}: {error}; choose a folder you may write to"
+        ) from error
     write_json(folder / "map.json", difficulty_map.to_dict())
     return [folder / name for name in (*names, "map.json")]

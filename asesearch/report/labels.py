@@ -11,7 +11,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.text import Text
 from matplotlib.transforms import Bbox
 
-#: Sides to try, best first, and how far (points) the nearest edge of the text may be from its point.
+#: Sides to try, best first, and how far (points) the nearest edge of the text may be from its
+#: point.
 _SIDES = ((1, 1), (-1, -1), (1, -1), (-1, 1), (1, 0), (-1, 0), (0, 1), (0, -1))
 _DISTANCES = (4.0, 12.0, 22.0, 34.0)
 _ALIGN_X = {1: "left", 0: "center", -1: "right"}
@@ -19,37 +20,58 @@ _ALIGN_Y = {1: "bottom", 0: "center", -1: "top"}
 
 
 def place_labels(
-    ax: Axes, labels: Sequence[tuple[float, float, str]], obstacles: Sequence[tuple[float, float]], size: float
+    ax: Axes,
+    labels: Sequence[tuple[float, float, str]],
+    obstacles: Sequence[tuple[float, float]],
+    size: float,
 ) -> None:
-    """Write each (x, y, text) in the nearest free place beside its point; the first of the list choose first.
+    """Write each (x, y, text) in the nearest free place beside its point; the first of the list
+    choose first.
 
-    Limits and scales of the axes must be final, `obstacles` are data points that text must not cover. A text that has to
-    move away gets a thin line to its point; one that finds no place is left out (the table beside the figure has it).
+    Limits and scales of the axes must be final, `obstacles` are data points that text must not
+    cover. A text that has to move away gets a thin line to its point; one that finds no place is
+    left out (the table beside the figure has it).
     """
     figure = ax.get_figure(root=True)
     assert figure is not None
     renderer = FigureCanvasAgg(figure).get_renderer()  # type: ignore[no-untyped-call]
     pixels = figure.dpi / 72
     frame = ax.get_window_extent(renderer)
-    dots = ax.transData.transform(np.array([*obstacles, *((x, y) for x, y, _ in labels)], dtype=np.float64))  # (n, 2)
+    # (n, 2)
+    dots = ax.transData.transform(
+        np.array([*obstacles, *((x, y) for x, y, _ in labels)], dtype=np.float64)
+    )
     taken: list[Bbox] = []
     for x, y, text in labels:
-        note = ax.annotate(text, (x, y), (0, 0), textcoords="offset points", fontsize=size, zorder=6)
+        note = ax.annotate(
+            text, (x, y), (0, 0), textcoords="offset points", fontsize=size, zorder=6
+        )
         extent = Text.get_window_extent(note, renderer)
         note.remove()
         at = ax.transData.transform((x, y))
         places = [(side, distance) for distance in _DISTANCES for side in _SIDES]
         boxes = [_box(at, side, distance * pixels, extent) for side, distance in places]
-        free = next((i for i, box in enumerate(boxes) if _is_free(box, frame, taken, dots, 2 * pixels)), None)
+        free = next(
+            (i for i, box in enumerate(boxes) if _is_free(box, frame, taken, dots, 2 * pixels)),
+            None,
+        )
         if free is None:
             continue
         taken.append(boxes[free])
         (dx, dy), distance = places[free]
         line = {"arrowstyle": "-", "lw": 0.6, "color": "0.45", "shrinkA": 0.0, "shrinkB": 3.0}
         ax.annotate(
-            text, (x, y), (dx * distance, dy * distance), textcoords="offset points", fontsize=size, zorder=6,
-            ha=_ALIGN_X[dx], va=_ALIGN_Y[dy], in_layout=False, arrowprops=line if distance > _DISTANCES[0] else None,
-        )  # fmt: skip
+            text,
+            (x, y),
+            (dx * distance, dy * distance),
+            textcoords="offset points",
+            fontsize=size,
+            zorder=6,
+            ha=_ALIGN_X[dx],
+            va=_ALIGN_Y[dy],
+            in_layout=False,
+            arrowprops=line if distance > _DISTANCES[0] else None,
+        )
 
 
 def _box(at: npt.NDArray[np.float64], side: tuple[int, int], distance: float, extent: Bbox) -> Bbox:
@@ -59,15 +81,20 @@ def _box(at: npt.NDArray[np.float64], side: tuple[int, int], distance: float, ex
     return Bbox.from_bounds(left, bottom, extent.width, extent.height)
 
 
-def _is_free(box: Bbox, frame: Bbox, taken: Sequence[Bbox], dots: npt.NDArray[np.float64], margin: float) -> bool:
-    if not (frame.x0 <= box.x0 and box.x1 <= frame.x1 and frame.y0 <= box.y0 and box.y1 <= frame.y1):
+def _is_free(
+    box: Bbox, frame: Bbox, taken: Sequence[Bbox], dots: npt.NDArray[np.float64], margin: float
+) -> bool:
+    if not (
+        frame.x0 <= box.x0 and box.x1 <= frame.x1 and frame.y0 <= box.y0 and box.y1 <= frame.y1
+    ):
         return False
     wide = box.padded(margin)
     return not any(wide.overlaps(other) for other in taken) and wide.count_contains(dots) == 0
 
 
 def spread_out(values: Sequence[float], gap: float, low: float, high: float) -> list[float]:
-    """Positions at least `gap` apart (or evenly over low…high where they don't fit), in the order of `values`, moved little."""
+    """Positions at least `gap` apart (or evenly over low…high where they don't fit), in the order
+    of `values`, moved little."""
     order = np.argsort(values, kind="stable")
     gap = min(gap, (high - low) / max(1, len(values) - 1))
     out = np.asarray(values, dtype=np.float64)[order]

@@ -1,6 +1,8 @@
-"""Rungs of a search: cheap figures and who was promoted, what cheap figures were worth, and where the time went.
+"""Rungs of a search: cheap figures and who was promoted, what cheap figures were worth, and where
+the time went.
 
-Cheap figures have a table and axes of their own: they are never on one front with figures after fine-tuning.
+Cheap figures have a table and axes of their own: they are never on one front with figures after
+fine-tuning.
 """
 
 from __future__ import annotations
@@ -13,45 +15,77 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from asesearch.report import tables
-from asesearch.report.style import BLUE, GREEN, GREY, HEIGHT, ORANGE, SKY, SMALL, VERMILION, axes, log_axis, percent_axis
+from asesearch.report.style import (
+    BLUE,
+    GREEN,
+    GREY,
+    HEIGHT,
+    ORANGE,
+    SKY,
+    SMALL,
+    VERMILION,
+    axes,
+    log_axis,
+    percent_axis,
+)
 from asesearch.search.records import StudyResults
 
 #: Part of the time on record -> what to call it, and its colour.
 PARTS = {
-    "elastic": ("elastic warm-up", BLUE), "map": ("difficulty map", SKY), "cheap": ("cheap figures", GREEN),
-    "finetune": ("fine-tuning", ORANGE), "sample": ("sampling and evaluating", VERMILION), "other": ("the rest", GREY),
+    "elastic": ("elastic warm-up", BLUE),
+    "map": ("difficulty map", SKY),
+    "cheap": ("cheap figures", GREEN),
+    "finetune": ("fine-tuning", ORANGE),
+    "sample": ("sampling and evaluating", VERMILION),
+    "other": ("the rest", GREY),
     "confirm": ("confirmation", "0.35"),
-}  # fmt: skip
+}
 JOINED = {"decode": "sample", "evaluate": "sample"}  # parts shown as one
 
 
 def rungs(results: StudyResults) -> pd.DataFrame:
     """The cheap rung of every trial that has one, and its dear figure where it was promoted."""
-    rows, own = [], tables.own_sampler(results)
+    rows = []
+    own = tables.own_sampler(results)
     for r in results.records:
         if r.cheap is None or r.time_frac is None:
             continue
-        rows.append({
-            "number": r.number, "label": tables.label(r), "origin": r.origin, "sampler": r.sampler or own,
-            "schedule": str(r.schedule),
-            "time_frac": r.time_frac, "cheap_quality": r.cheap.quality.value,
-            "cheap_std_error": math.nan if r.cheap.quality.std_error is None else r.cheap.quality.std_error,
-            "cheap_num_samples": r.cheap.quality.protocol.num_samples, "metric": r.cheap.quality.protocol.metric_name,
-            "probability": math.nan if r.cheap.probability is None else r.cheap.probability,
-            "promoted": r.cheap.promoted, "reason": r.cheap.reason,
-            "dear_quality": r.quality.value if r.quality else math.nan,
-        })  # fmt: skip
+        rows.append(
+            {
+                "number": r.number,
+                "label": tables.label(r),
+                "origin": r.origin,
+                "sampler": r.sampler or own,
+                "schedule": str(r.schedule),
+                "time_frac": r.time_frac,
+                "cheap_quality": r.cheap.quality.value,
+                "cheap_std_error": math.nan
+                if r.cheap.quality.std_error is None
+                else r.cheap.quality.std_error,
+                "cheap_num_samples": r.cheap.quality.protocol.num_samples,
+                "metric": r.cheap.quality.protocol.metric_name,
+                "probability": math.nan if r.cheap.probability is None else r.cheap.probability,
+                "promoted": r.cheap.promoted,
+                "reason": r.cheap.reason,
+                "dear_quality": r.quality.value if r.quality else math.nan,
+            }
+        )
     return pd.DataFrame(rows)
 
 
 def rank_correlation(table: pd.DataFrame) -> float:
     """Spearman's, of cheap and dear figures; NaN below four pairs."""
     both = table.dropna(subset=["dear_quality"]) if len(table) else table
-    return float(both["cheap_quality"].corr(both["dear_quality"], method="spearman")) if len(both) >= 4 else math.nan
+    return (
+        float(both["cheap_quality"].corr(both["dear_quality"], method="spearman"))
+        if len(both) >= 4
+        else math.nan
+    )
 
 
 def spending(results: StudyResults) -> pd.DataFrame:
-    """Seconds and GFLOPs on record by part; GFLOPs are counted for the search, not for confirmation or evaluation."""
+    """Seconds and GFLOPs on record by part; GFLOPs are counted for the search, not for confirmation
+    or evaluation."""
     seconds: dict[str, float] = dict(results.warm_up.get("seconds", {}))
     gflops: dict[str, float] = dict(results.warm_up.get("gflops", {}))
     for r in results.records:
@@ -73,15 +107,24 @@ def spending(results: StudyResults) -> pd.DataFrame:
 
 
 def draw_rungs(data: pd.DataFrame) -> Figure:
-    """Cheap figures against time: `rungs`; who went up is filled, who was stopped hollow with its probability."""
+    """Cheap figures against time: `rungs`; who went up is filled, who was stopped hollow with its
+    probability."""
     figure, ax = axes(HEIGHT)
     for promoted, colour, name in ((True, BLUE, "fine-tuned"), (False, VERMILION, "stopped")):
         mine = data[data["promoted"] == promoted]
         if len(mine):
             ax.errorbar(
-                mine["time_frac"], mine["cheap_quality"], mine["cheap_std_error"].fillna(0.0), fmt="o", color=colour,
-                mfc=colour if promoted else "white", ms=5.5, capsize=2, elinewidth=1, label=f"{name} ({len(mine)})",
-            )  # fmt: skip
+                mine["time_frac"],
+                mine["cheap_quality"],
+                mine["cheap_std_error"].fillna(0.0),
+                fmt="o",
+                color=colour,
+                mfc=colour if promoted else "white",
+                ms=5.5,
+                capsize=2,
+                elinewidth=1,
+                label=f"{name} ({len(mine)})",
+            )
     ax.set_xlabel("predicted sampling time / full network's")
     ax.set_ylabel(f"cheap figure, {int(data['cheap_num_samples'].iloc[0])} images a repeat")
     percent_axis(ax.xaxis)
@@ -98,7 +141,14 @@ def draw_cheap_dear(data: pd.DataFrame) -> Figure:
     ax.set_ylabel("after fine-tuning")
     rank = rank_correlation(data)
     if not math.isnan(rank):
-        ax.text(0.04, 0.95, f"rank correlation {rank:.2f}", transform=ax.transAxes, va="top", fontsize=SMALL)
+        ax.text(
+            0.04,
+            0.95,
+            f"rank correlation {rank:.2f}",
+            transform=ax.transAxes,
+            va="top",
+            fontsize=SMALL,
+        )
     _log_if_wide(ax, data["dear_quality"])
     return figure
 
@@ -128,15 +178,21 @@ Add = Callable[[str, str, str, pd.DataFrame, Callable[[pd.DataFrame], Figure]], 
 
 
 def add_drawings(add: Add, results: StudyResults) -> None:
-    """Hand the figures of this module to `plots.drawings`; those without data are left out there."""
+    """Hand the figures of this module to `plots.drawings`; those without data are left out
+    there."""
     found = rungs(results)
     caption = (
-        "Every schedule under the weights it starts from, on few images, before any fine-tuning of its own. "
-        "These figures compare with each other only; the quality model decides by them who is fine-tuned."
+        "Every schedule under the weights it starts from, on few images, before any fine-tuning of "
+        "its own. These figures compare with each other only; the quality model decides by them "
+        "who is fine-tuned."
     )
     add("rungs", "Cheap figures: who went up", caption, found, draw_rungs)
     both = found.dropna(subset=["dear_quality"]) if len(found) else found
-    caption = "Schedules that have both: how well the cheap figure foretold the one after fine-tuning."
+    caption = (
+        "Schedules that have both: how well the cheap figure foretold the one after fine-tuning."
+    )
     add("cheap_dear", "What a cheap figure is worth", caption, both, draw_cheap_dear)
-    caption = "Time on record, all workers together. A part that is done once serves every schedule."
+    caption = (
+        "Time on record, all workers together. A part that is done once serves every schedule."
+    )
     add("spending", "Where the time went", caption, spending(results), draw_spending)

@@ -1,4 +1,5 @@
-"""The report: one self-contained page, the figures and the tables it shows, written whole or not at all."""
+"""The report: one self-contained page, the figures and the tables it shows, written whole or not at
+all."""
 
 from __future__ import annotations
 
@@ -29,7 +30,12 @@ MARK = '<meta name="generator" content="asesearch report">'
 #: Ways to pick a point: mode, its quality and time budgets, and what they mean.
 PICKS: tuple[tuple[str, str | None, float | None, str], ...] = (
     ("best-quality", None, None, "the best figure"),
-    ("fastest-within", "ci", None, f"the fastest that is not worse than the full network ({tables.LEVEL})"),
+    (
+        "fastest-within",
+        "ci",
+        None,
+        f"the fastest that is not worse than the full network ({tables.LEVEL})",
+    ),
     ("best-within", None, 0.75, "the best figure within three quarters of the full network's time"),
 )
 
@@ -37,7 +43,8 @@ PICKS: tuple[tuple[str, str | None, float | None, str], ...] = (
 def write_report(results: StudyResults, out_dir: Path) -> Path:
     """Write `index.html`, `figures/` and `tables/`; returns the path of `index.html`.
 
-    Everything is made in a temporary folder first and moved at the end, the page last. The same results give the same bytes.
+    Everything is made in a temporary folder first and moved at the end, the page last. The same
+    results give the same bytes.
 
     Args:
         results: of a study, begun or finished.
@@ -45,7 +52,8 @@ def write_report(results: StudyResults, out_dir: Path) -> Path:
 
     Raises:
         EvaluationError: figures of different protocols under one heading.
-        StudyError: no trial has ended, the results contradict themselves, or `out_dir` holds something else.
+        StudyError: no trial has ended, the results contradict themselves, or `out_dir` holds
+            something else.
         WriteError: `out_dir` can't be written.
     """
     out_dir = Path(out_dir)
@@ -53,17 +61,24 @@ def write_report(results: StudyResults, out_dir: Path) -> Path:
     check_report_dir(out_dir)
     try:
         out_dir.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=f".{out_dir.name}.", dir=out_dir.parent) as temporary:
+        with tempfile.TemporaryDirectory(
+            prefix=f".{out_dir.name}.", dir=out_dir.parent
+        ) as temporary:
             _write(results, Path(temporary))
             _move(Path(temporary), out_dir)
     except OSError as error:
-        raise StudyError(f"can't write the report to {out_dir}: {error}; choose a folder you may write to") from error
+        raise StudyError(
+            f"can't write the report to {out_dir}: {error}; choose a folder you may write to"
+        ) from error
     return out_dir / "index.html"
 
 
 def _check(results: StudyResults) -> None:
     if not results.records:
-        raise StudyError(f"a report needs a trial that has ended; got none in {results.name!r}; run `asesearch search` first")
+        raise StudyError(
+            f"a report needs a trial that has ended; got none in {results.name!r}; run `asesearch "
+            "search` first"
+        )
     tables.protocol_of(results, "search")
     tables.protocol_of(results, "confirmed")
     tables.by_number(results)
@@ -77,11 +92,16 @@ def check_report_dir(out_dir: Path) -> None:
         WriteError: it can't be written.
     """
     # a temporary folder beside it comes first
-    check_writable(out_dir.with_name(f".{out_dir.name}.{'0' * 8}"), "tables/confirmation.csv", named=out_dir)
+    check_writable(
+        out_dir.with_name(f".{out_dir.name}.{'0' * 8}"), "tables/confirmation.csv", named=out_dir
+    )
     page = out_dir / "index.html"
     ours = page.is_file() and MARK in page.read_text(encoding="utf-8", errors="replace")
     if out_dir.exists() and not ours and (not out_dir.is_dir() or any(out_dir.iterdir())):
-        raise StudyError(f"a report goes into an empty folder or over an earlier report; got {out_dir}; give another folder")
+        raise StudyError(
+            f"a report goes into an empty folder or over an earlier report; got {out_dir}; give "
+            "another folder"
+        )
     check_writable(out_dir, "tables/confirmation.csv")
 
 
@@ -90,7 +110,12 @@ def _write(results: StudyResults, folder: Path) -> None:
     for name in ("figures", "tables"):
         (folder / name).mkdir()
     shown = [(drawing, drawing.save(folder / "figures")) for drawing in drawings(results)]
-    makers = {"trials": tables.trials, "front": tables.front, "confirmation": tables.confirmation, "rungs": ladder.rungs}
+    makers = {
+        "trials": tables.trials,
+        "front": tables.front,
+        "confirmation": tables.confirmation,
+        "rungs": ladder.rungs,
+    }
     for name, make in makers.items():
         table = make(results)
         if not table.empty:
@@ -99,8 +124,11 @@ def _write(results: StudyResults, folder: Path) -> None:
 
 
 def _move(source: Path, target: Path) -> None:
-    """Each file over its predecessor, the page last, then what an earlier report left over is removed."""
-    names = sorted(p.relative_to(source) for p in source.rglob("*") if p.is_file() and p.name != "index.html")
+    """Each file over its predecessor, the page last, then what an earlier report left over is
+    removed."""
+    names = sorted(
+        p.relative_to(source) for p in source.rglob("*") if p.is_file() and p.name != "index.html"
+    )
     for name in [*names, Path("index.html")]:
         (target / name).parent.mkdir(parents=True, exist_ok=True)
         os.replace(source / name, target / name)
@@ -122,24 +150,43 @@ class Grid:
 def render_page(results: StudyResults, shown: list[tuple[Drawing, bytes]]) -> str:
     """The page as text, with each figure's SVG in it."""
     env = jinja2.Environment(
-        loader=jinja2.PackageLoader("asesearch.report", "templates"), autoescape=True, undefined=jinja2.StrictUndefined,
-        trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True,
-    )  # fmt: skip
+        loader=jinja2.PackageLoader("asesearch.report", "templates"),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
     kind = tables.kind_of(results)
-    search, confirmed = tables.protocol_of(results, "search"), tables.protocol_of(results, "confirmed")
+    search = tables.protocol_of(results, "search")
+    confirmed = tables.protocol_of(results, "confirmed")
     used = confirmed or search
     answer = headline(results)
     return env.get_template("report.html.j2").render(
-        mark=MARK, name=results.name, kind=kind, metric=used.metric_name if used else None, answer=answer,
+        mark=MARK,
+        name=results.name,
+        kind=kind,
+        metric=used.metric_name if used else None,
+        answer=answer,
         figures={drawing.name: (drawing, base64.b64encode(svg).decode()) for drawing, svg in shown},
-        front=_front_grid(results, answer.chosen), confirmation=_confirmation_grid(results), trials=_trials_grid(results),
-        cost=_cost_grid(results), protocol=_protocol_grid({"search": search, "confirmation": confirmed}),
-        environment=_environment_grid(results), failed=_failed_grid(results),
-        picks=_picks(results, answer.chosen), rungs=_rungs_grid(results), toml=study_toml(results.config),
-        one_repeat=used is not None and len(used.seeds) == 1, unknown=UNKNOWN, level=tables.LEVEL,
-        check=next((r.number for r in results.complete), None) if answer.chosen is None else answer.chosen,
+        front=_front_grid(results, answer.chosen),
+        confirmation=_confirmation_grid(results),
+        trials=_trials_grid(results),
+        cost=_cost_grid(results),
+        protocol=_protocol_grid({"search": search, "confirmation": confirmed}),
+        environment=_environment_grid(results),
+        failed=_failed_grid(results),
+        picks=_picks(results, answer.chosen),
+        rungs=_rungs_grid(results),
+        toml=study_toml(results.config),
+        one_repeat=used is not None and len(used.seeds) == 1,
+        unknown=UNKNOWN,
+        level=tables.LEVEL,
+        check=next((r.number for r in results.complete), None)
+        if answer.chosen is None
+        else answer.chosen,
         finished=max(r.finished_at for r in results.records),
-    )  # fmt: skip
+    )
 
 
 def _front_grid(results: StudyResults, chosen: int | None) -> Grid:
@@ -186,7 +233,9 @@ def _picks(results: StudyResults, chosen: int | None) -> list[tuple[str, str]]:
     records = tables.by_number(results)
     out = []
     if chosen is not None:
-        out.append((f"--trial {chosen}", f"{tables.label(records[chosen])}, which the headline speaks of"))
+        out.append(
+            (f"--trial {chosen}", f"{tables.label(records[chosen])}, which the headline speaks of")
+        )
     for mode, quality, time, meaning in PICKS:
         budget = f" --quality {quality}" if quality else f" --time {time}" if time else ""
         try:
@@ -200,13 +249,19 @@ def _picks(results: StudyResults, chosen: int | None) -> list[tuple[str, str]]:
 def _time(frac: float, spread: float) -> str:
     if math.isnan(frac):
         return "not measured"
-    return percent(frac) if math.isnan(spread) or spread == 0 else f"{100 * frac:.1f} ± {100 * spread:.1f}\N{NO-BREAK SPACE}%"
+    return (
+        percent(frac)
+        if math.isnan(spread) or spread == 0
+        else f"{100 * frac:.1f} ± {100 * spread:.1f}\N{NO-BREAK SPACE}%"
+    )
 
 
 def _difference(row: pd.Series) -> str:
     if row["verdict"] == "the reference":
         return "–"
-    return ("+" if row["difference"] > 0 else "") + figure(row["difference"], row["difference_margin"])
+    return ("+" if row["difference"] > 0 else "") + figure(
+        row["difference"], row["difference_margin"]
+    )
 
 
 def _confirmation_grid(results: StudyResults) -> Grid:
@@ -216,7 +271,9 @@ def _confirmation_grid(results: StudyResults) -> Grid:
             row["label"],
             figure(row["search_quality"], row["search_std_error"]),
             figure(row["confirmed_quality"], row["confirmed_std_error"]),
-            "–" if math.isnan(row["selection_bias"]) else f"{row['selection_bias']:+.3g}".replace("-", "−"),
+            "–"
+            if math.isnan(row["selection_bias"])
+            else f"{row['selection_bias']:+.3g}".replace("-", "−"),
             percent(row["predicted_time_frac"]),
             _time(row["measured_time_frac"], row["measured_time_spread"]),
         )
@@ -229,21 +286,30 @@ def _trials_grid(results: StudyResults) -> Grid:
     table = tables.trials(results)
     repeats = [c for c in table.columns if c.startswith("repeat_")]
     seconds = [c for c in table.columns if c.endswith("_s")]
-    metric, several = next((m for m in table["metric"] if m), "figure"), _several(results)
+    metric = next((m for m in table["metric"] if m), "figure")
+    several = _several(results)
     rows = [
         (
             str(row["number"]),
             row["origin"],
             *((row["sampler"],) if several else ()),
             row["schedule"],
-            figure(row["quality"], row["std_error"]) if row["state"] == "complete" else row["state"],
+            figure(row["quality"], row["std_error"])
+            if row["state"] == "complete"
+            else row["state"],
             *(number(row[c]) for c in (repeats if len(repeats) > 1 else ())),
             *(_share(row[c]) for c in ("time_frac", "flops_frac", "block_frac")),
             *(number(row[c]) for c in seconds),
         )
         for _, row in table.iterrows()
     ]
-    head = ["no.", "origin", *(("sampler",) if several else ()), "blocks run, data to noise", metric]
+    head = [
+        "no.",
+        "origin",
+        *(("sampler",) if several else ()),
+        "blocks run, data to noise",
+        metric,
+    ]
     head += [c.replace("_", " ") for c in repeats] if len(repeats) > 1 else []
     head += ["time", "FLOPs", "block calls", *(f"{c.removesuffix('_s')}, s" for c in seconds)]
     return Grid(tuple(head), rows, tuple(i for i, front in enumerate(table["on_front"]) if front))
@@ -269,7 +335,9 @@ def _cost_grid(results: StudyResults) -> Grid:
         )
         for _, row in table.sort_values(["predicted_time_frac", "number"]).iterrows()
     ]
-    return Grid(("schedule", "block calls (bound)", "FLOPs", "time predicted", "time measured"), rows)
+    return Grid(
+        ("schedule", "block calls (bound)", "FLOPs", "time predicted", "time measured"), rows
+    )
 
 
 def _protocol_grid(protocols: dict[str, Protocol | None]) -> Grid:
@@ -297,7 +365,11 @@ def _environment_grid(results: StudyResults) -> Grid:
     for r in results.records:
         for package, version in r.versions.items():
             seen.setdefault(package, set()).add(version)
-    rows += [(f"{p}: changed between trials", ", ".join(sorted(v))) for p, v in sorted(seen.items()) if len(v) > 1]
+    rows += [
+        (f"{p}: changed between trials", ", ".join(sorted(v)))
+        for p, v in sorted(seen.items())
+        if len(v) > 1
+    ]
     return Grid(("", ""), rows)
 
 
@@ -317,14 +389,21 @@ def _rungs_grid(results: StudyResults) -> Grid:
 
 def _failed_grid(results: StudyResults) -> Grid:
     failed = [r for r in results.records if r.state == "failed"]
-    rows = [(str(r.number), r.origin, str(r.schedule), r.failure or "no reason on record") for r in failed]
+    rows = [
+        (str(r.number), r.origin, str(r.schedule), r.failure or "no reason on record")
+        for r in failed
+    ]
     return Grid(("no.", "origin", "blocks run, data to noise", "reason"), rows)
 
 
 def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     out: dict[str, Any] = {}
     for key, value in tree.items():
-        out |= _flat(value, f"{prefix}{key} ") if isinstance(value, dict) else {f"{prefix}{key}": value}
+        out |= (
+            _flat(value, f"{prefix}{key} ")
+            if isinstance(value, dict)
+            else {f"{prefix}{key}": value}
+        )
     return out
 
 
@@ -335,14 +414,20 @@ def _plain(value: Any) -> str:
 
 
 def study_toml(config: dict[str, Any]) -> str:
-    """The resolved study file as TOML. What is unset is left out, and so is the storage, whose URL may hold a password."""
+    """The resolved study file as TOML. What is unset is left out, and so is the storage, whose URL
+    may hold a password."""
     search = {k: v for k, v in config.get("search", {}).items() if k != "storage"}
-    return "\n".join(_toml_table({**config, "search": search} if search else config, "")).strip() + "\n"
+    return (
+        "\n".join(_toml_table({**config, "search": search} if search else config, "")).strip()
+        + "\n"
+    )
 
 
 def _toml_table(table: dict[str, Any], prefix: str) -> list[str]:
     given = {k: v for k, v in table.items() if v is not None}
-    lines = [f"{_toml_key(k)} = {_toml_value(v)}" for k, v in given.items() if not isinstance(v, dict)]
+    lines = [
+        f"{_toml_key(k)} = {_toml_value(v)}" for k, v in given.items() if not isinstance(v, dict)
+    ]
     for key, value in given.items():
         if isinstance(value, dict) and value:
             name = prefix + _toml_key(key)
@@ -351,7 +436,11 @@ def _toml_table(table: dict[str, Any], prefix: str) -> list[str]:
 
 
 def _toml_key(key: str) -> str:
-    return key if key.replace("_", "").replace("-", "").isalnum() and key.isascii() else json.dumps(key)
+    return (
+        key
+        if key.replace("_", "").replace("-", "").isalnum() and key.isascii()
+        else json.dumps(key)
+    )
 
 
 def _toml_value(value: Any) -> str:

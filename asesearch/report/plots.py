@@ -16,7 +16,19 @@ from matplotlib.ticker import MaxNLocator
 
 from asesearch.report import difficulty, ladder, tables
 from asesearch.report.labels import place_labels, spread_out
-from asesearch.report.style import BLUE, GREY, ORANGE, SMALL, VERMILION, WIDTH, Drawing, axes, log_axis, percent_axis, settle
+from asesearch.report.style import (
+    BLUE,
+    GREY,
+    ORANGE,
+    SMALL,
+    VERMILION,
+    WIDTH,
+    Drawing,
+    axes,
+    log_axis,
+    percent_axis,
+    settle,
+)
 from asesearch.report.wording import number
 from asesearch.schedule import PUBLISHED
 from asesearch.search.records import StudyResults
@@ -26,7 +38,13 @@ def drawings(results: StudyResults) -> list[Drawing]:
     """Every figure that the data allow, in the order of the page; nothing is drawn yet."""
     out: list[Drawing] = []
 
-    def add(name: str, title: str, caption: str, data: pd.DataFrame, draw: Callable[[pd.DataFrame], Figure]) -> None:
+    def add(
+        name: str,
+        title: str,
+        caption: str,
+        data: pd.DataFrame,
+        draw: Callable[[pd.DataFrame], Figure],
+    ) -> None:
         if not data.empty:
             out.append(Drawing(name, title, caption, data, lambda: draw(data)))
 
@@ -34,21 +52,45 @@ def drawings(results: StudyResults) -> list[Drawing]:
     add("front", "Front", _FRONT[kind], tables.points(results, kind), draw_front)
     if kind == "confirmed":
         caption = _FRONT["search"] + " Filled marks went on to be confirmed."
-        add("front_search", "What the search saw", caption, tables.points(results, "search"), draw_front)
+        add(
+            "front_search",
+            "What the search saw",
+            caption,
+            tables.points(results, "search"),
+            draw_front,
+        )
     caption = "Blocks run at each noise level, fastest schedule on top."
     add("schedules", "Schedules", caption, tables.schedule_matrix(results), draw_schedules)
     if (drawn := difficulty.drawing(results.difficulty_map)) is not None:
         out.append(drawn)
     caption = "The same seeds and labels in every row, fastest schedule on top."
-    add("samples", "Samples", caption, tables.samples(results), lambda data: draw_samples(data, results))
+    add(
+        "samples",
+        "Samples",
+        caption,
+        tables.samples(results),
+        lambda data: draw_samples(data, results),
+    )
     done = tables.trials(results)
-    add("trials", "Quality over trials",
-        "Every trial under the search protocol; the line is the best so far. Bars: one standard error.",
-        done[done["state"] == "complete"][["number", "label", "metric", "quality", "std_error", "time_frac", "best_quality"]],
-        draw_trials)  # fmt: skip
+    add(
+        "trials",
+        "Quality over trials",
+        "Every trial under the search protocol; the line is the best so far. Bars: one standard "
+        "error.",
+        done[done["state"] == "complete"][
+            ["number", "label", "metric", "quality", "std_error", "time_frac", "best_quality"]
+        ],
+        draw_trials,
+    )
     ladder.add_drawings(add, results)
     volume = tables.hypervolume(results)
-    add("hypervolume", "Hypervolume over trials", _hypervolume_caption(volume), volume, draw_hypervolume)
+    add(
+        "hypervolume",
+        "Hypervolume over trials",
+        _hypervolume_caption(volume),
+        volume,
+        draw_hypervolume,
+    )
     add("cost", "Cost: bound and clock", _COST, tables.cost(results), draw_cost)
     caption = "Median time of one network call, and the straight line through it."
     add("latency", "Latency by exit depth", caption, tables.latency(results), draw_latency)
@@ -60,14 +102,15 @@ def drawings(results: StudyResults) -> list[Drawing]:
 #: Two bars that miss each other prove nothing.
 _NO_VERDICT = f"(no verdict: that is the table's, at {tables.LEVEL})"
 _FRONT = {
-    "confirmed": f"Confirmed on fresh seeds, against measured sampling time. Bars: one standard error {_NO_VERDICT}, and half "
-    "the distance between the quartiles of the time. Down and left is better.",
-    "search": f"All trials under the search protocol, against predicted sampling time. Bars: one standard error {_NO_VERDICT}. "
-    "Down and left is better.",
+    "confirmed": "Confirmed on fresh seeds, against measured sampling time. Bars: one standard "
+    f"error {_NO_VERDICT}, and half the distance between the quartiles of the time. Down and left "
+    "is better.",
+    "search": "All trials under the search protocol, against predicted sampling time. Bars: one "
+    f"standard error {_NO_VERDICT}. Down and left is better.",
 }
 _COST = (
-    "Sampling time against the block-call bound, both over the full network's. On the diagonal the clock saves all that the "
-    "blocks promise; above it, time goes to what no exit can skip."
+    "Sampling time against the block-call bound, both over the full network's. On the diagonal the "
+    "clock saves all that the blocks promise; above it, time goes to what no exit can skip."
 )
 
 
@@ -77,8 +120,8 @@ def _hypervolume_caption(volume: pd.DataFrame) -> str:
     last = volume.iloc[-1]
     what = "the logarithm of the figure" if last["scale"] == "log" else "the figure"
     return (
-        f"Area dominated in time fraction × {what}, below the reference point: time {last['reference_time_frac']:g}, "
-        f"{last['metric']} {number(last['reference_quality'])}."
+        f"Area dominated in time fraction × {what}, below the reference point: time "
+        f"{last['reference_time_frac']:g}, {last['metric']} {number(last['reference_quality'])}."
     )
 
 
@@ -86,20 +129,37 @@ def draw_front(data: pd.DataFrame) -> Figure:
     """Figure against sampling time: `tables.points`."""
     figure, ax = axes(3.9)
     front = data[data["on_front"]]
-    samplers = list(dict.fromkeys([*data.loc[data["label"] == tables.FULL, "sampler"], *sorted(data["sampler"])]))  # own first
+    # own first
+    samplers = list(
+        dict.fromkeys(
+            [*data.loc[data["label"] == tables.FULL, "sampler"], *sorted(data["sampler"])]
+        )
+    )
     markers = dict(zip(samplers, itertools.cycle("o^vsDP"), strict=False))
-    ax.step(front["time_frac"], front["quality"], where="post", color=BLUE, lw=1.4, alpha=0.8, zorder=2)
+    ax.step(
+        front["time_frac"], front["quality"], where="post", color=BLUE, lw=1.4, alpha=0.8, zorder=2
+    )
     for _, row in data.iterrows():
-        full, named = row["label"].startswith("full"), row["label"] in PUBLISHED
+        full = row["label"].startswith("full")
+        named = row["label"] in PUBLISHED
         colour = VERMILION if full else ORANGE if named else BLUE
         marker = markers[row["sampler"]]
         faint = not (row["on_front"] or full or named)
         hollow = row["kind"] == "search" and not row["confirmed"]
         ax.errorbar(
-            row["time_frac"], row["quality"], xerr=_bar(row["time_spread"]), yerr=_bar(row["std_error"]), fmt=marker,
-            color=GREY if faint else colour, mfc="white" if hollow else None, ms=5 if faint else 6.5, capsize=2, elinewidth=1,
-            alpha=0.6 if faint else 1.0, zorder=2 if faint else 4,
-        )  # fmt: skip
+            row["time_frac"],
+            row["quality"],
+            xerr=_bar(row["time_spread"]),
+            yerr=_bar(row["std_error"]),
+            fmt=marker,
+            color=GREY if faint else colour,
+            mfc="white" if hollow else None,
+            ms=5 if faint else 6.5,
+            capsize=2,
+            elinewidth=1,
+            alpha=0.6 if faint else 1.0,
+            zorder=2 if faint else 4,
+        )
     confirmed = data["kind"].iloc[0] == "confirmed"
     ax.set_xlabel(f"{'measured' if confirmed else 'predicted'} sampling time / full network's")
     ax.set_ylabel(f"{data['metric'].iloc[0]}  (lower is better)")
@@ -118,7 +178,12 @@ def draw_front(data: pd.DataFrame) -> Figure:
     steps = _step_points(front)
     first = data["label"].isin([tables.FULL, *PUBLISHED]) | data["label"].str.startswith("full")
     ranked = pd.concat([data[first], data[data["on_front"] & ~first]])
-    place_labels(ax, _named(ranked, "time_frac", "quality"), [*_xy(data, "time_frac", "quality"), *steps], SMALL)
+    place_labels(
+        ax,
+        _named(ranked, "time_frac", "quality"),
+        [*_xy(data, "time_frac", "quality"), *steps],
+        SMALL,
+    )
     return figure
 
 
@@ -151,13 +216,23 @@ def draw_schedules(data: pd.DataFrame) -> Figure:
     figure, ax = axes(1.1 + (0.3 if len(data) <= 20 else 0.2) * len(data))
     depth = int(data["depth"].iloc[0])
     rows = np.arange(len(data) + 1)
-    mesh = ax.pcolormesh(edges, rows, blocks, cmap="viridis", vmin=0, vmax=depth, edgecolors="white", linewidth=0.8)
+    mesh = ax.pcolormesh(
+        edges, rows, blocks, cmap="viridis", vmin=0, vmax=depth, edgecolors="white", linewidth=0.8
+    )
     if len(columns) <= 12:
         for i, row in enumerate(blocks):
             for j, value in enumerate(row):
                 colour = "white" if value < 0.6 * depth else "black"
                 middle = (edges[j] + edges[j + 1]) / 2
-                ax.text(middle, i + 0.5, str(value), ha="center", va="center", color=colour, fontsize=SMALL)
+                ax.text(
+                    middle,
+                    i + 0.5,
+                    str(value),
+                    ha="center",
+                    va="center",
+                    color=colour,
+                    fontsize=SMALL,
+                )
     ax.invert_yaxis()
     ax.set_yticks(rows[:-1] + 0.5, data["label"])
     ax.set_xlabel("timestep (0 = data, right = noise)")
@@ -183,11 +258,19 @@ def draw_samples(data: pd.DataFrame, results: StudyResults) -> Figure:
     ax.set_axis_off()
     for i, n in enumerate(numbers):
         mine = data[data["number"] == n]
-        top, bottom = -i * high, -(i + 0.96) * high
+        top = -i * high
+        bottom = -(i + 0.96) * high
         for j in mine["image"]:
             image = results.samples[n][j].transpose(1, 2, 0)  # (H, W, C)
             image = image[..., 0] if image.shape[-1] == 1 else image
-            ax.imshow(image, cmap="gray", vmin=0, vmax=255, interpolation="nearest", extent=(j, j + 0.96, bottom, top))
+            ax.imshow(
+                image,
+                cmap="gray",
+                vmin=0,
+                vmax=255,
+                interpolation="nearest",
+                extent=(j, j + 0.96, bottom, top),
+            )
         text = mine["label"].iloc[0].replace(tables.FULL, "full\nnetwork").replace(", ", "\n")
         ax.text(-0.12, (top + bottom) / 2, text, ha="right", va="center", fontsize=SMALL)
     ax.set(xlim=(-1.6, count), ylim=(-high * len(numbers), 0), aspect="auto")
@@ -198,8 +281,24 @@ def draw_trials(data: pd.DataFrame) -> Figure:
     """Figure over trials, coloured by time: complete rows of `tables.trials`."""
     figure, ax = axes()
     if data["std_error"].notna().any():
-        ax.errorbar(data["number"], data["quality"], data["std_error"], fmt="none", ecolor="0.6", elinewidth=1, zorder=2)
-    dots = ax.scatter(data["number"], data["quality"], 40, data["time_frac"], cmap="viridis", edgecolors="white", zorder=3)
+        ax.errorbar(
+            data["number"],
+            data["quality"],
+            data["std_error"],
+            fmt="none",
+            ecolor="0.6",
+            elinewidth=1,
+            zorder=2,
+        )
+    dots = ax.scatter(
+        data["number"],
+        data["quality"],
+        40,
+        data["time_frac"],
+        cmap="viridis",
+        edgecolors="white",
+        zorder=3,
+    )
     dots.set_clim(min(0.5, data["time_frac"].min()), max(1.0, data["time_frac"].max()))
     ax.step(data["number"], data["best_quality"], where="post", color=VERMILION, zorder=2)
     bar = figure.colorbar(dots, ax=ax, pad=0.02, aspect=22)
@@ -212,7 +311,12 @@ def draw_trials(data: pd.DataFrame) -> Figure:
     ax.margins(0.08)
     settle(figure)
     last = data.iloc[-1]
-    place_labels(ax, [(last["number"], last["best_quality"], "best so far")], _xy(data, "number", "quality"), SMALL)
+    place_labels(
+        ax,
+        [(last["number"], last["best_quality"], "best so far")],
+        _xy(data, "number", "quality"),
+        SMALL,
+    )
     return figure
 
 
@@ -238,28 +342,63 @@ def draw_cost(data: pd.DataFrame) -> Figure:
     """Time against the block-call bound: `tables.cost`."""
     figure, ax = axes(3.9)
     measured = data[data["measured_time_frac"].notna()]
-    ax.plot(data["block_frac"], data["predicted_time_frac"], "o", mfc="white", color=GREY, ms=5, zorder=2)
+    ax.plot(
+        data["block_frac"],
+        data["predicted_time_frac"],
+        "o",
+        mfc="white",
+        color=GREY,
+        ms=5,
+        zorder=2,
+    )
     ax.errorbar(
-        measured["block_frac"], measured["measured_time_frac"], yerr=measured["measured_time_spread"],
-        fmt="o", color=BLUE, ms=6, capsize=2, elinewidth=1, zorder=4,
-    )  # fmt: skip
+        measured["block_frac"],
+        measured["measured_time_frac"],
+        yerr=measured["measured_time_spread"],
+        fmt="o",
+        color=BLUE,
+        ms=6,
+        capsize=2,
+        elinewidth=1,
+        zorder=4,
+    )
     low = float(data[["block_frac", "predicted_time_frac", "measured_time_frac"]].min().min())
     span = (min(0.95, low) - 0.04, 1.04)
     ax.plot(span, span, ls=(0, (4, 3)), color="0.5", lw=1, zorder=1)
     ax.set_xlim(*span)
-    ax.set_ylim(span[0], max(1.04, 1.02 * float(data[["predicted_time_frac", "measured_time_frac"]].max().max())))
+    ax.set_ylim(
+        span[0],
+        max(1.04, 1.02 * float(data[["predicted_time_frac", "measured_time_frac"]].max().max())),
+    )
     ax.set_xlabel("block calls / full network's  (bound)")
     ax.set_ylabel("sampling time / full network's")
     percent_axis(ax.xaxis)
     percent_axis(ax.yaxis)
     settle(figure)
     keys = [("measured", BLUE)] if len(measured) else []
-    for i, (text, colour) in enumerate([*keys, ("predicted from the latency table", "0.45"), ("time = blocks", "0.45")]):
-        ax.text(0.03, 0.97 - 0.065 * i, f"{'- - ' if text.startswith('time') else '○ ' if text[0] == 'p' else '● '}{text}",
-                transform=ax.transAxes, color=colour, va="top", fontsize=SMALL)  # fmt: skip
-    dots = [*_xy(data, "block_frac", "predicted_time_frac"), *((float(v), float(v)) for v in np.linspace(span[0], span[1], 40))]
+    for i, (text, colour) in enumerate(
+        [*keys, ("predicted from the latency table", "0.45"), ("time = blocks", "0.45")]
+    ):
+        ax.text(
+            0.03,
+            0.97 - 0.065 * i,
+            f"{'- - ' if text.startswith('time') else '○ ' if text[0] == 'p' else '● '}{text}",
+            transform=ax.transAxes,
+            color=colour,
+            va="top",
+            fontsize=SMALL,
+        )
+    dots = [
+        *_xy(data, "block_frac", "predicted_time_frac"),
+        *((float(v), float(v)) for v in np.linspace(span[0], span[1], 40)),
+    ]
     every = max(1, -(-len(measured) // 8))
-    place_labels(ax, _named(measured.sort_values("block_frac")[::-every], "block_frac", "measured_time_frac"), dots, SMALL)
+    place_labels(
+        ax,
+        _named(measured.sort_values("block_frac")[::-every], "block_frac", "measured_time_frac"),
+        dots,
+        SMALL,
+    )
     return figure
 
 
@@ -286,10 +425,18 @@ def draw_losses(data: pd.DataFrame) -> Figure:
     figure, ax = axes()
     names = list(dict.fromkeys(data["label"]))
     rivals = [n for n in names if n != tables.FULL]
-    colours = dict(zip(rivals, seaborn.color_palette("crest", len(rivals)).as_hex(), strict=True)) | {tables.FULL: VERMILION}
+    colours = dict(
+        zip(rivals, seaborn.color_palette("crest", len(rivals)).as_hex(), strict=True)
+    ) | {tables.FULL: VERMILION}
     for name in names:
         mine = data[data["label"] == name]
-        ax.plot(mine["step"], mine["loss"], color=colours[name], lw=1.4, marker="o" if len(mine) == 1 else None)
+        ax.plot(
+            mine["step"],
+            mine["loss"],
+            color=colours[name],
+            lw=1.4,
+            marker="o" if len(mine) == 1 else None,
+        )
     if data["loss"].min() > 0 and data["loss"].max() > 4 * data["loss"].min():
         log_axis(ax)
     ax.set_xlabel("fine-tuning step")
@@ -297,13 +444,23 @@ def draw_losses(data: pd.DataFrame) -> Figure:
     ends = [data[data["label"] == n].iloc[-1] for n in names]
     ax.set_xlim(right=float(data["step"].max()) * (1.1 + 0.025 * max(map(len, names))))
     settle(figure)
-    places = ax.transAxes.inverted().transform(ax.transData.transform([(e["step"], e["loss"]) for e in ends]))  # (n, 2)
+    # (n, 2)
+    places = ax.transAxes.inverted().transform(
+        ax.transData.transform([(e["step"], e["loss"]) for e in ends])
+    )
     gap = 1.35 * SMALL * figure.dpi / 72 / ax.get_window_extent().height
     heights = spread_out(places[:, 1].tolist(), gap, 0.02, 0.98)
     for name, (x, y), height in zip(names, places, heights, strict=True):
         line = {"arrowstyle": "-", "lw": 0.6, "color": colours[name], "shrinkA": 0, "shrinkB": 0}
         ax.annotate(
-            name, (x, y), (x + 0.03, height), xycoords="axes fraction", textcoords="axes fraction",
-            color=VERMILION if name == tables.FULL else "0.2", fontsize=SMALL, va="center", arrowprops=line,
-        )  # fmt: skip
+            name,
+            (x, y),
+            (x + 0.03, height),
+            xycoords="axes fraction",
+            textcoords="axes fraction",
+            color=VERMILION if name == tables.FULL else "0.2",
+            fontsize=SMALL,
+            va="center",
+            arrowprops=line,
+        )
     return figure

@@ -19,16 +19,34 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator, PercentFormatter
 
 #: Colour-blind safe: what a mark means is never said by its colour alone.
-BLUE, ORANGE, GREEN, VERMILION, PURPLE, _, _, GREY, _, SKY = seaborn.color_palette("colorblind").as_hex()
-WIDTH, HEIGHT, SMALL = 4.2, 3.3, 9.0
+BLUE, ORANGE, GREEN, VERMILION, PURPLE, _, _, GREY, _, SKY = seaborn.color_palette(
+    "colorblind"
+).as_hex()
+WIDTH = 4.2
+HEIGHT = 3.3
+SMALL = 9.0
 STYLE: dict[Any, Any] = {
     **seaborn.axes_style("whitegrid"),
-    "font.family": "sans-serif", "font.sans-serif": ["DejaVu Sans"], "font.size": 10.0, "axes.labelsize": 10.0,
-    "axes.titlesize": 10.0, "xtick.labelsize": SMALL, "ytick.labelsize": SMALL, "legend.fontsize": SMALL,
-    "text.parse_math": False, "axes.edgecolor": "0.7", "grid.color": "0.9", "axes.spines.top": False,
-    "axes.spines.right": False, "lines.linewidth": 1.6, "figure.facecolor": "white", "savefig.facecolor": "white",
-    "svg.hashsalt": "asesearch", "svg.fonttype": "path", "figure.dpi": 100.0,
-}  # fmt: skip
+    "font.family": "sans-serif",
+    "font.sans-serif": ["DejaVu Sans"],
+    "font.size": 10.0,
+    "axes.labelsize": 10.0,
+    "axes.titlesize": 10.0,
+    "xtick.labelsize": SMALL,
+    "ytick.labelsize": SMALL,
+    "legend.fontsize": SMALL,
+    "text.parse_math": False,
+    "axes.edgecolor": "0.7",
+    "grid.color": "0.9",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "lines.linewidth": 1.6,
+    "figure.facecolor": "white",
+    "savefig.facecolor": "white",
+    "svg.hashsalt": "asesearch",
+    "svg.fonttype": "path",
+    "figure.dpi": 100.0,
+}
 
 
 @dataclass(frozen=True)
@@ -49,7 +67,8 @@ class Drawing:
     draw: Callable[[], Figure]
 
     def save(self, folder: Path) -> bytes:
-        """Write NAME.svg, NAME.png and NAME.csv; returns the SVG. The same data give the same bytes."""
+        """Write NAME.svg, NAME.png and NAME.csv; returns the SVG. The same data give the same
+        bytes."""
         stem = folder / self.name
         self.data.to_csv(stem.with_suffix(".csv"), index=False, lineterminator="\n")
         with matplotlib.rc_context(STYLE):
@@ -84,4 +103,6 @@ def log_axis(ax: Axes) -> None:
     ax.set_yscale("log")
     plain = FuncFormatter(lambda v, _: f"{v:g}")
     ax.yaxis.set_major_formatter(plain)
-    ax.yaxis.set_minor_formatter(FuncFormatter(lambda v, _: f"{v:g}" if f"{v:e}"[0] in "25" else ""))
+    ax.yaxis.set_minor_formatter(
+        FuncFormatter(lambda v, _: f"{v:g}" if f"{v:e}"[0] in "25" else "")
+    )

@@ -1,7 +1,8 @@
-"""Report data apart from drawing: one function, one `DataFrame`. Every figure is drawn from one of these and nothing else.
+"""Report data apart from drawing: one function, one `DataFrame`. Every figure is drawn from one of
+these and nothing else.
 
-Figures of the search protocol and of the confirmation protocol never share a table, except in `confirmation`, whose
-columns say which is which.
+Figures of the search protocol and of the confirmation protocol never share a table, except in
+`confirmation`, whose columns say which is which.
 """
 
 from __future__ import annotations
@@ -29,13 +30,17 @@ from asesearch.search.records import (
 
 FULL = "full network"
 LEVEL = f"{100 * CONFIDENCE:.0f}\N{NO-BREAK SPACE}% confidence"  # said with every verdict
-#: Kind of a figure: as the search saw it (predicted time), or confirmed on fresh seeds (measured time).
+#: Kind of a figure: as the search saw it (predicted time), or confirmed on fresh seeds (measured
+#: time).
 Kind = Literal["search", "confirmed"]
-MAX_CURVE_POINTS, MAX_SHOWN, MAX_SAMPLES = 80, 5, 8
+MAX_CURVE_POINTS = 80
+MAX_SHOWN = 5
+MAX_SAMPLES = 8
 
 
 def label(record: TrialRecord) -> str:
-    """What to call a trial in figures and tables: "full network", a published name, or "#12"; with its steps where it is
+    """What to call a trial in figures and tables: "full network", a published name, or "#12"; with
+    its steps where it is
     sampled otherwise than the study is: "full, 8 steps", "#12, 8 steps"."""
     if record.origin == "full":
         return FULL
@@ -80,7 +85,10 @@ def by_number(results: StudyResults) -> dict[int, TrialRecord]:
     complete = {r.number for r in results.complete}
     stray = [c.number for c in results.confirmations if c.number not in complete]
     if stray:
-        raise StudyError(f"confirmations belong to complete trials; got trial numbers {stray}; run `asesearch search` again")
+        raise StudyError(
+            f"confirmations belong to complete trials; got trial numbers {stray}; run `asesearch "
+            "search` again"
+        )
     return {r.number: r for r in results.records}
 
 
@@ -89,22 +97,34 @@ def trials(results: StudyResults) -> pd.DataFrame:
     protocol = protocol_of(results, "search")
     repeats = len(protocol.seeds) if protocol else 0
     parts = sorted({part for r in results.records for part in r.seconds}, key=_part_order)
-    on_front, own = {r.number for r in results.front()}, own_sampler(results)
+    on_front = {r.number for r in results.front()}
+    own = own_sampler(results)
     rows = []
     for r in results.records:
         values = r.quality.values if r.quality else ()
         row = {
-            "number": r.number, "label": label(r), "origin": r.origin, "schedule": str(r.schedule), "sampler": r.sampler or own,
+            "number": r.number,
+            "label": label(r),
+            "origin": r.origin,
+            "schedule": str(r.schedule),
+            "sampler": r.sampler or own,
             "state": r.state,
             "metric": protocol.metric_name if protocol else "",
             "quality": r.quality.value if r.quality else math.nan,
             "std_error": _std_error(r.quality),
-        }  # fmt: skip
+        }
         row |= {f"repeat_{i + 1}": values[i] if values else math.nan for i in range(repeats)}
         row |= {f"{c}_frac": _nan(getattr(r, f"{c}_frac")) for c in ("time", "flops", "block")}
         row |= {f"{part}_s": r.seconds.get(part, math.nan) for part in parts}
         row["gflops"] = sum(r.gflops.values()) if r.gflops else math.nan
-        rows.append(row | {"on_front": r.number in on_front, "failure": r.failure or "", "finished_at": r.finished_at})
+        rows.append(
+            row
+            | {
+                "on_front": r.number in on_front,
+                "failure": r.failure or "",
+                "finished_at": r.finished_at,
+            }
+        )
     table = pd.DataFrame(rows)
     table["best_quality"] = table["quality"].cummin().ffill()
     return table
@@ -124,42 +144,83 @@ def _std_error(quality: EvaluationResult | None) -> float:
 
 
 def points(results: StudyResults, kind: Kind) -> pd.DataFrame:
-    """Every figure of one kind against sampling time, fastest first, compared with the full network of the same kind.
+    """Every figure of one kind against sampling time, fastest first, compared with the full network
+    of the same kind.
 
-    `difference` is the figure minus the full network's, `difference_se` its standard error, `difference_margin` half the
-    width of its interval of that `confidence`; `verdict` says in words whether the interval leaves out 0.
+    `difference` is the figure minus the full network's, `difference_se` its standard error,
+    `difference_margin` half the width of its interval of that `confidence`; `verdict` says in words
+    whether the interval leaves out 0.
     """
-    records, own = by_number(results), own_sampler(results)
+    records = by_number(results)
+    own = own_sampler(results)
     full = results.full
     found: list[tuple[TrialRecord, EvaluationResult, float, float]] = []
     if kind == "search":
-        found = [(r, r.quality, _nan(r.time_frac), math.nan) for r in results.complete if r.quality is not None]
+        found = [
+            (r, r.quality, _nan(r.time_frac), math.nan)
+            for r in results.complete
+            if r.quality is not None
+        ]
     else:
-        found = [(records[c.number], c.quality, c.measured_time_frac, c.measured_time_spread) for c in results.confirmations]
+        found = [
+            (records[c.number], c.quality, c.measured_time_frac, c.measured_time_spread)
+            for c in results.confirmations
+        ]
     protocol = protocol_of(results, kind)
-    baseline = next((quality for r, quality, *_ in found if full is not None and r.number == full.number), None)
+    baseline = next(
+        (quality for r, quality, *_ in found if full is not None and r.number == full.number), None
+    )
     front = set(non_dominated([(time, quality.value) for _, quality, time, _ in found]))
     confirmed = {c.number for c in results.confirmations}
     rows = []
     for i, (r, quality, time, spread) in enumerate(found):
         difference, error = (math.nan, None) if baseline is None else quality.minus(baseline)
         margin = None if baseline is None else quality.margin(baseline)
-        rows.append({
-            "number": r.number, "label": label(r), "schedule": str(r.schedule), "sampler": r.sampler or own, "kind": kind,
-            "metric": protocol.metric_name if protocol else "",
-            "time_frac": time, "time_spread": spread, "quality": quality.value, "std_error": _std_error(quality),
-            "difference": difference, "difference_se": _nan(error), "difference_margin": _nan(margin),
-            "confidence": CONFIDENCE,
-            "verdict": "the reference" if r is full else verdict(difference, margin),
-            "on_front": i in front, "confirmed": r.number in confirmed,
-        })  # fmt: skip
-    return pd.DataFrame(rows, columns=_POINT_COLUMNS).sort_values(["time_frac", "number"], ignore_index=True)
+        rows.append(
+            {
+                "number": r.number,
+                "label": label(r),
+                "schedule": str(r.schedule),
+                "sampler": r.sampler or own,
+                "kind": kind,
+                "metric": protocol.metric_name if protocol else "",
+                "time_frac": time,
+                "time_spread": spread,
+                "quality": quality.value,
+                "std_error": _std_error(quality),
+                "difference": difference,
+                "difference_se": _nan(error),
+                "difference_margin": _nan(margin),
+                "confidence": CONFIDENCE,
+                "verdict": "the reference" if r is full else verdict(difference, margin),
+                "on_front": i in front,
+                "confirmed": r.number in confirmed,
+            }
+        )
+    return pd.DataFrame(rows, columns=_POINT_COLUMNS).sort_values(
+        ["time_frac", "number"], ignore_index=True
+    )
 
 
 _POINT_COLUMNS = [
-    "number", "label", "schedule", "sampler", "kind", "metric", "time_frac", "time_spread", "quality", "std_error",
-    "difference", "difference_se", "difference_margin", "confidence", "verdict", "on_front", "confirmed",
-]  # fmt: skip
+    "number",
+    "label",
+    "schedule",
+    "sampler",
+    "kind",
+    "metric",
+    "time_frac",
+    "time_spread",
+    "quality",
+    "std_error",
+    "difference",
+    "difference_se",
+    "difference_margin",
+    "confidence",
+    "verdict",
+    "on_front",
+    "confirmed",
+]
 
 
 def verdict(difference: float, margin: float | None) -> str:
@@ -167,7 +228,8 @@ def verdict(difference: float, margin: float | None) -> str:
 
     Args:
         difference: the figure minus the full network's.
-        margin: half the width of the confidence interval of the difference, see `EvaluationResult.margin`.
+        margin: half the width of the confidence interval of the difference, see
+            `EvaluationResult.margin`.
     """
     if math.isnan(difference):
         return "no figure of the full network"
@@ -179,7 +241,8 @@ def verdict(difference: float, margin: float | None) -> str:
 
 
 def front(results: StudyResults) -> pd.DataFrame:
-    """The front, fastest first: of the confirmed figures where there are any, else of the search's."""
+    """The front, fastest first: of the confirmed figures where there are any, else of the
+    search's."""
     table = points(results, kind_of(results))
     return table[table["on_front"].astype(bool)].reset_index(drop=True)
 
@@ -192,7 +255,8 @@ def front_records(results: StudyResults) -> list[TrialRecord]:
 
 
 def hypervolume_2d(found: npt.NDArray[np.float64], reference: tuple[float, float]) -> float:
-    """Area that `found` (n, 2) dominates below the reference point, lower being better in both columns. Exact sweep."""
+    """Area that `found` (n, 2) dominates below the reference point, lower being better in both
+    columns. Exact sweep."""
     inside = found[(found < reference).all(axis=1)]
     inside = inside[np.lexsort((inside[:, 1], inside[:, 0]))]
     widths = np.diff(np.append(inside[:, 0], reference[0]))
@@ -200,18 +264,26 @@ def hypervolume_2d(found: npt.NDArray[np.float64], reference: tuple[float, float
 
 
 def hypervolume(results: StudyResults) -> pd.DataFrame:
-    """Area dominated by the trials so far: time fraction times log figure (times the plain figure if one is not positive).
+    """Area dominated by the trials so far: time fraction times log figure (times the plain figure
+    if one is not positive).
 
-    Reference point: 1.1 times the full network's time and twice its figure, so that studies of one protocol compare; without
-    the full network, or with figures that are not positive, the worst figure seen.
+    Reference point: 1.1 times the full network's time and twice its figure, so that studies of one
+    protocol compare; without the full network, or with figures that are not positive, the worst
+    figure seen.
     """
     protocol = protocol_of(results, "search")
     done = [r for r in results.complete if r.quality is not None and r.time_frac is not None]
-    values = np.array([(r.time_frac, r.quality.value) for r in done if r.quality], dtype=np.float64).reshape(-1, 2)
+    values = np.array(
+        [(r.time_frac, r.quality.value) for r in done if r.quality], dtype=np.float64
+    ).reshape(-1, 2)
     log = bool((values[:, 1] > 0).all())
     full = results.full
     worst = float(values[:, 1].max()) if len(values) else math.nan
-    limit = REFERENCE_QUALITY * full.quality.value if log and full is not None and full.quality is not None else worst
+    limit = (
+        REFERENCE_QUALITY * full.quality.value
+        if log and full is not None and full.quality is not None
+        else worst
+    )
     scaled = np.column_stack((values[:, 0], np.log(values[:, 1]))) if log else values
     reference = (REFERENCE_TIME, math.log(limit) if log and len(values) else limit)
     columns = {
@@ -226,65 +298,99 @@ def hypervolume(results: StudyResults) -> pd.DataFrame:
 
 
 def cost(results: StudyResults) -> pd.DataFrame:
-    """Cost over the full network's: the block-call bound, FLOPs, the predicted and, where confirmed, the measured time."""
+    """Cost over the full network's: the block-call bound, FLOPs, the predicted and, where
+    confirmed, the measured time."""
     measured = {c.number: c for c in results.confirmations}
     rows = []
     for r in results.complete:
         c = measured.get(r.number)
-        rows.append({
-            "number": r.number, "label": label(r), "block_frac": _nan(r.block_frac), "flops_frac": _nan(r.flops_frac),
-            "predicted_time_frac": _nan(r.time_frac),
-            "measured_time_frac": c.measured_time_frac if c else math.nan,
-            "measured_time_spread": c.measured_time_spread if c else math.nan,
-        })  # fmt: skip
+        rows.append(
+            {
+                "number": r.number,
+                "label": label(r),
+                "block_frac": _nan(r.block_frac),
+                "flops_frac": _nan(r.flops_frac),
+                "predicted_time_frac": _nan(r.time_frac),
+                "measured_time_frac": c.measured_time_frac if c else math.nan,
+                "measured_time_spread": c.measured_time_spread if c else math.nan,
+            }
+        )
     return pd.DataFrame(rows)
 
 
 def confirmation(results: StudyResults) -> pd.DataFrame:
     """Search figure and confirmed figure side by side.
 
-    `selection_bias` is confirmed minus search: what the search's figure flattered. It is left out where the two protocols
-    differ in more than their seeds, because the figure then depends on the difference (on N above all).
+    `selection_bias` is confirmed minus search: what the search's figure flattered. It is left out
+    where the two protocols differ in more than their seeds, because the figure then depends on the
+    difference (on N above all).
     """
-    records, confirmed = by_number(results), points(results, "confirmed").set_index("number")
+    records = by_number(results)
+    confirmed = points(results, "confirmed").set_index("number")
     rows = []
     for c in sorted(results.confirmations, key=lambda c: (c.measured_time_frac, c.number)):
-        r, row = records[c.number], confirmed.loc[c.number]
+        r = records[c.number]
+        row = confirmed.loc[c.number]
         assert r.quality is not None
-        rows.append({
-            "number": c.number, "label": label(r), "metric": c.quality.protocol.metric_name,
-            "search_quality": r.quality.value, "search_std_error": _std_error(r.quality),
-            "confirmed_quality": c.quality.value, "confirmed_std_error": _std_error(c.quality),
-            "selection_bias": _selection_bias(r.quality, c),
-            "predicted_time_frac": _nan(r.time_frac), "measured_time_frac": c.measured_time_frac,
-            "measured_time_spread": c.measured_time_spread,
-            "difference": row["difference"], "difference_se": row["difference_se"],
-            "difference_margin": row["difference_margin"], "confidence": row["confidence"], "verdict": row["verdict"],
-        })  # fmt: skip
+        rows.append(
+            {
+                "number": c.number,
+                "label": label(r),
+                "metric": c.quality.protocol.metric_name,
+                "search_quality": r.quality.value,
+                "search_std_error": _std_error(r.quality),
+                "confirmed_quality": c.quality.value,
+                "confirmed_std_error": _std_error(c.quality),
+                "selection_bias": _selection_bias(r.quality, c),
+                "predicted_time_frac": _nan(r.time_frac),
+                "measured_time_frac": c.measured_time_frac,
+                "measured_time_spread": c.measured_time_spread,
+                "difference": row["difference"],
+                "difference_se": row["difference_se"],
+                "difference_margin": row["difference_margin"],
+                "confidence": row["confidence"],
+                "verdict": row["verdict"],
+            }
+        )
     return pd.DataFrame(rows)
 
 
 def _selection_bias(search: EvaluationResult, confirmed: Confirmation) -> float:
     try:
-        replace(search.protocol, seeds=()).require_same(replace(confirmed.quality.protocol, seeds=()))
+        replace(search.protocol, seeds=()).require_same(
+            replace(confirmed.quality.protocol, seeds=())
+        )
     except EvaluationError:
         return math.nan
     return confirmed.quality.value - search.value
 
 
 def schedule_matrix(results: StudyResults) -> pd.DataFrame:
-    """Blocks run over time for the front (fastest first) and the full network; column `t120` holds [120, next column's t)."""
+    """Blocks run over time for the front (fastest first) and the full network; column `t120` holds
+    [120, next column's t)."""
     chosen = front_records(results)
     starts = sorted({t for r in chosen for t in r.schedule.boundaries[:-1]})
     rows = []
     for r in chosen:
-        row = {"number": r.number, "label": label(r), "depth": r.schedule.depth, "end": r.schedule.num_train_timesteps}
-        rows.append(row | {f"t{t}": int(d) for t, d in zip(starts, r.schedule.exit_depth_at(starts), strict=True)})
+        row = {
+            "number": r.number,
+            "label": label(r),
+            "depth": r.schedule.depth,
+            "end": r.schedule.num_train_timesteps,
+        }
+        rows.append(
+            row
+            | {
+                f"t{t}": int(d)
+                for t, d in zip(starts, r.schedule.exit_depth_at(starts), strict=True)
+            }
+        )
     return pd.DataFrame(rows)
 
 
 def losses(results: StudyResults) -> pd.DataFrame:
-    """Fine-tuning loss of front points and the full network, averaged over at most 80 equal stretches of steps.
+    """Fine-tuning loss of front points and the full network, averaged over at most 80 equal
+    stretches of steps.
 
     Stored curves hold at most 500 points: `step` is counted in the study file's steps.
     """
@@ -296,12 +402,15 @@ def losses(results: StudyResults) -> pd.DataFrame:
         per_point = (steps or len(r.losses)) / len(r.losses)
         for end, stretch in zip(ends, stretches, strict=True):
             step = (end - (len(stretch) - 1) / 2) * per_point
-            rows.append({"number": r.number, "label": label(r), "step": step, "loss": float(stretch.mean())})
+            rows.append(
+                {"number": r.number, "label": label(r), "step": step, "loss": float(stretch.mean())}
+            )
     return pd.DataFrame(rows, columns=["number", "label", "step", "loss"])
 
 
 def latency(results: StudyResults) -> pd.DataFrame:
-    """Latency of one network call by exit depth, and the least-squares line through it (NaN for one depth)."""
+    """Latency of one network call by exit depth, and the least-squares line through it (NaN for one
+    depth)."""
     measured = np.asarray(results.latency_ms, dtype=np.float64)
     depths = np.arange(1, len(measured) + 1)
     fit = np.full(len(measured), math.nan)
@@ -312,7 +421,8 @@ def latency(results: StudyResults) -> pd.DataFrame:
 
 
 def samples(results: StudyResults) -> pd.DataFrame:
-    """Which stored images are shown: at most eight of front points and of the full network, the same seeds in each.
+    """Which stored images are shown: at most eight of front points and of the full network, the
+    same seeds in each.
 
     Raises:
         StudyError: images that are not (N, 1 or 3, H, W) uint8.
@@ -322,8 +432,8 @@ def samples(results: StudyResults) -> pd.DataFrame:
         images = results.samples[r.number]
         if images.ndim != 4 or images.shape[1] not in (1, 3) or images.dtype != np.uint8:
             raise StudyError(
-                f"samples must be uint8 of shape (N, 1 or 3, H, W); got {images.dtype} {images.shape} in trial {r.number}; "
-                "decode latents before they are stored"
+                f"samples must be uint8 of shape (N, 1 or 3, H, W); got {images.dtype} "
+                f"{images.shape} in trial {r.number}; decode latents before they are stored"
             )
         for i in range(min(MAX_SAMPLES, len(images))):
             digest = hashlib.sha256(np.ascontiguousarray(images[i]).data).hexdigest()
@@ -335,5 +445,9 @@ def _shown(results: StudyResults, chosen: list[TrialRecord]) -> list[TrialRecord
     """At most five of `chosen`, evenly spread, both ends included, and the full network last."""
     rivals = [r for r in chosen if r is not results.full]
     last = len(rivals) - 1
-    keep = range(len(rivals)) if last < MAX_SHOWN else sorted({round(i * last / (MAX_SHOWN - 1)) for i in range(MAX_SHOWN)})
+    keep = (
+        range(len(rivals))
+        if last < MAX_SHOWN
+        else sorted({round(i * last / (MAX_SHOWN - 1)) for i in range(MAX_SHOWN)})
+    )
     return [*(rivals[i] for i in keep), *(r for r in chosen if r is results.full)]

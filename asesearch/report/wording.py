@@ -14,8 +14,8 @@ from asesearch.search.records import StudyResults
 WORTHWHILE_SAVING = 0.25
 UNKNOWN = "spread unknown (one repeat)"
 TWO_REPEATS = (
-    "From two repeats the interval of a difference reaches 12.7 standard errors either way, from three 4.3: more repeats "
-    "(evaluation, confirm) would tell more schedules from the full network."
+    "From two repeats the interval of a difference reaches 12.7 standard errors either way, from "
+    "three 4.3: more repeats (evaluation, confirm) would tell more schedules from the full network."
 )
 
 
@@ -25,7 +25,8 @@ def percent(frac: float) -> str:
 
 
 def number(value: float, std_error: float = math.nan) -> str:
-    """A figure to two digits of its standard error where there is one, else to four digits; "–" if missing."""
+    """A figure to two digits of its standard error where there is one, else to four digits; "–" if
+    missing."""
     if math.isnan(value):
         return "–"
     if math.isnan(std_error) or std_error <= 0:
@@ -64,20 +65,28 @@ def headline(results: StudyResults) -> Headline:
     """What the study found, from its data alone."""
     kind = tables.kind_of(results)
     points = tables.points(results, kind)
-    failed, stopped = (sum(r.state == state for r in results.records) for state in ("failed", "stopped"))
-    counts = f"{len(results.complete)} of {len(results.records)} trials gave a figure; {failed} failed"
+    failed, stopped = (
+        sum(r.state == state for r in results.records) for state in ("failed", "stopped")
+    )
+    counts = (
+        f"{len(results.complete)} of {len(results.records)} trials gave a figure; {failed} failed"
+    )
     counts += f", and {stopped} were stopped at their cheap figure." if stopped else "."
     if points.empty:
         return Headline("No trial has given a figure yet.", (counts,))
     status = (
         "Confirmed on fresh seeds, with measured sampling time."
         if kind == "confirmed"
-        else "Figures and predicted times of the search: the best of many is flattered, and nothing is confirmed yet."
+        else "Figures and predicted times of the search: the best of many is flattered, and "
+        "nothing is confirmed yet."
     )
     baseline = points[points["verdict"] == "the reference"]
     rivals = points[points["verdict"] != "the reference"]
     if baseline.empty:
-        return Headline("There is nothing to compare with: the full network has no figure of this kind.", (status, counts))
+        return Headline(
+            "There is nothing to compare with: the full network has no figure of this kind.",
+            (status, counts),
+        )
     if rivals.empty:
         return Headline("Only the full network has a figure so far.", (status, counts))
     found = _unknown_spread(rivals) if rivals["difference_se"].isna().all() else _verdict(rivals)
@@ -88,7 +97,12 @@ def headline(results: StudyResults) -> Headline:
 
 
 def _name(row: pd.Series) -> str:
-    return str(row["label"]).replace("#", "trial ").replace("full, ", "the full network, ").replace(", ", " in ")
+    return (
+        str(row["label"])
+        .replace("#", "trial ")
+        .replace("full, ", "the full network, ")
+        .replace(", ", " in ")
+    )
 
 
 def _saves(row: pd.Series) -> str:
@@ -102,7 +116,9 @@ def _saves(row: pd.Series) -> str:
 def _verdict(rivals: pd.DataFrame) -> Headline:
     """With a known spread: the fastest schedule that is not worse, or the closest."""
     metric = rivals["metric"].iloc[0]
-    matching = rivals[(rivals["difference"] <= rivals["difference_margin"]) & (rivals["time_frac"] < 1)]
+    matching = rivals[
+        (rivals["difference"] <= rivals["difference_margin"]) & (rivals["time_frac"] < 1)
+    ]
     if not matching.empty:
         best = matching.iloc[0]  # fastest first
         if best["time_frac"] <= 1 - WORTHWHILE_SAVING:
@@ -118,16 +134,26 @@ def _verdict(rivals: pd.DataFrame) -> Headline:
         faster = rivals[rivals["time_frac"] < 1]
         pool = rivals if faster.empty else faster
         best = pool.iloc[int(pool["difference"].to_numpy().argmin())]
-        rest = f"the closest was {_name(best)}, which {_saves(best)} and is worse by {number(best['difference'])}"
-    answer = f"No schedule saves {percent(WORTHWHILE_SAVING)} of sampling time at a {metric} that can't be told apart from the "
+        rest = (
+            f"the closest was {_name(best)}, which {_saves(best)} and is worse by "
+            f"{number(best['difference'])}"
+        )
+    answer = (
+        f"No schedule saves {percent(WORTHWHILE_SAVING)} of sampling time at a {metric} that "
+        "can't be told apart from the "
+    )
     answer += f"full network's ({tables.LEVEL})"
     return Headline(f"{answer}; {rest}.", (), False, int(best["number"]))
 
 
 def _interval(row: pd.Series) -> str:
     """Between what the true difference lies: "the difference lies between −0.21 and +0.48"."""
-    low, high = row["difference"] - row["difference_margin"], row["difference"] + row["difference_margin"]
-    return f"the difference lies between {_signed(low, row['difference_se'])} and {_signed(high, row['difference_se'])}"
+    low = row["difference"] - row["difference_margin"]
+    high = row["difference"] + row["difference_margin"]
+    return (
+        f"the difference lies between {_signed(low, row['difference_se'])} and "
+        f"{_signed(high, row['difference_se'])}"
+    )
 
 
 def _signed(value: float, std_error: float) -> str:
@@ -138,19 +164,27 @@ def _unknown_spread(rivals: pd.DataFrame) -> Headline:
     """From one repeat nothing can be told apart: name the best figure that saves enough."""
     metric = rivals["metric"].iloc[0]
     saving = rivals[rivals["time_frac"] <= 1 - WORTHWHILE_SAVING]
-    best = rivals.iloc[0] if saving.empty else saving.iloc[int(saving["quality"].to_numpy().argmin())]
+    best = (
+        rivals.iloc[0] if saving.empty else saving.iloc[int(saving["quality"].to_numpy().argmin())]
+    )
     side = "above" if best["difference"] >= 0 else "below"
     answer = (
-        f"{_name(best)} {_saves(best)} at a {metric} {number(abs(best['difference']))} {side} the full network's; {UNKNOWN}."
+        f"{_name(best)} {_saves(best)} at a {metric} {number(abs(best['difference']))} "
+        f"{side} the full network's; {UNKNOWN}."
     )
     answer = answer[0].upper() + answer[1:]
-    note = "Whether that difference is more than noise can't be said: several repeats (evaluation, confirm) would tell."
+    note = (
+        "Whether that difference is more than noise can't be said: several repeats "
+        "(evaluation, confirm) would tell."
+    )
     return Headline(answer, (note,), False, int(best["number"]))
 
 
 def _figures(rivals: pd.DataFrame, full: pd.Series, chosen: int | None) -> str:
     row = rivals[rivals["number"] == chosen].iloc[0]
-    text = f"{full['metric']} {figure(row['quality'], row['std_error'])} against the full network's "
+    text = (
+        f"{full['metric']} {figure(row['quality'], row['std_error'])} against the full network's "
+    )
     text += figure(full["quality"], full["std_error"])
     if not math.isnan(row["difference_se"]):
         text += f" (difference {_signed(row['difference'], row['difference_se'])}, "

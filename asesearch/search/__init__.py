@@ -36,8 +36,8 @@ def search(
     on_trial: Callable[[TrialRecord], None] | None = None,
     on_confirmation: Callable[[Confirmation], None] | None = None,
 ) -> StudyResults:
-    """Run (or resume) a study: warm up, search until `search.num_trials` schedules have ended or the budget is spent, then
-    confirm the front.
+    """Run (or resume) a study: warm up, search until `search.num_trials` schedules have ended or
+    the budget is spent, then confirm the front.
 
     Raises:
         AseSearchError: see `Workbench`, `preflight`, `Study` and `Study.run`.

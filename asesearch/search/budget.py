@@ -1,4 +1,5 @@
-"""Keeping a search to its time: what is spent, and what a further trial and the confirmation will take.
+"""Keeping a search to its time: what is spent, and what a further trial and the confirmation will
+take.
 
 A budget is of wall time: that in which at least one worker is at work, see `workers.worked_s`.
 """
@@ -17,11 +18,16 @@ MARGIN = 0.03  # of the budget, for loading, proposing and the report
 def spent_s(results: StudyResults) -> float:
     """Seconds of work on record: warm-up, trials and confirmations, the sum over all workers."""
     trials = sum(sum(r.seconds.values()) for r in results.records)
-    return float(sum(results.warm_up.get("seconds", {}).values())) + trials + sum(c.seconds for c in results.confirmations)
+    return (
+        float(sum(results.warm_up.get("seconds", {}).values()))
+        + trials
+        + sum(c.seconds for c in results.confirmations)
+    )
 
 
 def image_s(bench: Workbench, results: StudyResults) -> float:
-    """Seconds an image of the full network under the study's own sampler, evaluation included: measured, or predicted."""
+    """Seconds an image of the full network under the study's own sampler, evaluation included:
+    measured, or predicted."""
     full = results.full
     if full is not None and full.quality is not None and full.seconds.get("sample"):
         parts = sum(full.seconds.get(part, 0.0) for part in ("sample", "decode", "evaluate"))
@@ -31,7 +37,12 @@ def image_s(bench: Workbench, results: StudyResults) -> float:
 
 
 def confirmation_s(
-    config: StudyConfig, per_image_s: float, time_fracs: list[float], *, full: bool = True, num_workers: int = 1
+    config: StudyConfig,
+    per_image_s: float,
+    time_fracs: list[float],
+    *,
+    full: bool = True,
+    num_workers: int = 1,
 ) -> float:
     """Seconds that confirming the full network and points of these time fractions takes.
 
@@ -75,17 +86,25 @@ def room_for_trial(
         return left >= 0 or not full_in_flight  # without it nothing can be reported
     chosen = select(results.front(), full, config.confirm.max_points)[1:]
     how = config.confirm.num_samples, config.confirm.repeats
-    confirmed = {c.number for c in results.confirmations if (c.quality.protocol.num_samples, len(c.quality.values)) == how}
+    confirmed = {
+        c.number
+        for c in results.confirmations
+        if (c.quality.protocol.num_samples, len(c.quality.values)) == how
+    }
     points = [r.time_frac or 1.0 for r in chosen if r.number not in confirmed]
     if len(chosen) < config.confirm.max_points:
-        points.append(fmean([*(r.time_frac or 1.0 for r in chosen), 0.7]))  # the trial may add a point
+        # the trial may add a point
+        points.append(fmean([*(r.time_frac or 1.0 for r in chosen), 0.7]))
     per_image_s = image_s(bench, results)
     full_too = full.number not in confirmed
-    return left >= confirmation_s(config, per_image_s, points, full=full_too, num_workers=num_workers)
+    return left >= confirmation_s(
+        config, per_image_s, points, full=full_too, num_workers=num_workers
+    )
 
 
 def _next_s(records: tuple[TrialRecord, ...]) -> float:
-    """What a fine-tuned trial took so far (a stopped one where there is none); the full network, tuned for longer, left out."""
+    """What a fine-tuned trial took so far (a stopped one where there is none); the full network,
+    tuned for longer, left out."""
     rivals = [r for r in records if not r.schedule.is_full and r.state != "failed"]
     found = [r for r in rivals if r.state == "complete"] or rivals
     return fmean(sum(r.seconds.values()) for r in found[-8:]) if found else 0.0

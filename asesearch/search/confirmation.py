@@ -1,6 +1,7 @@
 """The front again, on seeds that no trial has seen, with the real sampling time.
 
-The best of many noisy figures is too good on average; what is reported and exported is confirmed on fresh seeds first. Workers
+The best of many noisy figures is too good on average; what is reported and exported is confirmed on
+fresh seeds first. Workers
 share the points out: a lock and a file for each, so that each is confirmed once.
 """
 
@@ -31,11 +32,14 @@ from asesearch.search.workers import CONFIRMING, POLL_S, SEARCHING, Others, try_
 _log = logging.getLogger(__name__)
 
 
-def confirm(study: Study, bench: Workbench, progress: Callable[[Confirmation], None] | None = None) -> list[Confirmation]:
-    """Confirm the study's front and the full network; what is confirmed already under the same protocol is kept.
+def confirm(
+    study: Study, bench: Workbench, progress: Callable[[Confirmation], None] | None = None
+) -> list[Confirmation]:
+    """Confirm the study's front and the full network; what is confirmed already under the same
+    protocol is kept.
 
-    While other workers still search, and may change the front, only the full network is confirmed; then all share the points
-    out. At the end every point is confirmed, by whomever.
+    While other workers still search, and may change the front, only the full network is confirmed;
+    then all share the points out. At the end every point is confirmed, by whomever.
 
     Returns:
         Confirmations of the full network and the front.
@@ -50,7 +54,9 @@ def confirm(study: Study, bench: Workbench, progress: Callable[[Confirmation], N
 class _Confirming:
     """One worker's part of a confirmation."""
 
-    def __init__(self, study: Study, bench: Workbench, progress: Callable[[Confirmation], None] | None) -> None:
+    def __init__(
+        self, study: Study, bench: Workbench, progress: Callable[[Confirmation], None] | None
+    ) -> None:
         self.study = study
         self.bench = bench
         self.progress = progress
@@ -70,7 +76,9 @@ class _Confirming:
         while True:
             searching = self.others.at_work(SEARCHING)
             points = self._points(searching)
-            self.done |= {c.number: c for c in confirmations_on_record(self.study.run_dir, self.settings)}
+            self.done |= {
+                c.number: c for c in confirmations_on_record(self.study.run_dir, self.settings)
+            }
             left = [r for r in points if r.number not in self.done]
             if not left and not searching:
                 return [self.done[r.number] for r in points]
@@ -84,8 +92,9 @@ class _Confirming:
             if searching:
                 return []
             raise StudyError(
-                "the full network has no figure (its fine-tuning failed or has not run), so nothing can be compared with it; "
-                "see the failed trials, lower train.lr, and search under another name"
+                "the full network has no figure (its fine-tuning failed or has not run), so "
+                "nothing can be compared with it; see the failed trials, lower train.lr, and "
+                "search under another name"
             )
         if searching:
             return [results.full]
@@ -93,10 +102,14 @@ class _Confirming:
 
     def _confirm(self, record: TrialRecord, full: TrialRecord) -> bool:
         """Confirm one point, unless another worker is at it or has been."""
-        with try_lock(self.study.run_dir / directory.LOCKS / f"confirmation-{record.number}.lock") as mine:
+        with try_lock(
+            self.study.run_dir / directory.LOCKS / f"confirmation-{record.number}.lock"
+        ) as mine:
             if not mine:
                 return False
-            found = {c.number: c for c in confirmations_on_record(self.study.run_dir, self.settings)}
+            found = {
+                c.number: c for c in confirmations_on_record(self.study.run_dir, self.settings)
+            }
             if record.number in found:
                 return True
             try:
@@ -116,17 +129,23 @@ class _Confirming:
         begun = time.perf_counter()
         net = _network(self.study, record, self.bench)
         quality, _ = self.bench.evaluate(net, record.schedule, self.protocol, record.sampler)
-        ratio, spread = 1.0, 0.0
+        ratio = 1.0
+        spread = 0.0
         if record.number != full.number:
             full_net = _network(self.study, full, self.bench)
             measured = self.bench.measured_time(net, record.schedule, full_net, record.sampler)
-            ratio, spread = measured.median, measured.spread
+            ratio = measured.median
+            spread = measured.spread
         return Confirmation(record.number, quality, ratio, spread, time.perf_counter() - begun)
 
     def _wait(self, searching: list[str], left: list[TrialRecord]) -> None:
         if not self._said:
             names = ", ".join(self.others.at_work()) or "another worker"
-            what = "still search" if searching else f"confirm trials {' '.join(str(r.number) for r in left)}"
+            what = (
+                "still search"
+                if searching
+                else f"confirm trials {' '.join(str(r.number) for r in left)}"
+            )
             _log.warning("waiting for other workers, which %s (%s)", what, names)
         self._said = True
         time.sleep(POLL_S)
@@ -139,13 +158,16 @@ class _Confirming:
 
 
 def _network(study: Study, record: TrialRecord, bench: Workbench) -> Backbone:
-    """A point's network; fine-tuned again from the same start with the same seeds, where its file is damaged."""
+    """A point's network; fine-tuned again from the same start with the same seeds, where its file
+    is damaged."""
     folder = study.trial_dir(record.schedule)
     path = folder / directory.WEIGHTS
     again = "the schedule is fine-tuned again"
     if path.is_file() and not is_whole(path, again):
         warm_up(bench, study.run_dir)
-        with waited_lock(study.run_dir / directory.LOCKS / f"{folder.name}.lock", "fine-tunes a schedule again"):
+        with waited_lock(
+            study.run_dir / directory.LOCKS / f"{folder.name}.lock", "fine-tunes a schedule again"
+        ):
             if not is_whole(path, again):  # another worker may have been quicker
                 bench.tuned(record.schedule, folder)
     return load_trial(study, record, bench.device)
@@ -155,22 +177,25 @@ def trial_weights(study: Study, record: TrialRecord) -> Path:
     """File with a trial's weights.
 
     Raises:
-        StudyError: the trial failed, the weights were deleted, as `keep_weights = "front"` does off the front, or they are
-            damaged.
+        StudyError: the trial failed, the weights were deleted, as `keep_weights = "front"` does off
+            the front, or they are damaged.
     """
     if record.state != "complete":
         why = record.failure or "its cheap figure did not promote it"
-        raise StudyError(f"trial {record.number} {record.state}, so it has no weights ({why}); choose another")
+        raise StudyError(
+            f"trial {record.number} {record.state}, so it has no weights ({why}); choose another"
+        )
     path = study.trial_dir(record.schedule) / directory.WEIGHTS
     if is_whole(path, f"trial {record.number} has no weights now"):
         return path
     if path.exists():
         raise StudyError(
-            f"the weights of trial {record.number} in {path} are damaged; `asesearch search` makes those of points to be "
-            "confirmed again; choose another trial, or restore the file"
+            f"the weights of trial {record.number} in {path} are damaged; `asesearch search` makes "
+            "those of points to be confirmed again; choose another trial, or restore the file"
         )
     raise StudyError(
-        f"trial {record.number} has no weights in {path.parent}: weights off the front are deleted; "
+        f"trial {record.number} has no weights in {path.parent}: weights off the front are "
+        "deleted; "
         'pick a front point, or search with keep_weights = "all"'
     )
 
@@ -181,5 +206,7 @@ def load_trial(study: Study, record: TrialRecord, device: torch.device) -> Backb
     Raises:
         StudyError: its weights were deleted, or are damaged.
     """
-    config = BackboneConfig(kind=study.config.backbone.kind, checkpoint=str(trial_weights(study, record)))
+    config = BackboneConfig(
+        kind=study.config.backbone.kind, checkpoint=str(trial_weights(study, record))
+    )
     return load_backbone(config).to(device).eval()

@@ -28,7 +28,9 @@ def confirmation_files(run_dir: Path) -> list[tuple[Path, dict[str, Any]]]:
     return found
 
 
-def confirmations_on_record(run_dir: Path, settings: dict[str, Any] | None = None) -> list[Confirmation]:
+def confirmations_on_record(
+    run_dir: Path, settings: dict[str, Any] | None = None
+) -> list[Confirmation]:
     """Confirmations on record, by trial number.
 
     Args:

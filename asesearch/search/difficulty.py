@@ -1,6 +1,8 @@
-"""The difficulty map: how wrong a network is at each noise level if it stops after each of its blocks.
+"""The difficulty map: how wrong a network is at each noise level if it stops after each of its
+blocks.
 
-It costs one pass over a few thousand images and no sampling, and says where a schedule may be shallow.
+It costs one pass over a few thousand images and no sampling, and says where a schedule may be
+shallow.
 """
 
 from __future__ import annotations
@@ -26,23 +28,27 @@ from asesearch.errors import ConfigError, DataError, EvaluationError, StudyError
 from asesearch.finetuning import check_fit, seeded_generator, weights_fingerprint
 from asesearch.schedule import ExitSchedule
 
-FORMAT, VERSION = "asesearch.difficulty_map", 1
+FORMAT = "asesearch.difficulty_map"
+VERSION = 1
 Table = tuple[tuple[float, ...], ...]  # [bin][exit_depth - 1]
 TABLES = ("error_full", "error_full_se", "error_noise", "error_noise_se")
 
 
 @dataclass(frozen=True)
 class DifficultyMap:
-    """Mean square errors of the noise prediction, per pixel: 0 is exact, 1 is as wrong as predicting no noise at all.
+    """Mean square errors of the noise prediction, per pixel: 0 is exact, 1 is as wrong as
+    predicting no noise at all.
 
-    Tables are indexed [bin][exit_depth - 1], data side first. Exit depths below the network's least have the least one's
-    values. All depths of a bin saw the same images, timesteps and noise, so their differences are surer than the standard
-    errors of each say.
+    Tables are indexed [bin][exit_depth - 1], data side first. Exit depths below the network's least
+    have the least one's values. All depths of a bin saw the same images, timesteps and noise, so
+    their differences are surer than the standard errors of each say.
 
     Attributes:
         num_train_timesteps: length of the chain.
-        edges: of the bins, strictly increasing from 0 to num_train_timesteps; bin i is [edges[i], edges[i + 1]).
-        error_full, error_full_se: against the full-depth prediction of the reference network, and its standard error.
+        edges: of the bins, strictly increasing from 0 to num_train_timesteps; bin i is [edges[i],
+            edges[i + 1]).
+        error_full, error_full_se: against the full-depth prediction of the reference network, and
+            its standard error.
         error_noise, error_noise_se: against the noise that was added, and its standard error.
         num_images: images a bin.
         data, data_digest: what they were drawn from.
@@ -66,19 +72,34 @@ class DifficultyMap:
     reference_weights: str
 
     def __post_init__(self) -> None:
-        bounds, end = self.edges, self.num_train_timesteps
+        bounds = self.edges
+        end = self.num_train_timesteps
         whole = all(type(v) is int for v in (*bounds, end, self.num_images))
-        _require(whole, "timesteps and num_images must be whole numbers", (*bounds, end, self.num_images))
-        rising = len(bounds) >= 2 and all(a < b for a, b in pairwise(bounds)) and (bounds[0], bounds[-1]) == (0, end)
-        _require(rising, f"edges must strictly increase from 0 to num_train_timesteps = {end}", bounds)
+        _require(
+            whole, "timesteps and num_images must be whole numbers", (*bounds, end, self.num_images)
+        )
+        rising = (
+            len(bounds) >= 2
+            and all(a < b for a, b in pairwise(bounds))
+            and (bounds[0], bounds[-1]) == (0, end)
+        )
+        _require(
+            rising, f"edges must strictly increase from 0 to num_train_timesteps = {end}", bounds
+        )
         _require(self.num_images >= 2, "num_images must be at least 2", self.num_images)
         texts = (self.data, self.data_digest, self.weights, self.reference_weights)
-        _require(all(isinstance(v, str) for v in texts), "data and fingerprints must be text", texts)
+        _require(
+            all(isinstance(v, str) for v in texts), "data and fingerprints must be text", texts
+        )
         for name in TABLES:
             rows = getattr(self, name)
             shape = (len(rows), sorted({len(row) for row in rows}))
             fits = len(rows) == self.num_bins and shape[1] == [self.depth] and self.depth >= 1
-            _require(fits, f"{name} must have {self.num_bins} bins of one value a block", f"bins and values {shape}")
+            _require(
+                fits,
+                f"{name} must have {self.num_bins} bins of one value a block",
+                f"bins and values {shape}",
+            )
             bad = [v for row in rows for v in row if type(v) is not float or not 0 <= v < math.inf]
             _require(not bad, f"{name} must be finite and not negative", bad[:3])
 
@@ -92,33 +113,45 @@ class DifficultyMap:
         """Noise levels."""
         return len(self.edges) - 1
 
-    def error_at(self, timesteps: npt.ArrayLike, kind: Literal["full", "noise"] = "full") -> npt.NDArray[np.float64]:
+    def error_at(
+        self, timesteps: npt.ArrayLike, kind: Literal["full", "noise"] = "full"
+    ) -> npt.NDArray[np.float64]:
         """Errors at any timesteps and exit depths 1…depth: (N,) -> (N, depth).
 
-        Between the middles of two bins the logarithm of the error is linear in t (the error itself where one of the two is
-        0), so that intervals finer than the bins make sense; outside the first and the last middle it is constant. The
-        middle of a bin is the mean of its whole timesteps, so that bins of one timestep give their own values there.
+        Between the middles of two bins the logarithm of the error is linear in t (the error itself
+        where one of the two is 0), so that intervals finer than the bins make sense; outside the
+        first and the last middle it is constant. The middle of a bin is the mean of its whole
+        timesteps, so that bins of one timestep give their own values there.
 
         Raises:
             ConfigError: timesteps outside [0, num_train_timesteps].
         """
         t = np.atleast_1d(np.asarray(timesteps, dtype=np.float64))
         if not bool(np.all((t >= 0) & (t <= self.num_train_timesteps))):
-            raise ConfigError(f"timesteps must lie in [0, {self.num_train_timesteps}]; got {timesteps!r}; 0 is data")
-        values = np.asarray(self.error_full if kind == "full" else self.error_noise)  # (bins, depth)
+            raise ConfigError(
+                f"timesteps must lie in [0, {self.num_train_timesteps}]; got {timesteps!r}; 0 is "
+                "data"
+            )
+        # (bins, depth)
+        values = np.asarray(self.error_full if kind == "full" else self.error_noise)
         middles = np.array([(a + b - 1) / 2 for a, b in pairwise(self.edges)])
         place = np.interp(t, middles, np.arange(len(middles)))  # (N,), in units of bins
         lower = np.floor(place).astype(np.int64)
-        low, high = values[lower], values[np.minimum(lower + 1, len(middles) - 1)]  # (N, depth) each
+        # (N, depth) each
+        low = values[lower]
+        high = values[np.minimum(lower + 1, len(middles) - 1)]
         part = (place - lower)[:, None]
         linear = (1 - part) * low + part * high
         with np.errstate(divide="ignore", invalid="ignore"):
             between = np.exp((1 - part) * np.log(low) + part * np.log(high))
-        errors: npt.NDArray[np.float64] = np.where((low > 0) & (high > 0) & (part > 0), between, linear)
+        errors: npt.NDArray[np.float64] = np.where(
+            (low > 0) & (high > 0) & (part > 0), between, linear
+        )
         return errors
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data for JSON, with format name and version; `from_dict` gives an equal object back."""
+        """Plain data for JSON, with format name and version; `from_dict` gives an equal object
+        back."""
         return {"format": FORMAT, "version": VERSION, **vars(self)}
 
     @classmethod
@@ -129,15 +162,26 @@ class DifficultyMap:
             StudyError: another format or version, a missing or surplus key, or an invalid map.
         """
         given = data if isinstance(data, dict) else {}
-        _require(given.get("format") == FORMAT, f"format must be {FORMAT!r}", repr(given.get("format")))
+        _require(
+            given.get("format") == FORMAT, f"format must be {FORMAT!r}", repr(given.get("format"))
+        )
         version = given.get("version")
-        _require(version == VERSION, f"this release reads version {VERSION} of the difficulty map", repr(version))
+        _require(
+            version == VERSION,
+            f"this release reads version {VERSION} of the difficulty map",
+            repr(version),
+        )
         values = {k: v for k, v in given.items() if k not in ("format", "version")}
         names = {f.name for f in fields(cls)}
         _require(values.keys() == names, f"keys must be {sorted(names)}", sorted(map(str, values)))
-        lists = isinstance(values["edges"], (list, tuple)) and all(_is_table(values[name]) for name in TABLES)
+        lists = isinstance(values["edges"], (list, tuple)) and all(
+            _is_table(values[name]) for name in TABLES
+        )
         _require(lists, "edges must be a list, and the errors lists of lists", "something else")
-        tables = {k: tuple(tuple(float(v) if type(v) is int else v for v in row) for row in values[k]) for k in TABLES}
+        tables = {
+            k: tuple(tuple(float(v) if type(v) is int else v for v in row) for row in values[k])
+            for k in TABLES
+        }
         return cls(**{**values, **tables, "edges": tuple(values["edges"])})
 
 
@@ -164,91 +208,160 @@ def measure_map(
 ) -> DifficultyMap:
     """Measure the map of a network, trained or not, on its device.
 
-    Image i of bin b, its timestep, noise and augmentation follow from `config.seed`, b and i alone: networks measured with
-    one seed see the same. Within a bin images are drawn without replacement, and timesteps one in each of `num_images`
-    equal parts; the standard errors leave out what that gains. If there are fewer images than `num_images`, all are taken
-    in turn with noise of their own, and the standard errors do not see how much other images might differ.
+    Image i of bin b, its timestep, noise and augmentation follow from `config.seed`, b and i alone:
+    networks measured with one seed see the same. Within a bin images are drawn without replacement,
+    and timesteps one in each of `num_images` equal parts; the standard errors leave out what that
+    gains. If there are fewer images than `num_images`, all are taken in turn with noise of their
+    own, and the standard errors do not see how much other images might differ.
 
     Args:
         backbone: run in eval mode and then as it was.
         data: images that the network was not trained on.
         diffusion: the process the network was trained with.
         config: bins, images a bin, seed.
-        reference: the network whose full-depth prediction `error_full` is counted from; by default the backbone itself.
+        reference: the network whose full-depth prediction `error_full` is counted from; by default
+            the backbone itself.
         batch_size: images at a time; has no influence on what is drawn.
         on_bin: called as (bins done, of all) after each.
 
     Raises:
-        ConfigError: a network that does not predict noise, more bins than timesteps, a reference of another kind.
+        ConfigError: a network that does not predict noise, more bins than timesteps, a reference of
+            another kind.
         DataError: fewer than two images, or images that do not fit the network.
         EvaluationError: the network gives numbers that are not finite.
     """
     reference = backbone if reference is None else reference
     check_map(backbone, reference, data, diffusion, config, batch_size)
-    end, bins = diffusion.num_train_timesteps, config.num_bins
+    end = diffusion.num_train_timesteps
+    bins = config.num_bins
     edges = tuple(i * end // bins for i in range(bins + 1))
     tables: list[list[tuple[float, ...]]] = [[] for _ in TABLES]
     with torch.no_grad(), _evaluating(backbone, reference):
         reuse = _reusable(backbone, _Draws(data, diffusion, config, 0, edges[:2]))
         for b in range(bins):
             draws = _Draws(data, diffusion, config, b, edges[b : b + 2])
-            parts = [slice(first, first + batch_size) for first in range(0, config.num_images, batch_size)]
-            errors = torch.cat([_errors(backbone, reference, draws, part, reuse) for part in parts], dim=1)
+            parts = [
+                slice(first, first + batch_size)
+                for first in range(0, config.num_images, batch_size)
+            ]
+            errors = torch.cat(
+                [_errors(backbone, reference, draws, part, reuse) for part in parts], dim=1
+            )
             if not bool(torch.isfinite(errors).all()):  # (2, num_images, depth)
                 where = f"t in [{edges[b]}, {edges[b + 1]})"
-                raise EvaluationError(f"a map needs finite predictions; got others at {where}; check the network's weights")
-            mean, spread = errors.mean(dim=1), errors.std(dim=1) / math.sqrt(config.num_images)  # (2, depth) each
+                raise EvaluationError(
+                    f"a map needs finite predictions; got others at {where}; check the network's "
+                    "weights"
+                )
+            # (2, depth) each
+            mean = errors.mean(dim=1)
+            spread = errors.std(dim=1) / math.sqrt(config.num_images)
             for table, row in zip(tables, (mean[0], spread[0], mean[1], spread[1]), strict=True):
                 table.append(tuple(row.tolist()))
             if on_bin is not None:
                 on_bin(b + 1, bins)
     full, full_se, noise, noise_se = map(tuple, tables)
     prints = weights_fingerprint(backbone), weights_fingerprint(reference)
-    return DifficultyMap(end, edges, full, full_se, noise, noise_se, config.num_images, data.name, data.digest, *prints)
+    return DifficultyMap(
+        end,
+        edges,
+        full,
+        full_se,
+        noise,
+        noise_se,
+        config.num_images,
+        data.name,
+        data.digest,
+        *prints,
+    )
 
 
 def map_seconds(
-    backbone: Backbone, data: DataSource, diffusion: Process, config: MapConfig, reference: Backbone | None = None
+    backbone: Backbone,
+    data: DataSource,
+    diffusion: Process,
+    config: MapConfig,
+    reference: Backbone | None = None,
 ) -> float:
-    """Estimate of what `measure_map` takes, from a few images of the network's own; arguments and errors are the same."""
+    """Estimate of what `measure_map` takes, from a few images of the network's own; arguments and
+    errors are the same."""
     check_map(backbone, backbone if reference is None else reference, data, diffusion, config, 1)
     on_gpu = next(backbone.parameters(), torch.empty(0)).is_cuda
-    few = min(config.num_images, 128 if on_gpu else 8)  # a GPU takes a batch in the time of an image
+    # a GPU takes a batch in the time of an image
+    few = min(config.num_images, 128 if on_gpu else 8)
     ended: list[float] = []
     trial = config.model_copy(update={"num_bins": 2, "num_images": few})
-    measure_map(backbone, data, diffusion, trial, reference, on_bin=lambda *_: ended.append(time.perf_counter()))
-    return (ended[1] - ended[0]) * config.num_bins * config.num_images / few  # the first bin warms up
+    measure_map(
+        backbone,
+        data,
+        diffusion,
+        trial,
+        reference,
+        on_bin=lambda *_: ended.append(time.perf_counter()),
+    )
+    # the first bin warms up
+    return (ended[1] - ended[0]) * config.num_bins * config.num_images / few
 
 
 def check_map(
-    backbone: Backbone, reference: Backbone, data: DataSource, diffusion: Process, config: MapConfig, batch_size: int
+    backbone: Backbone,
+    reference: Backbone,
+    data: DataSource,
+    diffusion: Process,
+    config: MapConfig,
+    batch_size: int,
 ) -> None:
     """Refuse what can't be measured, before anything expensive. Raises as `measure_map` says."""
-    check_fit(backbone, data, diffusion, ExitSchedule.full(backbone.depth, diffusion.num_train_timesteps))
+    check_fit(
+        backbone, data, diffusion, ExitSchedule.full(backbone.depth, diffusion.num_train_timesteps)
+    )
     names = ("depth", "in_channels", "input_size", "num_classes", "takes_prompt", "prediction_type")
     pairs = [(name, getattr(reference, name), getattr(backbone, name)) for name in names]
     if differ := [f"{name} {theirs} for {ours}" for name, theirs, ours in pairs if theirs != ours]:
         raise ConfigError(
-            f"the reference must be a network of the same kind; got {', '.join(differ)}; give the one it was fine-tuned from"
+            f"the reference must be a network of the same kind; got {', '.join(differ)}; give the "
+            "one it was fine-tuned from"
         )
     end = diffusion.num_train_timesteps
     if config.num_bins > end:
-        raise ConfigError(f"num_bins must be at most the number of timesteps, {end}; got {config.num_bins}; lower it")
+        raise ConfigError(
+            f"num_bins must be at most the number of timesteps, {end}; got {config.num_bins}; "
+            "lower it"
+        )
     if len(data) < 2:
-        raise DataError(f"a map needs at least 2 images for its standard errors; got {len(data)} in {data.name}; give more")
+        raise DataError(
+            f"a map needs at least 2 images for its standard errors; got {len(data)} in "
+            f"{data.name}; give more"
+        )
     if batch_size < 1:
-        raise ConfigError(f"batch_size must be at least 1; got {batch_size}; 128 suits most networks")
+        raise ConfigError(
+            f"batch_size must be at least 1; got {batch_size}; 128 suits most networks"
+        )
 
 
 class _Draws:
-    """What a bin is measured on: images by number, one timestep in each of `num_images` equal parts of the bin."""
+    """What a bin is measured on: images by number, one timestep in each of `num_images` equal parts
+    of the bin."""
 
-    def __init__(self, data: DataSource, diffusion: Process, config: MapConfig, bin_: int, ends: tuple[int, ...]) -> None:
-        self.data, self.diffusion, self.key = data, diffusion, (config.seed, bin_)
-        count, gen = config.num_images, seeded_generator(*self.key, 5)
+    def __init__(
+        self,
+        data: DataSource,
+        diffusion: Process,
+        config: MapConfig,
+        bin_: int,
+        ends: tuple[int, ...],
+    ) -> None:
+        self.data = data
+        self.diffusion = diffusion
+        self.key = (config.seed, bin_)
+        count = config.num_images
+        gen = seeded_generator(*self.key, 5)
         orders = [torch.randperm(len(data), generator=gen) for _ in range(-(-count // len(data)))]
         self.indices: list[int] = torch.cat(orders)[:count].tolist()
-        parts = (torch.randperm(count, generator=gen) + torch.rand(count, generator=gen, dtype=torch.float64)) / count
+        parts = (
+            torch.randperm(count, generator=gen)
+            + torch.rand(count, generator=gen, dtype=torch.float64)
+        ) / count
         last = diffusion.num_train_timesteps - 1  # where continuous time ends
         self.t = (ends[0] + (ends[1] - ends[0]) * parts).clamp(max=last).to(diffusion.time_dtype)
 
@@ -256,13 +369,21 @@ class _Draws:
         """x_t, t, y and noise of some images: each with its own generator, whatever the batch."""
         numbers = range(len(self.indices))[part]
         generators = [seeded_generator(*self.key, 6, i) for i in numbers]
-        x_start, y = _stacked([self.data.batch([self.indices[i]], g) for i, g in zip(numbers, generators, strict=True)])
-        noise = torch.stack([torch.randn(self.data.shape, generator=g) for g in generators])  # (N, C, H, W)
+        x_start, y = _stacked(
+            [
+                self.data.batch([self.indices[i]], g)
+                for i, g in zip(numbers, generators, strict=True)
+            ]
+        )
+        # (N, C, H, W)
+        noise = torch.stack([torch.randn(self.data.shape, generator=g) for g in generators])
         t = self.t[part]
         return self.diffusion.q_sample(x_start, t, noise), t, y, noise
 
 
-def _stacked(images: list[tuple[Tensor, Conditioning | None]]) -> tuple[Tensor, Conditioning | None]:
+def _stacked(
+    images: list[tuple[Tensor, Conditioning | None]],
+) -> tuple[Tensor, Conditioning | None]:
     """Batches of one as one batch."""
     x_start = torch.cat([x for x, _ in images])  # (N, C, H, W)
     labels = [y for _, y in images if isinstance(y, Tensor)]
@@ -272,31 +393,44 @@ def _stacked(images: list[tuple[Tensor, Conditioning | None]]) -> tuple[Tensor, 
     return x_start, torch.cat(labels) if labels else None
 
 
-def _errors(backbone: Backbone, reference: Backbone, draws: _Draws, part: slice, reuse: bool) -> Tensor:
-    """Mean squares against the reference's full depth, and against the noise: (2, N, depth) float64, on the CPU."""
+def _errors(
+    backbone: Backbone, reference: Backbone, draws: _Draws, part: slice, reuse: bool
+) -> Tensor:
+    """Mean squares against the reference's full depth, and against the noise: (2, N, depth)
+    float64, on the CPU."""
     x_t, t, y, noise = draws.take(part)
     full = _eps(reference, x_t, t, y, reference.depth)
     own = reference is backbone  # then the last exit is `full` itself
     columns = []
     with _each_block_once(backbone) if reuse else nullcontext():
         for eps in chain(_exits(backbone, x_t, t, y, backbone.depth - own), [full] * own):
-            squares = [(eps - target.to(eps.device)).pow(2).flatten(1).mean(dim=1) for target in (full, noise)]
+            squares = [
+                (eps - target.to(eps.device)).pow(2).flatten(1).mean(dim=1)
+                for target in (full, noise)
+            ]
             columns.append(torch.stack(squares).double().cpu())  # (2, N)
     below = [columns[0]] * (backbone.depth - len(columns))
     return torch.stack(below + columns, dim=-1)  # (2, N, depth)
 
 
-def _exits(net: Backbone, x_t: Tensor, t: Tensor, y: Conditioning | None, deepest: int) -> Iterator[Tensor]:
+def _exits(
+    net: Backbone, x_t: Tensor, t: Tensor, y: Conditioning | None, deepest: int
+) -> Iterator[Tensor]:
     """Predicted noise of one batch at the exit depths from the least to `deepest`, ascending."""
-    return (_eps(net, x_t, t, y, exit_depth) for exit_depth in range(max(1, net.min_exit_depth), deepest + 1))
+    return (
+        _eps(net, x_t, t, y, exit_depth)
+        for exit_depth in range(max(1, net.min_exit_depth), deepest + 1)
+    )
 
 
 @contextmanager
 def _each_block_once(net: Backbone) -> Iterator[None]:
-    """Inside, a block computes the first time it is called; called again, it hands on what the latest block gave.
+    """Inside, a block computes the first time it is called; called again, it hands on what the
+    latest block gave.
 
-    So calls of one batch at ascending exit depths run one new block each: depth blocks in place of 1 + 2 + … + depth. It is
-    the same where only the next block sees a block's output, which `_reusable` finds out.
+    So calls of one batch at ascending exit depths run one new block each: depth blocks in place of
+    1 + 2 + … + depth. It is the same where only the next block sees a block's output, which
+    `_reusable` finds out.
     """
     latest: Any = None
 
@@ -306,7 +440,8 @@ def _each_block_once(net: Backbone) -> Iterator[None]:
         def run(*args: Any, **kwargs: Any) -> Any:
             nonlocal latest, fresh
             if fresh:
-                latest, fresh = forward(*args, **kwargs), False
+                latest = forward(*args, **kwargs)
+                fresh = False
             return latest
 
         return run
@@ -325,28 +460,38 @@ def _each_block_once(net: Backbone) -> Iterator[None]:
 
 
 def _reusable(net: Backbone, draws: _Draws) -> bool:
-    """Whether blocks need to run only once a batch: tried on two images, at every exit depth, to the last bit."""
+    """Whether blocks need to run only once a batch: tried on two images, at every exit depth, to
+    the last bit."""
     x_t, t, y, _ = draws.take(slice(2))
     try:
         with _each_block_once(net):
             once = list(_exits(net, x_t, t, y, net.depth))
     except NotImplementedError:  # a network that does not give its blocks
         return False
-    return all(torch.equal(a, b) for a, b in zip(once, _exits(net, x_t, t, y, net.depth), strict=True))
+    return all(
+        torch.equal(a, b) for a, b in zip(once, _exits(net, x_t, t, y, net.depth), strict=True)
+    )
 
 
 def _eps(net: Backbone, x_t: Tensor, t: Tensor, y: Conditioning | None, exit_depth: int) -> Tensor:
     """Predicted noise (N, C, H, W) float32, on the network's device."""
     device = next(net.parameters(), torch.empty(0)).device
     y = own_labels(net, y, len(x_t))
-    on_device = {k: v.to(device) for k, v in y.items()} if isinstance(y, dict) else None if y is None else y.to(device)
+    on_device = (
+        {k: v.to(device) for k, v in y.items()}
+        if isinstance(y, dict)
+        else None
+        if y is None
+        else y.to(device)
+    )
     output: Tensor = net(x_t.to(device), t.to(device), on_device, exit_depth=exit_depth)
     return output[:, : x_t.shape[1]].float()
 
 
 @contextmanager
 def _evaluating(*nets: Backbone) -> Iterator[None]:
-    """Inside, the networks are in eval mode; afterwards every part of them is in the mode it was in."""
+    """Inside, the networks are in eval mode; afterwards every part of them is in the mode it was
+    in."""
     before = [(module, module.training) for net in nets for module in net.modules()]
     for net in nets:
         net.eval()

@@ -39,7 +39,14 @@ LOCKS = "locks"  # held by living processes only
 
 T = TypeVar("T")
 _NO_JSON = (ValueError, KeyError, TypeError, AttributeError, StudyError)  # nor what it should hold
-_NO_ARRAYS = (*_NO_JSON, EOFError, NotImplementedError, struct.error, zipfile.BadZipFile, zlib.error)
+_NO_ARRAYS = (
+    *_NO_JSON,
+    EOFError,
+    NotImplementedError,
+    struct.error,
+    zipfile.BadZipFile,
+    zlib.error,
+)
 _log = logging.getLogger(__name__)
 
 

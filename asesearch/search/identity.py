@@ -1,4 +1,5 @@
-"""Which study this is: `study.json`, and whether a storage holds the trials of that study and of no other.
+"""Which study this is: `study.json`, and whether a storage holds the trials of that study and of no
+other.
 
 A study directory has an identity, a random number that its Optuna study carries too.
 """
@@ -50,7 +51,8 @@ class StudyFile:
     Attributes:
         config: the study file that the study was begun with, without a storage.
         identity: 32 hexadecimal digits; None in a study of format 1, whose storage carries none.
-        storage: URL of the storage without its password, SQLite's path absolute; None for the file in the directory.
+        storage: URL of the storage without its password, SQLite's path absolute; None for the file
+            in the directory.
         given: the same as the user wrote it, without its password.
         settled: whether it is decided which storage is this study's.
         carries: whether that storage was seen to carry the identity.
@@ -78,17 +80,28 @@ class StudyFile:
             raise StudyError(f"{path} holds no study; {_RESTORE}")
         version = data.get("version")
         if version not in (1, FORMAT_VERSION):
-            raise StudyError(f"{path} has version {version!r}; this release reads 1 and {FORMAT_VERSION}; update asesearch")
+            raise StudyError(
+                f"{path} has version {version!r}; this release reads 1 and {FORMAT_VERSION}; "
+                "update asesearch"
+            )
         config = parse_study(data["config"], str(path))
         if version == 1:
             given = config.search.storage
             return cls(_without_storage(config), None, given, given, settled=True)
-        storage, identity = data.get("storage"), data.get("id")
+        storage = data.get("storage")
+        identity = data.get("id")
         if not isinstance(identity, str) or not isinstance(storage, dict | None):
             raise StudyError(f"{path} has no identity; {_RESTORE}")
         if storage is None:
             return cls(config, identity)
-        return cls(config, identity, storage.get("url"), storage.get("given"), True, bool(storage.get("carries")))
+        return cls(
+            config,
+            identity,
+            storage.get("url"),
+            storage.get("given"),
+            True,
+            bool(storage.get("carries")),
+        )
 
     def write(self, run_dir: Path) -> None:
         """Put it on record.
@@ -135,7 +148,8 @@ def open_to_search(config: StudyConfig, run_dir: Path) -> Opened:
     """Begin the study or continue it; put on record what is new.
 
     Raises:
-        StudyError: directory or storage hold another study or the same with other settings, or the storage can't be used.
+        StudyError: directory or storage hold another study or the same with other settings, or the
+            storage can't be used.
         WriteError: the directory can't be written.
     """
     with _alone(run_dir):
@@ -143,7 +157,8 @@ def open_to_search(config: StudyConfig, run_dir: Path) -> Opened:
         file = known or StudyFile(_without_storage(config), None)
         file = replace(file, identity=file.identity or uuid.uuid4().hex)
         url = _chosen(config, run_dir, known)
-        where, name = shown(url), file.config.name
+        where = shown(url)
+        name = file.config.name
         with storage_errors(where, url, _advice(url, config)):
             _check(known, look(url, name, read_only=False), url, run_dir, name)
             changed = [] if known is None else changed_fields(known.config, config)
@@ -177,16 +192,19 @@ def open_to_report(run_dir: Path, storage: str | None = None) -> Opened:
     known = StudyFile.read(run_dir)
     if known is None:
         raise StudyError(
-            f"no study in {run_dir}: {directory.STUDY} is missing; run `asesearch search` first, or check the path"
+            f"no study in {run_dir}: {directory.STUDY} is missing; run `asesearch search` first, "
+            "or check the path"
         )
     url = known.url(run_dir) if storage is None else parse_url(storage)
-    where, name = shown(url), known.config.name
+    where = shown(url)
+    name = known.config.name
     with storage_errors(where, url, _advice(url, known.config)):
         held = look(url, name, read_only=True)
         if held.study_id is None:
             raise StudyError(
-                f"the storage {where} of the study in {run_dir} holds no study named {name!r}: it has not begun, or the "
-                "storage was lost or replaced; run `asesearch search`, or restore the storage"
+                f"the storage {where} of the study in {run_dir} holds no study named {name!r}: it "
+                "has not begun, or the storage was lost or replaced; run `asesearch search`, or "
+                "restore the storage"
             )
         if held.identity != known.identity:
             raise of_another(url, name)
@@ -202,7 +220,8 @@ def _own(run_dir: Path) -> URL:
 
 
 def _chosen(config: StudyConfig, run_dir: Path, known: StudyFile | None) -> URL:
-    """The storage to use: the one given, else the one on record, else a file in the study directory."""
+    """The storage to use: the one given, else the one on record, else a file in the study
+    directory."""
     given = config.search.storage
     on_record = known.url(run_dir) if known is not None and known.settled else None
     if given is None:
@@ -231,16 +250,20 @@ def _check(known: StudyFile | None, held: Held, url: URL, run_dir: Path, name: s
     on_record = known.url(run_dir) if known is not None and known.settled else None
     if on_record is not None and without_password(on_record) != without_password(url):
         raise StudyError(
-            f"the study in {run_dir} has its trials in the storage {shown(on_record)}, and {shown(url)} does not hold "
-            'them; leave --storage out (and search.storage) to continue there, or copy them first: python -c "import optuna; '
-            f"optuna.copy_study(from_study_name={name!r}, from_storage='{shown(on_record)}', to_storage='{shown(url)}')\""
+            f"the study in {run_dir} has its trials in the storage {shown(on_record)}, and "
+            f"{shown(url)} does not hold "
+            "them; leave --storage out (and search.storage) to continue there, or copy them first: "
+            'python -c "import optuna; '
+            f"optuna.copy_study(from_study_name={name!r}, from_storage='{shown(on_record)}', "
+            f"to_storage='{shown(url)}')\""
         )
     if held.has_trials and (known is None or known.carries or not known.settled):
         raise of_another(url, name)
     if on_record is not None and held.study_id is None and is_paid_for(run_dir):
         raise StudyError(
-            f"the storage {shown(url)} of the study in {run_dir} was lost or replaced: it holds no study named {name!r}, while "
-            "the directory holds what its trials left; restore the storage, or search into another directory (--out)"
+            f"the storage {shown(url)} of the study in {run_dir} was lost or replaced: it holds no "
+            f"study named {name!r}, while the directory holds what its trials left; restore the "
+            "storage, or search into another directory (--out)"
         )
 
 
@@ -250,21 +273,33 @@ def _advice(url: URL, config: StudyConfig) -> str:
         return ""
     recorded = config.search.storage is None and url.password is None
     libpq = ", or set PGPASSWORD" if url.get_backend_name() == "postgresql" else ""
-    again = f"; study.json keeps no password: give --storage again with it{libpq}" if recorded else ""
-    return f"check that the server runs, and the URL's host, port, user, password and database{again}"
+    again = (
+        f"; study.json keeps no password: give --storage again with it{libpq}" if recorded else ""
+    )
+    return (
+        f"check that the server runs, and the URL's host, port, user, password and database{again}"
+    )
 
 
 # -- changed settings ----------------------------------------------------------------------------
 
 
 def is_paid_for(run_dir: Path) -> bool:
-    """Whether a study directory holds what took time: elastic weights or their checkpoint, the map, trials' weights."""
-    names = (directory.ELASTIC_WEIGHTS, directory.ELASTIC, directory.MAP, directory.CONFIRMATIONS, directory.TRIALS)
+    """Whether a study directory holds what took time: elastic weights or their checkpoint, the map,
+    trials' weights."""
+    names = (
+        directory.ELASTIC_WEIGHTS,
+        directory.ELASTIC,
+        directory.MAP,
+        directory.CONFIRMATIONS,
+        directory.TRIALS,
+    )
     return any((run_dir / name).exists() for name in names)
 
 
 def is_on_record(study: optuna.Study, run_dir: Path) -> bool:
-    """Whether a change of what all trials share comes too late: a trial has ended, or the warm-up has begun."""
+    """Whether a change of what all trials share comes too late: a trial has ended, or the warm-up
+    has begun."""
     names = (directory.ELASTIC_WEIGHTS, directory.ELASTIC, directory.MAP)
     if any((run_dir / name).exists() for name in names):
         return True
@@ -272,13 +307,16 @@ def is_on_record(study: optuna.Study, run_dir: Path) -> bool:
 
 
 def start_over(run_dir: Path, why: str) -> None:
-    """Remove what a study left before anything was on record: files that hold for its former inputs only.
+    """Remove what a study left before anything was on record: files that hold for its former inputs
+    only.
 
     Raises:
         StudyError: another worker is at it.
     """
     if is_in_use(run_dir):
-        raise StudyError(f"another worker is at the study in {run_dir}, {why}; give all workers the same")
+        raise StudyError(
+            f"another worker is at the study in {run_dir}, {why}; give all workers the same"
+        )
     say_once(f"{run_dir}: nothing was on record yet, so the study begins again {why}")
     names = (directory.INPUTS, directory.LATENCY, directory.WARM_UP)
     for path in (*(run_dir / name for name in names), *run_dir.glob("latency-*.json")):
@@ -287,7 +325,12 @@ def start_over(run_dir: Path, why: str) -> None:
 
 
 def _rebased(
-    study: optuna.Study, url: URL, run_dir: Path, config: StudyConfig, changed: list[str], file: StudyFile
+    study: optuna.Study,
+    url: URL,
+    run_dir: Path,
+    config: StudyConfig,
+    changed: list[str],
+    file: StudyFile,
 ) -> optuna.Study:
     """The study begun again under changed settings, which nothing on record speaks against.
 
@@ -296,8 +339,9 @@ def _rebased(
     """
     if is_on_record(study, run_dir):
         raise StudyError(
-            f"the study in {run_dir} was begun with other settings, so its trials could not be compared with new ones "
-            f"({'; '.join(changed)}); undo the change, or choose another name or directory"
+            f"the study in {run_dir} was begun with other settings, so its trials could not be "
+            f"compared with new ones ({'; '.join(changed)}); undo the change, or choose another "
+            "name or directory"
         )
     if config.name != file.config.name:
         held = look(url, config.name, read_only=False)

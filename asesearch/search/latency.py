@@ -1,4 +1,5 @@
-"""The latency table that all workers of a study share: measured once for each kind of device, under a lock."""
+"""The latency table that all workers of a study share: measured once for each kind of device, under
+a lock."""
 
 from __future__ import annotations
 
@@ -34,14 +35,18 @@ class Conditions:
     def fit(self, table: LatencyTable) -> bool:
         """Whether a table was measured under these, as far as it tells."""
         same = table.device == self.device and table.batch_size == self.batch_size
-        return same and table.precision in ("", self.precision) and table.guided in (None, self.guided)
+        return (
+            same and table.precision in ("", self.precision) and table.guided in (None, self.guided)
+        )
 
     def __str__(self) -> str:
         guided = " of guided sampling" if self.guided else ""
         return f"{self.device}, {self.batch_size} images per call{guided}, {self.precision}"
 
 
-def shared_table(run_dir: Path, now: Conditions, measure: Callable[[], LatencyTable], *, one_only: bool) -> LatencyTable:
+def shared_table(
+    run_dir: Path, now: Conditions, measure: Callable[[], LatencyTable], *, one_only: bool
+) -> LatencyTable:
     """The study's latency table for this device; measured under a lock where there is none yet.
 
     Args:
@@ -56,7 +61,8 @@ def shared_table(run_dir: Path, now: Conditions, measure: Callable[[], LatencyTa
     with waited_lock(run_dir / directory.LOCKS / "latency.lock", "measures the latency table"):
         first = _read(run_dir / directory.LATENCY)
         if first is None or now.fit(first):
-            path, found = run_dir / directory.LATENCY, first
+            path = run_dir / directory.LATENCY
+            found = first
         elif one_only:
             raise StudyError(_refusal(run_dir, now, first))
         else:
@@ -71,14 +77,23 @@ def shared_table(run_dir: Path, now: Conditions, measure: Callable[[], LatencyTa
 def _refusal(run_dir: Path, now: Conditions, first: LatencyTable) -> str:
     size = first.batch_size
     theirs = Conditions(
-        first.device, size, first.precision or now.precision, now.guided if first.guided is None else first.guided
+        first.device,
+        size,
+        first.precision or now.precision,
+        now.guided if first.guided is None else first.guided,
     )
-    fix = 'search on a device of that kind, or in another directory (there with cost = "flops" for several kinds of device)'
+    fix = (
+        'search on a device of that kind, or in another directory (there with cost = "flops" '
+        "for several kinds of device)"
+    )
     if now.device == first.device and now.batch_size != size:
-        fix = f"set sampling.batch_size back to {size // 2 if theirs.guided else size}, or search in another directory"
+        fix = (
+            f"set sampling.batch_size back to {size // 2 if theirs.guided else size}, or search "
+            "in another directory"
+        )
     return (
-        f"times of one study must come from one kind of device; the latency table of {run_dir} is of {theirs}, and this "
-        f"worker has {now}; {fix}"
+        f"times of one study must come from one kind of device; the latency table of {run_dir} is "
+        f"of {theirs}, and this worker has {now}; {fix}"
     )
 
 

@@ -10,7 +10,10 @@ from asesearch.evaluation.results import EvaluationResult
 from asesearch.search.records import StudyResults, TrialRecord
 
 MODES = ("best-quality", "fastest-within", "best-within")
-FORMS = "a score (7.5), an excess over the full network's (+5%), ci (not worse at 95 % confidence) or standard errors (1se)"
+FORMS = (
+    "a score (7.5), an excess over the full network's (+5%), ci (not worse at 95 % "
+    "confidence) or standard errors (1se)"
+)
 
 
 def parse_budget(text: str) -> tuple[str, float]:
@@ -22,7 +25,9 @@ def parse_budget(text: str) -> tuple[str, float]:
     if text.strip() == "ci":
         return "ci", 0.0
     number = r"\d+(?:\.\d*)?|\.\d+"
-    form = re.fullmatch(rf"\+(?P<percent>{number})%|(?P<se>{number})se|(?P<score>-?(?:{number}))", text.strip())
+    form = re.fullmatch(
+        rf"\+(?P<percent>{number})%|(?P<se>{number})se|(?P<score>-?(?:{number}))", text.strip()
+    )
     if form is None:
         raise ConfigError(f"a quality budget is {FORMS}; got {text!r}; write one of these")
     kind = form.lastgroup
@@ -149,7 +154,9 @@ def _choose(
     _check_question(mode, quality, time_frac)
     points = _confirmed(results) or _searched(results)
     if not points:
-        raise StudyError("the study has no evaluated schedule to pick from; run `asesearch search` first")
+        raise StudyError(
+            "the study has no evaluated schedule to pick from; run `asesearch search` first"
+        )
     if not early_exit:
         point, shortfall = _best(points, points, mode, quality, time_frac, "schedule")
         return point.record, shortfall
@@ -210,7 +217,9 @@ def _check_question(mode: str, quality: str | None, time_frac: float | None) -> 
     """
     if mode not in MODES:
         raise ConfigError(f"pick one of {', '.join(MODES)}; got {mode!r}")
-    if (mode == "fastest-within") != (quality is not None) or (mode == "best-within") != (time_frac is not None):
+    if (mode == "fastest-within") != (quality is not None) or (mode == "best-within") != (
+        time_frac is not None
+    ):
         raise ConfigError(
             "fastest-within takes a quality budget, best-within a time budget, best-quality none; "
             f"got {mode} with quality {quality!r} and time {time_frac!r}"
@@ -225,7 +234,9 @@ def _searched(results: StudyResults) -> list[_Point]:
     if results.full is not None:
         records[results.full.number] = results.full
     return [
-        _Point(r, r.quality, r.time_frac, False) for r in records.values() if r.quality is not None and r.time_frac is not None
+        _Point(r, r.quality, r.time_frac, False)
+        for r in records.values()
+        if r.quality is not None and r.time_frac is not None
     ]
 
 
@@ -236,7 +247,9 @@ def _confirmed(results: StudyResults) -> list[_Point]:
     """
     scored = {r.number: r for r in results.complete}
     found = [
-        _Point(scored[c.number], c.quality, c.measured_time_frac, True) for c in results.confirmations if c.number in scored
+        _Point(scored[c.number], c.quality, c.measured_time_frac, True)
+        for c in results.confirmations
+        if c.number in scored
     ]
     if results.config.get("search", {}).get("keep_weights") != "front":
         return found
@@ -255,7 +268,9 @@ def _in_words(quality: str, full: EvaluationResult | None) -> str:
     kind, number = parse_budget(quality)
     if kind == "percent" and full is not None:
         limit = full.value + abs(full.value) * number / 100
-        return f"the quality budget {quality!r} over the full network's {full.value:.4g} ({limit:.4g})"
+        return (
+            f"the quality budget {quality!r} over the full network's {full.value:.4g} ({limit:.4g})"
+        )
     if kind == "se" and full is not None:
         return f"{number:g} standard errors of the full network's {full.value:.4g}"
     if kind == "ci" and full is not None:

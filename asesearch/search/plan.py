@@ -15,7 +15,8 @@ from asesearch.search.promotion import num_explored
 from asesearch.search.warmup import elastic_depths, needs_map
 from asesearch.search.workbench import Workbench
 
-#: Of the full network's cost: what a proposed schedule is expected to take, where the plan has to guess.
+#: Of the full network's cost: what a proposed schedule is expected to take, where the plan has to
+#: guess.
 TYPICAL_FRAC = 0.65
 
 
@@ -23,7 +24,8 @@ TYPICAL_FRAC = 0.65
 class Plan:
     """Seconds, each part in the order it is spent.
 
-    Without a budget these are upper bounds: every schedule is counted at the cost of the full network, and as promoted. With
+    Without a budget these are upper bounds: every schedule is counted at the cost of the full
+    network, and as promoted. With
     one they are expectations: schedules at 0.65 of it.
 
     Attributes:
@@ -35,13 +37,17 @@ class Plan:
         full_s: tuning and evaluating the full network, which all others are compared with.
         cheap_s: the cheap rung of one trial; 0 without promotion.
         trial_s: one trial that is fine-tuned, its cheap rung included.
-        num_trials: schedules besides the full network; with a budget, how many it leaves room for if all are fine-tuned.
-        search_s: all trials; with a budget, also the first look around (`promotion.explore` cheap figures).
+        num_trials: schedules besides the full network; with a budget, how many it leaves room for
+            if all are fine-tuned.
+        search_s: all trials; with a budget, also the first look around (`promotion.explore` cheap
+            figures).
         confirm_s: confirmation of the front, its timing included.
         total_s: of all this.
-        expected_s: what the search is expected to take: schedules at 0.65 of the full network's blocks, under the study's
-            samplers in equal parts, and the exploration phase at its low-fidelity scores alone; with a budget `total_s`.
-        budget_s: the study's budget of wall time, which the search keeps to, the plan being one worker's; None without one.
+        expected_s: what the search is expected to take: schedules at 0.65 of the full network's
+            blocks, under the study's samplers in equal parts, and the exploration phase at its
+            low-fidelity scores alone; with a budget `total_s`.
+        budget_s: the study's budget of wall time, which the search keeps to, the plan being one
+            worker's; None without one.
     """
 
     train_step_s: float
@@ -65,7 +71,8 @@ class Plan:
         return {k: round(v, 3) if isinstance(v, float) else v for k, v in vars(self).items()}
 
     def line(self) -> str:
-        """The whole study in one line, for one worker; what is on record is counted as if it were to be done."""
+        """The whole study in one line, for one worker; what is on record is counted as if it were
+        to be done."""
         trials = f"{self.num_trials} {'trial' if self.num_trials == 1 else 'trials'}"
         warm_up_s = self.elastic_s + self.map_s
         parts = f"warm-up {_in_words(warm_up_s)}, " if warm_up_s else ""
@@ -73,18 +80,29 @@ class Plan:
         parts += f", confirmation {_in_words(self.confirm_s)}"
         if self.budget_s is None:
             return (
-                f"about {_in_words(self.expected_s)}, at most {_in_words(self.total_s)}: {parts} (every schedule counted at "
-                "the full network's cost)"
+                f"about {_in_words(self.expected_s)}, at most {_in_words(self.total_s)}: {parts} "
+                "(every schedule counted at the full network's cost)"
             )
         if self.num_trials == 0:
             budget = _in_words(self.budget_s)
-            return f"the budget of {budget} leaves no room for trials beside the full network: {parts} (expected)"
-        return f"about {_in_words(self.budget_s)}, the budget: {parts} (expected, if all are fine-tuned)"
+            return (
+                f"the budget of {budget} leaves no room for trials beside the full network: "
+                f"{parts} (expected)"
+            )
+        return (
+            f"about {_in_words(self.budget_s)}, the budget: {parts} (expected, if all are "
+            "fine-tuned)"
+        )
 
 
 def _in_words(seconds: float) -> str:
     """A time in the unit that suits it, two digits."""
-    units = ((90.0, "s", 1), (90 * 60.0, "min", 60), (48 * 3600.0, "h", 3600), (float("inf"), "days", 86400))
+    units = (
+        (90.0, "s", 1),
+        (90 * 60.0, "min", 60),
+        (48 * 3600.0, "h", 3600),
+        (float("inf"), "days", 86400),
+    )
     unit, size = next((unit, size) for limit, unit, size in units if seconds < limit)
     value = seconds / size
     return f"{value:.1f} {unit}" if value < 9.95 else f"{value:.0f} {unit}"
@@ -109,26 +127,47 @@ def make_plan(bench: Workbench) -> Plan:
     decode_s = _decode_s(bench)
 
     def step_s(depths: Depths, settings: Any) -> float:
-        return seconds_per_step(Trainer(bench.backbone, bench.data, bench.diffusion, depths, settings))
+        return seconds_per_step(
+            Trainer(bench.backbone, bench.data, bench.diffusion, depths, settings)
+        )
 
-    full_step_s, elastic, budget_s = step_s(bench.full, config.train), config.elastic, config.search.budget_s
-    elastic_s = 0.0 if elastic is None else elastic.num_steps * step_s(elastic_depths(bench), elastic)
+    full_step_s = step_s(bench.full, config.train)
+    elastic = config.elastic
+    budget_s = config.search.budget_s
+    elastic_s = (
+        0.0 if elastic is None else elastic.num_steps * step_s(elastic_depths(bench), elastic)
+    )
     calls = config.map.num_bins * config.map.num_images * 3
     map_s = calls * image_s / len(steps) if needs_map(bench) else 0.0
     share = 1.0 if budget_s is None else TYPICAL_FRAC
     images = config.evaluation.num_samples * config.evaluation.repeats
-    cheap_images = 0 if config.promotion is None else config.promotion.num_samples * config.promotion.repeats
-    full_s = bench.tuning(bench.full)[1].num_steps * full_step_s + (images + cheap_images) * (image_s + decode_s)
+    cheap_images = (
+        0 if config.promotion is None else config.promotion.num_samples * config.promotion.repeats
+    )
+    full_s = bench.tuning(bench.full)[1].num_steps * full_step_s + (images + cheap_images) * (
+        image_s + decode_s
+    )
     cheap_s = cheap_images * (share * image_s + decode_s)
-    trial_s = config.train.num_steps * share * full_step_s + images * (share * image_s + decode_s) + cheap_s
-    trials, points = config.search.num_trials - 1, config.confirm.max_points
+    trial_s = (
+        config.train.num_steps * share * full_step_s
+        + images * (share * image_s + decode_s)
+        + cheap_s
+    )
+    trials = config.search.num_trials - 1
+    points = config.confirm.max_points
     if budget_s is None:
         points = min(points, trials)
     confirm_s = confirmation_s(config, image_s + decode_s, [share] * points)
     look_s = 0.0
     if budget_s is not None:
         look_s = num_explored(config) * cheap_s
-        trials = max(0, int((budget_s * (1 - MARGIN) - elastic_s - map_s - full_s - look_s - confirm_s) / trial_s))
+        trials = max(
+            0,
+            int(
+                (budget_s * (1 - MARGIN) - elastic_s - map_s - full_s - look_s - confirm_s)
+                / trial_s
+            ),
+        )
     search_s = look_s + trials * trial_s
     total_s = elastic_s + map_s + full_s + search_s + confirm_s
     expected_s = total_s
@@ -138,9 +177,24 @@ def make_plan(bench: Workbench) -> Plan:
         typical_s = config.train.num_steps * TYPICAL_FRAC * full_step_s
         typical_s += images * (pace * image_s + decode_s) + typical_cheap_s
         looks = min(trials, num_explored(config))
-        expected_s = elastic_s + map_s + full_s + looks * typical_cheap_s + (trials - looks) * typical_s
+        expected_s = (
+            elastic_s + map_s + full_s + looks * typical_cheap_s + (trials - looks) * typical_s
+        )
         expected_s += confirmation_s(config, image_s + decode_s, [pace] * points)
     return Plan(
-        full_step_s, image_s, decode_s, len(steps) * (2 if config.sampling.cfg_scale != 1 else 1), elastic_s, map_s, full_s,
-        cheap_s, trial_s, trials, search_s, confirm_s, total_s, expected_s, budget_s,
-    )  # fmt: skip
+        full_step_s,
+        image_s,
+        decode_s,
+        len(steps) * (2 if config.sampling.cfg_scale != 1 else 1),
+        elastic_s,
+        map_s,
+        full_s,
+        cheap_s,
+        trial_s,
+        trials,
+        search_s,
+        confirm_s,
+        total_s,
+        expected_s,
+        budget_s,
+    )

@@ -1,9 +1,9 @@
 """Before anything is trained: what can be known now is not refused later.
 
-Nothing is checked here by a rule of its own. The real objects are made and used once: `Workbench` has
-sent an image through every sampler, the decoder and the extractor and built every protocol; here the
-training data are read through, the space, the warm starts and the map are made ready, and each kind of
-training takes one step.
+Nothing is checked here by a rule of its own. The real objects are made and used once: `Workbench`
+has sent an image through every sampler, the decoder and the extractor and built every protocol;
+here the training data are read through, the space, the warm starts and the map are made ready, and
+each kind of training takes one step.
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ from asesearch.search.setup import warm_starts
 from asesearch.search.warmup import elastic_depths, needs_map
 from asesearch.search.workbench import Workbench
 
-TRIED_IMAGES = 2  # of the training step on a CPU; a GPU, whose memory may not suffice, takes a whole batch
+# of the training step on a CPU; a GPU, whose memory may not suffice, takes a whole batch
+TRIED_IMAGES = 2
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,8 @@ class Preflight:
 
 
 def preflight(bench: Workbench, run_dir: Path | None = None) -> Preflight:
-    """Make sure that a search can run to its end, as far as that can be known; nothing is left behind.
+    """Make sure that a search can run to its end, as far as that can be known; nothing is left
+    behind.
 
     Args:
         bench: of the study.
@@ -101,7 +103,10 @@ def _try_training(bench: Workbench) -> list[str]:
             continue
         with _section(section):
             images = try_step(bench, depths, config)
-        done.append(f"one step of [{section}] with {images} images, mixed_precision {config.mixed_precision!r}")
+        done.append(
+            f"one step of [{section}] with {images} images, mixed_precision "
+            f"{config.mixed_precision!r}"
+        )
     return done
 
 
@@ -119,19 +124,25 @@ def try_step(bench: Workbench, depths: Depths, config: TrainConfig) -> int:
         images = min(images, TRIED_IMAGES * world)
     trainer.config = config.model_copy(update={"batch_size": images})
     try:
-        batch = draw_batch(bench.data, trainer.backbone, trainer.config, bench.diffusion, 0, trainer.part)
+        batch = draw_batch(
+            bench.data, trainer.backbone, trainer.config, bench.diffusion, 0, trainer.part
+        )
         loss = trainer.train_step(batch)[0].item()
     except torch.cuda.OutOfMemoryError as error:
-        raise ConfigError(f"a step of {images} images does not fit the GPU's memory; lower batch_size") from error
+        raise ConfigError(
+            f"a step of {images} images does not fit the GPU's memory; lower batch_size"
+        ) from error
     except RuntimeError as error:
         if not config.compile or isinstance(error, AseSearchError):
             raise
         reason = str(error).strip().splitlines()[0]
-        raise ConfigError(f"the blocks can't be compiled here ({reason}); set compile = false") from error
+        raise ConfigError(
+            f"the blocks can't be compiled here ({reason}); set compile = false"
+        ) from error
     if not abs(loss) < float("inf"):
         raise EvaluationError(
-            f"the pretrained network's first loss must be finite; got {loss}; check that the checkpoint "
-            "fits [backbone] and [diffusion], or set mixed_precision = 'no'"
+            f"the pretrained network's first loss must be finite; got {loss}; check that the "
+            "checkpoint fits [backbone] and [diffusion], or set mixed_precision = 'no'"
         )
     return images
 

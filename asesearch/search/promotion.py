@@ -1,8 +1,10 @@
-"""One trial from rung to rung: cheap figure, decision, brief fine-tuning, the search protocol's figure.
+"""One trial from rung to rung: cheap figure, decision, brief fine-tuning, the search protocol's
+figure.
 
-Optuna refuses pruning where there are two objectives, so the rungs lie within a trial. The third rung, the full protocol on
-fresh seeds, is `confirmation`. Figures of different rungs are never compared: a cheap one speaks only through the quality
-model, which has learned from trials with both figures what it is worth.
+Optuna refuses pruning where there are two objectives, so the rungs lie within a trial. The third
+rung, the full protocol on fresh seeds, is `confirmation`. Figures of different rungs are never
+compared: a cheap one speaks only through the quality model, which has learned from trials with both
+figures what it is worth.
 """
 
 from __future__ import annotations
@@ -36,14 +38,15 @@ def run_trial(
         bench: fine-tunes, samples and evaluates.
         trial: number, origin, schedule and sampler of the trial; state and figures are filled in.
         folder: for its weights and images.
-        records: of the study so far; one of the same point, stopped before, lends its cheap figure, and one of the same
-            schedule its fine-tuning, which is counted once.
+        records: of the study so far; one of the same point, stopped before, lends its cheap figure,
+            and one of the same schedule its fine-tuning, which is counted once.
         problem: what the quality model needs to judge a point; None without promotion.
-        explores: whether the trial is one of the first look around, so that it ends with its cheap figure.
+        explores: whether the trial is one of the first look around, so that it ends with its cheap
+            figure.
 
     Returns:
-        The finished record; that of the same point where it was stopped before and is again. A failure of the schedule's
-        own is recorded, not raised.
+        The finished record; that of the same point where it was stopped before and is again. A
+        failure of the schedule's own is recorded, not raised.
     """
     seconds: dict[str, float] = {}
     gflops: dict[str, float] = {}
@@ -57,14 +60,30 @@ def run_trial(
             if not cheap.promoted:
                 time_frac, flops_frac, block_frac = bench.cost_fracs(trial.schedule, trial.sampler)
                 return _ended(
-                    trial, "stopped", cheap=cheap, seconds=seconds, gflops=gflops,
-                    time_frac=time_frac, flops_frac=flops_frac, block_frac=block_frac,
-                )  # fmt: skip
+                    trial,
+                    "stopped",
+                    cheap=cheap,
+                    seconds=seconds,
+                    gflops=gflops,
+                    time_frac=time_frac,
+                    flops_frac=flops_frac,
+                    block_frac=block_frac,
+                )
         outcome = bench.try_schedule(trial.schedule, folder, trial.sampler)
     except (TrainingDiverged, EvaluationError, torch.cuda.OutOfMemoryError) as error:
-        if not any(r.state == "complete" and r.schedule.merged() == trial.schedule.merged() for r in records):
+        if not any(
+            r.state == "complete" and r.schedule.merged() == trial.schedule.merged()
+            for r in records
+        ):
             shutil.rmtree(folder, ignore_errors=True)
-        return _ended(trial, "failed", failure=str(error).splitlines()[0], cheap=cheap, seconds=seconds, gflops=gflops)
+        return _ended(
+            trial,
+            "failed",
+            failure=str(error).splitlines()[0],
+            cheap=cheap,
+            seconds=seconds,
+            gflops=gflops,
+        )
     if _counted(trial, outcome, records):
         outcome.losses = []
         outcome.seconds["finetune"] = 0.0
@@ -89,10 +108,11 @@ def _on_record(trial: TrialRecord, records: list[TrialRecord]) -> TrialRecord | 
 
 
 def _counted(trial: TrialRecord, outcome: Outcome, records: list[TrialRecord]) -> bool:
-    """Whether the fine-tuning that gave the outcome's weights is on record already, by the trial of another sampler.
+    """Whether the fine-tuning that gave the outcome's weights is on record already, by the trial of
+    another sampler.
 
-    No two fine-tunings take the same time to the last digit, so the seconds tell them apart: weights that were deleted and
-    made again are counted again.
+    No two fine-tunings take the same time to the last digit, so the seconds tell them apart:
+    weights that were deleted and made again are counted again.
     """
     same = [r for r in records if r.schedule.merged() == trial.schedule.merged()]
     return any(r.seconds.get("finetune") == outcome.seconds["finetune"] for r in same)
@@ -109,12 +129,16 @@ def _cheap_rung(
 ) -> CheapRung:
     """The point's cheap figure, measured or on record, and whether it is promoted.
 
-    The difficulty proposer returns to a stopped point because it expects more of it than of any other, in the light of all
-    figures so far: that is the judgement. Others know nothing of cheap figures, so that such a point is judged again.
+    The difficulty proposer returns to a stopped point because it expects more of it than of any
+    other, in the light of all
+    figures so far: that is the judgement. Others know nothing of cheap figures, so that such a
+    point is judged again.
     """
     before = _on_record(trial, records)
     if before is None or before.cheap is None:
-        quality, seconds["cheap"], gflops["cheap"] = bench.try_cheaply(trial.schedule, trial.sampler)
+        quality, seconds["cheap"], gflops["cheap"] = bench.try_cheaply(
+            trial.schedule, trial.sampler
+        )
         if explores:
             return CheapRung(quality, False, None, LOOKS_AROUND)
         return CheapRung(quality, *_decide(bench, trial, records, problem, quality))
@@ -122,13 +146,19 @@ def _cheap_rung(
     gflops |= before.gflops
     quality = before.cheap.quality
     if trial.origin == NAME:
-        return CheapRung(quality, True, before.cheap.probability, "proposed again in the light of later trials")
+        return CheapRung(
+            quality, True, before.cheap.probability, "proposed again in the light of later trials"
+        )
     promoted, probability, reason = _decide(bench, trial, records, problem, quality)
     return CheapRung(quality, promoted, probability, f"proposed again: {reason}")
 
 
 def _decide(
-    bench: Workbench, trial: TrialRecord, records: list[TrialRecord], problem: Problem, quality: EvaluationResult
+    bench: Workbench,
+    trial: TrialRecord,
+    records: list[TrialRecord],
+    problem: Problem,
+    quality: EvaluationResult,
 ) -> tuple[bool, float | None, str]:
     config = bench.config.promotion
     assert config is not None
@@ -139,18 +169,28 @@ def _decide(
         return True, None, f"among the first {config.always} proposals"
     probability = judge(problem, records, problem.point(trial.schedule, trial.sampler), quality)
     promoted = probability >= config.threshold
-    return promoted, probability, f"on the front with probability {probability:.2f}, threshold {config.threshold:g}"
+    return (
+        promoted,
+        probability,
+        f"on the front with probability {probability:.2f}, threshold {config.threshold:g}",
+    )
 
 
 def num_explored(config: StudyConfig) -> int:
-    """How many of the proposals only look around; `promotion.explore`, and no more than half of all trials.
+    """How many of the proposals only look around; `promotion.explore`, and no more than half of all
+    trials.
 
-    Proposers that take no account of cheap figures would never come back to such a point: theirs none.
+    Proposers that take no account of cheap figures would never come back to such a point: theirs
+    none.
     """
     if config.promotion is None or config.search.proposer != NAME:
         return 0
     few = config.search.budget_s is None
-    return min(config.promotion.explore, config.search.num_trials // 2) if few else config.promotion.explore
+    return (
+        min(config.promotion.explore, config.search.num_trials // 2)
+        if few
+        else config.promotion.explore
+    )
 
 
 def same_point(record: TrialRecord, schedule: ExitSchedule, sampler: str) -> bool:

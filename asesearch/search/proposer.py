@@ -1,8 +1,9 @@
-"""The proposer that knows the network: schedules that are optimal under what the difficulty map and the trials say together.
+"""The proposer that knows the network: schedules that are optimal under what the difficulty map and
+the trials say together.
 
-`quality_model` holds what is believed, `pareto` what is optimal under it; here are the candidates, and the choice of the one
-that is expected to push the front furthest. Nothing is kept between proposals: all follows from the seed and the trials on
-record, those in flight included.
+`quality_model` holds what is believed, `pareto` what is optimal under it; here are the candidates,
+and the choice of the one that is expected to push the front furthest. Nothing is kept between
+proposals: all follows from the seed and the trials on record, those in flight included.
 """
 
 from __future__ import annotations
@@ -24,8 +25,22 @@ from threadpoolctl import threadpool_limits
 
 from asesearch.evaluation.results import EvaluationResult
 from asesearch.schedule import ExitSchedule
-from asesearch.search.pareto import expected_hypervolume_improvement, optimal_schedules, probability_on_front, stand_ins
-from asesearch.search.quality_model import NUM_WEIGHTS, Encoder, ErrorMap, Inputs, Level, Observation, Point, QualityModel
+from asesearch.search.pareto import (
+    expected_hypervolume_improvement,
+    optimal_schedules,
+    probability_on_front,
+    stand_ins,
+)
+from asesearch.search.quality_model import (
+    NUM_WEIGHTS,
+    Encoder,
+    ErrorMap,
+    Inputs,
+    Level,
+    Observation,
+    Point,
+    QualityModel,
+)
 from asesearch.search.records import (
     EXPLORES,
     LOOKS_AROUND,
@@ -40,9 +55,16 @@ from asesearch.search.space import Space
 
 Array = npt.NDArray[np.float64]
 NAME = "difficulty"  # the proposer's, in study files and as origin of its trials
-NUM_INITIAL = 1  # trials besides the full network's that are spread over budgets before improvement decides
-WEIGHT_DRAWS, BLIND_DRAWS, MAX_BUDGETS = 15, 6, 40  # dynamic programmes a sampler: by the map, without it; schedules of each
-RANDOM_CANDIDATES, MUTANTS, REFINED, ROUNDS = 200, 200, 20, 2
+# trials besides the full network's that are spread over budgets before improvement decides
+NUM_INITIAL = 1
+# dynamic programmes a sampler: by the map, without it; schedules of each
+WEIGHT_DRAWS = 15
+BLIND_DRAWS = 6
+MAX_BUDGETS = 40
+RANDOM_CANDIDATES = 200
+MUTANTS = 200
+REFINED = 20
+ROUNDS = 2
 
 
 @dataclass(frozen=True)
@@ -53,7 +75,8 @@ class Problem:
         space: of schedules.
         samplers: name -> timesteps of its network calls; the first is the study's own.
         cost_table: (depth,) cost of one network call at exit depths 1…depth.
-        full_cost: of the whole sampling with the full network under the study's own sampler, in the same unit.
+        full_cost: of the whole sampling with the full network under the study's own sampler, in the
+            same unit.
         difficulty_map: errors by timestep and exit depth.
     """
 
@@ -79,7 +102,8 @@ class Problem:
     @cached_property
     def boundaries(self) -> tuple[int, ...]:
         """Of the space's intervals."""
-        count, chain = self.space.num_intervals, self.space.num_train_timesteps
+        count = self.space.num_intervals
+        chain = self.space.num_train_timesteps
         return tuple(i * chain // count for i in range(count + 1))
 
     @cached_property
@@ -96,7 +120,10 @@ class Problem:
 
     def cost_frac(self, point: Point) -> float:
         """Cost of sampling, over the full network's."""
-        return float(self.cost_table[point.schedule.exit_depth_at(point.timesteps) - 1].sum() / self.full_cost)
+        return float(
+            self.cost_table[point.schedule.exit_depth_at(point.timesteps) - 1].sum()
+            / self.full_cost
+        )
 
     def depths_of(self, schedule: ExitSchedule) -> tuple[int, ...]:
         """Exit depth in each of the space's intervals."""
@@ -112,7 +139,8 @@ class Problem:
         return np.stack([stand_ins(calls) for calls in self.calls])
 
     def keys(self, rows: npt.NDArray[np.int64]) -> list[tuple[int, ...]]:
-        """Equal for rows that run the same blocks at the same calls: depths that a sampler never asks for do not count."""
+        """Equal for rows that run the same blocks at the same calls: depths that a sampler never
+        asks for do not count."""
         depths = np.take_along_axis(rows[:, 1:], self._stand_ins[rows[:, 0]], axis=1)
         return [tuple(key) for key in np.column_stack((rows[:, 0], depths)).tolist()]
 
@@ -122,7 +150,10 @@ class Problem:
 
     def observations(self, records: Sequence[TrialRecord]) -> list[Observation]:
         """Figures on record, one a point and level (the latest)."""
-        latest: dict[Level, dict[tuple[ExitSchedule, str], tuple[Point, EvaluationResult]]] = {"cheap": {}, "dear": {}}
+        latest: dict[Level, dict[tuple[ExitSchedule, str], tuple[Point, EvaluationResult]]] = {
+            "cheap": {},
+            "dear": {},
+        }
         for record in records:
             if not record.sampler or record.sampler in self.samplers:
                 point = self.point(record.schedule, record.sampler)
@@ -134,19 +165,23 @@ class Problem:
         return [
             Observation(point, level, *figure)
             for level, found in latest.items()
-            for (point, _), figure in zip(found.values(), _log_figures([q for _, q in found.values()]), strict=True)
+            for (point, _), figure in zip(
+                found.values(), _log_figures([q for _, q in found.values()]), strict=True
+            )
         ]
 
 
 def _log_figures(found: list[EvaluationResult]) -> list[tuple[float, float]]:
-    """Logs and their standard errors; where a figure may not be positive (kernel distances), figures over their mean size."""
+    """Logs and their standard errors; where a figure may not be positive (kernel distances),
+    figures over their mean size."""
     values = np.array([q.value for q in found])
     errors = np.array([math.nan if q.std_error is None else q.std_error for q in found])
     if (values > np.nan_to_num(errors)).all():
         values, errors = np.log(values), errors / values
     else:
         typical = float(np.abs(values).mean()) or 1.0
-        values, errors = values / typical, errors / typical
+        values = values / typical
+        errors = errors / typical
     return list(zip(values.tolist(), errors.tolist(), strict=True))
 
 
@@ -156,8 +191,8 @@ class FrontBelief:
     Args:
         problem: what can be tried.
         records: trials on record.
-        pending: points in flight: their figures are drawn along with those of evaluated points, so that no second worker
-            finds an improvement where the first is already at work.
+        pending: points in flight: their figures are drawn along with those of evaluated points, so
+            that no second worker finds an improvement where the first is already at work.
         num_draws: joint draws of the figures on the front.
         seed: of the draws; the same for all questions.
         level: whose front is asked for; figures of both levels inform it.
@@ -172,22 +207,30 @@ class FrontBelief:
         seed: int = 0,
         level: Level = "dear",
     ) -> None:
-        self.problem, self._draws, self._seed, self.level = problem, num_draws, seed, level
+        self.problem = problem
+        self._draws = num_draws
+        self._seed = seed
+        self.level = level
         found = problem.observations(records)
         self.model = QualityModel(problem.encoder, found)
         self.evaluated = [o.point for o in found if o.level == level]
         self.known = [*self.evaluated, *pending]
         self._inputs = problem.encoder.encode(self.known)
         self._costs = np.array([problem.cost_frac(p) for p in self.known])
-        full = problem.point(ExitSchedule.full(problem.space.depth, problem.space.num_train_timesteps))
+        full = problem.point(
+            ExitSchedule.full(problem.space.depth, problem.space.num_train_timesteps)
+        )
         best, _ = self.model.posterior([full], level)
         self.reference = (REFERENCE_TIME, float(best[0]) + math.log(REFERENCE_QUALITY))
 
     def improvement(self, inputs: Inputs, costs: Array) -> Array:
-        """(n,) expected enlargement of the dominated area, cost fraction times log figure, by a figure of each point."""
+        """(n,) expected enlargement of the dominated area, cost fraction times log figure, by a
+        figure of each point."""
         rng = np.random.default_rng(self._seed)
         draws = self.model.conditional_draws(rng, self._inputs, inputs, self._draws, self.level)
-        return expected_hypervolume_improvement(self._costs, draws[0], costs, draws[1], draws[2], self.reference)
+        return expected_hypervolume_improvement(
+            self._costs, draws[0], costs, draws[1], draws[2], self.reference
+        )
 
     def probability(self, point: Point) -> float:
         """That a point is on the front, and better than twice the full network's figure.
@@ -196,14 +239,23 @@ class FrontBelief:
         """
         key = self.problem.key(point)
         others = [i for i, p in enumerate(self.known) if self.problem.key(p) != key]
-        inputs, costs = self.problem.encoder.encode([self.known[i] for i in others]), self._costs[others]
-        asked, cost = self.problem.encoder.encode([point]), np.array([self.problem.cost_frac(point)])
+        inputs = self.problem.encoder.encode([self.known[i] for i in others])
+        costs = self._costs[others]
+        asked = self.problem.encoder.encode([point])
+        cost = np.array([self.problem.cost_frac(point)])
         rng = np.random.default_rng(self._seed)
         draws = self.model.conditional_draws(rng, inputs, asked, 4 * self._draws, self.level)
-        return float(probability_on_front(costs, draws[0], cost, draws[1], draws[2], self.reference[1])[0])
+        return float(
+            probability_on_front(costs, draws[0], cost, draws[1], draws[2], self.reference[1])[0]
+        )
 
 
-def judge(problem: Problem, records: Sequence[TrialRecord], point: Point, cheap: EvaluationResult | None = None) -> float:
+def judge(
+    problem: Problem,
+    records: Sequence[TrialRecord],
+    point: Point,
+    cheap: EvaluationResult | None = None,
+) -> float:
     """Probability that a point belongs to the front of dear figures, its cheap figure included.
 
     Args:
@@ -214,7 +266,10 @@ def judge(problem: Problem, records: Sequence[TrialRecord], point: Point, cheap:
     """
     if cheap is not None:
         rung = CheapRung(cheap, promoted=False, probability=None, reason="")
-        records = [*records, TrialRecord(-1, "", point.schedule, "stopped", sampler=point.sampler, cheap=rung)]
+        records = [
+            *records,
+            TrialRecord(-1, "", point.schedule, "stopped", sampler=point.sampler, cheap=rung),
+        ]
     with one_thread():
         return FrontBelief(problem, records).probability(point)
 
@@ -227,10 +282,13 @@ def one_thread() -> threadpool_limits:
 
 
 class Candidates:
-    """Rows (sampler's index, exit depth of each interval), no two alike in what they run, none with a key to be left out."""
+    """Rows (sampler's index, exit depth of each interval), no two alike in what they run, none with
+    a key to be left out."""
 
     def __init__(self, problem: Problem, left_out: set[tuple[int, ...]]) -> None:
-        self.problem, self._seen, self.rows = problem, set(left_out), np.zeros((0, problem.space.num_intervals + 1), int)
+        self.problem = problem
+        self._seen = set(left_out)
+        self.rows = np.zeros((0, problem.space.num_intervals + 1), int)
 
     def add(self, sampler: int, depths: npt.ArrayLike) -> None:
         """Schedules (n, intervals) of one sampler."""
@@ -249,21 +307,30 @@ class Candidates:
 
     def costs(self, start: int = 0) -> Array:
         """(n,) cost fractions of the rows from `start`."""
-        rows, problem = self.rows[start:], self.problem
-        return np.asarray((problem.calls[rows[:, 0]] * problem.cost_table[rows[:, 1:] - 1]).sum(axis=1) / problem.full_cost)
+        rows = self.rows[start:]
+        problem = self.problem
+        return np.asarray(
+            (problem.calls[rows[:, 0]] * problem.cost_table[rows[:, 1:] - 1]).sum(axis=1)
+            / problem.full_cost
+        )
 
     def inputs(self, start: int = 0) -> Inputs:
         """Model inputs of the rows from `start`."""
-        rows, problem = self.rows[start:], self.problem
+        rows = self.rows[start:]
+        problem = self.problem
         at = [np.flatnonzero(rows[:, 0] == i) for i in range(len(problem.names))]
         encode = problem.encoder.encode_depths
-        parts = [encode(rows[a, 1:], problem.boundaries, *how) for a, how in zip(at, problem.samplers.items(), strict=True)]
+        parts = [
+            encode(rows[a, 1:], problem.boundaries, *how)
+            for a, how in zip(at, problem.samplers.items(), strict=True)
+        ]
         return Inputs.join(parts).take(np.argsort(np.concatenate(at)))
 
     # -- where they come from --------------------------------------------------------------------
 
     def add_optimal(self, model: QualityModel, rng: np.random.Generator) -> None:
-        """Optimal schedules at every budget under the weights believed in, under draws of them, and without the map."""
+        """Optimal schedules at every budget under the weights believed in, under draws of them, and
+        without the map."""
         mean = np.maximum(model.weights()[0], 0.0)
         drawn = np.vstack((mean, model.draw_weights(rng, WEIGHT_DRAWS)))
         slopes = rng.normal(0, 1.5, (BLIND_DRAWS, 1)) * np.linspace(-1, 1, NUM_WEIGHTS)
@@ -279,8 +346,11 @@ class Candidates:
 
     def optimal(self, errors: Array, sampler: int) -> list[tuple[int, ...]]:
         """`optimal_schedules` of the space under one sampler."""
-        space, calls = self.problem.space, self.problem.calls[sampler]
-        return optimal_schedules(errors, calls, noise_easy=space.noise_easy, min_exit_depth=space.min_exit_depth)
+        space = self.problem.space
+        calls = self.problem.calls[sampler]
+        return optimal_schedules(
+            errors, calls, noise_easy=space.noise_easy, min_exit_depth=space.min_exit_depth
+        )
 
     def add_random(self, rng: np.random.Generator, count: int) -> None:
         """Schedules drawn from the space as a random search draws them."""
@@ -288,21 +358,29 @@ class Candidates:
         rows = []
         for _ in range(count):
             params = {name: _draw(dist, rng) for name, dist in space.distributions().items()}
-            rows.append(self.problem.row(self.problem.point(space.decode(params), space.sampler(params))))
+            rows.append(
+                self.problem.row(self.problem.point(space.decode(params), space.sampler(params)))
+            )
         self.extend(rows)
 
-    def add_mutants(self, parents: npt.NDArray[np.int64], rng: np.random.Generator, count: int) -> None:
-        """Parents changed by up to three blocks over a run of intervals, and now and then in their sampler."""
+    def add_mutants(
+        self, parents: npt.NDArray[np.int64], rng: np.random.Generator, count: int
+    ) -> None:
+        """Parents changed by up to three blocks over a run of intervals, and now and then in their
+        sampler."""
         if not len(parents):
             return
-        space, width = self.problem.space, self.problem.space.num_intervals
+        space = self.problem.space
+        width = self.problem.space.num_intervals
         rows = parents[rng.integers(len(parents), size=count)]
         ends = np.sort(rng.integers(width + 1, size=(count, 2)), axis=1)
         place = np.arange(width)
         inside = (place >= ends[:, :1]) & (place <= ends[:, 1:])
         change = rng.integers(1, 4, size=count) * rng.choice([-1, 1], size=count)
         depths = np.clip(rows[:, 1:] + inside * change[:, None], space.min_exit_depth, space.depth)
-        if space.noise_easy:  # what was deepened lifts the intervals towards data, what was thinned lowers those towards noise
+        # what was deepened lifts the intervals towards data, what was thinned lowers those towards
+        # noise
+        if space.noise_easy:
             up = np.maximum.accumulate(depths[:, ::-1], axis=1)[:, ::-1]
             depths = np.where(change[:, None] > 0, up, np.minimum.accumulate(depths, axis=1))
         other = rng.random(count) < 0.2
@@ -320,10 +398,11 @@ def _draw(dist: BaseDistribution, rng: np.random.Generator) -> Any:
 
 
 def num_exploring(trials: Sequence[FrozenTrial], number: int) -> int:
-    """How many proposals look around: those on record, and those in flight that began before a trial.
+    """How many proposals look around: those on record, and those in flight that began before a
+    trial.
 
-    The order of their numbers decides, so that any number of workers have the same count: a proposal in flight that has not
-    said yet whether it looks around is counted as if.
+    The order of their numbers decides, so that any number of workers have the same count: a
+    proposal in flight that has not said yet whether it looks around is counted as if.
 
     Args:
         trials: of the study.
@@ -334,13 +413,18 @@ def num_exploring(trials: Sequence[FrozenTrial], number: int) -> int:
         if RECORD in trial.user_attrs:
             cheap = json.loads(trial.user_attrs[RECORD])["cheap"]
             count += cheap is not None and cheap["reason"] == LOOKS_AROUND
-        elif not trial.state.is_finished() and trial.number < number and "fixed_params" not in trial.system_attrs:
+        elif (
+            not trial.state.is_finished()
+            and trial.number < number
+            and "fixed_params" not in trial.system_attrs
+        ):
             count += bool(trial.user_attrs.get(EXPLORES, True))
     return count
 
 
 class DifficultySampler(optuna.samplers.BaseSampler):
-    """An Optuna sampler for two objectives, quality and cost fraction, over `Space` and, where there are several, samplers.
+    """An Optuna sampler for two objectives, quality and cost fraction, over `Space` and, where
+    there are several, samplers.
 
     Args:
         space: of schedules.
@@ -349,7 +433,8 @@ class DifficultySampler(optuna.samplers.BaseSampler):
         difficulty_map: errors by timestep and exit depth.
         seed: of all random choices.
         num_draws: see `FrontBelief`.
-        explore: so many proposals first follow the front of cheap figures; see `config.PromotionConfig`.
+        explore: so many proposals first follow the front of cheap figures; see
+            `config.PromotionConfig`.
     """
 
     def __init__(
@@ -364,13 +449,19 @@ class DifficultySampler(optuna.samplers.BaseSampler):
         num_draws: int = 64,
         explore: int = 0,
     ) -> None:
-        self.problem = Problem(space, samplers, np.asarray(cost_table, dtype=np.float64), full_cost, difficulty_map)
-        self.seed, self.num_draws, self.explore = seed, num_draws, explore
+        self.problem = Problem(
+            space, samplers, np.asarray(cost_table, dtype=np.float64), full_cost, difficulty_map
+        )
+        self.seed = seed
+        self.num_draws = num_draws
+        self.explore = explore
         self.explores = False  # whether the last proposal looks around
 
     # -- what Optuna asks ------------------------------------------------------------------------
 
-    def infer_relative_search_space(self, study: optuna.Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
+    def infer_relative_search_space(
+        self, study: optuna.Study, trial: FrozenTrial
+    ) -> dict[str, BaseDistribution]:
         """All parameters, unless the trial's are given."""
         space = self.problem.space.distributions()
         return {} if set(space) <= set(trial.system_attrs.get("fixed_params", {})) else space
@@ -392,36 +483,67 @@ class DifficultySampler(optuna.samplers.BaseSampler):
         return space.encode(schedule, self.problem.names[row[0]])
 
     def sample_independent(
-        self, study: optuna.Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
+        self,
+        study: optuna.Study,
+        trial: FrozenTrial,
+        param_name: str,
+        param_distribution: BaseDistribution,
     ) -> Any:
         """A random value."""
         *_, rng = self._on_record(study, trial)
         seed = int(rng.integers(2**31)) ^ zlib.crc32(param_name.encode()) >> 1
-        return optuna.samplers.RandomSampler(seed=seed).sample_independent(study, trial, param_name, param_distribution)
+        return optuna.samplers.RandomSampler(seed=seed).sample_independent(
+            study, trial, param_name, param_distribution
+        )
 
-    def _on_record(self, study: optuna.Study, trial: FrozenTrial) -> tuple[list[TrialRecord], list[Point], np.random.Generator]:
-        """Trials on record, points in flight, and a generator that follows from the seed and their numbers."""
+    def _on_record(
+        self, study: optuna.Study, trial: FrozenTrial
+    ) -> tuple[list[TrialRecord], list[Point], np.random.Generator]:
+        """Trials on record, points in flight, and a generator that follows from the seed and their
+        numbers."""
         trials = [t for t in study.get_trials(deepcopy=False) if t.number != trial.number]
-        records = [TrialRecord.from_dict(json.loads(t.user_attrs[RECORD])) for t in trials if RECORD in t.user_attrs]
-        pending, space = [], self.problem.space
+        records = [
+            TrialRecord.from_dict(json.loads(t.user_attrs[RECORD]))
+            for t in trials
+            if RECORD in t.user_attrs
+        ]
+        pending = []
+        space = self.problem.space
         for t in trials:
             params = t.system_attrs.get("fixed_params", {}) | t.params
-            if not t.state.is_finished() and RECORD not in t.user_attrs and set(space.distributions()) <= set(params):
+            if (
+                not t.state.is_finished()
+                and RECORD not in t.user_attrs
+                and set(space.distributions()) <= set(params)
+            ):
                 pending.append(self.problem.point(space.decode(params), space.sampler(params)))
-        ended = sum(t.state == TrialState.COMPLETE or RECORD in t.user_attrs or REPEAT in t.user_attrs for t in trials)
+        ended = sum(
+            t.state == TrialState.COMPLETE or RECORD in t.user_attrs or REPEAT in t.user_attrs
+            for t in trials
+        )
         return records, pending, np.random.default_rng([self.seed, ended, len(pending)])
 
     # -- choosing --------------------------------------------------------------------------------
 
-    def _choose(self, records: list[TrialRecord], pending: list[Point], rng: np.random.Generator) -> tuple[int, ...] | None:
+    def _choose(
+        self, records: list[TrialRecord], pending: list[Point], rng: np.random.Generator
+    ) -> tuple[int, ...] | None:
         """The best candidate's row; None if there is none."""
-        looked = len(self._keys(self._rows(records, lambda r: r.cheap is not None and r.origin == NAME))) + len(pending)
+        looked = len(
+            self._keys(self._rows(records, lambda r: r.cheap is not None and r.origin == NAME))
+        ) + len(pending)
         level: Level = "cheap" if self.explores else "dear"
-        belief = FrontBelief(self.problem, records, pending, self.num_draws, int(rng.integers(2**31)), level)
+        belief = FrontBelief(
+            self.problem, records, pending, self.num_draws, int(rng.integers(2**31)), level
+        )
         tried = [self.problem.row(p) for p in belief.known]
         gone = self._rows(records, lambda r: r.state == "failed")
         # a schedule in flight is another worker's under every sampler
-        busy = {self.problem.row(self.problem.point(p.schedule, name)) for p in pending for name in self.problem.names}
+        busy = {
+            self.problem.row(self.problem.point(p.schedule, name))
+            for p in pending
+            for name in self.problem.names
+        }
         left_out = {self.problem.key(p) for p in belief.known} | self._keys(gone) | self._keys(busy)
         begun = looked + sum(not p.schedule.is_full for p in belief.evaluated)
         early = begun < NUM_INITIAL or not belief.evaluated  # there is nothing to improve upon
@@ -432,7 +554,9 @@ class DifficultySampler(optuna.samplers.BaseSampler):
         if level == "dear":
             pool.extend(sorted(self._rows(records, lambda r: r.state == "stopped")))
         pool.add_random(rng, RANDOM_CANDIDATES)
-        pool.add_mutants(np.array(tried, dtype=np.int64).reshape(-1, pool.rows.shape[1]), rng, MUTANTS)
+        pool.add_mutants(
+            np.array(tried, dtype=np.int64).reshape(-1, pool.rows.shape[1]), rng, MUTANTS
+        )
         if not len(pool.rows):
             return None
         scores = self._scores(belief, pool)
@@ -442,25 +566,40 @@ class DifficultySampler(optuna.samplers.BaseSampler):
             scores = np.concatenate((scores, self._scores(belief, pool, start)))
         return tuple(pool.rows[int(scores.argmax())].tolist())
 
-    def _rows(self, records: list[TrialRecord], which: Callable[[TrialRecord], bool]) -> set[tuple[int, ...]]:
+    def _rows(
+        self, records: list[TrialRecord], which: Callable[[TrialRecord], bool]
+    ) -> set[tuple[int, ...]]:
         """Points on record that a condition holds for."""
         names = ("", *self.problem.names)
-        points = [self.problem.point(r.schedule, r.sampler) for r in records if r.sampler in names and which(r)]
+        points = [
+            self.problem.point(r.schedule, r.sampler)
+            for r in records
+            if r.sampler in names and which(r)
+        ]
         return {self.problem.row(p) for p in points}
 
     def _keys(self, rows: set[tuple[int, ...]]) -> set[tuple[int, ...]]:
-        return set(self.problem.keys(np.array(sorted(rows), dtype=np.int64).reshape(-1, len(self.problem.boundaries))))
+        return set(
+            self.problem.keys(
+                np.array(sorted(rows), dtype=np.int64).reshape(-1, len(self.problem.boundaries))
+            )
+        )
 
     def _scores(self, belief: FrontBelief, pool: Candidates, start: int = 0) -> Array:
         return belief.improvement(pool.inputs(start), pool.costs(start))
 
-    def _first(self, model: QualityModel, index: int, left_out: set[tuple[int, ...]]) -> tuple[int, ...] | None:
-        """Before there is a front: optimal schedules by the prior, their costs spread evenly (van der Corput)."""
+    def _first(
+        self, model: QualityModel, index: int, left_out: set[tuple[int, ...]]
+    ) -> tuple[int, ...] | None:
+        """Before there is a front: optimal schedules by the prior, their costs spread evenly (van
+        der Corput)."""
         sampler = index % len(self.problem.names)
         times = self.problem.samplers[self.problem.names[sampler]]
         pool = Candidates(self.problem, left_out)
         weights = np.maximum(model.weights()[0], 1e-3)
-        errors = self.problem.encoder.interval_errors(weights, times, self.problem.boundaries, model.shape)
+        errors = self.problem.encoder.interval_errors(
+            weights, times, self.problem.boundaries, model.shape
+        )
         pool.add(sampler, pool.optimal(errors, sampler))
         if not len(pool.rows):
             return None
@@ -468,5 +607,6 @@ class DifficultySampler(optuna.samplers.BaseSampler):
         shift = np.random.default_rng(self.seed).random()
         bits = f"{index + 1:b}"
         place = (int(bits[::-1], 2) / 2 ** len(bits) + shift / 4) % 1.0
-        target = costs.max() - (costs.max() - costs.min()) * 0.75 * place  # the fastest quarter is seldom worth a trial
+        # the fastest quarter is seldom worth a trial
+        target = costs.max() - (costs.max() - costs.min()) * 0.75 * place
         return tuple(pool.rows[int(np.abs(costs - target).argmin())].tolist())

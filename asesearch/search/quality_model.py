@@ -1,16 +1,19 @@
-"""How good a schedule will be: a Gaussian process over log figures, with the difficulty map as its mean.
+"""How good a schedule will be: a Gaussian process over log figures, with the difficulty map as its
+mean.
 
     log figure = intercept(level, sampler) + sum_k w_k φ_k(point) + g(point) + noise
 
-φ_k is the map's error at the sampler's calls near noise level k. The noise-level weights w are unknown: near noise an error of
-the network may matter much or hardly, and the map can't say. Their prior is one common positive value that varies smoothly
-over noise levels; trials make a posterior of it. The residual g sees only the depth profile, so that it overrules a map that
-misleads. Two levels, figures under the elastic weights ("cheap") and after the brief fine-tuning ("dear"), share the weights up
-to a ratio, while their residuals are correlated; both are learned (coregionalisation).
+φ_k is the map's error at the sampler's calls near noise level k. The noise-level weights w are
+unknown: near noise an error of the network may matter much or hardly, and the map can't say. Their
+prior is one common positive value that varies smoothly over noise levels; trials make a posterior
+of it. The residual g sees only the depth profile, so that it overrules a map that misleads. Two
+levels, figures under the elastic weights ("cheap") and after the brief fine-tuning ("dear"), share
+the weights up to a ratio, while their residuals are correlated; both are learned
+(coregionalisation).
 
-Source: Rasmussen & Williams 2006, sections 2.7 (explicit basis functions) and 5.4 (marginal likelihood); Bonilla et al. 2008
-(coregionalisation). We differ in taking the hyperparameters where marginal likelihood times prior is largest.
-No torch and no optuna in here.
+Source: Rasmussen & Williams 2006, sections 2.7 (explicit basis functions) and 5.4 (marginal
+likelihood); Bonilla et al. 2008 (coregionalisation). We differ in taking the hyperparameters where
+marginal likelihood times prior is largest. No torch and no optuna in here.
 """
 
 from __future__ import annotations
@@ -33,27 +36,42 @@ Level = Literal["cheap", "dear"]
 
 NUM_WEIGHTS = 8  # hat functions over the noise level
 NUM_BINS = 10  # of the depth profile
-#: What stands in for the map's error, chosen by marginal likelihood: itself, its root, or the share of blocks left out,
-#: squared, which needs no map. The last is charged nats: the map is believed until the trials speak against it.
+#: What stands in for the map's error, chosen by marginal likelihood: itself, its root, or the share
+#: of blocks left out, squared, which needs no map. The last is charged nats: the map is believed
+#: until the trials speak against it.
 SHAPES = ("log", "sqrt", "depth")
 SHAPE_LOG_PRIOR = (0.0, 0.0, -2.0)
 #: Hyperparameters, all on log scale (correlation: logit): prior mean and standard deviation.
-#: weight: common noise-level weight, in log figure per typical map error; spread: of the weights around it, relative;
-#: residual: standard deviation of g; length: its length in root mean square depth fraction; ratio: cheap over dear effect;
-#: correlation: of the two levels' residuals (within one budget, ranks agree by 0.3 to 0.5: benchmarks/cheap_figures.py);
+#: weight: common noise-level weight, in log figure per typical map error; spread: of the weights
+#: around it, relative;
+#: residual: standard deviation of g; length: its length in root mean square depth fraction; ratio:
+#: cheap over dear effect;
+#: correlation: of the two levels' residuals (within one budget, ranks agree by 0.3 to 0.5:
+#: benchmarks/cheap_figures.py);
 #: training: standard deviation of the dear figure from fine-tuning alone.
 PRIOR = {
-    "weight": (0.0, 1.0), "spread": (np.log(0.7), 0.7), "residual": (np.log(0.25), 0.7), "length": (np.log(0.4), 0.5),
-    "ratio": (0.0, 0.4), "correlation": (0.5, 1.0), "training": (np.log(0.05), 0.7),
-}  # fmt: skip
+    "weight": (0.0, 1.0),
+    "spread": (np.log(0.7), 0.7),
+    "residual": (np.log(0.25), 0.7),
+    "length": (np.log(0.4), 0.5),
+    "ratio": (0.0, 0.4),
+    "correlation": (0.5, 1.0),
+    "training": (np.log(0.05), 0.7),
+}
 _MEAN, _STD = (np.array(column) for column in zip(*PRIOR.values(), strict=True))
 _BOUNDS = Bounds(_MEAN - 4 * _STD, _MEAN + 4 * _STD)
 COMMON_SPREAD = 0.5  # of the common weight, relative
 WEIGHT_LENGTH = 2.0  # knots over which weights vary
-LEVEL_STD, LEVEL_SAMPLER_STD = 3.0, 0.2  # intercepts: a level's, and a sampler's own at one level
-STEPS_SLOPE, STEPS_STD, SAMPLER_STD = -0.5, 0.5, 0.4  # figure over log number of calls, and samplers around that line
+LEVEL_STD = 3.0  # intercepts: a level's, and a sampler's own at one level
+LEVEL_SAMPLER_STD = 0.2
+# figure over log number of calls, and samplers around that line
+STEPS_SLOPE = -0.5
+STEPS_STD = 0.5
+SAMPLER_STD = 0.4
 SAMPLER_CORRELATION = 0.8  # of residuals under two samplers
-DEFAULT_ERROR, CHEAP_NOISE = 0.05, 0.02  # of a log figure: unknown standard error; what the cheap level's model can't say
+# of a log figure: unknown standard error; what the cheap level's model can't say
+DEFAULT_ERROR = 0.05
+CHEAP_NOISE = 0.02
 POOL_WEIGHT = 4.0  # a reported variance (few repeats) counts one, the mean over all counts this
 FIT_SIZE = 200  # observations that hyperparameters are fitted to; the posterior takes them all
 
@@ -68,7 +86,8 @@ class ErrorMap(Protocol):
 
 @dataclass(frozen=True)
 class Point:
-    """What a trial tries: a schedule, the sampler's name, and the timesteps at which that sampler calls the network."""
+    """What a trial tries: a schedule, the sampler's name, and the timesteps at which that sampler
+    calls the network."""
 
     schedule: ExitSchedule
     sampler: str
@@ -77,7 +96,8 @@ class Point:
 
 @dataclass(frozen=True)
 class Observation:
-    """A figure on record: its log, and the standard error of the log (standard error / figure; nan = unknown)."""
+    """A figure on record: its log, and the standard error of the log (standard error / figure; nan
+    = unknown)."""
 
     point: Point
     level: Level
@@ -106,14 +126,19 @@ class Inputs:
 
     def take(self, order: Integers) -> Inputs:
         """The points at these indices."""
-        return Inputs(self.features[:, order], self.profile[order], self.log_calls[order], self.sampler[order])
+        return Inputs(
+            self.features[:, order], self.profile[order], self.log_calls[order], self.sampler[order]
+        )
 
     @staticmethod
     def join(parts: Sequence[Inputs]) -> Inputs:
         """One after another; at least one."""
         return Inputs(
             np.concatenate([p.features for p in parts], axis=1),
-            *(np.concatenate([getattr(p, name) for p in parts]) for name in ("profile", "log_calls", "sampler")),
+            *(
+                np.concatenate([getattr(p, name) for p in parts])
+                for name in ("profile", "log_calls", "sampler")
+            ),
         )
 
 
@@ -126,9 +151,11 @@ class Encoder:
     """
 
     def __init__(self, difficulty_map: ErrorMap, num_train_timesteps: int) -> None:
-        self.map, self.num_train_timesteps = difficulty_map, num_train_timesteps
+        self.map = difficulty_map
+        self.num_train_timesteps = num_train_timesteps
         self._grid = (np.arange(4 * NUM_BINS) + 0.5) * num_train_timesteps / (4 * NUM_BINS)
-        self._scales, self._typical = np.ones(len(SHAPES)), 1.0
+        self._scales = np.ones(len(SHAPES))
+        self._typical = 1.0
         typical = self._above(self._grid)[:, :-1]
         self._typical = float(typical.mean()) if typical.size and typical.any() else 1.0
         raw = self._shaped(self._grid)  # (shapes, grid, depth)
@@ -140,46 +167,88 @@ class Encoder:
         """(n,) timesteps -> (shapes, n, depth) errors above the full depth's; 1 is typical."""
         above = self._above(timesteps)
         left_out = 1 - np.arange(1, above.shape[1] + 1) / above.shape[1]
-        shapes = np.stack([np.log1p(above / self._typical), np.sqrt(above), np.broadcast_to(left_out**2, above.shape)])
+        shapes = np.stack(
+            [
+                np.log1p(above / self._typical),
+                np.sqrt(above),
+                np.broadcast_to(left_out**2, above.shape),
+            ]
+        )
         return np.asarray(shapes / self._scales[:, None, None])
 
     def _above(self, timesteps: npt.ArrayLike) -> Array:
         """(n,) timesteps -> (n, depth) the map's errors above the full depth's."""
-        errors = np.asarray(self.map.error_at(np.asarray(timesteps, dtype=np.float64)), dtype=np.float64)
+        errors = np.asarray(
+            self.map.error_at(np.asarray(timesteps, dtype=np.float64)), dtype=np.float64
+        )
         return np.maximum(errors - errors[:, -1:], 0.0)
 
     def _basis(self, timesteps: npt.ArrayLike) -> Array:
-        """(n,) timesteps -> (n, NUM_WEIGHTS) hat functions on equally spaced knots; each row sums to 1."""
-        place = np.asarray(timesteps, dtype=np.float64) / self.num_train_timesteps * (NUM_WEIGHTS - 1)
+        """(n,) timesteps -> (n, NUM_WEIGHTS) hat functions on equally spaced knots; each row sums
+        to 1."""
+        place = (
+            np.asarray(timesteps, dtype=np.float64) / self.num_train_timesteps * (NUM_WEIGHTS - 1)
+        )
         return np.asarray(np.clip(1 - np.abs(place[:, None] - np.arange(NUM_WEIGHTS)), 0.0, 1.0))
 
     def encode(self, points: Sequence[Point]) -> Inputs:
         """Any points, one by one."""
         if not points:
-            return self.encode_depths(np.ones((0, 1), int), (0, self.num_train_timesteps), "", (0.0,))
-        depths = [(p.schedule.exit_depth_at(p.timesteps)[None], p.schedule.exit_depth_at(self._grid)[None]) for p in points]
-        return Inputs.join([self._encode(*d, p.sampler, p.timesteps) for d, p in zip(depths, points, strict=True)])
+            return self.encode_depths(
+                np.ones((0, 1), int), (0, self.num_train_timesteps), "", (0.0,)
+            )
+        depths = [
+            (
+                p.schedule.exit_depth_at(p.timesteps)[None],
+                p.schedule.exit_depth_at(self._grid)[None],
+            )
+            for p in points
+        ]
+        return Inputs.join(
+            [self._encode(*d, p.sampler, p.timesteps) for d, p in zip(depths, points, strict=True)]
+        )
 
-    def encode_depths(self, depths: Integers, boundaries: Sequence[int], sampler: str, timesteps: Sequence[float]) -> Inputs:
+    def encode_depths(
+        self, depths: Integers, boundaries: Sequence[int], sampler: str, timesteps: Sequence[float]
+    ) -> Inputs:
         """Many schedules of one sampler at once: (n, intervals) depths over common boundaries."""
         edges = np.asarray(boundaries)[1:-1]
         calls = depths[:, np.searchsorted(edges, np.asarray(timesteps), side="right")]  # (n, calls)
-        return self._encode(calls, depths[:, np.searchsorted(edges, self._grid, side="right")], sampler, timesteps)
+        return self._encode(
+            calls, depths[:, np.searchsorted(edges, self._grid, side="right")], sampler, timesteps
+        )
 
-    def _encode(self, calls: Integers, grid: Integers, sampler: str, timesteps: Sequence[float]) -> Inputs:
+    def _encode(
+        self, calls: Integers, grid: Integers, sampler: str, timesteps: Sequence[float]
+    ) -> Inputs:
         n, count = calls.shape
-        table, basis = self._shaped(timesteps), self._basis(timesteps)
+        table = self._shaped(timesteps)
+        basis = self._basis(timesteps)
         errors = table[:, np.arange(count), calls - 1]  # (shapes, n, calls)
         profile = grid.reshape(n, NUM_BINS, grid.shape[1] // NUM_BINS).mean(axis=2) / self.depth
         name = zlib.crc32(sampler.encode())
-        return Inputs(errors @ basis / count, profile, np.full(n, np.log(count)), np.full(n, name, dtype=np.int64))
+        return Inputs(
+            errors @ basis / count,
+            profile,
+            np.full(n, np.log(count)),
+            np.full(n, name, dtype=np.int64),
+        )
 
-    def interval_errors(self, weights: Array, timesteps: Sequence[float], boundaries: Sequence[int], shape: str) -> Array:
-        """Additive errors for `optimal_schedules`: (…, NUM_WEIGHTS) weights -> (…, intervals, depth) in log figure."""
-        table, basis = self._shaped(timesteps)[SHAPES.index(shape)], self._basis(timesteps)  # (calls, depth), (calls, weights)
-        interval = np.searchsorted(np.asarray(boundaries)[1:-1], np.asarray(timesteps), side="right")
+    def interval_errors(
+        self, weights: Array, timesteps: Sequence[float], boundaries: Sequence[int], shape: str
+    ) -> Array:
+        """Additive errors for `optimal_schedules`: (…, NUM_WEIGHTS) weights -> (…, intervals,
+        depth) in log figure."""
+        # (calls, depth), (calls, weights)
+        table = self._shaped(timesteps)[SHAPES.index(shape)]
+        basis = self._basis(timesteps)
+        interval = np.searchsorted(
+            np.asarray(boundaries)[1:-1], np.asarray(timesteps), side="right"
+        )
         inside = interval[None, :] == np.arange(len(boundaries) - 1)[:, None]  # (intervals, calls)
-        total = np.einsum("...k,jk,jd,ij->...id", weights, basis, table, inside.astype(float), optimize=True)
+        total = np.einsum(
+            "...k,jk,jd,ij->...id", weights, basis, table, inside.astype(float), optimize=True
+        )
         return np.asarray(total / len(timesteps))
 
 
@@ -202,13 +271,16 @@ class QualityModel:
         values = np.array([o.log_quality for o in observations], dtype=np.float64)
         self._offset = {c: _offset(values, self._cheap, c) for c in (True, False)}
         self._y = values - np.where(self._cheap, self._offset[True], self._offset[False])
-        self._noise = _noise(np.array([o.std_error for o in observations], dtype=np.float64), self._cheap)
+        self._noise = _noise(
+            np.array([o.std_error for o in observations], dtype=np.float64), self._cheap
+        )
         self._fit()
 
     # -- fitting ---------------------------------------------------------------------------------
 
     def _fit(self) -> None:
-        """Maximise marginal likelihood times prior over hyperparameters, for each shape, then choose.
+        """Maximise marginal likelihood times prior over hyperparameters, for each shape, then
+        choose.
 
         The marginal likelihood is that of at most FIT_SIZE observations, spread over the record:
         it takes cubic time, a hundred times over, and seven hyperparameters need no more.
@@ -233,81 +305,125 @@ class QualityModel:
             )
             value = SHAPE_LOG_PRIOR[i] - float(found.fun)
             if np.isfinite(value) and value > best:
-                best, self._theta, index = value, np.asarray(found.x), i
-        self._index, self.shape = index, SHAPES[index]
+                best = value
+                self._theta = np.asarray(found.x)
+                index = i
+        self._index = index
+        self.shape = SHAPES[index]
         natural = np.exp(self._theta)
         self.hyperparameters = dict(zip(PRIOR, natural.tolist(), strict=True))
         self.hyperparameters["correlation"] = float(natural[5] / (1 + natural[5]))
         cov = self._cov(_Blocks(self._inputs, self._inputs, index), self._cheap, self._cheap)
         self._factor = cholesky(cov + np.diag(_variance(self._noise, self._cheap, self._theta)))
-        self._alpha = cho_solve((self._factor, True), self._y - self._mean(self._inputs, self._cheap))
+        self._alpha = cho_solve(
+            (self._factor, True), self._y - self._mean(self._inputs, self._cheap)
+        )
 
     # -- asking ----------------------------------------------------------------------------------
 
     def _mean(self, inputs: Inputs, cheap: npt.NDArray[np.bool_]) -> Array:
-        total = np.exp(self._theta[0]) * inputs.features[self._index].sum(axis=1) + STEPS_SLOPE * inputs.log_calls
+        total = (
+            np.exp(self._theta[0]) * inputs.features[self._index].sum(axis=1)
+            + STEPS_SLOPE * inputs.log_calls
+        )
         return np.asarray(_scale(self._theta, cheap) * total)
 
-    def _cov(self, blocks: _Blocks, cheap: npt.NDArray[np.bool_], others: npt.NDArray[np.bool_]) -> Array:
-        parts, (scales, alike) = blocks.evaluate(self._theta), _levels(self._theta, cheap, others)
+    def _cov(
+        self, blocks: _Blocks, cheap: npt.NDArray[np.bool_], others: npt.NDArray[np.bool_]
+    ) -> Array:
+        parts = blocks.evaluate(self._theta)
+        scales, alike = _levels(self._theta, cheap, others)
         coupled = scales * (parts["weights"] + parts["sampler"] + alike * parts["residual"])
         return np.asarray(coupled + blocks.intercepts(cheap, others))
 
     def _whitened(self, inputs: Inputs, level: Level) -> tuple[Array, Array]:
-        """(observations, n) cross covariance over the factor of the observations', and the (n,) posterior mean."""
+        """(observations, n) cross covariance over the factor of the observations', and the (n,)
+        posterior mean."""
         cheap = np.full(len(inputs), level == "cheap")
         cross = self._cov(_Blocks(self._inputs, inputs, self._index), self._cheap, cheap)
         mean = self._mean(inputs, cheap) + cross.T @ self._alpha + self._offset[level == "cheap"]
-        return np.asarray(solve_triangular(self._factor, cross, lower=True, check_finite=False)), mean
+        return np.asarray(
+            solve_triangular(self._factor, cross, lower=True, check_finite=False)
+        ), mean
 
-    def posterior(self, points: Sequence[Point] | Inputs, level: Level = "dear") -> tuple[Array, Array]:
+    def posterior(
+        self, points: Sequence[Point] | Inputs, level: Level = "dear"
+    ) -> tuple[Array, Array]:
         """Mean (n,) and covariance (n, n) of the log figure, free of noise, at one level."""
         inputs = points if isinstance(points, Inputs) else self.encoder.encode(points)
-        (white, mean), cheap = self._whitened(inputs, level), np.full(len(inputs), level == "cheap")
+        white, mean = self._whitened(inputs, level)
+        cheap = np.full(len(inputs), level == "cheap")
         return mean, self._cov(_Blocks(inputs, inputs, self._index), cheap, cheap) - white.T @ white
 
     def conditional_draws(
-        self, rng: np.random.Generator, known: Inputs, candidates: Inputs, size: int, level: Level = "dear"
+        self,
+        rng: np.random.Generator,
+        known: Inputs,
+        candidates: Inputs,
+        size: int,
+        level: Level = "dear",
     ) -> tuple[Array, Array, Array]:
-        """Joint draws of the known points' log figure at one level, and what each draw says of each candidate.
+        """Joint draws of the known points' log figure at one level, and what each draw says of each
+        candidate.
 
-        Candidates need no joint draw: a candidate is compared with the known points, never with another candidate, so its
-        Gaussian given the draw is all there is to know. That spares the covariance of candidates and their Monte Carlo noise.
+        Candidates need no joint draw: a candidate is compared with the known points, never with
+        another candidate, so its Gaussian given the draw is all there is to know. That spares the
+        covariance of candidates and their Monte Carlo noise.
 
         Returns:
-            (size, known) draws; (size, candidates) means given the draw; (candidates,) standard deviations given any draw.
+            (size, known) draws; (size, candidates) means given the draw; (candidates,) standard
+            deviations given any draw.
         """
         white, mean = self._whitened(candidates, level)
         known_mean, cov = self.posterior(known, level)
-        a, b = np.full(len(known), level == "cheap"), np.full(len(candidates), level == "cheap")
-        cross = self._cov(_Blocks(known, candidates, self._index), a, b) - self._whitened(known, level)[0].T @ white
+        a = np.full(len(known), level == "cheap")
+        b = np.full(len(candidates), level == "cheap")
+        cross = (
+            self._cov(_Blocks(known, candidates, self._index), a, b)
+            - self._whitened(known, level)[0].T @ white
+        )
         factor = cholesky(cov)
-        gain = solve_triangular(factor, cross, lower=True, check_finite=False)  # (known, candidates)
+        # (known, candidates)
+        gain = solve_triangular(factor, cross, lower=True, check_finite=False)
         normal = rng.standard_normal((size, len(known)))
-        variance = self._prior_variance(candidates, b) - (white**2).sum(axis=0) - (gain**2).sum(axis=0)
-        return known_mean + normal @ factor.T, mean + normal @ gain, np.sqrt(np.maximum(variance, 1e-12))
+        variance = (
+            self._prior_variance(candidates, b) - (white**2).sum(axis=0) - (gain**2).sum(axis=0)
+        )
+        return (
+            known_mean + normal @ factor.T,
+            mean + normal @ gain,
+            np.sqrt(np.maximum(variance, 1e-12)),
+        )
 
     def _prior_variance(self, inputs: Inputs, cheap: npt.NDArray[np.bool_]) -> Array:
         """(n,) diagonal of the prior covariance."""
         phi = inputs.features[self._index]
         own = np.einsum("nk,kl,nl->n", phi, self._weight_cov(), phi)
         own += np.exp(2 * self._theta[2]) + STEPS_STD**2 * inputs.log_calls**2 + SAMPLER_STD**2
-        return np.asarray(_scale(self._theta, cheap) ** 2 * own + LEVEL_STD**2 + LEVEL_SAMPLER_STD**2)
+        return np.asarray(
+            _scale(self._theta, cheap) ** 2 * own + LEVEL_STD**2 + LEVEL_SAMPLER_STD**2
+        )
 
     def _weight_cov(self) -> Array:
-        return np.asarray(np.exp(2 * self._theta[0]) * (COMMON_SPREAD**2 + np.exp(2 * self._theta[1]) * _SMOOTH))
+        return np.asarray(
+            np.exp(2 * self._theta[0]) * (COMMON_SPREAD**2 + np.exp(2 * self._theta[1]) * _SMOOTH)
+        )
 
     def weights(self) -> tuple[Array, Array]:
-        """Mean (NUM_WEIGHTS,) and covariance of the dear level's noise-level weights; not clipped."""
+        """Mean (NUM_WEIGHTS,) and covariance of the dear level's noise-level weights; not
+        clipped."""
         prior = self._weight_cov()
-        cross = prior @ self._inputs.features[self._index].T * _scale(self._theta, self._cheap)  # (weights, observations)
+        # (weights, observations)
+        cross = prior @ self._inputs.features[self._index].T * _scale(self._theta, self._cheap)
         white = solve_triangular(self._factor, cross.T, lower=True, check_finite=False)
         return np.exp(self._theta[0]) + cross @ self._alpha, prior - white.T @ white
 
     def draw_weights(self, rng: np.random.Generator, size: int) -> Array:
         """(size, NUM_WEIGHTS) draws of the noise-level weights, negative ones set to zero."""
         mean, cov = self.weights()
-        return np.asarray(np.maximum(mean + rng.standard_normal((size, NUM_WEIGHTS)) @ cholesky(cov).T, 0.0))
+        return np.asarray(
+            np.maximum(mean + rng.standard_normal((size, NUM_WEIGHTS)) @ cholesky(cov).T, 0.0)
+        )
 
 
 class _Evidence:
@@ -337,8 +453,10 @@ class _Evidence:
 
         Source: Rasmussen & Williams 2006, equations 5.8 and 5.9, with the mean's dependence added.
         """
-        blocks, cheap = self._blocks[shape], self._cheap
-        parts, (scales, alike) = blocks.evaluate(theta), _levels(theta, cheap, cheap)
+        blocks = self._blocks[shape]
+        cheap = self._cheap
+        parts = blocks.evaluate(theta)
+        scales, alike = _levels(theta, cheap, cheap)
         coupled = scales * (parts["weights"] + parts["sampler"] + alike * parts["residual"])
         cov = coupled + blocks.intercepts(cheap, cheap)
         factor = cholesky(cov + np.diag(_variance(self._noise, cheap, theta)))
@@ -349,19 +467,22 @@ class _Evidence:
         alpha = cho_solve((factor, True), rest)
         inverse = cho_solve((factor, True), np.eye(len(rest)))
         outer = np.outer(alpha, alpha) - inverse  # 2 d likelihood / d cov
-        inner, own = scales * outer, scales * alike * outer
+        inner = scales * outer
+        own = scales * alike * outer
         either = cheap[:, None].astype(float) + cheap[None, :]
         odds = 1 / (1 + np.exp(theta[5]))  # 1 - correlation
         mixed = np.where(cheap[:, None] != cheap[None, :], odds, 0.0)
-        gradient = np.array([
-            (inner * parts["weights"]).sum() + alpha @ slope,
-            (inner * blocks.spread(theta)).sum(),
-            (own * parts["residual"]).sum(),
-            0.5 * (own * blocks.length(theta)).sum(),
-            0.5 * (outer * coupled * either).sum() + alpha @ ((slope + steps) * cheap),
-            0.5 * (own * parts["residual"] * mixed).sum(),
-            np.exp(2 * theta[6]) * np.diag(outer)[~cheap].sum(),
-        ])  # fmt: skip
+        gradient = np.array(
+            [
+                (inner * parts["weights"]).sum() + alpha @ slope,
+                (inner * blocks.spread(theta)).sum(),
+                (own * parts["residual"]).sum(),
+                0.5 * (own * blocks.length(theta)).sum(),
+                0.5 * (outer * coupled * either).sum() + alpha @ ((slope + steps) * cheap),
+                0.5 * (own * parts["residual"] * mixed).sum(),
+                np.exp(2 * theta[6]) * np.diag(outer)[~cheap].sum(),
+            ]
+        )
         away = (theta - _MEAN) / _STD
         value = 0.5 * rest @ alpha + np.log(np.diag(factor)).sum() + 0.5 * away @ away
         return float(value), away / _STD - gradient
@@ -371,19 +492,29 @@ class _Blocks:
     """Covariance of two lists of points, in the parts that hyperparameters scale. All (n, m)."""
 
     def __init__(self, a: Inputs, b: Inputs, shape: int) -> None:
-        phi, psi = a.features[shape], b.features[shape]
+        phi = a.features[shape]
+        psi = b.features[shape]
         self._common = COMMON_SPREAD**2 * np.outer(phi.sum(axis=1), psi.sum(axis=1))
         self._smooth = phi @ _SMOOTH @ psi.T
-        square = (a.profile**2).sum(axis=1)[:, None] + (b.profile**2).sum(axis=1) - 2 * a.profile @ b.profile.T
-        self._distance = np.sqrt(np.maximum(square, 0.0) * 5 / NUM_BINS)  # Matérn's root of 5 included
+        square = (
+            (a.profile**2).sum(axis=1)[:, None]
+            + (b.profile**2).sum(axis=1)
+            - 2 * a.profile @ b.profile.T
+        )
+        # Matérn's root of 5 included
+        self._distance = np.sqrt(np.maximum(square, 0.0) * 5 / NUM_BINS)
         self._same = (a.sampler[:, None] == b.sampler).astype(float)
         self._alike = SAMPLER_CORRELATION + (1 - SAMPLER_CORRELATION) * self._same
-        self._steps = STEPS_STD**2 * np.outer(a.log_calls, b.log_calls) + SAMPLER_STD**2 * self._same
+        self._steps = (
+            STEPS_STD**2 * np.outer(a.log_calls, b.log_calls) + SAMPLER_STD**2 * self._same
+        )
 
     def evaluate(self, theta: Array) -> dict[str, Array]:
         """Covariance from the weights, the residual (Matérn 5/2) and the sampler."""
         scaled = self._distance / np.exp(theta[3])
-        residual = np.exp(2 * theta[2]) * self._alike * (1 + scaled + scaled**2 / 3) * np.exp(-scaled)
+        residual = (
+            np.exp(2 * theta[2]) * self._alike * (1 + scaled + scaled**2 / 3) * np.exp(-scaled)
+        )
         weights = np.exp(2 * theta[0]) * (self._common + np.exp(2 * theta[1]) * self._smooth)
         return {"weights": weights, "residual": residual, "sampler": self._steps}
 
@@ -394,7 +525,9 @@ class _Blocks:
     def length(self, theta: Array) -> Array:
         """Derivative by log length."""
         scaled = self._distance / np.exp(theta[3])
-        return np.asarray(np.exp(2 * theta[2]) * self._alike * scaled**2 / 3 * (1 + scaled) * np.exp(-scaled))
+        return np.asarray(
+            np.exp(2 * theta[2]) * self._alike * scaled**2 / 3 * (1 + scaled) * np.exp(-scaled)
+        )
 
     def intercepts(self, cheap: npt.NDArray[np.bool_], others: npt.NDArray[np.bool_]) -> Array:
         """Covariance of the level's and the level's sampler's intercepts."""
@@ -402,15 +535,23 @@ class _Blocks:
         return np.asarray(same_level * (LEVEL_STD**2 + LEVEL_SAMPLER_STD**2 * self._same))
 
 
-_SMOOTH = np.exp(-0.5 * ((np.arange(NUM_WEIGHTS)[:, None] - np.arange(NUM_WEIGHTS)) / WEIGHT_LENGTH) ** 2)
+_SMOOTH = np.exp(
+    -0.5 * ((np.arange(NUM_WEIGHTS)[:, None] - np.arange(NUM_WEIGHTS)) / WEIGHT_LENGTH) ** 2
+)
 
 
 def _spread(cheap: npt.NDArray[np.bool_]) -> Integers:
-    """At most FIT_SIZE indices, evenly over the record: half of each level, or more where one has few."""
+    """At most FIT_SIZE indices, evenly over the record: half of each level, or more where one has
+    few."""
     levels = [np.flatnonzero(cheap), np.flatnonzero(~cheap)]
     half = FIT_SIZE // 2
-    sizes = [min(len(own), max(half, FIT_SIZE - len(other))) for own, other in (levels, levels[::-1])]
-    parts = [own[np.linspace(0, len(own) - 1, size).round().astype(np.int64)] for own, size in zip(levels, sizes, strict=True)]
+    sizes = [
+        min(len(own), max(half, FIT_SIZE - len(other))) for own, other in (levels, levels[::-1])
+    ]
+    parts = [
+        own[np.linspace(0, len(own) - 1, size).round().astype(np.int64)]
+        for own, size in zip(levels, sizes, strict=True)
+    ]
     return np.sort(np.concatenate(parts))
 
 
@@ -423,7 +564,9 @@ def _scale(theta: Array, cheap: npt.NDArray[np.bool_]) -> Array:
     return np.asarray(np.where(cheap, np.exp(theta[4]), 1.0))
 
 
-def _levels(theta: Array, cheap: npt.NDArray[np.bool_], others: npt.NDArray[np.bool_]) -> tuple[Array, Array]:
+def _levels(
+    theta: Array, cheap: npt.NDArray[np.bool_], others: npt.NDArray[np.bool_]
+) -> tuple[Array, Array]:
     """Coregionalisation: the ratio of effects, and the residuals' correlation, 1 within a level."""
     correlation = 1 / (1 + np.exp(-theta[5]))
     scales = _scale(theta, cheap)[:, None] * _scale(theta, others)
@@ -437,18 +580,22 @@ def _offset(values: Array, cheap: npt.NDArray[np.bool_], level: bool) -> float:
 
 
 def _noise(std_errors: Array, cheap: npt.NDArray[np.bool_]) -> Array:
-    """Variances, each drawn to the mean of its level: a standard error from two repeats is off by a factor easily."""
+    """Variances, each drawn to the mean of its level: a standard error from two repeats is off by a
+    factor easily."""
     out = np.empty_like(std_errors)
     for level in (True, False):
         own = std_errors[cheap == level] ** 2
         known = own[np.isfinite(own)]
         pooled = float(known.mean()) if len(known) else DEFAULT_ERROR**2
-        out[cheap == level] = (np.where(np.isfinite(own), own, pooled) + POOL_WEIGHT * pooled) / (1 + POOL_WEIGHT)
+        out[cheap == level] = (np.where(np.isfinite(own), own, pooled) + POOL_WEIGHT * pooled) / (
+            1 + POOL_WEIGHT
+        )
     return out
 
 
 def cholesky(cov: Array) -> Array:
-    """Lower Cholesky factor; where rounding leaves none, as little as needed is added to the diagonal."""
+    """Lower Cholesky factor; where rounding leaves none, as little as needed is added to the
+    diagonal."""
     size = max(float(np.diag(cov).mean()), 1e-12) if len(cov) else 1.0
     for exponent in range(-10, 1):
         try:

@@ -15,23 +15,27 @@ from asesearch.evaluation.results import EvaluationResult
 from asesearch.schedule import ExitSchedule
 from asesearch.search.difficulty import DifficultyMap
 
-#: Beyond these multiples of the full network's time and figure a point is worth nothing: reference point of hypervolumes.
-REFERENCE_TIME, REFERENCE_QUALITY = 1.1, 2.0
+#: Beyond these multiples of the full network's time and figure a point is worth nothing: reference
+#: point of hypervolumes.
+REFERENCE_TIME = 1.1
+REFERENCE_QUALITY = 2.0
 RECORD = "record"  # user attribute of an Optuna trial that holds its TrialRecord
 EXPLORES = "explores"  # user attribute of a trial: whether it is one of the first look around
 LOOKS_AROUND = "a first look around"  # reason of a cheap rung that decides nothing else
-REPEAT = "repeat_of"  # user attribute of a trial whose schedule is on record (its number), or in another worker's hands
+# user attribute of a trial whose schedule is on record (its number), or in another worker's hands
+REPEAT = "repeat_of"
 
 
 @dataclass(frozen=True)
 class CheapRung:
-    """The first rung of a trial: the schedule under the elastic weights, before any fine-tuning of its own.
+    """The first rung of a trial: the schedule under the elastic weights, before any fine-tuning of
+    its own.
 
     Attributes:
         quality: under the cheap protocol, which is compared with nothing but other cheap figures.
         promoted: whether the schedule went on to its brief fine-tuning.
-        probability: that it belongs to the front of fine-tuned figures, judged by all figures of both kinds so far; None
-            where nothing was judged.
+        probability: that it belongs to the front of fine-tuned figures, judged by all figures of
+            both kinds so far; None where nothing was judged.
         reason: the decision in words.
     """
 
@@ -56,19 +60,21 @@ class TrialRecord:
 
     Attributes:
         number: trial number in the study, from 0.
-        origin: "full" (the full network, fine-tuned for as long), a published name ("D3-DiT"), or the proposer's name.
+        origin: "full" (the full network, fine-tuned for as long), a published name ("D3-DiT"), or
+            the proposer's name.
         schedule: what was tried.
         state: "complete", "stopped" (not promoted from the cheap rung) or "failed".
         quality: the figure under the search protocol; None if stopped or failed.
-        time_frac: predicted sampling time over the full network's under the study's own sampler, from the latency table;
-            None if failed.
+        time_frac: predicted sampling time over the full network's under the study's own sampler,
+            from the latency table; None if failed.
         flops_frac, block_frac: FLOPs of the whole sampling, and block calls, over the same.
         sampler: "SOLVER-STEPS"; empty = the study's own, where the study has no others.
         cheap: the cheap rung; None without promotion.
         losses: mean training loss of each fine-tuning step.
-        seconds: time spent by part: "cheap", "finetune", "sample", "decode" (of latents), "evaluate".
-        gflops: arithmetic spent by part, "cheap", "finetune" and "sample": network calls times their FLOPs, a training step
-            counting three calls of its samples and one of the teacher.
+        seconds: time spent by part: "cheap", "finetune", "sample", "decode" (of latents),
+            "evaluate".
+        gflops: arithmetic spent by part, "cheap", "finetune" and "sample": network calls times
+            their FLOPs, a training step counting three calls of its samples and one of the teacher.
         failure: why it failed, one line.
         versions: versions of the packages that made it.
         finished_at: UTC, ISO 8601.
@@ -151,11 +157,14 @@ class StudyResults:
         config: the resolved study file as plain data.
         records: trials that ended, by number.
         confirmations: of front points and of the full network, by trial number.
-        latency_ms: median latency of one network call of the cost batch at exit depths 1…depth (index 0 = depth 1).
+        latency_ms: median latency of one network call of the cost batch at exit depths 1…depth
+            (index 0 = depth 1).
         environment: machine, versions, device, threads.
-        samples: trial number -> (N, C, H, W) uint8 images for the same seeds and labels in every trial.
+        samples: trial number -> (N, C, H, W) uint8 images for the same seeds and labels in every
+            trial.
         difficulty_map: of the weights that trials started from; None where the search used none.
-        warm_up: "seconds" and "gflops" of "elastic" and "map", and the "losses" of the elastic warm-up; empty without one.
+        warm_up: "seconds" and "gflops" of "elastic" and "map", and the "losses" of the elastic
+            warm-up; empty without one.
     """
 
     name: str
@@ -180,7 +189,11 @@ class StudyResults:
 
     def front(self) -> tuple[TrialRecord, ...]:
         """Non-dominated trials under the search protocol, fastest first."""
-        points = [(r.time_frac, r.quality.value) for r in self.complete if r.time_frac is not None and r.quality is not None]
+        points = [
+            (r.time_frac, r.quality.value)
+            for r in self.complete
+            if r.time_frac is not None and r.quality is not None
+        ]
         keep = non_dominated(points)
         return tuple(sorted((self.complete[i] for i in keep), key=lambda r: r.time_frac or 0.0))
 
@@ -196,12 +209,20 @@ def shortened(losses: Sequence[float]) -> list[float]:
 
 
 def select(front: tuple[TrialRecord, ...], full: TrialRecord, max_points: int) -> list[TrialRecord]:
-    """The full network and at most `max_points` front points, spread evenly over the front, both ends included.
+    """The full network and at most `max_points` front points, spread evenly over the front, both
+    ends included.
 
-    Points with more than REFERENCE_QUALITY times the full network's figure are left out, unless there are no others.
+    Points with more than REFERENCE_QUALITY times the full network's figure are left out, unless
+    there are no others.
     """
     points = [r for r in front if r.number != full.number]
-    good = [r for r in points if r.quality and full.quality and r.quality.value <= REFERENCE_QUALITY * abs(full.quality.value)]
+    good = [
+        r
+        for r in points
+        if r.quality
+        and full.quality
+        and r.quality.value <= REFERENCE_QUALITY * abs(full.quality.value)
+    ]
     points = good or points
     if len(points) > max_points:
         last = len(points) - 1
@@ -211,14 +232,17 @@ def select(front: tuple[TrialRecord, ...], full: TrialRecord, max_points: int) -
 
 
 def non_dominated(points: Sequence[tuple[float, ...]]) -> list[int]:
-    """Indices of the points that no other is at least as good as in all objectives and better in one (lower is better).
+    """Indices of the points that no other is at least as good as in all objectives and better in
+    one (lower is better).
 
     Of equal points the first is kept.
     """
     keep = []
     for i, p in enumerate(points):
         beaten = any(
-            all(a <= b for a, b in zip(q, p, strict=True)) and (q != p or j < i) for j, q in enumerate(points) if j != i
+            all(a <= b for a, b in zip(q, p, strict=True)) and (q != p or j < i)
+            for j, q in enumerate(points)
+            if j != i
         )
         if not beaten:
             keep.append(i)

@@ -12,8 +12,9 @@ TOLERANCE_FRAC = 0.01
 def compare(recorded: EvaluationResult, again: EvaluationResult) -> dict[str, Any]:
     """Whether a figure measured again agrees with the one on record.
 
-    Same weights, same seeds: only arithmetic can differ, so each repeat must agree within 1 %. (A figure on another
-    processor or another version of torch stays within 0.1 %; a wrong seed, N or reference does not.)
+    Same weights, same seeds: only arithmetic can differ, so each repeat must agree within 1 %. (A
+    figure on another processor or another version of torch stays within 0.1 %; a wrong seed, N or
+    reference does not.)
 
     Raises:
         EvaluationError: the two were measured under different protocols.

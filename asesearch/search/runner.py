@@ -1,9 +1,11 @@
-"""Searching: propose a point, try it, put it on record, until the study has enough; beside any number of other workers.
+"""Searching: propose a point, try it, put it on record, until the study has enough; beside any
+number of other workers.
 
-Workers share the study's storage and directory. A schedule is claimed by a file lock while it is tried, so that nothing is
-paid for twice; a claim that another holds is not a repeat, but passed over for now, and where nothing else is left, waited
-for. Proposals follow from the seed and the trials on record alone, so a search that was killed and resumed proposes the same
-schedules as one that was not.
+Workers share the study's storage and directory. A schedule is claimed by a file lock while it is
+tried, so that nothing is paid for twice; a claim that another holds is not a repeat, but passed
+over for now, and where nothing else is left, waited for. Proposals follow from the seed and the
+trials on record alone, so a search that was killed and resumed proposes the same schedules as one
+that was not.
 """
 
 from __future__ import annotations
@@ -36,7 +38,8 @@ from asesearch.search.workers import POLL_S, Others, try_lock, worked_s
 if TYPE_CHECKING:
     from asesearch.search.study import Study
 
-WORKER = "worker"  # user attribute: the mark of the worker that runs the trial; "host:pid" in earlier releases
+# user attribute: the mark of the worker that runs the trial; "host:pid" in earlier releases
+WORKER = "worker"
 MAX_REFUSED_IN_A_ROW = 50
 TURN_S = 60.0
 MAX_FAILURES = 3  # without a single success
@@ -58,7 +61,9 @@ class Runner:
         progress: called with each record of this worker.
     """
 
-    def __init__(self, study: Study, bench: Workbench, progress: Callable[[TrialRecord], None] | None = None) -> None:
+    def __init__(
+        self, study: Study, bench: Workbench, progress: Callable[[TrialRecord], None] | None = None
+    ) -> None:
         self.study = study
         self.config = study.config
         self.bench = bench
@@ -68,14 +73,16 @@ class Runner:
         self.warm = warm_starts(self.config, bench)
         self.others = Others(study.run_dir, study.worker.id)
         self._said = ""
-        self.refused: set[ExitSchedule] = set()  # schedules that another held when they were proposed
+        # schedules that another held when they were proposed
+        self.refused: set[ExitSchedule] = set()
         records = study.records()
         self.before = {r.number for r in records}
         self.again = self._to_try_again(records)
 
     def run(self, on_warm_up: Callable[[int, float], None] | None = None) -> None:
         """Search until the study has enough; see `Study.run`."""
-        _ = self.bench.latency  # refused here, before anything is paid for, where it is another device's
+        # refused here, before anything is paid for, where it is another device's
+        _ = self.bench.latency
         made = warm_up(self.bench, self.study.run_dir, on_warm_up)
         if made.difficulty_map is not None:
             self.problem = make_problem(self.space, self.bench, made.difficulty_map)
@@ -98,8 +105,9 @@ class Runner:
                 return  # nothing is left to spend it on
             else:
                 raise StudyError(
-                    f"the last {in_a_row} proposals were all points on record; the space is as good as exhausted: "
-                    "lower num_trials or widen the space; the trials on record are kept"
+                    f"the last {in_a_row} proposals were all points on record; the space is as "
+                    "good as exhausted: lower num_trials or widen the space; the trials on record "
+                    "are kept"
                 )
 
     def _goes_on(self) -> bool:
@@ -136,7 +144,8 @@ class Runner:
         return record.schedule.is_full and not record.sampler
 
     def _to_try_again(self, records: list[TrialRecord]) -> set[int]:
-        """Failed trials that this run tries again: the full network's, and all where none has succeeded."""
+        """Failed trials that this run tries again: the full network's, and all where none has
+        succeeded."""
         failed = [r for r in records if r.state == "failed"]
         none_good = len(failed) == len(records)
         return {r.number for r in failed if none_good or self._is_full(r)}
@@ -145,22 +154,25 @@ class Runner:
         """Stop where nothing more can come of it.
 
         Raises:
-            StudyError: the full network's trial failed since this run began, or the first few trials all did.
+            StudyError: the full network's trial failed since this run began, or the first few
+                trials all did.
         """
         new = [r for r in records if r.number not in self.before and r.state == "failed"]
         kept = "; the trials on record are kept, and the same command tries this one again"
         for record in new:
             if self._is_full(record):
                 raise StudyError(
-                    f"the full network's trial failed, and without it nothing can be compared: {record.failure}{kept}; "
-                    "where it takes another setting, search under another name"
+                    "the full network's trial failed, and without it nothing can be compared: "
+                    f"{record.failure}{kept}; where it takes another setting, search under another "
+                    "name"
                 )
         if len(new) >= MAX_FAILURES and all(r.state == "failed" for r in records):
             reasons = list(dict.fromkeys(str(r.failure) for r in new))
             what = reasons[0] if len(reasons) == 1 else "; ".join(reasons[:MAX_FAILURES])
             raise StudyError(
-                f"all {len(new)} trials so far failed, so the search stops: {what}; put that right and run the same command "
-                "again, which tries them again; where it takes another setting, search under another name"
+                f"all {len(new)} trials so far failed, so the search stops: {what}; put that right "
+                "and run the same command again, which tries them again; where it takes another "
+                "setting, search under another name"
             )
 
     # -- the others ------------------------------------------------------------------------------
@@ -186,16 +198,27 @@ class Runner:
                 self._close(trial)
 
     def _close(self, trial: FrozenTrial) -> None:
-        """End a trial whose process is gone or broke off: with its scores, if they were on record already."""
-        record = TrialRecord.from_dict(json.loads(trial.user_attrs[RECORD])) if RECORD in trial.user_attrs else None
+        """End a trial whose process is gone or broke off: with its scores, if they were on record
+        already."""
+        record = (
+            TrialRecord.from_dict(json.loads(trial.user_attrs[RECORD]))
+            if RECORD in trial.user_attrs
+            else None
+        )
         state, values = self._end_of(record)
-        self.study.optuna.tell(trial.number, values, state=None if values else state, skip_if_finished=True)
+        self.study.optuna.tell(
+            trial.number, values, state=None if values else state, skip_if_finished=True
+        )
 
     def _end_of(self, record: TrialRecord | None) -> tuple[TrialState, tuple[float, float] | None]:
         """State and objectives of an Optuna trial with this record."""
         if record is not None and record.quality is not None:
             return TrialState.COMPLETE, self._values(record)
-        return (TrialState.PRUNED if record is not None and record.state == "stopped" else TrialState.FAIL), None
+        return (
+            TrialState.PRUNED
+            if record is not None and record.state == "stopped"
+            else TrialState.FAIL
+        ), None
 
     def _point(self, trial: FrozenTrial) -> tuple[ExitSchedule, str] | None:
         """The point of a trial that is queued or in flight; None while it has none yet."""
@@ -206,7 +229,9 @@ class Runner:
 
     def _schedules_in_flight(self) -> set[ExitSchedule]:
         """Schedules that other workers are at."""
-        return {point[0] for trial in self._in_flight() if (point := self._point(trial)) is not None}
+        return {
+            point[0] for trial in self._in_flight() if (point := self._point(trial)) is not None
+        }
 
     def _still_held(self) -> bool:
         """Whether a schedule that another held when it was proposed is still held."""
@@ -240,23 +265,32 @@ class Runner:
     # -- proposing -------------------------------------------------------------------------------
 
     def _enqueue_warm_start(self, records: list[TrialRecord]) -> None:
-        """Queue the first warm start that is not queued or on record (so one whose trial was killed comes again).
+        """Queue the first warm start that is not queued or on record (so one whose trial was killed
+        comes again).
 
         Those whose schedule another worker is at are passed over for now.
         """
         for origin in self._missing(records):
             schedule, sampler = self.warm[origin]
             if not self._is_busy(schedule):
-                self.study.optuna.enqueue_trial(self.space.encode(schedule, sampler), user_attrs={"origin": origin})
+                self.study.optuna.enqueue_trial(
+                    self.space.encode(schedule, sampler), user_attrs={"origin": origin}
+                )
                 return
 
     def _missing(self, records: list[TrialRecord]) -> list[str]:
         """Warm starts that are neither on record nor queued nor in flight."""
         known = {(r.schedule.merged(), r.sampler) for r in records if r.number not in self.again}
-        for trial in self.study.optuna.get_trials(deepcopy=False, states=(TrialState.WAITING, TrialState.RUNNING)):
+        for trial in self.study.optuna.get_trials(
+            deepcopy=False, states=(TrialState.WAITING, TrialState.RUNNING)
+        ):
             if (point := self._point(trial)) is not None:
                 known.add(point)
-        return [origin for origin, (schedule, sampler) in self.warm.items() if (schedule.merged(), sampler) not in known]
+        return [
+            origin
+            for origin, (schedule, sampler) in self.warm.items()
+            if (schedule.merged(), sampler) not in known
+        ]
 
     def _is_busy(self, schedule: ExitSchedule) -> bool:
         """Whether another worker is at a schedule."""
@@ -271,7 +305,10 @@ class Runner:
     def _seed_proposer(self) -> None:
         """A proposer whose seed follows from the study's and from what is on record."""
         trials = self.study.optuna.get_trials(deepcopy=False)
-        ended = sum(t.state == TrialState.COMPLETE or RECORD in t.user_attrs or REPEAT in t.user_attrs for t in trials)
+        ended = sum(
+            t.state == TrialState.COMPLETE or RECORD in t.user_attrs or REPEAT in t.user_attrs
+            for t in trials
+        )
         running = sum(t.state == TrialState.RUNNING for t in trials)
         words = np.random.SeedSequence([self.config.search.seed, ended, running]).generate_state(1)
         seed = int(words[0]) % 2**31
@@ -279,18 +316,25 @@ class Runner:
             problem = self.problem
             assert problem is not None
             self.study.optuna.sampler = DifficultySampler(
-                problem.space, problem.samplers, problem.cost_table, problem.full_cost, problem.difficulty_map, seed=seed,
+                problem.space,
+                problem.samplers,
+                problem.cost_table,
+                problem.full_cost,
+                problem.difficulty_map,
+                seed=seed,
                 explore=num_explored(self.config),
-            )  # fmt: skip
+            )
         else:
             self.study.optuna.sampler = make_proposer(self.config.search, seed)
 
     # -- one trial -------------------------------------------------------------------------------
 
     def _one_trial(self) -> Outcome:
-        """Propose one point and try it, unless it is on record or another worker is at it, which costs nothing."""
+        """Propose one point and try it, unless it is on record or another worker is at it, which
+        costs nothing."""
         fresh: TrialRecord | None = None
-        number, taken = -1, False
+        number = -1
+        taken = False
         begun = time.perf_counter()
         turn = ExitStack()
 
@@ -304,7 +348,9 @@ class Runner:
             with self.claim(schedule) as mine:
                 records = self.study.records()
                 tried = [r for r in records if same_point(r, schedule, sampler)]
-                record = next((r for r in tried if r.state != "stopped" and r.number not in self.again), None)
+                record = next(
+                    (r for r in tried if r.state != "stopped" and r.number not in self.again), None
+                )
                 if record is not None:
                     trial.set_user_attr(REPEAT, record.number)
                 elif not mine or self._is_one_too_many(trial.number, records):
@@ -344,7 +390,12 @@ class Runner:
         return "tried"
 
     def _try(
-        self, trial: optuna.Trial, schedule: ExitSchedule, sampler: str, records: list[TrialRecord], begun: float
+        self,
+        trial: optuna.Trial,
+        schedule: ExitSchedule,
+        sampler: str,
+        records: list[TrialRecord],
+        begun: float,
     ) -> TrialRecord:
         """Take a claimed point up the rungs."""
         origin = trial.user_attrs.get("origin", self.config.search.proposer)
@@ -352,7 +403,9 @@ class Runner:
         judged_by = self.problem if self.config.promotion is not None else None
         explores = bool(getattr(self.study.optuna.sampler, "explores", False))
         trial.set_user_attr(EXPLORES, explores)
-        record = run_trial(self.bench, begin, self.study.trial_dir(schedule), records, judged_by, explores)
+        record = run_trial(
+            self.bench, begin, self.study.trial_dir(schedule), records, judged_by, explores
+        )
         if record.number != trial.number:
             return record
         # of an earlier trial whose place this one takes; counted in already
@@ -364,7 +417,8 @@ class Runner:
 
     @contextmanager
     def _turn(self) -> Iterator[None]:
-        """Workers propose in turn: none pops another's queued trial, or proposes what another is just about to.
+        """Workers propose in turn: none pops another's queued trial, or proposes what another is
+        just about to.
 
         A worker that is stopped in its turn is not waited for longer than TURN_S.
         """
@@ -378,7 +432,8 @@ class Runner:
         yield
 
     def _put_on_record(self, trial: optuna.Trial, record: TrialRecord) -> None:
-        """Put a record into its trial; into one of its own, where another worker, taking this one for dead, has ended it."""
+        """Put a record into its trial; into one of its own, where another worker, taking this one
+        for dead, has ended it."""
         try:
             trial.set_user_attr(RECORD, json.dumps(record.to_dict()))
         except optuna.exceptions.UpdateFinishedTrialError:
@@ -392,11 +447,16 @@ class Runner:
         return earlier > 0 and len(records) + earlier >= self.config.search.num_trials
 
     def _ended_by_another(self, number: int, error: BaseException) -> bool:
-        """Whether a trial could not be told its end since another worker, taking this one for dead, had ended it."""
-        return isinstance(error, (ValueError, AssertionError)) and self._trial(number).state.is_finished()
+        """Whether a trial could not be told its end since another worker, taking this one for dead,
+        had ended it."""
+        return (
+            isinstance(error, (ValueError, AssertionError))
+            and self._trial(number).state.is_finished()
+        )
 
     def _keep(self, number: int, record: TrialRecord) -> None:
-        """Put a record into a trial of its own, where the one it was made in was ended meanwhile."""
+        """Put a record into a trial of its own, where the one it was made in was ended
+        meanwhile."""
         lost = self._trial(number)
         state, values = self._end_of(record)
         self.study.optuna.add_trial(
@@ -413,7 +473,8 @@ class Runner:
         return next(t for t in self.study.optuna.get_trials(deepcopy=False) if t.number == number)
 
     def _close_own(self) -> None:
-        """End this worker's trial: interrupted or broken, it must not stay open, for the process still lives."""
+        """End this worker's trial: interrupted or broken, it must not stay open, for the process
+        still lives."""
         for trial in self._running():
             if self._is_mine(trial):
                 self._close(trial)
@@ -426,7 +487,8 @@ class Runner:
 
     @contextmanager
     def claim(self, schedule: ExitSchedule) -> Iterator[bool]:
-        """Whether this worker alone is at the schedule; the claim of a process that dies is free again."""
+        """Whether this worker alone is at the schedule; the claim of a process that dies is free
+        again."""
         name = self.study.trial_dir(schedule).name
         with try_lock(self.study.run_dir / directory.LOCKS / f"{name}.lock") as mine:
             yield mine

@@ -1,4 +1,5 @@
-"""What follows from a study file and its network before anything runs: space, proposer, warm starts."""
+"""What follows from a study file and its network before anything runs: space, proposer, warm
+starts."""
 
 from __future__ import annotations
 
@@ -21,7 +22,9 @@ def make_proposer(config: SearchConfig, seed: int) -> optuna.samplers.BaseSample
     """The Optuna sampler of a study file, where it is one of Optuna's own."""
     with experimental():
         if config.proposer == "tpe":
-            return optuna.samplers.TPESampler(seed=seed, n_startup_trials=8, multivariate=True, constant_liar=True)
+            return optuna.samplers.TPESampler(
+                seed=seed, n_startup_trials=8, multivariate=True, constant_liar=True
+            )
         if config.proposer == "nsga2":
             return optuna.samplers.NSGAIISampler(seed=seed, population_size=10)
         if config.proposer == "gp":
@@ -31,24 +34,36 @@ def make_proposer(config: SearchConfig, seed: int) -> optuna.samplers.BaseSample
 
 def make_space(config: StudyConfig, bench: Workbench) -> Space:
     """The study's search space for its network."""
-    search, chain = config.search, config.diffusion.num_train_timesteps
+    search = config.search
+    chain = config.diffusion.num_train_timesteps
     samplers = tuple(bench.samplers) if len(bench.samplers) > 1 else ()
-    return Space(bench.backbone.depth, chain, search.num_intervals, search.noise_easy, bench.min_exit_depth, samplers)
+    return Space(
+        bench.backbone.depth,
+        chain,
+        search.num_intervals,
+        search.noise_easy,
+        bench.min_exit_depth,
+        samplers,
+    )
 
 
 def make_problem(space: Space, bench: Workbench, difficulty_map: DifficultyMap) -> Problem:
     """What the quality model needs to know of the study."""
-    own, table = next(iter(bench.samplers.values())), np.asarray(bench.call_cost)
+    own = next(iter(bench.samplers.values()))
+    table = np.asarray(bench.call_cost)
     return Problem(space, bench.samplers, table, len(own) * float(table[-1]), difficulty_map)
 
 
 def warm_starts(config: StudyConfig, bench: Workbench) -> dict[str, Start]:
-    """Points to try first, by origin: the full network, the study's schedules, and the full network under other samplers.
+    """Points to try first, by origin: the full network, the study's schedules, and the full network
+    under other samplers.
 
     Raises:
         ScheduleError: an unknown name, or a schedule outside the space.
     """
-    space, depth, chain = make_space(config, bench), bench.backbone.depth, config.diffusion.num_train_timesteps
+    space = make_space(config, bench)
+    depth = bench.backbone.depth
+    chain = config.diffusion.num_train_timesteps
     full = ExitSchedule.full(depth, chain)
     out: dict[str, Start] = {"full": (full, "")}
     for text in config.search.warm_start:
@@ -58,5 +73,7 @@ def warm_starts(config: StudyConfig, bench: Workbench) -> dict[str, Start]:
         try:
             space.encode(schedule)
         except ScheduleError as error:
-            raise ScheduleError(f"warm start {name!r} does not fit the search space: {error}") from error
+            raise ScheduleError(
+                f"warm start {name!r} does not fit the search space: {error}"
+            ) from error
     return out | {f"full {sampler}": (full, sampler) for sampler in list(bench.samplers)[1:]}

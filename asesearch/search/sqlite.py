@@ -1,4 +1,5 @@
-"""What is particular about a study's storage in a SQLite file: where it lies, and reading it without a trace."""
+"""What is particular about a study's storage in a SQLite file: where it lies, and reading it
+without a trace."""
 
 from __future__ import annotations
 
@@ -108,5 +109,7 @@ def why_unusable(url: URL, reason: str) -> str | None:
         return f"the folder {path.parent} does not exist; make it, or name another"
     for item, what in ((path, "the file"), (path.parent, "the folder")):
         if item.exists() and not os.access(item, os.W_OK):
-            return f"you may not write to {what} {item}; change its permissions, or name another place"
+            return (
+                f"you may not write to {what} {item}; change its permissions, or name another place"
+            )
     return None

@@ -28,11 +28,14 @@ HEARTBEAT_S = 60
 BUSY_WAIT_S = 120.0  # how long to wait for a SQLite file that another process holds
 CONNECT_WAIT_S = 20  # how long to wait for a server
 CREATION_TRIES = 12
-IDENTITY = "asesearch_study"  # user attribute of the Optuna study: the identity of its study directory
+# user attribute of the Optuna study: the identity of its study directory
+IDENTITY = "asesearch_study"
 
 _STUDIES = sa.table("studies", sa.column("study_id"), sa.column("study_name"))
 _TRIALS = sa.table("trials", sa.column("trial_id"), sa.column("study_id"))
-_ATTRIBUTES = sa.table("study_user_attributes", sa.column("study_id"), sa.column("key"), sa.column("value_json"))
+_ATTRIBUTES = sa.table(
+    "study_user_attributes", sa.column("study_id"), sa.column("key"), sa.column("value_json")
+)
 _LIBRARY = sa.table("version_info", sa.column("library_version"))
 _SCHEMA = sa.table("alembic_version", sa.column("version_num"))
 
@@ -43,7 +46,16 @@ _DRIVERS = {
     "mariadb": (("mysqldb", "pymysql"), "pip install pymysql cryptography"),
 }
 _RACES = (SQLAlchemyError, optuna.exceptions.StorageInternalError, AssertionError)
-_RACE_SIGNS = ("already exists", "duplicate", "unique", "concurrently", "locked", "deadlock", "no such table", "does not exist")
+_RACE_SIGNS = (
+    "already exists",
+    "duplicate",
+    "unique",
+    "concurrently",
+    "locked",
+    "deadlock",
+    "no such table",
+    "does not exist",
+)
 _SECRET = re.compile(r"pass(?!file)|pwd|secret|token|^key$|odbc_connect", re.IGNORECASE)
 
 
@@ -61,18 +73,21 @@ def parse_url(text: str) -> URL:
     """
     url = raw_url(text)
     if "@" in (url.host or ""):
-        raise StudyError(f"an @ in the password of a storage URL is written %40; got {_masked(text)!r}; correct it")
+        raise StudyError(
+            f"an @ in the password of a storage URL is written %40; got {_masked(text)!r}; correct "
+            "it"
+        )
     if url.get_backend_name() == "sqlite":
         if url.host:
             raise StudyError(
-                f"a SQLite URL has three slashes before a relative path and four before an absolute "
-                f"one; got {_masked(text)!r}; write sqlite:///PATH"
+                "a SQLite URL has three slashes before a relative path and four before an "
+                f"absolute one; got {_masked(text)!r}; write sqlite:///PATH"
             )
         if is_in_memory(url):
             raise StudyError(
                 f"a study's storage must outlive the process; got {_masked(text)!r}, which is kept "
-                "in memory and lost at the end; name a file (sqlite:///PATH), or leave --storage out "
-                "for one in the study directory"
+                "in memory and lost at the end; name a file (sqlite:///PATH), or leave --storage "
+                "out for one in the study directory"
             )
         url = resolved(url)
     with_driver(url)
@@ -119,11 +134,15 @@ def with_driver(url: URL) -> URL:
             continue
         if dialect.is_async:
             raise StudyError(
-                f"the study's storage {shown(url)} can't be used: {given} is an asynchronous driver; write {backend}://…"
+                f"the study's storage {shown(url)} can't be used: {given} is an asynchronous "
+                f"driver; write {backend}://…"
             )
         return url.set(drivername=choice)
     other = f", or write {backend}://… for the driver that is here" if given != backend else ""
-    raise StudyError(f"the study's storage {shown(url)} can't be used: its driver is not installed ({missing}); {fix}{other}")
+    raise StudyError(
+        f"the study's storage {shown(url)} can't be used: its driver is not installed ({missing}); "
+        f"{fix}{other}"
+    )
 
 
 def without_password(url: URL) -> URL:
@@ -173,10 +192,12 @@ def storage_errors(where: str, url: URL | None = None, fix: str = "") -> Iterato
             reason = reason.replace(secret, "***")
         closer = why_unusable(url, reason) if url is not None else None
         fix = fix or (
-            "check the path or URL, its permissions, and that no other program holds it; the trials "
-            "on record are kept, and the same command resumes"
+            "check the path or URL, its permissions, and that no other program holds it; the "
+            "trials on record are kept, and the same command resumes"
         )
-        raise StudyError(f"the study's storage {where} can't be used: {closer or f'{reason}; {fix}'}") from error
+        raise StudyError(
+            f"the study's storage {where} can't be used: {closer or f'{reason}; {fix}'}"
+        ) from error
 
 
 def _reason(error: BaseException) -> str:
@@ -204,8 +225,8 @@ def of_another(url: URL, name: str) -> StudyError:
     """The storage holds another study of the same name."""
     return StudyError(
         f"the storage {shown(url)} holds another study named {name!r}, begun from another study "
-        "directory; give this one another name in its study file, or, to work on that one, give its "
-        "directory (--out)"
+        "directory; give this one another name in its study file, or, to work on that one, give "
+        "its directory (--out)"
     )
 
 
@@ -266,7 +287,9 @@ def _look(url: URL, connection: sa.Connection, name: str) -> Held:
 
 def _identity(connection: sa.Connection, study_id: int) -> str | None:
     value = connection.execute(
-        sa.select(_ATTRIBUTES.c.value_json).where(_ATTRIBUTES.c.study_id == study_id).where(_ATTRIBUTES.c.key == IDENTITY)
+        sa.select(_ATTRIBUTES.c.value_json)
+        .where(_ATTRIBUTES.c.study_id == study_id)
+        .where(_ATTRIBUTES.c.key == IDENTITY)
     ).scalar()
     return None if value is None else str(value).strip('"')
 
@@ -287,7 +310,9 @@ def _check_schema(url: URL, schema: str, library: str) -> None:
         return
     here = f"this is Optuna {optuna.__version__} with tables of version {head}"
     if schema in known:
-        fix = f"copy the database, then `optuna storage upgrade --storage {shown(with_driver(url))}`"
+        fix = (
+            f"copy the database, then `optuna storage upgrade --storage {shown(with_driver(url))}`"
+        )
     else:
         fix = "`pip install -U optuna` here, or search into another storage"
     raise StudyError(
@@ -311,7 +336,8 @@ def _schemas() -> tuple[str, tuple[str, ...]]:
 
 
 def _engine_kwargs(url: URL, read_only: bool) -> dict[str, object]:
-    path, backend = location(url), url.get_backend_name()
+    path = location(url)
+    backend = url.get_backend_name()
     if path is not None and read_only:
         return {"creator": creator(path, BUSY_WAIT_S), "poolclass": sa.pool.QueuePool}
     if backend == "sqlite":
@@ -340,7 +366,8 @@ def _connect(url: URL, *, read_only: bool, create: bool = False) -> optuna.stora
 
 
 def _create(url: URL) -> optuna.storages.RDBStorage:
-    """The database with Optuna's tables, made where they are missing, by any number of processes at once."""
+    """The database with Optuna's tables, made where they are missing, by any number of processes at
+    once."""
     for attempt in range(CREATION_TRIES):
         ready = look(url, "", read_only=False).ready
         try:
@@ -359,7 +386,8 @@ def _is_race(error: BaseException) -> bool:
 
 
 def _claim(storage: optuna.storages.RDBStorage, name: str, identity: str) -> str:
-    """The identity that the Optuna study carries, which is ours if it had none; decided by the database."""
+    """The identity that the Optuna study carries, which is ours if it had none; decided by the
+    database."""
     study_id = storage.get_study_id_from_name(name)
     with storage.engine.connect() as connection:
         if (carried := _identity(connection, study_id)) is not None:

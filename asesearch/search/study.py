@@ -1,7 +1,8 @@
 """A study directory and its Optuna storage: what is on record, and searching on.
 
-All state is in the two, written as it comes: a process that is killed at any moment loses at most the trial in flight, and the
-same command resumes; the fine-tuning of a repeated proposal goes on from its checkpoint.
+All state is in the two, written as it comes: a process that is killed at any moment loses at most
+the trial in flight, and the same command resumes; the fine-tuning of a repeated proposal goes on
+from its checkpoint.
 
 Any number of processes may work on one study: give them the same study file, directory and storage.
 """
@@ -22,7 +23,13 @@ from asesearch.search.budget import spent_s
 from asesearch.search.confirmed import confirmations_on_record
 from asesearch.search.difficulty import DifficultyMap
 from asesearch.search.directory import read_images, read_json, read_state
-from asesearch.search.identity import Opened, is_on_record, open_to_report, open_to_search, start_over
+from asesearch.search.identity import (
+    Opened,
+    is_on_record,
+    open_to_report,
+    open_to_search,
+    start_over,
+)
 from asesearch.search.records import RECORD, StudyResults, TrialRecord
 from asesearch.search.runner import Runner
 from asesearch.search.storage import storage_errors
@@ -40,7 +47,8 @@ class Study:
         run_dir: the study directory; made if missing.
 
     Raises:
-        StudyError: the directory holds a study that is not comparable, or directory or storage can't be used.
+        StudyError: the directory holds a study that is not comparable, or directory or storage
+            can't be used.
     """
 
     def __init__(self, config: StudyConfig, run_dir: Path) -> None:
@@ -70,10 +78,15 @@ class Study:
     # -- what is on record -----------------------------------------------------------------------
 
     def records(self) -> list[TrialRecord]:
-        """Points that were tried, by number: the last record of each, so a stopped one that was promoted later counts once."""
+        """Points that were tried, by number: the last record of each, so a stopped one that was
+        promoted later counts once."""
         with storage_errors(self._shown):
             trials = self.optuna.get_trials(deepcopy=False)
-        found = [TrialRecord.from_dict(json.loads(t.user_attrs[RECORD])) for t in trials if RECORD in t.user_attrs]
+        found = [
+            TrialRecord.from_dict(json.loads(t.user_attrs[RECORD]))
+            for t in trials
+            if RECORD in t.user_attrs
+        ]
         last = {(r.schedule.merged(), r.sampler): r for r in found}
         return [r for r in found if last[r.schedule.merged(), r.sampler] is r]
 
@@ -103,7 +116,11 @@ class Study:
         samples = {}
         for record in records:
             file = self.trial_dir(record.schedule) / directory.samples_file(record.sampler)
-            images = read_images(file, "the trial is shown without") if record.state == "complete" else None
+            images = (
+                read_images(file, "the trial is shown without")
+                if record.state == "complete"
+                else None
+            )
             if images is not None:
                 samples[record.number] = images
         latency = read_state(
@@ -117,10 +134,14 @@ class Study:
             tuple(records),
             tuple(confirmations_on_record(run_dir)),
             latency or (),
-            read_state(run_dir / directory.ENVIRONMENT, dict, "that of this machine is shown instead") or environment(),
+            read_state(
+                run_dir / directory.ENVIRONMENT, dict, "that of this machine is shown instead"
+            )
+            or environment(),
             samples,
             read_state(run_dir / directory.MAP, DifficultyMap.from_dict, "the report goes without"),
-            read_state(run_dir / directory.WARM_UP, dict, "what the warm-up took counts as nothing") or {},
+            read_state(run_dir / directory.WARM_UP, dict, "what the warm-up took counts as nothing")
+            or {},
         )
 
     # -- searching -------------------------------------------------------------------------------
@@ -136,8 +157,9 @@ class Study:
         progress: Callable[[TrialRecord], None] | None = None,
         on_warm_up: Callable[[int, float], None] | None = None,
     ) -> None:
-        """Search until `num_trials` points have ended (failed and stopped ones count; repeats and killed ones do not), or, with
-        a `budget`, until its time is spent or nothing new is found. The warm-up comes first, where the study has one.
+        """Search until `num_trials` points have ended (failed and stopped ones count; repeats and
+        killed ones do not), or, with a `budget`, until its time is spent or nothing new is found.
+        The warm-up comes first, where the study has one.
 
         Args:
             bench: fine-tunes, samples and evaluates a schedule.
@@ -145,8 +167,9 @@ class Study:
             on_warm_up: called as (steps done, loss) in the elastic warm-up.
 
         Raises:
-            StudyError: the storage can't be used, file locks do not work in the directory, the latency table is another
-                device's, the full network's trial or every trial failed, or the space holds no further schedule.
+            StudyError: the storage can't be used, file locks do not work in the directory, the
+                latency table is another device's, the full network's trial or every trial failed,
+                or the space holds no further schedule.
         """
         self._check_inputs(bench)
         write_json(self.run_dir / directory.ENVIRONMENT, environment())
@@ -164,13 +187,21 @@ class Study:
         path = self.run_dir / directory.INPUTS
         stored = bench.identity
         if path.exists():
-            fix = "it tells whether network and data are still those of the trials on record; if they are, remove it"
+            fix = (
+                "it tells whether network and data are still those of the trials on record; if "
+                "they are, remove it"
+            )
             stored = read_json(path, fix)
-        differ = [k for k in bench.identity if not isinstance(stored, dict) or stored.get(k) != bench.identity[k]]
+        differ = [
+            k
+            for k in bench.identity
+            if not isinstance(stored, dict) or stored.get(k) != bench.identity[k]
+        ]
         if differ and is_on_record(self.optuna, self.run_dir):
             raise StudyError(
-                f"the study in {self.run_dir} was begun with other {', '.join(differ)} (their content differs), so its trials "
-                "could not be compared with new ones; restore them, or search in another directory"
+                f"the study in {self.run_dir} was begun with other {', '.join(differ)} (their "
+                "content differs), so its trials could not be compared with new ones; restore "
+                "them, or search in another directory"
             )
         if differ:
             start_over(self.run_dir, f"with other {', '.join(differ)}")

@@ -1,6 +1,8 @@
-"""What a study makes once and all its workers share: the elastic weights that serve every schedule, and the difficulty map.
+"""What a study makes once and all its workers share: the elastic weights that serve every schedule,
+and the difficulty map.
 
-One worker makes it, the others wait for it (a lock that a dying process gives back); killed, it goes on from its checkpoint.
+One worker makes it, the others wait for it (a lock that a dying process gives back); killed, it
+goes on from its checkpoint.
 """
 
 from __future__ import annotations
@@ -32,7 +34,8 @@ class WarmUp:
     """What the warm-up gave.
 
     Attributes:
-        start: weights that every trial's fine-tuning starts from: the elastic ones, or the pretrained.
+        start: weights that every trial's fine-tuning starts from: the elastic ones, or the
+            pretrained.
         difficulty_map: of `start` against the pretrained network; None where nothing needs it.
         seconds, gflops: spent on "elastic" and "map".
         losses: of the elastic warm-up.
@@ -50,8 +53,11 @@ def needs_map(bench: Workbench) -> bool:
     return bench.config.search.proposer == "difficulty" or bench.config.promotion is not None
 
 
-def warm_up(bench: Workbench, run_dir: Path, on_step: Callable[[int, float], None] | None = None) -> WarmUp:
-    """Make or load the study's elastic weights and difficulty map, and let the bench start its trials from them.
+def warm_up(
+    bench: Workbench, run_dir: Path, on_step: Callable[[int, float], None] | None = None
+) -> WarmUp:
+    """Make or load the study's elastic weights and difficulty map, and let the bench start its
+    trials from them.
 
     Raises:
         TrainingDiverged: the warm-up; nothing can be searched then.
@@ -73,7 +79,9 @@ def warm_up(bench: Workbench, run_dir: Path, on_step: Callable[[int, float], Non
 
 def _read_cost(made: WarmUp, path: Path) -> None:
     def take(stored: dict[str, Any]) -> bool:
-        made.seconds, made.gflops, made.losses = dict(stored["seconds"]), dict(stored["gflops"]), list(stored["losses"])
+        made.seconds = dict(stored["seconds"])
+        made.gflops = dict(stored["gflops"])
+        made.losses = list(stored["losses"])
         return True
 
     read_state(path, take, "what the warm-up took counts as nothing")
@@ -81,20 +89,28 @@ def _read_cost(made: WarmUp, path: Path) -> None:
 
 def elastic_depths(bench: Workbench) -> ElasticDepths:
     """The law of the study's elastic warm-up."""
-    config, low = bench.config.elastic, bench.min_exit_depth
+    config = bench.config.elastic
+    low = bench.min_exit_depth
     assert config is not None
     chain = bench.full.num_train_timesteps
     return ElasticDepths(bench.backbone.depth, chain, low, config.depth_law, config.full_frac)
 
 
-def _elastic(bench: Workbench, run_dir: Path, made: WarmUp, on_step: Callable[[int, float], None] | None) -> Backbone:
-    path, config = run_dir / directory.ELASTIC_WEIGHTS, bench.config.elastic
+def _elastic(
+    bench: Workbench, run_dir: Path, made: WarmUp, on_step: Callable[[int, float], None] | None
+) -> Backbone:
+    path = run_dir / directory.ELASTIC_WEIGHTS
+    config = bench.config.elastic
     assert config is not None
     if not directory.is_whole(path, "the elastic warm-up is done again"):
-        law, folder = elastic_depths(bench), run_dir / directory.ELASTIC
+        law = elastic_depths(bench)
+        folder = run_dir / directory.ELASTIC
         teacher = bench.backbone if config.distill_frac > 0 else None
-        tuned = finetune(bench.backbone, bench.data, bench.diffusion, law, config, folder, teacher, on_step)
-        made.seconds["elastic"], made.losses = tuned.seconds, shortened(tuned.losses)
+        tuned = finetune(
+            bench.backbone, bench.data, bench.diffusion, law, config, folder, teacher, on_step
+        )
+        made.seconds["elastic"] = tuned.seconds
+        made.losses = shortened(tuned.losses)
         made.gflops["elastic"] = bench.training_gflops(law, config)
         write_json(run_dir / directory.WARM_UP, _cost_of(made))
         save_backbone(tuned.backbone, path, {"elastic_depths": json.dumps(law.to_dict())})
@@ -104,12 +120,17 @@ def _elastic(bench: Workbench, run_dir: Path, made: WarmUp, on_step: Callable[[i
 
 
 def _map(bench: Workbench, run_dir: Path, made: WarmUp) -> DifficultyMap:
-    path, config = run_dir / directory.MAP, bench.config.map
-    if (stored := read_state(path, DifficultyMap.from_dict, "the map is measured again")) is not None:
+    path = run_dir / directory.MAP
+    config = bench.config.map
+    if (
+        stored := read_state(path, DifficultyMap.from_dict, "the map is measured again")
+    ) is not None:
         return stored
     data = bench.data if config.data is None else open_data(config.data)
     start = time.perf_counter()
-    found = measure_map(made.start, data, bench.diffusion, config, bench.backbone, bench.config.sampling.batch_size)
+    found = measure_map(
+        made.start, data, bench.diffusion, config, bench.backbone, bench.config.sampling.batch_size
+    )
     made.seconds["map"] = time.perf_counter() - start
     calls = 3 * bench.flops[-1]  # all exits in one call and a little, and the reference's
     made.gflops["map"] = config.num_bins * found.num_images * calls / 1e9

@@ -1,6 +1,8 @@
-"""Turns one schedule into one figure: fine-tune briefly, sample with the study's seeds, evaluate, cost.
+"""Turns one schedule into one figure: fine-tune briefly, sample with the study's seeds, evaluate,
+cost.
 
-Everything that all schedules share (network, data, reference, latency table) is made once and checked first.
+Everything that all schedules share (network, data, reference, latency table) is made once and
+checked first.
 """
 
 from __future__ import annotations
@@ -23,7 +25,13 @@ from torch import Tensor
 
 from asesearch.backbones.base import Backbone, Conditioning, check_schedule
 from asesearch.backbones.checkpoints import inspect_checkpoint, load_backbone, save_backbone
-from asesearch.config import BackboneConfig, EvaluationConfig, SamplingConfig, StudyConfig, TrainConfig
+from asesearch.config import (
+    BackboneConfig,
+    EvaluationConfig,
+    SamplingConfig,
+    StudyConfig,
+    TrainConfig,
+)
 from asesearch.data import DataSource, open_data, save_images
 from asesearch.diffusion import make_diffusion
 from asesearch.errors import ConfigError, EvaluationError
@@ -49,7 +57,14 @@ from asesearch.evaluation.fidelity import (
 )
 from asesearch.evaluation.results import EvaluationResult, Protocol
 from asesearch.files import replacing
-from asesearch.finetuning import CHECKPOINT, Depths, TrainResult, check_fit, finetune, weights_fingerprint
+from asesearch.finetuning import (
+    CHECKPOINT,
+    Depths,
+    TrainResult,
+    check_fit,
+    finetune,
+    weights_fingerprint,
+)
 from asesearch.latents import LatentDecoder, LatentShards
 from asesearch.sampling import SampleResult, arithmetic, check_sampling, sample
 from asesearch.schedule import ElasticDepths, ExitSchedule
@@ -59,7 +74,8 @@ from asesearch.search.records import shortened
 
 SHOWN_IMAGES = 40  # images kept of each trial for the report
 NUM_PROMPTS = 4  # kept beside a trial's weights, for its bundle
-TOOK = "fine_tuning"  # in the metadata of the weights: seconds and losses of the fine-tuning that made them
+# in the metadata of the weights: seconds and losses of the fine-tuning that made them
+TOOK = "fine_tuning"
 LATENCY_REPEATS = 15
 FRESH_SEEDS = 1_000_000_000  # confirmation seeds begin here, out of reach of the search's
 TRIED_STEPS = 3  # solver steps of the one image that goes through everything first
@@ -78,9 +94,12 @@ class Outcome:
     gflops: dict[str, float]
 
 
-def conditioning_for(backbone: Backbone, data: DataSource, seeds: Sequence[int]) -> Conditioning | None:
-    """What images are made of: class = seed modulo the number of classes, so that every class occurs equally often; for a
-    network that takes prompts, that of the data's image seed modulo their number; None for an unconditional network.
+def conditioning_for(
+    backbone: Backbone, data: DataSource, seeds: Sequence[int]
+) -> Conditioning | None:
+    """What images are made of: class = seed modulo the number of classes, so that every class
+    occurs equally often; for a network that takes prompts, that of the data's image seed modulo
+    their number; None for an unconditional network.
     """
     if backbone.num_classes:
         return torch.tensor([s % backbone.num_classes for s in seeds])
@@ -96,25 +115,32 @@ def default_device() -> torch.device:
 
 
 def open_reference(config: StudyConfig, data: DataSource, extractor: Extractor) -> ReferenceStats:
-    """Statistics of the study's reference data, from the package where it ships them, so the data need not be here.
+    """Statistics of the study's reference data, from the package where it ships them, so the data
+    need not be here.
 
     Raises:
         DataError: the reference data are needed and not here.
     """
     wanted = config.evaluation.reference
-    if wanted is not None and wanted.path is None and (name := f"{wanted.kind}/{wanted.split}") in SHIPPED:
+    if (
+        wanted is not None
+        and wanted.path is None
+        and (name := f"{wanted.kind}/{wanted.split}") in SHIPPED
+    ):
         try:
             return reference_statistics(name, extractor)
         except EvaluationError:
             pass  # none for this extractor: made from the data
     if wanted is None and config.data.flip:
-        wanted = config.data.model_copy(update={"flip": False})  # the reference is the data as they are
+        # the reference is the data as they are
+        wanted = config.data.model_copy(update={"flip": False})
     source = data if wanted is None else open_data(wanted)
-    if config.evaluation.metric == "frechet" and len(source) <= extractor.dim:  # known before features of all are made
+    # known before features of all are made
+    if config.evaluation.metric == "frechet" and len(source) <= extractor.dim:
         raise EvaluationError(
-            f"the reference must have more images than the {extractor.dim} features of {extractor.name} for the Fréchet "
-            f"distance (their covariance is singular otherwise); got {len(source)} in {source.name}; give more, or use "
-            "evaluation.metric = 'kid'"
+            f"the reference must have more images than the {extractor.dim} features of "
+            f"{extractor.name} for the Fréchet distance (their covariance is singular otherwise); "
+            f"got {len(source)} in {source.name}; give more, or use evaluation.metric = 'kid'"
         )
     return reference_statistics(source, extractor)
 
@@ -123,20 +149,27 @@ def check_evaluation(config: StudyConfig) -> None:
     """Refuse a study whose samples can't be compared with its reference.
 
     Raises:
-        ConfigError: latents as the reference, or a study of latents without VAE or images to compare with.
+        ConfigError: latents as the reference, or a study of latents without VAE or images to
+            compare with.
     """
     reference = config.evaluation.reference
     kind = None if reference is None else reference.kind
     if kind == "latents" or (config.data.kind == "latents" and kind != "image-folder"):
         raise ConfigError(
-            "samples are compared as images, decoded where the network makes latents; got a reference of kind "
-            f"{kind or config.data.kind!r}; set evaluation.reference to the image folder: kind 'image-folder', path, image_size"
+            "samples are compared as images, decoded where the network makes latents; got a "
+            f"reference of kind {kind or config.data.kind!r}; set evaluation.reference to the "
+            "image folder: kind 'image-folder', path, image_size"
         )
     if config.data.kind == "latents" and config.data.vae is None:
-        raise ConfigError("generated latents are decoded for evaluation; got no data.vae; give the folder of the AutoencoderKL")
+        raise ConfigError(
+            "generated latents are decoded for evaluation; got no data.vae; give the folder of the "
+            "AutoencoderKL"
+        )
 
 
-def open_decoder(config: StudyConfig, backbone: Backbone, data: DataSource, device: torch.device) -> LatentDecoder | None:
+def open_decoder(
+    config: StudyConfig, backbone: Backbone, data: DataSource, device: torch.device
+) -> LatentDecoder | None:
     """What turns a study's samples into images; None where they are images.
 
     Raises:
@@ -150,11 +183,13 @@ def open_decoder(config: StudyConfig, backbone: Backbone, data: DataSource, devi
     assert config.data.vae is not None and reference is not None  # see `check_evaluation`
     decoder = LatentDecoder(config.data.vae, device)
     decoder.check_scaling(data.shift, data.scale)
-    decoded, wanted = (decoder.channels, decoder.factor * backbone.input_size), (reference.channels, reference.image_size)
+    decoded = (decoder.channels, decoder.factor * backbone.input_size)
+    wanted = (reference.channels, reference.image_size)
     if decoded != wanted:
         raise ConfigError(
-            f"the reference must have the decoded images' channels and size, {decoded[0]} and {decoded[1]}; got {wanted[0]} "
-            f"and {wanted[1]}; change channels and image_size in evaluation.reference"
+            f"the reference must have the decoded images' channels and size, {decoded[0]} and "
+            f"{decoded[1]}; got {wanted[0]} and {wanted[1]}; change channels and image_size in "
+            "evaluation.reference"
         )
     return decoder
 
@@ -164,46 +199,63 @@ class Workbench:
 
     Args:
         config: the study file.
-        run_dir: the study directory; the latency table is kept there, so that all trials share one. None keeps nothing.
+        run_dir: the study directory; the latency table is kept there, so that all trials share one.
+            None keeps nothing.
 
     Raises:
-        ConfigError, DataError, ScheduleError, CheckpointError, EvaluationError: parts that are missing, unreadable or do
-            not fit each other, before anything expensive.
+        ConfigError, DataError, ScheduleError, CheckpointError, EvaluationError: parts that are
+            missing, unreadable or do not fit each other, before anything expensive.
     """
 
     def __init__(self, config: StudyConfig, run_dir: Path | None = None) -> None:
         if config.backbone.checkpoint is None:
-            raise ConfigError("a search needs pretrained weights; got no backbone.checkpoint; give a path or `shipped:NAME`")
+            raise ConfigError(
+                "a search needs pretrained weights; got no backbone.checkpoint; give a path or "
+                "`shipped:NAME`"
+            )
         check_evaluation(config)
-        self.config, self.run_dir, self.device = config, run_dir, default_device()
+        self.config = config
+        self.run_dir = run_dir
+        self.device = default_device()
         self.data = open_data(config.data)
         null = getattr(self.data, "null_condition", None)
         self.backbone = load_backbone(config.backbone, null_condition=null).to(self.device).eval()
         self.diffusion = make_diffusion(config.diffusion)
         self.full = ExitSchedule.full(self.backbone.depth, config.diffusion.num_train_timesteps)
         check_fit(self.backbone, self.data, self.diffusion, self.full)
-        evaluation, how = config.evaluation, config.sampling
+        evaluation = config.evaluation
+        how = config.sampling
         check_sampling(self.backbone, how.solver, self.diffusion, how.num_steps, how.cfg_scale)
         self.decoder = open_decoder(config, self.backbone, self.data, self.device)
-        self.extractor = make_extractor(evaluation.extractor, evaluation.extractor_weights, self.device)
+        self.extractor = make_extractor(
+            evaluation.extractor, evaluation.extractor_weights, self.device
+        )
         check_sample_counts(config, self.extractor.dim)
         self.batch_size = min(config.sampling.batch_size, evaluation.num_samples)
-        self.min_exit_depth = max(1, self.backbone.min_exit_depth, config.search.min_exit_depth or 1)
-        self.start = self.backbone  # what trials are fine-tuned from; `warm_up` puts the elastic weights here
+        self.min_exit_depth = max(
+            1, self.backbone.min_exit_depth, config.search.min_exit_depth or 1
+        )
+        # what trials are fine-tuned from; `warm_up` puts the elastic weights here
+        self.start = self.backbone
         self.samplers = self._samplers()
         self._try_parts()
-        self.reference = open_reference(config, self.data, self.extractor)  # may take long: after all that may be refused
+        # may take long: after all that may be refused
+        self.reference = open_reference(config, self.data, self.extractor)
         self.protocol = self._protocol(evaluation)
         check_fresh_seeds(self.protocols)
-        self.on_step: Callable[[int, float], None] | None = None  # sees (steps done, loss) of each fine-tuning
+        # sees (steps done, loss) of each fine-tuning
+        self.on_step: Callable[[int, float], None] | None = None
         self._latency: LatencyTable | None = None
 
     def _samplers(self) -> dict[str, tuple[float, ...]]:
         """Timesteps at which each way of sampling calls the network, the study's own first."""
-        net, found = self.backbone, {}
+        net = self.backbone
+        found = {}
         for name in (sampler_name(self.config.sampling), *self.config.search.samplers):
             how = sampling_as(self.config.sampling, name)
-            _, found[name] = check_sampling(net, how.solver, self.diffusion, how.num_steps, how.cfg_scale)
+            _, found[name] = check_sampling(
+                net, how.solver, self.diffusion, how.num_steps, how.cfg_scale
+            )
         return found
 
     def _try_parts(self) -> None:
@@ -214,18 +266,22 @@ class Workbench:
         """
         for name in self.samplers:
             how = sampling_as(self.config.sampling, name)
-            made = self.sample(self.backbone, self.full, [0], name, min(how.num_steps, TRIED_STEPS)).images
+            made = self.sample(
+                self.backbone, self.full, [0], name, min(how.num_steps, TRIED_STEPS)
+            ).images
             if not bool(torch.isfinite(made).all()):
                 raise EvaluationError(
-                    f"the pretrained network gives images that are not finite under {name} with cfg_scale "
-                    f"{how.cfg_scale:g} and precision {how.precision!r}; check that the checkpoint fits [backbone] and "
-                    "[diffusion], or sample with precision = 'float32'"
+                    f"the pretrained network gives images that are not finite under {name} with "
+                    f"cfg_scale {how.cfg_scale:g} and precision {how.precision!r}; check that the "
+                    "checkpoint fits [backbone] and [diffusion], or sample with precision = "
+                    "'float32'"
                 )
             self.extractor(to_uint8(made if self.decoder is None else self.decoder.decode(made)))
 
     @property
     def protocols(self) -> dict[str, Protocol]:
-        """Every protocol of the study: "low-fidelity" (where it has promotion), "search" and "confirmation"."""
+        """Every protocol of the study: "low-fidelity" (where it has promotion), "search" and
+        "confirmation"."""
         low = {} if self.config.promotion is None else {"low-fidelity": self.cheap_protocol}
         return {**low, "search": self.protocol, "confirmation": self.confirmation_protocol()}
 
@@ -245,7 +301,8 @@ class Workbench:
 
     @property
     def latency(self) -> LatencyTable:
-        """Time of one network call at each exit depth; measured on first use, once a study and device.
+        """Time of one network call at each exit depth; measured on first use, once a study and
+        device.
 
         Raises:
             StudyError: the study is of time, and its table of another device, batch or precision.
@@ -265,7 +322,9 @@ class Workbench:
         elif self._latency is None:
             assert self.run_dir is not None
             now = Conditions(device_name(self.device), size, how.precision, guided)
-            self._latency = shared_table(self.run_dir, now, measure, one_only=self.config.search.cost == "time")
+            self._latency = shared_table(
+                self.run_dir, now, measure, one_only=self.config.search.cost == "time"
+            )
         return self._latency
 
     @cached_property
@@ -274,11 +333,16 @@ class Workbench:
         return flops_table(self.backbone, conditioning_for(self.backbone, self.data, range(1)))
 
     def cost_fracs(self, schedule: ExitSchedule, sampler: str = "") -> tuple[float, float, float]:
-        """Predicted time, FLOPs and block calls of a whole sampling over the full network's under the study's own sampler."""
+        """Predicted time, FLOPs and block calls of a whole sampling over the full network's under
+        the study's own sampler."""
         own = next(iter(self.samplers.values()))
         steps = self.samplers[sampler] if sampler else own
         share = len(steps) / len(own)
-        fracs = self.latency.time_frac(schedule, steps), flops_frac(schedule, steps, self.flops), schedule.block_frac(steps)
+        fracs = (
+            self.latency.time_frac(schedule, steps),
+            flops_frac(schedule, steps, self.flops),
+            schedule.block_frac(steps),
+        )
         return fracs[0] * share, fracs[1] * share, fracs[2] * share
 
     @property
@@ -294,7 +358,8 @@ class Workbench:
         return float(passes * sum(calls)) * protocol.num_samples * len(protocol.seeds) / 1e9
 
     def training_gflops(self, depths: Depths, config: TrainConfig) -> float:
-        """Arithmetic of a training run, in expectation: a step counts three calls a sample, and one of a teacher."""
+        """Arithmetic of a training run, in expectation: a step counts three calls a sample, and one
+        of a teacher."""
         chain = depths.num_train_timesteps
         t = np.arange(chain)
         if isinstance(depths, ElasticDepths):
@@ -309,7 +374,12 @@ class Workbench:
     # -- one schedule ----------------------------------------------------------------------------
 
     def sample(
-        self, backbone: Backbone, schedule: ExitSchedule, seeds: Sequence[int], sampler: str = "", num_steps: int | None = None
+        self,
+        backbone: Backbone,
+        schedule: ExitSchedule,
+        seeds: Sequence[int],
+        sampler: str = "",
+        num_steps: int | None = None,
     ) -> SampleResult:
         """Images (or latents) of a sampler for these seeds, made of what `conditioning_for` gives.
 
@@ -338,18 +408,24 @@ class Workbench:
         sampler: str = "",
         shown: list[Tensor] | None = None,
     ) -> tuple[EvaluationResult, dict[str, float]]:
-        """Figure under a protocol, and seconds of it by part: "sample", "decode" (of latents), "evaluate".
+        """Figure under a protocol, and seconds of it by part: "sample", "decode" (of latents),
+        "evaluate".
 
-        `shown`, if given, receives the first images made, (N, C, H, W) uint8, in parts of at least SHOWN_IMAGES together.
+        `shown`, if given, receives the first images made, (N, C, H, W) uint8, in parts of at least
+        SHOWN_IMAGES together.
         """
-        seconds, begun = {"sample": 0.0}, time.perf_counter()
+        seconds = {"sample": 0.0}
+        begun = time.perf_counter()
 
         def make_images(seeds: Sequence[int]) -> Tensor:
             result = self.sample(backbone, schedule, seeds, sampler)
             seconds["sample"] += result.seconds
             images = result.images
             if not bool(torch.isfinite(images).all()):
-                raise EvaluationError(f"the network gave images that are not finite under {schedule}; fine-tune it longer")
+                raise EvaluationError(
+                    f"the network gave images that are not finite under {schedule}; fine-tune it "
+                    "longer"
+                )
             if self.decoder is not None:
                 start = time.perf_counter()
                 images = self.decoder.decode(images)
@@ -359,7 +435,8 @@ class Workbench:
                 shown.append(pixels[:SHOWN_IMAGES])
             return pixels
 
-        chunk = self.batch_size if self.decoder is not None else 1000  # decoded images and prompts take much memory
+        # decoded images and prompts take much memory
+        chunk = self.batch_size if self.decoder is not None else 1000
         quality = evaluate(make_images, protocol, self.extractor, self.reference, chunk)
         seconds["evaluate"] = time.perf_counter() - begun - sum(seconds.values())
         return quality, seconds
@@ -367,11 +444,13 @@ class Workbench:
     def tuning(self, schedule: ExitSchedule) -> tuple[Backbone, TrainConfig]:
         """What a schedule's brief fine-tuning starts from, and its settings.
 
-        The full network, which all others are compared with, is tuned for as long as they were in all: from its pretrained
-        weights, for the steps of the elastic warm-up and of the brief fine-tuning together. It learns noise targets: from a
-        teacher that it equals it would learn nothing.
+        The full network, which all others are compared with, is tuned for as long as they were in
+        all: from its pretrained weights, for the steps of the elastic warm-up and of the brief
+        fine-tuning together. It learns noise targets: from a teacher that it equals it would learn
+        nothing.
         """
-        config, elastic = self.config.train, self.config.elastic
+        config = self.config.train
+        elastic = self.config.elastic
         if not schedule.is_full:
             return self.start, config
         steps = config.num_steps + (0 if elastic is None else elastic.num_steps)
@@ -380,20 +459,27 @@ class Workbench:
     def tuned(self, schedule: ExitSchedule, folder: Path) -> TrainResult:
         """The schedule's fine-tuned network, and what it took.
 
-        From its file where another sampler's trial left it, or one that was killed before it was on record: the file keeps
-        what the fine-tuning took.
+        From its file where another sampler's trial left it, or one that was killed before it was on
+        record: the file keeps what the fine-tuning took.
         """
         path = folder / directory.WEIGHTS
         if directory.is_whole(path, "the schedule is fine-tuned again"):
             own = BackboneConfig(kind=self.config.backbone.kind, checkpoint=str(path))
             net = load_backbone(own).to(self.device).eval()
-            took = json.loads(inspect_checkpoint(path).metadata.get(TOOK, "null")) or {"seconds": 0.0, "losses": []}
+            took = json.loads(inspect_checkpoint(path).metadata.get(TOOK, "null")) or {
+                "seconds": 0.0,
+                "losses": [],
+            }
             return TrainResult(net, took["losses"], None, took["seconds"])
         start, config = self.tuning(schedule)
         teacher = self.backbone if config.distill_frac > 0 else None
-        tuned = finetune(start, self.data, self.diffusion, schedule, config, folder, teacher, self.on_step)
+        tuned = finetune(
+            start, self.data, self.diffusion, schedule, config, folder, teacher, self.on_step
+        )
         took = {"seconds": tuned.seconds, "losses": shortened(tuned.losses)}
-        save_backbone(tuned.backbone, path, {"exit_schedule": schedule.to_json(), TOOK: json.dumps(took)})
+        save_backbone(
+            tuned.backbone, path, {"exit_schedule": schedule.to_json(), TOOK: json.dumps(took)}
+        )
         (folder / CHECKPOINT).unlink(missing_ok=True)
         return tuned
 
@@ -408,18 +494,27 @@ class Workbench:
         tuned = self.tuned(schedule, folder)
         shown: list[Tensor] = []
         quality, seconds = self.evaluate(tuned.backbone, schedule, self.protocol, sampler, shown)
-        save_images(torch.cat(shown)[:SHOWN_IMAGES].numpy(), folder / directory.samples_file(sampler))
-        if isinstance(prompts := conditioning_for(tuned.backbone, self.data, range(NUM_PROMPTS)), dict):
+        save_images(
+            torch.cat(shown)[:SHOWN_IMAGES].numpy(), folder / directory.samples_file(sampler)
+        )
+        if isinstance(
+            prompts := conditioning_for(tuned.backbone, self.data, range(NUM_PROMPTS)), dict
+        ):
             with replacing(folder / directory.PROMPTS) as part:
                 save_file(prompts, part)
         gflops = {"sample": self.sampling_gflops(schedule, sampler, self.protocol)}
         if tuned.seconds:
             gflops["finetune"] = self.training_gflops(schedule, self.tuning(schedule)[1])
         costs = self.cost_fracs(schedule, sampler)
-        return Outcome(quality, *costs, tuned.losses, {"finetune": tuned.seconds, **seconds}, gflops)
+        return Outcome(
+            quality, *costs, tuned.losses, {"finetune": tuned.seconds, **seconds}, gflops
+        )
 
-    def try_cheaply(self, schedule: ExitSchedule, sampler: str = "") -> tuple[EvaluationResult, float, float]:
-        """The cheap rung: figure of the schedule under the elastic weights as they are, seconds and GFLOPs it took.
+    def try_cheaply(
+        self, schedule: ExitSchedule, sampler: str = ""
+    ) -> tuple[EvaluationResult, float, float]:
+        """The cheap rung: figure of the schedule under the elastic weights as they are, seconds and
+        GFLOPs it took.
 
         Raises:
             EvaluationError: images that are not finite.
@@ -430,17 +525,24 @@ class Workbench:
 
     @cached_property
     def cheap_protocol(self) -> Protocol:
-        """The low-fidelity protocol: the search's with fewer images, and a metric that exists for so few."""
+        """The low-fidelity protocol: the search's with fewer images, and a metric that exists for
+        so few."""
         cheap = self.config.promotion
         assert cheap is not None
         changes = {"num_samples": cheap.num_samples, "repeats": cheap.repeats}
         evaluation = self.config.evaluation.model_copy(update=changes)
-        return self._protocol(evaluation, low_fidelity_metric(cheap, evaluation, self.extractor.dim))
+        return self._protocol(
+            evaluation, low_fidelity_metric(cheap, evaluation, self.extractor.dim)
+        )
 
     def _protocol(self, evaluation: EvaluationConfig, metric: str | None = None) -> Protocol:
-        """An evaluation's protocol; where ways of sampling compete, they are no part of it but of what is measured."""
-        how, parts = self.config.sampling, (self.extractor, self.reference)
-        built = build_protocol(evaluation, how, *parts, metric=metric, guided_channels=self._guided_channels)
+        """An evaluation's protocol; where ways of sampling compete, they are no part of it but of
+        what is measured."""
+        how = self.config.sampling
+        parts = (self.extractor, self.reference)
+        built = build_protocol(
+            evaluation, how, *parts, metric=metric, guided_channels=self._guided_channels
+        )
         return replace(built, solver=None, num_steps=None) if len(self.samplers) > 1 else built
 
     @cached_property
@@ -451,8 +553,16 @@ class Workbench:
         """
         path = None if self.run_dir is None else self.run_dir / directory.INPUTS
         lost = "its protocol is taken to be of this release"
-        known = None if path is None else directory.read_state(path, lambda data: dict(data["protocol"]), lost)
-        if known is not None and known.get("cfg_scale") == self.config.sampling.cfg_scale and "guided_channels" not in known:
+        known = (
+            None
+            if path is None
+            else directory.read_state(path, lambda data: dict(data["protocol"]), lost)
+        )
+        if (
+            known is not None
+            and known.get("cfg_scale") == self.config.sampling.cfg_scale
+            and "guided_channels" not in known
+        ):
             return None
         return self.backbone.guided_channels
 
@@ -462,12 +572,19 @@ class Workbench:
         """The confirmation's protocol: fresh seeds, its own number of images and repeats."""
         confirm = self.config.confirm
         changed = self.config.evaluation.model_copy(
-            update={"num_samples": confirm.num_samples, "repeats": confirm.repeats, "seed": FRESH_SEEDS}
+            update={
+                "num_samples": confirm.num_samples,
+                "repeats": confirm.repeats,
+                "seed": FRESH_SEEDS,
+            }
         )
         return self._protocol(changed)
 
-    def measured_time(self, net: Backbone, schedule: ExitSchedule, full_net: Backbone, sampler: str = "") -> TimeRatio:
-        """Whole-sampling time under schedule and sampler over the full network's under the study's own, interleaved."""
+    def measured_time(
+        self, net: Backbone, schedule: ExitSchedule, full_net: Backbone, sampler: str = ""
+    ) -> TimeRatio:
+        """Whole-sampling time under schedule and sampler over the full network's under the study's
+        own, interleaved."""
         confirm = self.config.confirm
         seeds = range(confirm.time_images)
         return compare_sampling_time(
@@ -489,8 +606,9 @@ def check_fresh_seeds(protocols: dict[str, Protocol]) -> None:
             for theirs in fresh:
                 if ours.start < theirs.stop and theirs.start < ours.stop:
                     raise EvaluationError(
-                        f"the confirmation has image seeds of its own, from {theirs.start} on; got the {name} protocol's "
-                        f"{ours.start} to {ours.stop - 1}; lower evaluation.seed below {FRESH_SEEDS - ours.stop + ours.start}"
+                        f"the confirmation has image seeds of its own, from {theirs.start} on; got "
+                        f"the {name} protocol's {ours.start} to {ours.stop - 1}; lower "
+                        f"evaluation.seed below {FRESH_SEEDS - ours.stop + ours.start}"
                     )
 
 
@@ -514,7 +632,16 @@ def sampling_as(how: SamplingConfig, name: str) -> SamplingConfig:
 
 def environment() -> dict[str, Any]:
     """Machine and versions, for records."""
-    names = ("asesearch", "torch", "torchvision", "torch-fidelity", "diffusers", "accelerate", "optuna", "numpy")
+    names = (
+        "asesearch",
+        "torch",
+        "torchvision",
+        "torch-fidelity",
+        "diffusers",
+        "accelerate",
+        "optuna",
+        "numpy",
+    )
     versions = {"python": platform.python_version()}
     for name in names:
         try:

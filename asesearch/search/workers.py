@@ -29,7 +29,8 @@ from asesearch.files import write_json
 from asesearch.search.directory import WORKERS
 from asesearch.search.storage import HEARTBEAT_S
 
-SEARCHING, CONFIRMING = "searching", "confirming"
+SEARCHING = "searching"
+CONFIRMING = "confirming"
 BEAT_S = 5.0  # between two signs of life
 PAUSE_S = 60.0  # a longer gap between two signs is no time at work: the process was stopped
 GRACE_S = 2.0 * HEARTBEAT_S  # a worker elsewhere that gives no sign for so long is taken for dead
@@ -118,8 +119,11 @@ def _acquired(path: Path) -> BaseFileLock | None:
         reason = error.strerror or str(error)
         if error.errno in _NO_LOCKS:
             raise _no_locks(path.parent, reason) from error
-        raise WriteError(f"can't write to {path.parent}: {reason}; choose a folder you may write to") from error
-    if isinstance(lock, SoftFileLock):  # a mark in its place, which a process that dies leaves behind
+        raise WriteError(
+            f"can't write to {path.parent}: {reason}; choose a folder you may write to"
+        ) from error
+    # a mark in its place, which a process that dies leaves behind
+    if isinstance(lock, SoftFileLock):
         lock.release()
         raise _no_locks(path.parent, "flock is not supported")
     return lock
@@ -300,7 +304,8 @@ class Others:
 
 
 def worked_s(run_dir: Path) -> float:
-    """Seconds in which at least one worker was at work; the time between two runs does not count."""
+    """Seconds in which at least one worker was at work; the time between two runs does not
+    count."""
     states = [s for path in (run_dir / WORKERS).glob("*.json") if (s := _read(path)) is not None]
     total = max((float(s["earlier_s"]) for s in states), default=0.0)
     until = float("-inf")

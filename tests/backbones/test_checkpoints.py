@@ -15,13 +15,22 @@ from asesearch.backbones.checkpoints import BACKBONES
 from asesearch.config import BackboneConfig
 from asesearch.errors import CheckpointError, ConfigError
 
-DIT = {"input_size": 8, "in_channels": 1, "hidden_size": 16, "depth": 2, "num_heads": 2, "num_classes": 3}
+DIT = {
+    "input_size": 8,
+    "in_channels": 1,
+    "hidden_size": 16,
+    "depth": 2,
+    "num_heads": 2,
+    "num_classes": 3,
+}
 UVIT = {"img_size": 8, "patch_size": 4, "in_chans": 1, "embed_dim": 16, "depth": 4, "num_heads": 2}
 SMALL = {
     "dit": lambda: DiT(**DIT),
     "dit-plain": lambda: DiT(**DIT, learn_sigma=False, mlp_ratio=2.0, patch_size=4),
     "uvit": lambda: UViT(**UVIT),
-    "uvit-class": lambda: UViT(**UVIT, num_classes=4, conv=False, mlp_time_embed=True, qkv_bias=True, skip=False),
+    "uvit-class": lambda: UViT(
+        **UVIT, num_classes=4, conv=False, mlp_time_embed=True, qkv_bias=True, skip=False
+    ),
 }
 
 
@@ -39,22 +48,33 @@ def kind_of(net: Backbone) -> str:
 
 
 def equal(a: Backbone, b: Backbone) -> bool:
-    x, y = a.state_dict(), b.state_dict()
+    x = a.state_dict()
+    y = b.state_dict()
     return type(a) is type(b) and x.keys() == y.keys() and all(torch.equal(x[k], y[k]) for k in x)
 
 
 def load(kind: str, checkpoint=None, **fields) -> Backbone:
-    return load_backbone(BackboneConfig(kind=kind, checkpoint=None if checkpoint is None else str(checkpoint), **fields))
+    return load_backbone(
+        BackboneConfig(
+            kind=kind, checkpoint=None if checkpoint is None else str(checkpoint), **fields
+        )
+    )
 
 
 def test_what_is_saved_is_loaded(net, tmp_path) -> None:
     save_backbone(net, tmp_path / "new" / "net.safetensors", {"note": "é"})
     again = load(kind_of(net), tmp_path / "new" / "net.safetensors")
     assert equal(net, again) and again.config == net.config
-    assert [p.requires_grad for p in again.parameters()] == [p.requires_grad for p in net.parameters()]
+    assert [p.requires_grad for p in again.parameters()] == [
+        p.requires_grad for p in net.parameters()
+    ]
     info = inspect_checkpoint(tmp_path / "new" / "net.safetensors")
     assert info.metadata == {"note": "é"} and info.kind == kind_of(net)
-    assert (info.input_size, info.num_classes, info.learn_sigma) == (net.input_size, net.num_classes, net.learn_sigma)
+    assert (info.input_size, info.num_classes, info.learn_sigma) == (
+        net.input_size,
+        net.num_classes,
+        net.learn_sigma,
+    )
     assert [p.name for p in (tmp_path / "new").iterdir()] == ["net.safetensors"]
 
 
@@ -75,21 +95,35 @@ def test_a_training_state_is_loaded_from_its_ema(net, tmp_path) -> None:
 
 @pytest.mark.parametrize(
     ("kind", "preset"),
-    [("dit", "DiT-S/8"), ("dit", "DiT-XL/2"), ("uvit", "U-ViT-S/4-CelebA64"), ("uvit", "U-ViT-M/4-ImageNet64")],
+    [
+        ("dit", "DiT-S/8"),
+        ("dit", "DiT-XL/2"),
+        ("uvit", "U-ViT-S/4-CelebA64"),
+        ("uvit", "U-ViT-M/4-ImageNet64"),
+    ],
 )
 def test_official_sizes_are_named_and_need_no_args(tmp_path, kind: str, preset: str) -> None:
     """The file holds one zero an entry, expanded to the true shape."""
     with torch.device("meta"):
         net = BACKBONES[kind].from_preset(preset)
-    torch.save({k: torch.zeros(()).expand(v.shape) for k, v in net.state_dict().items()}, tmp_path / "net.pt")
+    torch.save(
+        {k: torch.zeros(()).expand(v.shape) for k, v in net.state_dict().items()},
+        tmp_path / "net.pt",
+    )
     info = inspect_checkpoint(tmp_path / "net.pt")
     assert (info.model, info.kind, info.source) == (preset, kind, "weights")
-    assert (info.input_size, info.num_classes, info.learn_sigma) == (net.input_size, net.num_classes, net.learn_sigma)
+    assert (info.input_size, info.num_classes, info.learn_sigma) == (
+        net.input_size,
+        net.num_classes,
+        net.learn_sigma,
+    )
     assert {**net.config, **info.args} == net.config
 
 
 def test_preset_and_args_make_a_new_network_from_its_seed() -> None:
-    net = load("uvit", preset="U-ViT-S/4-CelebA64", args={"embed_dim": 16, "depth": 2, "num_heads": 2})
+    net = load(
+        "uvit", preset="U-ViT-S/4-CelebA64", args={"embed_dim": 16, "depth": 2, "num_heads": 2}
+    )
     assert net.depth == 1 and net.input_size == 64
     config = BackboneConfig(kind="dit", args=DIT)
     before = torch.get_rng_state()
@@ -124,13 +158,18 @@ def test_entries_that_do_not_fit_are_named(tmp_path) -> None:
     args = {"args": {"num_heads": 2}}
     short = {k: v for k, v in state.items() if not k.startswith("blocks.1.")}
     torch.save(short, tmp_path / "short.pt")
-    with pytest.raises(CheckpointError, match=r"10 missing: blocks\.1\.attn\.qkv\.weight, .* and 5 more; check"):
+    with pytest.raises(
+        CheckpointError, match=r"10 missing: blocks\.1\.attn\.qkv\.weight, .* and 5 more; check"
+    ):
         load("dit", tmp_path / "short.pt", args={"num_heads": 2, "depth": 2})
     torch.save({**state, "extra": torch.zeros(1)}, tmp_path / "long.pt")
     with pytest.raises(CheckpointError, match="1 surplus: extra; check"):
         load("dit", tmp_path / "long.pt", **args)
     torch.save({**state, "final_layer.linear.bias": torch.zeros(3)}, tmp_path / "bent.pt")
-    with pytest.raises(CheckpointError, match=r"1 of another shape: final_layer\.linear\.bias \(3,\) instead of \(8,\)"):
+    with pytest.raises(
+        CheckpointError,
+        match=r"1 of another shape: final_layer\.linear\.bias \(3,\) instead of \(8,\)",
+    ):
         load("dit", tmp_path / "bent.pt", **args)
     torch.save(state, tmp_path / "small.pt")
     with pytest.raises(CheckpointError, match="does not hold what the network needs"):
@@ -147,11 +186,29 @@ def test_a_network_of_another_kind_is_refused(tmp_path) -> None:
     ("state", "rule"),
     [
         ({"conv1.weight": torch.zeros(1)}, "must be an official DiT or U-ViT"),
-        ({"x_embedder.proj.weight": torch.zeros(16, 1, 2, 2)}, "missing or misshapen: 'final_layer.linear.weight'"),
-        ({"x_embedder.proj.weight": torch.zeros(16, 1, 2, 2), "final_layer.linear.weight": torch.zeros(())}, "must be an off"),
+        (
+            {"x_embedder.proj.weight": torch.zeros(16, 1, 2, 2)},
+            "missing or misshapen: 'final_layer.linear.weight'",
+        ),
+        (
+            {
+                "x_embedder.proj.weight": torch.zeros(16, 1, 2, 2),
+                "final_layer.linear.weight": torch.zeros(()),
+            },
+            "must be an off",
+        ),
         ({"x_embedder.proj.weight": torch.zeros(16)}, "must be an official"),
-        ({"patch_embed.proj.weight": torch.zeros(16, 1, 2, 2), "context_embed.weight": torch.zeros(1)}, "U-ViT for text"),
-        ({"transformer_blocks.0.attn1.to_q.weight": torch.zeros(1)}, "give the folder, with config.json"),
+        (
+            {
+                "patch_embed.proj.weight": torch.zeros(16, 1, 2, 2),
+                "context_embed.weight": torch.zeros(1),
+            },
+            "U-ViT for text",
+        ),
+        (
+            {"transformer_blocks.0.attn1.to_q.weight": torch.zeros(1)},
+            "give the folder, with config.json",
+        ),
     ],
 )
 def test_weights_of_an_unknown_network_are_refused(tmp_path, state: dict, rule: str) -> None:
@@ -174,7 +231,8 @@ def test_damaged_metadata_is_refused(tmp_path, changes: dict, rule: str) -> None
     path = tmp_path / "net.safetensors"
     save_backbone(DiT(**DIT), path)
     with safe_open(path, "pt") as file:
-        metadata, state = file.metadata(), {k: file.get_tensor(k).clone() for k in file.keys()}  # noqa: SIM118
+        metadata = file.metadata()
+        state = {k: file.get_tensor(k).clone() for k in file.keys()}  # noqa: SIM118
     save_file(state, path, {**metadata, **changes})
     with pytest.raises(CheckpointError, match=rule):
         load("dit", path)
@@ -184,7 +242,9 @@ def test_what_can_not_be_saved_is_refused(tmp_path) -> None:
     class Other(DiT):
         pass
 
-    with pytest.raises(ConfigError, match="only DiT, U-ViT and diffusers networks can be saved; got Other"):
+    with pytest.raises(
+        ConfigError, match="only DiT, U-ViT and diffusers networks can be saved; got Other"
+    ):
         save_backbone(Other(**DIT), tmp_path / "x.safetensors")
     with pytest.raises(ConfigError, match="must not use the keys .*; got config"):
         save_backbone(DiT(**DIT), tmp_path / "x.safetensors", {"config": "x"})
@@ -201,31 +261,46 @@ def test_half_precision_weights_become_float32(tmp_path) -> None:
 def test_a_loaded_network_trains_and_its_file_does_not_change(net, tmp_path) -> None:
     path = tmp_path / "net.safetensors"
     save_backbone(net, path)
-    before, again = path.read_bytes(), load(kind_of(net), path)
+    before = path.read_bytes()
+    again = load(kind_of(net), path)
     x_t = torch.randn(2, 1, 8, 8)
-    again(x_t, torch.tensor([1, 2]), torch.tensor([0, 1]) if net.num_classes else None).square().sum().backward()
+    again(
+        x_t, torch.tensor([1, 2]), torch.tensor([0, 1]) if net.num_classes else None
+    ).square().sum().backward()
     torch.optim.SGD([p for p in again.parameters() if p.grad is not None], lr=0.1).step()
     assert not equal(net, again) and path.read_bytes() == before
 
 
-TINY_DIFFUSERS = {"num_attention_heads": 2, "attention_head_dim": 8, "in_channels": 4, "sample_size": 8}
+TINY_DIFFUSERS = {
+    "num_attention_heads": 2,
+    "attention_head_dim": 8,
+    "in_channels": 4,
+    "sample_size": 8,
+}
 
 
 def test_a_diffusers_dit_loads_as_either_kind_with_the_same_output(tmp_path) -> None:
     from diffusers import DiTTransformer2DModel
 
     torch.manual_seed(0)
-    model = DiTTransformer2DModel(**TINY_DIFFUSERS, out_channels=8, num_layers=2, num_embeds_ada_norm=3).eval()
-    model.transformer_blocks[1].norm1.emb.load_state_dict(model.transformer_blocks[0].norm1.emb.state_dict())
+    model = DiTTransformer2DModel(
+        **TINY_DIFFUSERS, out_channels=8, num_layers=2, num_embeds_ada_norm=3
+    ).eval()
+    model.transformer_blocks[1].norm1.emb.load_state_dict(
+        model.transformer_blocks[0].norm1.emb.state_dict()
+    )
     model.save_pretrained(tmp_path / "pipe" / "transformer")
     info = inspect_checkpoint(tmp_path / "pipe")
     assert (info.kind, info.model, info.input_size) == ("dit", "DiT, depth 2, width 16, patch 2", 8)
     assert (info.num_classes, info.learn_sigma) == (3, True)
-    ours, theirs = load("dit", tmp_path / "pipe"), load("diffusers", tmp_path / "pipe")
+    ours = load("dit", tmp_path / "pipe")
+    theirs = load("diffusers", tmp_path / "pipe")
     args = (torch.randn(3, 4, 8, 8), torch.tensor([0, 500, 999]), torch.tensor([0, 3, 1]))
     depths = torch.tensor([1, 2, 1])
     with torch.no_grad():
-        assert (ours(*args, exit_depth=depths) - theirs.eval()(*args, exit_depth=depths)).abs().max() < 1e-4
+        assert (
+            ours(*args, exit_depth=depths) - theirs.eval()(*args, exit_depth=depths)
+        ).abs().max() < 1e-4
     save_backbone(theirs, tmp_path / "net.safetensors")
     assert inspect_checkpoint(tmp_path / "net.safetensors").kind == "diffusers"
     again = load("diffusers", tmp_path / "net.safetensors").eval()
@@ -236,10 +311,20 @@ def test_a_diffusers_dit_loads_as_either_kind_with_the_same_output(tmp_path) -> 
 
 def test_other_diffusers_folders_are_described_or_refused(tmp_path) -> None:
     save_file({"a": torch.zeros(1)}, tmp_path / "diffusion_pytorch_model.safetensors")
-    config = {"_class_name": "PixArtTransformer2DModel", "sample_size": 32, "in_channels": 4, "out_channels": 8}
+    config = {
+        "_class_name": "PixArtTransformer2DModel",
+        "sample_size": 32,
+        "in_channels": 4,
+        "out_channels": 8,
+    }
     (tmp_path / "config.json").write_text(json.dumps(config))
     info = inspect_checkpoint(tmp_path)
-    assert (info.kind, info.model, info.input_size, info.learn_sigma) == ("diffusers", config["_class_name"], 32, True)
+    assert (info.kind, info.model, info.input_size, info.learn_sigma) == (
+        "diffusers",
+        config["_class_name"],
+        32,
+        True,
+    )
     for broken in ({**config, "_class_name": "UNet2DModel"}, {**config, "sample_size": None}, {}):
         (tmp_path / "config.json").write_text(json.dumps(broken))
         with pytest.raises(CheckpointError, match="; got "):
@@ -251,7 +336,8 @@ import re, sys
 from pathlib import Path
 from asesearch.backbones import load_backbone
 from asesearch.config import BackboneConfig
-own_kib = lambda: int(re.search(r"RssAnon:\\s+(\\d+)", Path("/proc/self/status").read_text())[1])  # without mapped files
+# without mapped files
+own_kib = lambda: int(re.search(r"RssAnon:\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
 before = own_kib()
 net = load_backbone(BackboneConfig(kind="dit", checkpoint=sys.argv[1]))
 print((own_kib() - before) // 1024, float(net.blocks[27].mlp.fc2.bias[5]))
@@ -265,9 +351,16 @@ def test_dit_xl_2_of_true_size_loads_without_doubling_memory(tmp_path) -> None:
         shapes = {k: v.shape for k, v in DiT.from_preset("DiT-XL/2").state_dict().items()}
     ema = {k: torch.zeros(s) for k, s in shapes.items()}
     ema["blocks.27.mlp.fc2.bias"][5] = 3.25
-    torch.save({"model": {k: torch.zeros(s) for k, s in shapes.items()}, "ema": ema}, tmp_path / "xl.pt")
+    torch.save(
+        {"model": {k: torch.zeros(s) for k, s in shapes.items()}, "ema": ema}, tmp_path / "xl.pt"
+    )
     assert (tmp_path / "xl.pt").stat().st_size > 5.3e9
-    out = subprocess.run([sys.executable, "-c", LOAD, str(tmp_path / "xl.pt")], capture_output=True, text=True, check=True)
+    out = subprocess.run(
+        [sys.executable, "-c", LOAD, str(tmp_path / "xl.pt")],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     grown_mib, value = out.stdout.split()
     assert float(value) == 3.25
     assert int(grown_mib) < 400  # mapped, not copied: the weights are 2,576 MiB
@@ -277,13 +370,19 @@ NOT_FINITE = {"nan": float("nan"), "inf": float("inf"), "-inf": float("-inf")}
 
 
 @pytest.mark.parametrize("number", NOT_FINITE)
-@pytest.mark.parametrize("name", ["final_layer.linear.bias", "pos_embed", "y_embedder.embedding_table.weight"])
+@pytest.mark.parametrize(
+    "name", ["final_layer.linear.bias", "pos_embed", "y_embedder.embedding_table.weight"]
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-def test_a_number_that_is_not_finite_is_refused(tmp_path, number: str, name: str, dtype: torch.dtype) -> None:
+def test_a_number_that_is_not_finite_is_refused(
+    tmp_path, number: str, name: str, dtype: torch.dtype
+) -> None:
     state = {k: v.to(dtype) for k, v in DiT(**DIT).state_dict().items()}
     state[name].view(-1)[-1] = NOT_FINITE[number]
     torch.save({"ema": state}, tmp_path / "net.pt")
-    with pytest.raises(CheckpointError, match=rf"net\.pt .*NaN or infinity: 1 of {state[name].numel()} in {name};"):
+    with pytest.raises(
+        CheckpointError, match=rf"net\.pt .*NaN or infinity: 1 of {state[name].numel()} in {name};"
+    ):
         load("dit", tmp_path / "net.pt", args={"num_heads": 2})
 
 
@@ -296,7 +395,10 @@ def test_numbers_that_are_not_finite_are_counted_in_every_kind_of_file(tmp_path)
     save_backbone(broken, tmp_path / "own.safetensors")
     save_file(broken.state_dict(), tmp_path / "net.safetensors")
     for name in ("own.safetensors", "net.safetensors"):
-        with pytest.raises(CheckpointError, match=f"1 of .*, 1 of .*, 1 of .*, and more in {count - 3} other tensors"):
+        with pytest.raises(
+            CheckpointError,
+            match=f"1 of .*, 1 of .*, 1 of .*, and more in {count - 3} other tensors",
+        ):
             load("dit", tmp_path / name, args={"num_heads": 2})
     net = UViT(**UVIT)
     net.norm.weight.data[:7] = torch.inf
@@ -315,15 +417,23 @@ def test_doubles_that_no_float32_can_hold_are_refused(tmp_path) -> None:
 
 def test_quantised_weights_are_refused(tmp_path) -> None:
     state = DiT(**DIT).state_dict()
-    torch.save({**state, "blocks.0.mlp.fc1.weight": torch.zeros(64, 16, dtype=torch.int8)}, tmp_path / "net.pt")
-    with pytest.raises(CheckpointError, match=r"got blocks\.0\.mlp\.fc1\.weight of int8, as quantised networks have"):
+    torch.save(
+        {**state, "blocks.0.mlp.fc1.weight": torch.zeros(64, 16, dtype=torch.int8)},
+        tmp_path / "net.pt",
+    )
+    with pytest.raises(
+        CheckpointError,
+        match=r"got blocks\.0\.mlp\.fc1\.weight of int8, as quantised networks have",
+    ):
         load("dit", tmp_path / "net.pt", args={"num_heads": 2})
 
 
 def test_a_diffusers_folder_that_is_not_finite_is_refused_as_either_kind(tmp_path) -> None:
     from diffusers import DiTTransformer2DModel
 
-    model = DiTTransformer2DModel(**TINY_DIFFUSERS, out_channels=8, num_layers=1, num_embeds_ada_norm=3)
+    model = DiTTransformer2DModel(
+        **TINY_DIFFUSERS, out_channels=8, num_layers=1, num_embeds_ada_norm=3
+    )
     model.proj_out_2.bias.data[3] = torch.nan
     model.save_pretrained(tmp_path)
     with pytest.raises(CheckpointError, match=r"1 of 32 in proj_out_2\.bias"):

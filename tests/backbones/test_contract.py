@@ -10,10 +10,20 @@ from asesearch.errors import AseSearchError, ConfigError, ScheduleError
 
 UVIT = {"img_size": 8, "patch_size": 4, "in_chans": 2, "embed_dim": 16, "depth": 8, "num_heads": 2}
 NETWORKS = {
-    "dit": lambda: DiT(input_size=8, patch_size=4, in_channels=2, hidden_size=16, depth=4, num_heads=2, num_classes=3),
+    "dit": lambda: DiT(
+        input_size=8,
+        patch_size=4,
+        in_channels=2,
+        hidden_size=16,
+        depth=4,
+        num_heads=2,
+        num_classes=3,
+    ),
     "uvit": lambda: UViT(**UVIT, num_classes=-1),
     "uvit-class": lambda: UViT(**UVIT, num_classes=4, conv=False, mlp_time_embed=True),
-    "uvit-options": lambda: UViT(**UVIT, num_classes=3, has_null_label=False, qkv_bias=True, qk_scale=0.2, skip=False),
+    "uvit-options": lambda: UViT(
+        **UVIT, num_classes=3, has_null_label=False, qkv_bias=True, qk_scale=0.2, skip=False
+    ),
     "uvit-recompute": lambda: UViT(**UVIT, use_checkpoint=True),
 }
 N = 6
@@ -43,7 +53,12 @@ def take(args, rows):
 
 def test_output_has_the_input_s_shape_and_the_variance_where_learned(net) -> None:
     out = net(*batch(net))
-    assert out.shape == (N, net.in_channels * (2 if net.learn_sigma else 1), net.input_size, net.input_size)
+    assert out.shape == (
+        N,
+        net.in_channels * (2 if net.learn_sigma else 1),
+        net.input_size,
+        net.input_size,
+    )
     assert 1 <= net.guided_channels <= net.in_channels
 
 
@@ -65,15 +80,20 @@ def test_each_exit_depth_gives_another_output(net) -> None:
 def test_a_sample_in_a_mixed_batch_equals_the_sample_alone(net) -> None:
     args = batch(net)
     mixed = net(*args, exit_depth=MIXED)
-    alone = torch.cat([net(*take(args, slice(i, i + 1)), exit_depth=int(MIXED[i])) for i in range(N)])
+    alone = torch.cat(
+        [net(*take(args, slice(i, i + 1)), exit_depth=int(MIXED[i])) for i in range(N)]
+    )
     assert torch.allclose(mixed, alone, atol=1e-5)
-    wrong = torch.cat([net(*take(args, slice(i, i + 1)), exit_depth=int(MIXED[-1 - i])) for i in range(N)])
+    wrong = torch.cat(
+        [net(*take(args, slice(i, i + 1)), exit_depth=int(MIXED[-1 - i])) for i in range(N)]
+    )
     assert not torch.allclose(mixed, wrong, atol=1e-3)
 
 
 @torch.no_grad()
 def test_order_within_the_batch_does_not_matter(net) -> None:
-    args, perm = batch(net), torch.tensor([3, 0, 5, 1, 4, 2])
+    args = batch(net)
+    perm = torch.tensor([3, 0, 5, 1, 4, 2])
     permuted = net(*take(args, perm), exit_depth=MIXED[perm])
     assert torch.allclose(permuted, net(*args, exit_depth=MIXED)[perm], atol=1e-5)
 
@@ -82,7 +102,9 @@ def test_order_within_the_batch_does_not_matter(net) -> None:
 def test_a_sample_that_is_done_costs_nothing_in_later_blocks(net) -> None:
     rows: list[int] = []
     for i in range(net.depth):
-        net.block_at(i).register_forward_hook(lambda _m, inputs, _out: rows.append(inputs[0].shape[0]))
+        net.block_at(i).register_forward_hook(
+            lambda _m, inputs, _out: rows.append(inputs[0].shape[0])
+        )
     net(*batch(net), exit_depth=MIXED)
     assert rows == [6, 4, 3, 2]
     rows.clear()
@@ -91,14 +113,24 @@ def test_a_sample_that_is_done_costs_nothing_in_later_blocks(net) -> None:
 
 
 def gradients(net: Backbone, outs_and_rows) -> dict[str, torch.Tensor | None]:
-    """Of a weighted sum of the outputs; each sample has its own random weights, whatever batch it comes in."""
+    """Of a weighted sum of the outputs; each sample has its own random weights, whatever batch it
+    comes in."""
     net.zero_grad()
     loss = torch.zeros(())
     for out, rows in outs_and_rows:
         for sample, row in zip(out, rows, strict=True):
-            loss = loss + (sample * torch.randn(sample.shape, generator=torch.Generator().manual_seed(row))).sum()
+            loss = (
+                loss
+                + (
+                    sample * torch.randn(sample.shape, generator=torch.Generator().manual_seed(row))
+                ).sum()
+            )
     loss.backward()
-    return {n: None if p.grad is None else p.grad.clone() for n, p in net.named_parameters() if p.requires_grad}
+    return {
+        n: None if p.grad is None else p.grad.clone()
+        for n, p in net.named_parameters()
+        if p.requires_grad
+    }
 
 
 def test_gradients_equal_those_of_each_depth_computed_apart(net) -> None:
@@ -107,7 +139,8 @@ def test_gradients_equal_those_of_each_depth_computed_apart(net) -> None:
     apart = []
     for depth in MIXED.unique().tolist():
         rows = [i for i in range(N) if MIXED[i] == depth]
-        apart.append((net(*args, exit_depth=depth)[rows], rows))  # the whole batch is computed, the others masked out
+        # the whole batch is computed, the others masked out
+        apart.append((net(*args, exit_depth=depth)[rows], rows))
     expected = gradients(net, apart)
     for name, grad in expected.items():
         got = mixed[name]
@@ -119,7 +152,9 @@ def test_a_block_that_never_runs_gets_no_gradient(net) -> None:
     net(*batch(net), exit_depth=torch.tensor([1, 2, 2, 1, 1, 2])).square().sum().backward()
     for i in range(net.depth):
         body = [p for n, p in net.block_at(i).named_parameters() if not n.startswith("skip_linear")]
-        assert all((p.grad is not None and p.grad.abs().max() > 0) == (i < 2) for p in body if p.ndim > 1)
+        assert all(
+            (p.grad is not None and p.grad.abs().max() > 0) == (i < 2) for p in body if p.ndim > 1
+        )
 
 
 @pytest.mark.parametrize(
@@ -176,7 +211,9 @@ def test_the_null_label_has_an_embedding_of_its_own(net) -> None:
 def test_config_makes_the_same_network(net) -> None:
     other = type(net)(**net.config)
     assert other.config == net.config
-    assert [(k, v.shape) for k, v in other.state_dict().items()] == [(k, v.shape) for k, v in net.state_dict().items()]
+    assert [(k, v.shape) for k, v in other.state_dict().items()] == [
+        (k, v.shape) for k, v in net.state_dict().items()
+    ]
     other.load_state_dict(net.state_dict())
     assert torch.equal(other(*batch(net)), net(*batch(net)))
 

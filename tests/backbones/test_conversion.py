@@ -9,7 +9,13 @@ from asesearch.backbones.conversion import diffusers_to_dit, dit_to_diffusers
 from asesearch.errors import CheckpointError, ConfigError
 
 TOLERANCE = 1e-4  # float32 on a CPU, one forward
-SIZES = {"num_attention_heads": 2, "attention_head_dim": 16, "num_layers": 3, "sample_size": 8, "num_embeds_ada_norm": 5}
+SIZES = {
+    "num_attention_heads": 2,
+    "attention_head_dim": 16,
+    "num_layers": 3,
+    "sample_size": 8,
+    "num_embeds_ada_norm": 5,
+}
 
 
 def randomise(net, seed: int = 0):
@@ -55,7 +61,8 @@ def test_a_diffusers_network_computes_the_same_as_our_dit(theirs) -> None:
     assert (net(x_t, t, y) - expected).abs().max() < TOLERANCE
     official = DiT(**{**args, "frequency_shift": 0}).eval()
     official.load_state_dict(state)
-    assert (official(x_t, t, y) - expected).abs().max() > 100 * TOLERANCE  # the two spacings of frequencies differ
+    # the two spacings of frequencies differ
+    assert (official(x_t, t, y) - expected).abs().max() > 100 * TOLERANCE
 
 
 @torch.no_grad()
@@ -75,28 +82,37 @@ def test_an_official_network_computes_the_same_in_diffusers(ours) -> None:
 def test_there_and_back_gives_the_same_tensors(ours) -> None:
     state, args = dit_to_diffusers(ours.state_dict(), ours.config)
     back, config = diffusers_to_dit(state, args)
-    assert {k: back[k].tolist() for k in back} == {k: v.tolist() for k, v in ours.state_dict().items()}
+    assert {k: back[k].tolist() for k in back} == {
+        k: v.tolist() for k, v in ours.state_dict().items()
+    }
     assert DiT(**{**config, "frequency_shift": 0}).config == ours.config
 
 
 def test_a_network_without_learned_variance_or_with_old_stored_positions_converts(theirs) -> None:
     model = randomise(DiTTransformer2DModel(**SIZES))
     share_embedders(model)
-    _, args = diffusers_to_dit({**model.state_dict(), "pos_embed.pos_embed": torch.zeros(1, 16, 32)}, model.config)
+    _, args = diffusers_to_dit(
+        {**model.state_dict(), "pos_embed.pos_embed": torch.zeros(1, 16, 32)}, model.config
+    )
     assert args["learn_sigma"] is False
     assert diffusers_to_dit(theirs.state_dict(), theirs.config)[1]["learn_sigma"] is True
 
 
 def test_diverged_embedders_are_refused(theirs) -> None:
     theirs.transformer_blocks[2].norm1.emb.timestep_embedder.linear_2.bias.data[0] += 1e-3
-    with pytest.raises(CheckpointError, match="same embedders; got another t_embedder|linear_2.bias in transformer_blocks.2"):
+    with pytest.raises(
+        CheckpointError,
+        match="same embedders; got another t_embedder|linear_2.bias in transformer_blocks.2",
+    ):
         diffusers_to_dit(theirs.state_dict(), theirs.config)
 
 
 def test_missing_and_surplus_entries_are_named(theirs) -> None:
     state = theirs.state_dict()
     del state["transformer_blocks.1.attn1.to_k.bias"]
-    with pytest.raises(CheckpointError, match=r"1 missing: transformer_blocks\.1\.attn1\.to_k\.bias"):
+    with pytest.raises(
+        CheckpointError, match=r"1 missing: transformer_blocks\.1\.attn1\.to_k\.bias"
+    ):
         diffusers_to_dit(state, theirs.config)
     with pytest.raises(CheckpointError, match="1 surplus: adaln"):
         diffusers_to_dit({**theirs.state_dict(), "adaln": torch.zeros(1)}, theirs.config)

@@ -18,7 +18,9 @@ from asesearch.backbones.diffusers_adapter import DiffusersBackbone, load_diffus
 from asesearch.config import BackboneConfig
 from asesearch.errors import CheckpointError, ConfigError, ScheduleError
 
-DEPTH, N, TOKENS = 4, 5, 3
+DEPTH = 4
+N = 5
+TOKENS = 3
 EXITS = [4, 1, 3, 1, 2]
 HEADS = {"num_attention_heads": 2, "attention_head_dim": 8, "num_layers": DEPTH, "sample_size": 8}
 
@@ -28,19 +30,41 @@ def dit():
 
 
 def pixart(**changes):
-    args = {**HEADS, "in_channels": 4, "out_channels": 8, "cross_attention_dim": 16, "caption_channels": 12, **changes}
+    args = {
+        **HEADS,
+        "in_channels": 4,
+        "out_channels": 8,
+        "cross_attention_dim": 16,
+        "caption_channels": 12,
+        **changes,
+    }
     return PixArtTransformer2DModel(**args)
 
 
 def sd3():
-    sizes = {"joint_attention_dim": 12, "caption_projection_dim": 16, "pooled_projection_dim": 6, "pos_embed_max_size": 8}
+    sizes = {
+        "joint_attention_dim": 12,
+        "caption_projection_dim": 16,
+        "pooled_projection_dim": 6,
+        "pos_embed_max_size": 8,
+    }
     return SD3Transformer2DModel(
-        **HEADS, **sizes, in_channels=4, out_channels=4, dual_attention_layers=(0, 1), qk_norm="rms_norm"
+        **HEADS,
+        **sizes,
+        in_channels=4,
+        out_channels=4,
+        dual_attention_layers=(0, 1),
+        qk_norm="rms_norm",
     )
 
 
 def sana():
-    heads = {"num_cross_attention_heads": 2, "cross_attention_head_dim": 8, "cross_attention_dim": 16, "caption_channels": 12}
+    heads = {
+        "num_cross_attention_heads": 2,
+        "cross_attention_head_dim": 8,
+        "cross_attention_dim": 16,
+        "caption_channels": 12,
+    }
     return SanaTransformer2DModel(**HEADS, **heads, in_channels=4, out_channels=4)
 
 
@@ -62,7 +86,8 @@ def prompt(**more):
 def case(name):
     """A network, and arguments x_t, t, y of a batch of N."""
     torch.manual_seed(0)
-    x_t, t = torch.randn(N, 4, 8, 8), torch.tensor([0, 100, 500, 700, 999])
+    x_t = torch.randn(N, 4, 8, 8)
+    t = torch.tensor([0, 100, 500, 700, 999])
     if name == "dit":
         return randomised(dit()), x_t, t, torch.tensor([0, 3, 10, 9, 1])
     if name == "sd3":
@@ -74,7 +99,12 @@ def case(name):
         )  # width 24: sizes take a third each
         sizes = {"resolution": torch.rand(N, 2) * 64, "aspect_ratio": torch.rand(N, 1)}
         return randomised(model), x_t, t, {**y, **sizes, "encoder_attention_mask": mask}
-    return randomised(pixart() if name == "pixart" else sana()), x_t, t, {**y, "encoder_attention_mask": mask}
+    return (
+        randomised(pixart() if name == "pixart" else sana()),
+        x_t,
+        t,
+        {**y, "encoder_attention_mask": mask},
+    )
 
 
 NAMES = ["dit", "pixart", "pixart with sizes", "sd3", "sana"]
@@ -96,7 +126,8 @@ def official(model, x_t, t, y):
 
 def record_rows(net):
     """For each block the batch sizes it is called with, and those its first norm is called with."""
-    blocks, norms = [[] for _ in range(net.depth)], [[] for _ in range(net.depth)]
+    blocks = [[] for _ in range(net.depth)]
+    norms = [[] for _ in range(net.depth)]
 
     def recorder(seen):
         def hook(module, args, kwargs):
@@ -125,11 +156,14 @@ def test_an_exit_is_the_network_with_its_last_blocks_cut_off(name):
     net = DiffusersBackbone(copy.deepcopy(model))
     blocks, norms = record_rows(net)
     for k in range(1, DEPTH):
-        cut, other = copy.deepcopy(model), copy.deepcopy(model)
-        cut.transformer_blocks, other.transformer_blocks = model.transformer_blocks[:k], model.transformer_blocks[: k + 1]
+        cut = copy.deepcopy(model)
+        other = copy.deepcopy(model)
+        cut.transformer_blocks = model.transformer_blocks[:k]
+        other.transformer_blocks = model.transformer_blocks[: k + 1]
         out = net(x_t, t, y, exit_depth=k)
         assert torch.equal(out, official(cut, x_t, t, y))
-        assert not torch.allclose(out, official(other, x_t, t, y), atol=1e-3)  # the comparison sees one block more
+        # the comparison sees one block more
+        assert not torch.allclose(out, official(other, x_t, t, y), atol=1e-3)
     assert blocks == norms == [[N, N, N], [N, N], [N], []]
 
 
@@ -149,7 +183,9 @@ def test_each_sample_leaves_at_its_own_exit(name):
 def test_samples_that_all_leave_early_call_no_late_block():
     model, x_t, t, y = case("sd3")
     net = DiffusersBackbone(model)
-    alone = [net(x_t[[i]], t[[i]], rows(y, [i]), exit_depth=k) for i, k in enumerate([1, 2, 2, 1, 1])]
+    alone = [
+        net(x_t[[i]], t[[i]], rows(y, [i]), exit_depth=k) for i, k in enumerate([1, 2, 2, 1, 1])
+    ]
     blocks, _ = record_rows(net)
     out = net(x_t, t, y, exit_depth=torch.tensor([1, 2, 2, 1, 1]))
     torch.testing.assert_close(out, torch.cat(alone), atol=1e-5, rtol=1e-5)
@@ -165,7 +201,9 @@ def test_gradients_are_those_of_the_samples_alone(name):
     got = {n: p.grad for n, p in net.named_parameters()}
     net.zero_grad()
     for i, k in enumerate(exits):
-        net(x_t[[i]], t[[i]], rows(y, [i]), exit_depth=k).square().mean(dim=(1, 2, 3)).sum().backward()
+        net(x_t[[i]], t[[i]], rows(y, [i]), exit_depth=k).square().mean(
+            dim=(1, 2, 3)
+        ).sum().backward()
     for n, p in net.named_parameters():
         assert (got[n] is None) == (p.grad is None), n
         if p.grad is not None:
@@ -177,7 +215,9 @@ def test_gradients_are_those_of_the_samples_alone(name):
 @every_network
 def test_detaching_gives_the_network_back(name):
     model, x_t, t, y = case(name)
-    names, classes, expected = list(model.state_dict()), [type(b) for b in model.transformer_blocks], official(model, x_t, t, y)
+    names = list(model.state_dict())
+    classes = [type(b) for b in model.transformer_blocks]
+    expected = official(model, x_t, t, y)
     net = DiffusersBackbone(model)
     assert list(model.state_dict()) == names
     assert [n.removeprefix("transformer.") for n in net.state_dict()] == names
@@ -202,7 +242,8 @@ def test_one_attachment_at_a_time():
 def test_a_copy_runs_its_own_blocks():
     model, x_t, t, y = case("dit")
     net = DiffusersBackbone(model)
-    before, other = net(x_t, t, y, exit_depth=2), copy.deepcopy(net)
+    before = net(x_t, t, y, exit_depth=2)
+    other = copy.deepcopy(net)
     randomised(other.transformer, seed=1)
     assert torch.equal(net(x_t, t, y, exit_depth=2), before)
     assert not torch.allclose(other(x_t, t, y, exit_depth=2), before, atol=1e-3)
@@ -222,13 +263,28 @@ def test_a_failed_call_leaves_no_plan_behind():
 def test_attributes(name):
     model, *_ = case(name)
     net = DiffusersBackbone(model)
-    is_dit, is_epsilon = name == "dit", name in ("dit", "pixart", "pixart with sizes")
-    assert (net.depth, net.min_exit_depth, net.in_channels, net.guided_channels, net.input_size) == (DEPTH, 1, 4, 4, 8)
-    assert (net.num_classes, net.has_null_label, net.learn_sigma) == (10 * is_dit, is_dit, is_epsilon)
+    is_dit = name == "dit"
+    is_epsilon = name in ("dit", "pixart", "pixart with sizes")
+    assert (
+        net.depth,
+        net.min_exit_depth,
+        net.in_channels,
+        net.guided_channels,
+        net.input_size,
+    ) == (DEPTH, 1, 4, 4, 8)
+    assert (net.num_classes, net.has_null_label, net.learn_sigma) == (
+        10 * is_dit,
+        is_dit,
+        is_epsilon,
+    )
     assert net.prediction_type == ("epsilon" if is_epsilon else "flow")
     assert net.block_at(0) is model.transformer_blocks[0]
     embedders = [n for n, _ in model.named_parameters() if ".timestep_embedder." in f".{n}"]
-    assert len(list(net.time_embedder().parameters())) == len(embedders) == 4 * (DEPTH if is_dit else 1)
+    assert (
+        len(list(net.time_embedder().parameters()))
+        == len(embedders)
+        == 4 * (DEPTH if is_dit else 1)
+    )
 
 
 @every_network
@@ -256,15 +312,26 @@ def test_null_labels():
     model, x_t, t, y = case("pixart")
     with pytest.raises(ConfigError, match="null condition.*empty prompt"):
         DiffusersBackbone(copy.deepcopy(model)).null_labels(y)
-    null = {"encoder_hidden_states": torch.randn(1, TOKENS, 12), "encoder_attention_mask": torch.tensor([[1.0, 0.0, 0.0]])}
+    null = {
+        "encoder_hidden_states": torch.randn(1, TOKENS, 12),
+        "encoder_attention_mask": torch.tensor([[1.0, 0.0, 0.0]]),
+    }
     net = DiffusersBackbone(model, null)
     assert net.has_null_label and not any("null" in key for key in net.state_dict())
     got = net.null_labels(y)
-    assert got.keys() == y.keys() and all(torch.equal(got[k], null[k].repeat(N, *[1] * (y[k].ndim - 1))) for k in null)
+    assert got.keys() == y.keys() and all(
+        torch.equal(got[k], null[k].repeat(N, *[1] * (y[k].ndim - 1))) for k in null
+    )
     assert net(x_t, t, got).shape == (N, 8, 8, 8)
     moved = copy.deepcopy(net).to("meta")
-    assert moved.null_labels({k: v.to("meta") for k, v in y.items()})["encoder_hidden_states"].device.type == "meta"
-    assert moved.null_labels(y)["encoder_hidden_states"].device.type == "cpu"  # as the training loop's batches
+    assert (
+        moved.null_labels({k: v.to("meta") for k, v in y.items()})[
+            "encoder_hidden_states"
+        ].device.type
+        == "meta"
+    )
+    # as the training loop's batches
+    assert moved.null_labels(y)["encoder_hidden_states"].device.type == "cpu"
 
 
 def test_prompts_are_checked_before_the_forward():
@@ -279,24 +346,36 @@ def test_prompts_are_checked_before_the_forward():
 
 
 def test_a_file_of_ours_carries_the_null_condition(tmp_path):
-    null = {"encoder_hidden_states": torch.randn(1, TOKENS, 12), "encoder_attention_mask": torch.tensor([[1, 0, 0]])}
+    null = {
+        "encoder_hidden_states": torch.randn(1, TOKENS, 12),
+        "encoder_attention_mask": torch.tensor([[1, 0, 0]]),
+    }
     other = {"encoder_hidden_states": torch.randn(1, TOKENS, 12)}
     save_backbone(DiffusersBackbone(pixart(), null), tmp_path / "net.safetensors")
     config = BackboneConfig(kind="diffusers", checkpoint=str(tmp_path / "net.safetensors"))
     again = load_backbone(config).null_condition
     assert again.keys() == null.keys() and all(torch.equal(again[k], null[k]) for k in null)
-    assert torch.equal(load_backbone(config, null_condition=other).null_condition["encoder_hidden_states"], *other.values())
+    assert torch.equal(
+        load_backbone(config, null_condition=other).null_condition["encoder_hidden_states"],
+        *other.values(),
+    )
     save_backbone(DiffusersBackbone(pixart()), tmp_path / "bare.safetensors")
-    bare = load_backbone(BackboneConfig(kind="diffusers", checkpoint=str(tmp_path / "bare.safetensors")))
+    bare = load_backbone(
+        BackboneConfig(kind="diffusers", checkpoint=str(tmp_path / "bare.safetensors"))
+    )
     assert bare.null_condition is None and not bare.has_null_label
 
 
 @pytest.mark.parametrize(
-    "null", [{"encoder_hidden_states": torch.zeros(2, TOKENS, 12)}, {"prompt": torch.zeros(1, TOKENS, 12)}], ids=["N", "name"]
+    "null",
+    [{"encoder_hidden_states": torch.zeros(2, TOKENS, 12)}, {"prompt": torch.zeros(1, TOKENS, 12)}],
+    ids=["N", "name"],
 )
 def test_a_null_condition_that_does_not_fit_is_refused(null):
     model = pixart()
-    with pytest.raises(ConfigError, match="leading dimension 1 under the names encoder_hidden_states"):
+    with pytest.raises(
+        ConfigError, match="leading dimension 1 under the names encoder_hidden_states"
+    ):
         DiffusersBackbone(model, null)
     DiffusersBackbone(model)  # nothing was attached
 
@@ -310,12 +389,20 @@ def test_conditioning_that_does_not_fit_is_refused():
     model, x_t, t, y = case("pixart with sizes")
     net = DiffusersBackbone(model)
     lacking = {k: v for k, v in y.items() if k != "resolution"}
-    for wrong in (None, torch.zeros(N), lacking, {**y, "prompt": y["resolution"]}, rows(y, slice(2))):
+    for wrong in (
+        None,
+        torch.zeros(N),
+        lacking,
+        {**y, "prompt": y["resolution"]},
+        rows(y, slice(2)),
+    ):
         with pytest.raises(ConfigError, match="encoder_hidden_states, resolution, aspect_ratio"):
             net(x_t, t, wrong)
 
 
-@pytest.mark.parametrize("exit_depth", [0, DEPTH + 1, torch.tensor([1, 2]), torch.tensor([0, 1, 1, 1, 1])])
+@pytest.mark.parametrize(
+    "exit_depth", [0, DEPTH + 1, torch.tensor([1, 2]), torch.tensor([0, 1, 1, 1, 1])]
+)
 def test_exit_depths_out_of_range_are_refused(exit_depth):
     model, x_t, t, y = case("dit")
     with pytest.raises(ScheduleError, match="exit_depth must"):
@@ -335,7 +422,9 @@ def test_gradient_checkpointing_works_at_full_depth_only():
 
 
 def test_output_channels_of_no_meaning_are_refused():
-    with pytest.raises(ConfigError, match="out_channels must be in_channels = 4, or twice as many; got 6"):
+    with pytest.raises(
+        ConfigError, match="out_channels must be in_channels = 4, or twice as many; got 6"
+    ):
         DiffusersBackbone(pixart(out_channels=6))
 
 
@@ -348,13 +437,20 @@ def test_a_network_with_skip_connections_is_refused():
         "text_len_t5": 2,
     }
     model = HunyuanDiT2DModel(**{**HEADS, "hidden_size": 16}, **sizes, in_channels=4, patch_size=2)
-    with pytest.raises(ConfigError, match="side output; got HunyuanDiT2DModel; supported are DiTTransformer2DModel"):
+    with pytest.raises(
+        ConfigError, match="side output; got HunyuanDiT2DModel; supported are DiTTransformer2DModel"
+    ):
         DiffusersBackbone(model)
 
 
-@pytest.mark.parametrize("config", [{"_class_name": "UNet2DModel"}, {}, {"_class_name": "DiTTransformer2DModel", "depth": 3}])
+@pytest.mark.parametrize(
+    "config",
+    [{"_class_name": "UNet2DModel"}, {}, {"_class_name": "DiTTransformer2DModel", "depth": 3}],
+)
 def test_a_config_that_makes_no_network_is_refused(config):
-    with pytest.raises(ConfigError, match="_class_name must be|must accept its constructor arguments"):
+    with pytest.raises(
+        ConfigError, match="_class_name must be|must accept its constructor arguments"
+    ):
         DiffusersBackbone(config)
 
 
@@ -366,19 +462,23 @@ def test_compiled_blocks_serve_every_depth():
     expected = [net(x_t, t, y, exit_depth=k) for k in (1, 2, 4, torch.tensor(EXITS))]
     from torch._dynamo.testing import CompileCounterWithBackend
 
-    counter, other = CompileCounterWithBackend("eager"), DiffusersBackbone(model)
+    counter = CompileCounterWithBackend("eager")
+    other = DiffusersBackbone(model)
     for i in range(DEPTH):
         other.block_at(i).compile(backend=counter)
     outs = [other(x_t, t, y, exit_depth=k) for k in (1, 2, 4)]
     graphs = counter.frame_count
-    assert [other(x_t, t, y, exit_depth=k) for k in (3, 1)] and counter.frame_count == graphs  # no graph for a new depth
+    # no graph for a new depth
+    assert [other(x_t, t, y, exit_depth=k) for k in (3, 1)] and counter.frame_count == graphs
     outs.append(other(x_t, t, y, exit_depth=torch.tensor(EXITS)))
     for got, want in zip(outs, expected, strict=True):
         torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
     whole = pixart()
     whole.compile(backend=counter)
     for compiled in (whole, torch.compile(pixart(), backend=counter)):
-        with pytest.raises(ConfigError, match="before a network is compiled as a whole; got a compiled PixArt"):
+        with pytest.raises(
+            ConfigError, match="before a network is compiled as a whole; got a compiled PixArt"
+        ):
             DiffusersBackbone(compiled)
 
 
@@ -411,7 +511,12 @@ def test_sharded_weights_in_a_pipeline_folder_load(tmp_path):
 def test_folders_that_name_the_legacy_class_load(name, tmp_path):
     model, x_t, t, y = case(name)
     model.save_pretrained(tmp_path)
-    edit_config(tmp_path, _class_name="Transformer2DModel", double_self_attention=False, num_vector_embeds=None)
+    edit_config(
+        tmp_path,
+        _class_name="Transformer2DModel",
+        double_self_attention=False,
+        num_vector_embeds=None,
+    )
     assert torch.equal(load_diffusers(tmp_path)(x_t, t, y), official(model, x_t, t, y))
 
 
@@ -447,15 +552,36 @@ BROKEN = {
         lambda f: edit_config(f, _class_name="Transformer2DModel", norm_type="layer_norm"),
         "supported",
     ),
-    "other width": (lambda f: edit_config(f, attention_head_dim=16), "must hold a readable DiT|must fit its config"),
-    "config refused by its class": (lambda f: edit_config(f, norm_type="ada_norm"), "must hold a readable DiT"),
-    "no weights": (lambda f: (f / "diffusion_pytorch_model.safetensors").unlink(), "got no such files"),
+    "other width": (
+        lambda f: edit_config(f, attention_head_dim=16),
+        "must hold a readable DiT|must fit its config",
+    ),
+    "config refused by its class": (
+        lambda f: edit_config(f, norm_type="ada_norm"),
+        "must hold a readable DiT",
+    ),
+    "no weights": (
+        lambda f: (f / "diffusion_pytorch_model.safetensors").unlink(),
+        "got no such files",
+    ),
     "pickled": (pickle_instead, r"diffusion_pytorch_model\.bin.*convert the pickled weights"),
-    "truncated": (lambda f: (f / "diffusion_pytorch_model.safetensors").write_bytes(b"x" * 100), "must hold a readable DiT"),
+    "truncated": (
+        lambda f: (f / "diffusion_pytorch_model.safetensors").write_bytes(b"x" * 100),
+        "must hold a readable DiT",
+    ),
     "a tensor lacks": (drop_a_tensor, "missing_keys.*proj_out_2.weight"),
-    "index of pickles": (lambda f: write_index(f, "diffusion_pytorch_model-00001-of-00001.bin"), "must name safetensors files"),
-    "index outside": (lambda f: write_index(f, "../other.safetensors"), "must name safetensors files"),
-    "bad index": (lambda f: (f / "diffusion_pytorch_model.safetensors.index.json").write_text("[]"), "map names to files"),
+    "index of pickles": (
+        lambda f: write_index(f, "diffusion_pytorch_model-00001-of-00001.bin"),
+        "must name safetensors files",
+    ),
+    "index outside": (
+        lambda f: write_index(f, "../other.safetensors"),
+        "must name safetensors files",
+    ),
+    "bad index": (
+        lambda f: (f / "diffusion_pytorch_model.safetensors.index.json").write_text("[]"),
+        "map names to files",
+    ),
 }
 
 
@@ -482,5 +608,11 @@ def test_the_table_names_real_arguments():
     for name, spec in SPECS.items():
         cls = getattr(diffusers, name)
         arguments = set(inspect.signature(cls.forward).parameters)
-        assert {*spec.required, *spec.optional, *spec.refused, "hidden_states", "timestep"} <= arguments
+        assert {
+            *spec.required,
+            *spec.optional,
+            *spec.refused,
+            "hidden_states",
+            "timestep",
+        } <= arguments
         assert not spec.added or "added_cond_kwargs" in arguments

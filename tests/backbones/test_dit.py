@@ -31,7 +31,8 @@ def test_guidance_acts_on_the_first_guided_channels(parity) -> None:
     net, data = load(parity, "dit")
     x_t, t, y = (data[f"cfg.{k}"] for k in ("x_t", "t", "y"))
     half = len(x_t) // 2
-    x_t = torch.cat([x_t[:half], x_t[:half]])  # the official code runs both halves on the first half's images
+    # the official code runs both halves on the first half's images
+    x_t = torch.cat([x_t[:half], x_t[:half]])
     cond, uncond = net(x_t, t, y).chunk(2)
     c = net.guided_channels
     guided = torch.cat([uncond[:, :c] + 1.5 * (cond[:, :c] - uncond[:, :c]), cond[:, c:]], dim=1)
@@ -48,7 +49,9 @@ def test_early_exit_equals_the_released_early_exit_code(parity) -> None:
     assert (net(*args) - data["out"]).abs().max() > 100 * TOLERANCE  # the exits matter
 
 
-@pytest.mark.parametrize(("name", "millions"), [("DiT-XL/2", 675), ("DiT-L/2", 458), ("DiT-B/2", 130.5), ("DiT-S/2", 33)])
+@pytest.mark.parametrize(
+    ("name", "millions"), [("DiT-XL/2", 675), ("DiT-L/2", 458), ("DiT-B/2", 130.5), ("DiT-S/2", 33)]
+)
 def test_presets_have_the_published_size(name: str, millions: float) -> None:
     with torch.device("meta"):
         net = DiT.from_preset(name)
@@ -68,7 +71,9 @@ def test_an_unknown_preset_is_refused_and_changes_apply() -> None:
         assert DiT.from_preset("DiT-S/8", input_size=64).input_size == 64
 
 
-@pytest.mark.parametrize("changes", [{"patch_size": 3}, {"num_heads": 5}, {"hidden_size": 18, "num_heads": 2}])
+@pytest.mark.parametrize(
+    "changes", [{"patch_size": 3}, {"num_heads": 5}, {"hidden_size": 18, "num_heads": 2}]
+)
 def test_sizes_that_do_not_fit_are_refused(changes: dict) -> None:
     with pytest.raises(ConfigError, match="; got "):
         DiT(**{"input_size": 8, "hidden_size": 32, "num_heads": 4, "depth": 1, **changes})
@@ -76,13 +81,24 @@ def test_sizes_that_do_not_fit_are_refused(changes: dict) -> None:
 
 def test_positions_repeat_along_rows_and_columns() -> None:
     table = sincos_pos_embed(16, 4).view(4, 4, 16)
-    first, second = table[..., :8], table[..., 8:]
-    assert torch.equal(first, first[:1].expand(4, 4, 8)) and torch.equal(second, second[:, :1].expand(4, 4, 8))
+    first = table[..., :8]
+    second = table[..., 8:]
+    assert torch.equal(first, first[:1].expand(4, 4, 8)) and torch.equal(
+        second, second[:, :1].expand(4, 4, 8)
+    )
     assert np.allclose(table[0, 0], [0, 0, 0, 0, 1, 1, 1, 1] * 2)
 
 
 def test_a_new_network_predicts_zero_and_does_not_train_its_positions() -> None:
-    net = DiT(input_size=8, patch_size=4, in_channels=1, hidden_size=16, depth=2, num_heads=2, num_classes=2)
+    net = DiT(
+        input_size=8,
+        patch_size=4,
+        in_channels=1,
+        hidden_size=16,
+        depth=2,
+        num_heads=2,
+        num_classes=2,
+    )
     args = (torch.randn(2, 1, 8, 8), torch.tensor([1, 900]), torch.tensor([0, 1]))
     assert not net(*args).any()
     assert not net.pos_embed.requires_grad

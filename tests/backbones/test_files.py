@@ -47,7 +47,10 @@ def test_the_format_is_told_by_content_not_by_name(tmp_path) -> None:
 def test_of_a_training_state_the_ema_is_taken(tmp_path, keys, source) -> None:
     options = argparse.Namespace(model="DiT-XL/2", image_size=256, results_dir="results")
     parts = {k: {n: v + i for n, v in STATE.items()} for i, k in enumerate(keys)}
-    torch.save({**parts, "opt": {"state": {}, "param_groups": [{"lr": 1e-4}]}, "args": options}, tmp_path / "x.pt")
+    torch.save(
+        {**parts, "opt": {"state": {}, "param_groups": [{"lr": 1e-4}]}, "args": options},
+        tmp_path / "x.pt",
+    )
     state, got = read_state_dict(tmp_path / "x.pt")
     assert got == source and same(state, parts[source])
 
@@ -69,7 +72,9 @@ def write_folder(folder, shards) -> None:
 
 
 def test_diffusers_folders_whole_sharded_and_in_a_pipeline(tmp_path) -> None:
-    shards = {f"diffusion_pytorch_model-{i}.safetensors": {k: STATE[k]} for i, k in enumerate(STATE)}
+    shards = {
+        f"diffusion_pytorch_model-{i}.safetensors": {k: STATE[k]} for i, k in enumerate(STATE)
+    }
     write_folder(tmp_path / "pipeline" / "transformer", shards)
     assert same(read_state_dict(tmp_path / "pipeline")[0])
     assert same(read_state_dict(tmp_path / "pipeline" / "transformer")[0])
@@ -103,8 +108,13 @@ class Touch:
 
 @pytest.mark.parametrize("kind", ["raw", "zip", "legacy", "inside"])
 def test_a_pickle_with_code_is_refused_and_not_run(tmp_path, kind: str) -> None:
-    path, mark = tmp_path / "x.pt", tmp_path / "mark"
-    bomb = {"model": STATE, "args": argparse.Namespace(a=Touch(mark))} if kind == "inside" else {"a": Touch(mark)}
+    path = tmp_path / "x.pt"
+    mark = tmp_path / "mark"
+    bomb = (
+        {"model": STATE, "args": argparse.Namespace(a=Touch(mark))}
+        if kind == "inside"
+        else {"a": Touch(mark)}
+    )
     if kind == "raw":
         path.write_bytes(pickle.dumps(bomb))
     else:
@@ -144,7 +154,8 @@ def test_what_is_no_checkpoint_is_refused(tmp_path) -> None:
 
 def archive(kind: str) -> bytes:
     """A whole checkpoint in an archive."""
-    data, inner = io.BytesIO(), io.BytesIO()
+    data = io.BytesIO()
+    inner = io.BytesIO()
     torch.save(STATE, inner)
     if kind == "zip":
         with zipfile.ZipFile(data, "w") as file:
@@ -166,16 +177,31 @@ def script() -> bytes:
 
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:{}\nsize 2700000000\n"
 FOREIGN = {
-    "pointer": (POINTER.format("a" * 64).encode(), r"is a Git LFS pointer .* 2,700,000,000 bytes .* `git lfs pull`"),
-    "pointer cut short": (POINTER[:50].encode(), "is a Git LFS pointer to the file; run `git lfs pull`"),
+    "pointer": (
+        POINTER.format("a" * 64).encode(),
+        r"is a Git LFS pointer .* 2,700,000,000 bytes .* `git lfs pull`",
+    ),
+    "pointer cut short": (
+        POINTER[:50].encode(),
+        "is a Git LFS pointer to the file; run `git lfs pull`",
+    ),
     "page": (b"<!doctype html><html>Sign in</html>", "is a web page; download the file itself"),
-    "page with a title": (b"\xef\xbb\xbf\n <HTML>\n<Title> 404 </title>" + b"x" * 9000, r"is a web page \('404'\)"),
+    "page with a title": (
+        b"\xef\xbb\xbf\n <HTML>\n<Title> 404 </title>" + b"x" * 9000,
+        r"is a web page \('404'\)",
+    ),
     "page after a comment": (b"<!-- \xc3\xa9 --><html></html>", "is a web page"),
-    "error": (b"<?xml version='1.0'?><Error><Code>AccessDenied</Code></Error>", "an XML text, often a server's error message"),
+    "error": (
+        b"<?xml version='1.0'?><Error><Code>AccessDenied</Code></Error>",
+        "an XML text, often a server's error message",
+    ),
     "bare error": (b"<Error><Code>AccessDenied</Code></Error>", "an XML text"),
     "json": (b'{"error": "gated"}', "is a JSON text; give the file of weights"),
     "json with a brace where safetensors has one": (b'{"abcde":{"a": 1}}', "is a JSON text"),
-    "text": (b"a picture of a cat\n", "is a text that begins 'a picture of a cat'; give the checkpoint"),
+    "text": (
+        b"a picture of a cat\n",
+        "is a text that begins 'a picture of a cat'; give the checkpoint",
+    ),
     "toml": (b"[backbone]\nkind = 'dit'\n", r"is a text that begins '\[backbone\]'"),
     "nothing": (b"", "is empty; download it again"),
     "zeros": (bytes(9000), "begins with nothing but zeros, as an unfinished download does"),
@@ -203,11 +229,17 @@ def test_what_is_no_checkpoint_is_named(tmp_path, kind: str, name: str) -> None:
             np.savez(file, weight=np.zeros(3))
     with pytest.raises(CheckpointError, match=rule) as caught:
         read_state_dict(tmp_path / name)
-    assert name in str(caught.value) and "weights_only" not in str(caught.value) and "\n" not in str(caught.value)
+    assert (
+        name in str(caught.value)
+        and "weights_only" not in str(caught.value)
+        and "\n" not in str(caught.value)
+    )
 
 
 @pytest.mark.parametrize("kind", ["pointer", "page", "nothing", "gzip"])
-def test_what_stands_in_a_diffusers_folder_in_place_of_weights_is_named(tmp_path, kind: str) -> None:
+def test_what_stands_in_a_diffusers_folder_in_place_of_weights_is_named(
+    tmp_path, kind: str
+) -> None:
     data, rule = FOREIGN[kind]
     (tmp_path / "config.json").write_text('{"_class_name": "DiTTransformer2DModel"}')
     (tmp_path / "diffusion_pytorch_model.safetensors").write_bytes(data)
@@ -231,7 +263,9 @@ def test_an_unfinished_download_is_called_so(tmp_path, kind: str) -> None:
     whole = path.read_bytes()
     for size in (len(whole) // 2, len(whole) - 1):
         path.write_bytes(whole[:size])
-        with pytest.raises(CheckpointError, match="unfinished download.*; download it again") as caught:
+        with pytest.raises(
+            CheckpointError, match="unfinished download.*; download it again"
+        ) as caught:
             read_state_dict(path)
         assert f"{size:,} bytes" in str(caught.value)
 
@@ -243,7 +277,9 @@ def test_a_file_that_may_not_be_read_is_refused(tmp_path, monkeypatch) -> None:
         raise PermissionError(13, "Permission denied")
 
     monkeypatch.setattr("pathlib.Path.open", denied)
-    with pytest.raises(CheckpointError, match=r"can't read .*net\.pt: Permission denied; check its permissions"):
+    with pytest.raises(
+        CheckpointError, match=r"can't read .*net\.pt: Permission denied; check its permissions"
+    ):
         read_state_dict(tmp_path / "net.pt")
 
 
@@ -253,12 +289,17 @@ class Holder:
 
 def test_what_a_refused_pickle_asks_for_is_named_without_advice_to_trust_it(tmp_path) -> None:
     torch.save({"model": STATE, "trainer": Holder()}, tmp_path / "net.pt")
-    with pytest.raises(CheckpointError, match=r"refused \(it needs \S*test_files\.Holder\); where it was made, save") as caught:
+    with pytest.raises(
+        CheckpointError,
+        match=r"refused \(it needs \S*test_files\.Holder\); where it was made, save",
+    ) as caught:
         read_state_dict(tmp_path / "net.pt")
     assert "weights_only" not in str(caught.value) and "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("index", ["[]", "{", "{}", '{"weight_map": {"a": "../x"}}', '{"weight_map": {"a": "gone"}}'])
+@pytest.mark.parametrize(
+    "index", ["[]", "{", "{}", '{"weight_map": {"a": "../x"}}', '{"weight_map": {"a": "gone"}}']
+)
 def test_a_damaged_folder_is_refused(tmp_path, index: str) -> None:
     folder = tmp_path / "model"
     folder.mkdir()

@@ -32,25 +32,49 @@ def on_meta(cls, **args):
 # -- heads -----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("width", "heads", "usual"), [(384, 12, 6), (384, 3, 6), (768, 6, 12), (1152, 18, 16)])
-def test_other_heads_than_the_official_of_that_width(tmp_path, width: int, heads: int, usual: int) -> None:
+@pytest.mark.parametrize(
+    ("width", "heads", "usual"), [(384, 12, 6), (384, 3, 6), (768, 6, 12), (1152, 18, 16)]
+)
+def test_other_heads_than_the_official_of_that_width(
+    tmp_path, width: int, heads: int, usual: int
+) -> None:
     torch.manual_seed(0)
-    net = DiT(input_size=4, patch_size=2, in_channels=1, hidden_size=width, depth=1, num_heads=heads, num_classes=5).eval()
+    net = DiT(
+        input_size=4,
+        patch_size=2,
+        in_channels=1,
+        hidden_size=width,
+        depth=1,
+        num_heads=heads,
+        num_classes=5,
+    ).eval()
     for p in net.parameters():
         p.data = p.data + torch.randn_like(p) * 0.1
     torch.save(net.state_dict(), tmp_path / "net.pt")
-    with pytest.raises(ConfigError, match=r"don't tell the number of attention heads; set args\.num_heads in \[backbone\]"):
+    with pytest.raises(
+        ConfigError,
+        match=r"don't tell the number of attention heads; set args\.num_heads in \[backbone\]",
+    ):
         load(tmp_path / "net.pt", num_classes=5)
     inputs = torch.randn(2, 1, 4, 4), torch.tensor([10, 700]), torch.tensor([1, 4])
     with torch.no_grad():
         wanted = net(*inputs)
-        assert torch.equal(load(tmp_path / "net.pt", num_classes=5, num_heads=heads).eval()(*inputs), wanted)
+        assert torch.equal(
+            load(tmp_path / "net.pt", num_classes=5, num_heads=heads).eval()(*inputs), wanted
+        )
         wrong = load(tmp_path / "net.pt", num_classes=5, num_heads=usual).eval()(*inputs)
     assert (wrong - wanted).abs().max() > 0.01 * wanted.abs().max()  # the control: heads matter
 
 
 OFFICIAL_S = {"depth": 12, "hidden_size": 384, "num_heads": 6}
-OFFICIAL_UVIT = {"img_size": 64, "patch_size": 4, "in_chans": 3, "embed_dim": 512, "depth": 12, "num_heads": 8}
+OFFICIAL_UVIT = {
+    "img_size": 64,
+    "patch_size": 4,
+    "in_chans": 3,
+    "embed_dim": 512,
+    "depth": 12,
+    "num_heads": 8,
+}
 
 
 @pytest.mark.parametrize(
@@ -73,7 +97,9 @@ OFFICIAL_UVIT = {"img_size": 64, "patch_size": 4, "in_chans": 3, "embed_dim": 51
         ("uvit", {**OFFICIAL_UVIT, "embed_dim": 768}, None),
     ],
 )
-def test_heads_are_known_where_the_whole_shape_is_official(tmp_path, kind: str, args: dict, heads: int | None) -> None:
+def test_heads_are_known_where_the_whole_shape_is_official(
+    tmp_path, kind: str, args: dict, heads: int | None
+) -> None:
     shaped_like(on_meta({"dit": DiT, "uvit": UViT}[kind], **args), tmp_path / "net.pt")
     info = inspect_checkpoint(tmp_path / "net.pt")
     assert info.args.get("num_heads") == heads
@@ -85,7 +111,10 @@ def test_heads_of_an_official_shape_can_be_overridden_and_must_divide_the_width(
     torch.save(net.state_dict(), tmp_path / "net.pt")
     assert load(tmp_path / "net.pt").config["num_heads"] == 6
     assert load(tmp_path / "net.pt", num_heads=12).config["num_heads"] == 12
-    with pytest.raises(ConfigError, match="must be a multiple of num_heads and of 4; got 384 and 5; correct num_heads"):
+    with pytest.raises(
+        ConfigError,
+        match="must be a multiple of num_heads and of 4; got 384 and 5; correct num_heads",
+    ):
         load(tmp_path / "net.pt", num_heads=5)
     shaped_like(on_meta(UViT, **OFFICIAL_UVIT), tmp_path / "uvit.pt")
     with pytest.raises(ConfigError, match="must be a multiple of num_heads; got 512 and 7"):
@@ -107,7 +136,9 @@ def test_options_of_the_training_tell_heads_and_labels(tmp_path, caplog, options
     assert again.config == net.config and not caplog.records
 
 
-@pytest.mark.parametrize("told", [{"args": {"num_heads": 3}}, {"a": {"num_heads": 4}, "b": {"num_heads": 8}}])
+@pytest.mark.parametrize(
+    "told", [{"args": {"num_heads": 3}}, {"a": {"num_heads": 4}, "b": {"num_heads": 8}}]
+)
 def test_options_that_do_not_fit_tell_nothing(tmp_path, told: dict) -> None:
     torch.save({"model": DiT(**SMALL, num_classes=3).state_dict(), **told}, tmp_path / "net.pt")
     with pytest.raises(ConfigError, match="number of attention heads"):
@@ -120,7 +151,9 @@ def test_any_number_of_hidden_units(tmp_path, hidden: int) -> None:
     net = DiT(**SMALL, num_classes=3)
     state = net.state_dict()
     for name in ("fc1.weight", "fc1.bias"):
-        state[f"blocks.0.mlp.{name}"] = torch.zeros(hidden, *state[f"blocks.0.mlp.{name}"].shape[1:])
+        state[f"blocks.0.mlp.{name}"] = torch.zeros(
+            hidden, *state[f"blocks.0.mlp.{name}"].shape[1:]
+        )
     state["blocks.0.mlp.fc2.weight"] = torch.zeros(16, hidden)
     torch.save(state, tmp_path / "net.pt")
     assert load(tmp_path / "net.pt", num_heads=2).blocks[0].mlp.fc1.out_features == hidden
@@ -131,7 +164,9 @@ def test_any_number_of_hidden_units(tmp_path, hidden: int) -> None:
 
 @pytest.mark.parametrize("classes", [1, 2, 10, 999, 1000])
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
-def test_labels_are_what_the_study_file_says(tmp_path, caplog, classes: int, dropout: float) -> None:
+def test_labels_are_what_the_study_file_says(
+    tmp_path, caplog, classes: int, dropout: float
+) -> None:
     net = DiT(**SMALL, num_classes=classes, class_dropout_prob=dropout)
     torch.save(net.state_dict(), tmp_path / "net.pt")
     by_classes = load(tmp_path / "net.pt", num_heads=2, num_classes=classes)
@@ -144,7 +179,13 @@ def test_labels_are_what_the_study_file_says(tmp_path, caplog, classes: int, dro
 
 @pytest.mark.parametrize(
     ("rows", "classes", "null", "said"),
-    [(1, 1, False, False), (1001, 1000, True, False), (2, 1, True, True), (11, 10, True, True), (1000, 999, True, True)],
+    [
+        (1, 1, False, False),
+        (1001, 1000, True, False),
+        (2, 1, True, True),
+        (11, 10, True, True),
+        (1000, 999, True, True),
+    ],
 )
 def test_labels_that_nobody_tells_of_are_the_official_ones_and_it_is_said(
     tmp_path, caplog, rows: int, classes: int, null: bool, said: bool
@@ -153,10 +194,16 @@ def test_labels_that_nobody_tells_of_are_the_official_ones_and_it_is_said(
     torch.save(net.state_dict(), tmp_path / "net.pt")
     again = load(tmp_path / "net.pt", num_heads=2)
     assert (again.num_classes, again.has_null_label) == (classes, null)
-    both = f"set args.num_classes = {rows} in [backbone] if no labels were dropped in training, or {classes} to say so"
+    both = (
+        f"set args.num_classes = {rows} in [backbone] if no labels were dropped in training, "
+        f"or {classes} to say so"
+    )
     assert [both in r.getMessage() for r in caplog.records] == [True] * said
     info = inspect_checkpoint(tmp_path / "net.pt")
-    assert info.num_classes == classes and [n for n in info.notes if both in n] == list(info.notes)[-1:] * said
+    assert (
+        info.num_classes == classes
+        and [n for n in info.notes if both in n] == list(info.notes)[-1:] * said
+    )
 
 
 @pytest.mark.parametrize(
@@ -169,9 +216,13 @@ def test_labels_that_nobody_tells_of_are_the_official_ones_and_it_is_said(
         ({"num_classes": 500}, 10, True),  # of another network
     ],
 )
-def test_labels_by_the_options_of_the_training(tmp_path, options: dict, classes: int, null: bool) -> None:
+def test_labels_by_the_options_of_the_training(
+    tmp_path, options: dict, classes: int, null: bool
+) -> None:
     net = DiT(**SMALL, num_classes=11, class_dropout_prob=0.0)
-    torch.save({"ema": net.state_dict(), "args": argparse.Namespace(**options)}, tmp_path / "net.pt")
+    torch.save(
+        {"ema": net.state_dict(), "args": argparse.Namespace(**options)}, tmp_path / "net.pt"
+    )
     again = load(tmp_path / "net.pt", num_heads=2)
     assert (again.num_classes, again.has_null_label) == (classes, null)
 
@@ -179,16 +230,30 @@ def test_labels_by_the_options_of_the_training(tmp_path, options: dict, classes:
 @pytest.mark.parametrize(
     ("rows", "args", "rule"),
     [
-        (11, {"num_classes": 9}, r"those of num_classes = 11 \(no null label\) or 10 \(and the null label\); got 9"),
+        (
+            11,
+            {"num_classes": 9},
+            r"those of num_classes = 11 \(no null label\) or 10 \(and the null label\); got 9",
+        ),
         (11, {"num_classes": 12}, "got 12"),
         (1, {"num_classes": 2}, r"num_classes = 1 \(no null label\); got 2"),
         (1, {"class_dropout_prob": 0.1}, "got 0"),
-        (11, {"num_classes": 11, "class_dropout_prob": 0.1}, "a network without a null label; got class_dropout_prob = 0.1"),
-        (11, {"num_classes": 10, "class_dropout_prob": 0.0}, "a network with a null label; got class_dropout_prob = 0.0"),
+        (
+            11,
+            {"num_classes": 11, "class_dropout_prob": 0.1},
+            "a network without a null label; got class_dropout_prob = 0.1",
+        ),
+        (
+            11,
+            {"num_classes": 10, "class_dropout_prob": 0.0},
+            "a network with a null label; got class_dropout_prob = 0.0",
+        ),
     ],
 )
 def test_labels_that_do_not_fit_are_refused(tmp_path, rows: int, args: dict, rule: str) -> None:
-    torch.save(DiT(**SMALL, num_classes=rows, class_dropout_prob=0.0).state_dict(), tmp_path / "net.pt")
+    torch.save(
+        DiT(**SMALL, num_classes=rows, class_dropout_prob=0.0).state_dict(), tmp_path / "net.pt"
+    )
     with pytest.raises(ConfigError, match=rule):
         load(tmp_path / "net.pt", num_heads=2, **args)
 
@@ -207,11 +272,17 @@ UVIT = {"img_size": 8, "patch_size": 4, "in_chans": 1, "embed_dim": 16, "depth":
         (-1, {}, 0, False, False),
     ],
 )
-def test_labels_of_a_u_vit(tmp_path, caplog, rows: int, args: dict, classes: int, null: bool, said: bool) -> None:
-    torch.save(UViT(**UVIT, num_classes=rows, has_null_label=False).state_dict(), tmp_path / "net.pt")
+def test_labels_of_a_u_vit(
+    tmp_path, caplog, rows: int, args: dict, classes: int, null: bool, said: bool
+) -> None:
+    torch.save(
+        UViT(**UVIT, num_classes=rows, has_null_label=False).state_dict(), tmp_path / "net.pt"
+    )
     again = load(tmp_path / "net.pt", "uvit", num_heads=2, **args)
     assert (again.num_classes, again.has_null_label) == (classes, null)
-    assert ["set args.has_null_label in [backbone] to false" in r.getMessage() for r in caplog.records] == [True] * said
+    assert [
+        "set args.has_null_label in [backbone] to false" in r.getMessage() for r in caplog.records
+    ] == [True] * said
     y = torch.tensor([0, max(0, classes - 1)]) if classes else None
     assert again(torch.zeros(2, 1, 8, 8), torch.tensor([1, 2]), y).shape == (2, 1, 8, 8)
 
@@ -224,9 +295,13 @@ def test_a_single_label_that_is_the_null_label_is_refused() -> None:
 def test_guidance_without_a_null_label_is_refused_with_the_reason(tmp_path) -> None:
     from asesearch.diffusion import Diffusion
 
-    torch.save(DiT(**SMALL, num_classes=1, class_dropout_prob=0.0).state_dict(), tmp_path / "net.pt")
+    torch.save(
+        DiT(**SMALL, num_classes=1, class_dropout_prob=0.0).state_dict(), tmp_path / "net.pt"
+    )
     with pytest.raises(
-        ConfigError, match=r"with a null label .* dropped labels .*; this one has none; got cfg_scale 1\.5; use 1"
+        ConfigError,
+        match=r"with a null label .* dropped labels .*; this one has none; got cfg_scale 1\.5; use "
+        r"1",
     ):
         check_sampling(load(tmp_path / "net.pt", num_heads=2), "ddim", Diffusion(), 2, 1.5)
 
@@ -239,13 +314,16 @@ def test_guidance_without_a_null_label_is_refused_with_the_reason(tmp_path) -> N
     [
         (
             "t_block.1.weight",
-            "PixArt's weights .* folder of its diffusers version, such as PixArt-alpha/.* kind = 'diffusers'",
+            "PixArt's weights .* folder of its diffusers version, such as PixArt-alpha/.* kind = "
+            "'diffusers'",
         ),
         ("csize_embedder.mlp.0.weight", "holds PixArt's weights"),
         ("joint_blocks.0.x_block.attn.qkv.weight", "holds Stable Diffusion 3's weights"),
     ],
 )
-@pytest.mark.parametrize("wrap", [lambda s: s, lambda s: {"state_dict": {f"module.{k}": v for k, v in s.items()}}])
+@pytest.mark.parametrize(
+    "wrap", [lambda s: s, lambda s: {"state_dict": {f"module.{k}": v for k, v in s.items()}}]
+)
 def test_original_weights_of_other_networks_are_named(tmp_path, key: str, rule: str, wrap) -> None:
     state = DiT(**SMALL, num_classes=3).state_dict() | {key: torch.zeros(1)}
     torch.save(wrap(state), tmp_path / "net.pth")
@@ -261,12 +339,16 @@ def test_original_weights_of_other_networks_are_named(tmp_path, key: str, rule: 
         ({"prediction_type": "epsilon"}, False),
     ],
 )
-def test_a_network_trained_to_predict_something_else_is_refused(tmp_path, options: dict, refused: bool) -> None:
+def test_a_network_trained_to_predict_something_else_is_refused(
+    tmp_path, options: dict, refused: bool
+) -> None:
     state = DiT(**SMALL, num_classes=3).state_dict()
     torch.save({"ema": state, "args": argparse.Namespace(**options)}, tmp_path / "net.pt")
     if not refused:
         assert load(tmp_path / "net.pt", num_heads=2).depth == 1
         return
     name, value = next(iter(options.items()))
-    with pytest.raises(CheckpointError, match=re.escape(f"trained with {name} = {value!r}") + ".* predict noise"):
+    with pytest.raises(
+        CheckpointError, match=re.escape(f"trained with {name} = {value!r}") + ".* predict noise"
+    ):
         load(tmp_path / "net.pt", num_heads=2)

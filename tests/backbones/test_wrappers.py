@@ -36,7 +36,8 @@ def prefixed(state, prefix: str) -> dict:
 def in_between(state) -> dict:
     """Names as torch.compile makes them where each block is compiled."""
     return {
-        k.replace("blocks.0.", "blocks.0._orig_mod.").replace("blocks.1.", "blocks.1._orig_mod."): v for k, v in state.items()
+        k.replace("blocks.0.", "blocks.0._orig_mod.").replace("blocks.1.", "blocks.1._orig_mod."): v
+        for k, v in state.items()
     }
 
 
@@ -62,21 +63,36 @@ FORMS = {
     "twice": (lambda s: prefixed(s, "module.module."), "weights"),
     "sharded": (lambda s: prefixed(s, "_fsdp_wrapped_module."), "weights"),
     "blocks compiled": (in_between, "weights"),
-    "some compiled": (lambda s: {f"_orig_mod.{k}" if "blocks" in k else k: v for k, v in s.items()}, "weights"),
+    "some compiled": (
+        lambda s: {f"_orig_mod.{k}" if "blocks" in k else k: v for k, v in s.items()},
+        "weights",
+    ),
     "model": (lambda s: {"model": s, "opt": OPTIMISER, "args": argparse.Namespace(lr=1)}, "model"),
     "model, by name in the optimiser": (lambda s: {"model": s, "optimizer": BY_NAME}, "model"),
-    "model_state_dict": (lambda s: {"model_state_dict": prefixed(s, "module."), "epoch": 1}, "model_state_dict"),
+    "model_state_dict": (
+        lambda s: {"model_state_dict": prefixed(s, "module."), "epoch": 1},
+        "model_state_dict",
+    ),
     "state_dict": (lambda s: OrderedDict(state_dict=s, epoch=3), "state_dict"),
     "net": (lambda s: {"net": s}, "net"),
     "an unusual name": (lambda s: {"diffusion_transformer": s, "step": 7}, "diffusion_transformer"),
     "nested": (lambda s: {"state": {"network": prefixed(s, "_orig_mod.")}}, "state.network"),
-    "lightning": (lambda s: {"state_dict": prefixed(s, "model."), "pytorch-lightning_version": "2"}, "state_dict.model"),
-    "lightning, net compiled": (lambda s: {"state_dict": prefixed(s, "net._orig_mod.")}, "state_dict.net"),
+    "lightning": (
+        lambda s: {"state_dict": prefixed(s, "model."), "pytorch-lightning_version": "2"},
+        "state_dict.model",
+    ),
+    "lightning, net compiled": (
+        lambda s: {"state_dict": prefixed(s, "net._orig_mod.")},
+        "state_dict.net",
+    ),
     "lightning with a VAE": (
         lambda s: {"state_dict": prefixed(s, "model.") | {"vae.conv_in.weight": torch.zeros(2)}},
         "state_dict.model",
     ),
-    "a discriminator beside": (lambda s: {"model": s, "discriminator": {"conv.weight": torch.zeros(2)}}, "model"),
+    "a discriminator beside": (
+        lambda s: {"model": s, "discriminator": {"conv.weight": torch.zeros(2)}},
+        "model",
+    ),
     "a teacher beside": (lambda s: {"teacher": others(s), "model": s}, "model"),
     "ema": (lambda s: {"model": others(s), "ema": s}, "ema"),
     "ema first": (lambda s: {"ema": s, "model": others(s)}, "ema"),
@@ -91,19 +107,32 @@ FORMS = {
         "state_dict.ema_model",
     ),
     "ema with its model": (
-        lambda s: {"ema": prefixed(s, "ema_model.") | prefixed(others(s), "online_model.") | {"step": torch.zeros(1)}},
+        lambda s: {
+            "ema": prefixed(s, "ema_model.")
+            | prefixed(others(s), "online_model.")
+            | {"step": torch.zeros(1)}
+        },
         "ema.ema_model",
     ),
     "ema without the fixed positions": (
-        lambda s: {"model": others(s) | {"pos_embed": s["pos_embed"]}, "ema": {k: v for k, v in s.items() if k != "pos_embed"}},
+        lambda s: {
+            "model": others(s) | {"pos_embed": s["pos_embed"]},
+            "ema": {k: v for k, v in s.items() if k != "pos_embed"},
+        },
         "ema",
     ),
     "ema empty": (lambda s: {"model": s, "ema": {}}, "model"),
     "ema of nothing": (lambda s: {"ema": {"decay": 0.99}, "model": s}, "model"),
     "ema None": (lambda s: {"model": s, "ema": None}, "model"),
-    "ema in part": (lambda s: {"model": s, "ema": {k: v for k, v in others(s).items() if "blocks.1" not in k}}, "model"),
-    "ema under other names": (lambda s: {"state_dict": prefixed(s, "model.") | squashed(others(s))}, "state_dict.model"),
-}  # fmt: skip
+    "ema in part": (
+        lambda s: {"model": s, "ema": {k: v for k, v in others(s).items() if "blocks.1" not in k}},
+        "model",
+    ),
+    "ema under other names": (
+        lambda s: {"state_dict": prefixed(s, "model.") | squashed(others(s))},
+        "state_dict.model",
+    ),
+}
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -112,25 +141,43 @@ def test_a_network_is_found_in_what_training_programs_save(tmp_path, form: str) 
     net = random_dit()
     torch.save(wrap(net.state_dict()), tmp_path / "net.pt")
     args = {"num_heads": 2, "num_classes": 3}
-    again = load_backbone(BackboneConfig(kind="dit", checkpoint=str(tmp_path / "net.pt"), args=args)).eval()
-    assert torch.equal(outputs(again), outputs(net)) and again.state_dict().keys() == net.state_dict().keys()
+    again = load_backbone(
+        BackboneConfig(kind="dit", checkpoint=str(tmp_path / "net.pt"), args=args)
+    ).eval()
+    assert (
+        torch.equal(outputs(again), outputs(net))
+        and again.state_dict().keys() == net.state_dict().keys()
+    )
     assert inspect_checkpoint(tmp_path / "net.pt").source == source
 
 
 @pytest.mark.parametrize(
     ("form", "note"),
     [
-        ("ema empty", r"^ema holds no weights under the network's names, so they are those of model$"),
+        (
+            "ema empty",
+            r"^ema holds no weights under the network's names, so they are those of model$",
+        ),
         ("ema of nothing", "^ema holds no weights"),
-        ("ema in part", r"^ema lacks 10 of the 32 tensors of model, such as blocks\.1\..*, so the weights are those of model$"),
+        (
+            "ema in part",
+            r"^ema lacks 10 of the 32 tensors of model, such as blocks\.1\..*, so the weights are "
+            r"those of model$",
+        ),
         ("ema without the fixed positions", "^ema lacks pos_embed, which is that of model$"),
         ("ema under other names", r"^model_ema holds no weights .* those of state_dict\.model$"),
     ],
 )
-def test_what_was_decided_about_averaged_weights_is_said(tmp_path, caplog, form: str, note: str) -> None:
+def test_what_was_decided_about_averaged_weights_is_said(
+    tmp_path, caplog, form: str, note: str
+) -> None:
     torch.save(FORMS[form][0](random_dit().state_dict()), tmp_path / "net.pt")
-    assert len([n for n in inspect_checkpoint(tmp_path / "net.pt").notes if re.search(note, n)]) == 1
-    config = BackboneConfig(kind="dit", checkpoint=str(tmp_path / "net.pt"), args={"num_heads": 2, "num_classes": 3})
+    assert (
+        len([n for n in inspect_checkpoint(tmp_path / "net.pt").notes if re.search(note, n)]) == 1
+    )
+    config = BackboneConfig(
+        kind="dit", checkpoint=str(tmp_path / "net.pt"), args={"num_heads": 2, "num_classes": 3}
+    )
     load_backbone(config)
     load_backbone(config)
     assert len(caplog.records) == 1  # said once
@@ -138,14 +185,18 @@ def test_what_was_decided_about_averaged_weights_is_said(tmp_path, caplog, form:
 
 def test_nothing_is_said_of_a_plain_training_state(tmp_path, caplog) -> None:
     torch.save(FORMS["ema"][0](random_dit().state_dict()), tmp_path / "net.pt")
-    load_backbone(BackboneConfig(checkpoint=str(tmp_path / "net.pt"), args={"num_heads": 2, "num_classes": 3}))
+    load_backbone(
+        BackboneConfig(checkpoint=str(tmp_path / "net.pt"), args={"num_heads": 2, "num_classes": 3})
+    )
     assert not caplog.records
 
 
 def test_prefixes_of_a_u_vit_and_in_safetensors(tmp_path) -> None:
     net = UViT(img_size=8, patch_size=4, in_chans=1, embed_dim=16, depth=4, num_heads=2)
     save_file(prefixed(net.state_dict(), "_orig_mod.module."), tmp_path / "net.safetensors")
-    config = BackboneConfig(kind="uvit", checkpoint=str(tmp_path / "net.safetensors"), args={"num_heads": 2})
+    config = BackboneConfig(
+        kind="uvit", checkpoint=str(tmp_path / "net.safetensors"), args={"num_heads": 2}
+    )
     again = load_backbone(config).state_dict()
     assert again.keys() == net.state_dict().keys()
     assert all(torch.equal(again[k], v) for k, v in net.state_dict().items())
@@ -158,7 +209,10 @@ def test_prefixes_of_a_u_vit_and_in_safetensors(tmp_path) -> None:
         (lambda s: prefixed(s, "module."), {"a.weight", "a.bias"}),
         (lambda s: prefixed(s, "model.module."), {"a.weight", "a.bias"}),
         (lambda s: {"model": s, "optimizer": dict(s)}, {"a.weight", "a.bias"}),
-        (lambda s: prefixed(s, "model.") | {"b": torch.zeros(1)}, {"model.a.weight", "model.a.bias", "b"}),
+        (
+            lambda s: prefixed(s, "model.") | {"b": torch.zeros(1)},
+            {"model.a.weight", "model.a.bias", "b"},
+        ),
     ],
 )
 def test_names_of_an_unknown_network(tmp_path, wrap, names: set) -> None:
@@ -177,11 +231,26 @@ def test_names_of_an_unknown_network(tmp_path, wrap, names: set) -> None:
             r"best \(list of 1\), w \(float32 \(2, 3\)\), sub \(dict of 1: x\)",
         ),
         ({str(i): i for i in range(12)}, "and 4 more; save"),
-        ({"gen": STATE, "disc": STATE}, "several sets of weights: gen, disc; save the one that is meant"),
-        ({"ema_0.99": STATE, "ema_0.9999": STATE, "model": STATE}, r"several sets of weights: ema_0\.99, ema_0\.9999"),
-        ({"decay": 0.9, "shadow_params": [torch.zeros(2)]}, r"list without names \(shadow_params\), .*copy_to"),
-        ({"model": STATE, "ema": {"shadow_params": [torch.zeros(2)]}}, r"list without names \(ema\.shadow_params\)"),
-        ({"module.a": torch.zeros(1), "a": torch.zeros(1)}, r"holds (module\.)?a twice, with and without a prefix"),
+        (
+            {"gen": STATE, "disc": STATE},
+            "several sets of weights: gen, disc; save the one that is meant",
+        ),
+        (
+            {"ema_0.99": STATE, "ema_0.9999": STATE, "model": STATE},
+            r"several sets of weights: ema_0\.99, ema_0\.9999",
+        ),
+        (
+            {"decay": 0.9, "shadow_params": [torch.zeros(2)]},
+            r"list without names \(shadow_params\), .*copy_to",
+        ),
+        (
+            {"model": STATE, "ema": {"shadow_params": [torch.zeros(2)]}},
+            r"list without names \(ema\.shadow_params\)",
+        ),
+        (
+            {"module.a": torch.zeros(1), "a": torch.zeros(1)},
+            r"holds (module\.)?a twice, with and without a prefix",
+        ),
     ],
 )
 def test_what_holds_no_network_is_described(tmp_path, data, rule: str) -> None:
@@ -195,15 +264,28 @@ def test_a_diffusers_folder_with_wrapped_names(tmp_path, suffix: str) -> None:
     from diffusers import DiTTransformer2DModel
 
     torch.manual_seed(0)
-    small = {"num_attention_heads": 2, "attention_head_dim": 8, "in_channels": 1, "sample_size": 8, "num_layers": 2}
+    small = {
+        "num_attention_heads": 2,
+        "attention_head_dim": 8,
+        "in_channels": 1,
+        "sample_size": 8,
+        "num_layers": 2,
+    }
     model = DiTTransformer2DModel(**small, out_channels=2, num_embeds_ada_norm=3).eval()
-    model.transformer_blocks[1].norm1.emb.load_state_dict(model.transformer_blocks[0].norm1.emb.state_dict())
+    model.transformer_blocks[1].norm1.emb.load_state_dict(
+        model.transformer_blocks[0].norm1.emb.state_dict()
+    )
     model.save_config(tmp_path)
     state = prefixed(model.state_dict(), "module._orig_mod.")
     name = f"diffusion_pytorch_model.{suffix}"
-    torch.save({"state_dict": state}, tmp_path / name) if suffix == "bin" else save_file(state, tmp_path / name)
+    torch.save({"state_dict": state}, tmp_path / name) if suffix == "bin" else save_file(
+        state, tmp_path / name
+    )
     wanted = model(
-        torch.linspace(-1, 1, 128).view(2, 1, 8, 8), torch.tensor([3, 700]), torch.tensor([0, 2]), return_dict=False
+        torch.linspace(-1, 1, 128).view(2, 1, 8, 8),
+        torch.tensor([3, 700]),
+        torch.tensor([0, 2]),
+        return_dict=False,
     )[0].detach()
     for kind in ["dit"] + ["diffusers"] * (suffix == "safetensors"):
         net = load_backbone(BackboneConfig(kind=kind, checkpoint=str(tmp_path))).eval()

@@ -23,7 +23,15 @@ SCHEDULE = ExitSchedule.from_string("4 4 2 1", 4)
 @pytest.fixture
 def bundle(tiny_dit):
     how = SamplingConfig(solver="ddim", num_steps=4, cfg_scale=1.5, batch_size=5)
-    return Bundle(tiny_dit, SCHEDULE, "dit", DiffusionConfig(), how, {"search": None}, {"study": "tiny", "trial": 3})
+    return Bundle(
+        tiny_dit,
+        SCHEDULE,
+        "dit",
+        DiffusionConfig(),
+        how,
+        {"search": None},
+        {"study": "tiny", "trial": 3},
+    )
 
 
 @pytest.fixture
@@ -33,12 +41,24 @@ def folder(bundle, tmp_path):
 
 def test_round_trip_gives_identical_images(bundle, folder):
     loaded = load_bundle(folder)
-    assert (loaded.schedule, loaded.sampling, loaded.diffusion) == (SCHEDULE, bundle.sampling, bundle.diffusion)
+    assert (loaded.schedule, loaded.sampling, loaded.diffusion) == (
+        SCHEDULE,
+        bundle.sampling,
+        bundle.diffusion,
+    )
     assert loaded.provenance == {"study": "tiny", "trial": 3} and loaded.kind == "dit"
     seeds = [3, 4, 11]
     y = torch.tensor([s % 3 for s in seeds])
     expected = sample(
-        bundle.backbone, "ddim", SCHEDULE, diffusion=Diffusion(), num_steps=4, seeds=seeds, y=y, cfg_scale=1.5, batch_size=5
+        bundle.backbone,
+        "ddim",
+        SCHEDULE,
+        diffusion=Diffusion(),
+        num_steps=4,
+        seeds=seeds,
+        y=y,
+        cfg_scale=1.5,
+        batch_size=5,
     )
     again = loaded.sample(seeds)
     assert torch.equal(again.images, expected.images) and again.block_calls == expected.block_calls
@@ -54,7 +74,13 @@ def test_steps_and_labels_can_be_chosen(folder):
 @pytest.mark.parametrize(
     ("classes", "dropout", "label", "rule"),
     [
-        (3, 0.1, 3, "the bundle's network, 0…2; got 3, the null label, which stands for no class; choose from 0…2"),
+        (
+            3,
+            0.1,
+            3,
+            "the bundle's network, 0…2; got 3, the null label, which stands for no class; choose "
+            "from 0…2",
+        ),
         (3, 0.1, 4, "the bundle's network, 0…2; got 4; choose from 0…2"),
         (3, 0.0, 3, "the bundle's network, 0…2; got 3; choose from 0…2"),
         (3, 0.1, -1, "the bundle's network, 0…2; got -1; choose from 0…2"),
@@ -64,20 +90,38 @@ def test_steps_and_labels_can_be_chosen(folder):
 )
 def test_labels_that_are_no_classes_are_refused(bundle, classes, dropout, label, rule):
     net = DiT(**{**bundle.backbone.config, "num_classes": classes, "class_dropout_prob": dropout})
-    made = replace(bundle, backbone=net, sampling=bundle.sampling.model_copy(update={"cfg_scale": 1.5 if dropout else 1.0}))
+    made = replace(
+        bundle,
+        backbone=net,
+        sampling=bundle.sampling.model_copy(update={"cfg_scale": 1.5 if dropout else 1.0}),
+    )
     net.register_forward_hook(lambda *a: pytest.fail("the network was called"))
-    for refused in (lambda: made.labels(label, 2), lambda: made.sample([0, 1], torch.tensor([0, label]))):
+    for refused in (
+        lambda: made.labels(label, 2),
+        lambda: made.sample([0, 1], torch.tensor([0, label])),
+    ):
         with pytest.raises(ConfigError, match=rule):
             refused()
     assert made.labels(classes - 1, 2).tolist() == [classes - 1] * 2
 
 
 def test_a_label_for_a_network_without_labels_is_refused(bundle):
-    small = {"img_size": 8, "patch_size": 4, "in_chans": 1, "embed_dim": 16, "depth": 4, "num_heads": 2}
+    small = {
+        "img_size": 8,
+        "patch_size": 4,
+        "in_chans": 1,
+        "embed_dim": 16,
+        "depth": 4,
+        "num_heads": 2,
+    }
     net = UViT(**small)
-    made = replace(bundle, backbone=net, sampling=bundle.sampling.model_copy(update={"cfg_scale": 1.0}))
+    made = replace(
+        bundle, backbone=net, sampling=bundle.sampling.model_copy(update={"cfg_scale": 1.0})
+    )
     for refused in (lambda: made.labels(0, 2), lambda: made.sample([0, 1], torch.tensor([0, 0]))):
-        with pytest.raises(ConfigError, match="is unconditional and takes no labels; got the label 0; leave it out"):
+        with pytest.raises(
+            ConfigError, match="is unconditional and takes no labels; got the label 0; leave it out"
+        ):
             refused()
 
 
@@ -117,7 +161,9 @@ def test_a_network_that_computes_something_else_is_refused(folder):
     tensors = load_file(path)
     save_file({k: v * 1.01 if k == "out.2" else v for k, v in tensors.items()}, path)
     manifest = json.loads((folder / "bundle.json").read_text())
-    manifest["files"]["parity.safetensors"]["sha256"] = hashlib.sha256(path.read_bytes()).hexdigest()
+    manifest["files"]["parity.safetensors"]["sha256"] = hashlib.sha256(
+        path.read_bytes()
+    ).hexdigest()
     (folder / "bundle.json").write_text(json.dumps(manifest))
     with pytest.raises(CheckpointError, match="at exit depth 2 it is off by"):
         load_bundle(folder)
@@ -145,7 +191,9 @@ def test_a_failed_export_leaves_nothing(bundle, tmp_path, monkeypatch):
 
 
 def test_a_schedule_for_another_network_is_refused(bundle, tmp_path):
-    wrong = Bundle(bundle.backbone, ExitSchedule.full(5), "dit", bundle.diffusion, bundle.sampling, {}, {})
+    wrong = Bundle(
+        bundle.backbone, ExitSchedule.full(5), "dit", bundle.diffusion, bundle.sampling, {}, {}
+    )
     with pytest.raises(ScheduleError, match="network of 5 blocks"):
         write_bundle(wrong, tmp_path / "bundle")
     assert list(tmp_path.iterdir()) == []
@@ -154,7 +202,8 @@ def test_a_schedule_for_another_network_is_refused(bundle, tmp_path):
 @pytest.mark.parametrize("poison", [float("nan"), float("inf")])
 @pytest.mark.parametrize("where", ["expected", "weights"])
 def test_numbers_that_are_not_finite_fail_the_parity_check(bundle, tmp_path, poison, where):
-    """A comparison with NaN is false whichever way it is asked: such a network must not pass for equal."""
+    """A comparison with NaN is false whichever way it is asked: such a network must not pass for
+    equal."""
     if where == "weights":
         with torch.no_grad():
             bundle.backbone.final_layer.linear.bias[0] = poison
@@ -167,6 +216,10 @@ def test_numbers_that_are_not_finite_fail_the_parity_check(bundle, tmp_path, poi
         manifest = json.loads((folder / "bundle.json").read_text())
         manifest["files"][path.name]["sha256"] = hashlib.sha256(path.read_bytes()).hexdigest()
         (folder / "bundle.json").write_text(json.dumps(manifest))
-    rule = "is off by (nan|inf)" if where == "expected" else r"NaN or infinity: 1 of \d+ in final_layer\.linear\.bias"
+    rule = (
+        "is off by (nan|inf)"
+        if where == "expected"
+        else r"NaN or infinity: 1 of \d+ in final_layer\.linear\.bias"
+    )
     with pytest.raises(CheckpointError, match=rule):
         load_bundle(folder)

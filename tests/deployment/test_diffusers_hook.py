@@ -18,7 +18,9 @@ from asesearch.deployment.diffusers_hook import attach_exit_schedule
 from asesearch.errors import ConfigError, ScheduleError
 from asesearch.schedule import ExitSchedule
 
-DEPTH, STEPS, TOKENS = 4, 5, 3
+DEPTH = 4
+STEPS = 5
+TOKENS = 3
 HEADS = {"num_attention_heads": 2, "attention_head_dim": 8, "num_layers": DEPTH, "in_channels": 4}
 SCHEDULE = ExitSchedule.from_string("4 3 3 2 1", DEPTH)
 REVERSED = ExitSchedule.from_string("1 2 3 3 4", DEPTH)
@@ -32,24 +34,43 @@ def randomised(model, seed=0):
 
 
 def tiny_vae():
-    return AutoencoderKL(block_out_channels=(8,), norm_num_groups=4, latent_channels=4, sample_size=8).eval()
+    return AutoencoderKL(
+        block_out_channels=(8,), norm_num_groups=4, latent_channels=4, sample_size=8
+    ).eval()
 
 
 def dit_pipeline():
-    model = DiTTransformer2DModel(**HEADS, sample_size=8, out_channels=8)  # 1000 classes: the pipeline writes its null label
+    # 1000 classes: the pipeline writes its null label
+    model = DiTTransformer2DModel(**HEADS, sample_size=8, out_channels=8)
     return DiTPipeline(randomised(model), tiny_vae(), DDIMScheduler())
 
 
 def pixart_pipeline():
     sizes = {"cross_attention_dim": 16, "caption_channels": 12, "sample_size": 8, "out_channels": 8}
     model = PixArtTransformer2DModel(**HEADS, **sizes)
-    return PixArtAlphaPipeline(None, None, tiny_vae(), randomised(model), DPMSolverMultistepScheduler())
+    return PixArtAlphaPipeline(
+        None, None, tiny_vae(), randomised(model), DPMSolverMultistepScheduler()
+    )
 
 
 def sd3_pipeline():
-    sizes = {"joint_attention_dim": 12, "caption_projection_dim": 16, "pooled_projection_dim": 6, "pos_embed_max_size": 8}
+    sizes = {
+        "joint_attention_dim": 12,
+        "caption_projection_dim": 16,
+        "pooled_projection_dim": 6,
+        "pos_embed_max_size": 8,
+    }
     model = randomised(SD3Transformer2DModel(**HEADS, **sizes, sample_size=8, out_channels=4))
-    none = dict.fromkeys(["text_encoder", "text_encoder_2", "text_encoder_3", "tokenizer", "tokenizer_2", "tokenizer_3"])
+    none = dict.fromkeys(
+        [
+            "text_encoder",
+            "text_encoder_2",
+            "text_encoder_3",
+            "tokenizer",
+            "tokenizer_2",
+            "tokenizer_3",
+        ]
+    )
     return StableDiffusion3Pipeline(model, FlowMatchEulerDiscreteScheduler(), tiny_vae(), **none)
 
 
@@ -69,7 +90,9 @@ def sample(pipeline):
         }
         options = {"prompt": None, "negative_prompt": None, "use_resolution_binning": False}
         return pipeline(**prompts, **masks, **options, output_type="latent", **shared).images
-    pooled = {name.replace("prompt", "pooled_prompt"): torch.randn(2, 6, generator=draw) for name in names}
+    pooled = {
+        name.replace("prompt", "pooled_prompt"): torch.randn(2, 6, generator=draw) for name in names
+    }
     return pipeline(**prompts, **pooled, output_type="latent", **shared).images
 
 
@@ -83,15 +106,20 @@ def pipeline(request):
 
 def record(transformer):
     """Timesteps the transformer is called at, and block calls made, as seen by hooks of our own."""
-    timesteps, calls = [], []
-    transformer.register_forward_pre_hook(lambda m, a, k: timesteps.append(float(k["timestep"][0])), with_kwargs=True)
+    timesteps = []
+    calls = []
+    transformer.register_forward_pre_hook(
+        lambda m, a, k: timesteps.append(float(k["timestep"][0])), with_kwargs=True
+    )
     for i, block in enumerate(transformer.transformer_blocks):
         block.register_forward_pre_hook(lambda m, a, i=i: calls.append(i))
     return timesteps, calls
 
 
 # the multistep scheduler hands tensors to numpy in the way of numpy 1
-of_numpy_1 = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy keyword:DeprecationWarning")
+of_numpy_1 = pytest.mark.filterwarnings(
+    "ignore:__array__ implementation doesn't accept a copy keyword:DeprecationWarning"
+)
 
 
 @of_numpy_1
@@ -128,9 +156,12 @@ def test_a_pipeline_under_a_schedule_samples_as_with_the_blocks_cut_off(pipeline
 
 def test_the_backbone_and_the_hook_agree():
     transformer = dit_pipeline().transformer
-    x_t, t, y = torch.randn(3, 4, 8, 8), torch.tensor([10, 500, 990]), torch.tensor([1, 2, 1000])
+    x_t = torch.randn(3, 4, 8, 8)
+    t = torch.tensor([10, 500, 990])
+    y = torch.tensor([1, 2, 1000])
     with attach_exit_schedule(transformer, SCHEDULE) as handle:
-        out = transformer(x_t, t, y, return_dict=False)[0]  # one depth a sample, arguments by position
+        # one depth a sample, arguments by position
+        out = transformer(x_t, t, y, return_dict=False)[0]
         assert (handle.nfe, handle.block_calls) == (1, 4)
     exit_depth = torch.from_numpy(SCHEDULE.exit_depth_at(t))
     assert torch.equal(DiffusersBackbone(transformer)(x_t, t, y, exit_depth=exit_depth), out)
@@ -139,7 +170,8 @@ def test_the_backbone_and_the_hook_agree():
 def test_detaching_restores_everything(pipeline):
     transformer = pipeline.transformer
     blocks = list(transformer.transformer_blocks)
-    classes, names = [type(b) for b in blocks], list(transformer.state_dict())
+    classes = [type(b) for b in blocks]
+    names = list(transformer.state_dict())
     handle = attach_exit_schedule(pipeline, SCHEDULE)
     assert list(transformer.state_dict()) == names
     handle.detach()
@@ -172,22 +204,29 @@ def test_a_schedule_that_does_not_fit_is_refused_and_leaves_no_trace():
     attach_exit_schedule(pipeline, SCHEDULE)
 
 
-@pytest.mark.parametrize("thing", ["pipeline", 3, torch.nn.Linear(2, 2)], ids=["text", "number", "other module"])
+@pytest.mark.parametrize(
+    "thing", ["pipeline", 3, torch.nn.Linear(2, 2)], ids=["text", "number", "other module"]
+)
 def test_what_has_no_transformer_is_refused(thing):
-    with pytest.raises(ConfigError, match="attaches to a transformer|supported are DiTTransformer2DModel"):
+    with pytest.raises(
+        ConfigError, match="attaches to a transformer|supported are DiTTransformer2DModel"
+    ):
         attach_exit_schedule(thing, SCHEDULE)
 
 
 def test_calls_that_the_schedule_can_not_serve_are_refused():
     transformer = sd3_pipeline().transformer
-    x_t, y = (
-        torch.randn(3, 4, 8, 8),
-        {"encoder_hidden_states": torch.randn(3, TOKENS, 12), "pooled_projections": torch.randn(3, 6)},
-    )
+    x_t = torch.randn(3, 4, 8, 8)
+    y = {
+        "encoder_hidden_states": torch.randn(3, TOKENS, 12),
+        "pooled_projections": torch.randn(3, 6),
+    }
     with attach_exit_schedule(transformer, SCHEDULE) as handle:
         with pytest.raises(ConfigError, match="needs the timestep; got none"):
             transformer(x_t, **y)
-        with pytest.raises(ConfigError, match="skip_layers, which act between the blocks; got skip_layers"):
+        with pytest.raises(
+            ConfigError, match="skip_layers, which act between the blocks; got skip_layers"
+        ):
             transformer(x_t, **y, timestep=torch.tensor([10.0] * 3), skip_layers=[1])
         with pytest.raises(ConfigError, match=r"one a sample \(3\); got 2"):
             transformer(x_t, **y, timestep=torch.tensor([10.0, 900.0]))
@@ -201,12 +240,16 @@ def test_calls_that_the_schedule_can_not_serve_are_refused():
 
 def test_a_failed_call_leaves_no_plan_behind():
     transformer = dit_pipeline().transformer
-    x_t, t, y = torch.randn(2, 4, 8, 8), torch.tensor([900, 900]), torch.tensor([1, 2])
+    x_t = torch.randn(2, 4, 8, 8)
+    t = torch.tensor([900, 900])
+    y = torch.tensor([1, 2])
     expected = transformer(x_t, timestep=t, class_labels=y).sample
     handle = attach_exit_schedule(transformer, SCHEDULE)
     with pytest.raises(RuntimeError):
         transformer(x_t[:, :3], timestep=t, class_labels=y)
-    tokens, last = torch.randn(2, 16, 16), transformer.transformer_blocks[-1]
-    assert not torch.equal(last(tokens, timestep=t, class_labels=y), tokens)  # called alone, it is no part of the failed call
+    tokens = torch.randn(2, 16, 16)
+    last = transformer.transformer_blocks[-1]
+    # called alone, it is no part of the failed call
+    assert not torch.equal(last(tokens, timestep=t, class_labels=y), tokens)
     handle.detach()
     assert torch.equal(transformer(x_t, timestep=t, class_labels=y).sample, expected)

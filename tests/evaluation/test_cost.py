@@ -18,21 +18,33 @@ from asesearch.evaluation.cost import (
 )
 from asesearch.schedule import ExitSchedule
 
-FIXED, PER_BLOCK, DEPTH = 3.0, 2.0, 5
+FIXED = 3.0
+PER_BLOCK = 2.0
+DEPTH = 5
 
 
 class ClockedNet(Backbone):
-    """Takes FIXED + PER_BLOCK ms a block on its own clock, times `drift` more at each call; notes the depths it ran."""
+    """Takes FIXED + PER_BLOCK ms a block on its own clock, times `drift` more at each call; notes
+    the depths it ran."""
 
-    depth, in_channels, input_size, num_classes = DEPTH, 1, 2, 3
+    depth = DEPTH
+    in_channels = 1
+    input_size = 2
+    num_classes = 3
 
     def __init__(self, drift=1.0, min_exit_depth=1):
         super().__init__()
         self.weight = torch.nn.Parameter(torch.zeros(1))
-        self.min_exit_depth, self.drift, self.speed, self.now, self.ran = min_exit_depth, drift, 1.0, 0.0, []
+        self.min_exit_depth = min_exit_depth
+        self.drift = drift
+        self.speed = 1.0
+        self.now = 0.0
+        self.ran = []
 
     def forward(self, x_t, t, y=None, *, exit_depth=None):
-        assert x_t.shape == (4, 1, 2, 2) and y.shape == t.shape == (4,) and not torch.is_grad_enabled()
+        assert (
+            x_t.shape == (4, 1, 2, 2) and y.shape == t.shape == (4,) and not torch.is_grad_enabled()
+        )
         exit_depth = self.check_exit_depth(exit_depth, 4)
         self.ran.append(exit_depth)
         self.now += self.speed * (FIXED + PER_BLOCK * exit_depth)
@@ -73,17 +85,24 @@ def test_the_first_round_is_not_timed():
             self.now += 1000 if len(self.ran) < DEPTH else 0
             return super().forward(*args, **kwargs)
 
-    assert measured(ColdNet(), repeats=1).median_ms == pytest.approx([FIXED + PER_BLOCK * d for d in range(1, DEPTH + 1)])
+    assert measured(ColdNet(), repeats=1).median_ms == pytest.approx(
+        [FIXED + PER_BLOCK * d for d in range(1, DEPTH + 1)]
+    )
 
 
 def test_a_slowing_machine_favours_no_depth():
     drift = 1.01  # a third slower after 30 calls
     table = measured(ClockedNet(drift), repeats=60)
-    schedule, steps = ExitSchedule.uniform_intervals((5, 1), DEPTH), [100, 900]
-    one_after_the_other = [(FIXED + PER_BLOCK * d) * drift ** (60 * (d - 1)) for d in range(1, DEPTH + 1)]
+    schedule = ExitSchedule.uniform_intervals((5, 1), DEPTH)
+    steps = [100, 900]
+    one_after_the_other = [
+        (FIXED + PER_BLOCK * d) * drift ** (60 * (d - 1)) for d in range(1, DEPTH + 1)
+    ]
     honest = (13 + 5) / (2 * 13)
     assert table.time_frac(schedule, steps) == pytest.approx(honest, rel=0.05)
-    assert (one_after_the_other[0] + one_after_the_other[-1]) / (2 * one_after_the_other[-1]) < 0.8 * honest
+    assert (one_after_the_other[0] + one_after_the_other[-1]) / (
+        2 * one_after_the_other[-1]
+    ) < 0.8 * honest
 
 
 def test_fractions_add_up():
@@ -100,9 +119,14 @@ def test_fractions_add_up():
     assert without_fixed.bound_frac(schedule, steps) == pytest.approx(schedule.block_frac(steps))
 
 
-@pytest.mark.parametrize(("ms", "fixed", "per_block"), [((1.0, 4.0), 0.0, 1.8), ((3.0, 2.0), 2.5, 0.0), ((3.0,), 0.0, 3.0)])
+@pytest.mark.parametrize(
+    ("ms", "fixed", "per_block"),
+    [((1.0, 4.0), 0.0, 1.8), ((3.0, 2.0), 2.5, 0.0), ((3.0,), 0.0, 3.0)],
+)
 def test_the_fit_has_no_negative_part(ms, fixed, per_block):
-    assert LatencyTable(1, "cpu", 1, "float32", ms, (0.0,) * len(ms), 1).fit == pytest.approx((fixed, per_block))
+    assert LatencyTable(1, "cpu", 1, "float32", ms, (0.0,) * len(ms), 1).fit == pytest.approx(
+        (fixed, per_block)
+    )
 
 
 def test_depths_below_the_least_have_its_time():
@@ -149,7 +173,10 @@ class Machine:
     """Two samplings of 2 ms and 4 ms on a clock whose speed drifts by a tenth a run."""
 
     def __init__(self, drift=1.0):
-        self.now, self.speed, self.drift, self.order = 0.0, 1.0, drift, []
+        self.now = 0.0
+        self.speed = 1.0
+        self.drift = drift
+        self.order = []
 
     def run(self, name, ms):
         self.order.append(name)
@@ -162,7 +189,9 @@ class Machine:
         return self.now - start
 
     def compare(self, repeats):
-        return compare_sampling_time(lambda: self.run("A", 2), lambda: self.run("B", 4), repeats, timer=self.timer)
+        return compare_sampling_time(
+            lambda: self.run("A", 2), lambda: self.run("B", 4), repeats, timer=self.timer
+        )
 
 
 def test_samplings_alternate_after_a_warm_up():
@@ -192,17 +221,23 @@ def test_the_real_clock_compares():
 
 def test_flops_grow_by_one_blocks_worth_exactly(tiny_dit):
     table = flops_table(tiny_dit)
-    tokens, width = 4, 16
+    tokens = 4
+    width = 16
     linear = 2 * tokens * width * (3 * width + width + 8 * width)  # qkv, proj, two mlp layers
     attention = 2 * 2 * tokens * tokens * width
     modulation = 2 * width * 6 * width
-    assert {b - a for a, b in zip(table, table[1:], strict=False)} == {linear + attention + modulation}
+    assert {b - a for a, b in zip(table, table[1:], strict=False)} == {
+        linear + attention + modulation
+    }
     assert count_flops(tiny_dit, 2, batch_size=3) == table[1]
 
 
 def test_flops_frac_is_the_share_of_the_counted(tiny_dit):
-    table, schedule = flops_table(tiny_dit), ExitSchedule.uniform_intervals((4, 2), 4)
-    assert flops_frac(schedule, [10, 990], table) == pytest.approx((table[3] + table[1]) / (2 * table[3]))
+    table = flops_table(tiny_dit)
+    schedule = ExitSchedule.uniform_intervals((4, 2), 4)
+    assert flops_frac(schedule, [10, 990], table) == pytest.approx(
+        (table[3] + table[1]) / (2 * table[3])
+    )
     assert flops_frac(ExitSchedule.full(4), [10, 990], table) == 1.0
     assert flops_frac(schedule, [10, 990], table) > schedule.block_frac([10, 990])
 
@@ -210,7 +245,10 @@ def test_flops_frac_is_the_share_of_the_counted(tiny_dit):
 def test_counting_leaves_the_network_alone(tiny_dit):
     before = {k: v.clone() for k, v in tiny_dit.state_dict().items()}
     count_flops(tiny_dit, 1)
-    assert all(torch.equal(v, before[k]) and v.device.type == "cpu" for k, v in tiny_dit.state_dict().items())
+    assert all(
+        torch.equal(v, before[k]) and v.device.type == "cpu"
+        for k, v in tiny_dit.state_dict().items()
+    )
     with pytest.raises(ScheduleError, match="exit_depth"):
         count_flops(tiny_dit, 9)
 
@@ -241,17 +279,22 @@ def test_a_network_of_prompts_is_counted_with_its_conditioning():
 def test_dit_xl_2_has_the_published_flops():
     with torch.device("meta"):
         net = DiT.from_preset("DiT-XL/2")
-    assert count_flops(net, 28) / 2e9 == pytest.approx(118.64, rel=1e-3)  # Peebles & Xie 2023, table 4: multiply-adds
+    # Peebles & Xie 2023, table 4: multiply-adds
+    assert count_flops(net, 28) / 2e9 == pytest.approx(118.64, rel=1e-3)
 
 
 @pytest.mark.parametrize(
     ("ratios", "median", "spread"),
-    [((1, 2, 3, 4, 5), 3, 1), ((5, 1, 4, 2, 90), 4, 1.5), ((2, 2, 2), 2, 0), ((1, 9), 5, 2)],  # quartiles by hand
+    # quartiles by hand
+    [((1, 2, 3, 4, 5), 3, 1), ((5, 1, 4, 2, 90), 4, 1.5), ((2, 2, 2), 2, 0), ((1, 9), 5, 2)],
 )
 def test_the_spread_is_half_the_distance_between_the_quartiles(ratios, median, spread):
-    turns = iter([(1, t) if i % 2 else (t, 1) for i, t in enumerate(ratios)])  # every other pair runs B first
+    # every other pair runs B first
+    turns = iter([(1, t) if i % 2 else (t, 1) for i, t in enumerate(ratios)])
     times = iter([ms for pair in turns for ms in pair])
-    found = compare_sampling_time(lambda: None, lambda: None, len(ratios), timer=lambda call: next(times))
+    found = compare_sampling_time(
+        lambda: None, lambda: None, len(ratios), timer=lambda call: next(times)
+    )
     assert (found.median, found.spread) == (median, spread)
 
 

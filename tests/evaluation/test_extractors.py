@@ -26,7 +26,12 @@ from asesearch.evaluation.fidelity import extract_features, frechet_distance, re
 
 
 def subset(data: ImageArray, count: int) -> ImageArray:
-    return ImageArray(data.images[:count].numpy(), data.labels[:count].numpy(), f"{data.name}[:{count}]", num_classes=10)
+    return ImageArray(
+        data.images[:count].numpy(),
+        data.labels[:count].numpy(),
+        f"{data.name}[:{count}]",
+        num_classes=10,
+    )
 
 
 # -- the shipped classifier ----------------------------------------------------------------------
@@ -61,7 +66,12 @@ def test_the_shipped_weights_say_where_they_come_from(shipped_images):
 def test_the_features_are_64_float64_and_do_not_depend_on_the_batch(extractor, shipped_images):
     images = shipped_images.images[:12]
     features = extractor(images)
-    assert (features.shape, features.dtype, extractor.dim, extractor.channels) == ((12, 64), torch.float64, 64, 1)
+    assert (features.shape, features.dtype, extractor.dim, extractor.channels) == (
+        (12, 64),
+        torch.float64,
+        64,
+        1,
+    )
     alone = torch.cat([extractor(images[i : i + 1]) for i in range(12)])
     assert torch.allclose(features, alone, atol=1e-4)
 
@@ -69,7 +79,9 @@ def test_the_features_are_64_float64_and_do_not_depend_on_the_batch(extractor, s
 def test_bytes_and_floats_in_minus_one_to_one_give_the_same_features(extractor, shipped_images):
     images = shipped_images.images[:8]
     with torch.no_grad():
-        assert torch.equal(extractor.net.features(images), extractor.net.features(images.float() / 127.5 - 1))
+        assert torch.equal(
+            extractor.net.features(images), extractor.net.features(images.float() / 127.5 - 1)
+        )
 
 
 @pytest.mark.parametrize(
@@ -90,30 +102,51 @@ def test_images_of_another_kind_are_refused(extractor, images, said):
 
 
 def test_training_repeats_and_records(tmp_path, shipped_images):
-    data, test = subset(shipped_images, 256), subset(shipped_images, 100)
+    data = subset(shipped_images, 256)
+    test = subset(shipped_images, 100)
     before = torch.random.get_rng_state()
     accuracy = train_extractor(data, tmp_path / "a.safetensors", test=test, epochs=1, seed=3)
     assert torch.equal(before, torch.random.get_rng_state())
-    assert train_extractor(data, tmp_path / "b.safetensors", test=test, epochs=1, seed=3) == accuracy
+    assert (
+        train_extractor(data, tmp_path / "b.safetensors", test=test, epochs=1, seed=3) == accuracy
+    )
     train_extractor(data, tmp_path / "c.safetensors", test=test, epochs=1, seed=4)
     a, b, c = (make_extractor("fashion-cnn", tmp_path / f"{n}.safetensors").digest for n in "abc")
     assert a == b != c
     metadata = extractor_metadata(tmp_path / "a.safetensors")
-    assert metadata["accuracy"] == f"{accuracy:.4f}" and metadata["data"] == f"{data.name} {data.digest}"
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.safetensors", "b.safetensors", "c.safetensors"]
+    assert (
+        metadata["accuracy"] == f"{accuracy:.4f}"
+        and metadata["data"] == f"{data.name} {data.digest}"
+    )
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        "a.safetensors",
+        "b.safetensors",
+        "c.safetensors",
+    ]
 
 
 def test_training_learns(tmp_path, shipped_images):
     data = subset(shipped_images, 1000)
-    test = ImageArray(shipped_images.images[1000:1300].numpy(), shipped_images.labels[1000:1300].numpy(), "rest", 10)
-    assert train_extractor(data, tmp_path / "x.safetensors", test=test, epochs=2, batch_size=32) > 0.6
+    test = ImageArray(
+        shipped_images.images[1000:1300].numpy(),
+        shipped_images.labels[1000:1300].numpy(),
+        "rest",
+        10,
+    )
+    assert (
+        train_extractor(data, tmp_path / "x.safetensors", test=test, epochs=2, batch_size=32) > 0.6
+    )
 
 
 def test_training_refuses_other_data(tmp_path, tiny_images, shipped_images):
     with pytest.raises(DataError, match="28×28"):
         train_extractor(tiny_images, tmp_path / "x", test=shipped_images)
     with pytest.raises(DataError, match="0 classes"):
-        train_extractor(ImageArray(shipped_images.images[:9].numpy(), None, "bare"), tmp_path / "x", test=shipped_images)
+        train_extractor(
+            ImageArray(shipped_images.images[:9].numpy(), None, "bare"),
+            tmp_path / "x",
+            test=shipped_images,
+        )
     with pytest.raises(EvaluationError, match="epochs"):
         train_extractor(shipped_images, tmp_path / "x", test=shipped_images, epochs=0)
     assert list(tmp_path.iterdir()) == []
@@ -182,7 +215,8 @@ def test_weights_that_are_missing_or_of_another_network_give_one_line(tmp_path):
 
 
 def test_torch_fidelity_itself_can_use_the_extractor(extractor, shipped_images):
-    first, second = shipped_images.images[:150], 255 - shipped_images.images[150:300]
+    first = shipped_images.images[:150]
+    second = 255 - shipped_images.images[150:300]
     found = torch_fidelity.calculate_metrics(
         input1=Bytes(first),
         input2=Bytes(second),
@@ -231,16 +265,22 @@ def no_network(*_, **__):
     raise urllib.error.URLError("Name or service not known")
 
 
-@pytest.mark.parametrize("answer", [no_network, lambda *_, **__: Truncated(b"half a file")], ids=["none", "truncated"])
+@pytest.mark.parametrize(
+    "answer", [no_network, lambda *_, **__: Truncated(b"half a file")], ids=["none", "truncated"]
+)
 def test_without_weights_inception_says_which_file_to_put_where(hub, monkeypatch, answer):
     monkeypatch.setattr(torch.hub, "urlopen", answer)
-    with pytest.raises(EvaluationError, match=r"weights-inception-2015-12-05-6726825d\.pth.*extractor_weights") as caught:
+    with pytest.raises(
+        EvaluationError, match=r"weights-inception-2015-12-05-6726825d\.pth.*extractor_weights"
+    ) as caught:
         make_extractor("inception-v3-compat")
     assert str(hub / "checkpoints") in str(caught.value) and "\n" not in str(caught.value)
     assert [p for p in hub.rglob("*") if p.is_file()] == []
 
 
-def test_weights_that_are_not_inceptions_are_refused_before_they_are_unpickled(tmp_path, hub, monkeypatch):
+def test_weights_that_are_not_inceptions_are_refused_before_they_are_unpickled(
+    tmp_path, hub, monkeypatch
+):
     monkeypatch.setattr(torch, "load", lambda *_, **__: pytest.fail("unpickled"))
     other = tmp_path / "other.pth"
     other.write_bytes(b"not the weights")
@@ -268,7 +308,11 @@ def test_inception_in_torch_fidelitys_format(tmp_path, monkeypatch, own_cache, s
     cls = torch_fidelity.FeatureExtractorInceptionV3
     with monkeypatch.context() as patched, torch.random.fork_rng():
         torch.manual_seed(0)
-        patched.setattr(torch_fidelity.feature_extractor_inceptionv3, "load_state_dict_from_url", lambda *_, **__: {})
+        patched.setattr(
+            torch_fidelity.feature_extractor_inceptionv3,
+            "load_state_dict_from_url",
+            lambda *_, **__: {},
+        )
         patched.setattr(cls, "load_state_dict", lambda *_: None)
         torch.save(cls("random", ["2048"]).state_dict(), tmp_path / "random.pth")
     with pytest.raises(EvaluationError, match="under another name"):
@@ -279,4 +323,8 @@ def test_inception_in_torch_fidelitys_format(tmp_path, monkeypatch, own_cache, s
     grey = shipped_images.images[:3]
     assert torch.equal(net(grey), net(grey.expand(-1, 3, -1, -1)))
     reference = reference_statistics(subset(shipped_images, 6), net)
-    assert reference.cov.shape == (2048, 2048) and np.isfinite(reference.cov).all() and reference.cov.any()
+    assert (
+        reference.cov.shape == (2048, 2048)
+        and np.isfinite(reference.cov).all()
+        and reference.cov.any()
+    )

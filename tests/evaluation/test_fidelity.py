@@ -87,7 +87,8 @@ def test_the_closed_form_catches_a_broken_distance(broken):
 @given(st.integers(0, 10_000))
 @settings(max_examples=25, deadline=None)
 def test_frechet_agrees_with_scipys_matrix_root(seed):
-    (mean1, cov1), (mean2, cov2) = random_moments(seed), random_moments(seed + 1)
+    mean1, cov1 = random_moments(seed)
+    mean2, cov2 = random_moments(seed + 1)
     root = scipy.linalg.sqrtm(cov1 @ cov2).real
     expected = np.sum((mean1 - mean2) ** 2) + np.trace(cov1 + cov2 - 2 * root)
     found = frechet_distance(mean1, cov1, mean2, cov2)
@@ -106,7 +107,8 @@ def test_its_noise_and_bias_shrink_with_the_number_of_images():
             out.append(frechet_distance(x.mean(0), np.cov(x, rowvar=False), np.zeros(4), np.eye(4)))
         return np.mean(out), np.std(out)
 
-    (bias_few, noise_few), (bias_many, noise_many) = draws(50), draws(1600)
+    bias_few, noise_few = draws(50)
+    bias_many, noise_many = draws(1600)
     assert bias_many < bias_few / 8 and noise_many < noise_few / 4
 
 
@@ -124,11 +126,16 @@ def test_moments_that_do_not_fit_are_refused():
 def test_kernel_distance_is_unbiased_near_zero(monkeypatch):
     monkeypatch.setattr(fidelity, "KID_SUBSETS", 5)
     rng = np.random.default_rng(0)
-    same = [kernel_distance(rng.normal(size=(40, 4)), rng.normal(size=(40, 4)))[0] for _ in range(30)]
+    same = [
+        kernel_distance(rng.normal(size=(40, 4)), rng.normal(size=(40, 4)))[0] for _ in range(30)
+    ]
     standard_error = np.std(same) / np.sqrt(30)
     assert min(same) < 0 < max(same)
     assert abs(np.mean(same)) < 3 * standard_error
-    assert kernel_distance(rng.normal(size=(40, 4)), rng.normal(1, 1, size=(40, 4)))[0] > 10 * standard_error
+    assert (
+        kernel_distance(rng.normal(size=(40, 4)), rng.normal(1, 1, size=(40, 4)))[0]
+        > 10 * standard_error
+    )
 
 
 def test_a_biased_kernel_distance_would_be_caught():
@@ -146,7 +153,8 @@ def test_a_biased_kernel_distance_would_be_caught():
 
 def test_kernel_distance_repeats_and_gives_its_spread():
     rng = np.random.default_rng(0)
-    few, many = rng.normal(size=(30, 3)), rng.normal(0.5, 1, size=(90, 3))
+    few = rng.normal(size=(30, 3))
+    many = rng.normal(0.5, 1, size=(90, 3))
     value, std = kernel_distance(few, many)
     assert (value, std) == kernel_distance(few, many) and std > 0
     with pytest.raises(EvaluationError, match="at least 2"):
@@ -163,11 +171,15 @@ def source(shipped_images):
     return ImageArray(shipped_images.images[:300].numpy(), None, "first-300")
 
 
-def test_a_reference_holds_the_moments_of_all_and_the_features_of_some(extractor, source, own_cache, monkeypatch):
+def test_a_reference_holds_the_moments_of_all_and_the_features_of_some(
+    extractor, source, own_cache, monkeypatch
+):
     monkeypatch.setattr(fidelity, "KID_REFERENCE_SIZE", 50)
     found = reference_statistics(source, extractor, cache=False)
     features = extract_features(extractor, source)
-    assert np.allclose(found.mean, features.mean(0)) and np.allclose(found.cov, np.cov(features, rowvar=False))
+    assert np.allclose(found.mean, features.mean(0)) and np.allclose(
+        found.cov, np.cov(features, rowvar=False)
+    )
     assert found.features.shape == (50, 64) and found.features.dtype == np.float32
     rows = {tuple(r) for r in features.astype(np.float32)}
     assert len({tuple(r) for r in found.features} & rows) == 50
@@ -192,9 +204,12 @@ def test_kernel_distance_looks_at_all_features(monkeypatch):
     monkeypatch.setattr(fidelity, "KID_SUBSET_SIZE", 40)
     rng = np.random.default_rng(0)
     reference = rng.normal(size=(200, 4))
-    near, far = rng.normal(size=(200, 4)), rng.normal(2, 1, size=(200, 4))
+    near = rng.normal(size=(200, 4))
+    far = rng.normal(2, 1, size=(200, 4))
     alone = [kernel_distance(part, reference)[0] for part in (near, far)]
-    mixed = [kernel_distance(np.concatenate(parts), reference)[0] for parts in ((near, far), (far, near))]
+    mixed = [
+        kernel_distance(np.concatenate(parts), reference)[0] for parts in ((near, far), (far, near))
+    ]
     for value in mixed:
         assert alone[0] + 0.1 * alone[1] < value < 0.7 * alone[1]
 
@@ -230,13 +245,20 @@ def flip_a_byte(path):
 def of_another_data_set(path):
     with np.load(path) as file:
         content = dict(file)
-    content["facts"] = np.array(str(content["facts"]).replace("first-300", "x").replace('digest": "', 'digest": "0'))
+    content["facts"] = np.array(
+        str(content["facts"]).replace("first-300", "x").replace('digest": "', 'digest": "0')
+    )
     np.savez(path, **content)
 
 
 @pytest.mark.parametrize(
     "damage",
-    [flip_a_byte, of_another_data_set, lambda p: p.write_bytes(p.read_bytes()[:-100]), lambda p: p.write_bytes(b"")],
+    [
+        flip_a_byte,
+        of_another_data_set,
+        lambda p: p.write_bytes(p.read_bytes()[:-100]),
+        lambda p: p.write_bytes(b""),
+    ],
     ids=["a byte", "other data", "truncated", "empty"],
 )
 def test_a_damaged_cache_is_made_anew(extractor, source, own_cache, caplog, damage):
@@ -249,19 +271,28 @@ def test_a_damaged_cache_is_made_anew(extractor, source, own_cache, caplog, dama
     assert "damaged" in caplog.text and np.array_equal(first.cov, again.cov)
     assert len(path.read_bytes()) == len(whole)
     caplog.clear()
-    assert np.array_equal(reference_statistics(source, extractor).mean, first.mean) and not caplog.text
+    assert (
+        np.array_equal(reference_statistics(source, extractor).mean, first.mean) and not caplog.text
+    )
 
 
-def test_a_reference_that_can_not_be_kept_is_used_all_the_same(extractor, source, tmp_path, monkeypatch, caplog):
+def test_a_reference_that_can_not_be_kept_is_used_all_the_same(
+    extractor, source, tmp_path, monkeypatch, caplog
+):
     (tmp_path / "file").touch()
     monkeypatch.setenv("ASESEARCH_CACHE", str(tmp_path / "file"))
     with caplog.at_level(logging.WARNING):
         made = reference_statistics(source, extractor)
     assert np.array_equal(made.mean, reference_statistics(source, extractor, cache=False).mean)
-    assert "the next run will make the reference again" in caplog.text and "ASESEARCH_CACHE" in caplog.text
+    assert (
+        "the next run will make the reference again" in caplog.text
+        and "ASESEARCH_CACHE" in caplog.text
+    )
 
 
-def test_a_reference_of_damaged_images_names_them_all_before_any_is_used(extractor, own_cache, tmp_path, monkeypatch):
+def test_a_reference_of_damaged_images_names_them_all_before_any_is_used(
+    extractor, own_cache, tmp_path, monkeypatch
+):
     for i in range(5):
         (tmp_path / f"{i}.png").write_bytes(b"")
     Image.fromarray(np.zeros((28, 28), np.uint8)).save(tmp_path / "9.png")
@@ -278,9 +309,13 @@ def test_the_shipped_reference_needs_no_data(extractor, own_cache, monkeypatch, 
     assert (reference.size, reference.name) == (60_000, "fashion-mnist/train")
     assert reference.digest == SHIPPED["fashion-mnist/train"]
     features = extract_features(extractor, shipped_images.images[:2000])
-    near = frechet_distance(features.mean(0), np.cov(features, rowvar=False), reference.mean, reference.cov)
+    near = frechet_distance(
+        features.mean(0), np.cov(features, rowvar=False), reference.mean, reference.cov
+    )
     worse = extract_features(extractor, 255 - shipped_images.images[:2000])
-    far = frechet_distance(worse.mean(0), np.cov(worse, rowvar=False), reference.mean, reference.cov)
+    far = frechet_distance(
+        worse.mean(0), np.cov(worse, rowvar=False), reference.mean, reference.cov
+    )
     assert near < 2 < 20 < far
     assert sum(p.stat().st_size for p in SHIPPED_DIR.iterdir()) < 3_000_000
 
@@ -299,8 +334,11 @@ def test_the_shipped_reference_is_that_of_the_sixty_thousand(extractor):
     except DataError as error:
         pytest.skip(str(error))
     assert data.digest == SHIPPED["fashion-mnist/train"]
-    stored, made = reference_statistics("fashion-mnist/train", extractor), fidelity._make_reference(data, extractor)
-    assert np.allclose(stored.mean, made.mean, atol=1e-4) and np.allclose(stored.cov, made.cov, atol=1e-3)
+    stored = reference_statistics("fashion-mnist/train", extractor)
+    made = fidelity._make_reference(data, extractor)
+    assert np.allclose(stored.mean, made.mean, atol=1e-4) and np.allclose(
+        stored.cov, made.cov, atol=1e-3
+    )
     assert np.allclose(stored.features, made.features, atol=1e-2)
 
 
@@ -319,21 +357,30 @@ def reference(extractor):
 
 
 @pytest.mark.parametrize(("cfg_scale", "kept"), [(1.0, None), (1.5, 3), (0.0, 3)])
-def test_guided_channels_are_part_of_a_protocol_under_guidance_alone(extractor, reference, cfg_scale, kept):
+def test_guided_channels_are_part_of_a_protocol_under_guidance_alone(
+    extractor, reference, cfg_scale, kept
+):
     config = EvaluationConfig(metric="kid", extractor="fashion-cnn", num_samples=10)
     how = SamplingConfig(cfg_scale=cfg_scale)
-    assert build_protocol(config, how, extractor, reference, guided_channels=3).guided_channels == kept
+    assert (
+        build_protocol(config, how, extractor, reference, guided_channels=3).guided_channels == kept
+    )
 
 
 def protocol_of(extractor, reference, **fields):
     settings_ = {"metric": "frechet", "extractor": "fashion-cnn", "num_samples": 100, **fields}
-    return build_protocol(EvaluationConfig(**settings_), SamplingConfig(num_steps=7), extractor, reference)
+    return build_protocol(
+        EvaluationConfig(**settings_), SamplingConfig(num_steps=7), extractor, reference
+    )
 
 
 def test_the_protocol_says_all_of_it(extractor, reference):
     protocol = protocol_of(extractor, reference, repeats=3, seed=10)
     assert protocol.seeds == (10, 110, 210)
-    assert (protocol.extractor_digest, protocol.reference_digest) == (extractor.digest, reference.digest)
+    assert (protocol.extractor_digest, protocol.reference_digest) == (
+        extractor.digest,
+        reference.digest,
+    )
     assert (protocol.solver, protocol.num_steps, protocol.reference_size) == ("ddim", 7, 60_000)
     assert protocol.metric_name == "Fréchet distance (fashion-cnn)"
 
@@ -348,7 +395,8 @@ def test_too_few_images_for_the_covariance_are_refused(extractor, reference):
 
 
 def test_repeats_that_share_seeds_are_refused(extractor, reference):
-    config, sampling = EvaluationConfig(num_samples=100, extractor="fashion-cnn"), SamplingConfig()
+    config = EvaluationConfig(num_samples=100, extractor="fashion-cnn")
+    sampling = SamplingConfig()
     assert build_protocol(config, sampling, extractor, reference, seeds=[500, 0]).seeds == (500, 0)
     for seeds in ([0, 99], [5, 5], []):
         with pytest.raises(EvaluationError, match="share seeds"):
@@ -364,7 +412,8 @@ class FromDisk:
     """A generator that draws shipped images by seed, and notes what it was asked for."""
 
     def __init__(self, images):
-        self.images, self.asked = images, []
+        self.images = images
+        self.asked = []
 
     def __call__(self, seeds):
         self.asked.append(seeds)
@@ -375,10 +424,17 @@ def test_each_repeat_has_its_own_images(extractor, reference, shipped_images):
     make_images = FromDisk(shipped_images.images)
     protocol = protocol_of(extractor, reference, num_samples=150, repeats=2, seed=1000)
     result = evaluate(make_images, protocol, extractor, reference, chunk=100)
-    assert make_images.asked == [range(1000, 1100), range(1100, 1150), range(1150, 1250), range(1250, 1300)]
+    assert make_images.asked == [
+        range(1000, 1100),
+        range(1100, 1150),
+        range(1150, 1250),
+        range(1250, 1300),
+    ]
     for value, first in zip(result.values, (1000, 1150), strict=True):
         features = extract_features(extractor, shipped_images.images[first : first + 150])
-        expected = frechet_distance(features.mean(0), np.cov(features, rowvar=False), reference.mean, reference.cov)
+        expected = frechet_distance(
+            features.mean(0), np.cov(features, rowvar=False), reference.mean, reference.cov
+        )
         assert value == pytest.approx(expected, rel=1e-6)
     assert result.protocol == protocol and result.std_error > 0
     whole = evaluate(make_images, protocol, extractor, reference)
@@ -389,14 +445,22 @@ def test_kid_of_the_real_thing_is_near_zero(extractor, reference, shipped_images
     monkeypatch.setattr(fidelity, "KID_SUBSETS", 10)
     protocol = protocol_of(extractor, reference, metric="kid", num_samples=300)
     real = evaluate(FromDisk(shipped_images.images), protocol, extractor, reference).value
-    noise = evaluate(lambda seeds: torch.full((len(seeds), 1, 28, 28), 99, dtype=torch.uint8), protocol, extractor, reference)
+    noise = evaluate(
+        lambda seeds: torch.full((len(seeds), 1, 28, 28), 99, dtype=torch.uint8),
+        protocol,
+        extractor,
+        reference,
+    )
     assert abs(real) < 1 < 10 < noise.value
 
 
 @pytest.mark.parametrize(
     ("make_images", "said"),
     [
-        (lambda seeds: torch.zeros(len(seeds) - 1, 1, 28, 28, dtype=torch.uint8), "one image a seed"),
+        (
+            lambda seeds: torch.zeros(len(seeds) - 1, 1, 28, 28, dtype=torch.uint8),
+            "one image a seed",
+        ),
         (lambda seeds: torch.zeros(len(seeds), 1, 28, 28), "to_uint8"),
         (lambda seeds: torch.zeros(len(seeds), 3, 28, 28, dtype=torch.uint8), "channel"),
         (lambda seeds: to_uint8(torch.full((len(seeds), 1, 28, 28), torch.nan)), "finite"),
@@ -410,7 +474,10 @@ def test_images_that_can_not_be_evaluated_are_refused(extractor, reference, make
 def test_parts_that_are_not_the_protocols_are_refused(extractor, reference):
     protocol = protocol_of(extractor, reference)
     unused = FromDisk(None)
-    for other in (dataclasses.replace(reference, digest="0"), dataclasses.replace(reference, extractor_digest="0")):
+    for other in (
+        dataclasses.replace(reference, digest="0"),
+        dataclasses.replace(reference, extractor_digest="0"),
+    ):
         with pytest.raises(EvaluationError, match="must be the protocol's"):
             evaluate(unused, protocol, extractor, other)
     with pytest.raises(EvaluationError, match="must be the protocol's"):

@@ -1,4 +1,5 @@
-"""Scores of fewer images than features: what they are, what they are called, and when they are taken."""
+"""Scores of fewer images than features: what they are, what they are called, and when they are
+taken."""
 
 import numpy as np
 import pytest
@@ -23,7 +24,9 @@ DIM = 48
 class Pixels(FeatureExtractorBase):
     """The 48 numbers of a 4 x 4 colour image."""
 
-    def __init__(self, name="pixels-48", features_list=("48",), feature_extractor_weights_path=None, **_):
+    def __init__(
+        self, name="pixels-48", features_list=("48",), feature_extractor_weights_path=None, **_
+    ):
         super().__init__(name, list(features_list))
 
     def forward(self, images):
@@ -63,10 +66,12 @@ def study(**sections):
 def test_the_distance_is_taken_where_the_reference_varies_most():
     # axis 4 is the widest, axis 2 the next; all others hold nonsense that must not count
     reference = reference_of([0.0, 0, 0, 0, 0], np.diag([1.0, 4, 9, 0.25, 16]))
-    features = np.array([[50.0, 7, 1, -80, 1], [90, 8, 3, 70, 3]])  # on axis 4: mean 2, variance 2; so on axis 2
+    # on axis 4: mean 2, variance 2; so on axis 2
+    features = np.array([[50.0, 7, 1, -80, 1], [90, 8, 3, 70, 3]])
     one = 2**2 + (np.sqrt(2) - 4) ** 2
     assert projected_distance(features, reference, 1) == pytest.approx(one)
-    # both vary together: covariance [[2, 2], [2, 2]], whose product with diag(16, 9) has the one eigenvalue 50
+    # both vary together: covariance [[2, 2], [2, 2]], whose product with diag(16, 9) has the one
+    # eigenvalue 50
     two = 2 * 2**2 + 4 + 25 - 2 * np.sqrt(50)
     assert projected_distance(features, reference, 2) == pytest.approx(two, rel=1e-3)
 
@@ -74,7 +79,8 @@ def test_the_distance_is_taken_where_the_reference_varies_most():
 def test_the_distance_does_not_depend_on_the_basis_of_the_features():
     rng = np.random.default_rng(1)
     rotation, _ = np.linalg.qr(rng.normal(size=(6, 6)))
-    cov, features = np.diag([9.0, 5, 3, 1, 0.5, 0.1]), rng.normal(size=(40, 6)) + 0.5
+    cov = np.diag([9.0, 5, 3, 1, 0.5, 0.1])
+    features = rng.normal(size=(40, 6)) + 0.5
     turned = reference_of(np.zeros(6), rotation @ cov @ rotation.T)
     expected = projected_distance(features, reference_of(np.zeros(6), cov), 3)
     assert projected_distance(features @ rotation.T, turned, 3) == pytest.approx(expected)
@@ -99,8 +105,12 @@ def test_which_metric_is_taken(asked, own, images, expected):
 
 def test_a_protocol_of_few_images_names_its_components_and_gives_a_score():
     extractor = make_extractor("pixels-48")
-    reference = reference_of(np.full(DIM, 0.5), np.eye(DIM) * np.linspace(0.09, 0.05, DIM), extractor)
-    evaluation = study(evaluation={"extractor": "pixels-48", "num_samples": 20, "repeats": 2}).evaluation
+    reference = reference_of(
+        np.full(DIM, 0.5), np.eye(DIM) * np.linspace(0.09, 0.05, DIM), extractor
+    )
+    evaluation = study(
+        evaluation={"extractor": "pixels-48", "num_samples": 20, "repeats": 2}
+    ).evaluation
     parts = (evaluation, SamplingConfig(), extractor, reference)
     with pytest.raises(EvaluationError, match="must exceed the extractor's 48 features"):
         build_protocol(*parts)
@@ -111,23 +121,35 @@ def test_a_protocol_of_few_images_names_its_components_and_gives_a_score():
     def images(level):
         def make(seeds):
             rng = np.random.default_rng(seeds.start)
-            return torch.from_numpy(np.clip(rng.normal(level, 60, (len(seeds), 3, 4, 4)), 0, 255).astype(np.uint8))
+            return torch.from_numpy(
+                np.clip(rng.normal(level, 60, (len(seeds), 3, 4, 4)), 0, 255).astype(np.uint8)
+            )
 
         return make
 
     near = evaluate(images(128), protocol, extractor, reference)
     far = evaluate(images(190), protocol, extractor, reference)
     # five components: the mean is off by 62 / 255 in every pixel
-    assert len(near.values) == 2 and far.value - near.value == pytest.approx(5 * (62 / 255) ** 2, rel=0.4)
+    assert len(near.values) == 2 and far.value - near.value == pytest.approx(
+        5 * (62 / 255) ** 2, rel=0.4
+    )
     with pytest.raises(EvaluationError, match="metric: 'frechet-pca-5' and 'kid'"):
-        near.minus(evaluate(images(128), build_protocol(*parts, metric="kid"), extractor, reference))
+        near.minus(
+            evaluate(images(128), build_protocol(*parts, metric="kid"), extractor, reference)
+        )
 
 
 @pytest.mark.parametrize(
     ("sections", "text"),
     [
-        ({"evaluation": {"num_samples": 48}}, r"evaluation.num_samples must exceed the 48 .*got 48; set at least 49"),
-        ({"confirm": {"num_samples": 10}}, r"confirm.num_samples must exceed .*got 10; .*evaluation.metric = 'kid'"),
+        (
+            {"evaluation": {"num_samples": 48}},
+            r"evaluation.num_samples must exceed the 48 .*got 48; set at least 49",
+        ),
+        (
+            {"confirm": {"num_samples": 10}},
+            r"confirm.num_samples must exceed .*got 10; .*evaluation.metric = 'kid'",
+        ),
         (
             {"evaluation": {"num_samples": 5}, "confirm": {"num_samples": 6}},
             r"evaluation.num_samples and confirm.num_samples must .*got 5 and 6;",
@@ -137,7 +159,10 @@ def test_a_protocol_of_few_images_names_its_components_and_gives_a_score():
             r"promotion.num_samples must .*got 7; .*promotion.metric = 'auto'",
         ),
         (
-            {"evaluation": {"metric": "kid", "num_samples": 9}, "promotion": {"metric": "frechet", "num_samples": 7}},
+            {
+                "evaluation": {"metric": "kid", "num_samples": 9},
+                "promotion": {"metric": "frechet", "num_samples": 7},
+            },
             r"^promotion.num_samples must",
         ),
     ],
@@ -150,7 +175,11 @@ def test_scores_that_can_not_exist_are_named_all_at_once(sections, text):
 @pytest.mark.parametrize(
     "sections",
     [
-        {"evaluation": {"num_samples": 49}, "confirm": {"num_samples": 49}, "promotion": {"num_samples": 2}},
+        {
+            "evaluation": {"num_samples": 49},
+            "confirm": {"num_samples": 49},
+            "promotion": {"num_samples": 2},
+        },
         {"evaluation": {"metric": "kid", "num_samples": 5}, "confirm": {"num_samples": 5}},
         {"promotion": {"metric": "kid", "num_samples": 5}},
     ],

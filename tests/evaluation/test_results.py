@@ -9,7 +9,9 @@ import pytest
 from asesearch.errors import EvaluationError
 from asesearch.evaluation.results import EvaluationResult, Protocol
 
-PROTOCOL = Protocol("frechet", "fashion-cnn", "e" * 64, 100, "ref", 60_000, "r" * 64, (0, 100, 200), "ddim", 50, 1.0)
+PROTOCOL = Protocol(
+    "frechet", "fashion-cnn", "e" * 64, 100, "ref", 60_000, "r" * 64, (0, 100, 200), "ddim", 50, 1.0
+)
 
 
 @pytest.mark.parametrize("field", [f.name for f in dataclasses.fields(Protocol)])
@@ -26,7 +28,9 @@ def test_only_inception_is_called_fid():
     assert inception.metric_name == "FID"
     assert dataclasses.replace(inception, metric="kid").metric_name == "KID"
     assert PROTOCOL.metric_name == "Fréchet distance (fashion-cnn)"
-    assert dataclasses.replace(PROTOCOL, metric="kid").metric_name == "Kernel distance (fashion-cnn)"
+    assert (
+        dataclasses.replace(PROTOCOL, metric="kid").metric_name == "Kernel distance (fashion-cnn)"
+    )
 
 
 def test_value_and_standard_error():
@@ -53,7 +57,8 @@ def test_guidance_on_other_channels_is_another_protocol():
     guided = dataclasses.replace(PROTOCOL, cfg_scale=1.5, guided_channels=3)
     with pytest.raises(EvaluationError, match="guided_channels: 3 and 4"):
         guided.require_same(dataclasses.replace(guided, guided_channels=4))
-    unknown = dataclasses.replace(guided, guided_channels=None)  # of a release that did not record them
+    # of a release that did not record them
+    unknown = dataclasses.replace(guided, guided_channels=None)
     unknown.require_same(dataclasses.replace(unknown))
     with pytest.raises(EvaluationError, match="guided_channels: None and 3"):
         unknown.require_same(guided)
@@ -65,8 +70,13 @@ def test_records_of_releases_without_guided_channels_are_read_and_written_as_the
     data = json.loads(json.dumps(result.to_dict()))
     assert "guided_channels" not in data["protocol"] and data["protocol"]["cfg_scale"] == cfg_scale
     assert EvaluationResult.from_dict(data) == result
-    known = dataclasses.replace(result, protocol=dataclasses.replace(result.protocol, guided_channels=3))
-    assert EvaluationResult.from_dict(json.loads(json.dumps(known.to_dict()))).protocol.guided_channels == 3
+    known = dataclasses.replace(
+        result, protocol=dataclasses.replace(result.protocol, guided_channels=3)
+    )
+    assert (
+        EvaluationResult.from_dict(json.loads(json.dumps(known.to_dict()))).protocol.guided_channels
+        == 3
+    )
 
 
 @pytest.mark.parametrize("values", [(1.0,), (1.0, 2.0, math.nan), (1.0, 2.0, math.inf)])

@@ -23,12 +23,18 @@ def protocol(repeats: int = 3, first_seed: int = 0, **changes: object) -> Protoc
     digests = {"extractor_digest": "ab" * 32, "reference_digest": "cd" * 32}
     reference = {"reference": "fashion-mnist/train", "reference_size": 60000}
     made = {"solver": "ddim", "num_steps": 50, "cfg_scale": 1.5}
-    metric = {"metric": "frechet", "extractor": "inception-v3-compat", "num_samples": 1000, "seeds": seeds}
+    metric = {
+        "metric": "frechet",
+        "extractor": "inception-v3-compat",
+        "num_samples": 1000,
+        "seeds": seeds,
+    }
     return Protocol(**(metric | digests | reference | made | changes))  # type: ignore[arg-type]
 
 
 def law(schedule: ExitSchedule) -> float:
-    """A smooth stand-in for the figure: dropping blocks near noise is nearly free, near data dear."""
+    """A smooth stand-in for the figure: dropping blocks near noise is nearly free, near data
+    dear."""
     times = np.linspace(0, 999, 50)
     dropped = 1 - schedule.exit_depth_at(times) / schedule.depth
     weight = 0.15 + np.exp(-times / 180)
@@ -46,7 +52,8 @@ def build(
     seed: int = 0,
     **changes: object,
 ) -> StudyResults:
-    """A study of `num_trials`: the full network, two published schedules, then random noise-easy ones."""
+    """A study of `num_trials`: the full network, two published schedules, then random noise-easy
+    ones."""
     rng = np.random.default_rng(seed)
     search = protocol(repeats, **changes)
     records: list[TrialRecord] = []
@@ -63,43 +70,71 @@ def build(
             schedule = ExitSchedule.uniform_intervals(depths, DEPTH)
         ended = f"2026-01-02T03:{n:02d}:00+00:00"
         if n in failed:
-            records.append(TrialRecord(n, origin, schedule, "failed", failure=failure, finished_at=ended))
+            records.append(
+                TrialRecord(n, origin, schedule, "failed", failure=failure, finished_at=ended)
+            )
             continue
         blocks = schedule.block_frac()
-        curve = 0.05 + 0.3 * (1.1 - blocks) * np.exp(-np.arange(200) / 40) + 0.004 * rng.standard_normal(200)
+        curve = (
+            0.05
+            + 0.3 * (1.1 - blocks) * np.exp(-np.arange(200) / 40)
+            + 0.004 * rng.standard_normal(200)
+        )
         values = tuple(float(law(schedule) + 0.08 * z) for z in rng.standard_normal(repeats))
         records.append(
             TrialRecord(
-                n, origin, schedule, "complete",
+                n,
+                origin,
+                schedule,
+                "complete",
                 quality=EvaluationResult(search, values),
-                time_frac=OVERHEAD + (1 - OVERHEAD) * blocks, flops_frac=0.01 + 0.99 * blocks, block_frac=blocks,
+                time_frac=OVERHEAD + (1 - OVERHEAD) * blocks,
+                flops_frac=0.01 + 0.99 * blocks,
+                block_frac=blocks,
                 losses=tuple(map(float, curve)),
                 seconds={"finetune": 61.5 * blocks, "sample": 20.2 * blocks, "evaluate": 4.25},
                 versions={"torch": "2.14.0"},
                 finished_at=ended,
             )
-        )  # fmt: skip
-    latency = tuple(float(1.1 + 0.29 * d + 0.05 * rng.standard_normal()) for d in range(1, DEPTH + 1))
+        )
+    latency = tuple(
+        float(1.1 + 0.29 * d + 0.05 * rng.standard_normal()) for d in range(1, DEPTH + 1)
+    )
     study_file = {"name": "demo", "backbone": {"kind": "dit"}, "data": {"kind": "fashion-mnist"}}
     config = parse_study(study_file, "test").model_dump(mode="json")
-    environment = {"versions": {"python": "3.11.2", "torch": "2.14.0"}, "platform": "Linux", "cpu_count": 2, "gpu": None}
+    environment = {
+        "versions": {"python": "3.11.2", "torch": "2.14.0"},
+        "platform": "Linux",
+        "cpu_count": 2,
+        "gpu": None,
+    }
     results = StudyResults("demo", config, tuple(records), (), latency, environment)
     if confirm and results.full:
-        results = replace(results, confirmations=tuple(_confirmations(results, repeats, rng, **changes)))
+        results = replace(
+            results, confirmations=tuple(_confirmations(results, repeats, rng, **changes))
+        )
     if samples is not None:
         results = replace(results, samples={r.number: samples for r in results.complete})
     return results
 
 
-def _confirmations(results: StudyResults, repeats: int, rng: np.random.Generator, **changes: object) -> list[Confirmation]:
+def _confirmations(
+    results: StudyResults, repeats: int, rng: np.random.Generator, **changes: object
+) -> list[Confirmation]:
     fresh = protocol(max(repeats, 1), first_seed=1_000_000, **changes)
     assert results.full is not None
     out = []
     for r in [results.full, *(r for r in results.front() if r.origin != "full")]:
-        values = tuple(float(law(r.schedule) + 0.05 * z) for z in rng.standard_normal(max(repeats, 1)))
+        values = tuple(
+            float(law(r.schedule) + 0.05 * z) for z in rng.standard_normal(max(repeats, 1))
+        )
         assert r.time_frac is not None
         noise = (0.0, 0.0) if r.schedule.is_full else (float(0.008 * rng.standard_normal()), 0.006)
-        out.append(Confirmation(r.number, EvaluationResult(fresh, values), r.time_frac + noise[0], noise[1]))
+        out.append(
+            Confirmation(
+                r.number, EvaluationResult(fresh, values), r.time_frac + noise[0], noise[1]
+            )
+        )
     return out
 
 

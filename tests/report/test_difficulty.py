@@ -20,22 +20,33 @@ from asesearch.report.page import render_page
 from asesearch.report.style import SMALL, STYLE
 from asesearch.search.difficulty import TABLES, DifficultyMap
 
-DEPTH, BINS = 6, 5
+DEPTH = 6
+BINS = 5
 
 
 def make(full=None, weights="cd"):
     """Errors that fall towards noise and with depth, to 0 at full depth."""
-    depths, bins = np.arange(1, DEPTH + 1), np.arange(BINS)[:, None]
-    full = 10.0 ** (-0.4 * bins - 0.5 * depths) * (depths < DEPTH) if full is None else np.asarray(full)
+    depths = np.arange(1, DEPTH + 1)
+    bins = np.arange(BINS)[:, None]
+    full = (
+        10.0 ** (-0.4 * bins - 0.5 * depths) * (depths < DEPTH)
+        if full is None
+        else np.asarray(full)
+    )
     edges = tuple(i * 1000 // len(full) for i in range(len(full) + 1))
-    tables = [tuple(map(tuple, values.tolist())) for values in (full, 0.1 * full, full + 0.01, 0.2 * full)]
+    tables = [
+        tuple(map(tuple, values.tolist())) for values in (full, 0.1 * full, full + 0.01, 0.2 * full)
+    ]
     return DifficultyMap(1000, edges, *tables, 8, "dark", "ab", weights, "cd")
 
 
 def test_the_table_is_the_map_in_long_form():
     found = make()
     data = table(found)
-    assert list(data.columns) == ["t_from", "t_to", "exit_depth", *TABLES] and len(data) == DEPTH * BINS
+    assert (
+        list(data.columns) == ["t_from", "t_to", "exit_depth", *TABLES]
+        and len(data) == DEPTH * BINS
+    )
     row = data.iloc[2 * DEPTH + 3]
     assert (row["t_from"], row["t_to"], row["exit_depth"]) == (400, 600, 4)
     assert [row[name] for name in TABLES] == [getattr(found, name)[2][3] for name in TABLES]
@@ -48,12 +59,17 @@ def test_the_figure_shows_the_errors_and_its_lines_bound_them():
     (mesh,) = ax.collections
     assert np.array_equal(mesh.get_array().filled(0.0), errors)
     assert mesh.norm.vmin == errors[errors > 0].min() and mesh.norm.vmax == errors.max()
-    assert "0 = data" in ax.get_xlabel() and "exit depth" in ax.get_ylabel() and "log scale" in bar.get_ylabel()
+    assert (
+        "0 = data" in ax.get_xlabel()
+        and "exit depth" in ax.get_ylabel()
+        and "log scale" in bar.get_ylabel()
+    )
     numbers = [text for text in ax.texts if text.get_text() != "no error"]
     lines = [patch for patch in ax.patches if isinstance(patch, StepPatch)]
     assert len(numbers) == len(lines) == len(thresholds(errors)) == 3
     for text, line in zip(numbers, lines, strict=True):
-        threshold, (heights, edges, _) = float(text.get_text()), line.get_data()
+        threshold = float(text.get_text())
+        heights, edges, _ = line.get_data()
         assert list(edges) == [0, 200, 400, 600, 800, 1000]
         for column, height in zip(errors.T, heights, strict=True):
             above = [d for d in range(1, DEPTH + 1) if column[d - 1] > threshold]
@@ -69,19 +85,32 @@ def test_thresholds_are_round_and_within_the_errors():
     for scale in (1e-6, 1e-3, 1.0, 300.0):
         errors = scale * np.exp(rng.normal(0, 2, (12, 20)))
         found = thresholds(errors)
-        assert 1 <= len(found) <= 3 and found == sorted(found) and errors.min() < found[0] <= found[-1] < errors.max()
+        assert (
+            1 <= len(found) <= 3
+            and found == sorted(found)
+            and errors.min() < found[0] <= found[-1] < errors.max()
+        )
         assert all(f"{v:e}"[:8] in ("1.000000", "2.000000", "5.000000") for v in found)
     assert thresholds(np.zeros((3, 4))) == [] and thresholds(np.full((3, 4), 0.3)) == []
 
 
 def test_the_deepest_exit_above_a_threshold():
-    errors = np.array([[0.9, 0.1, 0.9], [0.1, 0.1, 0.9], [0.3, 0.1, 0.9]])  # (depth, bins); not monotone
+    # (depth, bins); not monotone
+    errors = np.array([[0.9, 0.1, 0.9], [0.1, 0.1, 0.9], [0.3, 0.1, 0.9]])
     assert too_shallow(errors, 0.2).tolist() == [3, 0, 3]
     assert too_shallow(errors, 0.5).tolist() == [1, 0, 3]
 
 
 @pytest.mark.parametrize(
-    "full", [np.zeros((4, 3)), [[0.3]], [[0.0]], np.full((2, 3), 1e-5), [[1.0, 0.0], [0.0, 0.0]], np.eye(40, 28) * 7e3]
+    "full",
+    [
+        np.zeros((4, 3)),
+        [[0.3]],
+        [[0.0]],
+        np.full((2, 3), 1e-5),
+        [[1.0, 0.0], [0.0, 0.0]],
+        np.eye(40, 28) * 7e3,
+    ],
 )
 def test_odd_maps_can_be_drawn(full, tmp_path):
     """An untrained DiT gives the same at every exit."""
@@ -92,7 +121,9 @@ def test_odd_maps_can_be_drawn(full, tmp_path):
 
 def test_an_error_is_told_from_none_by_more_than_its_colour():
     ax = draw(table(make(np.zeros((4, 3))))).axes[0]
-    assert [text.get_text() for text in ax.texts] == ["no error"] and ax.get_facecolor() == to_rgba("0.85")
+    assert [text.get_text() for text in ax.texts] == ["no error"] and ax.get_facecolor() == to_rgba(
+        "0.85"
+    )
 
 
 def test_files_are_whole_equal_and_readable(tmp_path):
@@ -114,8 +145,12 @@ def test_a_folder_that_can_not_be_written_is_one_line(tmp_path):
 
 
 def test_the_caption_says_what_the_error_is_counted_from():
-    own, tuned = drawing(make()), drawing(make(weights="other"))
-    assert "against its own full-depth" in own.caption and "against the pretrained network's full-depth" in tuned.caption
+    own = drawing(make())
+    tuned = drawing(make(weights="other"))
+    assert (
+        "against its own full-depth" in own.caption
+        and "against the pretrained network's full-depth" in tuned.caption
+    )
     assert own.name == "difficulty" and drawing(None) is None
 
 
@@ -137,18 +172,22 @@ def test_numbers_are_readable_and_apart(name):
         ax = figure.axes[0]
         numbers = [text for text in ax.texts if text.get_text() != "no error"]
         boxes = [text.get_window_extent(renderer) for text in numbers]
-    assert numbers and len(numbers) == sum(isinstance(patch, StepPatch) for patch in ax.patches)  # no line without its number
+    # no line without its number
+    assert numbers and len(numbers) == sum(isinstance(patch, StepPatch) for patch in ax.patches)
     assert not any(a.overlaps(b) for a, b in combinations(boxes, 2))
     assert min(text.get_fontsize() for text in figure.findobj(Text) if text.get_text()) >= SMALL
     low, high = figure.axes[1].get_ylim()
-    assert any(low <= tick <= high for tick in figure.axes[1].get_yticks())  # the colour bar can be read
+    # the colour bar can be read
+    assert any(low <= tick <= high for tick in figure.axes[1].get_yticks())
 
 
 def test_a_report_shows_the_map_where_there_is_one(study, tmp_path):
     results = study(3, confirm=False)
     assert "difficulty" not in {d.name for d in plots.drawings(results)}
     assert "difficulty" not in render_page(results, [])
-    (shown,) = [d for d in plots.drawings(replace(results, difficulty_map=make())) if d.name == "difficulty"]
+    (shown,) = [
+        d for d in plots.drawings(replace(results, difficulty_map=make())) if d.name == "difficulty"
+    ]
     pd.testing.assert_frame_equal(shown.data, table(make()))
     page = render_page(results, [(shown, shown.save(tmp_path))])
     assert page.count('href="#difficulty"') == page.count('<section id="difficulty">') == 1

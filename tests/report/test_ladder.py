@@ -27,15 +27,33 @@ def climbed(study):
             continue
         stopped = r.number % 5 == 4
         values = tuple(2 * v + 0.01 * r.number for v in r.quality.values[:2])
-        cheap = CheapRung(EvaluationResult(CHEAP, values), not stopped, 0.1 if stopped else 0.8, "by its probability")
-        changes = {"cheap": cheap, "gflops": {"cheap": 1.0, "finetune": 10.0}, "seconds": {**r.seconds, "cheap": 2.0}}
+        cheap = CheapRung(
+            EvaluationResult(CHEAP, values),
+            not stopped,
+            0.1 if stopped else 0.8,
+            "by its probability",
+        )
+        changes = {
+            "cheap": cheap,
+            "gflops": {"cheap": 1.0, "finetune": 10.0},
+            "seconds": {**r.seconds, "cheap": 2.0},
+        }
         if stopped:
-            changes |= {"state": "stopped", "quality": None, "seconds": {"cheap": 2.0}, "gflops": {"cheap": 1.0}}
+            changes |= {
+                "state": "stopped",
+                "quality": None,
+                "seconds": {"cheap": 2.0},
+                "gflops": {"cheap": 1.0},
+            }
         if r.number % 7 == 6:
             changes |= {"sampler": FAST}
         records.append(replace(r, **changes))
     kept = [c for c in results.confirmations if records[c.number].state == "complete"]
-    warm_up = {"seconds": {"elastic": 120.0, "map": 30.0}, "gflops": {"elastic": 50.0, "map": 5.0}, "losses": []}
+    warm_up = {
+        "seconds": {"elastic": 120.0, "map": 30.0},
+        "gflops": {"elastic": 50.0, "map": 5.0},
+        "losses": [],
+    }
     return replace(results, records=tuple(records), confirmations=tuple(kept), warm_up=warm_up)
 
 
@@ -48,7 +66,8 @@ def test_cheap_figures_have_a_table_of_their_own(climbed):
     expected = spearmanr(both["cheap_quality"], both["dear_quality"]).statistic
     assert ladder.rank_correlation(table) == pytest.approx(expected) and expected > 0.5
     assert math.isnan(ladder.rank_correlation(table.head(2)))
-    for kind in ("search", "confirmed"):  # none of them is on a front, or in a table of other figures
+    # none of them is on a front, or in a table of other figures
+    for kind in ("search", "confirmed"):
         assert not set(tables.points(climbed, kind)["number"]) & set(stopped["number"])
     assert len(tables.hypervolume(climbed)) == len(climbed.complete)
 
@@ -74,13 +93,16 @@ def test_page_names_samplers_rungs_and_spending(climbed):
 def test_figures_of_the_ladder_can_be_drawn(climbed, tmp_path):
     for drawing in drawings(climbed):
         if drawing.name in ("rungs", "cheap_dear", "spending", "front_search"):
-            assert b"<svg" in drawing.save(tmp_path) and (tmp_path / f"{drawing.name}.csv").is_file()
+            assert (
+                b"<svg" in drawing.save(tmp_path) and (tmp_path / f"{drawing.name}.csv").is_file()
+            )
 
 
 def test_competing_samplers_are_said_to_be_part_of_the_point(climbed):
     free = protocol(3, solver=None, num_steps=None)
     records = tuple(
-        r if r.quality is None else replace(r, quality=EvaluationResult(free, r.quality.values)) for r in climbed.records
+        r if r.quality is None else replace(r, quality=EvaluationResult(free, r.quality.values))
+        for r in climbed.records
     )
     html = page.render_page(replace(climbed, records=records, confirmations=()), [])
     assert html.count("any: part of the point") == 2
@@ -88,6 +110,17 @@ def test_competing_samplers_are_said_to_be_part_of_the_point(climbed):
 
 def test_decoding_and_evaluating_are_part_of_sampling(climbed):
     first, *_ = climbed.records
-    slow = replace(first, seconds={"finetune": 1.0, "sample": 2.0, "decode": 30.0, "evaluate": 400.0, "other": 5000.0})
-    parts = ladder.spending(replace(climbed, records=(slow,), confirmations=(), warm_up={})).set_index("part")["seconds"]
+    slow = replace(
+        first,
+        seconds={
+            "finetune": 1.0,
+            "sample": 2.0,
+            "decode": 30.0,
+            "evaluate": 400.0,
+            "other": 5000.0,
+        },
+    )
+    parts = ladder.spending(
+        replace(climbed, records=(slow,), confirmations=(), warm_up={})
+    ).set_index("part")["seconds"]
     assert parts.to_dict() == {"finetune": 1.0, "sample": 432.0, "other": 5000.0}

@@ -1,4 +1,5 @@
-"""The page and its figures: whole, self-contained, the same bytes for the same results, and honest in the odd cases."""
+"""The page and its figures: whole, self-contained, the same bytes for the same results, and honest
+in the odd cases."""
 
 import base64
 import re
@@ -20,7 +21,18 @@ from asesearch.report import page, plots, style, tables, write_report
 from asesearch.report.labels import spread_out
 from tests.report.conftest import protocol
 
-NAMES = {"spending", "front", "front_search", "schedules", "samples", "trials", "hypervolume", "cost", "latency", "losses"}
+NAMES = {
+    "spending",
+    "front",
+    "front_search",
+    "schedules",
+    "samples",
+    "trials",
+    "hypervolume",
+    "cost",
+    "latency",
+    "losses",
+}
 SCRIPT = "<script>alert('boom')</script>"
 VOID = {"meta", "img", "link", "br"}
 
@@ -44,7 +56,9 @@ def html(folder):
 
 
 def files(folder):
-    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+    return {
+        str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()
+    }
 
 
 def text_of(html):
@@ -57,12 +71,18 @@ class Checker(HTMLParser):
 
     def __init__(self):
         super().__init__()
-        self.open, self.errors, self.references, self.ids, self.images = [], [], [], [], []
+        self.open = []
+        self.errors = []
+        self.references = []
+        self.ids = []
+        self.images = []
 
     def handle_starttag(self, tag, attrs):
         if tag not in VOID:
             self.open.append(tag)
-        self.references += [value for name, value in attrs if name in ("src", "href", "srcset", "action", "poster")]
+        self.references += [
+            value for name, value in attrs if name in ("src", "href", "srcset", "action", "poster")
+        ]
         self.ids += [value for name, value in attrs if name == "id"]
         if tag == "img":
             self.images.append(dict(attrs))
@@ -80,16 +100,21 @@ def check(html):
     return checker
 
 
-# -- the figures ------------------------------------------------------------------------------------
+# -- the figures
+# ------------------------------------------------------------------------------------
 
 
 def test_every_figure_lies_beside_the_table_it_was_drawn_from(results, folder):
     drawings = {d.name: d for d in plots.drawings(results)}
     assert set(drawings) == NAMES
-    assert {p.name for p in (folder / "figures").iterdir()} == {f"{n}.{e}" for n in NAMES for e in ("svg", "png", "csv")}
+    assert {p.name for p in (folder / "figures").iterdir()} == {
+        f"{n}.{e}" for n in NAMES for e in ("svg", "png", "csv")
+    }
     for name, drawing in drawings.items():
         stored = pd.read_csv(folder / "figures" / f"{name}.csv", keep_default_na=True)
-        pd.testing.assert_frame_equal(stored, drawing.data.reset_index(drop=True), check_dtype=False)
+        pd.testing.assert_frame_equal(
+            stored, drawing.data.reset_index(drop=True), check_dtype=False
+        )
     pd.testing.assert_frame_equal(drawings["front"].data, tables.points(results, "confirmed"))
     pd.testing.assert_frame_equal(drawings["front_search"].data, tables.points(results, "search"))
     pd.testing.assert_frame_equal(drawings["schedules"].data, tables.schedule_matrix(results))
@@ -98,7 +123,9 @@ def test_every_figure_lies_beside_the_table_it_was_drawn_from(results, folder):
 
 def test_tables_are_written_as_csv(results, folder):
     for name in ("trials", "front", "confirmation"):
-        stored = pd.read_csv(folder / "tables" / f"{name}.csv", keep_default_na=False, na_values=[""])
+        stored = pd.read_csv(
+            folder / "tables" / f"{name}.csv", keep_default_na=False, na_values=[""]
+        )
         expected = getattr(tables, name)(results)
         assert list(stored.columns) == list(expected.columns) and len(stored) == len(expected)
         np.testing.assert_array_equal(stored["number"], expected["number"])
@@ -137,7 +164,8 @@ def test_spread_out_keeps_order_and_distance():
     assert spread_out([0.5] * 11, 0.2, 0.0, 1.0) == pytest.approx([i / 10 for i in range(11)])
 
 
-# -- the page ---------------------------------------------------------------------------------------
+# -- the page
+# ---------------------------------------------------------------------------------------
 
 
 def test_page_is_well_formed_and_shows_every_figure(html, folder):
@@ -146,15 +174,25 @@ def test_page_is_well_formed_and_shows_every_figure(html, folder):
     assert len(checker.ids) == len(set(checker.ids))
     for image in checker.images:
         kind, data = image["src"].split(",", 1)
-        assert kind == "data:image/svg+xml;base64" and base64.b64decode(data).lstrip().startswith(b"<?xml")
+        assert kind == "data:image/svg+xml;base64" and base64.b64decode(data).lstrip().startswith(
+            b"<?xml"
+        )
 
 
 def test_page_needs_nothing_from_outside(html, folder):
     checker = check(html)
     for reference in checker.references:
-        assert reference.startswith(("data:image/svg+xml;base64,", "#")) or (folder / reference).is_file(), reference[:60]
+        assert (
+            reference.startswith(("data:image/svg+xml;base64,", "#"))
+            or (folder / reference).is_file()
+        ), reference[:60]
     assert {r[1:] for r in checker.references if r.startswith("#")} <= set(checker.ids)
-    assert "http:" not in text_of(html) and "https:" not in text_of(html) and "@import" not in html and "<script" not in html
+    assert (
+        "http:" not in text_of(html)
+        and "https:" not in text_of(html)
+        and "@import" not in html
+        and "<script" not in html
+    )
 
 
 def test_text_from_outside_is_escaped(html):
@@ -162,10 +200,22 @@ def test_text_from_outside_is_escaped(html):
 
 
 def test_page_says_how_it_was_measured(html, results):
-    for fact in ("ab" * 32, "cd" * 32, "0, 1000, 2000", "1000000, 1001000, 1002000", "ddim", "fashion-mnist/train", "60000"):
+    for fact in (
+        "ab" * 32,
+        "cd" * 32,
+        "0, 1000, 2000",
+        "1000000, 1001000, 1002000",
+        "ddim",
+        "fashion-mnist/train",
+        "60000",
+    ):
         assert fact in html
-    assert "2.14.0" in html and "asesearch search demo.toml" in html and "--pick best-quality" in html
-    assert "95\N{NO-BREAK SPACE}% confidence" in html and "--pick fastest-within --quality ci" in html
+    assert (
+        "2.14.0" in html and "asesearch search demo.toml" in html and "--pick best-quality" in html
+    )
+    assert (
+        "95\N{NO-BREAK SPACE}% confidence" in html and "--pick fastest-within --quality ci" in html
+    )
     assert results.records[7].failure == SCRIPT and 'id="failed"' in html
 
 
@@ -192,20 +242,35 @@ def test_versions_that_changed_between_trials_are_named(study):
 
 def test_study_file_comes_back_from_the_page_without_its_password(study):
     results = study(2, failed=())
-    secret = {**results.config, "search": {**results.config["search"], "storage": "postgresql://me:hunter2@host/db"}}
+    secret = {
+        **results.config,
+        "search": {**results.config["search"], "storage": "postgresql://me:hunter2@host/db"},
+    }
     assert "hunter2" not in page.render_page(replace(results, config=secret), [])
     text = page.study_toml(results.config)
     assert parse_study(tomllib.loads(text), "test").model_dump(mode="json") == results.config
-    odd = {"name": 'a "b"\n\\', "args": {"x y": [1, 2.5, True, "µ"], "rate": 1e-05, "deep": {"z": "1"}}}
+    odd = {
+        "name": 'a "b"\n\\',
+        "args": {"x y": [1, 2.5, True, "µ"], "rate": 1e-05, "deep": {"z": "1"}},
+    }
     assert tomllib.loads(page.study_toml(odd)) == odd
 
 
 ODD = {
     "one trial": ({"num_trials": 1, "failed": ()}, "Only the full network has a figure"),
-    "only failures": ({"num_trials": 3, "failed": (0, 1, 2), "confirm": False}, "No trial has given a figure yet"),
-    "full network failed": ({"num_trials": 5, "failed": (0,), "confirm": False}, "nothing to compare with"),
+    "only failures": (
+        {"num_trials": 3, "failed": (0, 1, 2), "confirm": False},
+        "No trial has given a figure yet",
+    ),
+    "full network failed": (
+        {"num_trials": 5, "failed": (0,), "confirm": False},
+        "nothing to compare with",
+    ),
     "not confirmed": ({"num_trials": 5, "confirm": False}, "nothing is confirmed yet"),
-    "one repeat": ({"num_trials": 5, "repeats": 1, "confirm": False}, "spread unknown (one repeat)"),
+    "one repeat": (
+        {"num_trials": 5, "repeats": 1, "confirm": False},
+        "spread unknown (one repeat)",
+    ),
     "one repeat, confirmed": ({"num_trials": 8, "repeats": 1}, "spread unknown (one repeat)"),
 }
 
@@ -216,7 +281,11 @@ def test_odd_studies_have_a_page_and_figures(study, case):
     results = study(**arguments)
     html = page.render_page(results, [])
     check(html)
-    assert words in html and 'id="samples"' not in html and "nan" not in text_of(html).lower().replace("nant", "")
+    assert (
+        words in html
+        and 'id="samples"' not in html
+        and "nan" not in text_of(html).lower().replace("nant", "")
+    )
     with matplotlib.rc_context(style.STYLE):
         for drawing in plots.drawings(results):
             figure = drawing.draw()
@@ -237,7 +306,8 @@ def test_a_study_without_latency_losses_or_environment_has_a_page(study):
     check(page.render_page(bare, []))
 
 
-# -- writing ----------------------------------------------------------------------------------------
+# -- writing
+# ----------------------------------------------------------------------------------------
 
 
 def test_same_results_same_bytes_and_what_is_stale_goes(results, folder, tmp_path):

@@ -49,7 +49,9 @@ def test_hypervolume_agrees_with_monte_carlo():
 def test_hypervolume_of_known_shapes():
     assert tables.hypervolume_2d(np.empty((0, 2)), (1.0, 1.0)) == 0
     assert tables.hypervolume_2d(np.array([[0.25, 0.5]]), (1.0, 1.0)) == 0.375
-    assert tables.hypervolume_2d(np.array([[0.25, 0.5], [0.5, 0.25], [0.5, 0.25]]), (1.0, 1.0)) == 0.5
+    assert (
+        tables.hypervolume_2d(np.array([[0.25, 0.5], [0.5, 0.25], [0.5, 0.25]]), (1.0, 1.0)) == 0.5
+    )
     outside = np.array([[1.0, 0.0], [0.0, 1.5]])
     assert tables.hypervolume_2d(outside, (1.0, 1.0)) == 0
 
@@ -64,17 +66,24 @@ def test_hypervolume_never_falls_and_states_its_reference(study):
 
 def test_hypervolume_of_figures_that_are_not_positive_is_linear(study):
     results = study(6, failed=(), metric="kid")
-    low = replace(results.records[3], quality=replace(results.records[3].quality, values=(-0.1, 0.0, 0.1 - 1e-3)))
+    low = replace(
+        results.records[3],
+        quality=replace(results.records[3].quality, values=(-0.1, 0.0, 0.1 - 1e-3)),
+    )
     table = tables.hypervolume(replace(results, records=(*results.records[:3], low)))
     assert set(table["scale"]) == {"linear"} and np.isfinite(table["hypervolume"]).all()
 
 
-@pytest.mark.parametrize("make", [tables.trials, tables.front, tables.hypervolume, tables.schedule_matrix])
+@pytest.mark.parametrize(
+    "make", [tables.trials, tables.front, tables.hypervolume, tables.schedule_matrix]
+)
 def test_figures_of_two_protocols_share_no_table(study, make):
     results = study(6, failed=(), confirm=False)
     make(results)  # negative control: one protocol is fine
     other = replace(results.records[3].quality.protocol, num_samples=5000)
-    odd = replace(results.records[3], quality=EvaluationResult(other, results.records[3].quality.values))
+    odd = replace(
+        results.records[3], quality=EvaluationResult(other, results.records[3].quality.values)
+    )
     mixed = replace(results, records=(*results.records[:3], odd, *results.records[4:]))
     with pytest.raises(EvaluationError, match="num_samples: 1000 and 5000"):
         make(mixed)
@@ -84,7 +93,10 @@ def test_confirmations_of_two_protocols_share_no_table(study):
     results = study(12)
     first, *rest = results.confirmations
     other = replace(first.quality.protocol, cfg_scale=4.0)
-    mixed = replace(results, confirmations=(replace(first, quality=replace(first.quality, protocol=other)), *rest))
+    mixed = replace(
+        results,
+        confirmations=(replace(first, quality=replace(first.quality, protocol=other)), *rest),
+    )
     for make in (tables.front, tables.confirmation):
         with pytest.raises(EvaluationError, match="cfg_scale"):
             make(mixed)
@@ -102,19 +114,32 @@ def test_confirmation_puts_both_figures_side_by_side(study):
     table = tables.confirmation(results).set_index("number")
     assert set(table.index) == {c.number for c in results.confirmations}
     for c in results.confirmations:
-        row, record = table.loc[c.number], results.records[c.number]
-        assert row["search_quality"] == record.quality.value and row["confirmed_quality"] == c.quality.value
+        row = table.loc[c.number]
+        record = results.records[c.number]
+        assert (
+            row["search_quality"] == record.quality.value
+            and row["confirmed_quality"] == c.quality.value
+        )
         assert row["selection_bias"] == pytest.approx(c.quality.value - record.quality.value)
-        assert (row["predicted_time_frac"], row["measured_time_frac"]) == (record.time_frac, c.measured_time_frac)
+        assert (row["predicted_time_frac"], row["measured_time_frac"]) == (
+            record.time_frac,
+            c.measured_time_frac,
+        )
 
 
 def test_no_selection_bias_where_more_than_the_seeds_differ(study):
     results = study(12)
     larger = [
-        replace(c, quality=replace(c.quality, protocol=replace(c.quality.protocol, num_samples=50_000)))
+        replace(
+            c, quality=replace(c.quality, protocol=replace(c.quality.protocol, num_samples=50_000))
+        )
         for c in results.confirmations
     ]
-    assert tables.confirmation(replace(results, confirmations=tuple(larger)))["selection_bias"].isna().all()
+    assert (
+        tables.confirmation(replace(results, confirmations=tuple(larger)))["selection_bias"]
+        .isna()
+        .all()
+    )
 
 
 @pytest.mark.parametrize(
@@ -134,36 +159,52 @@ def test_verdict(difference, margin, words):
 
 @pytest.mark.parametrize("repeats", [2, 3, 5])
 def test_one_null_difference_in_twenty_is_called_better_or_worse(study, repeats):
-    """Schedules exactly as good as the full network, with noise that both share and noise of their own."""
-    rng, cases = np.random.default_rng(repeats), 4000
+    """Schedules exactly as good as the full network, with noise that both share and noise of their
+    own."""
+    rng = np.random.default_rng(repeats)
+    cases = 4000
     protocol = study(1, repeats=repeats, confirm=False).full.quality.protocol
 
     def called(offset):
         shared = 9 + rng.normal(0, 1, (cases, repeats))
         full, other = (shared + rng.normal(0, 0.1, (cases, repeats)) for _ in range(2))
-        pairs = [[EvaluationResult(protocol, tuple(row)) for row in table.tolist()] for table in (full, other + offset)]
+        pairs = [
+            [EvaluationResult(protocol, tuple(row)) for row in table.tolist()]
+            for table in (full, other + offset)
+        ]
         words = [tables.verdict(b.minus(a)[0], b.margin(a)) for a, b in zip(*pairs, strict=True)]
         return {word: words.count(word) for word in ("better", "worse", "can't be told apart")}
 
     null = called(0.0)
     low, high = scipy.stats.binom.ppf([5e-6, 1 - 5e-6], cases, 0.025)
-    assert low <= null["better"] <= high and low <= null["worse"] <= high  # one standard error calls a third to a half
+    # one standard error calls a third to a half
+    assert low <= null["better"] <= high and low <= null["worse"] <= high
     # differences of sixty times their noise are found, on the right side
     assert called(6.0)["worse"] > 0.99 * cases and called(-6.0)["better"] > 0.99 * cases
 
 
 @pytest.mark.parametrize(
-    ("differences", "word"),  # of three repeats: mean 0.2 · size, standard error 0.1 / √3 = 0.0577, times 4.303
-    [((0.1, 0.2, 0.3), "can't be told apart"), ((0.2, 0.3, 0.4), "worse"), ((-0.2, -0.3, -0.4), "better")],
+    # of three repeats: mean 0.2 · size, standard error 0.1 / √3 = 0.0577, times 4.303
+    ("differences", "word"),
+    [
+        ((0.1, 0.2, 0.3), "can't be told apart"),
+        ((0.2, 0.3, 0.4), "worse"),
+        ((-0.2, -0.3, -0.4), "better"),
+    ],
 )
 def test_the_verdict_of_a_point_is_that_of_the_interval(study, differences, word):
     results = study(2, failed=(), confirm=False)
     full, rival = results.records
     values = tuple(v + d for v, d in zip(full.quality.values, differences, strict=True))
     rival = replace(rival, quality=replace(rival.quality, values=values))
-    row = tables.points(replace(results, records=(full, rival)), "search").set_index("number").loc[rival.number]
+    row = (
+        tables.points(replace(results, records=(full, rival)), "search")
+        .set_index("number")
+        .loc[rival.number]
+    )
     assert row["verdict"] == word and row["confidence"] == 0.95
-    assert row["difference_margin"] == pytest.approx(4.30265 * 0.1 / math.sqrt(3), rel=1e-5)  # Student's t, table value
+    # Student's t, table value
+    assert row["difference_margin"] == pytest.approx(4.30265 * 0.1 / math.sqrt(3), rel=1e-5)
     assert row["difference_se"] == pytest.approx(0.1 / math.sqrt(3))
 
 
@@ -171,10 +212,16 @@ def test_trials_holds_every_record(study):
     results = study(12, failed=(7, 9))
     table = tables.trials(results)
     assert list(table["number"]) == list(range(12))
-    assert list(table.loc[table["state"] == "failed", "number"]) == [7, 9] and table.loc[7, "failure"]
+    assert (
+        list(table.loc[table["state"] == "failed", "number"]) == [7, 9] and table.loc[7, "failure"]
+    )
     record = results.records[4]
     assert tuple(table.loc[4, ["repeat_1", "repeat_2", "repeat_3"]]) == record.quality.values
-    assert [c for c in table.columns if c.endswith("_s")] == ["finetune_s", "sample_s", "evaluate_s"]
+    assert [c for c in table.columns if c.endswith("_s")] == [
+        "finetune_s",
+        "sample_s",
+        "evaluate_s",
+    ]
     figures = table["quality"].to_numpy()
     assert list(table["best_quality"]) == [np.nanmin(figures[: i + 1]) for i in range(12)]
 
@@ -183,14 +230,18 @@ def test_schedule_matrix_is_the_schedule_at_every_timestep(study):
     results = study(12)
     uneven = ExitSchedule(28, 1000, (0, 130, 777, 1000), (28, 9, 4))
     fast = replace(results.records[3], schedule=uneven, time_frac=0.01)
-    results = replace(results, records=(*results.records[:3], fast, *results.records[4:]), confirmations=())
+    results = replace(
+        results, records=(*results.records[:3], fast, *results.records[4:]), confirmations=()
+    )
     table = tables.schedule_matrix(results)
     assert table["number"].iloc[0] == 3 and "full network" in set(table["label"])
     starts = np.array([int(c[1:]) for c in table.columns if c.startswith("t")])
     column = np.searchsorted(starts, np.arange(1000), side="right") - 1
     for _, row in table.iterrows():
         blocks = row[[f"t{t}" for t in starts]].to_numpy()[column]
-        assert (blocks == results.records[row["number"]].schedule.exit_depth_at(np.arange(1000))).all()
+        assert (
+            blocks == results.records[row["number"]].schedule.exit_depth_at(np.arange(1000))
+        ).all()
 
 
 def test_losses_keep_their_mean_and_count_the_study_files_steps(study):
@@ -206,7 +257,11 @@ def test_losses_keep_their_mean_and_count_the_study_files_steps(study):
 def test_samples_name_the_pixels_they_show(study):
     images = np.arange(10 * 16, dtype=np.uint8).reshape(10, 1, 4, 4)
     table = tables.samples(study(12, samples=images))
-    assert table["image"].max() == 7 and len(set(table["number"])) <= 6 and "full network" in set(table["label"])
+    assert (
+        table["image"].max() == 7
+        and len(set(table["number"])) <= 6
+        and "full network" in set(table["label"])
+    )
     assert table.groupby("image")["sha256"].nunique().eq(1).all() and table["sha256"].nunique() == 8
     with pytest.raises(StudyError, match="uint8"):
         tables.samples(study(12, samples=images.astype(np.float32)))
@@ -217,20 +272,25 @@ def test_difference_is_taken_repeat_by_repeat(study):
     shifted = replace(full, values=tuple(v + 0.5 for v in full.values))
     difference, error = shifted.minus(full)
     assert difference == pytest.approx(0.5) and error == pytest.approx(0, abs=1e-12)
-    uneven = replace(full, values=tuple(v + d for v, d in zip(full.values, (0.4, 0.5, 0.6), strict=True)))
+    uneven = replace(
+        full, values=tuple(v + d for v, d in zip(full.values, (0.4, 0.5, 0.6), strict=True))
+    )
     assert uneven.minus(full)[1] == pytest.approx(0.1 / math.sqrt(3))
     with pytest.raises(EvaluationError, match="solver"):
         full.minus(replace(full, protocol=replace(full.protocol, solver="ddpm")))
 
 
-# -- in words ---------------------------------------------------------------------------------------
+# -- in words
+# ---------------------------------------------------------------------------------------
 
 
 def with_figures(results, figures):
     """The study's first trials with these (time, values); the first is the full network."""
     records = []
     for record, (time, values) in zip(results.records, figures, strict=False):
-        records.append(replace(record, time_frac=time, quality=replace(record.quality, values=values)))
+        records.append(
+            replace(record, time_frac=time, quality=replace(record.quality, values=values))
+        )
     return replace(results, records=tuple(records))
 
 
@@ -242,16 +302,37 @@ FULL = (1.0, (9.0, 9.1, 9.2))
     [
         (
             [FULL, (0.69, (9.05, 9.0, 9.3))],
-            "D3-DiT is predicted to save 31 % of sampling time at a FID that can't be told apart from the "
-            "full network's (95 % confidence: the difference lies between −0.242 and +0.275).",
+            "D3-DiT is predicted to save 31 % of sampling time at a FID that can't be told apart "
+            "from the full network's (95 % confidence: the difference lies between −0.242 and "
+            "+0.275).",
             True,
         ),
-        ([FULL, (0.69, (8.0, 8.1, 8.3))], "31 % of sampling time at a better FID than the full network's", True),
-        ([FULL, (0.88, (9.05, 9.0, 9.3))], "No schedule saves 25 % of sampling time at a FID that can't be told", False),
-        ([FULL, (0.88, (9.05, 9.0, 9.3))], "the best was D3-DiT, which is predicted to save 12 %", False),
-        ([FULL, (0.5, (10.0, 10.1, 10.4))], "the closest was D3-DiT, which is predicted to save 50 %", False),
+        (
+            [FULL, (0.69, (8.0, 8.1, 8.3))],
+            "31 % of sampling time at a better FID than the full network's",
+            True,
+        ),
+        (
+            [FULL, (0.88, (9.05, 9.0, 9.3))],
+            "No schedule saves 25 % of sampling time at a FID that can't be told",
+            False,
+        ),
+        (
+            [FULL, (0.88, (9.05, 9.0, 9.3))],
+            "the best was D3-DiT, which is predicted to save 12 %",
+            False,
+        ),
+        (
+            [FULL, (0.5, (10.0, 10.1, 10.4))],
+            "the closest was D3-DiT, which is predicted to save 50 %",
+            False,
+        ),
         ([FULL], "Only the full network has a figure so far.", False),
-        ([FULL, (0.6, (9.1, 9.1, 9.1)), (0.5, (9.0, 9.15, 9.19))], "D4-DiT is predicted to save 50 %", True),
+        (
+            [FULL, (0.6, (9.1, 9.1, 9.1)), (0.5, (9.0, 9.15, 9.19))],
+            "D4-DiT is predicted to save 50 %",
+            True,
+        ),
     ],
 )
 def test_headline_says_what_the_data_say(study, figures, words, success):
@@ -262,8 +343,13 @@ def test_headline_says_what_the_data_say(study, figures, words, success):
 
 def test_headline_of_two_repeats_says_how_wide_their_interval_is(study):
     two, three = (headline(study(6, repeats=n, confirm=False)) for n in (2, 3))
-    assert any("12.7 standard errors" in d for d in two.details) and not any("12.7" in d for d in three.details)
-    assert "95\N{NO-BREAK SPACE}% confidence" in two.answer and "95\N{NO-BREAK SPACE}% confidence" in three.answer
+    assert any("12.7 standard errors" in d for d in two.details) and not any(
+        "12.7" in d for d in three.details
+    )
+    assert (
+        "95\N{NO-BREAK SPACE}% confidence" in two.answer
+        and "95\N{NO-BREAK SPACE}% confidence" in three.answer
+    )
 
 
 def test_headline_of_one_repeat_claims_nothing(study):
@@ -277,9 +363,14 @@ def test_headline_speaks_of_measured_time_once_confirmed(study):
 
 
 def test_headline_without_the_full_network_or_any_figure(study):
-    no_full = replace(study(6, failed=()), confirmations=(), records=study(6, failed=()).records[1:])
+    no_full = replace(
+        study(6, failed=()), confirmations=(), records=study(6, failed=()).records[1:]
+    )
     assert "nothing to compare with" in headline(no_full).answer
-    assert headline(study(2, failed=(0, 1), confirm=False)).answer == "No trial has given a figure yet."
+    assert (
+        headline(study(2, failed=(0, 1), confirm=False)).answer
+        == "No trial has given a figure yet."
+    )
 
 
 def test_numbers_are_written_to_the_digits_they_have():
@@ -289,18 +380,28 @@ def test_numbers_are_written_to_the_digits_they_have():
 
 
 def test_the_hypervolume_is_counted_from_its_reference_point(study):
-    """A full network of score 8 at time 1, then one of score 4 at time 0.35, by hand: logarithms to base e."""
-    results = with_figures(study(2, failed=(), confirm=False), [(1.0, (8.0, 8.0, 8.0)), (0.35, (4.0, 4.0, 4.0))])
+    """A full network of score 8 at time 1, then one of score 4 at time 0.35, by hand: logarithms to
+    base e."""
+    results = with_figures(
+        study(2, failed=(), confirm=False), [(1.0, (8.0, 8.0, 8.0)), (0.35, (4.0, 4.0, 4.0))]
+    )
     table = tables.hypervolume(results)
     alone = 0.1 * math.log(2)  # up to time 1.1 and score 16
     assert list(table["hypervolume"]) == pytest.approx([alone, 0.75 * math.log(4)])
 
 
 def test_the_hypervolume_of_scores_that_are_not_positive_is_counted_from_the_worst(study):
-    results = with_figures(study(3, failed=(), confirm=False, metric="kid"), [
-        (1.0, (0.02, 0.02, 0.02)), (0.6, (-0.03, -0.03, -0.03)), (0.5, (0.01, 0.01, 0.01)),
-    ])  # fmt: skip
-    assert list(tables.hypervolume(results)["hypervolume"]) == pytest.approx([0, 0.5 * 0.05, 0.5 * 0.05 + 0.1 * 0.01])
+    results = with_figures(
+        study(3, failed=(), confirm=False, metric="kid"),
+        [
+            (1.0, (0.02, 0.02, 0.02)),
+            (0.6, (-0.03, -0.03, -0.03)),
+            (0.5, (0.01, 0.01, 0.01)),
+        ],
+    )
+    assert list(tables.hypervolume(results)["hypervolume"]) == pytest.approx(
+        [0, 0.5 * 0.05, 0.5 * 0.05 + 0.1 * 0.01]
+    )
 
 
 def test_losses_lie_at_the_middle_of_their_stretch(study):
@@ -309,7 +410,9 @@ def test_losses_lie_at_the_middle_of_their_stretch(study):
 
     def steps(count, num_steps):
         record = replace(full, losses=tuple(range(count)))
-        table = tables.losses(replace(results, records=(record,), config={"train": {"num_steps": num_steps}}))
+        table = tables.losses(
+            replace(results, records=(record,), config={"train": {"num_steps": num_steps}})
+        )
         return list(table["step"]), list(table["loss"])
 
     assert steps(4, 4) == ([1, 2, 3, 4], [0, 1, 2, 3])
@@ -320,7 +423,11 @@ def test_losses_lie_at_the_middle_of_their_stretch(study):
 
 def test_the_line_through_latencies_has_its_fixed_part(study):
     table = tables.latency(replace(study(1), latency_ms=(5.0, 7.0, 9.0)))
-    assert list(table["fit_ms"]) == pytest.approx([5, 7, 9]) and list(table["exit_depth"]) == [1, 2, 3]
+    assert list(table["fit_ms"]) == pytest.approx([5, 7, 9]) and list(table["exit_depth"]) == [
+        1,
+        2,
+        3,
+    ]
 
 
 def test_long_loss_curves_are_kept_as_means():
@@ -331,4 +438,5 @@ def test_long_loss_curves_are_kept_as_means():
 def test_the_search_front_is_fastest_first(study):
     front = study(30, seed=3).front()
     assert len(front) > 3 and [r.time_frac for r in front] == sorted(r.time_frac for r in front)
-    assert [r.number for r in front] != sorted(r.number for r in front)  # which is no order of trials
+    # which is no order of trials
+    assert [r.number for r in front] != sorted(r.number for r in front)

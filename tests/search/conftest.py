@@ -1,4 +1,5 @@
-"""Searches of tests need not survive a power cut: without this they spend their time waiting for the disk."""
+"""Searches of tests need not survive a power cut: without this they spend their time waiting for
+the disk."""
 
 import pytest
 import sqlalchemy

@@ -1,4 +1,5 @@
-"""A search whose evaluation is a formula: `python fake_search.py SEARCH_JSON RUN_DIR DIE_AT SECTIONS_JSON [HOW_JSON]`.
+"""A search whose evaluation is a formula: `python fake_search.py SEARCH_JSON RUN_DIR DIE_AT
+SECTIONS_JSON [HOW_JSON]`.
 
 Run as a process by tests that kill it, or that run several at once.
 """
@@ -29,20 +30,31 @@ CHEAP = replace(PROTOCOL, num_samples=20)
 class FakeBench:
     """Quality is a formula of the schedule; a schedule ending in `fails` diverges.
 
-    A trial of the full network takes `full_s`, any other `trial_s`. Whatever is paid for is a line of the file `paid`.
+    A trial of the full network takes `full_s`, any other `trial_s`. Whatever is paid for is a line
+    of the file `paid`.
     """
 
     device = None
 
-    def __init__(self, die_at=None, fails=None, weights="w", config=None, full_s=0.0, trial_s=0.0, paid=None):
-        self.full_s, self.trial_s, self.paid = full_s, trial_s, paid
+    def __init__(
+        self, die_at=None, fails=None, weights="w", config=None, full_s=0.0, trial_s=0.0, paid=None
+    ):
+        self.full_s = full_s
+        self.trial_s = trial_s
+        self.paid = paid
         self.backbone = SimpleNamespace(depth=DEPTH, min_exit_depth=1)
-        self.protocol, self.die_at, self.fails, self.tried = PROTOCOL, die_at, fails, []
+        self.protocol = PROTOCOL
+        self.die_at = die_at
+        self.fails = fails
+        self.tried = []
         self.identity = {"weights": weights}
-        self.config, self.min_exit_depth, self.cheaply = config or make_config(), 1, []
+        self.config = config or make_config()
+        self.min_exit_depth = 1
+        self.cheaply = []
         own = tuple(range(950, 0, -100))
         self.samplers = {"ddim-50": own} | dict.fromkeys(self.config.search.samplers, own[::2])
-        self.latency, self.batch_size = SimpleNamespace(median_ms=(1.0,)), 10
+        self.latency = SimpleNamespace(median_ms=(1.0,))
+        self.batch_size = 10
         self.call_cost = tuple(float(d) for d in range(1, DEPTH + 1))
 
     def cost_fracs(self, schedule, sampler=""):
@@ -65,7 +77,9 @@ class FakeBench:
         self.pay(f"trial {schedule.merged()} {sampler}".strip())
         time.sleep(self.full_s if schedule.is_full and not sampler else self.trial_s)
         if self.fails is not None and schedule.exit_depths[-1] == self.fails:
-            raise TrainingDiverged("loss or gradient is not finite at step 3 of 9; lower the learning rate")
+            raise TrainingDiverged(
+                "loss or gradient is not finite at step 3 of 9; lower the learning rate"
+            )
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "weights.safetensors").write_bytes(b"x")
         fracs = self.cost_fracs(schedule, sampler)
@@ -74,19 +88,26 @@ class FakeBench:
 
     def confirmation_protocol(self):
         how = self.config.confirm
-        return replace(PROTOCOL, num_samples=how.num_samples, seeds=tuple(10**9 + i for i in range(how.repeats)))
+        return replace(
+            PROTOCOL,
+            num_samples=how.num_samples,
+            seeds=tuple(10**9 + i for i in range(how.repeats)),
+        )
 
     def evaluate(self, net, schedule, protocol, sampler=""):
         self.pay(f"confirmation {schedule.merged()} {sampler}".strip())
         time.sleep(self.trial_s)
-        return EvaluationResult(protocol, tuple(5.0 + i for i in range(len(protocol.seeds)))), {"sample": 0.0}
+        return EvaluationResult(protocol, tuple(5.0 + i for i in range(len(protocol.seeds)))), {
+            "sample": 0.0
+        }
 
     def measured_time(self, net, schedule, full_net, sampler=""):
         return TimeRatio(self.cost_fracs(schedule, sampler)[0], 0.01, ())
 
 
 class SharedBench(FakeBench):
-    """With a latency table that the workers of a study directory share; measuring it takes half a second."""
+    """With a latency table that the workers of a study directory share; measuring it takes half a
+    second."""
 
     def __init__(self, run_dir, **how):
         self.run_dir = run_dir
@@ -94,7 +115,9 @@ class SharedBench(FakeBench):
 
     @property
     def latency(self):
-        return shared_table(self.run_dir, Conditions("cpu", 10, "float32", False), self.measure, one_only=True)
+        return shared_table(
+            self.run_dir, Conditions("cpu", 10, "float32", False), self.measure, one_only=True
+        )
 
     @latency.setter
     def latency(self, _):
@@ -103,7 +126,9 @@ class SharedBench(FakeBench):
     def measure(self):
         self.pay("latency")
         time.sleep(0.5)
-        return LatencyTable(10, "cpu", 1, "float32", (1.0,) * DEPTH, (0.1,) * DEPTH, 3, "float32", False)
+        return LatencyTable(
+            10, "cpu", 1, "float32", (1.0,) * DEPTH, (0.1,) * DEPTH, 3, "float32", False
+        )
 
 
 def figures(schedule, sampler=""):
@@ -127,11 +152,15 @@ def make_config(sections=None, **search):
 
 
 if __name__ == "__main__":
-    search, run_dir, die_at = json.loads(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
+    search = json.loads(sys.argv[1])
+    run_dir = Path(sys.argv[2])
+    die_at = int(sys.argv[3])
     config = make_config(json.loads(sys.argv[4]), **search)
     how = json.loads(sys.argv[5]) if len(sys.argv) > 5 else {}
     if heartbeat := how.pop("heartbeat_s", None):
-        storage.HEARTBEAT_S, workers.GRACE_S, workers.BEAT_S = heartbeat, 2.0 * heartbeat, heartbeat / 2
+        storage.HEARTBEAT_S = heartbeat
+        workers.GRACE_S = 2.0 * heartbeat
+        workers.BEAT_S = heartbeat / 2
     study = Study(config, run_dir)
     if how:
         confirmation._network = lambda *_: None
@@ -139,4 +168,7 @@ if __name__ == "__main__":
         study.run(bench)
         confirmation.confirm(study, bench)
     else:
-        study.run(FakeBench(die_at=die_at if die_at >= 0 else None, config=config), lambda r: time.sleep(0))
+        study.run(
+            FakeBench(die_at=die_at if die_at >= 0 else None, config=config),
+            lambda r: time.sleep(0),
+        )

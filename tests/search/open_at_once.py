@@ -1,6 +1,7 @@
 """Open a fresh study from several processes at once: `python open_at_once.py PROCESSES CASES_JSON`.
 
-A case is a list of (run_dir, storage) pairs, given to the processes in turn. Prints the exit codes of each case.
+A case is a list of (run_dir, storage) pairs, given to the processes in turn. Prints the exit codes
+of each case.
 """
 
 import json
@@ -15,7 +16,8 @@ from tests.search.fake_search import make_config
 
 def opened_at_once(processes, pairs):
     """Exit codes of processes that wait for each other and then open their study."""
-    ready, go = os.pipe(), os.pipe()
+    ready = os.pipe()
+    go = os.pipe()
     children = []
     for i in range(processes):
         run_dir, storage = pairs[i % len(pairs)]
@@ -44,4 +46,6 @@ def opened_at_once(processes, pairs):
 
 
 if __name__ == "__main__":
-    print(json.dumps([opened_at_once(int(sys.argv[1]), pairs) for pairs in json.loads(sys.argv[2])]))
+    print(
+        json.dumps([opened_at_once(int(sys.argv[1]), pairs) for pairs in json.loads(sys.argv[2])])
+    )

@@ -1,6 +1,8 @@
-"""A PostgreSQL server of one's own for tests: `python -m tests.search.postgresql` runs one until Enter is pressed.
+"""A PostgreSQL server of one's own for tests: `python -m tests.search.postgresql` runs one until
+Enter is pressed.
 
-Without PostgreSQL these tests are skipped; with ASESEARCH_REQUIRE_POSTGRESQL=1 they fail, so that CI can't skip them.
+Without PostgreSQL these tests are skipped; with ASESEARCH_REQUIRE_POSTGRESQL=1 they fail, so that
+CI can't skip them.
 """
 
 import os
@@ -18,7 +20,10 @@ REQUIRED = os.environ.get("ASESEARCH_REQUIRE_POSTGRESQL") == "1"
 
 def programs():
     """The folder of PostgreSQL's server programs; None where it isn't installed."""
-    found = [shutil.which("initdb"), *map(str, sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb"), reverse=True))]
+    found = [
+        shutil.which("initdb"),
+        *map(str, sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb"), reverse=True)),
+    ]
     return next((Path(path).parent for path in found if path), None)
 
 
@@ -43,7 +48,18 @@ def server():
             command = [*prefix, str(where / program), "-D", str(home / "data"), *args]
             subprocess.run(command, check=True, cwd=folder, stdout=subprocess.DEVNULL)
 
-        call("initdb", "-U", "owner", "-A", "scram-sha-256", "-E", "UTF8", "--pwfile", str(home / "password"), "--no-sync")
+        call(
+            "initdb",
+            "-U",
+            "owner",
+            "-A",
+            "scram-sha-256",
+            "-E",
+            "UTF8",
+            "--pwfile",
+            str(home / "password"),
+            "--no-sync",
+        )
         options = f"-p {port} -h 127.0.0.1 -k {folder} -c fsync=off"
         call("pg_ctl", "-w", "-o", options, "-l", str(home / "log"), "start")
         try:

@@ -25,7 +25,9 @@ def test_a_thousand_intervals_have_a_folder_and_a_lock(tmp_path):
     folder.mkdir(parents=True)
     (folder / "weights.safetensors.4194304.part").touch()
     (tmp_path / f"{folder.name}.lock").touch()
-    other = ExitSchedule.uniform_intervals([*MANY.exit_depths[:-1], MANY.exit_depths[-1] % 12 + 1], 12)
+    other = ExitSchedule.uniform_intervals(
+        [*MANY.exit_depths[:-1], MANY.exit_depths[-1] % 12 + 1], 12
+    )
     assert at(tmp_path).trial_dir(other) != folder
     assert folder.name.startswith("-".join(map(str, MANY.merged().exit_depths[:10])))
 
@@ -35,7 +37,10 @@ def test_folders_of_earlier_releases_are_found(tmp_path):
     assert at(tmp_path).trial_dir(TWENTY).name != name
     (tmp_path / "trials" / name).mkdir(parents=True)
     assert at(tmp_path).trial_dir(TWENTY).name == name and len(name) > 100
-    assert at(tmp_path).trial_dir(ExitSchedule.from_string("12 12 9 6", 12)).name == "12-9-6_at_500-750"
+    assert (
+        at(tmp_path).trial_dir(ExitSchedule.from_string("12 12 9 6", 12)).name
+        == "12-9-6_at_500-750"
+    )
 
 
 def test_a_path_that_sqlite_can_t_open_is_refused_and_no_shorter_one(tmp_path):

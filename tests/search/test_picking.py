@@ -14,7 +14,9 @@ from tests.search.fake_search import PROTOCOL
 
 def record(number, value, time, depths, origin="tpe"):
     quality = EvaluationResult(PROTOCOL, (value - 0.1, value + 0.1))
-    return TrialRecord(number, origin, ExitSchedule.from_string(depths, 6), "complete", quality, time, time, time)
+    return TrialRecord(
+        number, origin, ExitSchedule.from_string(depths, 6), "complete", quality, time, time, time
+    )
 
 
 RECORDS = (
@@ -51,12 +53,15 @@ def test_modes(mode, quality, time, number):
 def test_confirmed_figures_count_where_there_are_any():
     fresh = [confirmed(0, 5.2, 1.0), confirmed(1, 5.0, 0.85), confirmed(2, 7.0, 0.62)]
     assert pick(results(fresh), "best-quality").number == 1
-    assert pick(results(fresh), "fastest-within", "+20%").number == 1  # 2 was too good on the search's seeds
+    # 2 was too good on the search's seeds
+    assert pick(results(fresh), "fastest-within", "+20%").number == 1
     assert pick(results(fresh), "best-within", time_frac=0.7).number == 2  # 3 is not confirmed
 
 
 def test_budgets_that_nothing_meets_name_the_nearest():
-    nearest = r"within the quality budget '4'; the nearest is trial 0 with 5 at 1.000 .*; --or-nearest"
+    nearest = (
+        r"within the quality budget '4'; the nearest is trial 0 with 5 at 1.000 .*; --or-nearest"
+    )
     with pytest.raises(StudyError, match=nearest):
         pick(results(), "fastest-within", "4")
     with pytest.raises(StudyError, match="the nearest is trial 3 with 9 at 0.300 of the time"):
@@ -84,20 +89,20 @@ def test_an_early_exit_is_picked_where_full_depth_in_fewer_steps_would_be():
         (
             ("fastest-within", "+1%"),
             1,
-            "no early-exit schedule is within the quality budget '+1%' over the full network's 5 (5.05); the nearest is trial "
-            "1 with 5.1 at 0.800 of the time (6 5); taking it",
+            "no early-exit schedule is within the quality budget '+1%' over the full network's 5 "
+            "(5.05); the nearest is trial 1 with 5.1 at 0.800 of the time (6 5); taking it",
         ),
         (
             ("fastest-within", "4.5"),
             1,
-            "no early-exit schedule is within the quality budget '4.5'; the nearest is trial 1 with 5.1 at 0.800 of the time "
-            "(6 5); taking it",
+            "no early-exit schedule is within the quality budget '4.5'; the nearest is trial 1 "
+            "with 5.1 at 0.800 of the time (6 5); taking it",
         ),
         (
             ("best-within", None, 0.2),
             3,
-            "no early-exit schedule is within the time budget 0.2; the nearest is trial 3 with 9 at 0.300 of the time (2 1); "
-            "taking it",
+            "no early-exit schedule is within the time budget 0.2; the nearest is trial 3 with 9 "
+            "at 0.300 of the time (2 1); taking it",
         ),
     ],
 )
@@ -112,18 +117,22 @@ def test_the_nearest_is_taken_and_said(question, number, words):
 def test_a_front_of_full_depth_alone():
     """Exits that are dominated are counted in the words; their weights may be gone."""
     fewer = dataclasses.replace(record(1, 4.0, 0.2, "6", "full unipc-5"), sampler="unipc-5")
-    found = results([confirmed(0, 5.2, 1.0), confirmed(1, 4.4, 0.21)], (RECORDS[0], fewer, *RECORDS[3:]))
+    found = results(
+        [confirmed(0, 5.2, 1.0), confirmed(1, 4.4, 0.21)], (RECORDS[0], fewer, *RECORDS[3:])
+    )
     record_, said = pick_nearest(found, "fastest-within", "+25%", early_exit=True)
     assert record_ == fewer
     assert said == (
-        "no early-exit schedule is on the front (1 have a score and are dominated); the fastest of full depth is trial 1 with "
-        "4.4 at 0.210 of the time (6 under unipc-5); taking it"
+        "no early-exit schedule is on the front (1 have a score and are dominated); the fastest of "
+        "full depth is trial 1 with 4.4 at 0.210 of the time (6 under unipc-5); taking it"
     )
     with pytest.raises(StudyError, match="no early-exit schedule is on the front.*--or-nearest"):
         pick(found, "fastest-within", "+25%", early_exit=True)
     none_tried = results(records=RECORDS[:1])
     record_, said = pick_nearest(none_tried, "best-within", time_frac=0.5, early_exit=True)
-    assert record_.number == 0 and said.startswith("no early-exit schedule is on the front; the fastest")
+    assert record_.number == 0 and said.startswith(
+        "no early-exit schedule is on the front; the fastest"
+    )
 
 
 def test_unconfirmed_exits_are_taken_with_words_alone():
@@ -132,17 +141,19 @@ def test_unconfirmed_exits_are_taken_with_words_alone():
     record_, said = pick_nearest(found, "fastest-within", "+15%", early_exit=True)
     assert record_.number == 2  # by the search's scores alone: 5.6 of 5
     assert said == (
-        "no early-exit schedule is confirmed; by the search's scores there is trial 2 with 5.6 at 0.600 of the time (6 3); "
-        "taking it"
+        "no early-exit schedule is confirmed; by the search's scores there is trial 2 with 5.6 at "
+        "0.600 of the time (6 3); taking it"
     )
     with pytest.raises(StudyError, match="no early-exit schedule is confirmed"):
         pick(found, "fastest-within", "+15%", early_exit=True)
-    assert pick(found, "best-quality").number == 0  # where full depth will do, confirmed scores alone count
+    # where full depth will do, confirmed scores alone count
+    assert pick(found, "best-quality").number == 0
 
 
 @pytest.mark.parametrize("budget", ["+5%", "1se"])
 def test_a_full_network_without_a_score(budget):
-    """Neither tried nor confirmed: a relative budget has nothing to be measured against, a score as budget has."""
+    """Neither tried nor confirmed: a relative budget has nothing to be measured against, a score as
+    budget has."""
     unscored = results(records=RECORDS[1:])
     unconfirmed = results([confirmed(1, 5.3, 0.85), confirmed(2, 6.0, 0.62)])
     for found, kind in ((unscored, "score"), (unconfirmed, "confirmed score")):
@@ -182,12 +193,16 @@ def test_wrong_questions_are_refused(mode, quality, time):
 
 
 def test_quality_budgets():
-    full, near = EvaluationResult(PROTOCOL, (5.0, 5.4)), EvaluationResult(PROTOCOL, (5.1, 5.8))
+    full = EvaluationResult(PROTOCOL, (5.0, 5.4))
+    near = EvaluationResult(PROTOCOL, (5.1, 5.8))
     assert within_quality("5.5", near, full) and not within_quality("5.4", near, full)
     assert within_quality("+5%", near, full) and not within_quality("+4%", near, full)
-    assert within_quality(" +4.9 % ".replace(" %", "%"), near, full) and within_quality("5.45", near, None)
+    assert within_quality(" +4.9 % ".replace(" %", "%"), near, full) and within_quality(
+        "5.45", near, None
+    )
     below = EvaluationResult(PROTOCOL, (-0.98, -0.98)), EvaluationResult(PROTOCOL, (-1.0, -1.0))
-    assert within_quality("+2%", *below) and not within_quality("+1%", *below)  # kernel distances may be negative
+    # kernel distances may be negative
+    assert within_quality("+2%", *below) and not within_quality("+1%", *below)
     # paired by repeat: 0.25 apart, standard error of the two differences (0.1, 0.4) is 0.15
     assert within_quality("1.7se", near, full) and not within_quality("1.6se", near, full)
     with pytest.raises(ConfigError, match="got 'lots'"):
@@ -195,21 +210,39 @@ def test_quality_budgets():
 
 
 @pytest.mark.parametrize(
-    ("differences", "within"),  # mean, times 4.303 standard errors of 0.1 / √3: the interval reaches 0.2484 either way
-    [((0.14, 0.24, 0.34), True), ((0.16, 0.26, 0.36), False), ((-0.9, -1.0, -1.1), True), ((0.0, 0.0, 0.0), True)],
+    # mean, times 4.303 standard errors of 0.1 / √3: the interval reaches 0.2484 either way
+    ("differences", "within"),
+    [
+        ((0.14, 0.24, 0.34), True),
+        ((0.16, 0.26, 0.36), False),
+        ((-0.9, -1.0, -1.1), True),
+        ((0.0, 0.0, 0.0), True),
+    ],
 )
 def test_not_worse_at_95_percent(differences, within):
     protocol = dataclasses.replace(PROTOCOL, seeds=(0, 100, 200))
     values = (5.0, 5.4, 4.1)
     full = EvaluationResult(protocol, values)
-    near = EvaluationResult(protocol, tuple(v + d for v, d in zip(values, differences, strict=True)))
-    assert within_quality("ci", near, full) is within and within_quality(" ci ", near, full) is within
+    near = EvaluationResult(
+        protocol, tuple(v + d for v, d in zip(values, differences, strict=True))
+    )
+    assert (
+        within_quality("ci", near, full) is within and within_quality(" ci ", near, full) is within
+    )
 
 
 def test_the_fastest_that_is_not_worse_is_picked():
-    assert pick(results(), "fastest-within", "ci").number == 0  # equal spreads: each difference is exact
-    wide = [dataclasses.replace(r, quality=EvaluationResult(PROTOCOL, (5.0, 5.9))) if r.number == 2 else r for r in RECORDS]
-    assert pick(StudyResults("fake", {}, tuple(wide), (), (), {}), "fastest-within", "ci").number == 2
+    # equal spreads: each difference is exact
+    assert pick(results(), "fastest-within", "ci").number == 0
+    wide = [
+        dataclasses.replace(r, quality=EvaluationResult(PROTOCOL, (5.0, 5.9)))
+        if r.number == 2
+        else r
+        for r in RECORDS
+    ]
+    assert (
+        pick(StudyResults("fake", {}, tuple(wide), (), (), {}), "fastest-within", "ci").number == 2
+    )
 
 
 @pytest.mark.parametrize("budget", ["1se", "ci"])
@@ -221,7 +254,11 @@ def test_a_spread_needs_repeats(budget):
 
 def test_confirmation_leaves_out_what_is_worth_nothing():
     full = record(0, 10.0, 1.0, "6", "full")
-    front = tuple(record(i, v, 0.1 * i, "6 3") for i, v in enumerate((35.0, 19.0, 17.0, 15.0, 13.0, 11.0), 1))
+    front = tuple(
+        record(i, v, 0.1 * i, "6 3") for i, v in enumerate((35.0, 19.0, 17.0, 15.0, 13.0, 11.0), 1)
+    )
     chosen = select((*front, full), full, 3)
-    assert [r.number for r in chosen] == [0, 2, 4, 6]  # the fastest has 3.5 times the full network's figure
-    assert [r.number for r in select((front[0], full), full, 3)] == [0, 1]  # but nothing else is there
+    # the fastest has 3.5 times the full network's figure
+    assert [r.number for r in chosen] == [0, 2, 4, 6]
+    # but nothing else is there
+    assert [r.number for r in select((front[0], full), full, 3)] == [0, 1]

@@ -17,7 +17,13 @@ STUDY = {
     "evaluation": {"extractor": "fashion-cnn", "num_samples": 10, "repeats": 2},
     "search": {"num_trials": 6, "proposer": "difficulty"},
     "promotion": {"num_samples": 2, "repeats": 2},
-    "confirm": {"max_points": 2, "num_samples": 4, "repeats": 2, "time_images": 3, "time_repeats": 1},
+    "confirm": {
+        "max_points": 2,
+        "num_samples": 4,
+        "repeats": 2,
+        "time_images": 3,
+        "time_repeats": 1,
+    },
 }
 
 
@@ -30,10 +36,17 @@ def bench(monkeypatch):
     config = parse_study(STUDY, "test")
     tuning = None, config.train.model_copy(update={"num_steps": 30})
     return SimpleNamespace(
-        config=config, samplers={"ddim-10": range(10), "unipc-5": range(5)}, decoder=None, batch_size=10,
-        latency=SimpleNamespace(median_ms=(200.0, 1000.0)), full=None, tuning=lambda _: tuning,
-        backbone=None, data=None, diffusion=None,
-    )  # fmt: skip
+        config=config,
+        samplers={"ddim-10": range(10), "unipc-5": range(5)},
+        decoder=None,
+        batch_size=10,
+        latency=SimpleNamespace(median_ms=(200.0, 1000.0)),
+        full=None,
+        tuning=lambda _: tuning,
+        backbone=None,
+        data=None,
+        diffusion=None,
+    )
 
 
 def test_what_a_search_is_expected_to_take(bench):
@@ -44,9 +57,15 @@ def test_what_a_search_is_expected_to_take(bench):
     explored = 3 * 4 * 0.4875
     tuned = 2 * (10 * 2 * 0.65 + (20 + 4) * 0.4875)
     confirmed = 8 * (1 + 2 * 0.4875) + 2 * (1 + 0.4875) * 2 * 3
-    assert found.expected_s == pytest.approx(full + warm_up + explored + tuned + confirmed) == pytest.approx(214.7)
+    assert (
+        found.expected_s
+        == pytest.approx(full + warm_up + explored + tuned + confirmed)
+        == pytest.approx(214.7)
+    )
     # the bound: all five beside the full network tuned, at its cost
-    assert found.total_s == pytest.approx(full + warm_up + 5 * (10 * 2 + 24) + 8 * 3 + 2 * 2 * 2 * 3)
+    assert found.total_s == pytest.approx(
+        full + warm_up + 5 * (10 * 2 + 24) + 8 * 3 + 2 * 2 * 2 * 3
+    )
 
 
 def test_with_a_budget_the_plan_is_what_is_expected(bench):

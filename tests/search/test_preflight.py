@@ -1,4 +1,5 @@
-"""What can be known before the first training step is refused before it, by `search` and `--dry-run` alike."""
+"""What can be known before the first training step is refused before it, by `search` and
+`--dry-run` alike."""
 
 import json
 import logging
@@ -11,13 +12,28 @@ from PIL import Image
 from asesearch.backbones import DiT
 from asesearch.backbones.checkpoints import save_backbone
 from asesearch.config import parse_study
-from asesearch.errors import AseSearchError, ConfigError, DataError, EvaluationError, ScheduleError, WriteError
+from asesearch.errors import (
+    AseSearchError,
+    ConfigError,
+    DataError,
+    EvaluationError,
+    ScheduleError,
+    WriteError,
+)
 from asesearch.finetuning import Trainer
 from asesearch.search import Study, Workbench, preflight, search, workbench
 from asesearch.search.plan import Plan, make_plan
 from tests.test_cli import call
 
-SHAPE = {"input_size": 28, "patch_size": 14, "in_channels": 1, "hidden_size": 16, "depth": 3, "num_heads": 2, "num_classes": 10}
+SHAPE = {
+    "input_size": 28,
+    "patch_size": 14,
+    "in_channels": 1,
+    "hidden_size": 16,
+    "depth": 3,
+    "num_heads": 2,
+    "num_classes": 10,
+}
 
 
 @pytest.fixture(scope="module")
@@ -48,18 +64,32 @@ def study(weights, monkeypatch, tmp_path):
             "train": {"num_steps": 2, "batch_size": 8},
             "sampling": {"num_steps": 4, "batch_size": 40},
             "evaluation": {
-                "extractor": "fashion-cnn", "num_samples": 70, "repeats": 2,
+                "extractor": "fashion-cnn",
+                "num_samples": 70,
+                "repeats": 2,
                 "reference": {"kind": "fashion-mnist", "split": "train"},
             },
             "search": {
-                "proposer": "difficulty", "num_trials": 4, "num_intervals": 4, "warm_start": ["full", "3 2 2 1"],
-                "samplers": ["ddim-2"], "cost": "flops",
+                "proposer": "difficulty",
+                "num_trials": 4,
+                "num_intervals": 4,
+                "warm_start": ["full", "3 2 2 1"],
+                "samplers": ["ddim-2"],
+                "cost": "flops",
             },
             "promotion": {"num_samples": 12, "always": 1, "explore": 0},
-            "confirm": {"max_points": 2, "num_samples": 80, "repeats": 2, "time_images": 4, "time_repeats": 2},
-        }  # fmt: skip
+            "confirm": {
+                "max_points": 2,
+                "num_samples": 80,
+                "repeats": 2,
+                "time_images": 4,
+                "time_repeats": 2,
+            },
+        }
         for section, values in changes.items():
-            sections[section] = {**sections[section], **values} if isinstance(values, dict) else values
+            sections[section] = (
+                {**sections[section], **values} if isinstance(values, dict) else values
+            )
         return parse_study(sections, "test")
 
     return make
@@ -85,23 +115,63 @@ def folder_of(images, place, side=28):
 # -- what is refused -----------------------------------------------------------------------------
 
 WRONG = [
-    ({"evaluation": {"num_samples": 64}}, EvaluationError, "evaluation.num_samples must exceed the 64 features"),
-    ({"confirm": {"num_samples": 64}}, EvaluationError, "confirm.num_samples must exceed.*got 64; set at least 65"),
-    ({"promotion": {"metric": "frechet"}}, EvaluationError, "promotion.num_samples must .*promotion.metric = 'auto'"),
-    ({"evaluation": {"seed": 999_999_900}}, EvaluationError, r"confirmation has image seeds of its own.*search|low-fid"),
-    ({"elastic": {"mixed_precision": "bf16"}}, ConfigError, r"\[elastic\] mixed_precision = 'bf16' needs a GPU"),
-    ({"train": {"mixed_precision": "fp16"}}, ConfigError, r"\[train\] mixed_precision = 'fp16' needs a GPU"),
-    ({"search": {"warm_start": ["3 2 1"]}}, ScheduleError, r"\[search\] warm start '3 2 1' does not fit"),
+    (
+        {"evaluation": {"num_samples": 64}},
+        EvaluationError,
+        "evaluation.num_samples must exceed the 64 features",
+    ),
+    (
+        {"confirm": {"num_samples": 64}},
+        EvaluationError,
+        "confirm.num_samples must exceed.*got 64; set at least 65",
+    ),
+    (
+        {"promotion": {"metric": "frechet"}},
+        EvaluationError,
+        "promotion.num_samples must .*promotion.metric = 'auto'",
+    ),
+    (
+        {"evaluation": {"seed": 999_999_900}},
+        EvaluationError,
+        r"confirmation has image seeds of its own.*search|low-fid",
+    ),
+    (
+        {"elastic": {"mixed_precision": "bf16"}},
+        ConfigError,
+        r"\[elastic\] mixed_precision = 'bf16' needs a GPU",
+    ),
+    (
+        {"train": {"mixed_precision": "fp16"}},
+        ConfigError,
+        r"\[train\] mixed_precision = 'fp16' needs a GPU",
+    ),
+    (
+        {"search": {"warm_start": ["3 2 1"]}},
+        ScheduleError,
+        r"\[search\] warm start '3 2 1' does not fit",
+    ),
     ({"search": {"warm_start": ["D9"]}}, ScheduleError, r"\[search\] .*published names"),
     ({"search": {"samplers": ["euler-maruyama-5"]}}, ConfigError, "VPSDE process"),
     ({"search": {"min_exit_depth": 4}}, ScheduleError, "min_exit_depth"),
-    ({"map": {"num_bins": 1001}}, ConfigError, r"\[map\] num_bins must be at most the number of timesteps, 1000; got 1001"),
-    ({"map": {"data": {"kind": "image-folder", "path": "gone", "image_size": 28}}}, DataError, r"\[map\] .*gone"),
+    (
+        {"map": {"num_bins": 1001}},
+        ConfigError,
+        r"\[map\] num_bins must be at most the number of timesteps, 1000; got 1001",
+    ),
+    (
+        {"map": {"data": {"kind": "image-folder", "path": "gone", "image_size": 28}}},
+        DataError,
+        r"\[map\] .*gone",
+    ),
 ]
 
 
-@pytest.mark.parametrize(("changes", "error", "text"), WRONG, ids=lambda v: str(v)[:50] if isinstance(v, dict) else "")
-def test_it_is_refused_before_anything_is_trained_or_written(study, unpaid, tmp_path, changes, error, text):
+@pytest.mark.parametrize(
+    ("changes", "error", "text"), WRONG, ids=lambda v: str(v)[:50] if isinstance(v, dict) else ""
+)
+def test_it_is_refused_before_anything_is_trained_or_written(
+    study, unpaid, tmp_path, changes, error, text
+):
     with pytest.raises(error, match=text):
         search(study(**changes), tmp_path / "run")
     assert not (tmp_path / "run").exists()
@@ -120,15 +190,23 @@ def test_finite_weights_may_give_images_that_are_not(study, unpaid, tmp_path):
         p.data = torch.randn_like(p) * 1e20
     save_backbone(net, tmp_path / "huge.safetensors", {})
     changes = {"backbone": {"checkpoint": str(tmp_path / "huge.safetensors")}}
-    with pytest.raises(EvaluationError, match="pretrained network gives images that are not finite under ddim-4"):
+    with pytest.raises(
+        EvaluationError, match="pretrained network gives images that are not finite under ddim-4"
+    ):
         search(study(**changes), tmp_path / "run")
 
 
-def test_few_reference_images_are_counted_before_their_features_are_made(study, unpaid, tmp_path, monkeypatch):
+def test_few_reference_images_are_counted_before_their_features_are_made(
+    study, unpaid, tmp_path, monkeypatch
+):
     few = folder_of(5, tmp_path / "few")
     reference = {"kind": "image-folder", "path": few, "image_size": 28, "channels": 1}
-    monkeypatch.setattr(workbench, "reference_statistics", lambda *_: pytest.fail("features are made"))
-    with pytest.raises(EvaluationError, match="more images than the 64 features of fashion-cnn.*got 5 in.*'kid'"):
+    monkeypatch.setattr(
+        workbench, "reference_statistics", lambda *_: pytest.fail("features are made")
+    )
+    with pytest.raises(
+        EvaluationError, match="more images than the 64 features of fashion-cnn.*got 5 in.*'kid'"
+    ):
         search(study(evaluation={"reference": reference}), tmp_path / "run")
 
 
@@ -136,7 +214,13 @@ def test_damaged_training_images_are_found_first(study, unpaid, tmp_path):
     for label in range(10):
         images = Path(folder_of(2, tmp_path / "images" / f"class-{label}"))
     (images / "1.png").write_bytes((images / "1.png").read_bytes()[:40])
-    data = {"kind": "image-folder", "path": str(tmp_path / "images"), "image_size": 28, "channels": 1, "split": "train"}
+    data = {
+        "kind": "image-folder",
+        "path": str(tmp_path / "images"),
+        "image_size": 28,
+        "channels": 1,
+        "split": "train",
+    }
     with pytest.raises(DataError, match=r"class-9/1\.png"):
         search(study(data=data), tmp_path / "run")
 
@@ -155,7 +239,9 @@ def dry_run(config, tmp_path):
     path.write_text(json.dumps(config.model_dump(mode="json", exclude_none=True)))
     path = tmp_path / "study.toml"
     path.write_text(to_toml(config.model_dump(mode="json", exclude_none=True)))
-    return call("search", path, "--out", tmp_path / "run", "--report", tmp_path / "report", "--dry-run")
+    return call(
+        "search", path, "--out", tmp_path / "run", "--report", tmp_path / "report", "--dry-run"
+    )
 
 
 def to_toml(data):
@@ -178,7 +264,8 @@ def test_a_dry_run_says_what_it_has_checked_and_writes_nothing(study, unpaid, tm
     checked = "\n".join(found["preflight"]["checked"])
     for words in (
         "one image through ddim-4, ddim-2, and fashion-cnn",
-        "low-fidelity protocol: Fréchet distance in 3 principal components (fashion-cnn), 2 x 12 images",
+        "low-fidelity protocol: Fréchet distance in 3 principal components (fashion-cnn), 2 x 12 "
+        "images",
         "search protocol: Fréchet distance (fashion-cnn), 2 x 70 images",
         "confirmation protocol: Fréchet distance (fashion-cnn), 2 x 80 images",
         "10000 of fashion-mnist/test",
@@ -198,10 +285,26 @@ def test_a_dry_run_says_what_it_has_checked_and_writes_nothing(study, unpaid, tm
     [
         {"backbone": {"checkpoint": "MISSING"}},
         {"data": {"kind": "image-folder", "path": "MISSING", "image_size": 28, "channels": 1}},
-        {"data": {"kind": "latents", "path": "MISSING", "vae": "v"}, "evaluation": {"reference": "folder"}},
-        {"evaluation": {"reference": {"kind": "image-folder", "path": "MISSING", "image_size": 28, "channels": 1}}},
+        {
+            "data": {"kind": "latents", "path": "MISSING", "vae": "v"},
+            "evaluation": {"reference": "folder"},
+        },
+        {
+            "evaluation": {
+                "reference": {
+                    "kind": "image-folder",
+                    "path": "MISSING",
+                    "image_size": 28,
+                    "channels": 1,
+                }
+            }
+        },
         {"evaluation": {"extractor_weights": "MISSING"}},
-        {"map": {"data": {"kind": "image-folder", "path": "MISSING", "image_size": 28, "channels": 1}}},
+        {
+            "map": {
+                "data": {"kind": "image-folder", "path": "MISSING", "image_size": 28, "channels": 1}
+            }
+        },
     ],
     ids=["checkpoint", "data", "latents", "reference", "extractor", "map data"],
 )
@@ -209,7 +312,11 @@ def test_a_dry_run_names_what_is_missing(study, unpaid, tmp_path, changes):
     text = json.dumps(changes).replace("MISSING", str(tmp_path / "is-not-here"))
     changes = json.loads(text)
     if changes.get("evaluation", {}).get("reference") == "folder":
-        changes["evaluation"]["reference"] = {"kind": "image-folder", "path": str(tmp_path), "image_size": 28}
+        changes["evaluation"]["reference"] = {
+            "kind": "image-folder",
+            "path": str(tmp_path),
+            "image_size": 28,
+        }
     with pytest.raises(AseSearchError, match="is-not-here"):
         dry_run(study(**changes), tmp_path)
 
@@ -219,22 +326,38 @@ def test_a_dry_run_names_what_is_missing(study, unpaid, tmp_path, changes):
 
 def plan(**changes):
     parts = {
-        "train_step_s": 1.0, "image_s": 1.0, "decode_s": 0.0, "calls_an_image": 4, "elastic_s": 300.0, "map_s": 60.0,
-        "full_s": 7200.0, "cheap_s": 1.0, "trial_s": 20.0, "num_trials": 9, "search_s": 180.0, "confirm_s": 45.0,
-        "total_s": 7785.0, "expected_s": 7000.0, "budget_s": None,
-    }  # fmt: skip
+        "train_step_s": 1.0,
+        "image_s": 1.0,
+        "decode_s": 0.0,
+        "calls_an_image": 4,
+        "elastic_s": 300.0,
+        "map_s": 60.0,
+        "full_s": 7200.0,
+        "cheap_s": 1.0,
+        "trial_s": 20.0,
+        "num_trials": 9,
+        "search_s": 180.0,
+        "confirm_s": 45.0,
+        "total_s": 7785.0,
+        "expected_s": 7000.0,
+        "budget_s": None,
+    }
     return Plan(**{**parts, **changes})
 
 
 def test_the_plan_in_one_line():
     assert plan().line() == (
-        "about 1.9 h, at most 2.2 h: warm-up 6.0 min, full network 2.0 h, 9 trials 3.0 min, confirmation 45 s "
-        "(every schedule counted at the full network's cost)"
+        "about 1.9 h, at most 2.2 h: warm-up 6.0 min, full network 2.0 h, 9 trials 3.0 min, "
+        "confirmation 45 s (every schedule counted at the full network's cost)"
     )
     days = plan(elastic_s=0.0, map_s=0.0, num_trials=1, total_s=4 * 86400.0).line()
     assert "at most 4.0 days: full network" in days and ", 1 trial 3.0 min," in days
     assert plan(budget_s=8 * 60.0).line().startswith("about 8.0 min, the budget: warm-up 6.0 min,")
-    assert plan(budget_s=60.0, num_trials=0, search_s=0.0).line().startswith("the budget of 60 s leaves no room for trials")
+    assert (
+        plan(budget_s=60.0, num_trials=0, search_s=0.0)
+        .line()
+        .startswith("the budget of 60 s leaves no room for trials")
+    )
 
 
 def test_search_says_how_long_it_will_take_before_anything_is_trained(study, unpaid, tmp_path):
@@ -244,7 +367,9 @@ def test_search_says_how_long_it_will_take_before_anything_is_trained(study, unp
 
     path = tmp_path / "study.toml"
     path.write_text(to_toml(study().model_dump(mode="json", exclude_none=True)))
-    result = CliRunner().invoke(app, ["search", str(path), "--out", str(tmp_path / "run"), "--report", str(tmp_path / "r")])
+    result = CliRunner().invoke(
+        app, ["search", str(path), "--out", str(tmp_path / "run"), "--report", str(tmp_path / "r")]
+    )
     assert isinstance(result.exception, AssertionError)  # a training has begun, and before it:
     (line,) = [line for line in result.stderr.splitlines() if line.startswith("about ")]
     assert "at most" in line and "3 trials" in line and "warm-up" in line and "confirmation" in line
@@ -263,21 +388,29 @@ def test_trying_changes_nothing_that_a_search_sees(study, tmp_path, monkeypatch)
 # -- what is measured under which sampler and with which seeds -----------------------------------
 
 
-def test_the_confirmation_has_its_own_seeds_and_each_points_own_sampler(study, tmp_path, monkeypatch):
-    """Seen where images are made: every call of the sampler in a whole search, and in its confirmation."""
-    calls, confirming = [], []
+def test_the_confirmation_has_its_own_seeds_and_each_points_own_sampler(
+    study, tmp_path, monkeypatch
+):
+    """Seen where images are made: every call of the sampler in a whole search, and in its
+    confirmation."""
+    calls = []
+    confirming = []
     real = workbench.sample
 
     def sample(backbone, solver, schedule, **how):
-        calls.append((bool(confirming), str(schedule), f"{solver}-{how['num_steps']}", tuple(how["seeds"])))
+        calls.append(
+            (bool(confirming), str(schedule), f"{solver}-{how['num_steps']}", tuple(how["seeds"]))
+        )
         return real(backbone, solver, schedule, **how)
 
     monkeypatch.setattr(workbench, "sample", sample)
     config = study()
-    bench, made = Workbench(config, tmp_path), Study(config, tmp_path)
+    bench = Workbench(config, tmp_path)
+    made = Study(config, tmp_path)
     made.run(bench)
     searched = {seed for _, _, _, seeds in calls for seed in seeds}
-    low_fidelity, high_fidelity = set(range(24)), set(range(140))  # 2 x 12 images, 2 x 70 images
+    low_fidelity = set(range(24))  # 2 x 12 images, 2 x 70 images
+    high_fidelity = set(range(140))
     assert searched == low_fidelity | high_fidelity
     confirming.append(True)
     from asesearch.search import confirm
@@ -286,7 +419,9 @@ def test_the_confirmation_has_its_own_seeds_and_each_points_own_sampler(study, t
     records = {r.number: r for r in made.records()}
     samplers = {records[c.number].sampler or "ddim-4" for c in confirmed}
     assert samplers == {"ddim-4", "ddim-2"}  # so that a mistaken one would be seen
-    scored = [c for c in calls if c[0] and len(set(c[3]) & set(range(config.confirm.time_images))) == 0]
+    scored = [
+        c for c in calls if c[0] and len(set(c[3]) & set(range(config.confirm.time_images))) == 0
+    ]
     fresh = {seed for c in scored for seed in c[3]}
     assert len(fresh) == 2 * 80 and not fresh & searched
     for c in confirmed:
@@ -294,7 +429,9 @@ def test_the_confirmation_has_its_own_seeds_and_each_points_own_sampler(study, t
         own = (str(record.schedule), record.sampler or "ddim-4")
         assert {seed for s in scored if s[1:3] == own for seed in s[3]} == fresh
         assert set(c.quality.protocol.seeds) <= fresh
-    points = {(str(records[c.number].schedule), records[c.number].sampler or "ddim-4") for c in confirmed}
+    points = {
+        (str(records[c.number].schedule), records[c.number].sampler or "ddim-4") for c in confirmed
+    }
     assert {s[1:3] for s in scored} == points
 
 
@@ -307,11 +444,15 @@ def test_every_trial_gets_a_score_from_fewer_images_than_features(study, tmp_pat
         results = search(config, tmp_path)
     assert [r.failure for r in results.records] == [None] * 4
     scores = [r.cheap.quality for r in results.records]
-    assert {q.protocol.metric for q in scores} == {"frechet-pca-3"} and all(q.value > 0 for q in scores)
+    assert {q.protocol.metric for q in scores} == {"frechet-pca-3"} and all(
+        q.value > 0 for q in scores
+    )
     assert all(r.quality.protocol.metric == "frechet" for r in results.complete)
 
 
 def test_the_same_with_kernel_distances(study, tmp_path):
     results = search(study(promotion={"num_samples": 12, "metric": "kid", "always": 9}), tmp_path)
     assert [r.failure for r in results.records] == [None] * 4
-    assert {r.cheap.quality.protocol.metric_name for r in results.records} == {"Kernel distance (fashion-cnn)"}
+    assert {r.cheap.quality.protocol.metric_name for r in results.records} == {
+        "Kernel distance (fashion-cnn)"
+    }

@@ -1,4 +1,5 @@
-"""The low-fidelity score decides: the same point under the same records goes up with a good one and not with a bad one."""
+"""The low-fidelity score decides: the same point under the same records goes up with a good one and
+not with a bad one."""
 
 import json
 from dataclasses import replace
@@ -17,7 +18,17 @@ from tests.search.fake_search import CHEAP, DEPTH, PROTOCOL, FakeBench, figures,
 from tests.search.test_quality_model import FakeMap
 
 POINT = ExitSchedule.from_string("6 5 3 2", DEPTH)
-OTHERS = ["6 6 6 6", "6 6 6 3", "6 6 3 3", "6 4 4 2", "5 5 3 1", "6 6 5 4", "4 4 2 2", "5 3 3 3", "6 3 2 1"]
+OTHERS = [
+    "6 6 6 6",
+    "6 6 6 3",
+    "6 6 3 3",
+    "6 4 4 2",
+    "5 5 3 1",
+    "6 6 5 4",
+    "4 4 2 2",
+    "5 3 3 3",
+    "6 3 2 1",
+]
 KERNEL = replace(CHEAP, metric="kid")
 
 
@@ -35,19 +46,30 @@ def ladder(low_fidelity):
     """A bench, a problem, and records with scores of both kinds."""
     promotion = {"num_samples": 20, "repeats": 2, "always": 0, "threshold": 0.5, "explore": 0}
     config = make_config({"promotion": promotion}, proposer="difficulty", num_trials=20)
-    bench, records = FakeBench(config=config), []
+    bench = FakeBench(config=config)
+    records = []
     for number, text in enumerate(OTHERS):
         schedule = ExitSchedule.from_string(text, DEPTH)
         values = figures(schedule)
         rung = CheapRung(low_fidelity(values), True, None, "")
         origin = "full" if schedule.is_full else "difficulty"
         fracs = dict.fromkeys(("time_frac", "flops_frac", "block_frac"), schedule.block_frac())
-        done = TrialRecord(number, origin, schedule, "complete", EvaluationResult(PROTOCOL, values), cheap=rung, **fracs)
+        done = TrialRecord(
+            number,
+            origin,
+            schedule,
+            "complete",
+            EvaluationResult(PROTOCOL, values),
+            cheap=rung,
+            **fracs,
+        )
         records.append(done)
     table = np.asarray(bench.call_cost)
     own = next(iter(bench.samplers.values()))
     space = Space(DEPTH, 1000, 4)
-    problem = Problem(space, bench.samplers, table, len(own) * float(table[-1]), FakeMap(error=0.05, depth=DEPTH))
+    problem = Problem(
+        space, bench.samplers, table, len(own) * float(table[-1]), FakeMap(error=0.05, depth=DEPTH)
+    )
     return bench, problem, records
 
 
@@ -58,7 +80,9 @@ def test_the_measured_score_decides(tmp_path, monkeypatch, low_fidelity):
     for name, factor in (("good", 0.6), ("bad", 2.5)):
         bench, problem, records = ladder(low_fidelity)
         measured = low_fidelity(tuple(factor * v for v in fair))
-        monkeypatch.setattr(bench, "try_cheaply", lambda schedule, sampler="", m=measured: (m, 0.5, 1.0))
+        monkeypatch.setattr(
+            bench, "try_cheaply", lambda schedule, sampler="", m=measured: (m, 0.5, 1.0)
+        )
         trial = TrialRecord(9, "difficulty", POINT, "")
         ended = run_trial(bench, trial, tmp_path / name, records, problem)
         assert ended.cheap.quality == measured
@@ -68,9 +92,17 @@ def test_the_measured_score_decides(tmp_path, monkeypatch, low_fidelity):
 
 def test_kernel_distances_below_zero_inform_the_model():
     bench, problem, records = ladder(as_kernel)
-    assert min(r.cheap.quality.value for r in records) < 0 < max(r.cheap.quality.value for r in records)
-    point, fair = problem.point(POINT), figures(POINT)
-    likely = [judge(problem, records, point, as_kernel(tuple(f * v for v in fair))) for f in (0.6, 1.0, 2.5)]
+    assert (
+        min(r.cheap.quality.value for r in records)
+        < 0
+        < max(r.cheap.quality.value for r in records)
+    )
+    point = problem.point(POINT)
+    fair = figures(POINT)
+    likely = [
+        judge(problem, records, point, as_kernel(tuple(f * v for v in fair)))
+        for f in (0.6, 1.0, 2.5)
+    ]
     assert all(np.isfinite(likely)) and likely[0] > likely[1] > likely[2]
     belief = FrontBelief(problem, records)
     means, _ = belief.model.posterior([problem.point(r.schedule) for r in records], "cheap")
@@ -79,7 +111,9 @@ def test_kernel_distances_below_zero_inform_the_model():
 
 def test_scores_of_other_protocols_do_not_pass_for_each_other():
     """What a record says of its metric comes back from its JSON."""
-    rung = CheapRung(EvaluationResult(replace(CHEAP, metric="frechet-pca-5"), (1.0, 2.0)), True, None, "")
+    rung = CheapRung(
+        EvaluationResult(replace(CHEAP, metric="frechet-pca-5"), (1.0, 2.0)), True, None, ""
+    )
     read = CheapRung.from_dict(json.loads(json.dumps(rung.to_dict())))
     assert read == rung and read.quality.protocol.num_components == 5
     assert CHEAP.num_components is None and KERNEL.num_components is None
@@ -89,7 +123,10 @@ def test_scores_of_other_protocols_do_not_pass_for_each_other():
     ("sections", "changed"),
     [
         ({"train": {"num_steps": 7}}, ["train.num_steps: 200 -> 7"]),
-        ({"train": {"num_steps": 0, "lr": 1.0}}, ["train.lr: 0.0001 -> 1.0", "train.num_steps: 200 -> 0"]),
+        (
+            {"train": {"num_steps": 0, "lr": 1.0}},
+            ["train.lr: 0.0001 -> 1.0", "train.num_steps: 200 -> 0"],
+        ),
         ({"elastic": {"num_steps": 5}}, None),
         ({"promotion": {"metric": "kid"}}, None),
         ({"train": {"checkpoint_every": 7, "compile": True}}, []),
@@ -102,4 +139,6 @@ def test_settings_that_scores_depend_on_may_not_change(sections, changed):
 
 def test_the_low_fidelity_metric_of_a_study_may_not_change():
     was, now = ({"promotion": {"metric": m, "num_samples": 20}} for m in ("auto", "kid"))
-    assert changed_fields(make_config(was), make_config(now)) == ["promotion.metric: 'auto' -> 'kid'"]
+    assert changed_fields(make_config(was), make_config(now)) == [
+        "promotion.metric: 'auto' -> 'kid'"
+    ]

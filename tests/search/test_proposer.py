@@ -1,4 +1,5 @@
-"""The proposer that knows the network: its answers in a real study, and what they are worth against random search."""
+"""The proposer that knows the network: its answers in a real study, and what they are worth against
+random search."""
 
 import json
 import math
@@ -24,46 +25,76 @@ FULL = ExitSchedule.full(DEPTH)
 
 
 def figure(value, noise=0.02, repeats=2):
-    protocol = Protocol("frechet", "fake", "0", 100, "fake", 100, "0", tuple(range(repeats)), "ddim", 15, 1.0)
+    protocol = Protocol(
+        "frechet", "fake", "0", 100, "fake", 100, "0", tuple(range(repeats)), "ddim", 15, 1.0
+    )
     return EvaluationResult(protocol, (value * (1 - noise), value * (1 + noise))[:repeats])
 
 
 def record(schedule, value, sampler="", state="complete", cheap=None, **how):
     rung = None if cheap is None else CheapRung(figure(cheap), state != "stopped", None, "")
     return TrialRecord(
-        0, "", schedule, state, figure(value, **how) if state == "complete" else None, sampler=sampler, cheap=rung
+        0,
+        "",
+        schedule,
+        state,
+        figure(value, **how) if state == "complete" else None,
+        sampler=sampler,
+        cheap=rung,
     )
 
 
 def make_problem(difficulty_map=None, space=SPACE, samplers=None, depth=DEPTH):
     samplers = samplers or {"a": CALLS}
     table = 0.5 + np.arange(1.0, depth + 1)
-    return Problem(space, samplers, table, len(CALLS) * table[-1], difficulty_map or FakeMap(error=0.05, depth=depth))
+    return Problem(
+        space,
+        samplers,
+        table,
+        len(CALLS) * table[-1],
+        difficulty_map or FakeMap(error=0.05, depth=depth),
+    )
 
 
 def make_sampler(problem, seed=0):
     return DifficultySampler(
-        problem.space, problem.samplers, problem.cost_table, problem.full_cost, problem.difficulty_map, seed=seed
+        problem.space,
+        problem.samplers,
+        problem.cost_table,
+        problem.full_cost,
+        problem.difficulty_map,
+        seed=seed,
     )
 
 
 def some_records(count, seed=0, depth=DEPTH, calls=CALLS):
-    rng, truth = np.random.default_rng(seed), Truth(seed, depth)
-    points = [Point(ExitSchedule.full(depth), "a", calls), *some_points(rng, count, "a", calls, depth)][:count]
+    rng = np.random.default_rng(seed)
+    truth = Truth(seed, depth)
+    points = [
+        Point(ExitSchedule.full(depth), "a", calls),
+        *some_points(rng, count, "a", calls, depth),
+    ][:count]
     return [record(p.schedule, math.exp(truth(p))) for p in points]
 
 
 def propose(problem, records, pending=(), seed=0):
     """A schedule and a sampler's name."""
     row = make_sampler(problem)._choose(records, list(pending), np.random.default_rng(seed))
-    return row and (ExitSchedule.uniform_intervals(row[1:], problem.space.depth), problem.names[row[0]])
+    return row and (
+        ExitSchedule.uniform_intervals(row[1:], problem.space.depth),
+        problem.names[row[0]],
+    )
 
 
 def search(optuna_sampler, problem, truth, count, seed=0, storage=None, noise=0.02):
-    """A two-objective study that begins with the full network; (cost, true log figure) of each trial, and the study."""
-    study = optuna.create_study(storage=storage, directions=["minimize"] * 2, sampler=optuna_sampler)
+    """A two-objective study that begins with the full network; (cost, true log figure) of each
+    trial, and the study."""
+    study = optuna.create_study(
+        storage=storage, directions=["minimize"] * 2, sampler=optuna_sampler
+    )
     study.enqueue_trial(problem.space.encode(FULL))
-    rng, found = np.random.default_rng([seed, 5]), []
+    rng = np.random.default_rng([seed, 5])
+    found = []
 
     def objective(trial):
         schedule, sampler = problem.space.suggest(trial)
@@ -78,14 +109,17 @@ def search(optuna_sampler, problem, truth, count, seed=0, storage=None, noise=0.
 
 
 def hypervolumes(found):
-    """After each trial: true area between the front and (1.1 of the full network's cost, twice its figure)."""
+    """After each trial: true area between the front and (1.1 of the full network's cost, twice its
+    figure)."""
     out = []
     for n in range(1, len(found) + 1):
-        area, best = 0.0, 2.0
+        area = 0.0
+        best = 2.0
         for cost, log_quality in sorted(found[:n]):
             quality = math.exp(log_quality - found[0][1])
             if quality < best and cost < 1.1:
-                area, best = area + (1.1 - cost) * (best - quality), quality
+                area = area + (1.1 - cost) * (best - quality)
+                best = quality
         out.append(area)
     return np.array(out)
 
@@ -102,7 +136,9 @@ def test_a_real_study_of_two_objectives(backend, noise_easy, tmp_path):
     assert schedules[0].is_full and len({s.merged() for s in schedules}) == 7
     assert all(min(s.exit_depths) >= 2 for s in schedules)
     assert not noise_easy or all(s.is_noise_easy for s in schedules)
-    assert all(t.state == TrialState.COMPLETE for t in study.trials) and hypervolumes(found)[-1] > 0.1
+    assert (
+        all(t.state == TrialState.COMPLETE for t in study.trials) and hypervolumes(found)[-1] > 0.1
+    )
 
 
 def test_same_trials_in_a_fresh_process(tmp_path):
@@ -111,19 +147,25 @@ def test_same_trials_in_a_fresh_process(tmp_path):
         "found, study = search(make_sampler(make_problem(), 3), make_problem(), Truth(), 6)\n"
         "print(json.dumps([t.params for t in study.trials]))"
     )
-    root, env = Path(__file__).parents[2], {"PYTHONHASHSEED": "1", "OMP_NUM_THREADS": "1", "HOME": str(tmp_path)}
-    output = subprocess.run([sys.executable, "-c", code], cwd=root, env=env, capture_output=True, check=True).stdout
+    root = Path(__file__).parents[2]
+    env = {"PYTHONHASHSEED": "1", "OMP_NUM_THREADS": "1", "HOME": str(tmp_path)}
+    output = subprocess.run(
+        [sys.executable, "-c", code], cwd=root, env=env, capture_output=True, check=True
+    ).stdout
     _, study = search(make_sampler(make_problem(), 3), make_problem(), Truth(), 6)
     assert json.loads(output) == [t.params for t in study.trials]
 
 
 def test_nothing_is_kept_between_proposals():
-    problem, truth = make_problem(), Truth()
+    problem = make_problem()
+    truth = Truth()
     straight, _ = search(make_sampler(problem), problem, truth, 6)
     found, study = search(make_sampler(problem), problem, truth, 4)
     study.sampler = make_sampler(problem)
     assert (
-        problem.cost_frac(problem.point(problem.space.decode(study.ask(problem.space.distributions()).params)))
+        problem.cost_frac(
+            problem.point(problem.space.decode(study.ask(problem.space.distributions()).params))
+        )
         == straight[4][0]
     )
 
@@ -139,7 +181,8 @@ def test_warm_starts_are_respected():
 
 
 def test_trials_in_flight_change_the_next_proposal():
-    problem, truth = make_problem(), Truth()
+    problem = make_problem()
+    truth = Truth()
     _, study = search(make_sampler(problem), problem, truth, 5)
     asked = []
     for _ in range(4):  # four workers at once
@@ -155,7 +198,8 @@ def test_trials_in_flight_change_the_next_proposal():
 
 def test_workers_that_start_at_once_spread_out():
     problem = make_problem()
-    pending, costs = [problem.point(FULL)], []
+    pending = [problem.point(FULL)]
+    costs = []
     for _ in range(4):
         chosen = propose(problem, [], pending)
         pending.append(problem.point(*chosen))
@@ -183,10 +227,15 @@ def test_an_exhausted_space_gives_repeats(noise_easy):
 
 
 def test_what_failed_is_left_out_and_what_was_stopped_may_return():
-    problem, records = make_problem(), some_records(8)
+    problem = make_problem()
+    records = some_records(8)
     first, _ = propose(problem, records)
     assert propose(problem, [*records, record(first, 0, state="failed")])[0] != first
-    better = [*records, record(first, 0, state="stopped", cheap=0.01), record(FULL, 0, "gone", state="stopped", cheap=3.0)]
+    better = [
+        *records,
+        record(first, 0, state="stopped", cheap=0.01),
+        record(FULL, 0, "gone", state="stopped", cheap=3.0),
+    ]
     assert propose(problem, better)[0] is not None
     pool = Candidates(problem, set())
     pool.extend(make_sampler(problem)._rows(better, lambda r: r.state == "stopped"))
@@ -194,9 +243,13 @@ def test_what_failed_is_left_out_and_what_was_stopped_may_return():
 
 
 def test_depths_that_a_sampler_never_asks_for_make_no_other_point():
-    samplers = {"ten": tuple(range(950, 0, -100)), "three": (950.0, 450.0, 50.0)}  # three: intervals 9, 4 and 0
-    problem = make_problem(space=Space(DEPTH, CHAIN, 10, samplers=tuple(samplers)), samplers=samplers)
-    one, other = ((1, *((8,) * 4), *((5,) * 5), 3), (1, 8, 7, 6, 6, *((5,) * 4), 4, 3))
+    # three: intervals 9, 4 and 0
+    samplers = {"ten": tuple(range(950, 0, -100)), "three": (950.0, 450.0, 50.0)}
+    problem = make_problem(
+        space=Space(DEPTH, CHAIN, 10, samplers=tuple(samplers)), samplers=samplers
+    )
+    one = (1, *((8,) * 4), *((5,) * 5), 3)
+    other = (1, 8, 7, 6, 6, *((5,) * 4), 4, 3)
     assert problem.keys(np.array([one, other])) == [one[:1] + (8, 8, 8, 8, 5, 5, 5, 5, 5, 3)] * 2
     rows = [(0, *one[1:]), (0, *other[1:])]
     assert problem.keys(np.array(rows)) == rows  # ten calls see the difference
@@ -208,12 +261,18 @@ def test_depths_that_a_sampler_never_asks_for_make_no_other_point():
 def test_several_samplers_compete():
     samplers = {"ddim-15": CALLS, "ddim-8": CALLS[::2]}
     space = Space(DEPTH, CHAIN, 10, samplers=tuple(samplers))
-    problem, truth = make_problem(space=space, samplers=samplers), Truth()
+    problem = make_problem(space=space, samplers=samplers)
+    truth = Truth()
     found, study = search(make_sampler(problem), problem, truth, 12)
     used = [t.params["sampler"] for t in study.trials]
-    assert used[0] == "ddim-15" and used.count("ddim-8") > 4  # half the calls at the same figure: a bargain
-    assert min(c for c, _ in found) < 0.4 and problem.cost_frac(problem.point(FULL, "ddim-8")) == pytest.approx(8 / 15)
-    assert "sampler" not in make_sampler(make_problem()).infer_relative_search_space(study, study.trials[0])
+    # half the calls at the same figure: a bargain
+    assert used[0] == "ddim-15" and used.count("ddim-8") > 4
+    assert min(c for c, _ in found) < 0.4 and problem.cost_frac(
+        problem.point(FULL, "ddim-8")
+    ) == pytest.approx(8 / 15)
+    assert "sampler" not in make_sampler(make_problem()).infer_relative_search_space(
+        study, study.trials[0]
+    )
     with pytest.raises(AssertionError):
         make_problem(samplers=samplers)
 
@@ -222,12 +281,15 @@ def test_several_samplers_compete():
 
 
 def test_a_good_cheap_figure_speaks_for_a_point():
-    problem, truth, rng = make_problem(), Truth(), np.random.default_rng(0)
+    problem = make_problem()
+    truth = Truth()
+    rng = np.random.default_rng(0)
     points = [problem.point(FULL), *some_points(rng, 12)]
     records = [record(p.schedule, math.exp(truth(p)), cheap=2 * math.exp(truth(p))) for p in points]
     point = problem.point(ExitSchedule.published("D3-DiT", DEPTH))
     fair = 2 * math.exp(truth(point))
-    good, bad = judge(problem, records, point, figure(0.7 * fair)), judge(problem, records, point, figure(3 * fair))
+    good = judge(problem, records, point, figure(0.7 * fair))
+    bad = judge(problem, records, point, figure(3 * fair))
     assert bad < 0.1 < 0.5 < good
     assert 0 <= judge(problem, [], point) <= 1
     dominated = [record(ExitSchedule.uniform_intervals([1], DEPTH), math.exp(truth(points[0])) / 2)]
@@ -235,11 +297,16 @@ def test_a_good_cheap_figure_speaks_for_a_point():
 
 
 def test_a_point_with_a_dear_figure_is_compared_with_the_others():
-    problem, records = make_problem(), some_records(10)
+    problem = make_problem()
+    records = some_records(10)
     belief = FrontBelief(problem, records)
     values = [r.quality.value for r in records]
     costs = [problem.cost_frac(p) for p in belief.known]
-    on = [i for i in range(10) if not any(c <= costs[i] and v < values[i] for c, v in zip(costs, values, strict=True))]
+    on = [
+        i
+        for i in range(10)
+        if not any(c <= costs[i] and v < values[i] for c, v in zip(costs, values, strict=True))
+    ]
     likely = [belief.probability(p) for p in belief.known]
     beaten = [p for i, p in enumerate(likely) if i not in on]
     assert likely[0] > 0.9 and (not beaten or max(beaten) < 0.5)
@@ -254,8 +321,10 @@ def test_few_records(count):
 
 
 def test_figures_that_have_no_logarithm_or_no_spread():
-    problem, records = make_problem(), some_records(6)
-    kernel = [record(r.schedule, r.quality.value - 15, noise=0.0) for r in records]  # kernel distances may be negative
+    problem = make_problem()
+    records = some_records(6)
+    # kernel distances may be negative
+    kernel = [record(r.schedule, r.quality.value - 15, noise=0.0) for r in records]
     assert min(r.quality.value for r in kernel) < 0
     once = [record(r.schedule, r.quality.value, repeats=1) for r in records]
     zero = [record(r.schedule, 0.0) for r in records]
@@ -270,7 +339,9 @@ def test_the_latest_figure_of_a_point_counts_and_foreign_samplers_do_not():
     records = [record(FULL, 2.0), record(FULL, 3.0, "foreign"), record(FULL, 4.0, "a", cheap=8.0)]
     found = {o.level: o for o in problem.observations(records)}
     assert len(problem.observations(records)) == 2
-    assert math.exp(found["dear"].log_quality) == pytest.approx(4) and math.exp(found["cheap"].log_quality) == pytest.approx(8)
+    assert math.exp(found["dear"].log_quality) == pytest.approx(4) and math.exp(
+        found["cheap"].log_quality
+    ) == pytest.approx(8)
     assert found["dear"].std_error == pytest.approx(0.02)
 
 
@@ -279,11 +350,18 @@ def test_the_latest_figure_of_a_point_counts_and_foreign_samplers_do_not():
 
 @pytest.mark.parametrize(
     ("depth", "steps", "noise_easy", "count", "limit_s"),
-    [(28, 250, True, 30, 4.0), (28, 250, False, 30, 4.0), (6, 50, True, 30, 3.0), (12, 15, True, 300, 8.0)],
+    [
+        (28, 250, True, 30, 4.0),
+        (28, 250, False, 30, 4.0),
+        (6, 50, True, 30, 3.0),
+        (12, 15, True, 300, 8.0),
+    ],
 )
 def test_a_proposal_is_quick(depth, steps, noise_easy, count, limit_s):
     calls = tuple(np.linspace(999, 0, steps).round().tolist())
-    problem = make_problem(space=Space(depth, CHAIN, 10, noise_easy), samplers={"a": calls}, depth=depth)
+    problem = make_problem(
+        space=Space(depth, CHAIN, 10, noise_easy), samplers={"a": calls}, depth=depth
+    )
     records = some_records(count, depth=depth, calls=calls)
     begun = time.process_time()
     assert propose(problem, records) is not None
@@ -291,8 +369,10 @@ def test_a_proposal_is_quick(depth, steps, noise_easy, count, limit_s):
 
 
 def test_ten_thousand_candidates_are_scored_in_seconds():
-    problem, rng = make_problem(), np.random.default_rng(0)
-    belief, pool = FrontBelief(problem, some_records(30)), Candidates(problem, set())
+    problem = make_problem()
+    rng = np.random.default_rng(0)
+    belief = FrontBelief(problem, some_records(30))
+    pool = Candidates(problem, set())
     pool.add(0, np.sort(rng.integers(1, DEPTH + 1, (12_000, 10)), axis=1)[:, ::-1])
     assert len(pool.rows) > 10_000 and len(set(map(tuple, pool.rows.tolist()))) == len(pool.rows)
     begun = time.process_time()
@@ -305,11 +385,15 @@ def test_ten_thousand_candidates_are_scored_in_seconds():
 
 
 def regrets(seeds, count, **maps):
-    """Hypervolume after each trial (seeds, count) of random search and of the proposer under each kind of map."""
+    """Hypervolume after each trial (seeds, count) of random search and of the proposer under each
+    kind of map."""
     out = {name: [] for name in ("random", *maps)}
     for seed in seeds:
         samplers = {"random": optuna.samplers.RandomSampler(seed=seed)}
-        samplers |= {name: make_sampler(make_problem(FakeMap(seed, **how)), seed) for name, how in maps.items()}
+        samplers |= {
+            name: make_sampler(make_problem(FakeMap(seed, **how)), seed)
+            for name, how in maps.items()
+        }
         for name, sampler in samplers.items():
             found, _ = search(sampler, make_problem(), Truth(seed), count, seed)
             out[name].append(hypervolumes(found))
@@ -318,14 +402,23 @@ def regrets(seeds, count, **maps):
 
 def trials_to_reach(curves, levels):
     """Trials until each curve is at its level; all and one more if it never is."""
-    return [int(np.argmax(c >= v)) + 1 if c.max() >= v else len(c) + 1 for c, v in zip(curves, levels, strict=True)]
+    return [
+        int(np.argmax(c >= v)) + 1 if c.max() >= v else len(c) + 1
+        for c, v in zip(curves, levels, strict=True)
+    ]
 
 
-MAPS = {"good": {"error": 0.05}, "rough": {"error": 0.5}, "reversed": {"reverse": True}, "shuffled": {"shuffle": True}}
+MAPS = {
+    "good": {"error": 0.05},
+    "rough": {"error": 0.5},
+    "reversed": {"reverse": True},
+    "shuffled": {"shuffle": True},
+}
 
 
 def test_a_good_map_saves_trials_and_an_adversarial_one_costs_none():
-    random, good = regrets(range(3), 21)["random"], regrets(range(3), 11, good=MAPS["good"])["good"]
+    random = regrets(range(3), 21)["random"]
+    good = regrets(range(3), 11, good=MAPS["good"])["good"]
     reached = trials_to_reach(good, random[:, -1])
     assert np.median(reached) <= 10 and good[:, -1].mean() > random[:, -1].mean()
     found = regrets(range(2), 14, reversed=MAPS["reversed"])
@@ -336,7 +429,13 @@ def test_a_good_map_saves_trials_and_an_adversarial_one_costs_none():
 def test_regret_over_many_landscapes():
     found = regrets(range(12), 21, **MAPS)
     reached = {name: trials_to_reach(found[name], found["random"][:, -1]) for name in MAPS}
-    print({name: np.round(curves.mean(axis=0)[[3, 5, 10, 20]], 3).tolist() for name, curves in found.items()}, reached)
+    print(
+        {
+            name: np.round(curves.mean(axis=0)[[3, 5, 10, 20]], 3).tolist()
+            for name, curves in found.items()
+        },
+        reached,
+    )
     assert np.median(reached["good"]) <= 10 and np.median(reached["rough"]) <= 12
     for name in MAPS:
         assert found[name][:, -1].mean() >= found["random"][:, -1].mean()

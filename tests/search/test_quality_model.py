@@ -1,4 +1,5 @@
-"""The quality model: exact gradients, honest spread, what it learns from trials, and figures nobody would wish for."""
+"""The quality model: exact gradients, honest spread, what it learns from trials, and figures nobody
+would wish for."""
 
 import math
 import time
@@ -10,20 +11,34 @@ from threadpoolctl import threadpool_limits
 
 from asesearch.schedule import ExitSchedule
 from asesearch.search import quality_model as module
-from asesearch.search.quality_model import NUM_WEIGHTS, PRIOR, Encoder, Observation, Point, QualityModel, cholesky
+from asesearch.search.quality_model import (
+    NUM_WEIGHTS,
+    PRIOR,
+    Encoder,
+    Observation,
+    Point,
+    QualityModel,
+    cholesky,
+)
 
-DEPTH, CHAIN = 12, 1000
+DEPTH = 12
+CHAIN = 1000
 CALLS = tuple(np.linspace(999, 0, 15).round().tolist())  # DDIM-15
 
 
 class FakeMap:
-    """A map by formula: errors fall with depth, and from data to noise; reversed or shuffled, it misleads."""
+    """A map by formula: errors fall with depth, and from data to noise; reversed or shuffled, it
+    misleads."""
 
     def __init__(self, seed=0, depth=DEPTH, error=0.0, reverse=False, shuffle=False):
         rng = np.random.default_rng(seed)
         slope, power = rng.uniform(1, 3, 2)
-        self.knots, left_out = np.linspace(0, CHAIN, 9), 1 - np.arange(1, depth + 1) / depth
-        rows = [np.exp(-slope * t / CHAIN) * left_out ** (power * (1 + 0.5 * t / CHAIN)) for t in self.knots]
+        self.knots = np.linspace(0, CHAIN, 9)
+        left_out = 1 - np.arange(1, depth + 1) / depth
+        rows = [
+            np.exp(-slope * t / CHAIN) * left_out ** (power * (1 + 0.5 * t / CHAIN))
+            for t in self.knots
+        ]
         self.table = 0.01 * np.stack(rows) * np.exp(error * rng.normal(size=(9, depth)))
         if reverse:
             self.table = self.table[::-1]
@@ -31,7 +46,9 @@ class FakeMap:
             self.table = rng.permutation(self.table.ravel()).reshape(9, depth)
 
     def error_at(self, timesteps):
-        return np.stack([np.interp(timesteps, self.knots, column) for column in self.table.T], axis=1)
+        return np.stack(
+            [np.interp(timesteps, self.knots, column) for column in self.table.T], axis=1
+        )
 
 
 class Truth:
@@ -39,9 +56,14 @@ class Truth:
 
     def __init__(self, seed=0, depth=DEPTH, residual=0.05):
         rng = np.random.default_rng([seed, 1])
-        self.encoder, shape = Encoder(FakeMap(seed, depth), CHAIN), np.linspace(-1, 1, NUM_WEIGHTS)
-        self.weights = np.exp(0.3 + 0.6 * (rng.normal() * shape + rng.normal() * np.cos(np.pi * (shape + 1) / 2)))
-        self.waves, self.phases, self.residual = rng.normal(0, 1, (6, 10)), rng.uniform(0, 2 * math.pi, 6), residual
+        self.encoder = Encoder(FakeMap(seed, depth), CHAIN)
+        shape = np.linspace(-1, 1, NUM_WEIGHTS)
+        self.weights = np.exp(
+            0.3 + 0.6 * (rng.normal() * shape + rng.normal() * np.cos(np.pi * (shape + 1) / 2))
+        )
+        self.waves = rng.normal(0, 1, (6, 10))
+        self.phases = rng.uniform(0, 2 * math.pi, 6)
+        self.residual = residual
 
     def __call__(self, point):
         inputs = self.encoder.encode([point])
@@ -50,8 +72,12 @@ class Truth:
 
 
 def some_points(rng, count, sampler="a", calls=CALLS, depth=DEPTH, intervals=10):
-    depths = np.sort(rng.integers(max(1, depth // 4), depth + 1, (count, intervals)), axis=1)[:, ::-1]
-    return [Point(ExitSchedule.uniform_intervals(row.tolist(), depth), sampler, calls) for row in depths]
+    depths = np.sort(rng.integers(max(1, depth // 4), depth + 1, (count, intervals)), axis=1)[
+        :, ::-1
+    ]
+    return [
+        Point(ExitSchedule.uniform_intervals(row.tolist(), depth), sampler, calls) for row in depths
+    ]
 
 
 def observe(points, truth, rng, noise=0.02, level="dear"):
@@ -59,7 +85,8 @@ def observe(points, truth, rng, noise=0.02, level="dear"):
 
 
 def test_gradient_is_that_of_the_objective():
-    rng, truth = np.random.default_rng(0), Truth()
+    rng = np.random.default_rng(0)
+    truth = Truth()
     points = some_points(rng, 6) + some_points(rng, 6, "b", CALLS[::2])
     observations = observe(points, truth, rng) + observe(points[3:], truth, rng, level="cheap")
     model = QualityModel(truth.encoder, observations)
@@ -70,20 +97,26 @@ def test_gradient_is_that_of_the_objective():
         theta = module._MEAN + rng.normal(size=len(PRIOR)) * module._STD
         _, gradient = objective(theta, shape)
         steps = 1e-5 * np.eye(len(PRIOR))
-        differences = [(objective(theta + h, shape)[0] - objective(theta - h, shape)[0]) / 2e-5 for h in steps]
+        differences = [
+            (objective(theta + h, shape)[0] - objective(theta - h, shape)[0]) / 2e-5 for h in steps
+        ]
         assert gradient == pytest.approx(differences, rel=1e-4, abs=1e-4)
 
 
 def test_both_ways_to_encode_agree():
-    rng, encoder = np.random.default_rng(0), Encoder(FakeMap(), CHAIN)
+    rng = np.random.default_rng(0)
+    encoder = Encoder(FakeMap(), CHAIN)
     points = some_points(rng, 5)
     bounds = points[0].schedule.boundaries
-    many = encoder.encode_depths(np.array([p.schedule.exit_depths for p in points]), bounds, "a", CALLS)
+    many = encoder.encode_depths(
+        np.array([p.schedule.exit_depths for p in points]), bounds, "a", CALLS
+    )
     one_by_one = encoder.encode(points)
     for name in ("features", "profile", "log_calls", "sampler"):
         assert np.allclose(getattr(many, name), getattr(one_by_one, name))
     weights = rng.uniform(size=NUM_WEIGHTS)
-    for i, shape in enumerate(module.SHAPES):  # the additive errors of the dynamic programme are the model's mean
+    # the additive errors of the dynamic programme are the model's mean
+    for i, shape in enumerate(module.SHAPES):
         table = encoder.interval_errors(weights, CALLS, bounds, shape)
         sums = [sum(table[k, d - 1] for k, d in enumerate(p.schedule.exit_depths)) for p in points]
         assert sums == pytest.approx((many.features[i] @ weights).tolist())
@@ -91,11 +124,15 @@ def test_both_ways_to_encode_agree():
 
 def test_without_trials_the_map_ranks():
     model = QualityModel(Encoder(FakeMap(), CHAIN))
-    full, half = ExitSchedule.full(DEPTH), ExitSchedule.uniform_intervals([6], DEPTH)
+    full = ExitSchedule.full(DEPTH)
+    half = ExitSchedule.uniform_intervals([6], DEPTH)
     mean, cov = model.posterior([Point(full, "a", CALLS), Point(half, "a", CALLS)])
     assert mean[0] < mean[1] and np.linalg.eigvalsh(cov).min() > 0
-    easy, hard = ([12] * 5 + [6] * 5), ([6] * 5 + [12] * 5)
-    mean, _ = model.posterior([Point(ExitSchedule.uniform_intervals(d, DEPTH), "a", CALLS) for d in (easy, hard)])
+    easy = [12] * 5 + [6] * 5
+    hard = [6] * 5 + [12] * 5
+    mean, _ = model.posterior(
+        [Point(ExitSchedule.uniform_intervals(d, DEPTH), "a", CALLS) for d in (easy, hard)]
+    )
     assert mean[0] < mean[1]  # the map says that depth matters near data
 
 
@@ -103,8 +140,11 @@ def test_without_trials_the_map_ranks():
 def test_posterior_is_calibrated(count):
     scores = []
     for seed in range(6):
-        rng, truth = np.random.default_rng(seed), Truth(seed)
-        model = QualityModel(Encoder(FakeMap(seed, error=0.1), CHAIN), observe(some_points(rng, count), truth, rng))
+        rng = np.random.default_rng(seed)
+        truth = Truth(seed)
+        model = QualityModel(
+            Encoder(FakeMap(seed, error=0.1), CHAIN), observe(some_points(rng, count), truth, rng)
+        )
         asked = some_points(rng, 25)
         mean, cov = model.posterior(asked)
         scores += ((mean - [truth(p) for p in asked]) / np.sqrt(np.diag(cov))).tolist()
@@ -113,19 +153,25 @@ def test_posterior_is_calibrated(count):
 
 
 def test_predictions_beat_the_mean_of_the_trials():
-    rng, truth = np.random.default_rng(3), Truth(3)
-    seen, asked = observe(some_points(rng, 15), truth, rng), some_points(rng, 30)
+    rng = np.random.default_rng(3)
+    truth = Truth(3)
+    seen = observe(some_points(rng, 15), truth, rng)
+    asked = some_points(rng, 30)
     mean, _ = QualityModel(truth.encoder, seen).posterior(asked)
     target = np.array([truth(p) for p in asked])
-    error, spread = np.sqrt(np.mean((mean - target) ** 2)), np.std(target)
+    error = np.sqrt(np.mean((mean - target) ** 2))
+    spread = np.std(target)
     assert error < 0.25 * spread
 
 
 def test_weights_of_noise_levels_are_recovered():
-    rng, truth = np.random.default_rng(0), Truth(0, residual=0.0)
+    rng = np.random.default_rng(0)
+    truth = Truth(0, residual=0.0)
     truth.weights = np.linspace(3.0, 0.5, NUM_WEIGHTS)
     depths = rng.integers(1, DEPTH + 1, (60, 10))  # free-form: every noise level for itself
-    points = [Point(ExitSchedule.uniform_intervals(row.tolist(), DEPTH), "a", CALLS) for row in depths]
+    points = [
+        Point(ExitSchedule.uniform_intervals(row.tolist(), DEPTH), "a", CALLS) for row in depths
+    ]
     model = QualityModel(truth.encoder, observe(points, truth, rng, noise=0.01))
     mean, cov = model.weights()
     assert model.shape == "log"
@@ -136,12 +182,19 @@ def test_weights_of_noise_levels_are_recovered():
 
 
 def test_cheap_figures_help_the_dear_level():
-    alone, helped, spreads = [], [], []
+    alone = []
+    helped = []
+    spreads = []
     for seed in range(5):
-        rng, truth = np.random.default_rng(seed), Truth(seed, residual=0.15)
-        points, asked = some_points(rng, 25), some_points(rng, 20)
+        rng = np.random.default_rng(seed)
+        truth = Truth(seed, residual=0.15)
+        points = some_points(rng, 25)
+        asked = some_points(rng, 20)
         dear = observe(points[:5], truth, rng)
-        cheap = [Observation(o.point, "cheap", 1 + 1.5 * o.log_quality, 0.03) for o in observe(points + asked, truth, rng)]
+        cheap = [
+            Observation(o.point, "cheap", 1 + 1.5 * o.log_quality, 0.03)
+            for o in observe(points + asked, truth, rng)
+        ]
         target = [truth(p) for p in asked]
         for figures, errors in ((dear, alone), (dear + cheap, helped)):
             mean, cov = QualityModel(truth.encoder, figures).posterior(asked)
@@ -154,8 +207,11 @@ def test_cheap_figures_help_the_dear_level():
 @pytest.mark.parametrize("how", ["reverse", "shuffle"])
 def test_a_misleading_map_is_overruled(how):
     for seed in range(3):
-        rng, truth = np.random.default_rng(seed), Truth(seed)
-        model = QualityModel(Encoder(FakeMap(seed, **{how: True}), CHAIN), observe(some_points(rng, 30), truth, rng))
+        rng = np.random.default_rng(seed)
+        truth = Truth(seed)
+        model = QualityModel(
+            Encoder(FakeMap(seed, **{how: True}), CHAIN), observe(some_points(rng, 30), truth, rng)
+        )
         asked = some_points(rng, 30)
         mean, _ = model.posterior(asked)
         target = np.array([truth(p) for p in asked])
@@ -163,20 +219,27 @@ def test_a_misleading_map_is_overruled(how):
 
 
 def test_fewer_calls_are_dearer_in_quality_and_samplers_are_told_apart():
-    rng, truth = np.random.default_rng(0), Truth()
+    rng = np.random.default_rng(0)
+    truth = Truth()
     points = some_points(rng, 8)
     short = [Point(p.schedule, "b", CALLS[::2]) for p in points]
     model = QualityModel(truth.encoder, observe(points, truth, rng))
     assert np.all(model.posterior(short)[0] > model.posterior(points)[0])  # before any trial of it
-    worse = [Observation(p, "dear", truth(q) - 0.5, 0.02) for p, q in zip(short, points, strict=True)]
+    worse = [
+        Observation(p, "dear", truth(q) - 0.5, 0.02) for p, q in zip(short, points, strict=True)
+    ]
     model = QualityModel(truth.encoder, observe(points, truth, rng) + worse)
-    assert np.mean(model.posterior(short)[0] - model.posterior(points)[0]) == pytest.approx(-0.5, abs=0.1)
+    assert np.mean(model.posterior(short)[0] - model.posterior(points)[0]) == pytest.approx(
+        -0.5, abs=0.1
+    )
 
 
 def test_conditional_draws_have_the_joint_posterior():
-    rng, truth = np.random.default_rng(0), Truth()
+    rng = np.random.default_rng(0)
+    truth = Truth()
     model = QualityModel(truth.encoder, observe(some_points(rng, 6), truth, rng))
-    known, asked = some_points(rng, 3), some_points(rng, 1)  # candidates are drawn apart, so one
+    known = some_points(rng, 3)  # candidates are drawn apart, so one
+    asked = some_points(rng, 1)
     mean, cov = model.posterior(known + asked)
     inputs = truth.encoder.encode(known), truth.encoder.encode(asked)
     draws, means, std = model.conditional_draws(rng, *inputs, 40_000)
@@ -186,9 +249,12 @@ def test_conditional_draws_have_the_joint_posterior():
 
 
 def test_odd_figures_do_no_harm():
-    rng, truth = np.random.default_rng(0), Truth()
+    rng = np.random.default_rng(0)
+    truth = Truth()
     (point,) = some_points(rng, 1)
-    same = [Observation(point, "dear", 1.0, 0.0)] * 6 + [Observation(point, "dear", 3.0, math.nan)] * 6
+    same = [Observation(point, "dear", 1.0, 0.0)] * 6 + [
+        Observation(point, "dear", 3.0, math.nan)
+    ] * 6
     odd = [Observation(point, "dear", 1e3, 1e3), Observation(point, "cheap", -1e3, 0.0)]
     for figures in ([], same, odd, odd[1:], [Observation(point, "dear", 0.0, math.inf)]):
         model = QualityModel(truth.encoder, figures)
@@ -204,7 +270,8 @@ def test_odd_figures_do_no_harm():
 def test_a_map_without_errors_and_a_network_of_one_block():
     flat = FakeMap()
     flat.table = np.zeros((9, DEPTH))
-    rng, truth = np.random.default_rng(0), Truth()
+    rng = np.random.default_rng(0)
+    truth = Truth()
     points = some_points(rng, 12)
     mean, _ = QualityModel(Encoder(flat, CHAIN), observe(points, truth, rng)).posterior(points)
     assert np.corrcoef(mean, [truth(p) for p in points])[0, 1] > 0.9
@@ -216,16 +283,23 @@ def test_a_map_without_errors_and_a_network_of_one_block():
 def test_cholesky_of_what_has_none():
     ones = np.ones((4, 4))
     assert cholesky(ones) @ cholesky(ones).T == pytest.approx(ones, abs=1e-4)
-    assert np.isfinite(cholesky(np.diag([1.0, -1e-3]))).all() and np.isfinite(cholesky(-np.eye(3))).all()
+    assert (
+        np.isfinite(cholesky(np.diag([1.0, -1e-3]))).all()
+        and np.isfinite(cholesky(-np.eye(3))).all()
+    )
     assert cholesky(np.zeros((0, 0))).shape == (0, 0)
 
 
 def test_same_observations_same_model_in_any_order():
-    rng, truth = np.random.default_rng(0), Truth()
-    figures, asked = observe(some_points(rng, 10), truth, rng), some_points(rng, 3)
+    rng = np.random.default_rng(0)
+    truth = Truth()
+    figures = observe(some_points(rng, 10), truth, rng)
+    asked = some_points(rng, 3)
     first, again = (QualityModel(truth.encoder, figures).posterior(asked)[0] for _ in range(2))
     assert np.array_equal(first, again)
-    assert QualityModel(truth.encoder, figures[::-1]).posterior(asked)[0] == pytest.approx(first, abs=1e-2)
+    assert QualityModel(truth.encoder, figures[::-1]).posterior(asked)[0] == pytest.approx(
+        first, abs=1e-2
+    )
 
 
 # -- large studies -------------------------------------------------------------------------------
@@ -233,7 +307,8 @@ def test_same_observations_same_model_in_any_order():
 
 def test_a_large_study_is_fitted_to_a_part_and_believes_all_of_it(monkeypatch):
     """Hyperparameters of a part lie near those of all; the posterior takes every observation."""
-    rng, truth = np.random.default_rng(0), Truth()
+    rng = np.random.default_rng(0)
+    truth = Truth()
     points = some_points(rng, 260)
     observations = observe(points[:90], truth, rng)
     observations += observe(points, truth, rng, noise=0.05, level="cheap")
@@ -241,7 +316,8 @@ def test_a_large_study_is_fitted_to_a_part_and_believes_all_of_it(monkeypatch):
     monkeypatch.setattr(module, "FIT_SIZE", 1000)
     thorough = QualityModel(truth.encoder, observations)
     for name in ("weight", "length", "ratio"):
-        a, b = quick.hyperparameters[name], thorough.hyperparameters[name]
+        a = quick.hyperparameters[name]
+        b = thorough.hyperparameters[name]
         assert a == pytest.approx(b, rel=0.25), name
     unseen = some_points(rng, 40)
     mean, cov = quick.posterior(unseen)
@@ -268,7 +344,8 @@ def test_a_thousand_records_are_fitted_in_seconds():
     """Measured against the same fit of a fifth as many: cubic growth would make it 125 times."""
 
     def seconds(count):
-        rng, truth = np.random.default_rng(0), Truth()
+        rng = np.random.default_rng(0)
+        truth = Truth()
         points = some_points(rng, count)
         observations = observe(points[: count // 3], truth, rng)
         observations += observe(points, truth, rng, level="cheap")
@@ -281,15 +358,21 @@ def test_a_thousand_records_are_fitted_in_seconds():
 
 
 def test_reported_errors_are_drawn_to_the_mean_of_their_level():
-    """Variances of 0.01 and 0.09: a fifth their own, four fifths the mean, 0.05, which also stands in for unknown ones."""
+    """Variances of 0.01 and 0.09: a fifth their own, four fifths the mean, 0.05, which also stands
+    in for unknown ones."""
     std_errors = np.array([0.1, 0.3, math.nan, 0.2])
     cheap = np.array([False, False, False, True])
     assert module._noise(std_errors, cheap) == pytest.approx([0.042, 0.058, 0.05, 0.04])
-    assert module._noise(np.array([math.nan]), cheap[:1]) == pytest.approx([0.0025])  # nothing known: 5 %
+    # nothing known: 5 %
+    assert module._noise(np.array([math.nan]), cheap[:1]) == pytest.approx([0.0025])
 
 
 def test_each_level_is_centred_on_its_own_scores():
-    values, cheap = np.array([1.0, 3.0, 10.0]), np.array([True, True, False])
-    assert (module._offset(values, cheap, True), module._offset(values, cheap, False)) == (2.0, 10.0)
+    values = np.array([1.0, 3.0, 10.0])
+    cheap = np.array([True, True, False])
+    assert (module._offset(values, cheap, True), module._offset(values, cheap, False)) == (
+        2.0,
+        10.0,
+    )
     assert module._offset(values[:2], cheap[:2], False) == 2.0  # of the other where it has none
     assert module._offset(values[:0], cheap[:0], True) == 0.0

@@ -25,7 +25,9 @@ RECORDED = EvaluationResult(PROTOCOL, (10.0, 20.0))
 )
 def test_every_repeat_must_agree_within_one_percent(again, reproduced, largest):
     found = compare(RECORDED, EvaluationResult(PROTOCOL, again))
-    assert found["reproduced"] is reproduced and found["largest_relative_difference"] == pytest.approx(largest)
+    assert found["reproduced"] is reproduced and found[
+        "largest_relative_difference"
+    ] == pytest.approx(largest)
     assert (found["recorded"], found["again"]) == ([10.0, 20.0], list(again))
 
 

@@ -1,4 +1,5 @@
-"""The search space: every schedule it can hold has parameters, and every set of parameters is a schedule in it."""
+"""The search space: every schedule it can hold has parameters, and every set of parameters is a
+schedule in it."""
 
 import optuna
 import pytest
@@ -13,27 +14,35 @@ from asesearch.search.space import Space
 @given(st.data(), st.booleans(), st.integers(1, 12), st.integers(1, 28))
 def test_round_trip(data, noise_easy, num_intervals, depth):
     low = data.draw(st.integers(1, depth))
-    depths = data.draw(st.lists(st.integers(low, depth), min_size=num_intervals, max_size=num_intervals))
+    depths = data.draw(
+        st.lists(st.integers(low, depth), min_size=num_intervals, max_size=num_intervals)
+    )
     if noise_easy:
         depths.sort(reverse=True)
     schedule = ExitSchedule.uniform_intervals(depths, depth)
     space = Space(depth, 1000, num_intervals, noise_easy, low)
     params = space.encode(schedule)
     assert set(params) == set(space.distributions()) and space.decode(params) == schedule
-    assert all(dist._contains(dist.to_internal_repr(params[name])) for name, dist in space.distributions().items())
+    assert all(
+        dist._contains(dist.to_internal_repr(params[name]))
+        for name, dist in space.distributions().items()
+    )
 
 
 @given(st.integers(1, 28), st.integers(1, 12), st.integers(0, 2**31))
 def test_every_proposal_is_noise_easy_and_in_range(depth, num_intervals, seed):
     space = Space(depth, 1000, num_intervals, True, max(1, depth // 3))
-    study = optuna.create_study(directions=["minimize", "minimize"], sampler=optuna.samplers.RandomSampler(seed=seed))
+    study = optuna.create_study(
+        directions=["minimize", "minimize"], sampler=optuna.samplers.RandomSampler(seed=seed)
+    )
     schedule, _ = space.suggest(study.ask())
     assert schedule.is_noise_easy and len(schedule.exit_depths) == num_intervals
     assert max(1, depth // 3) <= min(schedule.exit_depths)
 
 
 def test_random_proposals_cover_all_budgets():
-    """Independent sorted depths would crowd around half of the blocks (their mean varies by 0.09 only)."""
+    """Independent sorted depths would crowd around half of the blocks (their mean varies by 0.09
+    only)."""
     space = Space(12)
     study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
     fracs = [space.suggest(study.ask())[0].block_frac() for _ in range(300)]
@@ -67,7 +76,9 @@ def test_an_empty_space_is_refused():
 
 
 def test_depths_between_the_ends_are_rounded_to_the_nearest():
-    params = {"high": 5, "low": 1, "u1": 0.9, "u2": 0.6, "u3": 0.2}  # 1 + 3.6, 1 + 2.4, 1 + 0.8 blocks
+    # 1 + 3.6, 1 + 2.4, 1 + 0.8 blocks
+    params = {"high": 5, "low": 1, "u1": 0.9, "u2": 0.6, "u3": 0.2}
     assert Space(6, num_intervals=5).decode(params).exit_depths == (5, 5, 3, 2, 1)
-    swapped = {"high": 1, "low": 5, "u1": 0.2, "u2": 0.9, "u3": 0.6}  # the ends and the shares in any order
+    # the ends and the shares in any order
+    swapped = {"high": 1, "low": 5, "u1": 0.2, "u2": 0.9, "u3": 0.6}
     assert Space(6, num_intervals=5).decode(swapped).exit_depths == (5, 5, 3, 2, 1)

@@ -1,4 +1,5 @@
-"""Files of a study directory that a power cut left empty or half written: made again, or named in one line."""
+"""Files of a study directory that a power cut left empty or half written: made again, or named in
+one line."""
 
 import json
 import os
@@ -34,9 +35,18 @@ threshold = 0.0
 def place(tmp_path_factory):
     folder = tmp_path_factory.mktemp("state")
     (folder / "scratch.toml").write_text(STUDY.format(backbone=ARGS))
-    call("train", folder / "scratch.toml", "--out", folder / "net.safetensors", "--run-dir", folder / "train")
+    call(
+        "train",
+        folder / "scratch.toml",
+        "--out",
+        folder / "net.safetensors",
+        "--run-dir",
+        folder / "train",
+    )
     text = STUDY.format(backbone=f'checkpoint = "{folder}/net.safetensors"') + LADDER
-    (folder / "tiny.toml").write_text(text.replace("num_trials = 3", 'num_trials = 2\nkeep_weights = "all"'))
+    (folder / "tiny.toml").write_text(
+        text.replace("num_trials = 3", 'num_trials = 2\nkeep_weights = "all"')
+    )
     call("search", folder / "tiny.toml", "--out", folder / "run", "--report", folder / "report")
     return folder
 
@@ -75,11 +85,21 @@ def commands(place, run):
         "report": ("report", run, "--out", run.parent / "report"),
         "export": ("export", run, "--trial", 1, "--out", run.parent / "bundle"),
         "evaluate": ("evaluate", run, "--trial", 1, "--check"),
-        "search": ("search", place / "tiny.toml", "--out", run, "--report", run.parent / "report", "--trials", 3),
+        "search": (
+            "search",
+            place / "tiny.toml",
+            "--out",
+            run,
+            "--report",
+            run.parent / "report",
+            "--trials",
+            3,
+        ),
     }
 
 
-#: By file: the commands that end well without it, by making it again or doing without; all others name it.
+#: By file: the commands that end well without it, by making it again or doing without; all others
+#: name it.
 FILES = {
     "study.json": "",
     "study.db": "",
@@ -101,7 +121,8 @@ FILES = {
 def test_a_damaged_file_is_made_again_or_named(place, tmp_path, caplog, name, damage):
     run = tmp_path / "run"
     shutil.copytree(place / "run", run)
-    record = next(p for p in (run / "trials").iterdir() if p.name != "3")  # trial 1's folder; the full network's is "3"
+    # trial 1's folder; the full network's is "3"
+    record = next(p for p in (run / "trials").iterdir() if p.name != "3")
     path = record / name if name in ("weights.safetensors", "samples.npz") else run / name
     damage(path)
     for command, args in commands(place, run).items():
@@ -118,14 +139,23 @@ def test_a_damaged_file_is_made_again_or_named(place, tmp_path, caplog, name, da
 def test_what_is_made_again_is_whole(place, tmp_path):
     run = tmp_path / "run"
     shutil.copytree(place / "run", run)
-    names = ("latency.json", "map.json", "elastic.safetensors", "confirmations/0.json", "environment.json")
+    names = (
+        "latency.json",
+        "map.json",
+        "elastic.safetensors",
+        "confirmations/0.json",
+        "environment.json",
+    )
     for name in names:
         empty(run / name)
     call(*commands(place, run)["search"])
     for name in names[:2] + names[3:]:
         assert json.loads((run / name).read_text())
-    again, before = load_file(run / names[2]), load_file(place / "run" / names[2])
-    assert again.keys() == before.keys() and all(np.array_equal(again[k], before[k]) for k in before)
+    again = load_file(run / names[2])
+    before = load_file(place / "run" / names[2])
+    assert again.keys() == before.keys() and all(
+        np.array_equal(again[k], before[k]) for k in before
+    )
     call("report", run, "--out", tmp_path / "report")
 
 
@@ -144,8 +174,13 @@ def test_reading_commands_change_nothing(place, tmp_path):
 
 def test_a_file_is_on_disk_before_it_takes_its_place(tmp_path, monkeypatch):
     calls = []
-    sync, replace = os.fsync, os.replace
-    monkeypatch.setattr(os, "fsync", lambda handle: calls.append(os.readlink(f"/proc/self/fd/{handle}")) or sync(handle))
+    sync = os.fsync
+    replace = os.replace
+    monkeypatch.setattr(
+        os,
+        "fsync",
+        lambda handle: calls.append(os.readlink(f"/proc/self/fd/{handle}")) or sync(handle),
+    )
     monkeypatch.setattr(os, "replace", lambda a, b: calls.append("replace") or replace(a, b))
     with replacing(tmp_path / "a.json") as part:
         part.write_text("{}")

@@ -1,4 +1,5 @@
-"""The study's storage and identity: no trial of another study, none lost, nothing written by reading."""
+"""The study's storage and identity: no trial of another study, none lost, nothing written by
+reading."""
 
 import hashlib
 import json
@@ -87,20 +88,27 @@ def no_drivers(monkeypatch, *names):
 def test_a_missing_driver_is_named_with_what_to_install(monkeypatch):
     no_drivers(monkeypatch, "psycopg", "psycopg2", "MySQLdb", "pymysql")
     for url in ("postgresql://u:s3cret@host/db", "postgres://u:s3cret@host/db"):
-        with pytest.raises(StudyError, match=r"postgresql://u@host/db .*pip install 'asesearch\[post") as caught:
+        with pytest.raises(
+            StudyError, match=r"postgresql://u@host/db .*pip install 'asesearch\[post"
+        ) as caught:
             parse_url(url)
         assert "s3cret" not in str(caught.value)
     with pytest.raises(StudyError, match="driver is not installed .*pip install pymysql"):
         parse_url("mysql://u@host/db")
 
 
-@pytest.mark.parametrize(("missing", "driver"), [((), "psycopg"), (("psycopg2",), "psycopg"), (("psycopg",), "psycopg2")])
+@pytest.mark.parametrize(
+    ("missing", "driver"), [((), "psycopg"), (("psycopg2",), "psycopg"), (("psycopg",), "psycopg2")]
+)
 def test_postgresql_takes_the_driver_that_is_here(monkeypatch, missing, driver):
     for name in {"psycopg", "psycopg2"} - set(missing):
         monkeypatch.setitem(sys.modules, name, sqlite3)  # something that can be imported
     no_drivers(monkeypatch, *missing)
     for scheme in ("postgresql", "postgres"):
-        assert storage.with_driver(parse_url(f"{scheme}://u@host/db")).drivername == f"postgresql+{driver}"
+        assert (
+            storage.with_driver(parse_url(f"{scheme}://u@host/db")).drivername
+            == f"postgresql+{driver}"
+        )
 
 
 def test_a_named_driver_that_is_missing_is_not_replaced_in_silence(monkeypatch):
@@ -114,7 +122,10 @@ def test_a_named_driver_that_is_missing_is_not_replaced_in_silence(monkeypatch):
 
 def test_sqlite_paths_that_can_not_be_used_are_named(tmp_path):
     (tmp_path / "folder").mkdir()
-    for path, why in (("gone/s.db", "gone does not exist; make it"), ("folder", "is a folder; name a file")):
+    for path, why in (
+        ("gone/s.db", "gone does not exist; make it"),
+        ("folder", "is a folder; name a file"),
+    ):
         with pytest.raises(StudyError, match=why):
             Study(make_config(storage=f"sqlite:///{tmp_path}/{path}"), tmp_path / "run")
     with pytest.raises(StudyError, match="three slashes"):
@@ -158,15 +169,21 @@ def test_a_relative_storage_is_found_from_any_working_directory(tmp_path, monkey
     for again in (config, make_config(num_trials=2)):
         _, bench = run(again, tmp_path / "run")
         assert bench.tried == []
-    run(make_config(num_trials=1, storage="sqlite:///s.db"), tmp_path / "other")  # b/s.db, another study's
+    # b/s.db, another study's
+    run(make_config(num_trials=1, storage="sqlite:///s.db"), tmp_path / "other")
     _, bench = run(config, tmp_path / "run")
-    assert bench.tried == [] and on_record(tmp_path / "run")["storage"]["url"] == f"sqlite:///{tmp_path}/a/s.db"
+    assert (
+        bench.tried == []
+        and on_record(tmp_path / "run")["storage"]["url"] == f"sqlite:///{tmp_path}/a/s.db"
+    )
 
 
 def test_a_storage_without_the_study_is_refused_and_left_as_it_is(tmp_path):
     run(make_config(num_trials=2), tmp_path / "run")
     before = (tmp_path / "run" / "study.json").read_bytes()
-    with pytest.raises(StudyError, match=r"has its trials in .*run/study\.db, and .*new\.db does not.*copy_study"):
+    with pytest.raises(
+        StudyError, match=r"has its trials in .*run/study\.db, and .*new\.db does not.*copy_study"
+    ):
         Study(make_config(storage=f"sqlite:///{tmp_path}/new.db"), tmp_path / "run")
     assert not (tmp_path / "new.db").exists()
     assert (tmp_path / "run" / "study.json").read_bytes() == before
@@ -179,7 +196,9 @@ def test_a_moved_storage_carries_the_study(tmp_path):
     command = str(caught.value).partition("python -c ")[2].strip('"')
     subprocess.run([sys.executable, "-W", "ignore", "-c", command], check=True, cwd=tmp_path)
     (tmp_path / "run" / "study.db").unlink()
-    moved, bench = run(make_config(num_trials=3, storage=f"sqlite:///{tmp_path}/new.db"), tmp_path / "run")
+    moved, bench = run(
+        make_config(num_trials=3, storage=f"sqlite:///{tmp_path}/new.db"), tmp_path / "run"
+    )
     assert len(moved.records()) == 3 and len(bench.tried) == 1
     assert on_record(tmp_path / "run")["storage"]["url"].endswith("/new.db")
 
@@ -235,7 +254,11 @@ def test_a_study_of_the_former_release_is_adopted(tmp_path, own):
     study, bench = run(make_config(num_trials=3), tmp_path / "run")
     assert len(bench.tried) == 1 and len(study.records()) == 3
     data = on_record(tmp_path / "run")
-    assert data["version"] == 2 and study.optuna.user_attrs[IDENTITY] == data["id"] and len(data["id"]) == 32
+    assert (
+        data["version"] == 2
+        and study.optuna.user_attrs[IDENTITY] == data["id"]
+        and len(data["id"]) == 32
+    )
 
 
 def test_a_later_format_is_refused(tmp_path):
@@ -248,7 +271,13 @@ def test_a_later_format_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "change", [{"train": {"lr": 3e-4}}, {"search": {"num_intervals": 5}}, {"name": "another"}, {"sampling": {"num_steps": 7}}]
+    "change",
+    [
+        {"train": {"lr": 3e-4}},
+        {"search": {"num_intervals": 5}},
+        {"name": "another"},
+        {"sampling": {"num_steps": 7}},
+    ],
 )
 def test_a_change_before_anything_is_on_record_is_taken_over(tmp_path, change, caplog):
     first = Study(make_config(), tmp_path)
@@ -298,7 +327,10 @@ def test_another_worker_is_not_overruled(tmp_path):
 def snapshot(folder):
     """Every path below a folder, with its content's hash and time of change."""
     return {
-        str(p.relative_to(folder)): (hashlib.sha256(p.read_bytes()).hexdigest() if p.is_file() else "", p.stat().st_mtime_ns)
+        str(p.relative_to(folder)): (
+            hashlib.sha256(p.read_bytes()).hexdigest() if p.is_file() else "",
+            p.stat().st_mtime_ns,
+        )
         for p in sorted(folder.rglob("*"))
     }
 
@@ -334,7 +366,8 @@ def test_a_database_with_an_unfinished_write_is_read_from_a_copy(tmp_path):
     study = Study.open(tmp_path / "run")
     assert len(study.records()) == 2
     assert snapshot(tmp_path) == before
-    resumed, _ = run(make_config(num_trials=3), tmp_path / "run")  # where it may be written, SQLite mends it
+    # where it may be written, SQLite mends it
+    resumed, _ = run(make_config(num_trials=3), tmp_path / "run")
     assert len(resumed.records()) == 3 and not (tmp_path / "run" / "study.db-journal").exists()
 
 
@@ -342,7 +375,11 @@ def test_a_database_with_an_unfinished_write_is_read_from_a_copy(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("schema", "fix"), [("v2.6.0.a", "optuna storage upgrade --storage sqlite:///"), ("v9.1.0.a", "pip install -U optuna")]
+    ("schema", "fix"),
+    [
+        ("v2.6.0.a", "optuna storage upgrade --storage sqlite:///"),
+        ("v9.1.0.a", "pip install -U optuna"),
+    ],
 )
 def test_tables_of_another_optuna_are_named_and_left_alone(tmp_path, schema, fix):
     run(make_config(num_trials=1), tmp_path)
@@ -352,7 +389,9 @@ def test_tables_of_another_optuna_are_named_and_left_alone(tmp_path, schema, fix
     connection.close()
     before = (tmp_path / "study.db").read_bytes()
     for use in (Study.open, lambda path: Study(make_config(), path)):
-        with pytest.raises(StudyError, match=rf"Optuna 1\.2\.3 with tables of version {schema}.*{fix}") as caught:
+        with pytest.raises(
+            StudyError, match=rf"Optuna 1\.2\.3 with tables of version {schema}.*{fix}"
+        ) as caught:
             use(tmp_path)
         assert optuna.__version__ in str(caught.value) and "\n" not in str(caught.value)
     assert (tmp_path / "study.db").read_bytes() == before

@@ -23,17 +23,27 @@ HERE = Path(__file__).parent
 @pytest.fixture(scope="module")
 def port():
     if postgresql.programs() is None and not postgresql.REQUIRED:
-        pytest.skip("PostgreSQL is not installed; ASESEARCH_REQUIRE_POSTGRESQL=1 makes this a failure")
+        pytest.skip(
+            "PostgreSQL is not installed; ASESEARCH_REQUIRE_POSTGRESQL=1 makes this a failure"
+        )
     with postgresql.server() as port:
         yield port
 
 
 def identities(url):
     """Identity of each study in a storage, by name."""
-    text = with_driver(parse_url(url)).render_as_string(hide_password=False).replace("{", "{{").replace("}", "}}")
+    text = (
+        with_driver(parse_url(url))
+        .render_as_string(hide_password=False)
+        .replace("{", "{{")
+        .replace("}", "}}")
+    )
     storage = optuna.storages.RDBStorage(text)
     try:
-        return {s.study_name: s.user_attrs[IDENTITY] for s in optuna.get_all_study_summaries(storage=storage)}
+        return {
+            s.study_name: s.user_attrs[IDENTITY]
+            for s in optuna.get_all_study_summaries(storage=storage)
+        }
     finally:
         storage.remove_session()
         storage.engine.dispose()
@@ -41,18 +51,27 @@ def identities(url):
 
 def open_at_once(cases, processes=4):
     args = [sys.executable, str(HERE / "open_at_once.py"), str(processes), json.dumps(cases)]
-    result = subprocess.run(args, cwd=ROOT, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    result = subprocess.run(
+        args, cwd=ROOT, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)}
+    )
     assert result.returncode == 0, result.stderr
     return json.loads(result.stdout), result.stderr
 
 
 def check_fresh(tmp_path, urls):
-    """Four processes at once on each empty database, two of them workers of one study and two of another."""
-    cases = [[(str(tmp_path / f"{i}" / name), url) for name in ("one", "two")] for i, url in enumerate(urls)]
+    """Four processes at once on each empty database, two of them workers of one study and two of
+    another."""
+    cases = [
+        [(str(tmp_path / f"{i}" / name), url) for name in ("one", "two")]
+        for i, url in enumerate(urls)
+    ]
     codes, errors = open_at_once(cases)
     assert codes == [[0] * 4] * len(urls), errors
     for case in cases:
-        found = {Path(run).name: json.loads((Path(run) / "study.json").read_text())["id"] for run, _ in case}
+        found = {
+            Path(run).name: json.loads((Path(run) / "study.json").read_text())["id"]
+            for run, _ in case
+        }
         assert identities(case[0][1]) == found and len(set(found.values())) == 2
 
 
@@ -70,13 +89,24 @@ def test_workers_that_open_a_fresh_postgresql_database_at_once(tmp_path, port, r
 
 
 def worker(run_dir, storage, num_trials, die_at=-1, env=None):
-    args = [json.dumps({"num_trials": num_trials, "storage": storage}), str(run_dir), str(die_at), "{}"]
+    args = [
+        json.dumps({"num_trials": num_trials, "storage": storage}),
+        str(run_dir),
+        str(die_at),
+        "{}",
+    ]
     script = str(HERE / "fake_search.py")
-    return subprocess.Popen([sys.executable, script, *args], cwd=ROOT, stderr=subprocess.PIPE, env=env)
+    return subprocess.Popen(
+        [sys.executable, script, *args], cwd=ROOT, stderr=subprocess.PIPE, env=env
+    )
 
 
 def files_with(folder, texts):
-    found = [p for p in folder.rglob("*") if p.is_file() and any(t.encode() in p.read_bytes() for t in texts)]
+    found = [
+        p
+        for p in folder.rglob("*")
+        if p.is_file() and any(t.encode() in p.read_bytes() for t in texts)
+    ]
     return found + [p for p in folder.rglob("*") if any(t in p.name for t in texts)]
 
 
@@ -97,7 +127,9 @@ def test_two_workers_on_an_empty_database_one_killed_and_resumed(tmp_path, port,
     assert not any(w in "".join(ends) for w in (postgresql.PASSWORD, postgresql.IN_URL))
     for trial in study.optuna.get_trials():
         assert postgresql.PASSWORD not in str(trial)
-    assert identities(url) == {"fake": json.loads((tmp_path / "run" / "study.json").read_text())["id"]}
+    assert identities(url) == {
+        "fake": json.loads((tmp_path / "run" / "study.json").read_text())["id"]
+    }
 
 
 def test_a_password_of_the_former_release_is_taken_out_of_study_json(tmp_path, port):
@@ -114,7 +146,10 @@ def test_a_password_of_the_former_release_is_taken_out_of_study_json(tmp_path, p
 def test_a_password_in_the_query(tmp_path, port):
     postgresql.new_database(port, "query")
     Study(
-        make_config(storage=f"postgresql:///query?host=127.0.0.1&port={port}&user=owner&password={postgresql.IN_URL}"), tmp_path
+        make_config(
+            storage=f"postgresql:///query?host=127.0.0.1&port={port}&user=owner&password={postgresql.IN_URL}"
+        ),
+        tmp_path,
     )
     assert not files_with(tmp_path, [postgresql.IN_URL, postgresql.PASSWORD])
 
@@ -133,7 +168,9 @@ def test_a_server_that_refuses_is_one_line_at_once(tmp_path, port, change, reaso
     with pytest.raises(StudyError, match=reason) as caught:
         Study(make_config(storage=url), tmp_path)
     assert "\n" not in str(caught.value) and "wr0ng" not in str(caught.value)
-    assert postgresql.IN_URL not in str(caught.value) and postgresql.PASSWORD not in str(caught.value)
+    assert postgresql.IN_URL not in str(caught.value) and postgresql.PASSWORD not in str(
+        caught.value
+    )
     assert time.monotonic() - begun < 30
 
 
@@ -143,7 +180,9 @@ def test_a_password_that_is_missing_later_is_asked_for(tmp_path, port, monkeypat
     url = postgresql.new_database(port, "later")
     Study(make_config(storage=url), tmp_path)
     for use in (Study.open, lambda path: Study(make_config(), path)):
-        with pytest.raises(StudyError, match="keeps no password: give --storage again with it, or set PGPASSWORD"):
+        with pytest.raises(
+            StudyError, match="keeps no password: give --storage again with it, or set PGPASSWORD"
+        ):
             use(tmp_path)
     assert Study.open(tmp_path, storage=url).records() == []
 

@@ -1,4 +1,5 @@
-"""The study: resumes after any kill, never loses or repeats a trial, refuses what is not comparable."""
+"""The study: resumes after any kill, never loses or repeats a trial, refuses what is not
+comparable."""
 
 import json
 import sqlite3
@@ -101,7 +102,10 @@ def test_interrupt_leaves_no_open_trial(tmp_path):
 
     with pytest.raises(KeyboardInterrupt):
         study.run(bench, interrupt)
-    assert all(t.state.is_finished() or t.state == optuna.trial.TrialState.WAITING for t in study.optuna.get_trials())
+    assert all(
+        t.state.is_finished() or t.state == optuna.trial.TrialState.WAITING
+        for t in study.optuna.get_trials()
+    )
     resumed, _ = run(make_config(), tmp_path)
     assert len(resumed.records()) == 8
     # the trial on record when the interrupt came keeps its figures for the proposer
@@ -136,13 +140,16 @@ def test_two_workers_share_a_study(tmp_path):
         assert worker.returncode == 0, err.decode()
     records = Study.open(tmp_path).records()
     schedules = [r.schedule.merged() for r in records]
-    assert 10 <= len(records) <= 11 and len(set(schedules)) == len(schedules)  # nothing is paid for twice
+    # nothing is paid for twice
+    assert 10 <= len(records) <= 11 and len(set(schedules)) == len(schedules)
     assert {r.origin for r in records} == {"full", "6 6 3 3", "tpe"}
 
 
 def test_a_schedule_in_another_workers_hands_is_left_to_it(tmp_path):
-    study, bench = Study(make_config(num_trials=3), tmp_path), FakeBench()
-    here, other = Runner(study, bench), Runner(Study(study.config, tmp_path), bench)
+    study = Study(make_config(num_trials=3), tmp_path)
+    bench = FakeBench()
+    here = Runner(study, bench)
+    other = Runner(Study(study.config, tmp_path), bench)
     with other.claim(ExitSchedule.full(6)) as mine, here.claim(ExitSchedule.full(6)) as ours:
         assert mine and not ours
         assert here._one_trial() == "taken"  # the first warm start
@@ -165,7 +172,8 @@ def test_an_exhausted_space_ends_the_search(tmp_path):
     with pytest.raises(StudyError, match="as good as exhausted"):
         study.run(FakeBench())
     assert len(study.records()) == 6  # every depth, once
-    timed, _ = run(make_config(num_intervals=1, warm_start=[], budget="1h"), tmp_path / "timed")  # with time to spare
+    # with time to spare
+    timed, _ = run(make_config(num_intervals=1, warm_start=[], budget="1h"), tmp_path / "timed")
     assert len(timed.records()) == 6
 
 
@@ -198,7 +206,12 @@ def test_weights_that_changed_behind_the_same_path_are_refused(tmp_path):
 
 def test_every_field_that_may_change_exists():
     fields = StudyConfig.model_json_schema()["$defs"]
-    names = {"search": "SearchConfig", "train": "TrainConfig", "sampling": "SamplingConfig", "data": "DataConfig"}
+    names = {
+        "search": "SearchConfig",
+        "train": "TrainConfig",
+        "sampling": "SamplingConfig",
+        "data": "DataConfig",
+    }
     for name in MAY_CHANGE:
         section, _, field = name.partition(".")
         if section in names:
@@ -208,11 +221,18 @@ def test_every_field_that_may_change_exists():
 def test_weights_off_the_front_are_deleted_and_the_full_networks_kept(tmp_path):
     study, _ = run(make_config(num_trials=8), tmp_path)
     results = study.results()
-    kept = {r.number for r in results.records if (study.trial_dir(r.schedule) / "weights.safetensors").exists()}
+    kept = {
+        r.number
+        for r in results.records
+        if (study.trial_dir(r.schedule) / "weights.safetensors").exists()
+    }
     assert kept == {r.number for r in results.front()} | {results.full.number}
     assert len(kept) < 8
     everything, _ = run(make_config(num_trials=5, keep_weights="all"), tmp_path / "all")
-    assert all((everything.trial_dir(r.schedule) / "weights.safetensors").exists() for r in everything.records())
+    assert all(
+        (everything.trial_dir(r.schedule) / "weights.safetensors").exists()
+        for r in everything.records()
+    )
 
 
 def test_records_round_trip_and_are_stored_in_the_trials(tmp_path):
@@ -286,7 +306,10 @@ def test_warm_starts_outside_the_space_are_refused_before_anything_runs():
 
 def test_published_schedules_are_rescaled_to_the_network():
     starts = warm_starts(make_config(num_intervals=10, warm_start=["full", "D3-DiT"]), FakeBench())
-    assert list(starts) == ["full", "D3-DiT"] and starts["D3-DiT"] == (ExitSchedule.published("D3-DiT", 6), "")
+    assert list(starts) == ["full", "D3-DiT"] and starts["D3-DiT"] == (
+        ExitSchedule.published("D3-DiT", 6),
+        "",
+    )
 
 
 def test_non_dominated_against_brute_force():
@@ -294,7 +317,8 @@ def test_non_dominated_against_brute_force():
     assert non_dominated(points) == [0, 1, 4, 6]
 
 
-@pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning")  # two threads share one list of filters
+# two threads share one list of filters
+@pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning")
 def test_reading_while_another_thread_searches(tmp_path):
     study = Study(make_config(num_trials=6), tmp_path)
     thread = threading.Thread(target=study.run, args=(FakeBench(),))
@@ -315,12 +339,16 @@ def ready(run_dir):
     error = [[float((DEPTH - d) ** 2) / (1 + i) for d in range(1, DEPTH + 1)] for i in range(4)]
     table = tuple(map(tuple, error))
     spread = tuple(tuple(0.1 * e for e in row) for row in error)
-    found = DifficultyMap(1000, (0, 250, 500, 750, 1000), table, spread, table, spread, 16, "fake", "0", "w", "w")
+    found = DifficultyMap(
+        1000, (0, 250, 500, 750, 1000), table, spread, table, spread, 16, "fake", "0", "w", "w"
+    )
     write_json(run_dir / "map.json", found.to_dict())
     return run_dir
 
 
-LADDER = {"promotion": {"num_samples": 20, "repeats": 2, "always": 2, "threshold": 0.5, "explore": 0}}
+LADDER = {
+    "promotion": {"num_samples": 20, "repeats": 2, "always": 2, "threshold": 0.5, "explore": 0}
+}
 
 
 def test_difficulty_proposer_resumes_and_repeats_like_any_other(tmp_path):
@@ -334,30 +362,45 @@ def test_difficulty_proposer_resumes_and_repeats_like_any_other(tmp_path):
 
 
 class Surprising(FakeBench):
-    """Cheap figures that contradict the difficulty map: schedules of odd depth near data have three times their figure."""
+    """Cheap figures that contradict the difficulty map: schedules of odd depth near data have three
+    times their figure."""
 
     def try_cheaply(self, schedule, sampler=""):
         quality, seconds, gflops = super().try_cheaply(schedule, sampler)
         odd = schedule.exit_depths[0] % 2
-        return replace(quality, values=tuple((3 if odd else 1) * v for v in quality.values)), seconds, gflops
+        return (
+            replace(quality, values=tuple((3 if odd else 1) * v for v in quality.values)),
+            seconds,
+            gflops,
+        )
 
 
 @pytest.mark.parametrize("proposer", ["difficulty", "tpe"])
 def test_only_promising_schedules_are_fine_tuned(tmp_path, proposer):
-    config = make_config({"promotion": {**LADDER["promotion"], "threshold": 0.8}}, proposer=proposer, num_trials=12)
-    study, bench = Study(config, ready(tmp_path)), Surprising(config=config)
+    config = make_config(
+        {"promotion": {**LADDER["promotion"], "threshold": 0.8}}, proposer=proposer, num_trials=12
+    )
+    study = Study(config, ready(tmp_path))
+    bench = Surprising(config=config)
     study.run(bench)
     records = study.records()
     stopped = [r for r in records if r.state == "stopped"]
     assert len(records) == 12 and stopped and len(bench.tried) == 12 - len(stopped)
-    assert len({(s.merged()) for s in bench.cheaply}) == len(bench.cheaply)  # no cheap figure is paid for twice
+    # no cheap figure is paid for twice
+    assert len({(s.merged()) for s in bench.cheaply}) == len(bench.cheaply)
     for r in records:
-        assert r.cheap is not None and r.cheap.quality.protocol == CHEAP and r.seconds["cheap"] == 0.5
+        assert (
+            r.cheap is not None and r.cheap.quality.protocol == CHEAP and r.seconds["cheap"] == 0.5
+        )
     for r in stopped:
         assert r.quality is None and r.cheap.probability < 0.8 and "threshold 0.8" in r.cheap.reason
         assert r.time_frac == pytest.approx(r.schedule.block_frac(bench.samplers["ddim-50"]))
     returned = [r for r in records if r.state == "complete" and "again" in r.cheap.reason]
-    judged = [r for r in records if r.state == "complete" and r.cheap.probability is not None and r not in returned]
+    judged = [
+        r
+        for r in records
+        if r.state == "complete" and r.cheap.probability is not None and r not in returned
+    ]
     assert judged and min(r.cheap.probability for r in judged) >= 0.8
     assert bool(returned) == (proposer == "difficulty")  # which alone returns to what it stopped
     warm = [r for r in records if r.origin != proposer]
@@ -370,30 +413,54 @@ def test_only_promising_schedules_are_fine_tuned(tmp_path, proposer):
 
 
 def test_the_proposer_looks_around_before_anything_is_fine_tuned(tmp_path):
-    config = make_config({"promotion": {**LADDER["promotion"], "explore": 5}}, proposer="difficulty", num_trials=14)
+    config = make_config(
+        {"promotion": {**LADDER["promotion"], "explore": 5}}, proposer="difficulty", num_trials=14
+    )
     study, bench = run(config, ready(tmp_path))
-    first = [TrialRecord.from_dict(json.loads(t.user_attrs[RECORD])) for t in study.optuna.get_trials()][:7]
-    assert [r.state for r in first] == ["complete"] * 2 + ["stopped"] * 5  # warm starts, then the look around
+    first = [
+        TrialRecord.from_dict(json.loads(t.user_attrs[RECORD])) for t in study.optuna.get_trials()
+    ][:7]
+    # warm starts, then the look around
+    assert [r.state for r in first] == ["complete"] * 2 + ["stopped"] * 5
     assert {r.cheap.reason for r in first[2:]} == {"a first look around"}
     assert len(study.records()) == 14
-    assert sum(r.state == "complete" and r.origin == "difficulty" for r in study.records()) >= LADDER["promotion"]["always"]
+    assert (
+        sum(r.state == "complete" and r.origin == "difficulty" for r in study.records())
+        >= LADDER["promotion"]["always"]
+    )
     assert len(set(bench.cheaply)) == len(bench.cheaply)
 
 
 def test_no_more_than_half_of_the_trials_look_around():
-    assert num_explored(make_config({"promotion": {"explore": 9}}, proposer="difficulty", num_trials=10)) == 5
-    assert num_explored(make_config({"promotion": {"explore": 9}}, proposer="difficulty", num_trials=40)) == 9
-    assert num_explored(make_config({"promotion": {"explore": 9}}, proposer="tpe", num_trials=40)) == 0
+    assert (
+        num_explored(
+            make_config({"promotion": {"explore": 9}}, proposer="difficulty", num_trials=10)
+        )
+        == 5
+    )
+    assert (
+        num_explored(
+            make_config({"promotion": {"explore": 9}}, proposer="difficulty", num_trials=40)
+        )
+        == 9
+    )
+    assert (
+        num_explored(make_config({"promotion": {"explore": 9}}, proposer="tpe", num_trials=40)) == 0
+    )
 
 
 def proposed_again(proposer, run_dir, **promotion):
-    """A study whose first stopped schedule is proposed again, under other settings of the promotion."""
+    """A study whose first stopped schedule is proposed again, under other settings of the
+    promotion."""
     config = make_config(LADDER, proposer=proposer, num_trials=12)
     study, bench = run(config, ready(run_dir))
     stopped = next(r for r in study.records() if r.state == "stopped")
     study.optuna.enqueue_trial(make_space(config, bench).encode(stopped.schedule))
     larger, bench = run(
-        make_config({"promotion": {**LADDER["promotion"], **promotion}}, proposer=proposer, num_trials=13), run_dir
+        make_config(
+            {"promotion": {**LADDER["promotion"], **promotion}}, proposer=proposer, num_trials=13
+        ),
+        run_dir,
     )
     (again,) = (r for r in larger.records() if r.schedule.merged() == stopped.schedule.merged())
     return stopped, again, larger, bench
@@ -405,28 +472,46 @@ def test_what_is_proposed_again_by_chance_is_stopped_again_and_costs_nothing(tmp
     assert again == stopped and again.cheap.probability < 0.1
     assert stopped.schedule not in bench.tried and stopped.schedule not in bench.cheaply
     assert len(study.records()) == 13 and len(bench.cheaply) == 1  # another schedule took the place
-    repeat = next(t for t in study.optuna.get_trials() if t.user_attrs.get(REPEAT) == stopped.number)
+    repeat = next(
+        t for t in study.optuna.get_trials() if t.user_attrs.get(REPEAT) == stopped.number
+    )
     assert repeat.state == optuna.trial.TrialState.PRUNED and RECORD not in repeat.user_attrs
 
 
 def test_what_is_proposed_again_goes_up_where_it_is_judged_better_now(tmp_path):
     stopped, again, _, bench = proposed_again("random", tmp_path, threshold=0.0)
-    assert again.state == "complete" and again.number > stopped.number and stopped.schedule in bench.tried
+    assert (
+        again.state == "complete"
+        and again.number > stopped.number
+        and stopped.schedule in bench.tried
+    )
     assert again.cheap.reason.startswith("proposed again: on the front with probability")
     assert again.cheap.quality == stopped.cheap.quality and stopped.schedule not in bench.cheaply
-    assert again.seconds["cheap"] == 0.5 and again.gflops["cheap"] == 1.0  # what it cost then is still on record
+    # what it cost then is still on record
+    assert again.seconds["cheap"] == 0.5 and again.gflops["cheap"] == 1.0
     assert again.quality.values == figures(stopped.schedule)
 
 
 def test_the_difficulty_proposers_own_return_is_the_judgement(tmp_path):
-    config = make_config({"promotion": {**LADDER["promotion"], "threshold": 1.0}}, proposer="difficulty", num_trials=9)
-    study, bench = Study(config, ready(tmp_path)), Surprising(config=config)
+    config = make_config(
+        {"promotion": {**LADDER["promotion"], "threshold": 1.0}},
+        proposer="difficulty",
+        num_trials=9,
+    )
+    study = Study(config, ready(tmp_path))
+    bench = Surprising(config=config)
     study.run(bench)
     first = [
-        TrialRecord.from_dict(json.loads(t.user_attrs[RECORD])) for t in study.optuna.get_trials() if RECORD in t.user_attrs
+        TrialRecord.from_dict(json.loads(t.user_attrs[RECORD]))
+        for t in study.optuna.get_trials()
+        if RECORD in t.user_attrs
     ]
     stopped = {r.schedule.merged(): r for r in first if r.state == "stopped"}
-    returned = [r for r in study.records() if r.cheap.reason == "proposed again in the light of later trials"]
+    returned = [
+        r
+        for r in study.records()
+        if r.cheap.reason == "proposed again in the light of later trials"
+    ]
     assert returned and len(set(bench.cheaply)) == len(bench.cheaply)
     for r in returned:
         before = stopped[r.schedule.merged()]
@@ -439,14 +524,16 @@ def test_a_space_of_stopped_schedules_ends_the_search(tmp_path, monkeypatch):
     monkeypatch.setattr("asesearch.search.runner.MAX_REFUSED_IN_A_ROW", 15)
     sections = {"promotion": {**LADDER["promotion"], "always": 0, "threshold": 1.0}}
     config = make_config(sections, proposer="random", num_intervals=1, warm_start=[], num_trials=50)
-    study, bench = Study(config, ready(tmp_path)), FakeBench(config=config)
+    study = Study(config, ready(tmp_path))
+    bench = FakeBench(config=config)
     with pytest.raises(StudyError, match="as good as exhausted"):
         study.run(bench)
     assert 4 <= len(study.records()) == len(bench.cheaply) <= 6 and len(bench.tried) < 6
 
 
 def test_the_rest_of_a_trials_time_is_kept_when_it_comes_again(tmp_path):
-    """What was spent beside the parts: of the stopped trial and of the one in its place, together."""
+    """What was spent beside the parts: of the stopped trial and of the one in its place,
+    together."""
 
     class Slow(FakeBench):
         def try_cheaply(self, schedule, sampler=""):
@@ -455,7 +542,9 @@ def test_the_rest_of_a_trials_time_is_kept_when_it_comes_again(tmp_path):
 
         def try_schedule(self, schedule, folder, sampler=""):
             time.sleep(0.05)
-            return replace(super().try_schedule(schedule, folder, sampler), seconds={"finetune": 0.01})
+            return replace(
+                super().try_schedule(schedule, folder, sampler), seconds={"finetune": 0.01}
+            )
 
     def search(num_trials, **promotion):
         ladder = {"promotion": {**LADDER["promotion"], **promotion}}
@@ -475,22 +564,34 @@ def test_the_rest_of_a_trials_time_is_kept_when_it_comes_again(tmp_path):
 
 @pytest.mark.parametrize(("second", "counted"), [(7.25, 0.0), (8.5, 8.5)])
 def test_a_fine_tuning_is_counted_once_and_a_second_one_again(tmp_path, second, counted):
-    """Another sampler's trial of a schedule finds its weights, or they were deleted and are made again."""
+    """Another sampler's trial of a schedule finds its weights, or they were deleted and are made
+    again."""
 
     class Timed(FakeBench):
         def try_schedule(self, schedule, folder, sampler=""):
             took = second if sampler else 7.25
-            parts = {"seconds": {"finetune": took, "sample": 1.5}, "gflops": {"finetune": 4.0, "sample": 1.0}}
-            return replace(super().try_schedule(schedule, folder, sampler), losses=[3.0, 2.0], **parts)
+            parts = {
+                "seconds": {"finetune": took, "sample": 1.5},
+                "gflops": {"finetune": 4.0, "sample": 1.0},
+            }
+            return replace(
+                super().try_schedule(schedule, folder, sampler), losses=[3.0, 2.0], **parts
+            )
 
     config = make_config(samplers=["ddim-25"], warm_start=[], num_trials=2)
     study = Study(config, tmp_path)
     study.run(Timed(config=config))
     own, other = study.records()
     assert (own.sampler, other.sampler) == ("", "ddim-25") and own.schedule == other.schedule
-    assert own.seconds["finetune"] == 7.25 and own.losses == (3.0, 2.0) and own.gflops["finetune"] == 4.0
+    assert (
+        own.seconds["finetune"] == 7.25
+        and own.losses == (3.0, 2.0)
+        and own.gflops["finetune"] == 4.0
+    )
     assert other.seconds["finetune"] == counted and other.seconds["sample"] == 1.5
-    assert other.gflops.get("finetune", 0.0) == (4.0 if counted else 0.0) and bool(other.losses) == bool(counted)
+    assert other.gflops.get("finetune", 0.0) == (4.0 if counted else 0.0) and bool(
+        other.losses
+    ) == bool(counted)
 
 
 def test_kill_9_on_the_ladder(tmp_path):
@@ -510,11 +611,17 @@ def test_ways_of_sampling_compete_with_schedules(tmp_path, proposer):
     records = study.records()
     assert [r.origin for r in records[:3]] == ["full", "6 6 3 3", "full ddim-25"]
     half = records[2]
-    assert half.sampler == "ddim-25" and half.time_frac == pytest.approx(0.5) and half.quality.value == pytest.approx(6.25)
+    assert (
+        half.sampler == "ddim-25"
+        and half.time_frac == pytest.approx(0.5)
+        and half.quality.value == pytest.approx(6.25)
+    )
     assert {r.sampler for r in records} == {"", "ddim-25"}
     points = [(r.schedule.merged(), r.sampler) for r in records]
     assert len(set(points)) == len(points)
     assert study.results().full.number == 0
     before = trials_of(study)
-    resumed, bench = run(make_config(proposer=proposer, num_trials=13, samplers=["ddim-25"]), tmp_path)
+    resumed, bench = run(
+        make_config(proposer=proposer, num_trials=13, samplers=["ddim-25"]), tmp_path
+    )
     assert len(bench.tried) == 1 and trials_of(resumed)[:12] == before

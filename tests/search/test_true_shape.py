@@ -1,4 +1,5 @@
-"""Searches in the shape of the real ones: 28 blocks, 1,000 classes, latents, 2,048 features; all else is small.
+"""Searches in the shape of the real ones: 28 blocks, 1,000 classes, latents, 2,048 features; all
+else is small.
 
 `python -m tests.search.test_true_shape STUDY_JSON RUN_DIR` is one worker of such a search.
 """
@@ -78,21 +79,34 @@ def test_the_readmes_study_has_a_score_in_every_protocol():
 
 
 def one_thousand_classes(place):
-    """Pictures of three of 1,000 classes, their latents, the VAE, and a DiT of 28 blocks; many pictures more as reference."""
+    """Pictures of three of 1,000 classes, their latents, the VAE, and a DiT of 28 blocks; many
+    pictures more as reference."""
     rng = np.random.default_rng(0)
     for i in range(24):
         path = place / "train" / f"class-{i % 3}" / f"{i:02}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(rng.integers(0, 256, (PIXELS, PIXELS, 3), np.uint8)).save(path)
-    (place / "train" / "classes.json").write_text(json.dumps({"class-0": 5, "class-1": 207, "class-2": 999}))
+    (place / "train" / "classes.json").write_text(
+        json.dumps({"class-0": 5, "class-1": 207, "class-2": 999})
+    )
     (place / "many").mkdir()
     for i in range(2100):
-        pixels = np.clip(rng.normal(128 + 40 * rng.normal(), 60, (PIXELS, PIXELS, 3)), 0, 255).astype(np.uint8)
+        pixels = np.clip(
+            rng.normal(128 + 40 * rng.normal(), 60, (PIXELS, PIXELS, 3)), 0, 255
+        ).astype(np.uint8)
         Image.fromarray(pixels).save(place / "many" / f"{i:04}.png")
     make_vae(place / "vae", scaling_factor=0.25)
     options = ("--vae", place / "vae", "--image-size", PIXELS, "--out", place / "latents")
     call("latents", place / "train", *options)
-    net = DiT(input_size=8, patch_size=4, in_channels=4, hidden_size=16, depth=28, num_heads=2, num_classes=1000)
+    net = DiT(
+        input_size=8,
+        patch_size=4,
+        in_channels=4,
+        hidden_size=16,
+        depth=28,
+        num_heads=2,
+        num_classes=1000,
+    )
     generator = torch.Generator().manual_seed(0)
     for p in net.parameters():
         p.data = torch.randn(p.shape, generator=generator) * 0.05
@@ -133,18 +147,39 @@ def test_every_trial_of_a_large_network_gets_a_score(place, tmp_path):
         "evaluation": {"num_samples": 2049},
         "search": {"proposer": "difficulty", "num_trials": 6, "warm_start": ["full", "D3-DiT"]},
         "promotion": {},
-        "confirm": {"max_points": 2, "num_samples": 2049, "repeats": 1, "time_images": 2, "time_repeats": 1},
+        "confirm": {
+            "max_points": 2,
+            "num_samples": 2049,
+            "repeats": 1,
+            "time_images": 2,
+            "time_repeats": 1,
+        },
     }
     (tmp_path / "study.json").write_text(json.dumps(located(data, place, "wide-2048")))
-    command = [sys.executable, "-m", "tests.search.test_true_shape", tmp_path / "study.json", tmp_path / "run"]
-    workers = [subprocess.Popen(command, cwd=README.parent, stderr=subprocess.PIPE, text=True) for _ in range(WORKERS)]
+    command = [
+        sys.executable,
+        "-m",
+        "tests.search.test_true_shape",
+        tmp_path / "study.json",
+        tmp_path / "run",
+    ]
+    workers = [
+        subprocess.Popen(command, cwd=README.parent, stderr=subprocess.PIPE, text=True)
+        for _ in range(WORKERS)
+    ]
     errors = [worker.communicate()[1] for worker in workers]
     assert [worker.returncode for worker in workers] == [0] * WORKERS, errors
     results = Study.open(tmp_path / "run").results()
-    assert len(results.records) >= 6 and [r.failure for r in results.records] == [None] * len(results.records)
+    assert len(results.records) >= 6 and [r.failure for r in results.records] == [None] * len(
+        results.records
+    )
     scores = [r.cheap.quality for r in results.records]
-    assert {q.protocol.metric for q in scores} == {"frechet-pca-50"} and {len(q.values) for q in scores} == {2}
-    assert {q.protocol.metric_name for q in scores} == {"Fréchet distance in 50 principal components (wide-2048)"}
+    assert {q.protocol.metric for q in scores} == {"frechet-pca-50"} and {
+        len(q.values) for q in scores
+    } == {2}
+    assert {q.protocol.metric_name for q in scores} == {
+        "Fréchet distance in 50 principal components (wide-2048)"
+    }
     assert len(results.complete) >= 2 and all(r.quality.value > 0 for r in results.complete)
     assert results.full is not None and results.confirmations[0].number == results.full.number
 
@@ -153,9 +188,15 @@ def test_the_readmes_study_passes_the_preflight(place):
     """As it is, but for paths and extractor."""
     bench = Workbench(parse_study(located(readme_study(), place, "wide-2048"), "README"))
     checked = "\n".join(preflight(bench).checked)
-    assert "low-fidelity protocol: Fréchet distance in 125 principal components (wide-2048), 2 x 500 images" in checked
+    assert (
+        "low-fidelity protocol: Fréchet distance in 125 principal components (wide-2048), 2 x 500 "
+        "images" in checked
+    )
     assert "search protocol: Fréchet distance (wide-2048), 3 x 5000 images" in checked
-    assert "warm starts: full, D2-DiT, D3-DiT, D7-DiT, full unipc-quadratic-10, full unipc-quadratic-7" in checked
+    assert (
+        "warm starts: full, D2-DiT, D3-DiT, D7-DiT, full unipc-quadratic-10, full unipc-quadratic-7"
+        in checked
+    )
 
 
 @pytest.mark.slow
@@ -169,7 +210,13 @@ def test_the_readmes_study_runs_in_miniature(place, tmp_path):
     data["sampling"]["num_steps"] = 3
     data["evaluation"] |= {"num_samples": 513, "repeats": 2}
     data["search"] |= {"num_trials": 8, "samplers": ["unipc-quadratic-2", "ddim-2"]}
-    data["confirm"] = {"max_points": 2, "num_samples": 513, "repeats": 2, "time_images": 2, "time_repeats": 1}
+    data["confirm"] = {
+        "max_points": 2,
+        "num_samples": 513,
+        "repeats": 2,
+        "time_images": 2,
+        "time_repeats": 1,
+    }
     results = search(parse_study(data, "README"), tmp_path / "run")
     assert len(results.records) == 8 and [r.failure for r in results.records] == [None] * 8
     assert {r.cheap.quality.protocol.metric for r in results.records} == {"frechet-pca-125"}

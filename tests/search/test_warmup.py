@@ -1,4 +1,5 @@
-"""The warm-up: made once, shared by all workers, gone on with where it was killed; and what trials make of it."""
+"""The warm-up: made once, shared by all workers, gone on with where it was killed; and what trials
+make of it."""
 
 import json
 import subprocess
@@ -24,7 +25,15 @@ from asesearch.search.study import Study
 from asesearch.search.warmup import warm_up
 from asesearch.search.workbench import Workbench
 
-SHAPE = {"input_size": 28, "patch_size": 14, "in_channels": 1, "hidden_size": 16, "depth": 3, "num_heads": 2, "num_classes": 10}
+SHAPE = {
+    "input_size": 28,
+    "patch_size": 14,
+    "in_channels": 1,
+    "hidden_size": 16,
+    "depth": 3,
+    "num_heads": 2,
+    "num_classes": 10,
+}
 
 
 @pytest.fixture(scope="module")
@@ -46,19 +55,37 @@ def study(network, tmp_path):
             "backbone": {"kind": "dit", "checkpoint": str(tmp_path / "net.safetensors")},
             "data": {"kind": "fashion-mnist", "split": "test"},
             "train": {"num_steps": 3, "batch_size": 8},
-            "elastic": {"num_steps": 4, "batch_size": 8, "checkpoint_every": 2, "distill_frac": 1.0},
+            "elastic": {
+                "num_steps": 4,
+                "batch_size": 8,
+                "checkpoint_every": 2,
+                "distill_frac": 1.0,
+            },
             "map": {"num_bins": 4, "num_images": 4},
             "sampling": {"solver": "ddim", "num_steps": 4, "batch_size": 40},
             "evaluation": {
-                "extractor": "fashion-cnn", "num_samples": 70, "repeats": 2,
+                "extractor": "fashion-cnn",
+                "num_samples": 70,
+                "repeats": 2,
                 "reference": {"kind": "fashion-mnist", "split": "train"},
             },
-            "search": {"proposer": "difficulty", "num_intervals": 4, "num_trials": 4, "samplers": ["dpm++2m-2"]},
+            "search": {
+                "proposer": "difficulty",
+                "num_intervals": 4,
+                "num_trials": 4,
+                "samplers": ["dpm++2m-2"],
+            },
             "promotion": {"num_samples": 66, "repeats": 1, "always": 1},
-            "confirm": {"num_samples": 70, "repeats": 2, "time_images": 4, "time_repeats": 1, "max_points": 2},
+            "confirm": {
+                "num_samples": 70,
+                "repeats": 2,
+                "time_images": 4,
+                "time_repeats": 1,
+                "max_points": 2,
+            },
         },
         "test",
-    )  # fmt: skip
+    )
 
 
 def weights(net):
@@ -71,7 +98,11 @@ class Killed(BaseException):
 
 def test_made_once_and_the_same_after_a_kill(study, tmp_path):
     straight = warm_up(Workbench(study, tmp_path / "a"), tmp_path / "a")
-    assert straight.seconds["elastic"] > 0 and straight.seconds["map"] > 0 and len(straight.losses) == 4
+    assert (
+        straight.seconds["elastic"] > 0
+        and straight.seconds["map"] > 0
+        and len(straight.losses) == 4
+    )
     assert straight.gflops["elastic"] > 0 and straight.gflops["map"] > 0
     calls = []
 
@@ -83,13 +114,18 @@ def test_made_once_and_the_same_after_a_kill(study, tmp_path):
     with pytest.raises(Killed):
         warm_up(Workbench(study, tmp_path / "b"), tmp_path / "b", die)
     assert not (tmp_path / "b" / WEIGHTS).exists()
-    resumed = warm_up(Workbench(study, tmp_path / "b"), tmp_path / "b", lambda step, loss: calls.append(step))
+    resumed = warm_up(
+        Workbench(study, tmp_path / "b"), tmp_path / "b", lambda step, loss: calls.append(step)
+    )
     assert calls == [2, 4, 4]  # the first two steps were not made again
     assert torch.equal(weights(resumed.start), weights(straight.start))
     assert resumed.difficulty_map == straight.difficulty_map
     bench = Workbench(study, tmp_path / "b")
     again = warm_up(bench, tmp_path / "b", lambda *_: pytest.fail("made a second time"))
-    assert torch.equal(weights(bench.start), weights(straight.start)) and again.seconds == resumed.seconds
+    assert (
+        torch.equal(weights(bench.start), weights(straight.start))
+        and again.seconds == resumed.seconds
+    )
     assert not torch.equal(weights(bench.start), weights(bench.backbone))
 
 
@@ -120,12 +156,17 @@ def test_nothing_is_made_where_nothing_needs_it(study, tmp_path):
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"\x80\x81", b"null"])
-def test_a_damaged_map_is_measured_again_and_damaged_costs_are_forgotten(study, tmp_path, caplog, content):
+def test_a_damaged_map_is_measured_again_and_damaged_costs_are_forgotten(
+    study, tmp_path, caplog, content
+):
     made = warm_up(Workbench(study, tmp_path / "run"), tmp_path / "run")
     (tmp_path / "run" / MAP).write_bytes(content)
     again = warm_up(Workbench(study, tmp_path / "run"), tmp_path / "run")
     assert again.difficulty_map == made.difficulty_map and f"{MAP} is damaged" in caplog.text
-    assert DifficultyMap.from_dict(json.loads((tmp_path / "run" / MAP).read_text())) == made.difficulty_map
+    assert (
+        DifficultyMap.from_dict(json.loads((tmp_path / "run" / MAP).read_text()))
+        == made.difficulty_map
+    )
     (tmp_path / "run" / COST).write_bytes(content)
     assert warm_up(Workbench(study, tmp_path / "run"), tmp_path / "run").seconds == {}
     assert f"{COST} is damaged" in caplog.text
@@ -157,17 +198,23 @@ def test_costs_are_over_the_full_network_under_the_studys_own_sampler(study, tmp
     assert bench.cost_fracs(bench.full, "dpm++2m-2") == (0.5, 0.5, 0.5)
     time, flops, blocks = bench.cost_fracs(ExitSchedule.from_string("1", 3), "dpm++2m-2")
     assert time == 0.25 and blocks == pytest.approx(1 / 6) and blocks < flops < 0.5
-    # arithmetic: samples times calls times FLOPs, three calls a training sample and one of the teacher
+    # arithmetic: samples times calls times FLOPs, three calls a training sample and one of the
+    # teacher
     images = study.evaluation.num_samples * study.evaluation.repeats
-    assert bench.sampling_gflops(bench.full, "", bench.protocol) == pytest.approx(4 * images * bench.flops[-1] / 1e9)
+    assert bench.sampling_gflops(bench.full, "", bench.protocol) == pytest.approx(
+        4 * images * bench.flops[-1] / 1e9
+    )
     spent = bench.training_gflops(bench.full, study.train.model_copy(update={"distill_frac": 1.0}))
     assert spent == pytest.approx(3 * 8 * 4 * bench.flops[-1] / 1e9)
 
 
 @pytest.mark.parametrize("cfg_scale", [1.0, 2.5])
 def test_latency_is_of_calls_as_large_as_the_samplers(study, tmp_path, cfg_scale):
-    """Guidance doubles the batch of a sampler's calls; a table of half of it would tell another time."""
-    changed = study.model_copy(update={"sampling": study.sampling.model_copy(update={"cfg_scale": cfg_scale})})
+    """Guidance doubles the batch of a sampler's calls; a table of half of it would tell another
+    time."""
+    changed = study.model_copy(
+        update={"sampling": study.sampling.model_copy(update={"cfg_scale": cfg_scale})}
+    )
     bench = Workbench(changed, tmp_path / "run")
     sizes = []
     bench.backbone.register_forward_pre_hook(lambda _, args: sizes.append(len(args[0])))
@@ -192,20 +239,33 @@ def test_a_whole_search_on_the_ladder(study, tmp_path):
     from asesearch.search import search
 
     results = search(study, tmp_path / "run")
-    assert [r.origin for r in results.records[:2]] == ["full", "full dpm++2m-2"] and len(results.records) == 4
+    assert [r.origin for r in results.records[:2]] == ["full", "full dpm++2m-2"] and len(
+        results.records
+    ) == 4
     fast = results.records[1]
-    assert fast.seconds["finetune"] == 0 and "finetune" not in fast.gflops  # the full network's weights serve both samplers
+    # the full network's weights serve both samplers
+    assert fast.seconds["finetune"] == 0 and "finetune" not in fast.gflops
     assert fast.time_frac == pytest.approx(0.5) and fast.quality.value != results.full.quality.value
-    assert all(r.cheap is not None and r.cheap.quality.protocol.num_samples == 66 for r in results.records)
+    assert all(
+        r.cheap is not None and r.cheap.quality.protocol.num_samples == 66 for r in results.records
+    )
     assert results.difficulty_map is not None and results.warm_up["seconds"]["elastic"] > 0
-    assert {c.number for c in results.confirmations} >= {0} and all(c.seconds > 0 for c in results.confirmations)
+    assert {c.number for c in results.confirmations} >= {0} and all(
+        c.seconds > 0 for c in results.confirmations
+    )
     opened = Study.open(tmp_path / "run")
     folder = export(opened, fast, tmp_path / "bundle")
     bundle = load_bundle(folder)
     assert (bundle.sampling.solver, bundle.sampling.num_steps) == ("dpm++2m", 2)
     images = bundle.sample(range(4)).images
     shown = np.load(opened.trial_dir(fast.schedule) / "samples_dpm++2m-2.npz")["images"][:4]
-    assert np.abs(((images * 127.5 + 128).clamp(0, 255).to(torch.uint8).numpy()).astype(int) - shown.astype(int)).max() <= 1
+    assert (
+        np.abs(
+            ((images * 127.5 + 128).clamp(0, 255).to(torch.uint8).numpy()).astype(int)
+            - shown.astype(int)
+        ).max()
+        <= 1
+    )
     assert json.loads((folder / "bundle.json").read_text())["sampling"]["num_steps"] == 2
 
 
@@ -222,7 +282,8 @@ Study(config, sys.argv[2]).run(bench)
 
 
 def test_what_tuning_took_is_not_lost_with_a_kill_before_the_record(study, tmp_path):
-    """Killed after the weights were written: the trial that records them counts them, another sampler's does not again."""
+    """Killed after the weights were written: the trial that records them counts them, another
+    sampler's does not again."""
     sections = {"elastic": None, "promotion": None, "map": {}}
     search = {"proposer": "random", "num_trials": 2, "num_intervals": 4, "samplers": ["dpm++2m-2"]}
     config = parse_study({**study.model_dump(mode="json"), **sections, "search": search}, "test")
@@ -236,7 +297,11 @@ def test_what_tuning_took_is_not_lost_with_a_kill_before_the_record(study, tmp_p
     bench = Workbench(config)
     opened.run(bench)
     own, other = opened.records()
-    assert own.schedule.is_full and other.schedule.is_full and weights.read_bytes() == left  # not tuned a second time
-    assert own.seconds["finetune"] > 0.001 and len(own.losses) == 3 and np.isfinite(own.losses).all()
-    assert own.gflops["finetune"] == pytest.approx(3 * 8 * 3 * bench.flops[-1] / 1e9)  # steps, batch, calls a sample
+    # not tuned a second time
+    assert own.schedule.is_full and other.schedule.is_full and weights.read_bytes() == left
+    assert (
+        own.seconds["finetune"] > 0.001 and len(own.losses) == 3 and np.isfinite(own.losses).all()
+    )
+    # steps, batch, calls a sample
+    assert own.gflops["finetune"] == pytest.approx(3 * 8 * 3 * bench.flops[-1] / 1e9)
     assert other.seconds["finetune"] == 0 and other.losses == () and "finetune" not in other.gflops

@@ -11,7 +11,15 @@ from asesearch.schedule import ExitSchedule
 from asesearch.search import workbench
 from asesearch.search.workbench import FRESH_SEEDS, Workbench
 
-SHAPE = {"input_size": 28, "patch_size": 14, "in_channels": 1, "hidden_size": 16, "depth": 3, "num_heads": 2, "num_classes": 10}
+SHAPE = {
+    "input_size": 28,
+    "patch_size": 14,
+    "in_channels": 1,
+    "hidden_size": 16,
+    "depth": 3,
+    "num_heads": 2,
+    "num_classes": 10,
+}
 
 
 @pytest.fixture
@@ -27,11 +35,13 @@ def make_bench(tmp_path):
             "data": {"kind": "fashion-mnist", "split": "test"},
             "sampling": {"solver": "ddim", "num_steps": 4, "batch_size": 40},
             "evaluation": {
-                "extractor": "fashion-cnn", "num_samples": 70, "repeats": 2,
+                "extractor": "fashion-cnn",
+                "num_samples": 70,
+                "repeats": 2,
                 "reference": {"kind": "fashion-mnist", "split": "train"},
             },
             "confirm": {"num_samples": 80, "repeats": 3, "time_images": 4, "time_repeats": 3},
-        }  # fmt: skip
+        }
         return Workbench(parse_study({**study, **sections}, "test"))
 
     return make
@@ -40,14 +50,21 @@ def make_bench(tmp_path):
 @pytest.mark.parametrize(("cfg_scale", "channels"), [(1.0, None), (1.5, 1)])
 def test_every_protocol_tells_what_guidance_acts_on(make_bench, cfg_scale, channels):
     sampling = {"solver": "ddim", "num_steps": 2, "batch_size": 40, "cfg_scale": cfg_scale}
-    found = {p.guided_channels for p in make_bench(sampling=sampling, promotion={"num_samples": 20}).protocols.values()}
+    found = {
+        p.guided_channels
+        for p in make_bench(sampling=sampling, promotion={"num_samples": 20}).protocols.values()
+    }
     assert found == {channels}
 
 
 def test_measured_time_is_the_points_over_the_full_networks(make_bench, monkeypatch):
     """On a clock where a sampling of the full network takes 8 ms and the point's 2."""
-    bench, asked, now = make_bench(), [], [0.0]
-    net, full_net, schedule = object(), object(), ExitSchedule.from_string("3 1", 3)
+    bench = make_bench()
+    asked = []
+    now = [0.0]
+    net = object()
+    full_net = object()
+    schedule = ExitSchedule.from_string("3 1", 3)
 
     def sample(backbone, under, seeds, sampler=""):
         asked.append((backbone, under, tuple(seeds), sampler))
@@ -63,21 +80,31 @@ def test_measured_time_is_the_points_over_the_full_networks(make_bench, monkeypa
     found = bench.measured_time(net, schedule, full_net, "dpm++2m-2")
     assert found.median == 0.25 and found.spread == 0.0 and len(found.pairs) == 3
     # each under its own weights and sampler, the same seeds
-    point, full = (net, schedule, (0, 1, 2, 3), "dpm++2m-2"), (full_net, bench.full, (0, 1, 2, 3), "")
+    point = (net, schedule, (0, 1, 2, 3), "dpm++2m-2")
+    full = (full_net, bench.full, (0, 1, 2, 3), "")
     assert asked == [point, full, point, full, full, point, point, full]
 
 
 @pytest.mark.parametrize(("cfg_scale", "images"), [(1.0, 40), (1.5, 80), (0.0, 80)])
 def test_a_guided_call_is_timed_with_both_of_its_halves(make_bench, monkeypatch, cfg_scale, images):
-    bench = make_bench(sampling={"solver": "ddim", "num_steps": 4, "batch_size": 40, "cfg_scale": cfg_scale})
+    bench = make_bench(
+        sampling={"solver": "ddim", "num_steps": 4, "batch_size": 40, "cfg_scale": cfg_scale}
+    )
     rows = []
 
     def measure(backbone, batch_size, repeats, device, y):
         rows.append((batch_size, len(y)))
         return table
 
-    table = LatencyTable(batch_size=images, device="cpu", threads=1, dtype="float32",
-                         median_ms=(1.0, 2.0, 3.0), spread_ms=(0.1, 0.1, 0.1), repeats=5)  # fmt: skip
+    table = LatencyTable(
+        batch_size=images,
+        device="cpu",
+        threads=1,
+        dtype="float32",
+        median_ms=(1.0, 2.0, 3.0),
+        spread_ms=(0.1, 0.1, 0.1),
+        repeats=5,
+    )
     monkeypatch.setattr(workbench, "measure_latency", measure)
     assert bench.latency.median_ms == table.median_ms and rows == [(images, images)]
 
@@ -86,25 +113,39 @@ def test_confirmation_has_seeds_that_no_trial_has_seen(make_bench):
     bench = make_bench()
     assert bench.protocol.seeds == (0, 70)
     confirmed = bench.confirmation_protocol()
-    assert confirmed.num_samples == 80 and confirmed.seeds == (FRESH_SEEDS, FRESH_SEEDS + 80, FRESH_SEEDS + 160)
+    assert confirmed.num_samples == 80 and confirmed.seeds == (
+        FRESH_SEEDS,
+        FRESH_SEEDS + 80,
+        FRESH_SEEDS + 160,
+    )
     assert FRESH_SEEDS > 10**8
 
 
 def test_classes_take_turns(make_bench):
     bench = make_bench()
-    assert workbench.conditioning_for(bench.backbone, bench.data, [0, 9, 10, 23]).tolist() == [0, 9, 0, 3]
+    assert workbench.conditioning_for(bench.backbone, bench.data, [0, 9, 10, 23]).tolist() == [
+        0,
+        9,
+        0,
+        3,
+    ]
 
 
 def test_guided_sampling_costs_two_calls_a_step(make_bench):
     plain = make_bench()
-    guided = make_bench(sampling={"solver": "ddim", "num_steps": 4, "batch_size": 40, "cfg_scale": 1.5})
+    guided = make_bench(
+        sampling={"solver": "ddim", "num_steps": 4, "batch_size": 40, "cfg_scale": 1.5}
+    )
     schedule = ExitSchedule.from_string("3 1", 3)
     once = plain.sampling_gflops(schedule, "", plain.protocol)
-    assert once > 0 and guided.sampling_gflops(schedule, "", guided.protocol) == pytest.approx(2 * once)
+    assert once > 0 and guided.sampling_gflops(schedule, "", guided.protocol) == pytest.approx(
+        2 * once
+    )
 
 
 def test_low_fidelity_scores_are_of_the_weights_that_trials_start_from(make_bench, monkeypatch):
-    bench, seen = make_bench(promotion={"num_samples": 66, "repeats": 1}), []
+    bench = make_bench(promotion={"num_samples": 66, "repeats": 1})
+    seen = []
     bench.start = elastic = object()
 
     def evaluate(net, schedule, protocol, sampler):
@@ -114,6 +155,9 @@ def test_low_fidelity_scores_are_of_the_weights_that_trials_start_from(make_benc
     monkeypatch.setattr(bench, "evaluate", evaluate)
     schedule = ExitSchedule.from_string("3 1", 3)
     score, seconds, gflops = bench.try_cheaply(schedule)
-    assert seen == [(elastic, schedule, bench.cheap_protocol, "")] and bench.cheap_protocol.num_samples == 66
+    assert (
+        seen == [(elastic, schedule, bench.cheap_protocol, "")]
+        and bench.cheap_protocol.num_samples == 66
+    )
     assert (score, seconds) == ("score", 3.0)
     assert gflops == pytest.approx(bench.sampling_gflops(schedule, "", bench.protocol) * 66 / 140)

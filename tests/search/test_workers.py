@@ -1,4 +1,5 @@
-"""Several workers at one study: nobody dies beside a long trial, nothing is paid for twice, nothing paid for is lost."""
+"""Several workers at one study: nobody dies beside a long trial, nothing is paid for twice, nothing
+paid for is lost."""
 
 import json
 import os
@@ -33,8 +34,18 @@ from tests.search.test_study import ready
 
 # threads share one list of filters
 pytestmark = pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning")
-LADDER = {"promotion": {"num_samples": 20, "repeats": 2, "always": 1, "threshold": 0.3, "explore": 5}}
-SHORT = {"confirm": {"max_points": 3, "num_samples": 50, "repeats": 2, "time_images": 4, "time_repeats": 2}}
+LADDER = {
+    "promotion": {"num_samples": 20, "repeats": 2, "always": 1, "threshold": 0.3, "explore": 5}
+}
+SHORT = {
+    "confirm": {
+        "max_points": 3,
+        "num_samples": 50,
+        "repeats": 2,
+        "time_images": 4,
+        "time_repeats": 2,
+    }
+}
 
 
 def paid(run_dir):
@@ -55,7 +66,9 @@ def search_in_threads(config, run_dir, count, until=None):
     class Held(SharedBench):
         def try_schedule(self, schedule, folder, sampler=""):
             begun = time.monotonic()
-            while schedule.is_full and not sampler and not until() and time.monotonic() < begun + 60:
+            while (
+                schedule.is_full and not sampler and not until() and time.monotonic() < begun + 60
+            ):
                 time.sleep(0.1)
             return super().try_schedule(schedule, folder, sampler)
 
@@ -86,7 +99,8 @@ def check_shared(config, run_dir, num_trials):
     """What must hold of any study that several workers made."""
     results = Study.open(run_dir).results()
     lines = paid(run_dir)
-    assert {line: n for line, n in Counter(lines).items() if n > 1} == {}  # trials, confirmations, latency: each once
+    # trials, confirmations, latency: each once
+    assert {line: n for line, n in Counter(lines).items() if n > 1} == {}
     assert lines.count("latency") == 1
     assert len(results.records) == num_trials == sum(line.startswith("trial") for line in lines)
     wanted = {r.number for r in select(results.front(), results.full, config.confirm.max_points)}
@@ -96,7 +110,9 @@ def check_shared(config, run_dir, num_trials):
 
 
 @pytest.mark.parametrize("proposer", ["difficulty", "tpe"])
-def test_a_second_worker_goes_on_beside_a_long_trial_of_the_full_network(tmp_path, no_weights, proposer, caplog):
+def test_a_second_worker_goes_on_beside_a_long_trial_of_the_full_network(
+    tmp_path, no_weights, proposer, caplog
+):
     config = make_config(SHORT, proposer=proposer, num_trials=7, samplers=["ddim-25"])
 
     def others_are_done():  # all but the full network, under this sampler and the other
@@ -106,8 +122,10 @@ def test_a_second_worker_goes_on_beside_a_long_trial_of_the_full_network(tmp_pat
     check_shared(config, tmp_path, 7)
     assert [line for line in tried(tmp_path)[:5] if "full" in line or line == "trial 6"] == []
     origins = Counter(r.origin for r in Study.open(tmp_path).records())
-    assert origins == {"full": 1, "6 6 3 3": 1, "full ddim-25": 1, proposer: 4}  # proposals take no warm start's place
-    assert len(re.findall(r"waiting for trial \d", caplog.text)) <= 2  # said once, with the trial's number
+    # proposals take no warm start's place
+    assert origins == {"full": 1, "6 6 3 3": 1, "full ddim-25": 1, proposer: 4}
+    # said once, with the trial's number
+    assert len(re.findall(r"waiting for trial \d", caplog.text)) <= 2
 
 
 def test_a_worker_waits_where_all_that_is_left_is_in_anothers_hands(tmp_path, no_weights, caplog):
@@ -123,7 +141,12 @@ def test_a_worker_waits_where_all_that_is_left_is_in_anothers_hands(tmp_path, no
 def in_process(search, run_dir, sections, how):
     script = Path(__file__).with_name("fake_search.py")
     args = [json.dumps(search), str(run_dir), "-1", json.dumps(sections), json.dumps(how)]
-    return subprocess.Popen([sys.executable, str(script), *args], cwd=script.parents[2], stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        [sys.executable, str(script), *args],
+        cwd=script.parents[2],
+        stderr=subprocess.PIPE,
+        text=True,
+    )
 
 
 @pytest.mark.slow
@@ -132,7 +155,9 @@ def test_four_processes_at_one_study(tmp_path, proposer):
     search = {"proposer": proposer, "num_trials": 16, "samplers": ["ddim-25"]}
     config = make_config(SHORT, **search)
     Study(config, ready(tmp_path))
-    found = [in_process(search, tmp_path, SHORT, {"full_s": 15.0, "trial_s": 0.3}) for _ in range(4)]
+    found = [
+        in_process(search, tmp_path, SHORT, {"full_s": 15.0, "trial_s": 0.3}) for _ in range(4)
+    ]
     for process in found:
         _, err = process.communicate()
         assert process.returncode == 0 and "Traceback" not in err, err
@@ -155,7 +180,8 @@ def test_a_stopped_worker_that_goes_on_keeps_its_score(tmp_path):
     os.kill(first.pid, signal.SIGSTOP)
     second = in_process(search, tmp_path, SHORT, how)
     try:
-        wait_for_trials(4)  # the second did the rest; the first's trial has been ended, for want of a heartbeat
+        # the second did the rest; the first's trial has been ended, for want of a heartbeat
+        wait_for_trials(4)
         states = [t.state for t in Study.open(tmp_path).optuna.get_trials()]
         assert states[0] == TrialState.FAIL
         os.kill(first.pid, signal.SIGCONT)
@@ -171,19 +197,26 @@ def test_a_stopped_worker_that_goes_on_keeps_its_score(tmp_path):
 
 
 def test_a_worker_lives_as_long_as_it_holds_its_lock(tmp_path):
-    worker, others = Worker(tmp_path), Others(tmp_path, "me")
+    worker = Worker(tmp_path)
+    others = Others(tmp_path, "me")
     assert others.at_work() == []
     with worker.at_work("searching"):
         assert others.alive(worker.mark, 0) is True
-        assert others.alive({**worker.mark, "host": "another"}, 0) is True and "pid" not in worker.mark
-        assert len(others.at_work()) == len(others.at_work("searching")) == 1 and others.at_work("confirming") == []
+        assert (
+            others.alive({**worker.mark, "host": "another"}, 0) is True and "pid" not in worker.mark
+        )
+        assert (
+            len(others.at_work()) == len(others.at_work("searching")) == 1
+            and others.at_work("confirming") == []
+        )
         assert Others(tmp_path, worker.id).at_work() == []  # not one's own
     assert others.alive(worker.mark, 0) is False and others.at_work() == []
 
 
 def test_a_worker_under_another_kernel_is_judged_by_its_signs(tmp_path, monkeypatch):
     monkeypatch.setattr(workers, "GRACE_S", 0.3)
-    worker, others = Worker(tmp_path), Others(tmp_path, "me")
+    worker = Worker(tmp_path)
+    others = Others(tmp_path, "me")
     elsewhere = {**worker.mark, "boot": "another kernel"}
     assert others.alive(elsewhere, 0) is None  # no sign at all: the database must tell
     with worker.at_work("searching"):
@@ -224,7 +257,8 @@ def test_only_a_dead_workers_trial_is_released(tmp_path, mark):
 def test_a_worker_taken_for_dead_keeps_its_score(tmp_path, kind):
     """Another ends its trial while it is at it: just before, or between record and score."""
     config = make_config(num_trials=4, warm_start=["6 6 3 1"])
-    study, seen = Study(config, tmp_path), []
+    study = Study(config, tmp_path)
+    seen = []
 
     class Slow(FakeBench):
         def try_schedule(self, schedule, folder, sampler=""):
@@ -270,7 +304,8 @@ def test_a_trial_that_two_workers_were_given_is_paid_for_once(tmp_path):
             return super().try_schedule(schedule, folder, sampler)
 
     bench = Given(config=config)
-    runner, other = Runner(study, bench), Runner(Study(config, tmp_path), bench)
+    runner = Runner(study, bench)
+    other = Runner(Study(config, tmp_path), bench)
     keep = runner._keep
 
     def kept(number, record):
@@ -281,10 +316,14 @@ def test_a_trial_that_two_workers_were_given_is_paid_for_once(tmp_path):
     runner._keep = kept
     with study.worker.at_work("searching"):
         runner.run()
-    assert [r.origin for r in study.records() if r.schedule.is_full] == ["full"] and len(bench.tried) == 3
+    assert [r.origin for r in study.records() if r.schedule.is_full] == ["full"] and len(
+        bench.tried
+    ) == 3
 
 
-@pytest.mark.parametrize("error", [OSError(37, "No locks available"), OSError(95, "Operation not supported")])
+@pytest.mark.parametrize(
+    "error", [OSError(37, "No locks available"), OSError(95, "Operation not supported")]
+)
 def test_a_file_system_without_locks_is_named(tmp_path, monkeypatch, error):
     import fcntl
 
@@ -292,7 +331,9 @@ def test_a_file_system_without_locks_is_named(tmp_path, monkeypatch, error):
         raise error
 
     monkeypatch.setattr(fcntl, "flock", refuse)
-    with pytest.raises(StudyError, match=f"need file locks.*{error.strerror}.*file system that has them") as caught:
+    with pytest.raises(
+        StudyError, match=f"need file locks.*{error.strerror}.*file system that has them"
+    ) as caught:
         Study(make_config(), tmp_path).run(FakeBench())
     assert "\n" not in str(caught.value)
 
@@ -350,16 +391,22 @@ def test_exactly_as_many_proposals_look_around_as_the_study_says(tmp_path):
     assert errors == []
     records = Study.open(tmp_path).records()
     everything = [t.user_attrs.get(RECORD) for t in Study.open(tmp_path).optuna.get_trials()]
-    looked = [r for r in everything if r is not None and json.loads(r)["cheap"]["reason"] == LOOKS_AROUND]
+    looked = [
+        r for r in everything if r is not None and json.loads(r)["cheap"]["reason"] == LOOKS_AROUND
+    ]
     assert len(looked) == 5 and len(records) == 12
-    assert all(json.loads(r)["state"] == "stopped" and json.loads(r)["origin"] == "difficulty" for r in looked)
+    assert all(
+        json.loads(r)["state"] == "stopped" and json.loads(r)["origin"] == "difficulty"
+        for r in looked
+    )
 
 
 def test_in_flight_proposals_are_counted_by_number():
     def trial(number, state=TrialState.RUNNING, record=None, fixed=False, **attrs):
         attrs |= {} if record is None else {RECORD: json.dumps({"cheap": {"reason": record}})}
         made = optuna.trial.create_trial(state=TrialState.RUNNING, user_attrs=attrs)
-        made.number, made.state = number, state
+        made.number = number
+        made.state = state
         made.system_attrs = {"fixed_params": {}} if fixed else {}
         return made
 
@@ -400,7 +447,10 @@ def test_a_failed_full_network_stops_the_search_and_is_tried_again(tmp_path, sea
     bench.broken = "full"
     for _ in range(2):
         bench.tried.clear()
-        with pytest.raises(StudyError, match="full network's trial failed.*the images hold NaN; give others.*tries this one"):
+        with pytest.raises(
+            StudyError,
+            match="full network's trial failed.*the images hold NaN; give others.*tries this one",
+        ):
             Study(config, tmp_path).run(bench)
         assert [s.is_full for s in bench.tried] == [True]  # nothing else was paid for
     bench.broken = ""
@@ -412,14 +462,20 @@ def test_a_failed_full_network_stops_the_search_and_is_tried_again(tmp_path, sea
 
 def test_a_study_whose_every_trial_fails_stops_at_once(tmp_path):
     config = make_config(num_trials=9)
-    study, bench = Study(config, tmp_path), Failing(config=config)
-    with Runner(Study(config, tmp_path), bench).claim(ExitSchedule.full(6)):  # the full network is another worker's
-        with pytest.raises(StudyError, match="all 3 trials so far failed.*: the images hold NaN; give others; put that right"):
+    study = Study(config, tmp_path)
+    bench = Failing(config=config)
+    # the full network is another worker's
+    with Runner(Study(config, tmp_path), bench).claim(ExitSchedule.full(6)):
+        with pytest.raises(
+            StudyError,
+            match="all 3 trials so far failed.*: the images hold NaN; give others; put that right",
+        ):
             study.run(bench)
         assert len(bench.tried) == 3
     bench.broken = ""
     study.run(bench)
-    assert "6 6 3 3" in {r.origin for r in study.records() if r.state == "complete"}  # tried again, too
+    # tried again, too
+    assert "6 6 3 3" in {r.origin for r in study.records() if r.state == "complete"}
 
 
 # -- confirmation --------------------------------------------------------------------------------
@@ -442,7 +498,9 @@ def test_workers_share_the_confirmation_out(tmp_path, no_weights):
     done = []
 
     def work():
-        found = confirm(Study(study.config, tmp_path), SharedBench(tmp_path, config=study.config, trial_s=0.5))
+        found = confirm(
+            Study(study.config, tmp_path), SharedBench(tmp_path, config=study.config, trial_s=0.5)
+        )
         done.append([c.number for c in found])
 
     threads = [threading.Thread(target=work) for _ in range(3)]
@@ -479,22 +537,30 @@ def test_confirmations_under_other_settings_are_measured_again(tmp_path, no_weig
     study, bench = searched(tmp_path)
     before = confirm(study, bench)
     assert confirm(study, bench) == before and len(confirmed_points(tmp_path)) == 4  # nothing twice
-    config = study.config.model_copy(update={"confirm": study.config.confirm.model_copy(update={"num_samples": 70})})
+    config = study.config.model_copy(
+        update={"confirm": study.config.confirm.model_copy(update={"num_samples": 70})}
+    )
     study = Study(config, tmp_path)
     after = confirm(study, SharedBench(tmp_path, config=config))
     assert len(confirmed_points(tmp_path)) == 8
     assert {c.quality.protocol.num_samples for c in before} == {50}
     assert {c.quality.protocol.num_samples for c in after} == {70}
-    assert {c.quality.protocol.num_samples for c in study.results().confirmations} == {70}  # the stale are gone
+    # the stale are gone
+    assert {c.quality.protocol.num_samples for c in study.results().confirmations} == {70}
 
 
 def test_the_one_file_of_earlier_releases_is_read(tmp_path, no_weights):
     study, bench = searched(tmp_path)
     made = confirm(study, bench)
-    parts = [json.loads(path.read_text()) for path in sorted((tmp_path / "confirmations").glob("*.json"))]
+    parts = [
+        json.loads(path.read_text()) for path in sorted((tmp_path / "confirmations").glob("*.json"))
+    ]
     for path in (tmp_path / "confirmations").glob("*.json"):
         path.unlink()
-    old = {"settings": parts[0]["settings"], "confirmations": [c for p in parts for c in p["confirmations"]]}
+    old = {
+        "settings": parts[0]["settings"],
+        "confirmations": [c for p in parts for c in p["confirmations"]],
+    }
     write_json(tmp_path / "confirmations.json", old)
     assert len(study.results().confirmations) == 4
     assert confirm(study, bench) == made and len(confirmed_points(tmp_path)) == 4
@@ -509,11 +575,14 @@ HERE = Conditions("cpu", 8, "float32", False)
 
 
 def table(**changes):
-    return replace(LatencyTable(8, "cpu", 1, "float32", (1.0, 2.0), (0.1, 0.1), 3, "float32", False), **changes)
+    return replace(
+        LatencyTable(8, "cpu", 1, "float32", (1.0, 2.0), (0.1, 0.1), 3, "float32", False), **changes
+    )
 
 
 def test_all_workers_have_one_latency_table(tmp_path):
-    made, got = [], []
+    made = []
+    got = []
 
     def measure():
         time.sleep(0.5)
@@ -521,7 +590,10 @@ def test_all_workers_have_one_latency_table(tmp_path):
         return table(median_ms=(1.0, 2.0 + len(made)))
 
     threads = [
-        threading.Thread(target=lambda: got.append(shared_table(tmp_path, HERE, measure, one_only=True))) for _ in range(3)
+        threading.Thread(
+            target=lambda: got.append(shared_table(tmp_path, HERE, measure, one_only=True))
+        )
+        for _ in range(3)
     ]
     for thread in threads:
         thread.start()
@@ -533,8 +605,14 @@ def test_all_workers_have_one_latency_table(tmp_path):
 @pytest.mark.parametrize(
     ("now", "words"),
     [
-        (replace(HERE, device="NVIDIA H100"), 'is of cpu, 8 images.*has NVIDIA H100, 8 images.*of that kind.*cost = "flops"'),
-        (replace(HERE, batch_size=16), "8 images per call.*16 images per call.*batch_size back to 8"),
+        (
+            replace(HERE, device="NVIDIA H100"),
+            'is of cpu, 8 images.*has NVIDIA H100, 8 images.*of that kind.*cost = "flops"',
+        ),
+        (
+            replace(HERE, batch_size=16),
+            "8 images per call.*16 images per call.*batch_size back to 8",
+        ),
         (replace(HERE, precision="bf16"), "float32.*bf16"),
         (replace(HERE, guided=True), "of guided sampling"),
     ],
@@ -562,7 +640,9 @@ def test_a_study_of_time_on_another_device_is_refused_before_the_warm_up(tmp_pat
 def test_tables_of_earlier_releases_are_used_where_they_fit(tmp_path):
     old = {k: v for k, v in table().to_dict().items() if k not in ("precision", "guided")}
     write_json(tmp_path / "latency.json", old)
-    assert shared_table(tmp_path, HERE, lambda: pytest.fail("measured"), one_only=True).median_ms == (1.0, 2.0)
+    assert shared_table(
+        tmp_path, HERE, lambda: pytest.fail("measured"), one_only=True
+    ).median_ms == (1.0, 2.0)
     with pytest.raises(StudyError, match="images per call"):
         shared_table(tmp_path, replace(HERE, batch_size=4), table, one_only=True)
 
@@ -578,7 +658,14 @@ def test_a_damaged_table_is_measured_again(tmp_path):
 
 def test_wall_time_is_the_union_of_all_workers_times(tmp_path):
     def worker(name, times, earlier_s=0.0):
-        state = {"host": "h", "pid": 1, "boot": "b", "doing": "", "earlier_s": earlier_s, "times": times}
+        state = {
+            "host": "h",
+            "pid": 1,
+            "boot": "b",
+            "doing": "",
+            "earlier_s": earlier_s,
+            "times": times,
+        }
         write_json(tmp_path / "workers" / f"{name}.json", state)
 
     assert worked_s(tmp_path) == 0.0
@@ -615,11 +702,19 @@ class Timed(FakeBench):
 
 @pytest.mark.parametrize("num_workers", [1, 2])
 def test_a_budget_is_of_wall_time_and_leaves_room_for_the_confirmation(tmp_path, num_workers):
-    """An image takes a thousandth of a second, so that 2,000 timed ones of a point and of the full network take 2.3 to 4 s.
+    """An image takes a thousandth of a second, so that 2,000 timed ones of a point and of the full
+    network take 2.3 to 4 s.
 
-    Two workers share two points and more out; with one point, which one must do, they have as long as one.
+    Two workers share two points and more out; with one point, which one must do, they have as long
+    as one.
     """
-    confirm = {"max_points": 1, "num_samples": 2, "repeats": 1, "time_images": 400, "time_repeats": 4}
+    confirm = {
+        "max_points": 1,
+        "num_samples": 2,
+        "repeats": 1,
+        "time_images": 400,
+        "time_repeats": 4,
+    }
     config = make_config({"confirm": confirm}, budget="8s", proposer="random", num_trials=1)
     benches = [Timed(config=config) for _ in range(num_workers)]
     Study(config, tmp_path)
@@ -638,10 +733,13 @@ def test_a_budget_is_of_wall_time_and_leaves_room_for_the_confirmation(tmp_path,
 
 
 def test_time_of_an_earlier_release_counts(tmp_path):
-    Study(make_config(num_trials=5), tmp_path).run(FakeBench())  # each of whose trials says that it took a second
+    # each of whose trials says that it took a second
+    Study(make_config(num_trials=5), tmp_path).run(FakeBench())
     for path in (tmp_path / "workers").iterdir():
         path.unlink()  # which earlier releases did not have
-    config = make_config({"confirm": {"max_points": 1, "num_samples": 2, "repeats": 1}}, budget="5s")
+    config = make_config(
+        {"confirm": {"max_points": 1, "num_samples": 2, "repeats": 1}}, budget="5s"
+    )
     bench = FakeBench(config=config)
     for _ in range(2):
         Study(config, tmp_path).run(bench)
@@ -651,11 +749,15 @@ def test_time_of_an_earlier_release_counts(tmp_path):
 def test_timing_is_a_part_of_the_confirmation():
     from asesearch.search.budget import confirmation_s
 
-    config = make_config({"confirm": {"num_samples": 10, "repeats": 2, "time_images": 5, "time_repeats": 3}})
-    # 20 images of the full network and 10 of a point at half its time: 30 times 0.1 s; four rounds (one not counted) of five
+    config = make_config(
+        {"confirm": {"num_samples": 10, "repeats": 2, "time_images": 5, "time_repeats": 3}}
+    )
+    # 20 images of the full network and 10 of a point at half its time: 30 times 0.1 s; four rounds
+    # (one not counted) of five
     # images of each: 20 * 1.5 = 30 times 0.1 s
     assert confirmation_s(config, 0.1, [0.5]) == pytest.approx(2.0 + 1.0 + 3.0)
     assert confirmation_s(config, 0.1, [0.5], full=False) == pytest.approx(4.0)
     assert confirmation_s(config, 0.1, []) == pytest.approx(2.0)
     assert confirmation_s(config, 0.1, [0.5] * 4, num_workers=2) == pytest.approx((2.0 + 16.0) / 2)
-    assert confirmation_s(config, 0.1, [0.5], num_workers=8) == pytest.approx(4.0)  # a point is one worker's
+    # a point is one worker's
+    assert confirmation_s(config, 0.1, [0.5], num_workers=8) == pytest.approx(4.0)
