@@ -5,7 +5,7 @@ export PYTHON STUDY
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help search test test-slow lint setup setup-dev install venv clean
+.PHONY: help search test test-slow lint docs setup setup-dev install venv clean
 
 help:  ## this list
 	@echo "make search                     $$(sed -n 's/^search:.*## //p' Makefile)"
@@ -28,6 +28,9 @@ lint: setup-dev  ## linters and types
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+docs: setup-dev  ## the documentation, into site/; strict, without a network
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet
+
 # A stamp holds what was installed: by which Python, from which pyproject.toml, for which folder.
 # It is written last, so that whatever broke off or changed since is installed again.
 STATE = $$($(BIN)/python -V 2>/dev/null && cksum < pyproject.toml && pwd)
@@ -36,9 +39,9 @@ installed = [ -s $(VENV)/$(1) ] && [ "$(STATE)" = "$$(cat $(VENV)/$(1))" ]
 setup:  ## only install what `make search` needs
 	@$(call installed,installed) || $(MAKE) --no-print-directory install WHAT=. STAMPS=installed
 
-setup-dev:  ## only install what tests and linters need
+setup-dev:  ## only install what tests, linters and documentation need
 	@$(call installed,installed-dev) || \
-	  $(MAKE) --no-print-directory install WHAT='.[dev,text,postgresql]' STAMPS='installed-dev installed'
+	  $(MAKE) --no-print-directory install WHAT='.[dev,docs,text,postgresql]' STAMPS='installed-dev installed'
 
 install: venv
 	@echo "installing into $(VENV): once, minutes and several GB (PyTorch)"
@@ -51,4 +54,4 @@ venv:
 	  sh .ci/venv $(VENV); fi
 
 clean:  ## remove .venv and caches
-	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) site .mypy_cache .ruff_cache .pytest_cache .hypothesis

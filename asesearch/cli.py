@@ -15,6 +15,7 @@ from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 from typer.core import TyperGroup
 
+from asesearch import __version__
 from asesearch.config import StudyConfig, load_study
 from asesearch.errors import AseSearchError, ConfigError
 from asesearch.schedule import ExitSchedule
@@ -91,8 +92,23 @@ ScheduleText = Annotated[str, SCHEDULE]
 DEBUG_HELP = "Show the traceback of an error; may stand anywhere on the line."
 
 
+def _version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"asesearch {__version__}")
+        raise typer.Exit
+
+
+Version = Annotated[
+    bool,
+    typer.Option("--version", callback=_version, is_eager=True, help="Print the release and stop."),
+]
+
+
 @app.callback()
-def _main(debug: Annotated[bool, typer.Option("--debug", help=DEBUG_HELP)] = False) -> None:
+def _main(
+    debug: Annotated[bool, typer.Option("--debug", help=DEBUG_HELP)] = False,
+    version: Version = False,
+) -> None:
     pass  # --debug is read by `main`, which catches the errors
 
 

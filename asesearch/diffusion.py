@@ -141,7 +141,9 @@ class Process(ABC):
 
         Args:
             output: (N, C or 2·C, H, W), what the backbone gave.
-            x_start, x_t, noise: (N, C, H, W).
+            x_start: (N, C, H, W), the data.
+            x_t: (N, C, H, W), the data with noise at t.
+            noise: (N, C, H, W), what was added.
             t: (N,) integer timesteps.
             target: (N, C, H, W), what eps should be; `noise` by default (distillation mixes the
                 teacher in).
@@ -269,7 +271,8 @@ class VPSDE(Process):
     surplus output channels are ignored.
 
     Args:
-        beta_min, beta_max: β at s = 0 and s = 1.
+        beta_min: β at s = 0.
+        beta_max: β at s = 1.
         num_train_timesteps: scale of the network's time.
 
     Source: Song et al. 2021, eq. 11 and appendix C; baofff/U-ViT, `sde.py` (its pixel-space

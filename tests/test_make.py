@@ -299,7 +299,17 @@ def test_debians_venv_package_is_installed(tmp_path, python):
 def test_make_alone_lists_every_target(clone):
     said = make(clone)
     targets = {line.split()[1] for line in said.splitlines() if line.startswith("make ")}
-    assert targets == {"search", "help", "test", "test-slow", "lint", "setup", "setup-dev", "clean"}
+    assert targets == {
+        "search",
+        "help",
+        "test",
+        "test-slow",
+        "lint",
+        "docs",
+        "setup",
+        "setup-dev",
+        "clean",
+    }
     assert not (clone / "calls.txt").exists()
 
 

@@ -30,6 +30,13 @@ def test_the_version_has_one_source():
     assert metadata.version("asesearch") == asesearch.__version__
 
 
+def test_the_program_tells_its_version():
+    command = [sys.executable, "-m", "asesearch", "--version"]
+    said = subprocess.run(command, capture_output=True, text=True, check=False)
+    expected = (0, f"asesearch {metadata.version('asesearch')}\n", "")
+    assert (said.returncode, said.stdout, said.stderr) == expected
+
+
 def test_what_is_imported_is_declared():
     """Every third-party library that a module names stands in the dependencies or in an extra."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]

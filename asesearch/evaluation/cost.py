@@ -276,7 +276,8 @@ def compare_sampling_time(
     """Time two samplings in turn, A B, B A, A B, …, after one untimed run of each.
 
     Args:
-        run_a, run_b: each makes the same number of images.
+        run_a: makes a number of images.
+        run_b: makes the same number.
         repeats: pairs.
         timer: runs a call and gives its milliseconds; by default the wall clock, with the GPU
             synchronised.

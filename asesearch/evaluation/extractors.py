@@ -241,7 +241,9 @@ class FashionCNN(FeatureExtractorBase):  # type: ignore[misc]  # torch-fidelity 
     """Classifier of Fashion-MNIST whose layer before the last gives 64 features.
 
     Args:
-        name, features_list, feature_extractor_weights_path: as torch-fidelity passes them.
+        name: as torch-fidelity passes it.
+        features_list: as torch-fidelity passes it.
+        feature_extractor_weights_path: as torch-fidelity passes it.
         trained: load the weights (by default the shipped ones); False = random ones, to train.
     """
 
@@ -319,7 +321,8 @@ def train_extractor(
     on one CPU core and reach 91.5 %.
 
     Args:
-        data, test: (N, 1, 28, 28) images with labels 0…9.
+        data: (N, 1, 28, 28) images with labels 0…9, to train on.
+        test: the same, to measure the accuracy on.
         out: safetensors file, written atomically.
 
     Returns:

@@ -344,7 +344,8 @@ def kernel_distance(features1: npt.ArrayLike, features2: npt.ArrayLike) -> tuple
     seed.
 
     Args:
-        features1, features2: (N, D) and (M, D).
+        features1: (N, D).
+        features2: (M, D).
 
     Returns:
         Mean over KID_SUBSETS subsets of KID_SUBSET_SIZE (fewer, if there are not so many) and their

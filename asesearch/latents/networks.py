@@ -163,7 +163,8 @@ class LatentDecoder:
         welcome).
 
         Args:
-            shift, scale: of each channel, as the latents were made.
+            shift: of each channel, as the latents were made.
+            scale: of each channel, as the latents were made.
 
         Raises:
             DataError: this VAE's are others.

@@ -429,7 +429,8 @@ class DifficultySampler(optuna.samplers.BaseSampler):
     Args:
         space: of schedules.
         samplers: name -> timesteps of its network calls; the first is the study's own.
-        cost_table, full_cost: see `Problem`.
+        cost_table: see `Problem`.
+        full_cost: see `Problem`.
         difficulty_map: errors by timestep and exit depth.
         seed: of all random choices.
         num_draws: see `FrontBelief`.
