@@ -868,7 +868,7 @@ def train_extractor_command(
         Path | None,
         typer.Option(help="Folder of the Fashion-MNIST IDX files, if not found by itself."),
     ] = None,
-    seed: Annotated[int, typer.Option(min=0)] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of weights and batches.")] = 0,
 ) -> None:
     """Train the small classifier whose features measure grey images (the shipped `fashion-cnn` was
     made so)."""
