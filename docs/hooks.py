@@ -58,9 +58,20 @@ def package_page(room: str) -> str:
     return "\n".join(parts)
 
 
+def public_names() -> list[str]:
+    """What `asesearch.__all__` lists, the version left out."""
+    tree = ast.parse((PACKAGE / "__init__.py").read_text(encoding="utf-8"))
+    (found,) = (
+        ast.literal_eval(node.value)
+        for node in tree.body
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__"
+    )
+    return [name for name in found if name != "__version__"]
+
+
 def api_pages() -> dict[str, str]:
     """Markdown of the API pages by their path in the site."""
-    top = f"# asesearch\n\n::: asesearch\n{NO_HEADING}      members: true\n"
+    top = f"# asesearch\n\n::: asesearch\n{NO_HEADING}      members: {public_names()}\n"
     pages = {"api/index.md": top}
     for room in rooms():
         parts = [f"# asesearch.{room}\n"]

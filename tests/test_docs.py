@@ -267,6 +267,7 @@ def test_the_site_is_built_strictly_and_needs_no_network(tmp_path):
     assert foreign('<script src="https://unpkg.com/x"></script>')
     api = text_of(tmp_path / "api/index.html")
     assert all(f'id="asesearch.{name}"' in api for name in asesearch._HOMES)
+    assert "_HOMES" not in api
     assert 'src="reports/fashion-mnist/figures/front.svg"' in text_of(tmp_path / "index.html")
     assert (tmp_path / "reports/fashion-mnist/index.html").is_file()
 
