@@ -21,8 +21,9 @@ from asesearch.errors import AseSearchError, ConfigError
 from asesearch.schedule import ExitSchedule
 
 if TYPE_CHECKING:
-    from asesearch.search import Study, Workbench
-    from asesearch.search.records import StudyResults, TrialRecord
+    from asesearch.search import Workbench
+    from asesearch.study import Study
+    from asesearch.study.records import StudyResults, TrialRecord
 
 
 class _Program(TyperGroup):
@@ -355,9 +356,10 @@ def evaluate(
     """Measure quality under the study's protocol: a trial's weights again, or the pretrained ones
     under any schedule."""
     from asesearch.backbones.base import check_schedule
-    from asesearch.search import Study, Workbench
+    from asesearch.search import Workbench
     from asesearch.search.confirmation import load_trial
-    from asesearch.search.reproduce import compare
+    from asesearch.study import Study
+    from asesearch.study.reproduce import compare
 
     if check and trial is None:
         raise ConfigError(
@@ -434,10 +436,11 @@ def search(
     others and says so.
     """
     from asesearch.report.page import check_report_dir
-    from asesearch.search import Study, Workbench, preflight
-    from asesearch.search.directory import check_study_dir
+    from asesearch.search import Workbench, preflight
     from asesearch.search.plan import make_plan
-    from asesearch.search.storage import parse_url
+    from asesearch.study import Study
+    from asesearch.study.directory import check_study_dir
+    from asesearch.study.storage import parse_url
 
     if trials is not None and budget is not None:
         raise ConfigError(
@@ -492,7 +495,7 @@ def _on_record(study: Study) -> str:
 def _search(opened: Study, bench: Workbench, report_to: Path) -> dict[str, Any]:
     """Search, confirm, report; what `search` prints."""
     from asesearch.report import write_report
-    from asesearch.search import confirm
+    from asesearch.search import confirm, run_trials
 
     config = opened.config
     run_dir = opened.run_dir
@@ -516,7 +519,8 @@ def _search(opened: Study, bench: Workbench, report_to: Path) -> dict[str, Any]:
             bar.update()
             bar.write(_trial_line(record), file=sys.stderr)
 
-        opened.run(
+        run_trials(
+            opened,
             bench,
             on_trial,
             lambda step, loss: bar.set_postfix_str(f"warm-up {step} loss {loss:.4f}"),
@@ -582,7 +586,7 @@ def report(
     and data beside it."""
     from asesearch.report import write_report
     from asesearch.report.page import check_report_dir
-    from asesearch.search import Study
+    from asesearch.study import Study
 
     opened = Study.open(run_dir, storage)
     folder = out or Path("reports") / opened.config.name
@@ -629,7 +633,7 @@ def map_command(
     from asesearch.diffusion import make_diffusion
     from asesearch.files import check_writable
     from asesearch.report.difficulty import write_map
-    from asesearch.search.difficulty import map_seconds, measure_map
+    from asesearch.search.mapping import map_seconds, measure_map
     from asesearch.search.workbench import default_device
 
     config = load_study(study)
@@ -733,8 +737,8 @@ def export(
     from asesearch.deployment.bundle import check_bundle_dir
     from asesearch.deployment.export import check_export, evaluation_of
     from asesearch.deployment.export import export as write
-    from asesearch.search import Study, pick_nearest
-    from asesearch.search import pick as pick_point
+    from asesearch.study import Study, pick_nearest
+    from asesearch.study import pick as pick_point
 
     choosing = (pick, quality, time, early_exit or None, or_nearest or None)
     if trial is not None and any(option is not None for option in choosing):
@@ -811,8 +815,9 @@ def latents(
     """Encode an image folder once through a VAE, and captions through a text encoder. Killed runs
     resume."""
     from asesearch.config import DataConfig
+    from asesearch.data.latents import LatentShards
+    from asesearch.encoding import encode_folder
     from asesearch.files import check_writable
-    from asesearch.latents import LatentShards, encode_folder
     from asesearch.search.workbench import default_device
 
     if max_length is not None and captions is None:

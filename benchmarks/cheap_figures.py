@@ -45,7 +45,8 @@ from asesearch.files import write_json
 from asesearch.finetuning import finetune
 from asesearch.schedule import ElasticDepths, ExitSchedule
 from asesearch.search import Workbench
-from asesearch.search.difficulty import DifficultyMap, measure_map
+from asesearch.search.mapping import measure_map
+from asesearch.study.difficulty import DifficultyMap
 
 RESULTS = Path(__file__).parent.parent / "reports" / "search-efficiency" / "cheap-figures.json"
 SHORT = {"min_snr_gamma": 5.0, "batch_size": 32, "loss_weight": {"shape": "none"}}

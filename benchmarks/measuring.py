@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from asesearch.files import write_json
-from asesearch.search.workbench import environment
+from asesearch.study.environment import environment
 
 QUICK = 2  # repeats of --quick and --tiny
 TINY = 1

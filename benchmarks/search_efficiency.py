@@ -19,14 +19,15 @@ import numpy as np
 from measuring import Figure, parse, publish, say
 
 from asesearch.config import StudyConfig, TrainConfig, parse_study
-from asesearch.evaluation.results import EvaluationResult, Protocol
 from asesearch.files import write_json
 from asesearch.report.tables import hypervolume_2d
 from asesearch.schedule import ExitSchedule
-from asesearch.search import Study, Workbench
+from asesearch.score import EvaluationResult, Protocol
+from asesearch.search import Workbench
 from asesearch.search.confirmation import load_trial
-from asesearch.search.records import RECORD, REFERENCE_QUALITY, REFERENCE_TIME, TrialRecord
 from asesearch.search.workbench import FRESH_SEEDS, Outcome
+from asesearch.study import Study
+from asesearch.study.records import RECORD, REFERENCE_QUALITY, REFERENCE_TIME, TrialRecord
 
 RIVALS = ("random", "tpe", "nsga2", "gp")
 OURS = "difficulty"

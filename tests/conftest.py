@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import sqlalchemy
 import torch
 
 from asesearch.backbones import DiT
@@ -47,3 +48,17 @@ def own_cache(tmp_path_factory, monkeypatch):
     """An empty cache folder, and warnings that come once a process not given yet."""
     monkeypatch.setenv("ASESEARCH_CACHE", str(tmp_path_factory.mktemp("cache")))
     images._warn_once.cache_clear()
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _no_sync():
+    """Studies of tests need not survive a power cut: they would wait for the disk most of the
+    time."""
+
+    def relax(connection, _record):
+        if "sqlite3" in type(connection).__module__:
+            connection.execute("PRAGMA synchronous = OFF")
+
+    sqlalchemy.event.listen(sqlalchemy.engine.Engine, "connect", relax)
+    yield
+    sqlalchemy.event.remove(sqlalchemy.engine.Engine, "connect", relax)

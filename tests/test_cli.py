@@ -251,7 +251,8 @@ def test_a_guided_study_of_a_release_that_did_not_record_the_channels_goes_on(
 ):
     """Its network is on record, so its own scores stay comparable; those of a new study tell their
     channels."""
-    from asesearch.search import Study, workbench
+    from asesearch.search import workbench
+    from asesearch.study import Study
 
     text = (
         (place / "tiny.toml")
@@ -382,8 +383,8 @@ def test_a_budget_is_planned_and_kept(place, tmp_path):
     assert plan["budget_s"] == 600 and plan["num_trials"] >= 1
     assert 600 * 0.97 - plan["trial_s"] <= plan["total_s"] <= 600 * 0.97
     out, _ = call(*args, "--budget", "12s")
-    from asesearch.search import Study
-    from asesearch.search.budget import spent_s
+    from asesearch.study import Study
+    from asesearch.study.records import spent_s
 
     results = Study.open(tmp_path / "run").results()
     # a trial is a large part of so short a budget, and other tests share the machine: a search of
@@ -715,7 +716,7 @@ def test_a_dry_run_of_sample_refuses_what_sampling_would(
 
 def test_a_number_of_trials_takes_the_place_of_the_files_budget(place, tmp_path):
     """A second is spent by the full network alone; three trials are three trials."""
-    from asesearch.search import Study
+    from asesearch.study import Study
 
     study = tmp_path / "hasty.toml"
     study.write_text((place / "tiny.toml").read_text().replace("num_trials = 3", 'budget = "1s"'))
@@ -731,7 +732,7 @@ def test_a_number_of_trials_takes_the_place_of_the_files_budget(place, tmp_path)
 
 def test_ctrl_c_says_what_is_kept_and_the_same_command_resumes(place, tmp_path):
     """A real signal to a real process, in the middle of a search."""
-    from asesearch.search import Study
+    from asesearch.study import Study
 
     args = [
         "search",
@@ -780,7 +781,7 @@ INTERRUPTED = [
     ("asesearch.search.Workbench.evaluate", ("evaluate", "RUN"), "begins again"),
     ("asesearch.report.write_report", ("report", "RUN", "-o", "r"), "same command completes it"),
     (
-        "asesearch.search.difficulty.measure_map",
+        "asesearch.search.mapping.measure_map",
         ("map", "STUDY", "-o", "m"),
         "nothing was written to m",
     ),
@@ -795,7 +796,7 @@ INTERRUPTED = [
         "resumes",
     ),
     (
-        "asesearch.latents.encode_folder",
+        "asesearch.encoding.encode_folder",
         ("latents", "i", "--vae", "v", "--image-size", "8", "-o", "l"),
         "kept in l",
     ),

@@ -12,7 +12,7 @@ from asesearch.backbones import DiT
 from asesearch.backbones.checkpoints import save_backbone
 from asesearch.cli import app
 from asesearch.errors import CheckpointError, ConfigError, DataError, WriteError
-from asesearch.search.difficulty import DifficultyMap
+from asesearch.study.difficulty import DifficultyMap
 
 SHAPE = {
     "input_size": 28,

@@ -331,7 +331,7 @@ def test_the_small_study_from_the_first_command_to_the_bundle(clone):
     from PIL import Image
 
     from asesearch import load_bundle
-    from asesearch.search import Study
+    from asesearch.study import Study
 
     shutil.rmtree(clone / "asesearch")
     (clone / "asesearch").symlink_to(ROOT / "asesearch")

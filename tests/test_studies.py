@@ -17,17 +17,18 @@ from torch_fidelity import FeatureExtractorBase
 from asesearch.backbones import DiT, UViT
 from asesearch.backbones.diffusers_adapter import DiffusersBackbone
 from asesearch.config import DataConfig, load_study, parse_study, read_toml
+from asesearch.data.latents import LatentShards
 from asesearch.deployment.bundle import load_bundle
 from asesearch.deployment.export import export
 from asesearch.diffusion import Diffusion
 from asesearch.errors import AseSearchError, ConfigError, DataError
 from asesearch.evaluation.extractors import register_extractor
 from asesearch.finetuning import check_fit
-from asesearch.latents import LatentShards
 from asesearch.report import write_report
 from asesearch.schedule import ExitSchedule
-from asesearch.search import Study, Workbench, search, workbench
+from asesearch.search import Workbench, search, workbench
 from asesearch.search.plan import make_plan
+from asesearch.study import Study
 from tests.test_cli import call
 
 FOLDER = Path(__file__).parent.parent / "studies"

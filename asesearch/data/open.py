@@ -33,7 +33,9 @@ def open_data(config: DataConfig) -> DataSource:
             f"data.path is needed for data of kind {config.kind!r}; got none; give the folder"
         )
     if config.kind == "latents":
-        from asesearch.latents import LatentShards  # here, because that module imports this one
+        from asesearch.data.latents import (
+            LatentShards,  # here, because that module imports this one
+        )
 
         return LatentShards(config.path, config.flip)
     if config.image_size is None:

@@ -27,10 +27,10 @@ from asesearch.backbones.base import Backbone, Conditioning, check_schedule
 from asesearch.backbones.checkpoints import load_backbone, save_backbone
 from asesearch.config import BackboneConfig, DiffusionConfig, SamplingConfig
 from asesearch.diffusion import make_diffusion
+from asesearch.encoding import LatentDecoder, encode_prompts
+from asesearch.encoding.networks import PathLike
 from asesearch.errors import CheckpointError, ConfigError
 from asesearch.files import check_writable, file_sha256
-from asesearch.latents import LatentDecoder, encode_prompts
-from asesearch.latents.networks import PathLike
 from asesearch.sampling import SampleResult, check_images, check_sampling, sample
 from asesearch.schedule import ExitSchedule
 

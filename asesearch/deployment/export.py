@@ -17,11 +17,12 @@ from asesearch.errors import StudyError
 from asesearch.files import check_writable
 from asesearch.finetuning import CHECKPOINT, finetune
 from asesearch.search.confirmation import load_trial, trial_weights
-from asesearch.search.directory import INPUTS, PROMPTS, read_json
-from asesearch.search.records import TrialRecord
-from asesearch.search.study import Study
 from asesearch.search.warmup import warm_up
-from asesearch.search.workbench import Workbench, environment, sampling_as
+from asesearch.search.workbench import Workbench, sampling_as
+from asesearch.study.directory import INPUTS, PROMPTS, read_json
+from asesearch.study.environment import environment
+from asesearch.study.records import TrialRecord
+from asesearch.study.study import Study
 
 
 def export(

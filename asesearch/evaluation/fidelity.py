@@ -33,8 +33,8 @@ from asesearch.config import EvaluationConfig, PromotionConfig, SamplingConfig, 
 from asesearch.data import DataSource, cache_dir, check_readable
 from asesearch.errors import EvaluationError, WriteError
 from asesearch.evaluation.extractors import Extractor
-from asesearch.evaluation.results import PCA, EvaluationResult, Protocol
 from asesearch.files import replacing
+from asesearch.score import PCA, EvaluationResult, Protocol
 
 Floats = npt.NDArray[np.float64]
 

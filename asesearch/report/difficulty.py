@@ -22,7 +22,7 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
 from asesearch.errors import WriteError
 from asesearch.files import write_json
 from asesearch.report.style import HEIGHT, SMALL, Drawing, axes
-from asesearch.search.difficulty import TABLES, DifficultyMap
+from asesearch.study.difficulty import TABLES, DifficultyMap
 
 Array = npt.NDArray[np.float64]
 CAPTION = (

@@ -28,7 +28,7 @@ from asesearch.report.style import (
     log_axis,
     percent_axis,
 )
-from asesearch.search.records import StudyResults
+from asesearch.study.records import StudyResults
 
 #: Part of the time on record -> what to call it, and its colour.
 PARTS = {

@@ -17,14 +17,14 @@ import jinja2
 import pandas as pd
 
 from asesearch.errors import AseSearchError, StudyError
-from asesearch.evaluation.results import Protocol
 from asesearch.files import check_writable
 from asesearch.report import ladder, tables
 from asesearch.report.plots import drawings
 from asesearch.report.style import Drawing
 from asesearch.report.wording import UNKNOWN, figure, headline, number, percent
-from asesearch.search.picking import pick
-from asesearch.search.records import StudyResults
+from asesearch.score import Protocol
+from asesearch.study.picking import pick
+from asesearch.study.records import StudyResults
 
 MARK = '<meta name="generator" content="asesearch report">'
 #: Ways to pick a point: mode, its quality and time budgets, and what they mean.

@@ -31,7 +31,7 @@ from asesearch.report.style import (
 )
 from asesearch.report.wording import number
 from asesearch.schedule import PUBLISHED
-from asesearch.search.records import StudyResults
+from asesearch.study.records import StudyResults
 
 
 def drawings(results: StudyResults) -> list[Drawing]:

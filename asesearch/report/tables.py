@@ -17,9 +17,9 @@ import numpy.typing as npt
 import pandas as pd
 
 from asesearch.errors import EvaluationError, StudyError
-from asesearch.evaluation.results import CONFIDENCE, EvaluationResult, Protocol
 from asesearch.schedule import PUBLISHED
-from asesearch.search.records import (
+from asesearch.score import CONFIDENCE, EvaluationResult, Protocol
+from asesearch.study.records import (
     REFERENCE_QUALITY,
     REFERENCE_TIME,
     Confirmation,

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import pandas as pd
 
 from asesearch.report import tables
-from asesearch.search.records import StudyResults
+from asesearch.study.records import StudyResults
 
 #: Saving of sampling time that the headline looks for.
 WORTHWHILE_SAVING = 0.25

@@ -1,4 +1,4 @@
-"""Schedule search: `search` runs a whole study, `Study` opens one."""
+"""Doing it: `search` runs a whole study."""
 
 from __future__ import annotations
 
@@ -7,25 +7,19 @@ from pathlib import Path
 
 from asesearch.config import StudyConfig
 from asesearch.search.confirmation import confirm
-from asesearch.search.difficulty import DifficultyMap, measure_map
-from asesearch.search.picking import pick, pick_nearest
+from asesearch.search.mapping import measure_map
 from asesearch.search.preflight import preflight
-from asesearch.search.records import Confirmation, StudyResults, TrialRecord
-from asesearch.search.study import Study
+from asesearch.search.runner import run_trials
 from asesearch.search.workbench import Workbench
+from asesearch.study.records import Confirmation, StudyResults, TrialRecord
+from asesearch.study.study import Study
 
 __all__ = [
-    "Confirmation",
-    "DifficultyMap",
-    "Study",
-    "StudyResults",
-    "TrialRecord",
     "Workbench",
     "confirm",
     "measure_map",
-    "pick",
-    "pick_nearest",
     "preflight",
+    "run_trials",
     "search",
 ]
 
@@ -40,11 +34,11 @@ def search(
     the budget is spent, then confirm the front.
 
     Raises:
-        AseSearchError: see `Workbench`, `preflight`, `Study` and `Study.run`.
+        AseSearchError: see `Workbench`, `preflight`, `Study` and `run_trials`.
     """
     bench = Workbench(config, run_dir)
     preflight(bench, run_dir)
     study = Study(config, run_dir)
-    study.run(bench, on_trial)
+    run_trials(study, bench, on_trial)
     confirm(study, bench, on_confirmation)
     return study.results()

@@ -9,20 +9,10 @@ from __future__ import annotations
 from statistics import fmean
 
 from asesearch.config import StudyConfig
-from asesearch.search.records import StudyResults, TrialRecord, select
 from asesearch.search.workbench import Workbench
+from asesearch.study.records import StudyResults, TrialRecord, select
 
 MARGIN = 0.03  # of the budget, for loading, proposing and the report
-
-
-def spent_s(results: StudyResults) -> float:
-    """Seconds of work on record: warm-up, trials and confirmations, the sum over all workers."""
-    trials = sum(sum(r.seconds.values()) for r in results.records)
-    return (
-        float(sum(results.warm_up.get("seconds", {}).values()))
-        + trials
-        + sum(c.seconds for c in results.confirmations)
-    )
 
 
 def image_s(bench: Workbench, results: StudyResults) -> float:

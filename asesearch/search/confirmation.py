@@ -20,14 +20,14 @@ from asesearch.backbones.checkpoints import load_backbone
 from asesearch.config import BackboneConfig
 from asesearch.errors import StudyError
 from asesearch.files import write_json
-from asesearch.search import directory
-from asesearch.search.confirmed import confirmation_files, confirmations_on_record
-from asesearch.search.directory import is_whole
-from asesearch.search.records import Confirmation, TrialRecord, select
-from asesearch.search.study import Study
 from asesearch.search.warmup import warm_up
 from asesearch.search.workbench import Workbench
-from asesearch.search.workers import CONFIRMING, POLL_S, SEARCHING, Others, try_lock, waited_lock
+from asesearch.study import directory
+from asesearch.study.confirmed import confirmation_files, confirmations_on_record
+from asesearch.study.directory import is_whole
+from asesearch.study.records import Confirmation, TrialRecord, select
+from asesearch.study.study import Study
+from asesearch.study.workers import CONFIRMING, POLL_S, SEARCHING, Others, try_lock, waited_lock
 
 _log = logging.getLogger(__name__)
 

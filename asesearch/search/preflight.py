@@ -21,11 +21,11 @@ from asesearch.config import TrainConfig
 from asesearch.data import check_readable, open_data
 from asesearch.errors import AseSearchError, ConfigError, EvaluationError
 from asesearch.finetuning import Depths, Trainer, draw_batch
-from asesearch.search.difficulty import check_map
-from asesearch.search.directory import check_study_dir
+from asesearch.search.mapping import check_map
 from asesearch.search.setup import warm_starts
 from asesearch.search.warmup import elastic_depths, needs_map
 from asesearch.search.workbench import Workbench
+from asesearch.study.directory import check_study_dir
 
 # of the training step on a CPU; a GPU, whose memory may not suffice, takes a whole batch
 TRIED_IMAGES = 2

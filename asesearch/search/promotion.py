@@ -17,11 +17,12 @@ import torch
 
 from asesearch.config import StudyConfig
 from asesearch.errors import EvaluationError, TrainingDiverged
-from asesearch.evaluation.results import EvaluationResult
+from asesearch.proposer.proposer import NAME, Problem, judge
 from asesearch.schedule import ExitSchedule
-from asesearch.search.proposer import NAME, Problem, judge
-from asesearch.search.records import LOOKS_AROUND, CheapRung, TrialRecord, shortened
-from asesearch.search.workbench import Outcome, Workbench, environment
+from asesearch.score import EvaluationResult
+from asesearch.search.workbench import Outcome, Workbench
+from asesearch.study.environment import environment
+from asesearch.study.records import LOOKS_AROUND, CheapRung, TrialRecord, shortened
 
 
 def run_trial(

@@ -16,27 +16,27 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
 import optuna
 from optuna.trial import FrozenTrial, TrialState
 
 from asesearch.errors import StudyError
+from asesearch.files import write_json
+from asesearch.proposer.proposer import NAME, DifficultySampler, Problem
 from asesearch.schedule import ExitSchedule
-from asesearch.search import directory
 from asesearch.search.budget import room_for_trial
 from asesearch.search.promotion import num_explored, run_trial, same_point
-from asesearch.search.proposer import NAME, DifficultySampler, Problem
-from asesearch.search.records import EXPLORES, RECORD, REPEAT, StudyResults, TrialRecord
 from asesearch.search.setup import make_problem, make_proposer, make_space, warm_starts
-from asesearch.search.storage import experimental, storage_errors
 from asesearch.search.warmup import warm_up
 from asesearch.search.workbench import Workbench, sampler_name
-from asesearch.search.workers import POLL_S, Others, try_lock, worked_s
-
-if TYPE_CHECKING:
-    from asesearch.search.study import Study
+from asesearch.study import directory
+from asesearch.study.environment import environment
+from asesearch.study.records import EXPLORES, RECORD, REPEAT, StudyResults, TrialRecord, spent_s
+from asesearch.study.storage import experimental, storage_errors
+from asesearch.study.study import Study
+from asesearch.study.workers import POLL_S, SEARCHING, Others, has_record, try_lock, worked_s
 
 # user attribute: the mark of the worker that runs the trial; "host:pid" in earlier releases
 WORKER = "worker"
@@ -50,6 +50,35 @@ _log = logging.getLogger(__name__)
 
 class _Failed(Exception):
     """A trial whose failure is on record."""
+
+
+def run_trials(
+    study: Study,
+    bench: Workbench,
+    progress: Callable[[TrialRecord], None] | None = None,
+    on_warm_up: Callable[[int, float], None] | None = None,
+) -> None:
+    """Search until `num_trials` points have ended (failed and stopped ones count; repeats and
+    killed ones do not), or, with a `budget`, until its time is spent or nothing new is found.
+    The warm-up comes first, where the study has one.
+
+    Args:
+        study: on whose record it works.
+        bench: fine-tunes, samples and evaluates a schedule.
+        progress: called with each record of this process.
+        on_warm_up: called as (steps done, loss) in the elastic warm-up.
+
+    Raises:
+        StudyError: the storage can't be used, file locks do not work in the directory, the
+            latency table is another device's, the full network's trial or every trial failed,
+            or the space holds no further schedule.
+    """
+    study.check_inputs(bench.identity)
+    write_json(study.run_dir / directory.ENVIRONMENT, environment())
+    runner = Runner(study, bench, progress)
+    earlier_s = 0.0 if has_record(study.run_dir) else spent_s(study.results())
+    with study.worker.at_work(SEARCHING, earlier_s):
+        runner.run(on_warm_up)
 
 
 class Runner:
@@ -80,13 +109,13 @@ class Runner:
         self.again = self._to_try_again(records)
 
     def run(self, on_warm_up: Callable[[int, float], None] | None = None) -> None:
-        """Search until the study has enough; see `Study.run`."""
+        """Search until the study has enough; see `run_trials`."""
         # refused here, before anything is paid for, where it is another device's
         _ = self.bench.latency
         made = warm_up(self.bench, self.study.run_dir, on_warm_up)
         if made.difficulty_map is not None:
             self.problem = make_problem(self.space, self.bench, made.difficulty_map)
-        with storage_errors(self.study._shown):
+        with storage_errors(self.study.shown_storage):
             self._search()
 
     def _search(self) -> None:

@@ -8,12 +8,12 @@ import optuna
 
 from asesearch.config import SearchConfig, StudyConfig
 from asesearch.errors import ScheduleError
+from asesearch.proposer.proposer import Problem
+from asesearch.proposer.space import Space
 from asesearch.schedule import ExitSchedule
-from asesearch.search.difficulty import DifficultyMap
-from asesearch.search.proposer import Problem
-from asesearch.search.space import Space
-from asesearch.search.storage import experimental
 from asesearch.search.workbench import Workbench
+from asesearch.study.difficulty import DifficultyMap
+from asesearch.study.storage import experimental
 
 Start = tuple[ExitSchedule, str]  # a schedule, and a sampler other than the study's own, or empty
 

@@ -21,12 +21,13 @@ from asesearch.data import open_data
 from asesearch.files import write_json
 from asesearch.finetuning import CHECKPOINT, finetune
 from asesearch.schedule import ElasticDepths
-from asesearch.search import directory
-from asesearch.search.difficulty import DifficultyMap, measure_map
-from asesearch.search.directory import read_state
-from asesearch.search.records import shortened
+from asesearch.search.mapping import measure_map
 from asesearch.search.workbench import Workbench
-from asesearch.search.workers import waited_lock
+from asesearch.study import directory
+from asesearch.study.difficulty import DifficultyMap
+from asesearch.study.directory import read_state
+from asesearch.study.records import shortened
+from asesearch.study.workers import waited_lock
 
 
 @dataclass

@@ -8,13 +8,10 @@ checked first.
 from __future__ import annotations
 
 import json
-import os
-import platform
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +30,9 @@ from asesearch.config import (
     TrainConfig,
 )
 from asesearch.data import DataSource, open_data, save_images
+from asesearch.data.latents import LatentShards
 from asesearch.diffusion import make_diffusion
+from asesearch.encoding import LatentDecoder
 from asesearch.errors import ConfigError, EvaluationError
 from asesearch.evaluation.cost import (
     LatencyTable,
@@ -55,7 +54,6 @@ from asesearch.evaluation.fidelity import (
     reference_statistics,
     to_uint8,
 )
-from asesearch.evaluation.results import EvaluationResult, Protocol
 from asesearch.files import replacing
 from asesearch.finetuning import (
     CHECKPOINT,
@@ -65,12 +63,12 @@ from asesearch.finetuning import (
     finetune,
     weights_fingerprint,
 )
-from asesearch.latents import LatentDecoder, LatentShards
 from asesearch.sampling import SampleResult, arithmetic, check_sampling, sample
 from asesearch.schedule import ElasticDepths, ExitSchedule
-from asesearch.search import directory
+from asesearch.score import EvaluationResult, Protocol
 from asesearch.search.latency import Conditions, shared_table
-from asesearch.search.records import shortened
+from asesearch.study import directory
+from asesearch.study.records import shortened
 
 SHOWN_IMAGES = 40  # images kept of each trial for the report
 NUM_PROMPTS = 4  # kept beside a trial's weights, for its bundle
@@ -628,33 +626,3 @@ def sampling_as(how: SamplingConfig, name: str) -> SamplingConfig:
         return how
     solver, _, steps = name.rpartition("-")
     return how.model_copy(update={"solver": solver, "num_steps": int(steps)})
-
-
-def environment() -> dict[str, Any]:
-    """Machine and versions, for records."""
-    names = (
-        "asesearch",
-        "torch",
-        "torchvision",
-        "torch-fidelity",
-        "diffusers",
-        "accelerate",
-        "optuna",
-        "numpy",
-    )
-    versions = {"python": platform.python_version()}
-    for name in names:
-        try:
-            versions[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            versions[name] = "not installed"
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    return {
-        "versions": versions,
-        "platform": platform.platform(terse=True),
-        "machine": platform.machine(),
-        "cpu_count": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "gpu": gpu,
-        "cuda": torch.version.cuda if gpu else None,
-    }

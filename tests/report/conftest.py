@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from asesearch.config import parse_study
-from asesearch.evaluation.results import EvaluationResult, Protocol
 from asesearch.schedule import PUBLISHED, ExitSchedule
-from asesearch.search.records import Confirmation, StudyResults, TrialRecord
+from asesearch.score import EvaluationResult, Protocol
+from asesearch.study.records import Confirmation, StudyResults, TrialRecord
 
 DEPTH = 28
 OVERHEAD = 0.12  # share of a full call that no exit can skip

@@ -18,7 +18,7 @@ from asesearch.report import plots
 from asesearch.report.difficulty import draw, drawing, table, thresholds, too_shallow, write_map
 from asesearch.report.page import render_page
 from asesearch.report.style import SMALL, STYLE
-from asesearch.search.difficulty import TABLES, DifficultyMap
+from asesearch.study.difficulty import TABLES, DifficultyMap
 
 DEPTH = 6
 BINS = 5

@@ -6,10 +6,10 @@ from dataclasses import replace
 import pytest
 from scipy.stats import spearmanr
 
-from asesearch.evaluation.results import EvaluationResult
 from asesearch.report import ladder, page, tables
 from asesearch.report.plots import drawings
-from asesearch.search.records import CheapRung
+from asesearch.score import EvaluationResult
+from asesearch.study.records import CheapRung
 from tests.report.conftest import protocol
 
 CHEAP = protocol(2, num_samples=100)

@@ -8,11 +8,11 @@ import pytest
 import scipy.stats
 
 from asesearch.errors import EvaluationError, StudyError
-from asesearch.evaluation.results import EvaluationResult
 from asesearch.report import tables
 from asesearch.report.wording import figure, headline, number, percent
 from asesearch.schedule import ExitSchedule
-from asesearch.search.records import shortened
+from asesearch.score import EvaluationResult
+from asesearch.study.records import shortened
 
 
 def dominated(p, points):

@@ -16,11 +16,13 @@ from types import SimpleNamespace
 from asesearch.config import parse_study
 from asesearch.errors import TrainingDiverged
 from asesearch.evaluation.cost import LatencyTable, TimeRatio
-from asesearch.evaluation.results import EvaluationResult, Protocol
-from asesearch.search import confirmation, storage, workers
+from asesearch.score import EvaluationResult, Protocol
+from asesearch.search import confirmation
 from asesearch.search.latency import Conditions, shared_table
-from asesearch.search.study import Study
+from asesearch.search.runner import run_trials
 from asesearch.search.workbench import Outcome
+from asesearch.study import storage, workers
+from asesearch.study.study import Study
 
 DEPTH = 6
 PROTOCOL = Protocol("frechet", "fake", "0", 100, "fake", 100, "0", (0, 100), "ddim", 10, 1.0)
@@ -165,10 +167,11 @@ if __name__ == "__main__":
     if how:
         confirmation._network = lambda *_: None
         bench = SharedBench(run_dir, config=config, **how)
-        study.run(bench)
+        run_trials(study, bench)
         confirmation.confirm(study, bench)
     else:
-        study.run(
+        run_trials(
+            study,
             FakeBench(die_at=die_at if die_at >= 0 else None, config=config),
             lambda r: time.sleep(0),
         )

@@ -19,7 +19,8 @@ from asesearch.diffusion import VPSDE, Diffusion
 from asesearch.errors import ConfigError, DataError, EvaluationError, StudyError
 from asesearch.finetuning import weights_fingerprint
 from asesearch.search import difficulty
-from asesearch.search.difficulty import TABLES, DifficultyMap, map_seconds, measure_map
+from asesearch.search.mapping import map_seconds, measure_map
+from asesearch.study.difficulty import TABLES, DifficultyMap
 from tests.conftest import TINY_DIT
 
 DIFFUSION = Diffusion()

@@ -5,8 +5,8 @@ import pytest
 
 from asesearch.errors import WriteError
 from asesearch.schedule import ExitSchedule
-from asesearch.search.directory import check_study_dir
-from asesearch.search.study import Study
+from asesearch.study.directory import check_study_dir
+from asesearch.study.study import Study
 
 RNG = np.random.default_rng(0)
 MANY = ExitSchedule.uniform_intervals(RNG.integers(1, 13, 1000).tolist(), 12)

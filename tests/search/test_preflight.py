@@ -21,8 +21,10 @@ from asesearch.errors import (
     WriteError,
 )
 from asesearch.finetuning import Trainer
-from asesearch.search import Study, Workbench, preflight, search, workbench
+from asesearch.search import Workbench, preflight, search, workbench
 from asesearch.search.plan import Plan, make_plan
+from asesearch.search.runner import run_trials
+from asesearch.study import Study
 from tests.test_cli import call
 
 SHAPE = {
@@ -407,7 +409,7 @@ def test_the_confirmation_has_its_own_seeds_and_each_points_own_sampler(
     config = study()
     bench = Workbench(config, tmp_path)
     made = Study(config, tmp_path)
-    made.run(bench)
+    run_trials(made, bench)
     searched = {seed for _, _, _, seeds in calls for seed in seeds}
     low_fidelity = set(range(24))  # 2 x 12 images, 2 x 70 images
     high_fidelity = set(range(140))

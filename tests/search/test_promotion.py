@@ -8,14 +8,14 @@ import numpy as np
 import pytest
 
 from asesearch.config import changed_fields
-from asesearch.evaluation.results import EvaluationResult
+from asesearch.proposer.proposer import FrontBelief, Problem, judge
+from asesearch.proposer.space import Space
 from asesearch.schedule import ExitSchedule
+from asesearch.score import EvaluationResult
 from asesearch.search.promotion import run_trial
-from asesearch.search.proposer import FrontBelief, Problem, judge
-from asesearch.search.records import CheapRung, TrialRecord
-from asesearch.search.space import Space
+from asesearch.study.records import CheapRung, TrialRecord
+from tests.proposer.test_quality_model import FakeMap
 from tests.search.fake_search import CHEAP, DEPTH, PROTOCOL, FakeBench, figures, make_config
-from tests.search.test_quality_model import FakeMap
 
 POINT = ExitSchedule.from_string("6 5 3 2", DEPTH)
 OTHERS = [

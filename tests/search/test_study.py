@@ -17,12 +17,12 @@ from asesearch.config import MAY_CHANGE, StudyConfig
 from asesearch.errors import ScheduleError, StudyError
 from asesearch.files import write_json
 from asesearch.schedule import ExitSchedule
-from asesearch.search.difficulty import DifficultyMap
 from asesearch.search.promotion import num_explored
-from asesearch.search.records import RECORD, REPEAT, TrialRecord, non_dominated
-from asesearch.search.runner import Runner
+from asesearch.search.runner import Runner, run_trials
 from asesearch.search.setup import make_space, warm_starts
-from asesearch.search.study import Study
+from asesearch.study.difficulty import DifficultyMap
+from asesearch.study.records import RECORD, REPEAT, TrialRecord, non_dominated
+from asesearch.study.study import Study
 from tests.search.fake_search import CHEAP, DEPTH, FakeBench, figures, make_config
 
 PROPOSERS = ["tpe", "nsga2", "gp", "random"]
@@ -31,7 +31,7 @@ PROPOSERS = ["tpe", "nsga2", "gp", "random"]
 def run(config, run_dir, **bench):
     study = Study(config, run_dir)
     fake = FakeBench(config=config, **bench)
-    study.run(fake)
+    run_trials(study, fake)
     return study, fake
 
 
@@ -101,7 +101,7 @@ def test_interrupt_leaves_no_open_trial(tmp_path):
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        study.run(bench, interrupt)
+        run_trials(study, bench, interrupt)
     assert all(
         t.state.is_finished() or t.state == optuna.trial.TrialState.WAITING
         for t in study.optuna.get_trials()
@@ -127,7 +127,7 @@ def test_an_unexpected_error_is_not_swallowed(tmp_path):
     bench.try_schedule = lambda schedule, folder, sampler: 1 / 0
     study = Study(make_config(), tmp_path)
     with pytest.raises(ZeroDivisionError):
-        study.run(bench)
+        run_trials(study, bench)
     assert study.records() == [] and all(t.state.is_finished() for t in study.optuna.get_trials())
 
 
@@ -154,7 +154,7 @@ def test_a_schedule_in_another_workers_hands_is_left_to_it(tmp_path):
         assert mine and not ours
         assert here._one_trial() == "taken"  # the first warm start
         assert bench.tried == [] and study.records() == []
-    study.run(bench)  # the claim was given back
+    run_trials(study, bench)  # the claim was given back
     assert [r.origin for r in study.records()][:2] == ["full", "6 6 3 3"] and len(bench.tried) == 3
 
 
@@ -170,7 +170,7 @@ def test_an_exhausted_space_ends_the_search(tmp_path):
     config = make_config(num_intervals=1, warm_start=[], num_trials=50)
     study = Study(config, tmp_path)
     with pytest.raises(StudyError, match="as good as exhausted"):
-        study.run(FakeBench())
+        run_trials(study, FakeBench())
     assert len(study.records()) == 6  # every depth, once
     # with time to spare
     timed, _ = run(make_config(num_intervals=1, warm_start=[], budget="1h"), tmp_path / "timed")
@@ -266,12 +266,12 @@ def test_a_broken_database_is_one_line_and_kept(tmp_path):
 
 def test_a_busy_database_is_waited_for_and_then_named(tmp_path, monkeypatch):
     run(make_config(num_trials=2), tmp_path)
-    monkeypatch.setattr("asesearch.search.storage.BUSY_WAIT_S", 0.1)
+    monkeypatch.setattr("asesearch.study.storage.BUSY_WAIT_S", 0.1)
     study = Study(make_config(num_trials=3), tmp_path)
     holder = sqlite3.connect(tmp_path / "study.db", isolation_level=None)
     holder.execute("BEGIN EXCLUSIVE")
     with pytest.raises(StudyError, match="can't be used: .*locked.*no other program holds it"):
-        study.run(FakeBench())
+        run_trials(study, FakeBench())
     holder.close()
     resumed, _ = run(make_config(num_trials=3), tmp_path)
     assert len(resumed.records()) == 3
@@ -382,7 +382,7 @@ def test_only_promising_schedules_are_fine_tuned(tmp_path, proposer):
     )
     study = Study(config, ready(tmp_path))
     bench = Surprising(config=config)
-    study.run(bench)
+    run_trials(study, bench)
     records = study.records()
     stopped = [r for r in records if r.state == "stopped"]
     assert len(records) == 12 and stopped and len(bench.tried) == 12 - len(stopped)
@@ -500,7 +500,7 @@ def test_the_difficulty_proposers_own_return_is_the_judgement(tmp_path):
     )
     study = Study(config, ready(tmp_path))
     bench = Surprising(config=config)
-    study.run(bench)
+    run_trials(study, bench)
     first = [
         TrialRecord.from_dict(json.loads(t.user_attrs[RECORD]))
         for t in study.optuna.get_trials()
@@ -527,7 +527,7 @@ def test_a_space_of_stopped_schedules_ends_the_search(tmp_path, monkeypatch):
     study = Study(config, ready(tmp_path))
     bench = FakeBench(config=config)
     with pytest.raises(StudyError, match="as good as exhausted"):
-        study.run(bench)
+        run_trials(study, bench)
     assert 4 <= len(study.records()) == len(bench.cheaply) <= 6 and len(bench.tried) < 6
 
 
@@ -549,7 +549,7 @@ def test_the_rest_of_a_trials_time_is_kept_when_it_comes_again(tmp_path):
     def search(num_trials, **promotion):
         ladder = {"promotion": {**LADDER["promotion"], **promotion}}
         study = Study(make_config(ladder, proposer="random", num_trials=num_trials), tmp_path)
-        study.run(bench := Slow(config=study.config))
+        run_trials(study, bench := Slow(config=study.config))
         return study, bench
 
     ready(tmp_path)
@@ -580,7 +580,7 @@ def test_a_fine_tuning_is_counted_once_and_a_second_one_again(tmp_path, second, 
 
     config = make_config(samplers=["ddim-25"], warm_start=[], num_trials=2)
     study = Study(config, tmp_path)
-    study.run(Timed(config=config))
+    run_trials(study, Timed(config=config))
     own, other = study.records()
     assert (own.sampler, other.sampler) == ("", "ddim-25") and own.schedule == other.schedule
     assert (

@@ -21,7 +21,8 @@ from asesearch.backbones import DiT
 from asesearch.config import parse_study
 from asesearch.evaluation.extractors import register_extractor
 from asesearch.evaluation.fidelity import check_sample_counts, low_fidelity_metric, num_components
-from asesearch.search import Study, Workbench, preflight, search, workbench
+from asesearch.search import Workbench, preflight, search, workbench
+from asesearch.study import Study
 from tests.test_cli import call
 from tests.test_latents import make_vae
 

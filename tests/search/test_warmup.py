@@ -16,14 +16,15 @@ from asesearch.backbones.checkpoints import save_backbone
 from asesearch.config import parse_study
 from asesearch.evaluation.cost import LatencyTable
 from asesearch.schedule import ExitSchedule
-from asesearch.search import directory
-from asesearch.search.difficulty import DifficultyMap
-from asesearch.search.directory import ELASTIC_WEIGHTS as WEIGHTS
-from asesearch.search.directory import MAP
-from asesearch.search.directory import WARM_UP as COST
-from asesearch.search.study import Study
+from asesearch.search.runner import run_trials
 from asesearch.search.warmup import warm_up
 from asesearch.search.workbench import Workbench
+from asesearch.study import directory
+from asesearch.study.difficulty import DifficultyMap
+from asesearch.study.directory import ELASTIC_WEIGHTS as WEIGHTS
+from asesearch.study.directory import MAP
+from asesearch.study.directory import WARM_UP as COST
+from asesearch.study.study import Study
 
 SHAPE = {
     "input_size": 28,
@@ -272,12 +273,13 @@ def test_a_whole_search_on_the_ladder(study, tmp_path):
 KILLED = """
 import json, os, signal, sys
 from asesearch.config import parse_study
-from asesearch.search.study import Study
+from asesearch.study.study import Study
+from asesearch.search.runner import run_trials
 from asesearch.search.workbench import Workbench
 config = parse_study(json.loads(sys.argv[1]), "test")
 bench = Workbench(config)
 bench.evaluate = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
-Study(config, sys.argv[2]).run(bench)
+run_trials(Study(config, sys.argv[2]), bench)
 """
 
 
@@ -295,7 +297,7 @@ def test_what_tuning_took_is_not_lost_with_a_kill_before_the_record(study, tmp_p
     left = weights.read_bytes()
     assert opened.records() == []
     bench = Workbench(config)
-    opened.run(bench)
+    run_trials(opened, bench)
     own, other = opened.records()
     # not tuned a second time
     assert own.schedule.is_full and other.schedule.is_full and weights.read_bytes() == left

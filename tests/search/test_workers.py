@@ -20,15 +20,16 @@ from optuna.trial import TrialState
 from asesearch.errors import StudyError, TrainingDiverged
 from asesearch.evaluation.cost import LatencyTable
 from asesearch.files import write_json
+from asesearch.proposer.proposer import num_exploring
 from asesearch.schedule import ExitSchedule
-from asesearch.search import confirmation, workers
+from asesearch.search import confirmation
 from asesearch.search.confirmation import confirm
 from asesearch.search.latency import Conditions, shared_table
-from asesearch.search.proposer import num_exploring
-from asesearch.search.records import EXPLORES, LOOKS_AROUND, RECORD, select
-from asesearch.search.runner import WORKER, Runner
-from asesearch.search.study import Study
-from asesearch.search.workers import Others, Worker, try_lock, waited_lock, worked_s
+from asesearch.search.runner import WORKER, Runner, run_trials
+from asesearch.study import workers
+from asesearch.study.records import EXPLORES, LOOKS_AROUND, RECORD, select
+from asesearch.study.study import Study
+from asesearch.study.workers import Others, Worker, try_lock, waited_lock, worked_s
 from tests.search.fake_search import FakeBench, SharedBench, make_config
 from tests.search.test_study import ready
 
@@ -76,7 +77,7 @@ def search_in_threads(config, run_dir, count, until=None):
         try:
             study = Study(config, run_dir)
             bench = Held(run_dir, config=config)
-            study.run(bench)
+            run_trials(study, bench)
             confirm(study, bench)
         except BaseException as error:
             errors.append(error)
@@ -334,7 +335,7 @@ def test_a_file_system_without_locks_is_named(tmp_path, monkeypatch, error):
     with pytest.raises(
         StudyError, match=f"need file locks.*{error.strerror}.*file system that has them"
     ) as caught:
-        Study(make_config(), tmp_path).run(FakeBench())
+        run_trials(Study(make_config(), tmp_path), FakeBench())
     assert "\n" not in str(caught.value)
 
 
@@ -343,7 +344,7 @@ def test_locks_without_effect_are_noticed(tmp_path, monkeypatch):
 
     monkeypatch.setattr(fcntl, "flock", lambda *_: None)
     with pytest.raises(StudyError, match="given to a second"):
-        Study(make_config(), tmp_path).run(FakeBench())
+        run_trials(Study(make_config(), tmp_path), FakeBench())
 
 
 def test_who_waits_for_a_lock_says_so_once(tmp_path, caplog, monkeypatch):
@@ -378,7 +379,7 @@ def test_exactly_as_many_proposals_look_around_as_the_study_says(tmp_path):
 
     def work():
         try:
-            Study(config, tmp_path).run(Slow(tmp_path, config=config))
+            run_trials(Study(config, tmp_path), Slow(tmp_path, config=config))
         except BaseException as error:
             errors.append(error)
 
@@ -451,11 +452,11 @@ def test_a_failed_full_network_stops_the_search_and_is_tried_again(tmp_path, sea
             StudyError,
             match="full network's trial failed.*the images hold NaN; give others.*tries this one",
         ):
-            Study(config, tmp_path).run(bench)
+            run_trials(Study(config, tmp_path), bench)
         assert [s.is_full for s in bench.tried] == [True]  # nothing else was paid for
     bench.broken = ""
     study = Study(config, tmp_path)
-    study.run(bench)
+    run_trials(study, bench)
     assert study.results().full is not None and len(study.records()) == 6
     assert all(r.state == "complete" for r in study.records())
 
@@ -470,10 +471,10 @@ def test_a_study_whose_every_trial_fails_stops_at_once(tmp_path):
             StudyError,
             match="all 3 trials so far failed.*: the images hold NaN; give others; put that right",
         ):
-            study.run(bench)
+            run_trials(study, bench)
         assert len(bench.tried) == 3
     bench.broken = ""
-    study.run(bench)
+    run_trials(study, bench)
     # tried again, too
     assert "6 6 3 3" in {r.origin for r in study.records() if r.state == "complete"}
 
@@ -485,7 +486,7 @@ def searched(run_dir, num_trials=8, **sections):
     config = make_config({**SHORT, **sections}, num_trials=num_trials)
     study = Study(config, run_dir)
     bench = SharedBench(run_dir, config=config)
-    study.run(bench)
+    run_trials(study, bench)
     return study, bench
 
 
@@ -633,7 +634,7 @@ def test_a_study_of_time_on_another_device_is_refused_before_the_warm_up(tmp_pat
     config = make_config(num_trials=2)
     bench = SharedBench(tmp_path, config=config)
     with pytest.raises(StudyError, match="Tesla T4.*cpu"):
-        Study(config, tmp_path).run(bench)
+        run_trials(Study(config, tmp_path), bench)
     assert bench.tried == [] and not (tmp_path / "paid").exists()
 
 
@@ -718,7 +719,9 @@ def test_a_budget_is_of_wall_time_and_leaves_room_for_the_confirmation(tmp_path,
     config = make_config({"confirm": confirm}, budget="8s", proposer="random", num_trials=1)
     benches = [Timed(config=config) for _ in range(num_workers)]
     Study(config, tmp_path)
-    threads = [threading.Thread(target=lambda b=b: Study(config, tmp_path).run(b)) for b in benches]
+    threads = [
+        threading.Thread(target=lambda b=b: run_trials(Study(config, tmp_path), b)) for b in benches
+    ]
     begun = time.monotonic()
     for thread in threads:
         thread.start()
@@ -728,13 +731,13 @@ def test_a_budget_is_of_wall_time_and_leaves_room_for_the_confirmation(tmp_path,
     assert 3.3 < took < 6.9
     assert len(Study.open(tmp_path).records()) >= 5
     again = Timed(config=config)
-    Study(config, tmp_path).run(again)
+    run_trials(Study(config, tmp_path), again)
     assert again.tried == []
 
 
 def test_time_of_an_earlier_release_counts(tmp_path):
     # each of whose trials says that it took a second
-    Study(make_config(num_trials=5), tmp_path).run(FakeBench())
+    run_trials(Study(make_config(num_trials=5), tmp_path), FakeBench())
     for path in (tmp_path / "workers").iterdir():
         path.unlink()  # which earlier releases did not have
     config = make_config(
@@ -742,7 +745,7 @@ def test_time_of_an_earlier_release_counts(tmp_path):
     )
     bench = FakeBench(config=config)
     for _ in range(2):
-        Study(config, tmp_path).run(bench)
+        run_trials(Study(config, tmp_path), bench)
         assert bench.tried == [] and 5 <= worked_s(tmp_path) < 8
 
 

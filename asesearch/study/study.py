@@ -1,4 +1,4 @@
-"""A study directory and its Optuna storage: what is on record, and searching on.
+"""A study directory and its Optuna storage: what is on record.
 
 All state is in the two, written as it comes: a process that is killed at any moment loses at most
 the trial in flight, and the same command resumes; the fine-tuning of a repeated proposal goes on
@@ -10,31 +10,29 @@ Any number of processes may work on one study: give them the same study file, di
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from asesearch.config import StudyConfig
 from asesearch.errors import StudyError
 from asesearch.files import write_json
 from asesearch.schedule import ExitSchedule
-from asesearch.search import directory
-from asesearch.search.budget import spent_s
-from asesearch.search.confirmed import confirmations_on_record
-from asesearch.search.difficulty import DifficultyMap
-from asesearch.search.directory import read_images, read_json, read_state
-from asesearch.search.identity import (
+from asesearch.study import directory
+from asesearch.study.confirmed import confirmations_on_record
+from asesearch.study.difficulty import DifficultyMap
+from asesearch.study.directory import read_images, read_json, read_state
+from asesearch.study.environment import environment
+from asesearch.study.identity import (
     Opened,
     is_on_record,
     open_to_report,
     open_to_search,
     start_over,
 )
-from asesearch.search.records import RECORD, StudyResults, TrialRecord
-from asesearch.search.runner import Runner
-from asesearch.search.storage import storage_errors
-from asesearch.search.workbench import Workbench, environment
-from asesearch.search.workers import SEARCHING, Worker, has_record
+from asesearch.study.records import RECORD, StudyResults, TrialRecord
+from asesearch.study.storage import storage_errors
+from asesearch.study.workers import Worker
 
 MAX_NAME_BYTES = 250  # of a folder whose name has a lock of five more bytes
 
@@ -73,14 +71,14 @@ class Study:
         self.run_dir = run_dir
         self.config = opened.config
         self.optuna = opened.optuna
-        self._shown = opened.where
+        self.shown_storage = opened.where
 
     # -- what is on record -----------------------------------------------------------------------
 
     def records(self) -> list[TrialRecord]:
         """Points that were tried, by number: the last record of each, so a stopped one that was
         promoted later counts once."""
-        with storage_errors(self._shown):
+        with storage_errors(self.shown_storage):
             trials = self.optuna.get_trials(deepcopy=False)
         found = [
             TrialRecord.from_dict(json.loads(t.user_attrs[RECORD]))
@@ -151,41 +149,17 @@ class Study:
         """This process as one of the study's workers."""
         return Worker(self.run_dir)
 
-    def run(
-        self,
-        bench: Workbench,
-        progress: Callable[[TrialRecord], None] | None = None,
-        on_warm_up: Callable[[int, float], None] | None = None,
-    ) -> None:
-        """Search until `num_trials` points have ended (failed and stopped ones count; repeats and
-        killed ones do not), or, with a `budget`, until its time is spent or nothing new is found.
-        The warm-up comes first, where the study has one.
+    def check_inputs(self, identity: dict[str, Any]) -> None:
+        """Refuse network or data that changed; record them at the first search.
 
         Args:
-            bench: fine-tunes, samples and evaluates a schedule.
-            progress: called with each record of this process.
-            on_warm_up: called as (steps done, loss) in the elastic warm-up.
-
-        Raises:
-            StudyError: the storage can't be used, file locks do not work in the directory, the
-                latency table is another device's, the full network's trial or every trial failed,
-                or the space holds no further schedule.
-        """
-        self._check_inputs(bench)
-        write_json(self.run_dir / directory.ENVIRONMENT, environment())
-        runner = Runner(self, bench, progress)
-        earlier_s = 0.0 if has_record(self.run_dir) else spent_s(self.results())
-        with self.worker.at_work(SEARCHING, earlier_s):
-            runner.run(on_warm_up)
-
-    def _check_inputs(self, bench: Workbench) -> None:
-        """Refuse network or data that changed behind the same path.
+            identity: fingerprints of what the scores depend on and the study file only names.
 
         Raises:
             StudyError: naming what changed.
         """
         path = self.run_dir / directory.INPUTS
-        stored = bench.identity
+        stored = identity
         if path.exists():
             fix = (
                 "it tells whether network and data are still those of the trials on record; if "
@@ -193,9 +167,7 @@ class Study:
             )
             stored = read_json(path, fix)
         differ = [
-            k
-            for k in bench.identity
-            if not isinstance(stored, dict) or stored.get(k) != bench.identity[k]
+            k for k in identity if not isinstance(stored, dict) or stored.get(k) != identity[k]
         ]
         if differ and is_on_record(self.optuna, self.run_dir):
             raise StudyError(
@@ -205,4 +177,4 @@ class Study:
             )
         if differ:
             start_over(self.run_dir, f"with other {', '.join(differ)}")
-        write_json(path, bench.identity)
+        write_json(path, identity)

@@ -23,15 +23,13 @@ from optuna.distributions import BaseDistribution, CategoricalDistribution, IntD
 from optuna.trial import FrozenTrial, TrialState
 from threadpoolctl import threadpool_limits
 
-from asesearch.evaluation.results import EvaluationResult
-from asesearch.schedule import ExitSchedule
-from asesearch.search.pareto import (
+from asesearch.proposer.pareto import (
     expected_hypervolume_improvement,
     optimal_schedules,
     probability_on_front,
     stand_ins,
 )
-from asesearch.search.quality_model import (
+from asesearch.proposer.quality_model import (
     NUM_WEIGHTS,
     Encoder,
     ErrorMap,
@@ -41,7 +39,10 @@ from asesearch.search.quality_model import (
     Point,
     QualityModel,
 )
-from asesearch.search.records import (
+from asesearch.proposer.space import Space
+from asesearch.schedule import ExitSchedule
+from asesearch.score import EvaluationResult
+from asesearch.study.records import (
     EXPLORES,
     LOOKS_AROUND,
     RECORD,
@@ -51,7 +52,6 @@ from asesearch.search.records import (
     CheapRung,
     TrialRecord,
 )
-from asesearch.search.space import Space
 
 Array = npt.NDArray[np.float64]
 NAME = "difficulty"  # the proposer's, in study files and as origin of its trials

@@ -17,10 +17,7 @@ from torch import Tensor
 
 from asesearch.config import DataConfig
 from asesearch.data import DataSource, ImageFolder, check_readable
-from asesearch.errors import ConfigError, DataError
-from asesearch.files import file_sha256
-from asesearch.latents.networks import PathLike, TextEncoder, Vae
-from asesearch.latents.shards import (
+from asesearch.data.latents import (
     FORMAT_VERSION,
     INDEX,
     Array,
@@ -29,6 +26,9 @@ from asesearch.latents.shards import (
     pad_prompts,
     write_array,
 )
+from asesearch.encoding.networks import PathLike, TextEncoder, Vae
+from asesearch.errors import ConfigError, DataError
+from asesearch.files import file_sha256
 
 READERS = 16  # threads that read images, at most
 

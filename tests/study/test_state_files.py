@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from asesearch.cli import app
 from asesearch.errors import AseSearchError
 from asesearch.files import replacing
-from tests.search.test_storage import snapshot
+from tests.study.test_storage import snapshot
 from tests.test_cli import ARGS, STUDY, call
 
 LADDER = """

@@ -11,10 +11,11 @@ import optuna
 import pytest
 
 from asesearch.errors import StudyError
-from asesearch.search.storage import IDENTITY, parse_url, with_driver
-from asesearch.search.study import Study
-from tests.search import postgresql
+from asesearch.search.runner import run_trials
+from asesearch.study.storage import IDENTITY, parse_url, with_driver
+from asesearch.study.study import Study
 from tests.search.fake_search import FakeBench, make_config
+from tests.study import postgresql
 
 ROOT = Path(__file__).parents[2]
 HERE = Path(__file__).parent
@@ -121,7 +122,7 @@ def test_two_workers_on_an_empty_database_one_killed_and_resumed(tmp_path, port,
     schedules = [r.schedule.merged() for r in records]
     assert 8 <= len(records) <= 9 and len(set(schedules)) == len(schedules)
     config = make_config(num_trials=len(records) + 2)  # --storage forgotten
-    Study(config, tmp_path / "run").run(FakeBench(config=config))
+    run_trials(Study(config, tmp_path / "run"), FakeBench(config=config))
     assert len(study.records()) == len(records) + 2 and not (tmp_path / "run" / "study.db").exists()
     assert not files_with(tmp_path, [postgresql.PASSWORD, postgresql.IN_URL, "w%2F0"])
     assert not any(w in "".join(ends) for w in (postgresql.PASSWORD, postgresql.IN_URL))

@@ -26,8 +26,8 @@ from filelock import BaseFileLock, FileLock, SoftFileLock, Timeout
 
 from asesearch.errors import StudyError, WriteError
 from asesearch.files import write_json
-from asesearch.search.directory import WORKERS
-from asesearch.search.storage import HEARTBEAT_S
+from asesearch.study.directory import WORKERS
+from asesearch.study.storage import HEARTBEAT_S
 
 SEARCHING = "searching"
 CONFIRMING = "confirming"

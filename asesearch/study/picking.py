@@ -6,8 +6,8 @@ import re
 from dataclasses import dataclass
 
 from asesearch.errors import ConfigError, StudyError
-from asesearch.evaluation.results import EvaluationResult
-from asesearch.search.records import StudyResults, TrialRecord
+from asesearch.score import EvaluationResult
+from asesearch.study.records import StudyResults, TrialRecord
 
 MODES = ("best-quality", "fastest-within", "best-within")
 FORMS = (

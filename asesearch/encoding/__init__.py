@@ -1,15 +1,15 @@
 """Cached latents: an image folder goes through a VAE once (its captions through a text encoder),
 training reads the result."""
 
-from asesearch.latents.encoding import (
+from asesearch.data.latents import LatentShards
+from asesearch.encoding.encoding import (
     EncodingPlan,
     encode_folder,
     encode_latents,
     encode_prompts,
     read_captions,
 )
-from asesearch.latents.networks import LatentDecoder
-from asesearch.latents.shards import LatentShards
+from asesearch.encoding.networks import LatentDecoder
 
 __all__ = [
     "EncodingPlan",

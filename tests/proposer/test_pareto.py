@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from asesearch.search.pareto import (
+from asesearch.proposer.pareto import (
     expected_hypervolume_improvement,
     optimal_schedules,
     probability_on_front,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from asesearch.evaluation.results import EvaluationResult
+from asesearch.score import EvaluationResult
 
 TOLERANCE_FRAC = 0.01
 

@@ -5,8 +5,8 @@ from dataclasses import replace
 import pytest
 
 from asesearch.errors import EvaluationError
-from asesearch.evaluation.results import EvaluationResult
-from asesearch.search.reproduce import compare
+from asesearch.score import EvaluationResult
+from asesearch.study.reproduce import compare
 from tests.search.fake_search import PROTOCOL
 
 RECORDED = EvaluationResult(PROTOCOL, (10.0, 20.0))

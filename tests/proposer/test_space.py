@@ -7,8 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from asesearch.errors import ScheduleError
+from asesearch.proposer.space import Space
 from asesearch.schedule import PUBLISHED, ExitSchedule
-from asesearch.search.space import Space
 
 
 @given(st.data(), st.booleans(), st.integers(1, 12), st.integers(1, 28))

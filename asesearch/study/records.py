@@ -11,9 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from asesearch.evaluation.results import EvaluationResult
 from asesearch.schedule import ExitSchedule
-from asesearch.search.difficulty import DifficultyMap
+from asesearch.score import EvaluationResult
+from asesearch.study.difficulty import DifficultyMap
 
 #: Beyond these multiples of the full network's time and figure a point is worth nothing: reference
 #: point of hypervolumes.
@@ -196,6 +196,16 @@ class StudyResults:
         ]
         keep = non_dominated(points)
         return tuple(sorted((self.complete[i] for i in keep), key=lambda r: r.time_frac or 0.0))
+
+
+def spent_s(results: StudyResults) -> float:
+    """Seconds of work on record: warm-up, trials and confirmations, the sum over all workers."""
+    trials = sum(sum(r.seconds.values()) for r in results.records)
+    return (
+        float(sum(results.warm_up.get("seconds", {}).values()))
+        + trials
+        + sum(c.seconds for c in results.confirmations)
+    )
 
 
 CURVE_POINTS = 500

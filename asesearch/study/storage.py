@@ -22,7 +22,7 @@ from sqlalchemy.engine import URL, Engine, make_url
 from sqlalchemy.exc import ArgumentError, IntegrityError, NoSuchModuleError, SQLAlchemyError
 
 from asesearch.errors import StudyError
-from asesearch.search.sqlite import creator, is_in_memory, location, resolved, why_unusable
+from asesearch.study.sqlite import creator, is_in_memory, location, resolved, why_unusable
 
 HEARTBEAT_S = 60
 BUSY_WAIT_S = 120.0  # how long to wait for a SQLite file that another process holds

@@ -5,10 +5,10 @@ import dataclasses
 import pytest
 
 from asesearch.errors import ConfigError, StudyError
-from asesearch.evaluation.results import EvaluationResult
 from asesearch.schedule import ExitSchedule
-from asesearch.search.picking import pick, pick_nearest, within_quality
-from asesearch.search.records import Confirmation, StudyResults, TrialRecord, select
+from asesearch.score import EvaluationResult
+from asesearch.study.picking import pick, pick_nearest, within_quality
+from asesearch.study.records import Confirmation, StudyResults, TrialRecord, select
 from tests.search.fake_search import PROTOCOL
 
 

@@ -9,9 +9,8 @@ import numpy as np
 import pytest
 from threadpoolctl import threadpool_limits
 
-from asesearch.schedule import ExitSchedule
-from asesearch.search import quality_model as module
-from asesearch.search.quality_model import (
+from asesearch.proposer import quality_model as module
+from asesearch.proposer.quality_model import (
     NUM_WEIGHTS,
     PRIOR,
     Encoder,
@@ -20,6 +19,7 @@ from asesearch.search.quality_model import (
     QualityModel,
     cholesky,
 )
+from asesearch.schedule import ExitSchedule
 
 DEPTH = 12
 CHAIN = 1000

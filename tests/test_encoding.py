@@ -15,14 +15,9 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast, T5Config, T5Enc
 
 from asesearch.config import DataConfig
 from asesearch.data import ImageArray, ImageFolder, open_data
+from asesearch.data.latents import LatentShards
+from asesearch.encoding import LatentDecoder, encode_folder, encode_latents, read_captions
 from asesearch.errors import CheckpointError, ConfigError, DataError
-from asesearch.latents import (
-    LatentDecoder,
-    LatentShards,
-    encode_folder,
-    encode_latents,
-    read_captions,
-)
 
 pytestmark = pytest.mark.usefixtures("own_cache")
 CAPTIONS = ["a red shirt", "A  Blue Shirt ", "shirt", "a red red red red blue shirt", ""]

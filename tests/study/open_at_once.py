@@ -10,7 +10,7 @@ import sys
 import traceback
 from pathlib import Path
 
-from asesearch.search.study import Study
+from asesearch.study.study import Study
 from tests.search.fake_search import make_config
 
 

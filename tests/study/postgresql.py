@@ -1,4 +1,4 @@
-"""A PostgreSQL server of one's own for tests: `python -m tests.search.postgresql` runs one until
+"""A PostgreSQL server of one's own for tests: `python -m tests.study.postgresql` runs one until
 Enter is pressed.
 
 Without PostgreSQL these tests are skipped; with ASESEARCH_REQUIRE_POSTGRESQL=1 they fail, so that

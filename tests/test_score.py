@@ -7,7 +7,7 @@ import math
 import pytest
 
 from asesearch.errors import EvaluationError
-from asesearch.evaluation.results import EvaluationResult, Protocol
+from asesearch.score import EvaluationResult, Protocol
 
 PROTOCOL = Protocol(
     "frechet", "fashion-cnn", "e" * 64, 100, "ref", 60_000, "r" * 64, (0, 100, 200), "ddim", 50, 1.0

@@ -13,12 +13,20 @@ import optuna
 import pytest
 from optuna.trial import TrialState
 
-from asesearch.evaluation.results import EvaluationResult, Protocol
+from asesearch.proposer.proposer import Candidates, DifficultySampler, FrontBelief, Problem, judge
+from asesearch.proposer.space import Space
 from asesearch.schedule import ExitSchedule
-from asesearch.search.proposer import Candidates, DifficultySampler, FrontBelief, Problem, judge
-from asesearch.search.records import RECORD, CheapRung, TrialRecord
-from asesearch.search.space import Space
-from tests.search.test_quality_model import CALLS, CHAIN, DEPTH, FakeMap, Point, Truth, some_points
+from asesearch.score import EvaluationResult, Protocol
+from asesearch.study.records import RECORD, CheapRung, TrialRecord
+from tests.proposer.test_quality_model import (
+    CALLS,
+    CHAIN,
+    DEPTH,
+    FakeMap,
+    Point,
+    Truth,
+    some_points,
+)
 
 SPACE = Space(DEPTH, CHAIN, 10)
 FULL = ExitSchedule.full(DEPTH)
@@ -143,7 +151,7 @@ def test_a_real_study_of_two_objectives(backend, noise_easy, tmp_path):
 
 def test_same_trials_in_a_fresh_process(tmp_path):
     code = (
-        "from tests.search.test_proposer import *\n"
+        "from tests.proposer.test_proposer import *\n"
         "found, study = search(make_sampler(make_problem(), 3), make_problem(), Truth(), 6)\n"
         "print(json.dumps([t.params for t in study.trials]))"
     )

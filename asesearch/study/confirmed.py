@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from asesearch.search import directory
-from asesearch.search.records import Confirmation
+from asesearch.study import directory
+from asesearch.study.records import Confirmation
 
 
 def confirmation_files(run_dir: Path) -> list[tuple[Path, dict[str, Any]]]:

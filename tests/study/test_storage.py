@@ -15,11 +15,11 @@ import pytest
 
 from asesearch.errors import StudyError
 from asesearch.schedule import ExitSchedule
-from asesearch.search import storage
-from asesearch.search.identity import is_in_use
-from asesearch.search.runner import Runner
-from asesearch.search.storage import IDENTITY, look, parse_url, secrets, shown
-from asesearch.search.study import Study
+from asesearch.search.runner import Runner, run_trials
+from asesearch.study import storage
+from asesearch.study.identity import is_in_use
+from asesearch.study.storage import IDENTITY, look, parse_url, secrets, shown
+from asesearch.study.study import Study
 from tests.search.fake_search import FakeBench, make_config
 
 # -- URLs ----------------------------------------------------------------------------------------
@@ -138,7 +138,7 @@ def test_sqlite_paths_that_can_not_be_used_are_named(tmp_path):
 def run(config, run_dir, **bench):
     study = Study(config, run_dir)
     fake = FakeBench(config=config, **bench)
-    study.run(fake)
+    run_trials(study, fake)
     return study, fake
 
 
@@ -301,7 +301,7 @@ def test_a_change_before_anything_is_on_record_is_taken_over(tmp_path, change, c
 def test_other_weights_before_anything_is_on_record_are_taken_over(tmp_path):
     config = make_config(num_trials=1)
     study = Study(config, tmp_path)
-    study._check_inputs(FakeBench(config=config, weights="first"))
+    study.check_inputs(FakeBench(config=config, weights="first").identity)
     _, bench = run(config, tmp_path, weights="second")
     assert len(bench.tried) == 1
     with pytest.raises(StudyError, match="begun with other weights"):
@@ -311,11 +311,11 @@ def test_other_weights_before_anything_is_on_record_are_taken_over(tmp_path):
 def test_another_worker_is_not_overruled(tmp_path):
     config = make_config()
     study = Study(config, tmp_path)
-    study._check_inputs(FakeBench(config=config, weights="first"))
+    study.check_inputs(FakeBench(config=config, weights="first").identity)
     with Runner(study, FakeBench()).claim(ExitSchedule.full(6)):
         assert is_in_use(tmp_path)
         with pytest.raises(StudyError, match="another worker is at the study"):
-            study._check_inputs(FakeBench(config=config, weights="second"))
+            study.check_inputs(FakeBench(config=config, weights="second").identity)
         with pytest.raises(StudyError, match="another worker is at the study"):
             Study(make_config({"train": {"lr": 1e-3}}), tmp_path)
     assert not is_in_use(tmp_path)

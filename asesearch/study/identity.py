@@ -20,11 +20,11 @@ from sqlalchemy.engine import URL
 from asesearch.config import StudyConfig, changed_fields, parse_study
 from asesearch.errors import StudyError
 from asesearch.files import write_json
-from asesearch.search import directory
-from asesearch.search.directory import read_json, say_once
-from asesearch.search.records import RECORD
-from asesearch.search.sqlite import is_relative, resolved
-from asesearch.search.storage import (
+from asesearch.study import directory
+from asesearch.study.directory import read_json, say_once
+from asesearch.study.records import RECORD
+from asesearch.study.sqlite import is_relative, resolved
+from asesearch.study.storage import (
     Held,
     delete,
     look,
@@ -37,7 +37,7 @@ from asesearch.search.storage import (
     storage_errors,
     without_password,
 )
-from asesearch.search.workers import try_lock, waited_lock
+from asesearch.study.workers import try_lock, waited_lock
 
 FORMAT_VERSION = 2  # 1 knew no identity
 _OPENING = "study.lock"
