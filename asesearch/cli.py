@@ -356,6 +356,7 @@ def evaluate(
     """Measure quality under the study's protocol: a trial's weights again, or the pretrained ones
     under any schedule."""
     from asesearch.backbones.base import check_schedule
+    from asesearch.point import Point
     from asesearch.search import Workbench
     from asesearch.search.confirmation import load_trial
     from asesearch.study import Study
@@ -374,24 +375,25 @@ def evaluate(
     record = None if trial is None else study.record(trial)
     if record is None:
         net = bench.backbone
-        chosen = _schedule(schedule or "full", bench.backbone.depth, bench.full.num_train_timesteps)
-        check_schedule(net, bench.full.num_train_timesteps, chosen)
+        depths = _schedule(schedule or "full", bench.backbone.depth, bench.full.num_train_timesteps)
+        check_schedule(net, bench.full.num_train_timesteps, depths)
+        point = Point(depths, bench.own_sampler)
     else:
         net = load_trial(study, record, bench.device)
-        chosen = record.schedule
+        point = record.point
+    chosen = {"schedule": str(point.schedule), "sampler": str(point.sampler)}
     if dry_run:
-        _print({"schedule": str(chosen), "protocol": vars(bench.protocol)})
+        _print({**chosen, "protocol": vars(bench.protocol)})
         return
-    sampler = "" if record is None else record.sampler
     with _interruptible("a figure that is not complete is not kept; the same command begins again"):
-        quality, seconds = bench.evaluate(net, chosen, bench.protocol, sampler)
+        quality, seconds = bench.evaluate(net, point, bench.protocol)
     result: dict[str, Any] = {
         "metric": bench.protocol.metric_name,
         "value": quality.value,
         "std_error": quality.std_error,
     }
     result |= {
-        "schedule": str(chosen),
+        **chosen,
         "sampling_seconds": round(seconds["sample"], 2),
         **quality.to_dict(),
     }
@@ -562,7 +564,7 @@ def _front(results: StudyResults) -> list[dict[str, Any]]:
 
 def _trial_line(record: TrialRecord) -> str:
     """One line about a trial that has ended."""
-    point = f"trial {record.number} ({record.origin}) {record.schedule} {record.sampler}".rstrip()
+    point = f"trial {record.number} ({record.origin}) {record.point}"
     if record.quality is not None:
         return f"{point}: {record.quality.value:.4g} at {record.time_frac:.3f} of the time"
     if record.cheap is not None and record.failure is None:
@@ -760,7 +762,7 @@ def export(
             opened.results(), pick or "best-quality", quality, time, early_exit=early_exit
         )
     chosen = {"trial": record.number, "origin": record.origin, "schedule": str(record.schedule)}
-    chosen |= {"sampler": record.sampler} if record.sampler else {}
+    chosen["sampler"] = str(record.sampler)
     check_export(opened, record, out, finetune_steps, overwrite=overwrite)
     if dry_run:
         _print({**chosen, "evaluation": evaluation_of(opened, record), "out": str(out)})

@@ -20,6 +20,7 @@ from pydantic import (
 
 from asesearch.errors import ConfigError
 from asesearch.files import read_text
+from asesearch.sampler import Sampler
 
 #: Integers that JSON carries exactly; larger ones are slips.
 PositiveInt = Annotated[int, Field(gt=0, lt=2**53)]
@@ -228,6 +229,15 @@ class SamplingConfig(_Section):
     batch_size: PositiveInt = 100
     precision: Literal["float32", "tf32", "bf16"] = "float32"
 
+    @property
+    def sampler(self) -> Sampler:
+        """Solver and number of steps."""
+        return Sampler(self.solver, self.num_steps)
+
+    def under(self, sampler: Sampler) -> SamplingConfig:
+        """The same with another solver and number of steps."""
+        return self.model_copy(update={"solver": sampler.solver, "num_steps": sampler.num_steps})
+
 
 class EvaluationConfig(_Section):
     """The quality protocol: figures are compared only where all of it is equal.
@@ -326,6 +336,12 @@ class StudyConfig(_Section):
             )
         except ValidationError as error:
             raise ConfigError(explain(error, f"options for {section}")) from error
+
+    @property
+    def samplers(self) -> tuple[Sampler, ...]:
+        """The study's own sampler, and then the others that compete on its front."""
+        others = map(Sampler.from_string, self.search.samplers)
+        return tuple(dict.fromkeys((self.sampling.sampler, *others)))
 
     def shareable(self) -> dict[str, Any]:
         """Plain data for what leaves this machine: without the storage, whose URL may hold a

@@ -43,6 +43,7 @@ from asesearch.evaluation.fidelity import (
 )
 from asesearch.files import write_json
 from asesearch.finetuning import finetune
+from asesearch.point import Point
 from asesearch.schedule import ElasticDepths, ExitSchedule
 from asesearch.search import Workbench
 from asesearch.search.mapping import measure_map
@@ -84,6 +85,10 @@ class Lab:
         self.work: Path = args.work
         self.work.mkdir(parents=True, exist_ok=True)
 
+    def point(self, schedule: ExitSchedule) -> Point:
+        """A schedule under the study's own sampler."""
+        return Point(schedule, self.bench.own_sampler)
+
     def remembered(self, key: str, make: Any) -> Any:
         """`make()`'s JSON value, kept under a key."""
         path = self.work / f"{key}.json"
@@ -122,7 +127,7 @@ class Lab:
             self.bench.reference,
             guided_channels=self.bench.backbone.guided_channels,
         )
-        return list(self.bench.evaluate(net, schedule, protocol)[0].values)
+        return list(self.bench.evaluate(net, self.point(schedule), protocol)[0].values)
 
     def elastic(self) -> Backbone:
         """The elastic network that `predict` and the warm-started parts of `ablate` share."""
@@ -300,7 +305,9 @@ def scores_of_few(lab: Lab, spaces: dict[str, Any], schedule: ExitSchedule) -> d
     """Of one schedule: its full distance, and for each score the mean over two repeats, one a set
     of seeds."""
     many, few, sets = (80, 24, 1) if lab.args.tiny else (TRUTH_IMAGES, SET_IMAGES, SETS)
-    images = to_uint8(lab.bench.sample(lab.elastic(), schedule, range(many + sets * few)).images)
+    images = to_uint8(
+        lab.bench.sample(lab.elastic(), lab.point(schedule), range(many + sets * few)).images
+    )
     extractor, reference = spaces["fashion-cnn"]
     features = extract_features(extractor, images[:many])
     full = frechet_distance(

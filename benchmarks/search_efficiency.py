@@ -20,10 +20,11 @@ from measuring import Figure, parse, publish, say
 
 from asesearch.config import StudyConfig, TrainConfig, parse_study
 from asesearch.files import write_json
+from asesearch.point import Point
 from asesearch.report.tables import hypervolume_2d
 from asesearch.schedule import ExitSchedule
 from asesearch.score import EvaluationResult, Protocol
-from asesearch.search import Workbench
+from asesearch.search import Workbench, run_trials
 from asesearch.search.confirmation import load_trial
 from asesearch.search.workbench import FRESH_SEEDS, Outcome
 from asesearch.study import Study
@@ -106,12 +107,12 @@ class Bench(Workbench):
     def tuning(self, schedule: ExitSchedule) -> Any:
         return (self.backbone, self.full_train) if schedule.is_full else super().tuning(schedule)
 
-    def try_schedule(self, schedule: ExitSchedule, folder: Path, sampler: str = "") -> Outcome:
+    def try_point(self, point: Point, folder: Path) -> Outcome:
         if self.shared is None:
-            return super().try_schedule(schedule, folder, sampler)
+            return super().try_point(point, folder)
         path = self.shared / folder.name
         if not (path / "outcome.json").is_file():
-            outcome = super().try_schedule(schedule, path, sampler)
+            outcome = super().try_point(point, path)
             write_json(
                 path / "outcome.json", {**vars(outcome), "quality": outcome.quality.to_dict()}
             )
@@ -130,7 +131,8 @@ def run_one(method: str, repeat: int, work: Path, args: argparse.Namespace) -> d
     shared = None if method == OURS else work / f"shared-{repeat}"
     bench = Bench(config, run_dir, shared, study_of("random", repeat, args).train)
     study = Study(config, run_dir)
-    study.run(
+    run_trials(
+        study,
         bench,
         lambda r: say(
             f"  {config.name} #{r.number} {r.schedule}: {r.quality.value if r.quality else r.state}"
@@ -154,13 +156,14 @@ def run_one(method: str, repeat: int, work: Path, args: argparse.Namespace) -> d
 def rows_of(study: Study) -> list[dict[str, Any]]:
     """Trials as plain data, in order; one that was stopped and came again has two rows, each with
     what was spent in it."""
-    spent: dict[ExitSchedule, float] = {}
+    spent: dict[Point, float] = {}
     rows = []
     for trial in study.optuna.get_trials(deepcopy=False):
         if RECORD in trial.user_attrs:
-            record = TrialRecord.from_dict(json.loads(trial.user_attrs[RECORD]))
+            record = TrialRecord.from_dict(
+                json.loads(trial.user_attrs[RECORD]), study.config.sampling.sampler
+            )
             total = sum(record.gflops.values())
-            key = record.schedule.merged()
             rows.append(
                 {
                     "number": record.number,
@@ -169,10 +172,10 @@ def rows_of(study: Study) -> list[dict[str, Any]]:
                     "state": record.state,
                     "quality": None if record.quality is None else record.quality.value,
                     "cost": record.flops_frac,
-                    "gflops": total - spent.get(key, 0.0),
+                    "gflops": total - spent.get(record.point, 0.0),
                 }
             )
-            spent[key] = total
+            spent[record.point] = total
     return rows
 
 
@@ -182,9 +185,7 @@ def fresh_figures(study: Study, bench: Workbench, front: list[TrialRecord]) -> l
     protocol: Protocol = type(bench.protocol)(**{**vars(bench.protocol), "seeds": seeds})
     out = []
     for record in front:
-        quality, _ = bench.evaluate(
-            load_trial(study, record, bench.device), record.schedule, protocol
-        )
+        quality, _ = bench.evaluate(load_trial(study, record, bench.device), record.point, protocol)
         out.append(
             {"schedule": str(record.schedule), "cost": record.flops_frac, "quality": quality.value}
         )

@@ -14,7 +14,7 @@ import typer
 
 from asesearch.cli import app
 from asesearch.config import StudyConfig, load_study, parse_study
-from asesearch.search.picking import MODES, parse_budget
+from asesearch.study.picking import MODES, parse_budget
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")])

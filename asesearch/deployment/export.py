@@ -18,7 +18,7 @@ from asesearch.files import check_writable
 from asesearch.finetuning import CHECKPOINT, finetune
 from asesearch.search.confirmation import load_trial, trial_weights
 from asesearch.search.warmup import warm_up
-from asesearch.search.workbench import Workbench, sampling_as
+from asesearch.search.workbench import Workbench
 from asesearch.study.directory import INPUTS, PROMPTS, read_json
 from asesearch.study.environment import environment
 from asesearch.study.records import TrialRecord
@@ -68,9 +68,7 @@ def export(
         net = finetune(
             start, bench.data, bench.diffusion, record.schedule, train, where, teacher, on_step
         ).backbone
-        quality, _ = bench.evaluate(
-            net, record.schedule, bench.confirmation_protocol(), record.sampler
-        )
+        quality, _ = bench.evaluate(net, record.point, bench.confirmation_protocol())
         evaluation["after_full_finetuning"] = {
             "num_steps": finetune_steps,
             "quality": quality.to_dict(),
@@ -80,7 +78,7 @@ def export(
         schedule=record.schedule,
         kind=config.backbone.kind,
         diffusion=config.diffusion,
-        sampling=sampling_as(config.sampling, record.sampler),
+        sampling=config.sampling.under(record.sampler),
         evaluation=evaluation,
         provenance={
             "study": config.name,

@@ -21,8 +21,10 @@ import numpy.typing as npt
 import optuna
 from optuna.distributions import BaseDistribution, CategoricalDistribution, IntDistribution
 from optuna.trial import FrozenTrial, TrialState
+from scipy.stats import qmc
 from threadpoolctl import threadpool_limits
 
+from asesearch.point import Point
 from asesearch.proposer.pareto import (
     expected_hypervolume_improvement,
     optimal_schedules,
@@ -36,10 +38,10 @@ from asesearch.proposer.quality_model import (
     Inputs,
     Level,
     Observation,
-    Point,
     QualityModel,
 )
 from asesearch.proposer.space import Space
+from asesearch.sampler import Sampler
 from asesearch.schedule import ExitSchedule
 from asesearch.score import EvaluationResult
 from asesearch.study.records import (
@@ -73,7 +75,7 @@ class Problem:
 
     Attributes:
         space: of schedules.
-        samplers: name -> timesteps of its network calls; the first is the study's own.
+        samplers: sampler -> timesteps of its network calls, those of the space in the same order.
         cost_table: (depth,) cost of one network call at exit depths 1…depth.
         full_cost: of the whole sampling with the full network under the study's own sampler, in the
             same unit.
@@ -81,23 +83,18 @@ class Problem:
     """
 
     space: Space
-    samplers: dict[str, tuple[float, ...]]
+    samplers: dict[Sampler, tuple[float, ...]]
     cost_table: Array
     full_cost: float
     difficulty_map: ErrorMap
 
     def __post_init__(self) -> None:
-        assert len(self.samplers) == 1 or self.names == self.space.samplers
+        assert tuple(self.samplers) == self.space.samplers
 
     @cached_property
     def encoder(self) -> Encoder:
         """Points to model inputs."""
-        return Encoder(self.difficulty_map, self.space.num_train_timesteps)
-
-    @cached_property
-    def names(self) -> tuple[str, ...]:
-        """Samplers in order."""
-        return tuple(self.samplers)
+        return Encoder(self.difficulty_map, self.space.num_train_timesteps, self.samplers)
 
     @cached_property
     def boundaries(self) -> tuple[int, ...]:
@@ -113,15 +110,17 @@ class Problem:
         rows = [np.searchsorted(edges, times, side="right") for times in self.samplers.values()]
         return np.stack([np.bincount(row, minlength=self.space.num_intervals) for row in rows])
 
-    def point(self, schedule: ExitSchedule, sampler: str = "") -> Point:
-        """A point by its sampler's name; empty = the study's own."""
-        name = sampler or self.names[0]
-        return Point(schedule, name, self.samplers[name])
+    @cached_property
+    def full(self) -> Point:
+        """The full network under the study's own sampler."""
+        space = self.space
+        schedule = ExitSchedule.full(space.depth, space.num_train_timesteps)
+        return Point(schedule, space.samplers[0])
 
     def cost_frac(self, point: Point) -> float:
         """Cost of sampling, over the full network's."""
         return float(
-            self.cost_table[point.schedule.exit_depth_at(point.timesteps) - 1].sum()
+            self.cost_table[point.schedule.exit_depth_at(self.samplers[point.sampler]) - 1].sum()
             / self.full_cost
         )
 
@@ -131,7 +130,7 @@ class Problem:
 
     def row(self, point: Point) -> tuple[int, ...]:
         """A row of `Candidates`: the sampler's index, and the exit depth of each interval."""
-        return (self.names.index(point.sampler), *self.depths_of(point.schedule))
+        return (self.space.samplers.index(point.sampler), *self.depths_of(point.schedule))
 
     @cached_property
     def _stand_ins(self) -> npt.NDArray[np.int64]:
@@ -150,24 +149,17 @@ class Problem:
 
     def observations(self, records: Sequence[TrialRecord]) -> list[Observation]:
         """Figures on record, one a point and level (the latest)."""
-        latest: dict[Level, dict[tuple[ExitSchedule, str], tuple[Point, EvaluationResult]]] = {
-            "cheap": {},
-            "dear": {},
-        }
+        latest: dict[Level, dict[Point, EvaluationResult]] = {"cheap": {}, "dear": {}}
         for record in records:
-            if not record.sampler or record.sampler in self.samplers:
-                point = self.point(record.schedule, record.sampler)
-                key = point.schedule.merged(), point.sampler
+            if record.point.sampler in self.samplers:
                 if record.cheap is not None:
-                    latest["cheap"][key] = point, record.cheap.quality
+                    latest["cheap"][record.point] = record.cheap.quality
                 if record.quality is not None:
-                    latest["dear"][key] = point, record.quality
+                    latest["dear"][record.point] = record.quality
         return [
             Observation(point, level, *figure)
             for level, found in latest.items()
-            for (point, _), figure in zip(
-                found.values(), _log_figures([q for _, q in found.values()]), strict=True
-            )
+            for point, figure in zip(found, _log_figures(list(found.values())), strict=True)
         ]
 
 
@@ -217,10 +209,7 @@ class FrontBelief:
         self.known = [*self.evaluated, *pending]
         self._inputs = problem.encoder.encode(self.known)
         self._costs = np.array([problem.cost_frac(p) for p in self.known])
-        full = problem.point(
-            ExitSchedule.full(problem.space.depth, problem.space.num_train_timesteps)
-        )
-        best, _ = self.model.posterior([full], level)
+        best, _ = self.model.posterior([problem.full], level)
         self.reference = (REFERENCE_TIME, float(best[0]) + math.log(REFERENCE_QUALITY))
 
     def improvement(self, inputs: Inputs, costs: Array) -> Array:
@@ -266,10 +255,7 @@ def judge(
     """
     if cheap is not None:
         rung = CheapRung(cheap, promoted=False, probability=None, reason="")
-        records = [
-            *records,
-            TrialRecord(-1, "", point.schedule, "stopped", sampler=point.sampler, cheap=rung),
-        ]
+        records = [*records, TrialRecord(-1, "", point, "stopped", cheap=rung)]
     with one_thread():
         return FrontBelief(problem, records).probability(point)
 
@@ -318,11 +304,11 @@ class Candidates:
         """Model inputs of the rows from `start`."""
         rows = self.rows[start:]
         problem = self.problem
-        at = [np.flatnonzero(rows[:, 0] == i) for i in range(len(problem.names))]
+        at = [np.flatnonzero(rows[:, 0] == i) for i in range(len(problem.samplers))]
         encode = problem.encoder.encode_depths
         parts = [
-            encode(rows[a, 1:], problem.boundaries, *how)
-            for a, how in zip(at, problem.samplers.items(), strict=True)
+            encode(rows[a, 1:], problem.boundaries, sampler)
+            for a, sampler in zip(at, problem.samplers, strict=True)
         ]
         return Inputs.join(parts).take(np.argsort(np.concatenate(at)))
 
@@ -336,9 +322,10 @@ class Candidates:
         slopes = rng.normal(0, 1.5, (BLIND_DRAWS, 1)) * np.linspace(-1, 1, NUM_WEIGHTS)
         blind = np.exp(slopes + rng.normal(0, 0.5, (BLIND_DRAWS, NUM_WEIGHTS)))
         problem = self.problem
-        for i, times in enumerate(problem.samplers.values()):
-            by_map = problem.encoder.interval_errors(drawn, times, problem.boundaries, model.shape)
-            by_depth = problem.encoder.interval_errors(blind, times, problem.boundaries, "depth")
+        errors_of = problem.encoder.interval_errors
+        for i, sampler in enumerate(problem.samplers):
+            by_map = errors_of(drawn, sampler, problem.boundaries, model.shape)
+            by_depth = errors_of(blind, sampler, problem.boundaries, "depth")
             for errors in (*by_map, *by_depth):
                 found = self.optimal(errors, i)
                 keep = np.unique(np.linspace(0, len(found) - 1, MAX_BUDGETS).round().astype(int))
@@ -358,9 +345,7 @@ class Candidates:
         rows = []
         for _ in range(count):
             params = {name: _draw(dist, rng) for name, dist in space.distributions().items()}
-            rows.append(
-                self.problem.row(self.problem.point(space.decode(params), space.sampler(params)))
-            )
+            rows.append(self.problem.row(space.decode(params)))
         self.extend(rows)
 
     def add_mutants(
@@ -384,7 +369,7 @@ class Candidates:
             up = np.maximum.accumulate(depths[:, ::-1], axis=1)[:, ::-1]
             depths = np.where(change[:, None] > 0, up, np.minimum.accumulate(depths, axis=1))
         other = rng.random(count) < 0.2
-        sampler = np.where(other, rng.integers(len(self.problem.names), size=count), rows[:, 0])
+        sampler = np.where(other, rng.integers(len(space.samplers), size=count), rows[:, 0])
         self.extend(np.column_stack((sampler, depths)).tolist())
 
 
@@ -428,7 +413,7 @@ class DifficultySampler(optuna.samplers.BaseSampler):
 
     Args:
         space: of schedules.
-        samplers: name -> timesteps of its network calls; the first is the study's own.
+        samplers: sampler -> timesteps of its network calls; the first is the study's own.
         cost_table: see `Problem`.
         full_cost: see `Problem`.
         difficulty_map: errors by timestep and exit depth.
@@ -441,7 +426,7 @@ class DifficultySampler(optuna.samplers.BaseSampler):
     def __init__(
         self,
         space: Space,
-        samplers: dict[str, tuple[float, ...]],
+        samplers: dict[Sampler, tuple[float, ...]],
         cost_table: npt.ArrayLike,
         full_cost: float,
         difficulty_map: ErrorMap,
@@ -481,7 +466,7 @@ class DifficultySampler(optuna.samplers.BaseSampler):
             return {}
         space = self.problem.space
         schedule = ExitSchedule.uniform_intervals(row[1:], space.depth, space.num_train_timesteps)
-        return space.encode(schedule, self.problem.names[row[0]])
+        return space.encode(Point(schedule, space.samplers[row[0]]))
 
     def sample_independent(
         self,
@@ -504,7 +489,7 @@ class DifficultySampler(optuna.samplers.BaseSampler):
         numbers."""
         trials = [t for t in study.get_trials(deepcopy=False) if t.number != trial.number]
         records = [
-            TrialRecord.from_dict(json.loads(t.user_attrs[RECORD]))
+            TrialRecord.from_dict(json.loads(t.user_attrs[RECORD]), self.problem.space.samplers[0])
             for t in trials
             if RECORD in t.user_attrs
         ]
@@ -517,7 +502,7 @@ class DifficultySampler(optuna.samplers.BaseSampler):
                 and RECORD not in t.user_attrs
                 and set(space.distributions()) <= set(params)
             ):
-                pending.append(self.problem.point(space.decode(params), space.sampler(params)))
+                pending.append(space.decode(params))
         ended = sum(
             t.state == TrialState.COMPLETE or RECORD in t.user_attrs or REPEAT in t.user_attrs
             for t in trials
@@ -541,9 +526,9 @@ class DifficultySampler(optuna.samplers.BaseSampler):
         gone = self._rows(records, lambda r: r.state == "failed")
         # a schedule in flight is another worker's under every sampler
         busy = {
-            self.problem.row(self.problem.point(p.schedule, name))
+            self.problem.row(Point(p.schedule, sampler))
             for p in pending
-            for name in self.problem.names
+            for sampler in self.problem.samplers
         }
         left_out = {self.problem.key(p) for p in belief.known} | self._keys(gone) | self._keys(busy)
         begun = looked + sum(not p.schedule.is_full for p in belief.evaluated)
@@ -571,13 +556,11 @@ class DifficultySampler(optuna.samplers.BaseSampler):
         self, records: list[TrialRecord], which: Callable[[TrialRecord], bool]
     ) -> set[tuple[int, ...]]:
         """Points on record that a condition holds for."""
-        names = ("", *self.problem.names)
-        points = [
-            self.problem.point(r.schedule, r.sampler)
+        return {
+            self.problem.row(r.point)
             for r in records
-            if r.sampler in names and which(r)
-        ]
-        return {self.problem.row(p) for p in points}
+            if r.point.sampler in self.problem.samplers and which(r)
+        }
 
     def _keys(self, rows: set[tuple[int, ...]]) -> set[tuple[int, ...]]:
         return set(
@@ -592,22 +575,21 @@ class DifficultySampler(optuna.samplers.BaseSampler):
     def _first(
         self, model: QualityModel, index: int, left_out: set[tuple[int, ...]]
     ) -> tuple[int, ...] | None:
-        """Before there is a front: optimal schedules by the prior, their costs spread evenly (van
-        der Corput)."""
-        sampler = index % len(self.problem.names)
-        times = self.problem.samplers[self.problem.names[sampler]]
+        """Before there is a front: optimal schedules by the prior, their costs spread evenly."""
+        samplers = self.problem.space.samplers
+        sampler = index % len(samplers)
         pool = Candidates(self.problem, left_out)
         weights = np.maximum(model.weights()[0], 1e-3)
         errors = self.problem.encoder.interval_errors(
-            weights, times, self.problem.boundaries, model.shape
+            weights, samplers[sampler], self.problem.boundaries, model.shape
         )
         pool.add(sampler, pool.optimal(errors, sampler))
         if not len(pool.rows):
             return None
         costs = pool.costs()
         shift = np.random.default_rng(self.seed).random()
-        bits = f"{index + 1:b}"
-        place = (int(bits[::-1], 2) / 2 ** len(bits) + shift / 4) % 1.0
+        sequence = qmc.Halton(1, scramble=False).fast_forward(index + 1)
+        place = (sequence.random()[0, 0] + shift / 4) % 1.0
         # the fastest quarter is seldom worth a trial
         target = costs.max() - (costs.max() - costs.min()) * 0.75 * place
         return tuple(pool.rows[int(np.abs(costs - target).argmin())].tolist())

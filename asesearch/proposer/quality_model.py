@@ -19,7 +19,7 @@ marginal likelihood times prior is largest. No torch and no optuna in here.
 from __future__ import annotations
 
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -28,7 +28,8 @@ import numpy.typing as npt
 from scipy.linalg import cho_solve, solve_triangular
 from scipy.optimize import Bounds, minimize
 
-from asesearch.schedule import ExitSchedule
+from asesearch.point import Point
+from asesearch.sampler import Sampler
 
 Array = npt.NDArray[np.float64]
 Integers = npt.NDArray[np.int64]
@@ -85,16 +86,6 @@ class ErrorMap(Protocol):
 
 
 @dataclass(frozen=True)
-class Point:
-    """What a trial tries: a schedule, the sampler's name, and the timesteps at which that sampler
-    calls the network."""
-
-    schedule: ExitSchedule
-    sampler: str
-    timesteps: tuple[float, ...]
-
-
-@dataclass(frozen=True)
 class Observation:
     """A figure on record: its log, and the standard error of the log (standard error / figure; nan
     = unknown)."""
@@ -147,11 +138,18 @@ class Encoder:
 
     Args:
         difficulty_map: errors by timestep and exit depth.
-        num_train_timesteps: length of the chain.
+        num_train_timesteps: number of diffusion timesteps.
+        samplers: sampler -> timesteps of its network calls.
     """
 
-    def __init__(self, difficulty_map: ErrorMap, num_train_timesteps: int) -> None:
+    def __init__(
+        self,
+        difficulty_map: ErrorMap,
+        num_train_timesteps: int,
+        samplers: Mapping[Sampler, Sequence[float]],
+    ) -> None:
         self.map = difficulty_map
+        self.samplers = samplers
         self.num_train_timesteps = num_train_timesteps
         self._grid = (np.arange(4 * NUM_BINS) + 0.5) * num_train_timesteps / (4 * NUM_BINS)
         self._scales = np.ones(len(SHAPES))
@@ -194,39 +192,37 @@ class Encoder:
     def encode(self, points: Sequence[Point]) -> Inputs:
         """Any points, one by one."""
         if not points:
-            return self.encode_depths(
-                np.ones((0, 1), int), (0, self.num_train_timesteps), "", (0.0,)
-            )
-        depths = [
-            (
-                p.schedule.exit_depth_at(p.timesteps)[None],
-                p.schedule.exit_depth_at(self._grid)[None],
-            )
-            for p in points
-        ]
+            some = next(iter(self.samplers))
+            return self.encode_depths(np.ones((0, 1), int), (0, self.num_train_timesteps), some)
         return Inputs.join(
-            [self._encode(*d, p.sampler, p.timesteps) for d, p in zip(depths, points, strict=True)]
+            [
+                self._encode(
+                    p.schedule.exit_depth_at(self.samplers[p.sampler])[None],
+                    p.schedule.exit_depth_at(self._grid)[None],
+                    p.sampler,
+                )
+                for p in points
+            ]
         )
 
     def encode_depths(
-        self, depths: Integers, boundaries: Sequence[int], sampler: str, timesteps: Sequence[float]
+        self, depths: Integers, boundaries: Sequence[int], sampler: Sampler
     ) -> Inputs:
         """Many schedules of one sampler at once: (n, intervals) depths over common boundaries."""
         edges = np.asarray(boundaries)[1:-1]
-        calls = depths[:, np.searchsorted(edges, np.asarray(timesteps), side="right")]  # (n, calls)
-        return self._encode(
-            calls, depths[:, np.searchsorted(edges, self._grid, side="right")], sampler, timesteps
-        )
+        timesteps = np.asarray(self.samplers[sampler])
+        calls = depths[:, np.searchsorted(edges, timesteps, side="right")]  # (n, calls)
+        grid = depths[:, np.searchsorted(edges, self._grid, side="right")]
+        return self._encode(calls, grid, sampler)
 
-    def _encode(
-        self, calls: Integers, grid: Integers, sampler: str, timesteps: Sequence[float]
-    ) -> Inputs:
+    def _encode(self, calls: Integers, grid: Integers, sampler: Sampler) -> Inputs:
+        timesteps = self.samplers[sampler]
         n, count = calls.shape
         table = self._shaped(timesteps)
         basis = self._basis(timesteps)
         errors = table[:, np.arange(count), calls - 1]  # (shapes, n, calls)
         profile = grid.reshape(n, NUM_BINS, grid.shape[1] // NUM_BINS).mean(axis=2) / self.depth
-        name = zlib.crc32(sampler.encode())
+        name = zlib.crc32(str(sampler).encode())
         return Inputs(
             errors @ basis / count,
             profile,
@@ -235,10 +231,11 @@ class Encoder:
         )
 
     def interval_errors(
-        self, weights: Array, timesteps: Sequence[float], boundaries: Sequence[int], shape: str
+        self, weights: Array, sampler: Sampler, boundaries: Sequence[int], shape: str
     ) -> Array:
         """Additive errors for `optimal_schedules`: (…, NUM_WEIGHTS) weights -> (…, intervals,
         depth) in log figure."""
+        timesteps = self.samplers[sampler]
         # (calls, depth), (calls, weights)
         table = self._shaped(timesteps)[SHAPES.index(shape)]
         basis = self._basis(timesteps)

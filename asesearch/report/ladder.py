@@ -46,16 +46,15 @@ JOINED = {"decode": "sample", "evaluate": "sample"}  # parts shown as one
 def rungs(results: StudyResults) -> pd.DataFrame:
     """The cheap rung of every trial that has one, and its dear figure where it was promoted."""
     rows = []
-    own = tables.own_sampler(results)
     for r in results.records:
         if r.cheap is None or r.time_frac is None:
             continue
         rows.append(
             {
                 "number": r.number,
-                "label": tables.label(r),
+                "label": tables.label(r, results.own_sampler),
                 "origin": r.origin,
-                "sampler": r.sampler or own,
+                "sampler": str(r.sampler),
                 "schedule": str(r.schedule),
                 "time_frac": r.time_frac,
                 "cheap_quality": r.cheap.quality.value,

@@ -224,8 +224,8 @@ def _front_grid(results: StudyResults, chosen: int | None) -> Grid:
 
 
 def _several(results: StudyResults) -> bool:
-    """Whether ways of sampling compete."""
-    return any(r.sampler for r in results.records)
+    """Whether samplers compete."""
+    return len({r.sampler for r in results.records}) > 1
 
 
 def _picks(results: StudyResults, chosen: int | None) -> list[tuple[str, str]]:
@@ -234,12 +234,16 @@ def _picks(results: StudyResults, chosen: int | None) -> list[tuple[str, str]]:
     out = []
     if chosen is not None:
         out.append(
-            (f"--trial {chosen}", f"{tables.label(records[chosen])}, which the headline speaks of")
+            (
+                f"--trial {chosen}",
+                f"{tables.label(records[chosen], results.own_sampler)}, "
+                "which the headline speaks of",
+            )
         )
     for mode, quality, time, meaning in PICKS:
         budget = f" --quality {quality}" if quality else f" --time {time}" if time else ""
         try:
-            got = tables.label(pick(results, mode, quality, time))
+            got = tables.label(pick(results, mode, quality, time), results.own_sampler)
         except AseSearchError:  # no point meets the budget, or the spread is unknown
             got = "none in this study"
         out.append((f"--pick {mode}{budget}", f"{meaning}: {got}"))

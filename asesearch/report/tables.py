@@ -17,6 +17,7 @@ import numpy.typing as npt
 import pandas as pd
 
 from asesearch.errors import EvaluationError, StudyError
+from asesearch.sampler import Sampler
 from asesearch.schedule import PUBLISHED
 from asesearch.score import CONFIDENCE, EvaluationResult, Protocol
 from asesearch.study.records import (
@@ -38,22 +39,15 @@ MAX_SHOWN = 5
 MAX_SAMPLES = 8
 
 
-def label(record: TrialRecord) -> str:
+def label(record: TrialRecord, own: Sampler) -> str:
     """What to call a trial in figures and tables: "full network", a published name, or "#12"; with
-    its steps where it is
-    sampled otherwise than the study is: "full, 8 steps", "#12, 8 steps"."""
+    its steps where its sampler is not the study's `own`: "full, 8 steps", "#12, 8 steps"."""
     if record.origin == "full":
         return FULL
-    if record.sampler:
+    if record.sampler != own:
         name = "full" if record.schedule.is_full else f"#{record.number}"
-        return f"{name}, {record.sampler.rpartition('-')[2]} steps"
+        return f"{name}, {record.sampler.num_steps} steps"
     return record.origin if record.origin in PUBLISHED else f"#{record.number}"
-
-
-def own_sampler(results: StudyResults) -> str:
-    """The study's own way of sampling, "SOLVER-STEPS"."""
-    how = results.config.get("sampling")
-    return f"{how['solver']}-{how['num_steps']}" if how else "the study's own"
 
 
 def protocol_of(results: StudyResults, kind: Kind) -> Protocol | None:
@@ -98,16 +92,15 @@ def trials(results: StudyResults) -> pd.DataFrame:
     repeats = len(protocol.seeds) if protocol else 0
     parts = sorted({part for r in results.records for part in r.seconds}, key=_part_order)
     on_front = {r.number for r in results.front()}
-    own = own_sampler(results)
     rows = []
     for r in results.records:
         values = r.quality.values if r.quality else ()
         row = {
             "number": r.number,
-            "label": label(r),
+            "label": label(r, results.own_sampler),
             "origin": r.origin,
             "schedule": str(r.schedule),
-            "sampler": r.sampler or own,
+            "sampler": str(r.sampler),
             "state": r.state,
             "metric": protocol.metric_name if protocol else "",
             "quality": r.quality.value if r.quality else math.nan,
@@ -152,7 +145,6 @@ def points(results: StudyResults, kind: Kind) -> pd.DataFrame:
     whether the interval leaves out 0.
     """
     records = by_number(results)
-    own = own_sampler(results)
     full = results.full
     found: list[tuple[TrialRecord, EvaluationResult, float, float]] = []
     if kind == "search":
@@ -179,9 +171,9 @@ def points(results: StudyResults, kind: Kind) -> pd.DataFrame:
         rows.append(
             {
                 "number": r.number,
-                "label": label(r),
+                "label": label(r, results.own_sampler),
                 "schedule": str(r.schedule),
-                "sampler": r.sampler or own,
+                "sampler": str(r.sampler),
                 "kind": kind,
                 "metric": protocol.metric_name if protocol else "",
                 "time_frac": time,
@@ -307,7 +299,7 @@ def cost(results: StudyResults) -> pd.DataFrame:
         rows.append(
             {
                 "number": r.number,
-                "label": label(r),
+                "label": label(r, results.own_sampler),
                 "block_frac": _nan(r.block_frac),
                 "flops_frac": _nan(r.flops_frac),
                 "predicted_time_frac": _nan(r.time_frac),
@@ -335,7 +327,7 @@ def confirmation(results: StudyResults) -> pd.DataFrame:
         rows.append(
             {
                 "number": c.number,
-                "label": label(r),
+                "label": label(r, results.own_sampler),
                 "metric": c.quality.protocol.metric_name,
                 "search_quality": r.quality.value,
                 "search_std_error": _std_error(r.quality),
@@ -374,7 +366,7 @@ def schedule_matrix(results: StudyResults) -> pd.DataFrame:
     for r in chosen:
         row = {
             "number": r.number,
-            "label": label(r),
+            "label": label(r, results.own_sampler),
             "depth": r.schedule.depth,
             "end": r.schedule.num_train_timesteps,
         }
@@ -403,7 +395,12 @@ def losses(results: StudyResults) -> pd.DataFrame:
         for end, stretch in zip(ends, stretches, strict=True):
             step = (end - (len(stretch) - 1) / 2) * per_point
             rows.append(
-                {"number": r.number, "label": label(r), "step": step, "loss": float(stretch.mean())}
+                {
+                    "number": r.number,
+                    "label": label(r, results.own_sampler),
+                    "step": step,
+                    "loss": float(stretch.mean()),
+                }
             )
     return pd.DataFrame(rows, columns=["number", "label", "step", "loss"])
 
@@ -437,7 +434,14 @@ def samples(results: StudyResults) -> pd.DataFrame:
             )
         for i in range(min(MAX_SAMPLES, len(images))):
             digest = hashlib.sha256(np.ascontiguousarray(images[i]).data).hexdigest()
-            rows.append({"number": r.number, "label": label(r), "image": i, "sha256": digest})
+            rows.append(
+                {
+                    "number": r.number,
+                    "label": label(r, results.own_sampler),
+                    "image": i,
+                    "sha256": digest,
+                }
+            )
     return pd.DataFrame(rows, columns=["number", "label", "image", "sha256"])
 
 

@@ -128,12 +128,12 @@ class _Confirming:
     def _measure(self, record: TrialRecord, full: TrialRecord) -> Confirmation:
         begun = time.perf_counter()
         net = _network(self.study, record, self.bench)
-        quality, _ = self.bench.evaluate(net, record.schedule, self.protocol, record.sampler)
+        quality, _ = self.bench.evaluate(net, record.point, self.protocol)
         ratio = 1.0
         spread = 0.0
         if record.number != full.number:
             full_net = _network(self.study, full, self.bench)
-            measured = self.bench.measured_time(net, record.schedule, full_net, record.sampler)
+            measured = self.bench.measured_time(net, record.point, full_net)
             ratio = measured.median
             spread = measured.spread
         return Confirmation(record.number, quality, ratio, spread, time.perf_counter() - begun)

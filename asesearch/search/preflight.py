@@ -60,7 +60,7 @@ def preflight(bench: Workbench, run_dir: Path | None = None) -> Preflight:
         AseSearchError: what would have been refused later, with the section of the study file.
     """
     begun = time.perf_counter()
-    samplers = ", ".join(bench.samplers)
+    samplers = ", ".join(map(str, bench.samplers))
     checked = [f"one image through {samplers}, and {bench.extractor.name}"]
     if bench.decoder is not None:
         checked.append("its latent through the decoder")

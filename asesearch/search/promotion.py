@@ -18,7 +18,6 @@ import torch
 from asesearch.config import StudyConfig
 from asesearch.errors import EvaluationError, TrainingDiverged
 from asesearch.proposer.proposer import NAME, Problem, judge
-from asesearch.schedule import ExitSchedule
 from asesearch.score import EvaluationResult
 from asesearch.search.workbench import Outcome, Workbench
 from asesearch.study.environment import environment
@@ -37,7 +36,7 @@ def run_trial(
 
     Args:
         bench: fine-tunes, samples and evaluates.
-        trial: number, origin, schedule and sampler of the trial; state and figures are filled in.
+        trial: number, origin and point of the trial; state and figures are filled in.
         folder: for its weights and images.
         records: of the study so far; one of the same point, stopped before, lends its cheap figure,
             and one of the same schedule its fine-tuning, which is counted once.
@@ -59,7 +58,7 @@ def run_trial(
             if not cheap.promoted and before is not None:
                 return before  # judged again, with the same result
             if not cheap.promoted:
-                time_frac, flops_frac, block_frac = bench.cost_fracs(trial.schedule, trial.sampler)
+                time_frac, flops_frac, block_frac = bench.cost_fracs(trial.point)
                 return _ended(
                     trial,
                     "stopped",
@@ -70,10 +69,10 @@ def run_trial(
                     flops_frac=flops_frac,
                     block_frac=block_frac,
                 )
-        outcome = bench.try_schedule(trial.schedule, folder, trial.sampler)
+        outcome = bench.try_point(trial.point, folder)
     except (TrainingDiverged, EvaluationError, torch.cuda.OutOfMemoryError) as error:
         if not any(
-            r.state == "complete" and r.schedule.merged() == trial.schedule.merged()
+            r.state == "complete" and r.point.weights_key == trial.point.weights_key
             for r in records
         ):
             shutil.rmtree(folder, ignore_errors=True)
@@ -105,7 +104,7 @@ def run_trial(
 
 def _on_record(trial: TrialRecord, records: list[TrialRecord]) -> TrialRecord | None:
     """The record of the trial's point, stopped before."""
-    return next((r for r in records if same_point(r, trial.schedule, trial.sampler)), None)
+    return next((r for r in records if r.point == trial.point), None)
 
 
 def _counted(trial: TrialRecord, outcome: Outcome, records: list[TrialRecord]) -> bool:
@@ -115,7 +114,7 @@ def _counted(trial: TrialRecord, outcome: Outcome, records: list[TrialRecord]) -
     No two fine-tunings take the same time to the last digit, so the seconds tell them apart:
     weights that were deleted and made again are counted again.
     """
-    same = [r for r in records if r.schedule.merged() == trial.schedule.merged()]
+    same = [r for r in records if r.point.weights_key == trial.point.weights_key]
     return any(r.seconds.get("finetune") == outcome.seconds["finetune"] for r in same)
 
 
@@ -137,9 +136,7 @@ def _cheap_rung(
     """
     before = _on_record(trial, records)
     if before is None or before.cheap is None:
-        quality, seconds["cheap"], gflops["cheap"] = bench.try_cheaply(
-            trial.schedule, trial.sampler
-        )
+        quality, seconds["cheap"], gflops["cheap"] = bench.try_low_fidelity(trial.point)
         if explores:
             return CheapRung(quality, False, None, LOOKS_AROUND)
         return CheapRung(quality, *_decide(bench, trial, records, problem, quality))
@@ -168,7 +165,7 @@ def _decide(
     dear = sum(r.state == "complete" and r.origin == trial.origin for r in records)
     if dear < config.always:
         return True, None, f"among the first {config.always} proposals"
-    probability = judge(problem, records, problem.point(trial.schedule, trial.sampler), quality)
+    probability = judge(problem, records, trial.point, quality)
     promoted = probability >= config.threshold
     return (
         promoted,
@@ -192,11 +189,6 @@ def num_explored(config: StudyConfig) -> int:
         if few
         else config.promotion.explore
     )
-
-
-def same_point(record: TrialRecord, schedule: ExitSchedule, sampler: str) -> bool:
-    """Whether a record is of this schedule under this way of sampling."""
-    return record.sampler == sampler and record.schedule.merged() == schedule.merged()
 
 
 def _ended(trial: TrialRecord, state: str, **fields: object) -> TrialRecord:

@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import optuna
@@ -24,13 +24,14 @@ from optuna.trial import FrozenTrial, TrialState
 
 from asesearch.errors import StudyError
 from asesearch.files import write_json
+from asesearch.point import Point
 from asesearch.proposer.proposer import NAME, DifficultySampler, Problem
 from asesearch.schedule import ExitSchedule
 from asesearch.search.budget import room_for_trial
-from asesearch.search.promotion import num_explored, run_trial, same_point
+from asesearch.search.promotion import num_explored, run_trial
 from asesearch.search.setup import make_problem, make_proposer, make_space, warm_starts
 from asesearch.search.warmup import warm_up
-from asesearch.search.workbench import Workbench, sampler_name
+from asesearch.search.workbench import Workbench
 from asesearch.study import directory
 from asesearch.study.environment import environment
 from asesearch.study.records import EXPLORES, RECORD, REPEAT, StudyResults, TrialRecord, spent_s
@@ -102,7 +103,7 @@ class Runner:
         self.warm = warm_starts(self.config, bench)
         self.others = Others(study.run_dir, study.worker.id)
         self._said = ""
-        # schedules that another held when they were proposed
+        # schedules (`Point.weights_key`) that another held when they were proposed
         self.refused: set[ExitSchedule] = set()
         records = study.records()
         self.before = {r.number for r in records}
@@ -152,7 +153,7 @@ class Runner:
                 return False
             room = left - len(self._in_flight())
             missing = self._missing(records)
-            free = [origin for origin in missing if not self._is_busy(self.warm[origin][0])]
+            free = [origin for origin in missing if not self._is_busy(self.warm[origin])]
             if room > 0 and (free or room > len(missing)):  # proposals leave places for warm starts
                 return True
             self._wait()
@@ -168,16 +169,12 @@ class Runner:
 
     # -- failures --------------------------------------------------------------------------------
 
-    def _is_full(self, record: TrialRecord) -> bool:
-        """Whether a record is of the full network under the study's own sampler."""
-        return record.schedule.is_full and not record.sampler
-
     def _to_try_again(self, records: list[TrialRecord]) -> set[int]:
         """Failed trials that this run tries again: the full network's, and all where none has
         succeeded."""
         failed = [r for r in records if r.state == "failed"]
         none_good = len(failed) == len(records)
-        return {r.number for r in failed if none_good or self._is_full(r)}
+        return {r.number for r in failed if none_good or r.point == self.warm["full"]}
 
     def _check_failures(self, records: list[TrialRecord]) -> None:
         """Stop where nothing more can come of it.
@@ -189,7 +186,7 @@ class Runner:
         new = [r for r in records if r.number not in self.before and r.state == "failed"]
         kept = "; the trials on record are kept, and the same command tries this one again"
         for record in new:
-            if self._is_full(record):
+            if record.point == self.warm["full"]:
                 raise StudyError(
                     "the full network's trial failed, and without it nothing can be compared: "
                     f"{record.failure}{kept}; where it takes another setting, search under another "
@@ -230,7 +227,7 @@ class Runner:
         """End a trial whose process is gone or broke off: with its scores, if they were on record
         already."""
         record = (
-            TrialRecord.from_dict(json.loads(trial.user_attrs[RECORD]))
+            TrialRecord.from_dict(json.loads(trial.user_attrs[RECORD]), self.space.samplers[0])
             if RECORD in trial.user_attrs
             else None
         )
@@ -249,17 +246,19 @@ class Runner:
             else TrialState.FAIL
         ), None
 
-    def _point(self, trial: FrozenTrial) -> tuple[ExitSchedule, str] | None:
+    def _point(self, trial: FrozenTrial) -> Point | None:
         """The point of a trial that is queued or in flight; None while it has none yet."""
         params = trial.system_attrs.get("fixed_params") or trial.params
         if set(params) != set(self.space.distributions()):
             return None
-        return self.space.decode(params).merged(), self._sampler(params)
+        return self.space.decode(params)
 
     def _schedules_in_flight(self) -> set[ExitSchedule]:
         """Schedules that other workers are at."""
         return {
-            point[0] for trial in self._in_flight() if (point := self._point(trial)) is not None
+            point.weights_key
+            for trial in self._in_flight()
+            if (point := self._point(trial)) is not None
         }
 
     def _still_held(self) -> bool:
@@ -300,36 +299,27 @@ class Runner:
         Those whose schedule another worker is at are passed over for now.
         """
         for origin in self._missing(records):
-            schedule, sampler = self.warm[origin]
-            if not self._is_busy(schedule):
+            point = self.warm[origin]
+            if not self._is_busy(point):
                 self.study.optuna.enqueue_trial(
-                    self.space.encode(schedule, sampler), user_attrs={"origin": origin}
+                    self.space.encode(point), user_attrs={"origin": origin}
                 )
                 return
 
     def _missing(self, records: list[TrialRecord]) -> list[str]:
         """Warm starts that are neither on record nor queued nor in flight."""
-        known = {(r.schedule.merged(), r.sampler) for r in records if r.number not in self.again}
+        known = {r.point for r in records if r.number not in self.again}
         for trial in self.study.optuna.get_trials(
             deepcopy=False, states=(TrialState.WAITING, TrialState.RUNNING)
         ):
             if (point := self._point(trial)) is not None:
                 known.add(point)
-        return [
-            origin
-            for origin, (schedule, sampler) in self.warm.items()
-            if (schedule.merged(), sampler) not in known
-        ]
+        return [origin for origin, point in self.warm.items() if point not in known]
 
-    def _is_busy(self, schedule: ExitSchedule) -> bool:
-        """Whether another worker is at a schedule."""
-        merged = schedule.merged()
-        return merged in self.refused or merged in self._schedules_in_flight()
-
-    def _sampler(self, params: dict[str, Any]) -> str:
-        """The sampler of a set of parameters; empty for the study's own."""
-        chosen = self.space.sampler(params)
-        return "" if chosen == sampler_name(self.config.sampling) else chosen
+    def _is_busy(self, point: Point) -> bool:
+        """Whether another worker is at a point's schedule, under whichever sampler."""
+        key = point.weights_key
+        return key in self.refused or key in self._schedules_in_flight()
 
     def _seed_proposer(self) -> None:
         """A proposer whose seed follows from the study's and from what is on record."""
@@ -371,12 +361,11 @@ class Runner:
             nonlocal fresh, number, taken
             number = trial.number
             trial.set_user_attr(WORKER, self.study.worker.mark)
-            schedule, chosen = self.space.suggest(trial)
+            point = self.space.suggest(trial)
             turn.close()
-            sampler = "" if chosen == sampler_name(self.config.sampling) else chosen
-            with self.claim(schedule) as mine:
+            with self.claim(point.schedule) as mine:
                 records = self.study.records()
-                tried = [r for r in records if same_point(r, schedule, sampler)]
+                tried = [r for r in records if r.point == point]
                 record = next(
                     (r for r in tried if r.state != "stopped" and r.number not in self.again), None
                 )
@@ -385,11 +374,11 @@ class Runner:
                 elif not mine or self._is_one_too_many(trial.number, records):
                     taken = True
                     if not mine:
-                        self.refused.add(schedule.merged())
+                        self.refused.add(point.weights_key)
                     trial.set_user_attr(REPEAT, "in flight")
                     raise _Failed("another worker is at this schedule")
                 else:
-                    record = self._try(trial, schedule, sampler, records, begun)
+                    record = self._try(trial, point, records, begun)
                     if record.number == trial.number:
                         fresh = record
                         self._put_on_record(trial, record)
@@ -421,24 +410,23 @@ class Runner:
     def _try(
         self,
         trial: optuna.Trial,
-        schedule: ExitSchedule,
-        sampler: str,
+        point: Point,
         records: list[TrialRecord],
         begun: float,
     ) -> TrialRecord:
         """Take a claimed point up the rungs."""
         origin = trial.user_attrs.get("origin", self.config.search.proposer)
-        begin = TrialRecord(trial.number, origin, schedule, "", sampler=sampler)
+        begin = TrialRecord(trial.number, origin, point, "")
         judged_by = self.problem if self.config.promotion is not None else None
         explores = bool(getattr(self.study.optuna.sampler, "explores", False))
         trial.set_user_attr(EXPLORES, explores)
         record = run_trial(
-            self.bench, begin, self.study.trial_dir(schedule), records, judged_by, explores
+            self.bench, begin, self.study.trial_dir(point.schedule), records, judged_by, explores
         )
         if record.number != trial.number:
             return record
         # of an earlier trial whose place this one takes; counted in already
-        earlier = (r for r in records if same_point(r, schedule, sampler) and r.cheap is not None)
+        earlier = (r for r in records if r.point == point and r.cheap is not None)
         before = next((r.seconds for r in earlier), {})
         here_s = sum(record.seconds.values()) - sum(before.values())
         other_s = before.get("other", 0.0) + max(0.0, time.perf_counter() - begun - here_s)
@@ -531,10 +519,10 @@ class Runner:
             return
         results = StudyResults(self.config.name, {}, tuple(self.study.records()), (), (), {})
         kept = [*results.front(), *((results.full,) if results.full else ())]
-        keep = {r.schedule.merged() for r in kept}  # samplers share a schedule's weights
+        keep = {r.point.weights_key for r in kept}
         for record in results.complete:
             path = self.study.trial_dir(record.schedule) / directory.WEIGHTS
-            if record.schedule.merged() not in keep and path.is_file():
+            if record.point.weights_key not in keep and path.is_file():
                 with self.claim(record.schedule) as mine:
                     if mine:
                         path.unlink(missing_ok=True)

@@ -8,14 +8,13 @@ import optuna
 
 from asesearch.config import SearchConfig, StudyConfig
 from asesearch.errors import ScheduleError
+from asesearch.point import Point
 from asesearch.proposer.proposer import Problem
 from asesearch.proposer.space import Space
 from asesearch.schedule import ExitSchedule
 from asesearch.search.workbench import Workbench
 from asesearch.study.difficulty import DifficultyMap
 from asesearch.study.storage import experimental
-
-Start = tuple[ExitSchedule, str]  # a schedule, and a sampler other than the study's own, or empty
 
 
 def make_proposer(config: SearchConfig, seed: int) -> optuna.samplers.BaseSampler:
@@ -36,14 +35,13 @@ def make_space(config: StudyConfig, bench: Workbench) -> Space:
     """The study's search space for its network."""
     search = config.search
     chain = config.diffusion.num_train_timesteps
-    samplers = tuple(bench.samplers) if len(bench.samplers) > 1 else ()
     return Space(
         bench.backbone.depth,
+        tuple(bench.samplers),
         chain,
         search.num_intervals,
         search.noise_easy,
         bench.min_exit_depth,
-        samplers,
     )
 
 
@@ -54,7 +52,7 @@ def make_problem(space: Space, bench: Workbench, difficulty_map: DifficultyMap) 
     return Problem(space, bench.samplers, table, len(own) * float(table[-1]), difficulty_map)
 
 
-def warm_starts(config: StudyConfig, bench: Workbench) -> dict[str, Start]:
+def warm_starts(config: StudyConfig, bench: Workbench) -> dict[str, Point]:
     """Points to try first, by origin: the full network, the study's schedules, and the full network
     under other samplers.
 
@@ -65,15 +63,16 @@ def warm_starts(config: StudyConfig, bench: Workbench) -> dict[str, Start]:
     depth = bench.backbone.depth
     chain = config.diffusion.num_train_timesteps
     full = ExitSchedule.full(depth, chain)
-    out: dict[str, Start] = {"full": (full, "")}
+    own, *others = bench.samplers
+    out = {"full": Point(full, own)}
     for text in config.search.warm_start:
         if text != "full":
-            out[text] = ExitSchedule.from_string(text, depth, chain), ""
-    for name, (schedule, _) in out.items():
+            out[text] = Point(ExitSchedule.from_string(text, depth, chain), own)
+    for name, point in out.items():
         try:
-            space.encode(schedule)
+            space.encode(point)
         except ScheduleError as error:
             raise ScheduleError(
                 f"warm start {name!r} does not fit the search space: {error}"
             ) from error
-    return out | {f"full {sampler}": (full, sampler) for sampler in list(bench.samplers)[1:]}
+    return out | {f"full {sampler}": Point(full, sampler) for sampler in others}

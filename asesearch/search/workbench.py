@@ -25,7 +25,6 @@ from asesearch.backbones.checkpoints import inspect_checkpoint, load_backbone, s
 from asesearch.config import (
     BackboneConfig,
     EvaluationConfig,
-    SamplingConfig,
     StudyConfig,
     TrainConfig,
 )
@@ -63,6 +62,8 @@ from asesearch.finetuning import (
     finetune,
     weights_fingerprint,
 )
+from asesearch.point import Point
+from asesearch.sampler import Sampler
 from asesearch.sampling import SampleResult, arithmetic, check_sampling, sample
 from asesearch.schedule import ElasticDepths, ExitSchedule
 from asesearch.score import EvaluationResult, Protocol
@@ -245,16 +246,21 @@ class Workbench:
         self.on_step: Callable[[int, float], None] | None = None
         self._latency: LatencyTable | None = None
 
-    def _samplers(self) -> dict[str, tuple[float, ...]]:
-        """Timesteps at which each way of sampling calls the network, the study's own first."""
+    def _samplers(self) -> dict[Sampler, tuple[float, ...]]:
+        """Timesteps at which each sampler calls the network, the study's own first."""
         net = self.backbone
         found = {}
-        for name in (sampler_name(self.config.sampling), *self.config.search.samplers):
-            how = sampling_as(self.config.sampling, name)
-            _, found[name] = check_sampling(
+        for sampler in self.config.samplers:
+            how = self.config.sampling.under(sampler)
+            _, found[sampler] = check_sampling(
                 net, how.solver, self.diffusion, how.num_steps, how.cfg_scale
             )
         return found
+
+    @property
+    def own_sampler(self) -> Sampler:
+        """The study's own, over whose time all times are counted."""
+        return next(iter(self.samplers))
 
     def _try_parts(self) -> None:
         """One image through every sampler (a few of its steps), the decoder and the extractor.
@@ -262,14 +268,13 @@ class Workbench:
         Raises:
             EvaluationError: images that are not finite, or that the extractor does not take.
         """
-        for name in self.samplers:
-            how = sampling_as(self.config.sampling, name)
-            made = self.sample(
-                self.backbone, self.full, [0], name, min(how.num_steps, TRIED_STEPS)
-            ).images
+        how = self.config.sampling
+        for sampler in self.samplers:
+            few = min(sampler.num_steps, TRIED_STEPS)
+            made = self.sample(self.backbone, Point(self.full, sampler), [0], few).images
             if not bool(torch.isfinite(made).all()):
                 raise EvaluationError(
-                    f"the pretrained network gives images that are not finite under {name} with "
+                    f"the pretrained network gives images that are not finite under {sampler} with "
                     f"cfg_scale {how.cfg_scale:g} and precision {how.precision!r}; check that the "
                     "checkpoint fits [backbone] and [diffusion], or sample with precision = "
                     "'float32'"
@@ -330,11 +335,12 @@ class Workbench:
         """FLOPs of one network call for one image at exit depths 1…depth."""
         return flops_table(self.backbone, conditioning_for(self.backbone, self.data, range(1)))
 
-    def cost_fracs(self, schedule: ExitSchedule, sampler: str = "") -> tuple[float, float, float]:
+    def cost_fracs(self, point: Point) -> tuple[float, float, float]:
         """Predicted time, FLOPs and block calls of a whole sampling over the full network's under
         the study's own sampler."""
         own = next(iter(self.samplers.values()))
-        steps = self.samplers[sampler] if sampler else own
+        steps = self.samplers[point.sampler]
+        schedule = point.schedule
         share = len(steps) / len(own)
         fracs = (
             self.latency.time_frac(schedule, steps),
@@ -348,10 +354,10 @@ class Workbench:
         """Cost of one network call at exit depths 1…depth in the units of the second objective."""
         return self.latency.median_ms if self.config.search.cost == "time" else self.flops
 
-    def sampling_gflops(self, schedule: ExitSchedule, sampler: str, protocol: Protocol) -> float:
+    def sampling_gflops(self, point: Point, protocol: Protocol) -> float:
         """Arithmetic of sampling a protocol's images."""
-        steps = self.samplers[sampler] if sampler else next(iter(self.samplers.values()))
-        calls = [self.flops[d - 1] for d in schedule.exit_depth_at(steps)]
+        steps = self.samplers[point.sampler]
+        calls = [self.flops[d - 1] for d in point.schedule.exit_depth_at(steps)]
         passes = 1 if self.config.sampling.cfg_scale == 1 else 2
         return float(passes * sum(calls)) * protocol.num_samples * len(protocol.seeds) / 1e9
 
@@ -374,20 +380,19 @@ class Workbench:
     def sample(
         self,
         backbone: Backbone,
-        schedule: ExitSchedule,
+        point: Point,
         seeds: Sequence[int],
-        sampler: str = "",
         num_steps: int | None = None,
     ) -> SampleResult:
-        """Images (or latents) of a sampler for these seeds, made of what `conditioning_for` gives.
+        """Images (or latents) of a point for these seeds, made of what `conditioning_for` gives.
 
         `num_steps` takes the place of the sampler's own.
         """
-        how = sampling_as(self.config.sampling, sampler)
+        how = self.config.sampling.under(point.sampler)
         return sample(
             backbone,
             how.solver,
-            schedule,
+            point.schedule,
             diffusion=self.diffusion,
             num_steps=num_steps or how.num_steps,
             seeds=seeds,
@@ -401,9 +406,8 @@ class Workbench:
     def evaluate(
         self,
         backbone: Backbone,
-        schedule: ExitSchedule,
+        point: Point,
         protocol: Protocol,
-        sampler: str = "",
         shown: list[Tensor] | None = None,
     ) -> tuple[EvaluationResult, dict[str, float]]:
         """Figure under a protocol, and seconds of it by part: "sample", "decode" (of latents),
@@ -416,12 +420,12 @@ class Workbench:
         begun = time.perf_counter()
 
         def make_images(seeds: Sequence[int]) -> Tensor:
-            result = self.sample(backbone, schedule, seeds, sampler)
+            result = self.sample(backbone, point, seeds)
             seconds["sample"] += result.seconds
             images = result.images
             if not bool(torch.isfinite(images).all()):
                 raise EvaluationError(
-                    f"the network gave images that are not finite under {schedule}; fine-tune it "
+                    f"the network gave images that are not finite under {point}; fine-tune it "
                     "longer"
                 )
             if self.decoder is not None:
@@ -481,45 +485,43 @@ class Workbench:
         (folder / CHECKPOINT).unlink(missing_ok=True)
         return tuned
 
-    def try_schedule(self, schedule: ExitSchedule, folder: Path, sampler: str = "") -> Outcome:
+    def try_point(self, point: Point, folder: Path) -> Outcome:
         """Fine-tune, sample, evaluate; weights and samples are left in `folder`.
 
         Raises:
             TrainingDiverged, EvaluationError: the schedule's own failure.
         """
+        schedule = point.schedule
         check_schedule(self.backbone, self.diffusion.num_train_timesteps, schedule)
         _ = self.latency  # before any trial, not in one
         tuned = self.tuned(schedule, folder)
         shown: list[Tensor] = []
-        quality, seconds = self.evaluate(tuned.backbone, schedule, self.protocol, sampler, shown)
-        save_images(
-            torch.cat(shown)[:SHOWN_IMAGES].numpy(), folder / directory.samples_file(sampler)
-        )
+        quality, seconds = self.evaluate(tuned.backbone, point, self.protocol, shown)
+        file = folder / directory.samples_file(point.sampler, self.own_sampler)
+        save_images(torch.cat(shown)[:SHOWN_IMAGES].numpy(), file)
         if isinstance(
             prompts := conditioning_for(tuned.backbone, self.data, range(NUM_PROMPTS)), dict
         ):
             with replacing(folder / directory.PROMPTS) as part:
                 save_file(prompts, part)
-        gflops = {"sample": self.sampling_gflops(schedule, sampler, self.protocol)}
+        gflops = {"sample": self.sampling_gflops(point, self.protocol)}
         if tuned.seconds:
             gflops["finetune"] = self.training_gflops(schedule, self.tuning(schedule)[1])
-        costs = self.cost_fracs(schedule, sampler)
+        costs = self.cost_fracs(point)
         return Outcome(
             quality, *costs, tuned.losses, {"finetune": tuned.seconds, **seconds}, gflops
         )
 
-    def try_cheaply(
-        self, schedule: ExitSchedule, sampler: str = ""
-    ) -> tuple[EvaluationResult, float, float]:
-        """The cheap rung: figure of the schedule under the elastic weights as they are, seconds and
-        GFLOPs it took.
+    def try_low_fidelity(self, point: Point) -> tuple[EvaluationResult, float, float]:
+        """The first rung: score of the point under the elastic weights as they are, and the seconds
+        and GFLOPs it took.
 
         Raises:
             EvaluationError: images that are not finite.
         """
         protocol = self.cheap_protocol
-        quality, seconds = self.evaluate(self.start, schedule, protocol, sampler)
-        return quality, sum(seconds.values()), self.sampling_gflops(schedule, sampler, protocol)
+        quality, seconds = self.evaluate(self.start, point, protocol)
+        return quality, sum(seconds.values()), self.sampling_gflops(point, protocol)
 
     @cached_property
     def cheap_protocol(self) -> Protocol:
@@ -534,8 +536,8 @@ class Workbench:
         )
 
     def _protocol(self, evaluation: EvaluationConfig, metric: str | None = None) -> Protocol:
-        """An evaluation's protocol; where ways of sampling compete, they are no part of it but of
-        what is measured."""
+        """An evaluation's protocol; where samplers compete, they are no part of it but of what
+        is measured."""
         how = self.config.sampling
         parts = (self.extractor, self.reference)
         built = build_protocol(
@@ -578,16 +580,15 @@ class Workbench:
         )
         return self._protocol(changed)
 
-    def measured_time(
-        self, net: Backbone, schedule: ExitSchedule, full_net: Backbone, sampler: str = ""
-    ) -> TimeRatio:
-        """Whole-sampling time under schedule and sampler over the full network's under the study's
-        own, interleaved."""
+    def measured_time(self, net: Backbone, point: Point, full_net: Backbone) -> TimeRatio:
+        """Whole-sampling time of a point over the full network's under the study's own sampler,
+        interleaved."""
         confirm = self.config.confirm
         seeds = range(confirm.time_images)
+        full = Point(self.full, self.own_sampler)
         return compare_sampling_time(
-            lambda: self.sample(net, schedule, seeds, sampler),
-            lambda: self.sample(full_net, self.full, seeds),
+            lambda: self.sample(net, point, seeds),
+            lambda: self.sample(full_net, full, seeds),
             confirm.time_repeats,
         )
 
@@ -613,16 +614,3 @@ def check_fresh_seeds(protocols: dict[str, Protocol]) -> None:
 def _image_seeds(protocol: Protocol) -> list[range]:
     """Of each repeat."""
     return [range(first, first + protocol.num_samples) for first in protocol.seeds]
-
-
-def sampler_name(how: SamplingConfig) -> str:
-    """A way of sampling as "SOLVER-STEPS"."""
-    return f"{how.solver}-{how.num_steps}"
-
-
-def sampling_as(how: SamplingConfig, name: str) -> SamplingConfig:
-    """A way of sampling with the solver and steps of "SOLVER-STEPS"; as it is if empty."""
-    if not name:
-        return how
-    solver, _, steps = name.rpartition("-")
-    return how.model_copy(update={"solver": solver, "num_steps": int(steps)})

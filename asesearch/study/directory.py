@@ -18,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 
 from asesearch.errors import StudyError, WriteError
 from asesearch.files import check_writable
+from asesearch.sampler import Sampler
 from asesearch.schedule import SLUG_BYTES
 
 STUDY = "study.json"  # settings, identity and storage
@@ -75,9 +76,9 @@ def check_study_dir(run_dir: Path, storage: str | None) -> None:
         )
 
 
-def samples_file(sampler: str) -> str:
-    """Name of the file with a trial's images, beside its weights."""
-    return f"samples_{sampler}.npz" if sampler else "samples.npz"
+def samples_file(sampler: Sampler, own: Sampler) -> str:
+    """Name of the file with a trial's images, beside its weights; `own` is the study's sampler."""
+    return "samples.npz" if sampler == own else f"samples_{sampler}.npz"
 
 
 def read_json(path: Path, fix: str = "is this a study directory, and is it whole?") -> Any:

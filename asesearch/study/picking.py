@@ -72,7 +72,7 @@ def within_quality(budget: str, quality: EvaluationResult, full: EvaluationResul
 
 
 @dataclass(frozen=True)
-class _Point:
+class _Scored:
     """A record with the score and time that it is picked by: confirmed ones or the search's."""
 
     record: TrialRecord
@@ -81,10 +81,9 @@ class _Point:
     confirmed: bool
 
     def __str__(self) -> str:
-        sampler = f" under {self.record.sampler}" if self.record.sampler else ""
         return (
             f"trial {self.record.number} with {self.quality.value:.4g} at {self.time_frac:.3f} of "
-            f"the time ({self.record.schedule}{sampler})"
+            f"the time ({self.record.point})"
         )
 
     @property
@@ -175,13 +174,13 @@ def _choose(
 
 
 def _best(
-    points: list[_Point],
-    among: list[_Point],
+    points: list[_Scored],
+    among: list[_Scored],
     mode: str,
     quality: str | None,
     time_frac: float | None,
     what: str,
-) -> tuple[_Point, str]:
+) -> tuple[_Scored, str]:
     """The best of `points`, and what it falls short of in words.
 
     The full network is looked for `among` all points with a score of the same protocol.
@@ -228,33 +227,33 @@ def _check_question(mode: str, quality: str | None, time_frac: float | None) -> 
         parse_budget(quality)
 
 
-def _searched(results: StudyResults) -> list[_Point]:
+def _searched(results: StudyResults) -> list[_Scored]:
     """The front and the full network by the search's scores."""
     records = {r.number: r for r in results.front()}
     if results.full is not None:
         records[results.full.number] = results.full
     return [
-        _Point(r, r.quality, r.time_frac, False)
+        _Scored(r, r.quality, r.time_frac, False)
         for r in records.values()
         if r.quality is not None and r.time_frac is not None
     ]
 
 
-def _confirmed(results: StudyResults) -> list[_Point]:
+def _confirmed(results: StudyResults) -> list[_Scored]:
     """The points with confirmed scores, except those that left the search's front since.
 
     Their weights are deleted, unless the study keeps all.
     """
     scored = {r.number: r for r in results.complete}
     found = [
-        _Point(scored[c.number], c.quality, c.measured_time_frac, True)
+        _Scored(scored[c.number], c.quality, c.measured_time_frac, True)
         for c in results.confirmations
         if c.number in scored
     ]
     if results.config.get("search", {}).get("keep_weights") != "front":
         return found
-    kept = {p.record.schedule.merged() for p in _searched(results)}
-    return [p for p in found if p.record.schedule.merged() in kept]
+    kept = {p.record.point.weights_key for p in _searched(results)}
+    return [p for p in found if p.record.point.weights_key in kept]
 
 
 def _tried(results: StudyResults) -> str:

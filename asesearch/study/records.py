@@ -6,11 +6,13 @@ A `TrialRecord` is stored as JSON in its Optuna trial, a `Confirmation` in the s
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
 
+from asesearch.point import Point
+from asesearch.sampler import Sampler
 from asesearch.schedule import ExitSchedule
 from asesearch.score import EvaluationResult
 from asesearch.study.difficulty import DifficultyMap
@@ -56,19 +58,18 @@ class CheapRung:
 
 @dataclass(frozen=True)
 class TrialRecord:
-    """One point, a schedule under a way of sampling: fine-tuned, sampled, evaluated.
+    """One point: fine-tuned, sampled, evaluated.
 
     Attributes:
         number: trial number in the study, from 0.
         origin: "full" (the full network, fine-tuned for as long), a published name ("D3-DiT"), or
             the proposer's name.
-        schedule: what was tried.
+        point: what was tried.
         state: "complete", "stopped" (not promoted from the cheap rung) or "failed".
         quality: the figure under the search protocol; None if stopped or failed.
         time_frac: predicted sampling time over the full network's under the study's own sampler,
             from the latency table; None if failed.
         flops_frac, block_frac: FLOPs of the whole sampling, and block calls, over the same.
-        sampler: "SOLVER-STEPS"; empty = the study's own, where the study has no others.
         cheap: the cheap rung; None without promotion.
         losses: mean training loss of each fine-tuning step.
         seconds: time spent by part: "cheap", "finetune", "sample", "decode" (of latents),
@@ -82,13 +83,12 @@ class TrialRecord:
 
     number: int
     origin: str
-    schedule: ExitSchedule
+    point: Point
     state: str
     quality: EvaluationResult | None = None
     time_frac: float | None = None
     flops_frac: float | None = None
     block_frac: float | None = None
-    sampler: str = ""
     cheap: CheapRung | None = None
     losses: tuple[float, ...] = ()
     seconds: dict[str, float] = field(default_factory=dict)
@@ -97,22 +97,45 @@ class TrialRecord:
     versions: dict[str, str] = field(default_factory=dict)
     finished_at: str = ""
 
+    @property
+    def schedule(self) -> ExitSchedule:
+        """Of the point."""
+        return self.point.schedule
+
+    @property
+    def sampler(self) -> Sampler:
+        """Of the point."""
+        return self.point.sampler
+
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON."""
-        data = asdict(self)
+        data = asdict(replace(self, quality=None, cheap=None))
+        del data["point"]
         data["schedule"] = self.schedule.to_dict()
+        data["sampler"] = str(self.sampler)
         data["quality"] = None if self.quality is None else self.quality.to_dict()
         data["cheap"] = None if self.cheap is None else self.cheap.to_dict()
         return data
 
     @classmethod
-    def from_dict(cls, data: dict[str, Any]) -> TrialRecord:
-        """Inverse of `to_dict`."""
+    def from_dict(cls, data: dict[str, Any], own: Sampler) -> TrialRecord:
+        """Inverse of `to_dict`.
+
+        Args:
+            data: what `to_dict` gave, or an earlier release, in which an empty sampler stood for
+                the study's own.
+            own: the study's own sampler.
+        """
         quality = data["quality"]
+        sampler = data.get("sampler", "")
+        point = Point(
+            ExitSchedule.from_dict(data["schedule"]),
+            Sampler.from_string(sampler) if sampler else own,
+        )
         return cls(
             **{
-                **data,
-                "schedule": ExitSchedule.from_dict(data["schedule"]),
+                **{k: v for k, v in data.items() if k not in ("schedule", "sampler")},
+                "point": point,
                 "quality": None if quality is None else EvaluationResult.from_dict(quality),
                 "cheap": CheapRung.from_dict(data["cheap"]) if data.get("cheap") else None,
                 "losses": tuple(data["losses"]),
@@ -186,6 +209,12 @@ class StudyResults:
     def full(self) -> TrialRecord | None:
         """The full network, fine-tuned for as long as every other; None before it is done."""
         return next((r for r in self.complete if r.origin == "full"), None)
+
+    @property
+    def own_sampler(self) -> Sampler:
+        """The study's own, over whose time all times are counted."""
+        how = self.config["sampling"]
+        return Sampler(how["solver"], how["num_steps"])
 
     def front(self) -> tuple[TrialRecord, ...]:
         """Non-dominated trials under the search protocol, fastest first."""

@@ -17,6 +17,7 @@ from typing import Any
 from asesearch.config import StudyConfig
 from asesearch.errors import StudyError
 from asesearch.files import write_json
+from asesearch.point import Point
 from asesearch.schedule import ExitSchedule
 from asesearch.study import directory
 from asesearch.study.confirmed import confirmations_on_record
@@ -81,12 +82,12 @@ class Study:
         with storage_errors(self.shown_storage):
             trials = self.optuna.get_trials(deepcopy=False)
         found = [
-            TrialRecord.from_dict(json.loads(t.user_attrs[RECORD]))
+            TrialRecord.from_dict(json.loads(t.user_attrs[RECORD]), self.config.sampling.sampler)
             for t in trials
             if RECORD in t.user_attrs
         ]
-        last = {(r.schedule.merged(), r.sampler): r for r in found}
-        return [r for r in found if last[r.schedule.merged(), r.sampler] is r]
+        last = {r.point: r for r in found}
+        return [r for r in found if last[r.point] is r]
 
     def record(self, number: int) -> TrialRecord:
         """One trial.
@@ -107,13 +108,19 @@ class Study:
             return uncut
         return self.run_dir / directory.TRIALS / schedule.slug
 
+    def samples_file(self, point: Point) -> Path:
+        """Where images of a point are, beside its weights."""
+        return self.trial_dir(point.schedule) / directory.samples_file(
+            point.sampler, self.config.sampling.sampler
+        )
+
     def results(self) -> StudyResults:
         """Everything a report or an export reads."""
         records = self.records()
         run_dir = self.run_dir
         samples = {}
         for record in records:
-            file = self.trial_dir(record.schedule) / directory.samples_file(record.sampler)
+            file = self.samples_file(record.point)
             images = (
                 read_images(file, "the trial is shown without")
                 if record.state == "complete"

@@ -13,8 +13,10 @@ import optuna
 import pytest
 from optuna.trial import TrialState
 
+from asesearch.point import Point
 from asesearch.proposer.proposer import Candidates, DifficultySampler, FrontBelief, Problem, judge
 from asesearch.proposer.space import Space
+from asesearch.sampler import Sampler
 from asesearch.schedule import ExitSchedule
 from asesearch.score import EvaluationResult, Protocol
 from asesearch.study.records import RECORD, CheapRung, TrialRecord
@@ -22,14 +24,14 @@ from tests.proposer.test_quality_model import (
     CALLS,
     CHAIN,
     DEPTH,
+    A,
     FakeMap,
-    Point,
     Truth,
     some_points,
 )
 
-SPACE = Space(DEPTH, CHAIN, 10)
-FULL = ExitSchedule.full(DEPTH)
+SPACE = Space(DEPTH, (A,), CHAIN, 10)
+FULL = Point(ExitSchedule.full(DEPTH), A)
 
 
 def figure(value, noise=0.02, repeats=2):
@@ -39,21 +41,20 @@ def figure(value, noise=0.02, repeats=2):
     return EvaluationResult(protocol, (value * (1 - noise), value * (1 + noise))[:repeats])
 
 
-def record(schedule, value, sampler="", state="complete", cheap=None, **how):
+def record(point, value, state="complete", cheap=None, **how):
     rung = None if cheap is None else CheapRung(figure(cheap), state != "stopped", None, "")
     return TrialRecord(
         0,
         "",
-        schedule,
+        point,
         state,
         figure(value, **how) if state == "complete" else None,
-        sampler=sampler,
         cheap=rung,
     )
 
 
 def make_problem(difficulty_map=None, space=SPACE, samplers=None, depth=DEPTH):
-    samplers = samplers or {"a": CALLS}
+    samplers = samplers or {A: CALLS}
     table = 0.5 + np.arange(1.0, depth + 1)
     return Problem(
         space,
@@ -77,20 +78,16 @@ def make_sampler(problem, seed=0):
 
 def some_records(count, seed=0, depth=DEPTH, calls=CALLS):
     rng = np.random.default_rng(seed)
-    truth = Truth(seed, depth)
-    points = [
-        Point(ExitSchedule.full(depth), "a", calls),
-        *some_points(rng, count, "a", calls, depth),
-    ][:count]
-    return [record(p.schedule, math.exp(truth(p))) for p in points]
+    truth = Truth(seed, depth, samplers={A: calls})
+    points = [Point(ExitSchedule.full(depth), A), *some_points(rng, count, A, depth)][:count]
+    return [record(p, math.exp(truth(p))) for p in points]
 
 
 def propose(problem, records, pending=(), seed=0):
-    """A schedule and a sampler's name."""
+    """The next point."""
     row = make_sampler(problem)._choose(records, list(pending), np.random.default_rng(seed))
-    return row and (
-        ExitSchedule.uniform_intervals(row[1:], problem.space.depth),
-        problem.names[row[0]],
+    return row and Point(
+        ExitSchedule.uniform_intervals(row[1:], problem.space.depth), problem.space.samplers[row[0]]
     )
 
 
@@ -100,16 +97,15 @@ def search(optuna_sampler, problem, truth, count, seed=0, storage=None, noise=0.
     study = optuna.create_study(
         storage=storage, directions=["minimize"] * 2, sampler=optuna_sampler
     )
-    study.enqueue_trial(problem.space.encode(FULL))
+    study.enqueue_trial(problem.space.encode(problem.full))
     rng = np.random.default_rng([seed, 5])
     found = []
 
     def objective(trial):
-        schedule, sampler = problem.space.suggest(trial)
-        point = problem.point(schedule, sampler)
+        point = problem.space.suggest(trial)
         found.append((problem.cost_frac(point), truth(point)))
         value = math.exp(found[-1][1] + noise * rng.normal())
-        trial.set_user_attr(RECORD, json.dumps(record(schedule, value, sampler).to_dict()))
+        trial.set_user_attr(RECORD, json.dumps(record(point, value).to_dict()))
         return value, found[-1][0]
 
     study.optimize(objective, n_trials=count)
@@ -137,11 +133,12 @@ def hypervolumes(found):
 
 @pytest.mark.parametrize(("backend", "noise_easy"), [("memory", True), ("sqlite", False)])
 def test_a_real_study_of_two_objectives(backend, noise_easy, tmp_path):
-    problem = make_problem(space=Space(DEPTH, CHAIN, 10, noise_easy, min_exit_depth=2))
+    problem = make_problem(space=Space(DEPTH, (A,), CHAIN, 10, noise_easy, min_exit_depth=2))
     storage = f"sqlite:///{tmp_path}/study.db" if backend == "sqlite" else None
     found, study = search(make_sampler(problem), problem, Truth(), 7, storage=storage)
-    schedules = [problem.space.decode(t.params) for t in study.trials]
-    assert schedules[0].is_full and len({s.merged() for s in schedules}) == 7
+    points = [problem.space.decode(t.params) for t in study.trials]
+    schedules = [p.schedule for p in points]
+    assert schedules[0].is_full and len(set(points)) == 7
     assert all(min(s.exit_depths) >= 2 for s in schedules)
     assert not noise_easy or all(s.is_noise_easy for s in schedules)
     assert (
@@ -171,9 +168,7 @@ def test_nothing_is_kept_between_proposals():
     found, study = search(make_sampler(problem), problem, truth, 4)
     study.sampler = make_sampler(problem)
     assert (
-        problem.cost_frac(
-            problem.point(problem.space.decode(study.ask(problem.space.distributions()).params))
-        )
+        problem.cost_frac(problem.space.decode(study.ask(problem.space.distributions()).params))
         == straight[4][0]
     )
 
@@ -181,9 +176,9 @@ def test_nothing_is_kept_between_proposals():
 def test_warm_starts_are_respected():
     problem = make_problem()
     study = optuna.create_study(directions=["minimize"] * 2, sampler=make_sampler(problem))
-    wanted = ExitSchedule.published("D3-DiT", DEPTH)
+    wanted = Point(ExitSchedule.published("D3-DiT", DEPTH), A)
     study.enqueue_trial(problem.space.encode(wanted))
-    assert problem.space.suggest(study.ask())[0].merged() == wanted.merged()
+    assert problem.space.suggest(study.ask()) == wanted
     study.enqueue_trial({"high": 9})  # the others are the proposer's choice
     assert study.ask(problem.space.distributions()).params["high"] == 9
 
@@ -195,67 +190,69 @@ def test_trials_in_flight_change_the_next_proposal():
     asked = []
     for _ in range(4):  # four workers at once
         study.sampler = make_sampler(problem)
-        asked.append(problem.space.suggest(study.ask())[0])
-    assert len({s.merged() for s in asked}) == 4
+        asked.append(problem.space.suggest(study.ask()))
+    assert len(set(asked)) == 4
     records = some_records(6)
     first = propose(problem, records)
-    second = propose(problem, records, [problem.point(*first)])
-    distance = np.abs(np.subtract(problem.depths_of(first[0]), problem.depths_of(second[0]))).sum()
+    second = propose(problem, records, [first])
+    depths = [problem.depths_of(p.schedule) for p in (first, second)]
+    distance = np.abs(np.subtract(*depths)).sum()
     assert distance >= 3  # not the neighbour of what another worker tries
 
 
 def test_workers_that_start_at_once_spread_out():
     problem = make_problem()
-    pending = [problem.point(FULL)]
+    pending = [FULL]
     costs = []
     for _ in range(4):
         chosen = propose(problem, [], pending)
-        pending.append(problem.point(*chosen))
+        pending.append(chosen)
         costs.append(problem.cost_frac(pending[-1]))
     assert np.diff(sorted(costs)).min() > 0.05
 
 
 @pytest.mark.parametrize("noise_easy", [True, False])
 def test_an_exhausted_space_gives_repeats(noise_easy):
-    space = Space(2, CHAIN, 2, noise_easy)
+    space = Space(2, (A,), CHAIN, 2, noise_easy)
     problem = make_problem(space=space, depth=2)
     depths = [(1, 1), (2, 1), (2, 2), *([] if noise_easy else [(1, 2)])]
-    schedules = [ExitSchedule.uniform_intervals(d, 2) for d in depths]
-    records = [record(s, 5.0 - i) for i, s in enumerate(schedules)]
+    points = [Point(ExitSchedule.uniform_intervals(d, 2), A) for d in depths]
+    records = [record(p, 5.0 - i) for i, p in enumerate(points)]
     assert propose(problem, records) is None
-    assert propose(problem, records[1:])[0] == schedules[0]  # the last one left is found
+    assert propose(problem, records[1:]) == points[0]  # the last one left is found
     study = optuna.create_study(directions=["minimize"] * 2, sampler=make_sampler(problem))
     for entry in records:
-        study.enqueue_trial(space.encode(entry.schedule))
+        study.enqueue_trial(space.encode(entry.point))
         trial = study.ask()
-        assert space.suggest(trial)[0].merged() == entry.schedule.merged()
+        assert space.suggest(trial) == entry.point
         trial.set_user_attr(RECORD, json.dumps(entry.to_dict()))
         study.tell(trial, [1.0, 1.0])
-    assert space.suggest(study.ask())[0].merged() in {s.merged() for s in schedules}
+    assert space.suggest(study.ask()) in set(points)
 
 
 def test_what_failed_is_left_out_and_what_was_stopped_may_return():
     problem = make_problem()
     records = some_records(8)
-    first, _ = propose(problem, records)
-    assert propose(problem, [*records, record(first, 0, state="failed")])[0] != first
+    first = propose(problem, records)
+    assert propose(problem, [*records, record(first, 0, state="failed")]) != first
     better = [
         *records,
         record(first, 0, state="stopped", cheap=0.01),
-        record(FULL, 0, "gone", state="stopped", cheap=3.0),
+        record(Point(FULL.schedule, Sampler("gone", 5)), 0, state="stopped", cheap=3.0),
     ]
-    assert propose(problem, better)[0] is not None
+    assert propose(problem, better) not in {r.point for r in records}
     pool = Candidates(problem, set())
     pool.extend(make_sampler(problem)._rows(better, lambda r: r.state == "stopped"))
-    assert pool.rows.tolist() == [list(problem.row(problem.point(first)))]
+    assert pool.rows.tolist() == [list(problem.row(first))]
 
 
 def test_depths_that_a_sampler_never_asks_for_make_no_other_point():
     # three: intervals 9, 4 and 0
-    samplers = {"ten": tuple(range(950, 0, -100)), "three": (950.0, 450.0, 50.0)}
-    problem = make_problem(
-        space=Space(DEPTH, CHAIN, 10, samplers=tuple(samplers)), samplers=samplers
-    )
+    samplers = {
+        Sampler("ddim", 10): tuple(range(950, 0, -100)),
+        Sampler("ddim", 3): (950.0, 450.0, 50.0),
+    }
+    problem = make_problem(space=Space(DEPTH, tuple(samplers), CHAIN, 10), samplers=samplers)
     one = (1, *((8,) * 4), *((5,) * 5), 3)
     other = (1, 8, 7, 6, 6, *((5,) * 4), 4, 3)
     assert problem.keys(np.array([one, other])) == [one[:1] + (8, 8, 8, 8, 5, 5, 5, 5, 5, 3)] * 2
@@ -267,16 +264,16 @@ def test_depths_that_a_sampler_never_asks_for_make_no_other_point():
 
 
 def test_several_samplers_compete():
-    samplers = {"ddim-15": CALLS, "ddim-8": CALLS[::2]}
-    space = Space(DEPTH, CHAIN, 10, samplers=tuple(samplers))
+    samplers = {Sampler("ddim", 15): CALLS, Sampler("ddim", 8): CALLS[::2]}
+    space = Space(DEPTH, tuple(samplers), CHAIN, 10)
     problem = make_problem(space=space, samplers=samplers)
-    truth = Truth()
+    truth = Truth(samplers=samplers)
     found, study = search(make_sampler(problem), problem, truth, 12)
     used = [t.params["sampler"] for t in study.trials]
     # half the calls at the same figure: a bargain
     assert used[0] == "ddim-15" and used.count("ddim-8") > 4
     assert min(c for c, _ in found) < 0.4 and problem.cost_frac(
-        problem.point(FULL, "ddim-8")
+        Point(FULL.schedule, Sampler("ddim", 8))
     ) == pytest.approx(8 / 15)
     assert "sampler" not in make_sampler(make_problem()).infer_relative_search_space(
         study, study.trials[0]
@@ -292,15 +289,16 @@ def test_a_good_cheap_figure_speaks_for_a_point():
     problem = make_problem()
     truth = Truth()
     rng = np.random.default_rng(0)
-    points = [problem.point(FULL), *some_points(rng, 12)]
-    records = [record(p.schedule, math.exp(truth(p)), cheap=2 * math.exp(truth(p))) for p in points]
-    point = problem.point(ExitSchedule.published("D3-DiT", DEPTH))
+    points = [FULL, *some_points(rng, 12)]
+    records = [record(p, math.exp(truth(p)), cheap=2 * math.exp(truth(p))) for p in points]
+    point = Point(ExitSchedule.published("D3-DiT", DEPTH), A)
     fair = 2 * math.exp(truth(point))
     good = judge(problem, records, point, figure(0.7 * fair))
     bad = judge(problem, records, point, figure(3 * fair))
     assert bad < 0.1 < 0.5 < good
     assert 0 <= judge(problem, [], point) <= 1
-    dominated = [record(ExitSchedule.uniform_intervals([1], DEPTH), math.exp(truth(points[0])) / 2)]
+    shallow = Point(ExitSchedule.uniform_intervals([1], DEPTH), A)
+    dominated = [record(shallow, math.exp(truth(points[0])) / 2)]
     assert judge(problem, [*records, *dominated], point) < 0.2
 
 
@@ -332,10 +330,10 @@ def test_figures_that_have_no_logarithm_or_no_spread():
     problem = make_problem()
     records = some_records(6)
     # kernel distances may be negative
-    kernel = [record(r.schedule, r.quality.value - 15, noise=0.0) for r in records]
+    kernel = [record(r.point, r.quality.value - 15, noise=0.0) for r in records]
     assert min(r.quality.value for r in kernel) < 0
-    once = [record(r.schedule, r.quality.value, repeats=1) for r in records]
-    zero = [record(r.schedule, 0.0) for r in records]
+    once = [record(r.point, r.quality.value, repeats=1) for r in records]
+    zero = [record(r.point, 0.0) for r in records]
     for odd in (kernel, once, zero):
         assert propose(problem, odd) is not None
         assert all(math.isfinite(o.log_quality) for o in problem.observations(odd))
@@ -344,7 +342,8 @@ def test_figures_that_have_no_logarithm_or_no_spread():
 
 def test_the_latest_figure_of_a_point_counts_and_foreign_samplers_do_not():
     problem = make_problem()
-    records = [record(FULL, 2.0), record(FULL, 3.0, "foreign"), record(FULL, 4.0, "a", cheap=8.0)]
+    foreign = Point(FULL.schedule, Sampler("foreign", 5))
+    records = [record(FULL, 2.0), record(foreign, 3.0), record(FULL, 4.0, cheap=8.0)]
     found = {o.level: o for o in problem.observations(records)}
     assert len(problem.observations(records)) == 2
     assert math.exp(found["dear"].log_quality) == pytest.approx(4) and math.exp(
@@ -368,7 +367,7 @@ def test_the_latest_figure_of_a_point_counts_and_foreign_samplers_do_not():
 def test_a_proposal_is_quick(depth, steps, noise_easy, count, limit_s):
     calls = tuple(np.linspace(999, 0, steps).round().tolist())
     problem = make_problem(
-        space=Space(depth, CHAIN, 10, noise_easy), samplers={"a": calls}, depth=depth
+        space=Space(depth, (A,), CHAIN, 10, noise_easy), samplers={A: calls}, depth=depth
     )
     records = some_records(count, depth=depth, calls=calls)
     begun = time.process_time()

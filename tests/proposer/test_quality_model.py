@@ -9,21 +9,25 @@ import numpy as np
 import pytest
 from threadpoolctl import threadpool_limits
 
+from asesearch.point import Point
 from asesearch.proposer import quality_model as module
 from asesearch.proposer.quality_model import (
     NUM_WEIGHTS,
     PRIOR,
     Encoder,
     Observation,
-    Point,
     QualityModel,
     cholesky,
 )
+from asesearch.sampler import Sampler
 from asesearch.schedule import ExitSchedule
 
 DEPTH = 12
 CHAIN = 1000
 CALLS = tuple(np.linspace(999, 0, 15).round().tolist())  # DDIM-15
+A = Sampler("a", 15)
+B = Sampler("b", 8)
+CALLS_OF = {A: CALLS, B: CALLS[::2]}
 
 
 class FakeMap:
@@ -54,9 +58,9 @@ class FakeMap:
 class Truth:
     """Log Fréchet distance = weights times true errors, plus a smooth residual."""
 
-    def __init__(self, seed=0, depth=DEPTH, residual=0.05):
+    def __init__(self, seed=0, depth=DEPTH, residual=0.05, samplers=CALLS_OF):
         rng = np.random.default_rng([seed, 1])
-        self.encoder = Encoder(FakeMap(seed, depth), CHAIN)
+        self.encoder = Encoder(FakeMap(seed, depth), CHAIN, samplers)
         shape = np.linspace(-1, 1, NUM_WEIGHTS)
         self.weights = np.exp(
             0.3 + 0.6 * (rng.normal() * shape + rng.normal() * np.cos(np.pi * (shape + 1) / 2))
@@ -71,13 +75,11 @@ class Truth:
         return float(2 + inputs.features[0, 0] @ self.weights + self.residual * wave)
 
 
-def some_points(rng, count, sampler="a", calls=CALLS, depth=DEPTH, intervals=10):
+def some_points(rng, count, sampler=A, depth=DEPTH, intervals=10):
     depths = np.sort(rng.integers(max(1, depth // 4), depth + 1, (count, intervals)), axis=1)[
         :, ::-1
     ]
-    return [
-        Point(ExitSchedule.uniform_intervals(row.tolist(), depth), sampler, calls) for row in depths
-    ]
+    return [Point(ExitSchedule.uniform_intervals(row.tolist(), depth), sampler) for row in depths]
 
 
 def observe(points, truth, rng, noise=0.02, level="dear"):
@@ -87,7 +89,7 @@ def observe(points, truth, rng, noise=0.02, level="dear"):
 def test_gradient_is_that_of_the_objective():
     rng = np.random.default_rng(0)
     truth = Truth()
-    points = some_points(rng, 6) + some_points(rng, 6, "b", CALLS[::2])
+    points = some_points(rng, 6) + some_points(rng, 6, B)
     observations = observe(points, truth, rng) + observe(points[3:], truth, rng, level="cheap")
     model = QualityModel(truth.encoder, observations)
     everything = np.arange(len(observations))
@@ -105,33 +107,31 @@ def test_gradient_is_that_of_the_objective():
 
 def test_both_ways_to_encode_agree():
     rng = np.random.default_rng(0)
-    encoder = Encoder(FakeMap(), CHAIN)
+    encoder = Encoder(FakeMap(), CHAIN, CALLS_OF)
     points = some_points(rng, 5)
     bounds = points[0].schedule.boundaries
-    many = encoder.encode_depths(
-        np.array([p.schedule.exit_depths for p in points]), bounds, "a", CALLS
-    )
+    many = encoder.encode_depths(np.array([p.schedule.exit_depths for p in points]), bounds, A)
     one_by_one = encoder.encode(points)
     for name in ("features", "profile", "log_calls", "sampler"):
         assert np.allclose(getattr(many, name), getattr(one_by_one, name))
     weights = rng.uniform(size=NUM_WEIGHTS)
     # the additive errors of the dynamic programme are the model's mean
     for i, shape in enumerate(module.SHAPES):
-        table = encoder.interval_errors(weights, CALLS, bounds, shape)
+        table = encoder.interval_errors(weights, A, bounds, shape)
         sums = [sum(table[k, d - 1] for k, d in enumerate(p.schedule.exit_depths)) for p in points]
         assert sums == pytest.approx((many.features[i] @ weights).tolist())
 
 
 def test_without_trials_the_map_ranks():
-    model = QualityModel(Encoder(FakeMap(), CHAIN))
+    model = QualityModel(Encoder(FakeMap(), CHAIN, CALLS_OF))
     full = ExitSchedule.full(DEPTH)
     half = ExitSchedule.uniform_intervals([6], DEPTH)
-    mean, cov = model.posterior([Point(full, "a", CALLS), Point(half, "a", CALLS)])
+    mean, cov = model.posterior([Point(full, A), Point(half, A)])
     assert mean[0] < mean[1] and np.linalg.eigvalsh(cov).min() > 0
     easy = [12] * 5 + [6] * 5
     hard = [6] * 5 + [12] * 5
     mean, _ = model.posterior(
-        [Point(ExitSchedule.uniform_intervals(d, DEPTH), "a", CALLS) for d in (easy, hard)]
+        [Point(ExitSchedule.uniform_intervals(d, DEPTH), A) for d in (easy, hard)]
     )
     assert mean[0] < mean[1]  # the map says that depth matters near data
 
@@ -143,7 +143,8 @@ def test_posterior_is_calibrated(count):
         rng = np.random.default_rng(seed)
         truth = Truth(seed)
         model = QualityModel(
-            Encoder(FakeMap(seed, error=0.1), CHAIN), observe(some_points(rng, count), truth, rng)
+            Encoder(FakeMap(seed, error=0.1), CHAIN, CALLS_OF),
+            observe(some_points(rng, count), truth, rng),
         )
         asked = some_points(rng, 25)
         mean, cov = model.posterior(asked)
@@ -169,9 +170,7 @@ def test_weights_of_noise_levels_are_recovered():
     truth = Truth(0, residual=0.0)
     truth.weights = np.linspace(3.0, 0.5, NUM_WEIGHTS)
     depths = rng.integers(1, DEPTH + 1, (60, 10))  # free-form: every noise level for itself
-    points = [
-        Point(ExitSchedule.uniform_intervals(row.tolist(), DEPTH), "a", CALLS) for row in depths
-    ]
+    points = [Point(ExitSchedule.uniform_intervals(row.tolist(), DEPTH), A) for row in depths]
     model = QualityModel(truth.encoder, observe(points, truth, rng, noise=0.01))
     mean, cov = model.weights()
     assert model.shape == "log"
@@ -210,7 +209,8 @@ def test_a_misleading_map_is_overruled(how):
         rng = np.random.default_rng(seed)
         truth = Truth(seed)
         model = QualityModel(
-            Encoder(FakeMap(seed, **{how: True}), CHAIN), observe(some_points(rng, 30), truth, rng)
+            Encoder(FakeMap(seed, **{how: True}), CHAIN, CALLS_OF),
+            observe(some_points(rng, 30), truth, rng),
         )
         asked = some_points(rng, 30)
         mean, _ = model.posterior(asked)
@@ -222,7 +222,7 @@ def test_fewer_calls_are_dearer_in_quality_and_samplers_are_told_apart():
     rng = np.random.default_rng(0)
     truth = Truth()
     points = some_points(rng, 8)
-    short = [Point(p.schedule, "b", CALLS[::2]) for p in points]
+    short = [Point(p.schedule, B) for p in points]
     model = QualityModel(truth.encoder, observe(points, truth, rng))
     assert np.all(model.posterior(short)[0] > model.posterior(points)[0])  # before any trial of it
     worse = [
@@ -273,10 +273,14 @@ def test_a_map_without_errors_and_a_network_of_one_block():
     rng = np.random.default_rng(0)
     truth = Truth()
     points = some_points(rng, 12)
-    mean, _ = QualityModel(Encoder(flat, CHAIN), observe(points, truth, rng)).posterior(points)
+    mean, _ = QualityModel(Encoder(flat, CHAIN, CALLS_OF), observe(points, truth, rng)).posterior(
+        points
+    )
     assert np.corrcoef(mean, [truth(p) for p in points])[0, 1] > 0.9
-    one = Point(ExitSchedule.full(1), "a", CALLS)
-    model = QualityModel(Encoder(FakeMap(depth=1), CHAIN), [Observation(one, "dear", 2.0, 0.1)])
+    one = Point(ExitSchedule.full(1), A)
+    model = QualityModel(
+        Encoder(FakeMap(depth=1), CHAIN, CALLS_OF), [Observation(one, "dear", 2.0, 0.1)]
+    )
     assert model.posterior([one])[0] == pytest.approx([2.0], abs=0.1)
 
 

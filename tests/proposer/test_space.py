@@ -7,22 +7,32 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from asesearch.errors import ScheduleError
+from asesearch.point import Point
 from asesearch.proposer.space import Space
+from asesearch.sampler import Sampler
 from asesearch.schedule import PUBLISHED, ExitSchedule
 
+OWN = Sampler("ddim", 50)
+OTHER = Sampler("unipc-quadratic", 10)
 
-@given(st.data(), st.booleans(), st.integers(1, 12), st.integers(1, 28))
-def test_round_trip(data, noise_easy, num_intervals, depth):
+
+@given(st.data(), st.booleans(), st.integers(1, 12), st.integers(1, 28), st.booleans())
+def test_round_trip(data, noise_easy, num_intervals, depth, several):
     low = data.draw(st.integers(1, depth))
     depths = data.draw(
         st.lists(st.integers(low, depth), min_size=num_intervals, max_size=num_intervals)
     )
     if noise_easy:
         depths.sort(reverse=True)
-    schedule = ExitSchedule.uniform_intervals(depths, depth)
-    space = Space(depth, 1000, num_intervals, noise_easy, low)
-    params = space.encode(schedule)
-    assert set(params) == set(space.distributions()) and space.decode(params) == schedule
+    samplers = (OWN, OTHER) if several else (OWN,)
+    point = Point(
+        ExitSchedule.uniform_intervals(depths, depth), data.draw(st.sampled_from(samplers))
+    )
+    space = Space(depth, samplers, 1000, num_intervals, noise_easy, low)
+    params = space.encode(point)
+    assert set(params) == set(space.distributions())
+    again = space.decode(params)
+    assert again == point and again.schedule == point.schedule
     assert all(
         dist._contains(dist.to_internal_repr(params[name]))
         for name, dist in space.distributions().items()
@@ -31,11 +41,11 @@ def test_round_trip(data, noise_easy, num_intervals, depth):
 
 @given(st.integers(1, 28), st.integers(1, 12), st.integers(0, 2**31))
 def test_every_proposal_is_noise_easy_and_in_range(depth, num_intervals, seed):
-    space = Space(depth, 1000, num_intervals, True, max(1, depth // 3))
+    space = Space(depth, (OWN,), 1000, num_intervals, True, max(1, depth // 3))
     study = optuna.create_study(
         directions=["minimize", "minimize"], sampler=optuna.samplers.RandomSampler(seed=seed)
     )
-    schedule, _ = space.suggest(study.ask())
+    schedule = space.suggest(study.ask()).schedule
     assert schedule.is_noise_easy and len(schedule.exit_depths) == num_intervals
     assert max(1, depth // 3) <= min(schedule.exit_depths)
 
@@ -43,42 +53,54 @@ def test_every_proposal_is_noise_easy_and_in_range(depth, num_intervals, seed):
 def test_random_proposals_cover_all_budgets():
     """Independent sorted depths would crowd around half of the blocks (their mean varies by 0.09
     only)."""
-    space = Space(12)
+    space = Space(12, (OWN,))
     study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
-    fracs = [space.suggest(study.ask())[0].block_frac() for _ in range(300)]
+    fracs = [space.suggest(study.ask()).schedule.block_frac() for _ in range(300)]
     for low in (0.1, 0.3, 0.5, 0.7):
         assert sum(low <= f < low + 0.2 for f in fracs) > 15
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_published_schedules_lie_in_the_default_space(name):
-    schedule = ExitSchedule.published(name, depth=12)
-    assert Space(12).decode(Space(12).encode(schedule)) == schedule
+    point = Point(ExitSchedule.published(name, depth=12), OWN)
+    space = Space(12, (OWN,))
+    assert space.decode(space.encode(point)) == point
 
 
 @pytest.mark.parametrize(
     ("space", "schedule", "rule"),
     [
-        (Space(12), ExitSchedule.full(6), "12 blocks"),
-        (Space(12), ExitSchedule.from_string("12 11 10", depth=12), "10 equal intervals"),
-        (Space(12), ExitSchedule.uniform_intervals([3] * 5 + [4] * 5, 12), "noise-easy"),
-        (Space(12, min_exit_depth=4), ExitSchedule.uniform_intervals([3], 12), "at least 4"),
+        (Space(12, (OWN,)), ExitSchedule.full(6), "12 blocks"),
+        (Space(12, (OWN,)), ExitSchedule.from_string("12 11 10", depth=12), "10 equal intervals"),
+        (Space(12, (OWN,)), ExitSchedule.uniform_intervals([3] * 5 + [4] * 5, 12), "noise-easy"),
+        (
+            Space(12, (OWN,), min_exit_depth=4),
+            ExitSchedule.uniform_intervals([3], 12),
+            "at least 4",
+        ),
     ],
 )
 def test_schedules_outside_are_refused(space, schedule, rule):
     with pytest.raises(ScheduleError, match=rule):
-        space.encode(schedule)
+        space.encode(Point(schedule, OWN))
 
 
 def test_an_empty_space_is_refused():
     with pytest.raises(ScheduleError, match="min_exit_depth must lie in 1…4; got 5"):
-        Space(4, min_exit_depth=5)
+        Space(4, (OWN,), min_exit_depth=5)
+    with pytest.raises(ScheduleError, match="at least one sampler"):
+        Space(4, ())
+
+
+def test_a_sampler_that_does_not_compete_is_refused():
+    with pytest.raises(ScheduleError, match="samplers are ddim-50; got unipc-quadratic-10"):
+        Space(4, (OWN,)).encode(Point(ExitSchedule.full(4), OTHER))
 
 
 def test_depths_between_the_ends_are_rounded_to_the_nearest():
     # 1 + 3.6, 1 + 2.4, 1 + 0.8 blocks
     params = {"high": 5, "low": 1, "u1": 0.9, "u2": 0.6, "u3": 0.2}
-    assert Space(6, num_intervals=5).decode(params).exit_depths == (5, 5, 3, 2, 1)
+    assert Space(6, (OWN,), num_intervals=5).decode(params).schedule.exit_depths == (5, 5, 3, 2, 1)
     # the ends and the shares in any order
     swapped = {"high": 1, "low": 5, "u1": 0.2, "u2": 0.9, "u3": 0.6}
-    assert Space(6, num_intervals=5).decode(swapped).exit_depths == (5, 5, 3, 2, 1)
+    assert Space(6, (OWN,), num_intervals=5).decode(swapped).schedule.exit_depths == (5, 5, 3, 2, 1)

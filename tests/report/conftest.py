@@ -9,11 +9,14 @@ import numpy as np
 import pytest
 
 from asesearch.config import parse_study
+from asesearch.point import Point
+from asesearch.sampler import Sampler
 from asesearch.schedule import PUBLISHED, ExitSchedule
 from asesearch.score import EvaluationResult, Protocol
 from asesearch.study.records import Confirmation, StudyResults, TrialRecord
 
 DEPTH = 28
+OWN = Sampler("ddim", 50)
 OVERHEAD = 0.12  # share of a full call that no exit can skip
 Builder = Callable[..., StudyResults]
 
@@ -71,7 +74,9 @@ def build(
         ended = f"2026-01-02T03:{n:02d}:00+00:00"
         if n in failed:
             records.append(
-                TrialRecord(n, origin, schedule, "failed", failure=failure, finished_at=ended)
+                TrialRecord(
+                    n, origin, Point(schedule, OWN), "failed", failure=failure, finished_at=ended
+                )
             )
             continue
         blocks = schedule.block_frac()
@@ -85,7 +90,7 @@ def build(
             TrialRecord(
                 n,
                 origin,
-                schedule,
+                Point(schedule, OWN),
                 "complete",
                 quality=EvaluationResult(search, values),
                 time_frac=OVERHEAD + (1 - OVERHEAD) * blocks,

@@ -6,14 +6,16 @@ from dataclasses import replace
 import pytest
 from scipy.stats import spearmanr
 
+from asesearch.point import Point
 from asesearch.report import ladder, page, tables
 from asesearch.report.plots import drawings
+from asesearch.sampler import Sampler
 from asesearch.score import EvaluationResult
 from asesearch.study.records import CheapRung
 from tests.report.conftest import protocol
 
 CHEAP = protocol(2, num_samples=100)
-FAST = "dpm++2m-8"
+FAST = Sampler("dpm++2m", 8)
 
 
 @pytest.fixture
@@ -46,7 +48,7 @@ def climbed(study):
                 "gflops": {"cheap": 1.0},
             }
         if r.number % 7 == 6:
-            changes |= {"sampler": FAST}
+            changes |= {"point": Point(r.schedule, FAST)}
         records.append(replace(r, **changes))
     kept = [c for c in results.confirmations if records[c.number].state == "complete"]
     warm_up = {
@@ -84,10 +86,12 @@ def test_page_names_samplers_rungs_and_spending(climbed):
     shown = {d.name for d in drawings(climbed)}
     assert {"rungs", "cheap_dear", "spending"} <= shown
     html = page.render_page(climbed, [])
-    assert FAST in html and "ddim-50" in html and "4 were stopped at their cheap figure" in html
+    assert (
+        str(FAST) in html and "ddim-50" in html and "4 were stopped at their cheap figure" in html
+    )
     assert "1 failed" in html and html.count("by its probability") == 19
     fast = next(r for r in climbed.complete if r.sampler == FAST)
-    assert tables.label(fast) == f"#{fast.number}, 8 steps"
+    assert tables.label(fast, climbed.own_sampler) == f"#{fast.number}, 8 steps"
 
 
 def test_figures_of_the_ladder_can_be_drawn(climbed, tmp_path):

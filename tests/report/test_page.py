@@ -299,7 +299,7 @@ def test_a_study_without_latency_losses_or_environment_has_a_page(study):
         results,
         latency_ms=(),
         environment={},
-        config={},
+        config={"sampling": results.config["sampling"]},
         records=tuple(replace(r, losses=(), seconds={}) for r in results.records),
     )
     assert {"latency", "losses"}.isdisjoint(d.name for d in plots.drawings(bare))

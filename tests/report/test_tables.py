@@ -8,11 +8,13 @@ import pytest
 import scipy.stats
 
 from asesearch.errors import EvaluationError, StudyError
+from asesearch.point import Point
 from asesearch.report import tables
 from asesearch.report.wording import figure, headline, number, percent
 from asesearch.schedule import ExitSchedule
 from asesearch.score import EvaluationResult
 from asesearch.study.records import shortened
+from tests.report.conftest import OWN
 
 
 def dominated(p, points):
@@ -229,7 +231,7 @@ def test_trials_holds_every_record(study):
 def test_schedule_matrix_is_the_schedule_at_every_timestep(study):
     results = study(12)
     uneven = ExitSchedule(28, 1000, (0, 130, 777, 1000), (28, 9, 4))
-    fast = replace(results.records[3], schedule=uneven, time_frac=0.01)
+    fast = replace(results.records[3], point=Point(uneven, OWN), time_frac=0.01)
     results = replace(
         results, records=(*results.records[:3], fast, *results.records[4:]), confirmations=()
     )
@@ -246,7 +248,7 @@ def test_schedule_matrix_is_the_schedule_at_every_timestep(study):
 
 def test_losses_keep_their_mean_and_count_the_study_files_steps(study):
     results = study(12)
-    results = replace(results, config={"train": {"num_steps": 4000}})
+    results = replace(results, config={**results.config, "train": {"num_steps": 4000}})
     table = tables.losses(results)
     assert table["step"].max() <= 4000 and table["step"].max() > 3900
     assert len(set(table["number"])) <= 6 and (table.groupby("number").size() <= 80).all()
@@ -411,7 +413,11 @@ def test_losses_lie_at_the_middle_of_their_stretch(study):
     def steps(count, num_steps):
         record = replace(full, losses=tuple(range(count)))
         table = tables.losses(
-            replace(results, records=(record,), config={"train": {"num_steps": num_steps}})
+            replace(
+                results,
+                records=(record,),
+                config={**results.config, "train": {"num_steps": num_steps}},
+            )
         )
         return list(table["step"]), list(table["loss"])
 

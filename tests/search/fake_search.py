@@ -16,6 +16,7 @@ from types import SimpleNamespace
 from asesearch.config import parse_study
 from asesearch.errors import TrainingDiverged
 from asesearch.evaluation.cost import LatencyTable, TimeRatio
+from asesearch.sampler import Sampler
 from asesearch.score import EvaluationResult, Protocol
 from asesearch.search import confirmation
 from asesearch.search.latency import Conditions, shared_table
@@ -26,6 +27,7 @@ from asesearch.study.study import Study
 
 DEPTH = 6
 PROTOCOL = Protocol("frechet", "fake", "0", 100, "fake", 100, "0", (0, 100), "ddim", 10, 1.0)
+OWN = Sampler("ddim", 50)
 CHEAP = replace(PROTOCOL, num_samples=20)
 
 
@@ -54,13 +56,15 @@ class FakeBench:
         self.min_exit_depth = 1
         self.cheaply = []
         own = tuple(range(950, 0, -100))
-        self.samplers = {"ddim-50": own} | dict.fromkeys(self.config.search.samplers, own[::2])
+        self.own_sampler, *others = self.config.samplers
+        self.samplers = {self.own_sampler: own} | dict.fromkeys(others, own[::2])
         self.latency = SimpleNamespace(median_ms=(1.0,))
         self.batch_size = 10
         self.call_cost = tuple(float(d) for d in range(1, DEPTH + 1))
 
-    def cost_fracs(self, schedule, sampler=""):
-        frac = schedule.block_frac(self.samplers[sampler or "ddim-50"]) * (0.5 if sampler else 1.0)
+    def cost_fracs(self, point):
+        share = 1.0 if point.sampler == self.own_sampler else 0.5
+        frac = point.schedule.block_frac(self.samplers[point.sampler]) * share
         return frac, frac, frac
 
     def pay(self, what):
@@ -68,24 +72,26 @@ class FakeBench:
             with open(self.paid, "a") as file:
                 file.write(f"{what}\n")
 
-    def try_cheaply(self, schedule, sampler=""):
-        self.cheaply.append(schedule)
-        return EvaluationResult(CHEAP, tuple(2 * v for v in figures(schedule, sampler))), 0.5, 1.0
+    def try_low_fidelity(self, point):
+        self.cheaply.append(point.schedule)
+        return EvaluationResult(CHEAP, tuple(2 * v for v in figures(point))), 0.5, 1.0
 
-    def try_schedule(self, schedule, folder, sampler=""):
+    def try_point(self, point, folder):
+        schedule = point.schedule
         if len(self.tried) == self.die_at:
             os.kill(os.getpid(), signal.SIGKILL)
         self.tried.append(schedule)
-        self.pay(f"trial {schedule.merged()} {sampler}".strip())
-        time.sleep(self.full_s if schedule.is_full and not sampler else self.trial_s)
+        self.pay(f"trial {point.weights_key} under {point.sampler}")
+        own = point.sampler == self.own_sampler
+        time.sleep(self.full_s if schedule.is_full and own else self.trial_s)
         if self.fails is not None and schedule.exit_depths[-1] == self.fails:
             raise TrainingDiverged(
                 "loss or gradient is not finite at step 3 of 9; lower the learning rate"
             )
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "weights.safetensors").write_bytes(b"x")
-        fracs = self.cost_fracs(schedule, sampler)
-        quality = EvaluationResult(PROTOCOL, figures(schedule, sampler))
+        fracs = self.cost_fracs(point)
+        quality = EvaluationResult(PROTOCOL, figures(point))
         return Outcome(quality, *fracs, [1.0, 0.5], {"finetune": 1.0}, {"finetune": 2.0})
 
     def confirmation_protocol(self):
@@ -96,15 +102,15 @@ class FakeBench:
             seeds=tuple(10**9 + i for i in range(how.repeats)),
         )
 
-    def evaluate(self, net, schedule, protocol, sampler=""):
-        self.pay(f"confirmation {schedule.merged()} {sampler}".strip())
+    def evaluate(self, net, point, protocol):
+        self.pay(f"confirmation {point.weights_key} under {point.sampler}")
         time.sleep(self.trial_s)
         return EvaluationResult(protocol, tuple(5.0 + i for i in range(len(protocol.seeds)))), {
             "sample": 0.0
         }
 
-    def measured_time(self, net, schedule, full_net, sampler=""):
-        return TimeRatio(self.cost_fracs(schedule, sampler)[0], 0.01, ())
+    def measured_time(self, net, point, full_net):
+        return TimeRatio(self.cost_fracs(point)[0], 0.01, ())
 
 
 class SharedBench(FakeBench):
@@ -133,10 +139,10 @@ class SharedBench(FakeBench):
         )
 
 
-def figures(schedule, sampler=""):
+def figures(point):
     """Two repeats: blocks left out near data cost most, and half the steps a quarter of it all."""
-    dropped = [(DEPTH - d) / (1 + i) for i, d in enumerate(schedule.exit_depths)]
-    value = (5 + sum(d**2 for d in dropped)) * (1.25 if sampler else 1.0)
+    dropped = [(DEPTH - d) / (1 + i) for i, d in enumerate(point.schedule.exit_depths)]
+    value = (5 + sum(d**2 for d in dropped)) * (1.0 if point.sampler == OWN else 1.25)
     return value - 0.1, value + 0.1
 
 

@@ -18,7 +18,7 @@ from asesearch.data import ImageArray
 from asesearch.diffusion import VPSDE, Diffusion
 from asesearch.errors import ConfigError, DataError, EvaluationError, StudyError
 from asesearch.finetuning import weights_fingerprint
-from asesearch.search import difficulty
+from asesearch.search import mapping
 from asesearch.search.mapping import map_seconds, measure_map
 from asesearch.study.difficulty import TABLES, DifficultyMap
 from tests.conftest import TINY_DIT
@@ -292,7 +292,7 @@ def test_a_block_runs_once_a_batch_and_nothing_changes(name, monkeypatch):
     # full depth and one more a bin; the trial
     assert len(calls) == SMALL.num_bins * 2 + 1 + net.depth
     assert vars(block).keys() == before  # the block is what it was
-    monkeypatch.setattr(difficulty, "_reusable", lambda *_: False)
+    monkeypatch.setattr(mapping, "_reusable", lambda *_: False)
     calls.clear()
     assert measure_map(net, data, DIFFUSION, SMALL) == found
     assert len(calls) == SMALL.num_bins * net.depth
@@ -313,9 +313,9 @@ class Recalling(DiT):
 def test_a_network_whose_blocks_see_more_is_run_in_full(monkeypatch):
     net = randomised(Recalling(**TINY_DIT))
     found = measure_map(net, dark(), DIFFUSION, SMALL)
-    monkeypatch.setattr(difficulty, "_reusable", lambda *_: False)
+    monkeypatch.setattr(mapping, "_reusable", lambda *_: False)
     assert measure_map(net, dark(), DIFFUSION, SMALL) == found
-    monkeypatch.setattr(difficulty, "_reusable", lambda *_: True)
+    monkeypatch.setattr(mapping, "_reusable", lambda *_: True)
     assert measure_map(net, dark(), DIFFUSION, SMALL) != found  # the trial was needed
 
 

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import pytest
 
 from asesearch.config import parse_study
+from asesearch.sampler import Sampler
 from asesearch.search import plan
 
 STUDY = {
@@ -37,7 +38,7 @@ def bench(monkeypatch):
     tuning = None, config.train.model_copy(update={"num_steps": 30})
     return SimpleNamespace(
         config=config,
-        samplers={"ddim-10": range(10), "unipc-5": range(5)},
+        samplers={Sampler("ddim", 10): range(10), Sampler("unipc", 5): range(5)},
         decoder=None,
         batch_size=10,
         latency=SimpleNamespace(median_ms=(200.0, 1000.0)),

@@ -419,7 +419,7 @@ def test_the_confirmation_has_its_own_seeds_and_each_points_own_sampler(
 
     confirmed = confirm(made, bench)
     records = {r.number: r for r in made.records()}
-    samplers = {records[c.number].sampler or "ddim-4" for c in confirmed}
+    samplers = {str(records[c.number].sampler) for c in confirmed}
     assert samplers == {"ddim-4", "ddim-2"}  # so that a mistaken one would be seen
     scored = [
         c for c in calls if c[0] and len(set(c[3]) & set(range(config.confirm.time_images))) == 0
@@ -428,12 +428,10 @@ def test_the_confirmation_has_its_own_seeds_and_each_points_own_sampler(
     assert len(fresh) == 2 * 80 and not fresh & searched
     for c in confirmed:
         record = records[c.number]
-        own = (str(record.schedule), record.sampler or "ddim-4")
+        own = (str(record.schedule), str(record.sampler))
         assert {seed for s in scored if s[1:3] == own for seed in s[3]} == fresh
         assert set(c.quality.protocol.seeds) <= fresh
-    points = {
-        (str(records[c.number].schedule), records[c.number].sampler or "ddim-4") for c in confirmed
-    }
+    points = {(str(records[c.number].schedule), str(records[c.number].sampler)) for c in confirmed}
     assert {s[1:3] for s in scored} == points
 
 

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from asesearch.config import changed_fields
+from asesearch.point import Point
 from asesearch.proposer.proposer import FrontBelief, Problem, judge
 from asesearch.proposer.space import Space
 from asesearch.schedule import ExitSchedule
@@ -15,9 +16,9 @@ from asesearch.score import EvaluationResult
 from asesearch.search.promotion import run_trial
 from asesearch.study.records import CheapRung, TrialRecord
 from tests.proposer.test_quality_model import FakeMap
-from tests.search.fake_search import CHEAP, DEPTH, PROTOCOL, FakeBench, figures, make_config
+from tests.search.fake_search import CHEAP, DEPTH, OWN, PROTOCOL, FakeBench, figures, make_config
 
-POINT = ExitSchedule.from_string("6 5 3 2", DEPTH)
+POINT = Point(ExitSchedule.from_string("6 5 3 2", DEPTH), OWN)
 OTHERS = [
     "6 6 6 6",
     "6 6 6 3",
@@ -50,14 +51,15 @@ def ladder(low_fidelity):
     records = []
     for number, text in enumerate(OTHERS):
         schedule = ExitSchedule.from_string(text, DEPTH)
-        values = figures(schedule)
+        point = Point(schedule, OWN)
+        values = figures(point)
         rung = CheapRung(low_fidelity(values), True, None, "")
         origin = "full" if schedule.is_full else "difficulty"
         fracs = dict.fromkeys(("time_frac", "flops_frac", "block_frac"), schedule.block_frac())
         done = TrialRecord(
             number,
             origin,
-            schedule,
+            point,
             "complete",
             EvaluationResult(PROTOCOL, values),
             cheap=rung,
@@ -66,7 +68,7 @@ def ladder(low_fidelity):
         records.append(done)
     table = np.asarray(bench.call_cost)
     own = next(iter(bench.samplers.values()))
-    space = Space(DEPTH, 1000, 4)
+    space = Space(DEPTH, (OWN,), 1000, 4)
     problem = Problem(
         space, bench.samplers, table, len(own) * float(table[-1]), FakeMap(error=0.05, depth=DEPTH)
     )
@@ -80,14 +82,12 @@ def test_the_measured_score_decides(tmp_path, monkeypatch, low_fidelity):
     for name, factor in (("good", 0.6), ("bad", 2.5)):
         bench, problem, records = ladder(low_fidelity)
         measured = low_fidelity(tuple(factor * v for v in fair))
-        monkeypatch.setattr(
-            bench, "try_cheaply", lambda schedule, sampler="", m=measured: (m, 0.5, 1.0)
-        )
+        monkeypatch.setattr(bench, "try_low_fidelity", lambda point, m=measured: (m, 0.5, 1.0))
         trial = TrialRecord(9, "difficulty", POINT, "")
         ended = run_trial(bench, trial, tmp_path / name, records, problem)
         assert ended.cheap.quality == measured
         ends[name] = ended.state, bench.tried
-    assert ends == {"good": ("complete", [POINT]), "bad": ("stopped", [])}
+    assert ends == {"good": ("complete", [POINT.schedule]), "bad": ("stopped", [])}
 
 
 def test_kernel_distances_below_zero_inform_the_model():
@@ -97,7 +97,7 @@ def test_kernel_distances_below_zero_inform_the_model():
         < 0
         < max(r.cheap.quality.value for r in records)
     )
-    point = problem.point(POINT)
+    point = POINT
     fair = figures(POINT)
     likely = [
         judge(problem, records, point, as_kernel(tuple(f * v for v in fair)))
@@ -105,7 +105,7 @@ def test_kernel_distances_below_zero_inform_the_model():
     ]
     assert all(np.isfinite(likely)) and likely[0] > likely[1] > likely[2]
     belief = FrontBelief(problem, records)
-    means, _ = belief.model.posterior([problem.point(r.schedule) for r in records], "cheap")
+    means, _ = belief.model.posterior([r.point for r in records], "cheap")
     assert np.corrcoef(means, [r.cheap.quality.value for r in records])[0, 1] > 0.9
 
 

@@ -16,6 +16,8 @@ import pytest
 from asesearch.config import MAY_CHANGE, StudyConfig
 from asesearch.errors import ScheduleError, StudyError
 from asesearch.files import write_json
+from asesearch.point import Point
+from asesearch.sampler import Sampler
 from asesearch.schedule import ExitSchedule
 from asesearch.search.promotion import num_explored
 from asesearch.search.runner import Runner, run_trials
@@ -23,9 +25,11 @@ from asesearch.search.setup import make_space, warm_starts
 from asesearch.study.difficulty import DifficultyMap
 from asesearch.study.records import RECORD, REPEAT, TrialRecord, non_dominated
 from asesearch.study.study import Study
-from tests.search.fake_search import CHEAP, DEPTH, FakeBench, figures, make_config
+from tests.search.fake_search import CHEAP, DEPTH, OWN, FakeBench, figures, make_config
 
 PROPOSERS = ["tpe", "nsga2", "gp", "random"]
+
+HALF = Sampler("ddim", 25)
 
 
 def run(config, run_dir, **bench):
@@ -54,7 +58,7 @@ def test_contract_of_every_proposer(proposer, tmp_path):
     assert len(records) == 9 and len(bench.tried) == 9
     assert [r.origin for r in records[:2]] == ["full", "6 6 3 3"] and records[0].schedule.is_full
     assert all(r.origin == proposer for r in records[2:])
-    assert len({r.schedule.merged() for r in records}) == 9  # nothing is paid for twice
+    assert len({r.point for r in records}) == 9  # nothing is paid for twice
     assert all(r.schedule.is_noise_easy for r in records)
     again, _ = run(config, tmp_path / "again")
     assert trials_of(again) == trials_of(study)  # same file, same seed: same trials
@@ -124,7 +128,7 @@ def test_a_diverging_schedule_is_recorded_and_the_search_goes_on(tmp_path):
 
 def test_an_unexpected_error_is_not_swallowed(tmp_path):
     bench = FakeBench()
-    bench.try_schedule = lambda schedule, folder, sampler: 1 / 0
+    bench.try_point = lambda point, folder: 1 / 0
     study = Study(make_config(), tmp_path)
     with pytest.raises(ZeroDivisionError):
         run_trials(study, bench)
@@ -139,7 +143,7 @@ def test_two_workers_share_a_study(tmp_path):
         _, err = worker.communicate()
         assert worker.returncode == 0, err.decode()
     records = Study.open(tmp_path).records()
-    schedules = [r.schedule.merged() for r in records]
+    schedules = [r.point for r in records]
     # nothing is paid for twice
     assert 10 <= len(records) <= 11 and len(set(schedules)) == len(schedules)
     assert {r.origin for r in records} == {"full", "6 6 3 3", "tpe"}
@@ -238,9 +242,18 @@ def test_weights_off_the_front_are_deleted_and_the_full_networks_kept(tmp_path):
 def test_records_round_trip_and_are_stored_in_the_trials(tmp_path):
     study, _ = run(make_config(num_trials=4), tmp_path)
     for trial in study.optuna.get_trials():
-        record = TrialRecord.from_dict(json.loads(trial.user_attrs[RECORD]))
-        assert TrialRecord.from_dict(json.loads(json.dumps(record.to_dict()))) == record
+        record = TrialRecord.from_dict(json.loads(trial.user_attrs[RECORD]), OWN)
+        assert TrialRecord.from_dict(json.loads(json.dumps(record.to_dict())), HALF) == record
         assert trial.values == [record.quality.value, record.time_frac] and record.versions["torch"]
+
+
+def test_a_record_of_an_earlier_release_has_the_studys_own_sampler():
+    """An empty sampler stood for it, and a record of the first releases had none."""
+    record = TrialRecord(3, "full", Point(ExitSchedule.full(6), HALF), "failed", failure="why")
+    for old in ({**record.to_dict(), "sampler": ""}, record.to_dict()):
+        if old["sampler"]:
+            del old["sampler"]
+        assert TrialRecord.from_dict(old, OWN).point == Point(ExitSchedule.full(6), OWN)
 
 
 @pytest.mark.parametrize(
@@ -306,10 +319,8 @@ def test_warm_starts_outside_the_space_are_refused_before_anything_runs():
 
 def test_published_schedules_are_rescaled_to_the_network():
     starts = warm_starts(make_config(num_intervals=10, warm_start=["full", "D3-DiT"]), FakeBench())
-    assert list(starts) == ["full", "D3-DiT"] and starts["D3-DiT"] == (
-        ExitSchedule.published("D3-DiT", 6),
-        "",
-    )
+    assert list(starts) == ["full", "D3-DiT"]
+    assert starts["D3-DiT"] == Point(ExitSchedule.published("D3-DiT", 6), OWN)
 
 
 def test_non_dominated_against_brute_force():
@@ -321,7 +332,7 @@ def test_non_dominated_against_brute_force():
 @pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning")
 def test_reading_while_another_thread_searches(tmp_path):
     study = Study(make_config(num_trials=6), tmp_path)
-    thread = threading.Thread(target=study.run, args=(FakeBench(),))
+    thread = threading.Thread(target=run_trials, args=(study, FakeBench()))
     thread.start()
     seen = 0
     while thread.is_alive():
@@ -354,7 +365,7 @@ LADDER = {
 def test_difficulty_proposer_resumes_and_repeats_like_any_other(tmp_path):
     config = make_config(proposer="difficulty", num_trials=9)
     straight, bench = run(config, ready(tmp_path / "straight"))
-    assert len(bench.tried) == 9 and len({r.schedule.merged() for r in straight.records()}) == 9
+    assert len(bench.tried) == 9 and len({r.point for r in straight.records()}) == 9
     assert all(r.schedule.is_noise_easy for r in straight.records())
     run(make_config(proposer="difficulty", num_trials=6), ready(tmp_path / "parts"))
     resumed, bench = run(config, tmp_path / "parts")
@@ -365,9 +376,9 @@ class Surprising(FakeBench):
     """Cheap figures that contradict the difficulty map: schedules of odd depth near data have three
     times their figure."""
 
-    def try_cheaply(self, schedule, sampler=""):
-        quality, seconds, gflops = super().try_cheaply(schedule, sampler)
-        odd = schedule.exit_depths[0] % 2
+    def try_low_fidelity(self, point):
+        quality, seconds, gflops = super().try_low_fidelity(point)
+        odd = point.schedule.exit_depths[0] % 2
         return (
             replace(quality, values=tuple((3 if odd else 1) * v for v in quality.values)),
             seconds,
@@ -394,7 +405,7 @@ def test_only_promising_schedules_are_fine_tuned(tmp_path, proposer):
         )
     for r in stopped:
         assert r.quality is None and r.cheap.probability < 0.8 and "threshold 0.8" in r.cheap.reason
-        assert r.time_frac == pytest.approx(r.schedule.block_frac(bench.samplers["ddim-50"]))
+        assert r.time_frac == pytest.approx(r.schedule.block_frac(bench.samplers[OWN]))
     returned = [r for r in records if r.state == "complete" and "again" in r.cheap.reason]
     judged = [
         r
@@ -418,7 +429,8 @@ def test_the_proposer_looks_around_before_anything_is_fine_tuned(tmp_path):
     )
     study, bench = run(config, ready(tmp_path))
     first = [
-        TrialRecord.from_dict(json.loads(t.user_attrs[RECORD])) for t in study.optuna.get_trials()
+        TrialRecord.from_dict(json.loads(t.user_attrs[RECORD]), OWN)
+        for t in study.optuna.get_trials()
     ][:7]
     # warm starts, then the look around
     assert [r.state for r in first] == ["complete"] * 2 + ["stopped"] * 5
@@ -455,14 +467,14 @@ def proposed_again(proposer, run_dir, **promotion):
     config = make_config(LADDER, proposer=proposer, num_trials=12)
     study, bench = run(config, ready(run_dir))
     stopped = next(r for r in study.records() if r.state == "stopped")
-    study.optuna.enqueue_trial(make_space(config, bench).encode(stopped.schedule))
+    study.optuna.enqueue_trial(make_space(config, bench).encode(stopped.point))
     larger, bench = run(
         make_config(
             {"promotion": {**LADDER["promotion"], **promotion}}, proposer=proposer, num_trials=13
         ),
         run_dir,
     )
-    (again,) = (r for r in larger.records() if r.schedule.merged() == stopped.schedule.merged())
+    (again,) = (r for r in larger.records() if r.point == stopped.point)
     return stopped, again, larger, bench
 
 
@@ -489,7 +501,7 @@ def test_what_is_proposed_again_goes_up_where_it_is_judged_better_now(tmp_path):
     assert again.cheap.quality == stopped.cheap.quality and stopped.schedule not in bench.cheaply
     # what it cost then is still on record
     assert again.seconds["cheap"] == 0.5 and again.gflops["cheap"] == 1.0
-    assert again.quality.values == figures(stopped.schedule)
+    assert again.quality.values == figures(stopped.point)
 
 
 def test_the_difficulty_proposers_own_return_is_the_judgement(tmp_path):
@@ -502,11 +514,11 @@ def test_the_difficulty_proposers_own_return_is_the_judgement(tmp_path):
     bench = Surprising(config=config)
     run_trials(study, bench)
     first = [
-        TrialRecord.from_dict(json.loads(t.user_attrs[RECORD]))
+        TrialRecord.from_dict(json.loads(t.user_attrs[RECORD]), OWN)
         for t in study.optuna.get_trials()
         if RECORD in t.user_attrs
     ]
-    stopped = {r.schedule.merged(): r for r in first if r.state == "stopped"}
+    stopped = {r.point: r for r in first if r.state == "stopped"}
     returned = [
         r
         for r in study.records()
@@ -514,7 +526,7 @@ def test_the_difficulty_proposers_own_return_is_the_judgement(tmp_path):
     ]
     assert returned and len(set(bench.cheaply)) == len(bench.cheaply)
     for r in returned:
-        before = stopped[r.schedule.merged()]
+        before = stopped[r.point]
         assert r.state == "complete" and r.cheap.probability == before.cheap.probability < 1.0
         assert r.cheap.quality == before.cheap.quality and r.number > before.number
 
@@ -536,15 +548,13 @@ def test_the_rest_of_a_trials_time_is_kept_when_it_comes_again(tmp_path):
     together."""
 
     class Slow(FakeBench):
-        def try_cheaply(self, schedule, sampler=""):
+        def try_low_fidelity(self, point):
             time.sleep(0.05)
-            return *super().try_cheaply(schedule, sampler)[:1], 0.01, 1.0
+            return *super().try_low_fidelity(point)[:1], 0.01, 1.0
 
-        def try_schedule(self, schedule, folder, sampler=""):
+        def try_point(self, point, folder):
             time.sleep(0.05)
-            return replace(
-                super().try_schedule(schedule, folder, sampler), seconds={"finetune": 0.01}
-            )
+            return replace(super().try_point(point, folder), seconds={"finetune": 0.01})
 
     def search(num_trials, **promotion):
         ladder = {"promotion": {**LADDER["promotion"], **promotion}}
@@ -555,9 +565,9 @@ def test_the_rest_of_a_trials_time_is_kept_when_it_comes_again(tmp_path):
     ready(tmp_path)
     study, bench = search(16)
     stopped = next(r for r in study.records() if r.state == "stopped")
-    study.optuna.enqueue_trial(make_space(study.config, bench).encode(stopped.schedule))
+    study.optuna.enqueue_trial(make_space(study.config, bench).encode(stopped.point))
     study, _ = search(17, threshold=0.0)
-    again = next(r for r in study.records() if r.schedule.merged() == stopped.schedule.merged())
+    again = next(r for r in study.records() if r.point == stopped.point)
     assert again.state == "complete" and stopped.seconds["other"] > 0.04
     assert again.seconds["other"] > stopped.seconds["other"] + 0.04
 
@@ -568,21 +578,19 @@ def test_a_fine_tuning_is_counted_once_and_a_second_one_again(tmp_path, second, 
     again."""
 
     class Timed(FakeBench):
-        def try_schedule(self, schedule, folder, sampler=""):
-            took = second if sampler else 7.25
+        def try_point(self, point, folder):
+            took = 7.25 if point.sampler == OWN else second
             parts = {
                 "seconds": {"finetune": took, "sample": 1.5},
                 "gflops": {"finetune": 4.0, "sample": 1.0},
             }
-            return replace(
-                super().try_schedule(schedule, folder, sampler), losses=[3.0, 2.0], **parts
-            )
+            return replace(super().try_point(point, folder), losses=[3.0, 2.0], **parts)
 
     config = make_config(samplers=["ddim-25"], warm_start=[], num_trials=2)
     study = Study(config, tmp_path)
     run_trials(study, Timed(config=config))
     own, other = study.records()
-    assert (own.sampler, other.sampler) == ("", "ddim-25") and own.schedule == other.schedule
+    assert (own.sampler, other.sampler) == (OWN, HALF) and own.schedule == other.schedule
     assert (
         own.seconds["finetune"] == 7.25
         and own.losses == (3.0, 2.0)
@@ -612,12 +620,12 @@ def test_ways_of_sampling_compete_with_schedules(tmp_path, proposer):
     assert [r.origin for r in records[:3]] == ["full", "6 6 3 3", "full ddim-25"]
     half = records[2]
     assert (
-        half.sampler == "ddim-25"
+        half.sampler == HALF
         and half.time_frac == pytest.approx(0.5)
         and half.quality.value == pytest.approx(6.25)
     )
-    assert {r.sampler for r in records} == {"", "ddim-25"}
-    points = [(r.schedule.merged(), r.sampler) for r in records]
+    assert {r.sampler for r in records} == {OWN, HALF}
+    points = [r.point for r in records]
     assert len(set(points)) == len(points)
     assert study.results().full.number == 0
     before = trials_of(study)

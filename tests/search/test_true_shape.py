@@ -24,7 +24,7 @@ from asesearch.evaluation.fidelity import check_sample_counts, low_fidelity_metr
 from asesearch.search import Workbench, preflight, search, workbench
 from asesearch.study import Study
 from tests.test_cli import call
-from tests.test_latents import make_vae
+from tests.test_encoding import make_vae
 
 README = Path(__file__).parent.parent.parent / "README.md"
 PIXELS = 16  # two latents of the tiny VAE make eight

@@ -15,6 +15,8 @@ from asesearch.backbones import DiT
 from asesearch.backbones.checkpoints import save_backbone
 from asesearch.config import parse_study
 from asesearch.evaluation.cost import LatencyTable
+from asesearch.point import Point
+from asesearch.sampler import Sampler
 from asesearch.schedule import ExitSchedule
 from asesearch.search.runner import run_trials
 from asesearch.search.warmup import warm_up
@@ -195,14 +197,18 @@ def test_the_full_network_is_tuned_for_as_long_as_warm_up_and_tuning_together(st
 def test_costs_are_over_the_full_network_under_the_studys_own_sampler(study, tmp_path):
     bench = Workbench(study, tmp_path / "run")
     bench._latency = LatencyTable(40, "cpu", 1, "float32", (2.0, 3.0, 4.0), (0.1, 0.1, 0.1), 3)
-    assert bench.cost_fracs(bench.full)[0] == bench.cost_fracs(bench.full)[2] == 1.0
-    assert bench.cost_fracs(bench.full, "dpm++2m-2") == (0.5, 0.5, 0.5)
-    time, flops, blocks = bench.cost_fracs(ExitSchedule.from_string("1", 3), "dpm++2m-2")
+    fast = Sampler("dpm++2m", 2)
+    own = bench.cost_fracs(Point(bench.full, bench.own_sampler))
+    assert own[0] == own[2] == 1.0
+    assert bench.cost_fracs(Point(bench.full, fast)) == (0.5, 0.5, 0.5)
+    shallow = Point(ExitSchedule.from_string("1", 3), fast)
+    time, flops, blocks = bench.cost_fracs(shallow)
     assert time == 0.25 and blocks == pytest.approx(1 / 6) and blocks < flops < 0.5
     # arithmetic: samples times calls times FLOPs, three calls a training sample and one of the
     # teacher
     images = study.evaluation.num_samples * study.evaluation.repeats
-    assert bench.sampling_gflops(bench.full, "", bench.protocol) == pytest.approx(
+    full = Point(bench.full, bench.own_sampler)
+    assert bench.sampling_gflops(full, bench.protocol) == pytest.approx(
         4 * images * bench.flops[-1] / 1e9
     )
     spent = bench.training_gflops(bench.full, study.train.model_copy(update={"distill_frac": 1.0}))
@@ -222,7 +228,7 @@ def test_latency_is_of_calls_as_large_as_the_samplers(study, tmp_path, cfg_scale
     table = bench.latency
     timed = set(sizes)
     sizes.clear()
-    bench.sample(bench.backbone, bench.full, range(bench.batch_size))
+    bench.sample(bench.backbone, Point(bench.full, bench.own_sampler), range(bench.batch_size))
     assert timed == set(sizes) == {table.batch_size}
     assert table.guided is (cfg_scale != 1.0) and table.precision == "float32"
 

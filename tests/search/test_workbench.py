@@ -7,6 +7,8 @@ from asesearch.backbones import DiT
 from asesearch.backbones.checkpoints import save_backbone
 from asesearch.config import parse_study
 from asesearch.evaluation.cost import LatencyTable
+from asesearch.point import Point
+from asesearch.sampler import Sampler
 from asesearch.schedule import ExitSchedule
 from asesearch.search import workbench
 from asesearch.search.workbench import FRESH_SEEDS, Workbench
@@ -20,6 +22,8 @@ SHAPE = {
     "num_heads": 2,
     "num_classes": 10,
 }
+
+FAST = Sampler("dpm++2m", 2)
 
 
 @pytest.fixture
@@ -66,9 +70,9 @@ def test_measured_time_is_the_points_over_the_full_networks(make_bench, monkeypa
     full_net = object()
     schedule = ExitSchedule.from_string("3 1", 3)
 
-    def sample(backbone, under, seeds, sampler=""):
-        asked.append((backbone, under, tuple(seeds), sampler))
-        now[0] += 8.0 if under.is_full else 2.0
+    def sample(backbone, point, seeds):
+        asked.append((backbone, point, tuple(seeds)))
+        now[0] += 8.0 if point.schedule.is_full else 2.0
 
     def timer(call):
         start = now[0]
@@ -77,11 +81,11 @@ def test_measured_time_is_the_points_over_the_full_networks(make_bench, monkeypa
 
     monkeypatch.setattr(bench, "sample", sample)
     monkeypatch.setattr("asesearch.evaluation.cost._synchronised_wall", timer)
-    found = bench.measured_time(net, schedule, full_net, "dpm++2m-2")
+    found = bench.measured_time(net, Point(schedule, FAST), full_net)
     assert found.median == 0.25 and found.spread == 0.0 and len(found.pairs) == 3
     # each under its own weights and sampler, the same seeds
-    point = (net, schedule, (0, 1, 2, 3), "dpm++2m-2")
-    full = (full_net, bench.full, (0, 1, 2, 3), "")
+    point = (net, Point(schedule, FAST), (0, 1, 2, 3))
+    full = (full_net, Point(bench.full, bench.own_sampler), (0, 1, 2, 3))
     assert asked == [point, full, point, full, full, point, point, full]
 
 
@@ -136,11 +140,9 @@ def test_guided_sampling_costs_two_calls_a_step(make_bench):
     guided = make_bench(
         sampling={"solver": "ddim", "num_steps": 4, "batch_size": 40, "cfg_scale": 1.5}
     )
-    schedule = ExitSchedule.from_string("3 1", 3)
-    once = plain.sampling_gflops(schedule, "", plain.protocol)
-    assert once > 0 and guided.sampling_gflops(schedule, "", guided.protocol) == pytest.approx(
-        2 * once
-    )
+    point = Point(ExitSchedule.from_string("3 1", 3), plain.own_sampler)
+    once = plain.sampling_gflops(point, plain.protocol)
+    assert once > 0 and guided.sampling_gflops(point, guided.protocol) == pytest.approx(2 * once)
 
 
 def test_low_fidelity_scores_are_of_the_weights_that_trials_start_from(make_bench, monkeypatch):
@@ -148,16 +150,15 @@ def test_low_fidelity_scores_are_of_the_weights_that_trials_start_from(make_benc
     seen = []
     bench.start = elastic = object()
 
-    def evaluate(net, schedule, protocol, sampler):
-        seen.append((net, schedule, protocol, sampler))
+    def evaluate(net, point, protocol):
+        seen.append((net, point, protocol))
         return "score", {"sample": 1.0, "evaluate": 2.0}
 
     monkeypatch.setattr(bench, "evaluate", evaluate)
-    schedule = ExitSchedule.from_string("3 1", 3)
-    score, seconds, gflops = bench.try_cheaply(schedule)
+    point = Point(ExitSchedule.from_string("3 1", 3), bench.own_sampler)
+    score, seconds, gflops = bench.try_low_fidelity(point)
     assert (
-        seen == [(elastic, schedule, bench.cheap_protocol, "")]
-        and bench.cheap_protocol.num_samples == 66
+        seen == [(elastic, point, bench.cheap_protocol)] and bench.cheap_protocol.num_samples == 66
     )
     assert (score, seconds) == ("score", 3.0)
-    assert gflops == pytest.approx(bench.sampling_gflops(schedule, "", bench.protocol) * 66 / 140)
+    assert gflops == pytest.approx(bench.sampling_gflops(point, bench.protocol) * 66 / 140)

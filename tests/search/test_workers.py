@@ -30,7 +30,7 @@ from asesearch.study import workers
 from asesearch.study.records import EXPLORES, LOOKS_AROUND, RECORD, select
 from asesearch.study.study import Study
 from asesearch.study.workers import Others, Worker, try_lock, waited_lock, worked_s
-from tests.search.fake_search import FakeBench, SharedBench, make_config
+from tests.search.fake_search import OWN, FakeBench, SharedBench, make_config
 from tests.search.test_study import ready
 
 # threads share one list of filters
@@ -65,13 +65,16 @@ def search_in_threads(config, run_dir, count, until=None):
     errors = []
 
     class Held(SharedBench):
-        def try_schedule(self, schedule, folder, sampler=""):
+        def try_point(self, point, folder):
             begun = time.monotonic()
             while (
-                schedule.is_full and not sampler and not until() and time.monotonic() < begun + 60
+                point.schedule.is_full
+                and point.sampler == OWN
+                and not until()
+                and time.monotonic() < begun + 60
             ):
                 time.sleep(0.1)
-            return super().try_schedule(schedule, folder, sampler)
+            return super().try_point(point, folder)
 
     def work():
         try:
@@ -262,12 +265,12 @@ def test_a_worker_taken_for_dead_keeps_its_score(tmp_path, kind):
     seen = []
 
     class Slow(FakeBench):
-        def try_schedule(self, schedule, folder, sampler=""):
-            if schedule.exit_depths[-1] == 1 and not seen:
-                seen.append(schedule)
+        def try_point(self, point, folder):
+            if point.schedule.exit_depths[-1] == 1 and not seen:
+                seen.append(point)
                 if kind != "told":
                     Study(config, tmp_path).optuna.tell(running(study), state=TrialState.FAIL)
-            return super().try_schedule(schedule, folder, sampler)
+            return super().try_point(point, folder)
 
     bench = Slow(fails=1 if kind == "failed" else None, config=config)
     runner = Runner(study, bench)
@@ -284,7 +287,7 @@ def test_a_worker_taken_for_dead_keeps_its_score(tmp_path, kind):
         runner.run()
     records = study.records()
     assert len(records) == 4 == len(bench.tried)
-    mine = next(r for r in records if r.schedule == seen[0])
+    mine = next(r for r in records if r.point == seen[0])
     assert mine.state == ("failed" if kind == "failed" else "complete") and mine.origin == "6 6 3 1"
     assert study.record(mine.number) == mine and len({r.number for r in records}) == 4
 
@@ -299,10 +302,10 @@ def test_a_trial_that_two_workers_were_given_is_paid_for_once(tmp_path):
     study = Study(config, tmp_path)
 
     class Given(FakeBench):
-        def try_schedule(self, schedule, folder, sampler=""):
-            if schedule.is_full:
+        def try_point(self, point, folder):
+            if point.schedule.is_full:
                 Study(config, tmp_path).optuna.tell(running(study), state=TrialState.FAIL)
-            return super().try_schedule(schedule, folder, sampler)
+            return super().try_point(point, folder)
 
     bench = Given(config=config)
     runner = Runner(study, bench)
@@ -370,9 +373,9 @@ def test_who_waits_for_a_lock_says_so_once(tmp_path, caplog, monkeypatch):
 
 def test_exactly_as_many_proposals_look_around_as_the_study_says(tmp_path):
     class Slow(SharedBench):
-        def try_cheaply(self, schedule, sampler=""):
+        def try_low_fidelity(self, point):
             time.sleep(0.3)
-            return super().try_cheaply(schedule, sampler)
+            return super().try_low_fidelity(point)
 
     config = make_config(LADDER, proposer="difficulty", num_trials=12)
     errors = []
@@ -434,11 +437,11 @@ class Failing(FakeBench):
 
     broken = "all"
 
-    def try_schedule(self, schedule, folder, sampler=""):
-        if self.broken == "all" or (self.broken == "full" and schedule.is_full):
-            self.tried.append(schedule)
+    def try_point(self, point, folder):
+        if self.broken == "all" or (self.broken == "full" and point.schedule.is_full):
+            self.tried.append(point.schedule)
             raise TrainingDiverged("the images hold NaN; give others")
-        return super().try_schedule(schedule, folder, sampler)
+        return super().try_point(point, folder)
 
 
 @pytest.mark.parametrize("search", [{"num_trials": 6}, {"budget": "1h"}])
@@ -696,9 +699,9 @@ def test_time_in_which_a_worker_was_stopped_does_not_count(tmp_path, monkeypatch
 class Timed(FakeBench):
     """A trial takes a tenth of a second, and says so."""
 
-    def try_schedule(self, schedule, folder, sampler=""):
+    def try_point(self, point, folder):
         time.sleep(0.1)
-        return replace(super().try_schedule(schedule, folder, sampler), seconds={"finetune": 0.1})
+        return replace(super().try_point(point, folder), seconds={"finetune": 0.1})
 
 
 @pytest.mark.parametrize("num_workers", [1, 2])

@@ -5,18 +5,24 @@ import dataclasses
 import pytest
 
 from asesearch.errors import ConfigError, StudyError
+from asesearch.point import Point
+from asesearch.sampler import Sampler
 from asesearch.schedule import ExitSchedule
 from asesearch.score import EvaluationResult
 from asesearch.study.picking import pick, pick_nearest, within_quality
 from asesearch.study.records import Confirmation, StudyResults, TrialRecord, select
-from tests.search.fake_search import PROTOCOL
+from tests.search.fake_search import OWN, PROTOCOL
+
+FEWER = Sampler("unipc", 5)
+
+
+def point(depths, sampler=OWN):
+    return Point(ExitSchedule.from_string(depths, 6), sampler)
 
 
 def record(number, value, time, depths, origin="tpe"):
     quality = EvaluationResult(PROTOCOL, (value - 0.1, value + 0.1))
-    return TrialRecord(
-        number, origin, ExitSchedule.from_string(depths, 6), "complete", quality, time, time, time
-    )
+    return TrialRecord(number, origin, point(depths), "complete", quality, time, time, time)
 
 
 RECORDS = (
@@ -24,7 +30,7 @@ RECORDS = (
     record(1, 5.1, 0.8, "6 5"),
     record(2, 5.6, 0.6, "6 3"),
     record(3, 9.0, 0.3, "2 1"),
-    TrialRecord(4, "tpe", ExitSchedule.from_string("1", 6), "failed", failure="diverged"),
+    TrialRecord(4, "tpe", point("1"), "failed", failure="diverged"),
 )
 
 
@@ -71,7 +77,7 @@ def test_budgets_that_nothing_meets_name_the_nearest():
 
 
 def test_an_early_exit_is_picked_where_full_depth_in_fewer_steps_would_be():
-    fewer = dataclasses.replace(record(5, 5.2, 0.25, "6", "full unipc-5"), sampler="unipc-5")
+    fewer = dataclasses.replace(record(5, 5.2, 0.25, "6", "full unipc-5"), point=point("6", FEWER))
     exits = record(6, 5.4, 0.2, "6 4")
     found = results(records=(*RECORDS, fewer, exits))
     assert pick(found, "best-within", time_frac=0.3).number == 5
@@ -90,19 +96,20 @@ def test_an_early_exit_is_picked_where_full_depth_in_fewer_steps_would_be():
             ("fastest-within", "+1%"),
             1,
             "no early-exit schedule is within the quality budget '+1%' over the full network's 5 "
-            "(5.05); the nearest is trial 1 with 5.1 at 0.800 of the time (6 5); taking it",
+            "(5.05); the nearest is trial 1 with 5.1 at 0.800 of the time (6 5 under ddim-50); "
+            "taking it",
         ),
         (
             ("fastest-within", "4.5"),
             1,
             "no early-exit schedule is within the quality budget '4.5'; the nearest is trial 1 "
-            "with 5.1 at 0.800 of the time (6 5); taking it",
+            "with 5.1 at 0.800 of the time (6 5 under ddim-50); taking it",
         ),
         (
             ("best-within", None, 0.2),
             3,
             "no early-exit schedule is within the time budget 0.2; the nearest is trial 3 with 9 "
-            "at 0.300 of the time (2 1); taking it",
+            "at 0.300 of the time (2 1 under ddim-50); taking it",
         ),
     ],
 )
@@ -116,7 +123,7 @@ def test_the_nearest_is_taken_and_said(question, number, words):
 
 def test_a_front_of_full_depth_alone():
     """Exits that are dominated are counted in the words; their weights may be gone."""
-    fewer = dataclasses.replace(record(1, 4.0, 0.2, "6", "full unipc-5"), sampler="unipc-5")
+    fewer = dataclasses.replace(record(1, 4.0, 0.2, "6", "full unipc-5"), point=point("6", FEWER))
     found = results(
         [confirmed(0, 5.2, 1.0), confirmed(1, 4.4, 0.21)], (RECORDS[0], fewer, *RECORDS[3:])
     )
@@ -142,7 +149,7 @@ def test_unconfirmed_exits_are_taken_with_words_alone():
     assert record_.number == 2  # by the search's scores alone: 5.6 of 5
     assert said == (
         "no early-exit schedule is confirmed; by the search's scores there is trial 2 with 5.6 at "
-        "0.600 of the time (6 3); taking it"
+        "0.600 of the time (6 3 under ddim-50); taking it"
     )
     with pytest.raises(StudyError, match="no early-exit schedule is confirmed"):
         pick(found, "fastest-within", "+15%", early_exit=True)

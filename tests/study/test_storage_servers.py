@@ -96,7 +96,7 @@ def worker(run_dir, storage, num_trials, die_at=-1, env=None):
         str(die_at),
         "{}",
     ]
-    script = str(HERE / "fake_search.py")
+    script = str(HERE.parent / "search" / "fake_search.py")
     return subprocess.Popen(
         [sys.executable, script, *args], cwd=ROOT, stderr=subprocess.PIPE, env=env
     )
