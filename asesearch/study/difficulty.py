@@ -27,9 +27,9 @@ class DifficultyMap:
     """Mean square errors of the noise prediction, per pixel: 0 is exact, 1 is as wrong as
     predicting no noise at all.
 
-    Tables are indexed `[bin][exit_depth - 1]`, data side first. Exit depths below the network's least
-    have the least one's values. All depths of a bin saw the same images, timesteps and noise, so
-    their differences are surer than the standard errors of each say.
+    Tables are indexed `[bin][exit_depth - 1]`, data side first. Exit depths below the network's
+    least have the least one's values. All depths of a bin saw the same images, timesteps and noise,
+    so their differences are surer than the standard errors of each say.
 
     Attributes:
         num_train_timesteps: length of the chain.
