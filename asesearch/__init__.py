@@ -13,19 +13,29 @@ if TYPE_CHECKING:
     from asesearch.deployment.bundle import load_bundle as load_bundle
     from asesearch.deployment.export import export as export
     from asesearch.finetuning import finetune as finetune
+    from asesearch.point import Point as Point
     from asesearch.report import write_report as write_report
+    from asesearch.sampler import Sampler as Sampler
     from asesearch.sampling import sample as sample
     from asesearch.schedule import ExitSchedule as ExitSchedule
     from asesearch.search import search as run_search  # noqa: F401 (re-exported lazily)
+    from asesearch.study import Study as Study
+    from asesearch.study import pick as pick
+    from asesearch.study import pick_nearest as pick_nearest
 
 __version__ = "0.1.0"
 
 _HOMES = {
     "ExitSchedule": ("asesearch.schedule", "ExitSchedule"),
+    "Point": ("asesearch.point", "Point"),
+    "Sampler": ("asesearch.sampler", "Sampler"),
+    "Study": ("asesearch.study", "Study"),
     "export": ("asesearch.deployment.export", "export"),
     "finetune": ("asesearch.finetuning", "finetune"),
     "load_bundle": ("asesearch.deployment.bundle", "load_bundle"),
     "load_study": ("asesearch.config", "load_study"),
+    "pick": ("asesearch.study", "pick"),
+    "pick_nearest": ("asesearch.study", "pick_nearest"),
     "run_search": ("asesearch.search", "search"),
     "sample": ("asesearch.sampling", "sample"),
     "write_report": ("asesearch.report", "write_report"),
@@ -34,11 +44,16 @@ _HOMES = {
 
 __all__ = [
     "ExitSchedule",
+    "Point",
+    "Sampler",
+    "Study",
     "__version__",
     "export",
     "finetune",
     "load_bundle",
     "load_study",
+    "pick",
+    "pick_nearest",
     "run_search",
     "sample",
     "write_report",
