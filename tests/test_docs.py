@@ -281,6 +281,17 @@ def test_the_api_pages_hold_every_module():
             assert f"::: {name}\n" in pages, name
 
 
+def test_several_names_of_a_docstring_get_an_entry_each():
+    split = script("docstrings").split_names
+    entries = ["    a, b: one", "        more.", "    c: see d, e: f"]
+    text = "\n".join(["X.", "", "Attributes:", *entries, "", "Raises:", "    E: g, h: i"])
+    made = split(text).splitlines()
+    assert made[3:7] == ["    a: one", "        more.", "    b: one", "        more."]
+    assert made[7] == entries[2]
+    assert made[8:] == text.splitlines()[6:] and split(split(text)) == split(text)
+    assert split("a, b: no section") == "a, b: no section"
+
+
 # -- numbers -------------------------------------------------------------------------------------
 
 
