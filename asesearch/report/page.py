@@ -4,7 +4,6 @@ all."""
 from __future__ import annotations
 
 import base64
-import json
 import math
 import os
 import tempfile
@@ -15,6 +14,7 @@ from typing import Any
 
 import jinja2
 import pandas as pd
+import tomli_w
 
 from asesearch.errors import AseSearchError, StudyError
 from asesearch.files import check_writable
@@ -421,35 +421,13 @@ def study_toml(config: dict[str, Any]) -> str:
     """The resolved study file as TOML. What is unset is left out, and so is the storage, whose URL
     may hold a password."""
     search = {k: v for k, v in config.get("search", {}).items() if k != "storage"}
-    return (
-        "\n".join(_toml_table({**config, "search": search} if search else config, "")).strip()
-        + "\n"
-    )
+    return tomli_w.dumps(_set_values({**config, "search": search} if search else config))
 
 
-def _toml_table(table: dict[str, Any], prefix: str) -> list[str]:
-    given = {k: v for k, v in table.items() if v is not None}
-    lines = [
-        f"{_toml_key(k)} = {_toml_value(v)}" for k, v in given.items() if not isinstance(v, dict)
-    ]
-    for key, value in given.items():
-        if isinstance(value, dict) and value:
-            name = prefix + _toml_key(key)
-            lines += ["", f"[{name}]", *_toml_table(value, f"{name}.")]
-    return lines
-
-
-def _toml_key(key: str) -> str:
-    return (
-        key
-        if key.replace("_", "").replace("-", "").isalnum() and key.isascii()
-        else json.dumps(key)
-    )
-
-
-def _toml_value(value: Any) -> str:
-    if isinstance(value, (list, tuple)):
-        return f"[{', '.join(map(_toml_value, value))}]"
-    if isinstance(value, float):
-        return repr(value)  # 1e-05 and inf are TOML as well
-    return json.dumps(value)
+def _set_values(table: dict[str, Any]) -> dict[str, Any]:
+    """A table without its null values, which TOML does not have."""
+    return {
+        key: _set_values(value) if isinstance(value, dict) else value
+        for key, value in table.items()
+        if value is not None
+    }

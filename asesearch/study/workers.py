@@ -140,7 +140,11 @@ def _no_locks(folder: Path, reason: str) -> StudyError:
 
 
 def boot_id() -> str:
-    """Of the running kernel; empty where it tells none."""
+    """Of the running kernel; empty where it tells none.
+
+    Not psutil's `boot_time`: it is in seconds and follows corrections of the clock, so that one
+    boot may have two, and two hosts the same.
+    """
     try:
         return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
     except OSError:
