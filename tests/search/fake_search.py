@@ -1,16 +1,10 @@
-"""A search whose evaluation is a formula: `python fake_search.py SEARCH_JSON RUN_DIR DIE_AT
-SECTIONS_JSON [HOW_JSON]`.
+"""A search whose evaluation is a formula; `work` is a process of tests that kill it, or that run
+several at once."""
 
-Run as a process by tests that kill it, or that run several at once.
-"""
-
-import json
 import os
 import signal
-import sys
 import time
 from dataclasses import replace
-from pathlib import Path
 from types import SimpleNamespace
 
 from asesearch.config import parse_study
@@ -159,25 +153,26 @@ def make_config(sections=None, **search):
     )
 
 
-if __name__ == "__main__":
-    search = json.loads(sys.argv[1])
-    run_dir = Path(sys.argv[2])
-    die_at = int(sys.argv[3])
-    config = make_config(json.loads(sys.argv[4]), **search)
-    how = json.loads(sys.argv[5]) if len(sys.argv) > 5 else {}
+def work(search, run_dir, die_at=None, sections=None, **how):
+    """What a process does that works on a study: search, and with `how` confirm.
+
+    Args:
+        search: the study's section of that name.
+        run_dir: the study directory.
+        die_at: how many trials it ends before it kills itself; None for all.
+        sections: further sections of the study.
+        how: times of a `SharedBench`, and `heartbeat_s`.
+    """
+    config = make_config(sections, **search)
     if heartbeat := how.pop("heartbeat_s", None):
         storage.HEARTBEAT_S = heartbeat
         workers.GRACE_S = 2.0 * heartbeat
         workers.BEAT_S = heartbeat / 2
     study = Study(config, run_dir)
-    if how:
-        confirmation._network = lambda *_: None
-        bench = SharedBench(run_dir, config=config, **how)
-        run_trials(study, bench)
-        confirmation.confirm(study, bench)
-    else:
-        run_trials(
-            study,
-            FakeBench(die_at=die_at if die_at >= 0 else None, config=config),
-            lambda r: time.sleep(0),
-        )
+    if not how:
+        run_trials(study, FakeBench(die_at=die_at, config=config))
+        return
+    confirmation._network = lambda *_: None
+    bench = SharedBench(run_dir, config=config, **how)
+    run_trials(study, bench)
+    confirmation.confirm(study, bench)

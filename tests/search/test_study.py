@@ -3,12 +3,9 @@ comparable."""
 
 import json
 import sqlite3
-import subprocess
-import sys
 import threading
 import time
 from dataclasses import replace
-from pathlib import Path
 
 import optuna
 import pytest
@@ -25,7 +22,8 @@ from asesearch.search.setup import make_space, warm_starts
 from asesearch.study.difficulty import DifficultyMap
 from asesearch.study.records import RECORD, REPEAT, TrialRecord, non_dominated
 from asesearch.study.study import Study
-from tests.search.fake_search import CHEAP, DEPTH, OWN, FakeBench, figures, make_config
+from tests.processes import Child
+from tests.search.fake_search import CHEAP, DEPTH, OWN, FakeBench, figures, make_config, work
 
 PROPOSERS = ["tpe", "nsga2", "gp", "random"]
 
@@ -41,13 +39,6 @@ def run(config, run_dir, **bench):
 
 def trials_of(study):
     return [(r.origin, r.schedule, r.quality and r.quality.values) for r in study.records()]
-
-
-def in_process(config_search, run_dir, die_at=-1, sections=None):
-    script = Path(__file__).with_name("fake_search.py")
-    root = Path(__file__).parents[2]
-    args = [json.dumps(config_search), str(run_dir), str(die_at), json.dumps(sections or {})]
-    return subprocess.Popen([sys.executable, str(script), *args], cwd=root, stderr=subprocess.PIPE)
 
 
 @pytest.mark.parametrize("proposer", PROPOSERS)
@@ -83,9 +74,8 @@ def test_resumed_search_proposes_what_an_uninterrupted_one_does(proposer, tmp_pa
 @pytest.mark.parametrize("die_at", [0, 3])
 def test_kill_9_loses_the_trial_in_flight_only(tmp_path, die_at):
     search = {"num_trials": 6}
-    process = in_process(search, tmp_path / "killed", die_at)
-    process.communicate()
-    assert process.returncode == -9
+    process = Child(work, search, tmp_path / "killed", die_at)
+    assert process.ended()[0] == -9
     left = Study.open(tmp_path / "killed")
     assert len(left.records()) == die_at
     resumed, bench = run(make_config(**search), tmp_path / "killed")
@@ -138,10 +128,10 @@ def test_an_unexpected_error_is_not_swallowed(tmp_path):
 def test_two_workers_share_a_study(tmp_path):
     search = {"num_trials": 10}
     Study(make_config(**search), tmp_path)
-    workers = [in_process(search, tmp_path) for _ in range(2)]
+    workers = [Child(work, search, tmp_path) for _ in range(2)]
     for worker in workers:
-        _, err = worker.communicate()
-        assert worker.returncode == 0, err.decode()
+        code, _, err = worker.ended()
+        assert code == 0, err
     records = Study.open(tmp_path).records()
     schedules = [r.point for r in records]
     # nothing is paid for twice
@@ -604,9 +594,8 @@ def test_a_fine_tuning_is_counted_once_and_a_second_one_again(tmp_path, second, 
 
 def test_kill_9_on_the_ladder(tmp_path):
     search = {"num_trials": 9, "proposer": "difficulty"}
-    process = in_process(search, ready(tmp_path / "killed"), 3, LADDER)
-    process.communicate()
-    assert process.returncode == -9
+    process = Child(work, search, ready(tmp_path / "killed"), 3, LADDER)
+    assert process.ended()[0] == -9
     resumed, _ = run(make_config(LADDER, **search), tmp_path / "killed")
     straight, _ = run(make_config(LADDER, **search), ready(tmp_path / "straight"))
     assert trials_of(resumed) == trials_of(straight)

@@ -2,9 +2,8 @@
 make of it."""
 
 import json
-import subprocess
-import sys
-from pathlib import Path
+import os
+import signal
 
 import numpy as np
 import pytest
@@ -27,6 +26,7 @@ from asesearch.study.directory import ELASTIC_WEIGHTS as WEIGHTS
 from asesearch.study.directory import MAP
 from asesearch.study.directory import WARM_UP as COST
 from asesearch.study.study import Study
+from tests.processes import Child
 
 SHAPE = {
     "input_size": 28,
@@ -276,17 +276,11 @@ def test_a_whole_search_on_the_ladder(study, tmp_path):
     assert json.loads((folder / "bundle.json").read_text())["sampling"]["num_steps"] == 2
 
 
-KILLED = """
-import json, os, signal, sys
-from asesearch.config import parse_study
-from asesearch.study.study import Study
-from asesearch.search.runner import run_trials
-from asesearch.search.workbench import Workbench
-config = parse_study(json.loads(sys.argv[1]), "test")
-bench = Workbench(config)
-bench.evaluate = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
-run_trials(Study(config, sys.argv[2]), bench)
-"""
+def search_until_killed(config, run_dir):
+    config = parse_study(json.loads(config), "test")
+    bench = Workbench(config)
+    bench.evaluate = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+    run_trials(Study(config, run_dir), bench)
 
 
 def test_what_tuning_took_is_not_lost_with_a_kill_before_the_record(study, tmp_path):
@@ -295,9 +289,8 @@ def test_what_tuning_took_is_not_lost_with_a_kill_before_the_record(study, tmp_p
     sections = {"elastic": None, "promotion": None, "map": {}}
     search = {"proposer": "random", "num_trials": 2, "num_intervals": 4, "samplers": ["dpm++2m-2"]}
     config = parse_study({**study.model_dump(mode="json"), **sections, "search": search}, "test")
-    command = [sys.executable, "-c", KILLED, config.model_dump_json(), str(tmp_path / "run")]
-    killed = subprocess.run(command, cwd=Path(__file__).parents[2], stderr=subprocess.PIPE)
-    assert killed.returncode == -9, killed.stderr.decode()
+    code, _, err = Child(search_until_killed, config.model_dump_json(), tmp_path / "run").ended()
+    assert code == -9, err
     opened = Study(config, tmp_path / "run")
     weights = next((tmp_path / "run" / "trials").rglob(directory.WEIGHTS))
     left = weights.read_bytes()

@@ -5,13 +5,11 @@ import json
 import os
 import re
 import signal
-import subprocess
-import sys
 import threading
 import time
 from collections import Counter
 from dataclasses import replace
-from pathlib import Path
+from functools import partial
 
 import optuna
 import pytest
@@ -30,7 +28,8 @@ from asesearch.study import workers
 from asesearch.study.records import EXPLORES, LOOKS_AROUND, RECORD, select
 from asesearch.study.study import Study
 from asesearch.study.workers import Others, Worker, try_lock, waited_lock, worked_s
-from tests.search.fake_search import OWN, FakeBench, SharedBench, make_config
+from tests.processes import Child
+from tests.search.fake_search import OWN, FakeBench, SharedBench, make_config, work
 from tests.search.test_study import ready
 
 # threads share one list of filters
@@ -142,15 +141,8 @@ def test_a_worker_waits_where_all_that_is_left_is_in_anothers_hands(tmp_path, no
     check_shared(config, tmp_path, 6)
 
 
-def in_process(search, run_dir, sections, how):
-    script = Path(__file__).with_name("fake_search.py")
-    args = [json.dumps(search), str(run_dir), "-1", json.dumps(sections), json.dumps(how)]
-    return subprocess.Popen(
-        [sys.executable, str(script), *args],
-        cwd=script.parents[2],
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+def in_process(search, run_dir, **how):
+    return Child(partial(work, **how), search, run_dir, None, SHORT)
 
 
 @pytest.mark.slow
@@ -159,12 +151,10 @@ def test_four_processes_at_one_study(tmp_path, proposer):
     search = {"proposer": proposer, "num_trials": 16, "samplers": ["ddim-25"]}
     config = make_config(SHORT, **search)
     Study(config, ready(tmp_path))
-    found = [
-        in_process(search, tmp_path, SHORT, {"full_s": 15.0, "trial_s": 0.3}) for _ in range(4)
-    ]
+    found = [in_process(search, tmp_path, full_s=15.0, trial_s=0.3) for _ in range(4)]
     for process in found:
-        _, err = process.communicate()
-        assert process.returncode == 0 and "Traceback" not in err, err
+        code, _, err = process.ended()
+        assert code == 0 and "Traceback" not in err, err
     check_shared(config, tmp_path, 16)
 
 
@@ -179,10 +169,10 @@ def test_a_stopped_worker_that_goes_on_keeps_its_score(tmp_path):
         while not (tmp_path / "paid").exists() or len(tried(tmp_path)) < count:
             time.sleep(0.1)
 
-    first = in_process(search, tmp_path, SHORT, how)
+    first = in_process(search, tmp_path, **how)
     wait_for_trials(1)
     os.kill(first.pid, signal.SIGSTOP)
-    second = in_process(search, tmp_path, SHORT, how)
+    second = in_process(search, tmp_path, **how)
     try:
         # the second did the rest; the first's trial has been ended, for want of a heartbeat
         wait_for_trials(4)
@@ -190,8 +180,8 @@ def test_a_stopped_worker_that_goes_on_keeps_its_score(tmp_path):
         assert states[0] == TrialState.FAIL
         os.kill(first.pid, signal.SIGCONT)
         for process in (second, first):
-            _, err = process.communicate()
-            assert process.returncode == 0 and "Traceback" not in err, err
+            code, _, err = process.ended()
+            assert code == 0 and "Traceback" not in err, err
     finally:
         first.kill()
     check_shared(config, tmp_path, 4)

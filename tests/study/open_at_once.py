@@ -1,12 +1,7 @@
-"""Open a fresh study from several processes at once: `python open_at_once.py PROCESSES CASES_JSON`.
-
-A case is a list of (run_dir, storage) pairs, given to the processes in turn. Prints the exit codes
-of each case.
-"""
+"""Open a fresh study from several processes at once."""
 
 import json
 import os
-import sys
 import traceback
 from pathlib import Path
 
@@ -45,7 +40,7 @@ def opened_at_once(processes, pairs):
     return codes
 
 
-if __name__ == "__main__":
-    print(
-        json.dumps([opened_at_once(int(sys.argv[1]), pairs) for pairs in json.loads(sys.argv[2])])
-    )
+def main(processes, cases):
+    """Print the exit codes of each case: a list of (run_dir, storage) pairs, given to the processes
+    in turn."""
+    print(json.dumps([opened_at_once(processes, pairs) for pairs in cases]))

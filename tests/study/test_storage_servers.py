@@ -1,9 +1,6 @@
 """Several workers on one storage: a real PostgreSQL, and SQLite; passwords are written nowhere."""
 
 import json
-import os
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -14,11 +11,9 @@ from asesearch.errors import StudyError
 from asesearch.search.runner import run_trials
 from asesearch.study.storage import IDENTITY, parse_url, with_driver
 from asesearch.study.study import Study
-from tests.search.fake_search import FakeBench, make_config
-from tests.study import postgresql
-
-ROOT = Path(__file__).parents[2]
-HERE = Path(__file__).parent
+from tests.processes import Child
+from tests.search.fake_search import FakeBench, make_config, work
+from tests.study import open_at_once, postgresql
 
 
 @pytest.fixture(scope="module")
@@ -50,13 +45,10 @@ def identities(url):
         storage.engine.dispose()
 
 
-def open_at_once(cases, processes=4):
-    args = [sys.executable, str(HERE / "open_at_once.py"), str(processes), json.dumps(cases)]
-    result = subprocess.run(
-        args, cwd=ROOT, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)}
-    )
-    assert result.returncode == 0, result.stderr
-    return json.loads(result.stdout), result.stderr
+def opened_at_once(cases, processes=4):
+    code, out, err = Child(open_at_once.main, processes, cases).ended()
+    assert code == 0, err
+    return json.loads(out), err
 
 
 def check_fresh(tmp_path, urls):
@@ -66,7 +58,7 @@ def check_fresh(tmp_path, urls):
         [(str(tmp_path / f"{i}" / name), url) for name in ("one", "two")]
         for i, url in enumerate(urls)
     ]
-    codes, errors = open_at_once(cases)
+    codes, errors = opened_at_once(cases)
     assert codes == [[0] * 4] * len(urls), errors
     for case in cases:
         found = {
@@ -89,19 +81,6 @@ def test_workers_that_open_a_fresh_postgresql_database_at_once(tmp_path, port, r
     check_fresh(tmp_path, [postgresql.new_database(port, f"{rounds}-{i}") for i in range(rounds)])
 
 
-def worker(run_dir, storage, num_trials, die_at=-1, env=None):
-    args = [
-        json.dumps({"num_trials": num_trials, "storage": storage}),
-        str(run_dir),
-        str(die_at),
-        "{}",
-    ]
-    script = str(HERE.parent / "search" / "fake_search.py")
-    return subprocess.Popen(
-        [sys.executable, script, *args], cwd=ROOT, stderr=subprocess.PIPE, env=env
-    )
-
-
 def files_with(folder, texts):
     found = [
         p
@@ -113,9 +92,10 @@ def files_with(folder, texts):
 
 def test_two_workers_on_an_empty_database_one_killed_and_resumed(tmp_path, port, monkeypatch):
     url = postgresql.new_database(port, "study")
-    workers = [worker(tmp_path / "run", url, 8, die_at=2), worker(tmp_path / "run", url, 8)]
-    ends = [w.communicate()[1].decode() for w in workers]
-    assert workers[0].returncode in (-9, 0) and workers[1].returncode == 0, ends
+    search = {"num_trials": 8, "storage": url}
+    workers = [Child(work, search, tmp_path / "run", die_at) for die_at in (2, None)]
+    codes, _, ends = zip(*(w.ended() for w in workers), strict=True)
+    assert codes[0] in (-9, 0) and codes[1] == 0, ends
     monkeypatch.setenv("PGPASSWORD", postgresql.PASSWORD)
     study = Study.open(tmp_path / "run")  # the storage is on record, libpq finds the password
     records = study.records()
