@@ -1,6 +1,7 @@
 """Tiny networks and data that every room's tests share."""
 
 import numpy as np
+import optuna
 import pytest
 import sqlalchemy
 import torch
@@ -62,3 +63,20 @@ def _no_sync():
     sqlalchemy.event.listen(sqlalchemy.engine.Engine, "connect", relax)
     yield
     sqlalchemy.event.remove(sqlalchemy.engine.Engine, "connect", relax)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _migrations_read_once():
+    """Optuna reads all its migrations whenever a storage is opened: most of the time that takes."""
+    manager = optuna.storages._rdb.storage._VersionManager
+    read = manager._create_alembic_script
+    found = []
+
+    def once(self):
+        if not found:
+            found.append(read(self))
+        return found[0]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(manager, "_create_alembic_script", once)
+        yield

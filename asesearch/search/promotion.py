@@ -20,7 +20,7 @@ from asesearch.errors import EvaluationError, TrainingDiverged
 from asesearch.proposer.proposer import NAME, Problem, judge
 from asesearch.score import EvaluationResult
 from asesearch.search.workbench import Outcome, Workbench
-from asesearch.study.environment import environment
+from asesearch.study.environment import versions
 from asesearch.study.records import LOOKS_AROUND, CheapRung, TrialRecord, shortened
 
 
@@ -192,5 +192,5 @@ def num_explored(config: StudyConfig) -> int:
 
 
 def _ended(trial: TrialRecord, state: str, **fields: object) -> TrialRecord:
-    data = {**vars(trial), "state": state, "versions": environment()["versions"], **fields}
+    data = {**vars(trial), "state": state, "versions": versions(), **fields}
     return TrialRecord(**{**data, "finished_at": datetime.now(UTC).isoformat(timespec="seconds")})
