@@ -179,10 +179,11 @@ def test_the_levels_of_the_architecture_are_those_of_the_layer_test():
     rows = re.findall(r"^\| (\d+) \| \[?`(\w+)`", page, flags=re.MULTILINE)
     levels = {k: v for k, v in test_layers.LEVELS.items() if not k.startswith("__")}
     assert {room: int(level) for level, room in rows} == levels
-    drawing = text_of(ROOT / "docs/images/levels.svg")
-    assert sorted(re.findall(r">(\w+)</text>", drawing)) == sorted(
-        [*levels, *map(str, sorted(set(levels.values())))]
-    )
+    drawn = script("levels")
+    assert drawn.levels() == levels
+    fix = "run: python docs/levels.py"
+    assert text_of(drawn.DRAWING) == drawn.drawing(levels), fix
+    assert drawn.drawing({**levels, "search": 1}) != drawn.drawing(levels)
 
 
 def test_the_files_of_a_study_directory_are_listed():
