@@ -33,6 +33,7 @@ from accelerate.utils import DistributedDataParallelKwargs, KwargsHandler, send_
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from asesearch.backbones.base import Backbone, Conditioning, check_schedule, own_labels
 from asesearch.config import LossWeight, TrainConfig
@@ -194,7 +195,12 @@ class TrainResult:
 
 def lr_factor(step: int, config: TrainConfig) -> float:
     """Learning rate at a step as a fraction of `lr`: linear warm-up, then constant or a cosine to
-    0."""
+    0.
+
+    The same values as diffusers' `get_scheduler`, but for its warm-up, which begins at 0, so that
+    a first step would learn nothing, and is up to 1 / warmup_steps lower. No scheduler object: it
+    counts its own calls, and step k's rate is to follow from k alone.
+    """
     if step < config.warmup_steps:
         return (step + 1) / config.warmup_steps
     if config.lr_schedule == "constant":
@@ -205,6 +211,16 @@ def lr_factor(step: int, config: TrainConfig) -> float:
             math.pi * (step - config.warmup_steps) / max(1, config.num_steps - config.warmup_steps)
         )
     )
+
+
+def ema_decay_at(step: int, config: TrainConfig) -> float:
+    """The share of the old average that a step keeps: `ema_decay`, ramped up to.
+
+    The average itself is PyTorch's. diffusers' `EMAModel` could give the same decays (with
+    use_ema_warmup, inv_gamma = 9, power = 1, update_after_step = -1), but its import takes 6 s of
+    processor time, as it loads pipelines and transformers.
+    """
+    return min(config.ema_decay, (1 + step) / (10 + step))
 
 
 def make_accelerator(mixed_precision: str, *handlers: KwargsHandler) -> Accelerator:
@@ -358,11 +374,9 @@ class Trainer:
         skipped = self._optimizer_step()
         self.optimizer.zero_grad()
         if not skipped:
-            decay = min(self.config.ema_decay, (1 + self.step) / (10 + self.step))
-            with torch.no_grad():
-                torch._foreach_lerp_(
-                    [self.ema_of[n] for n in self.named], list(self.named.values()), 1 - decay
-                )
+            decay = ema_decay_at(self.step, self.config)
+            average = get_ema_multi_avg_fn(decay)  # type: ignore[no-untyped-call]
+            average([self.ema_of[n] for n in self.named], list(self.named.values()), self.step)
         self.step += 1
         norm = torch.zeros(()) if norm is None or skipped else torch.as_tensor(norm)
         return torch.cat([stats, norm.to(stats).view(1), stats.new_full((1,), float(skipped))])

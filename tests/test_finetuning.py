@@ -11,6 +11,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from diffusers.optimization import get_scheduler
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -303,6 +304,21 @@ def test_learning_rate_warms_up_and_decays():
         all(a > b for a, b in zip(factors[4:], factors[5:], strict=False)) and 0 < factors[-1] < 0.1
     )
     assert lr_factor(9, with_(config, lr_schedule="constant")) == 1.0
+
+
+@pytest.mark.parametrize("name", ["constant", "cosine"])
+@pytest.mark.parametrize("warmup", [0, 1, 4, 20, 25])
+def test_the_learning_rate_is_that_of_diffusers_whose_warm_up_is_one_step_behind(name, warmup):
+    config = TrainConfig(num_steps=20, warmup_steps=warmup, lr_schedule=name)
+    reference = get_scheduler(
+        "cosine" if name == "cosine" else "constant_with_warmup",
+        torch.optim.SGD([torch.zeros(1)], lr=1.0),
+        num_warmup_steps=warmup,
+        num_training_steps=20,
+    ).lr_lambdas[0]
+    for step in range(20):
+        expected = reference(step + 1 if step < warmup else step)
+        assert lr_factor(step, config) == pytest.approx(expected, abs=1e-12)
 
 
 def test_loss_weight_is_raised_on_shortened_intervals_only():
