@@ -264,7 +264,7 @@ def test_training_lowers_the_loss(tiny_images):
 
 @pytest.mark.parametrize("poison", ["x_start", "noise"])
 def test_not_a_number_is_caught_and_not_saved(tiny_dit, tiny_images, tmp_path, monkeypatch, poison):
-    import asesearch.finetuning as module
+    import asesearch.finetuning.trainer as module
 
     def poisoned(*args):
         batch = draw_batch(*args)

@@ -308,7 +308,7 @@ def test_the_time_before_a_kill_is_counted(tiny_dit, tiny_images, tmp_path, monk
     top."""
     now = iter(range(1000))
     monkeypatch.setattr(
-        "asesearch.finetuning.time", SimpleNamespace(perf_counter=lambda: next(now))
+        "asesearch.finetuning.trainer.time", SimpleNamespace(perf_counter=lambda: next(now))
     )
     config = CONFIG.model_copy(update={"num_steps": 6, "checkpoint_every": 2})
 
@@ -326,6 +326,6 @@ def test_the_time_before_a_kill_is_counted(tiny_dit, tiny_images, tmp_path, monk
 def test_the_time_of_a_step_leaves_the_first_out(tiny_dit, tiny_images, monkeypatch):
     times = iter([0, 100, 200, 201, 300, 305, 400, 402])  # steps of 100 s, 1 s, 5 s and 2 s
     monkeypatch.setattr(
-        "asesearch.finetuning.time", SimpleNamespace(perf_counter=lambda: next(times))
+        "asesearch.finetuning.trainer.time", SimpleNamespace(perf_counter=lambda: next(times))
     )
     assert seconds_per_step(trainer_of(tiny_dit, tiny_images)) == 2

@@ -1,0 +1,89 @@
+"""The batch of a step, which follows from (seed, step) alone.
+
+Timesteps are stratified over the batch, which the released code of Moon et al. 2024 does not do.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from asesearch.backbones.base import Backbone, Conditioning, own_labels
+from asesearch.config import TrainConfig
+from asesearch.data import DataSource
+from asesearch.diffusion import Process
+
+
+def seeded_generator(*key: int) -> torch.Generator:
+    """A CPU generator whose stream depends on all of `key`, and on nothing else."""
+    words = np.random.SeedSequence(key).generate_state(2, np.uint32)
+    return torch.Generator().manual_seed(int(words[0]) << 31 | int(words[1]) >> 1)
+
+
+@dataclass
+class Batch:
+    """What one process needs for one step, on the CPU. `u` (N,) in [0, 1) draws the depth where a
+    law does."""
+
+    x_start: Tensor
+    y: Conditioning | None
+    t: Tensor
+    noise: Tensor
+    u: Tensor
+
+
+def draw_batch(
+    data: DataSource,
+    backbone: Backbone,
+    config: TrainConfig,
+    diffusion: Process,
+    step: int,
+    part: tuple[int, int],
+) -> Batch:
+    """The batch of step `step`, or the share of process `part` = (rank, number of processes) of it.
+
+    Images are drawn without replacement within an epoch; timesteps are stratified (one in each of
+    batch_size equal strata of the diffusion timesteps, shuffled); labels are dropped with
+    `class_dropout_prob` where the network has a null label.
+    """
+    rank, world = part
+    size = config.batch_size
+    gen = seeded_generator(config.seed, step, 1)
+    indices = _epoch_indices(len(data), size, step, config.seed)
+    t = diffusion.draw_t(
+        (torch.randperm(size, generator=gen) + torch.rand(size, generator=gen)) / size
+    )
+    noise = torch.randn(size, *data.shape, generator=gen)
+    dropped = torch.rand(size, generator=gen) < config.class_dropout_prob
+    mine = slice(rank * size // world, (rank + 1) * size // world)
+    x_start, y = data.batch(indices[mine], seeded_generator(config.seed, step, 2, rank))
+    y = own_labels(backbone, y, len(x_start))
+    if y is not None and backbone.has_null_label:
+        y = _with_drops(y, backbone.null_labels(y), dropped[mine])
+    depth_gen = seeded_generator(config.seed, step, 4)
+    u = (torch.randperm(size, generator=depth_gen) + torch.rand(size, generator=depth_gen)) / size
+    return Batch(x_start, y, t[mine], noise[mine], u[mine])
+
+
+def _with_drops(y: Conditioning, null: Conditioning, dropped: Tensor) -> Conditioning:
+    """`null` where `dropped` (N,), else `y`."""
+    if isinstance(y, Tensor):
+        assert isinstance(null, Tensor)
+        return torch.where(dropped.view(-1, *(1,) * (y.ndim - 1)), null, y)
+    assert isinstance(null, dict)
+    return {
+        k: torch.where(dropped.view(-1, *(1,) * (v.ndim - 1)), null[k], v) for k, v in y.items()
+    }
+
+
+def _epoch_indices(total: int, size: int, step: int, seed: int) -> list[int]:
+    first = step * size
+    indices: list[int] = []
+    while len(indices) < size:
+        epoch, offset = divmod(first + len(indices), total)
+        order = np.random.default_rng([seed, epoch, 3]).permutation(total)
+        indices += order[offset : offset + size - len(indices)].tolist()
+    return indices

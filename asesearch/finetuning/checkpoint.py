@@ -1,0 +1,85 @@
+"""A run's state on disk: tensors and JSON in one safetensors file, so that nothing in it can run
+code.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from asesearch.errors import CheckpointError
+from asesearch.files import replacing
+
+CHECKPOINT = "training.safetensors"
+
+
+def write_checkpoint(
+    path: Path, tensors: dict[str, Tensor], identity: dict[str, Any], progress: dict[str, Any]
+) -> None:
+    """Write a checkpoint, atomically.
+
+    Args:
+        tensors: by name, on any device.
+        identity: what must agree for the checkpoint to be continued.
+        progress: where the run is.
+    """
+    metadata = {
+        "identity": json.dumps(identity, sort_keys=True),
+        "progress": json.dumps(progress),
+    }
+    tensors = {k: v.cpu().contiguous() for k, v in tensors.items()}
+    with replacing(path) as part:
+        save_file(tensors, part, metadata)
+
+
+def read_checkpoint(
+    path: Path, identity: dict[str, Any], device: torch.device
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The tensors and the progress of a checkpoint of this identity.
+
+    Raises:
+        CheckpointError: unreadable, or of another run: the message says what differs.
+    """
+    try:
+        with safe_open(path, "pt", device=str(device)) as file:
+            metadata = file.metadata() or {}
+            tensors = {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118 (not a dict)
+        theirs = json.loads(metadata["identity"])
+        progress: dict[str, Any] = json.loads(metadata["progress"])
+    except (SafetensorError, KeyError, ValueError, OSError) as error:
+        raise CheckpointError(
+            f"can't resume from {path}: {error}; delete it to begin again"
+        ) from error
+    ours = json.loads(json.dumps(identity))
+    for name in ours:
+        if theirs.get(name) != ours[name]:
+            raise CheckpointError(
+                f"{path} belongs to a run with another {name}; delete it to begin again, or "
+                f"undo the change: {_difference(theirs.get(name), ours[name])}"
+            )
+    return tensors, progress
+
+
+def weights_fingerprint(backbone: nn.Module) -> str:
+    """SHA-256 over the first 1,024 numbers of every parameter: tells two sets of weights apart, at
+    no cost for large ones."""
+    sha = hashlib.sha256()
+    for name, p in sorted(backbone.named_parameters()):
+        sha.update(f"{name} {tuple(p.shape)}".encode())
+        sha.update(p.detach().flatten()[:1024].float().cpu().numpy().tobytes())
+    return sha.hexdigest()
+
+
+def _difference(old: Any, new: Any) -> str:
+    if isinstance(old, dict) and isinstance(new, dict):
+        return ", ".join(
+            f"{k}: {old.get(k)!r} then, {new.get(k)!r} now" for k in new if old.get(k) != new.get(k)
+        )
+    return f"{old!r} then, {new!r} now"

@@ -1,0 +1,250 @@
+"""The ASE loop: one trainer for pretraining, brief and full fine-tuning."""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from asesearch.backbones.base import Backbone
+from asesearch.config import TrainConfig
+from asesearch.data import DataSource
+from asesearch.diffusion import Process
+from asesearch.errors import TrainingDiverged
+from asesearch.finetuning.annealing import SYNC_EVERY, Depths
+from asesearch.finetuning.batches import Batch, draw_batch
+from asesearch.finetuning.checkpoint import (
+    CHECKPOINT,
+    read_checkpoint,
+    weights_fingerprint,
+    write_checkpoint,
+)
+from asesearch.finetuning.fit import check_fit
+from asesearch.finetuning.step import TrainingStep
+
+#: Steps in a row that fp16's loss scaler may skip: each halves its scale, which begins at 2^16, so
+#: that it is 1/16 after them.
+MAX_SKIPPED = 20
+
+
+@dataclass
+class TrainResult:
+    """What a run gives.
+
+    Attributes:
+        backbone: the EMA network, in eval mode, on the device it was trained on.
+        losses: mean unweighted hybrid loss of each step.
+        weight_ended_at: step from which λ was 1, None if it never got there.
+        seconds: time spent in training steps, over all resumptions.
+    """
+
+    backbone: Backbone
+    losses: list[float]
+    weight_ended_at: int | None
+    seconds: float
+
+
+class Trainer(TrainingStep):
+    """State of one run. Use `finetune` unless you need the steps one by one.
+
+    Args:
+        backbone: the network to start from; it is copied, not changed.
+        data: training images.
+        diffusion: forward process; its timesteps must be the schedule's.
+        schedule: blocks to run at each noise level, or the distribution of an elastic warm-up.
+        config: see `TrainConfig`.
+        run_dir: folder for the checkpoint that makes the run resumable; None = not resumable.
+        teacher: full-depth network for distillation; by default a frozen copy of `backbone`, if
+            `distill_frac` > 0.
+        accelerator: for several processes or devices; by default one is made.
+
+    Raises:
+        ConfigError, DataError, ScheduleError: parts that do not fit each other.
+        CheckpointError: `run_dir` holds the checkpoint of another run.
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        data: DataSource,
+        diffusion: Process,
+        schedule: Depths,
+        config: TrainConfig,
+        run_dir: Path | None = None,
+        teacher: Backbone | None = None,
+        accelerator: Accelerator | None = None,
+    ) -> None:
+        check_fit(backbone, data, diffusion, schedule)
+        self.fingerprint = weights_fingerprint(backbone)
+        super().__init__(backbone, diffusion, schedule, config, teacher, accelerator)
+        self.data = data
+        self.run_dir = None if run_dir is None else Path(run_dir)
+        self.seconds = 0.0
+        self.skipped = 0
+        self.losses: list[float] = []
+        self.resumed_at = self._load() if self.run_dir is not None else 0
+
+    def _absorb(self, stats: list[Tensor]) -> None:
+        """Bring the statistics of the last steps to the host, over all processes; guard against
+        NaN.
+
+        Raises:
+            TrainingDiverged: a loss or a gradient is not finite, or the loss scaler skips one step
+                after the other.
+        """
+        if not stats:
+            return
+        table = self.accelerator.reduce(torch.stack(stats), "sum").cpu().double()  # (steps, 5)
+        first = self.step - len(stats)
+        for i, (total, short, count, norm, skipped) in enumerate(table.tolist()):
+            if not (math.isfinite(total) and math.isfinite(norm)):
+                other = ", or train in bf16" if self.config.mixed_precision == "fp16" else ""
+                raise TrainingDiverged(
+                    f"loss or gradient is not finite at step {first + i} of "
+                    f"{self.config.num_steps}; lower the learning rate ({self.config.lr:g}) or "
+                    f"give a longer warm-up{other}"
+                )
+            self.skipped = self.skipped + 1 if skipped else 0
+            if self.skipped >= MAX_SKIPPED:
+                raise TrainingDiverged(
+                    f"the gradients overflow in fp16 whatever the loss scale: {self.skipped} steps "
+                    f"in a row were skipped up to step {first + i} of {self.config.num_steps}; "
+                    f"train in bf16, or lower the learning rate ({self.config.lr:g})"
+                )
+            self.losses.append(total / self.config.batch_size)
+            self.weight.update(short / count if count else math.nan, first + i)
+
+    def run(self, on_step: Callable[[int, float], None] | None = None) -> TrainResult:
+        """Train to `num_steps`.
+
+        Args:
+            on_step: called as (steps done, mean loss of the last steps) every few steps, on the
+                main process.
+
+        Raises:
+            TrainingDiverged: the loss or a gradient is not finite; nothing of the last steps is
+                saved.
+        """
+        total = self.config.num_steps
+
+        def fetch(step: int) -> Batch:
+            return draw_batch(
+                self.data, self.backbone, self.config, self.diffusion, step, self.part
+            )
+
+        stats: list[Tensor] = []
+        start = time.perf_counter()
+        with ThreadPoolExecutor(1) as pool:
+            ahead = pool.submit(fetch, self.step)
+            while self.step < total:
+                batch = ahead.result()
+                ahead = pool.submit(fetch, self.step + 1)
+                stats.append(self.train_step(batch))
+                due = self.run_dir is not None and self.step % self.config.checkpoint_every == 0
+                if self.step % SYNC_EVERY == 0 or due or self.step == total:
+                    self._absorb(stats)
+                    self.seconds += time.perf_counter() - start
+                    start = time.perf_counter()
+                    stats = []
+                    if on_step is not None and self.accelerator.is_main_process:
+                        on_step(
+                            self.step,
+                            sum(self.losses[-SYNC_EVERY:]) / len(self.losses[-SYNC_EVERY:]),
+                        )
+                    if due or (self.step == total and self.run_dir is not None):
+                        self._save()
+            ahead.cancel()
+        for name in self._learnt:
+            self.ema_of[name].requires_grad_(True)  # so that it can be trained further
+        ended = self.weight.ended_at
+        return TrainResult(
+            self.ema, self.losses, None if ended is None or ended >= total else ended, self.seconds
+        )
+
+    # -- save and resume -------------------------------------------------------------------------
+
+    def _identity(self) -> dict[str, Any]:
+        """What must agree for a checkpoint to be continued."""
+        return {
+            "config": self.config.model_dump(exclude={"checkpoint_every", "compile"}),
+            "schedule": self.schedule.to_dict(),
+            "backbone": [type(self.backbone).__name__, self.backbone.config],
+            "initial weights": self.fingerprint,
+            "data": self.data.digest,
+            "betas": [self.diffusion.beta_schedule, self.diffusion.num_train_timesteps],
+        }
+
+    def _save(self) -> None:
+        self.accelerator.wait_for_everyone()
+        if not self.accelerator.is_main_process or self.run_dir is None:
+            return
+        scaler = self.accelerator.scaler
+        progress = {
+            "step": self.step,
+            "losses": self.losses,
+            "weight_losses": self.weight.losses,
+            "weight_ended_at": self.weight.ended_at,
+            "seconds": self.seconds,
+            "skipped": self.skipped,
+            "loss_scaler": None if scaler is None else scaler.state_dict(),
+        }
+        write_checkpoint(self.run_dir / CHECKPOINT, self.tensors(), self._identity(), progress)
+
+    def _load(self) -> int:
+        assert self.run_dir is not None
+        path = self.run_dir / CHECKPOINT
+        if not path.is_file():
+            return 0
+        tensors, progress = read_checkpoint(path, self._identity(), self.accelerator.device)
+        self.restore(tensors)
+        self.step = progress["step"]
+        self.losses = progress["losses"]
+        self.seconds = progress["seconds"]
+        self.weight.losses = progress["weight_losses"]
+        self.weight.ended_at = progress["weight_ended_at"]
+        self.skipped = progress.get("skipped", 0)
+        if self.accelerator.scaler is not None and progress.get("loss_scaler"):
+            self.accelerator.scaler.load_state_dict(progress["loss_scaler"])
+        return self.step
+
+
+def finetune(
+    backbone: Backbone,
+    data: DataSource,
+    diffusion: Process,
+    schedule: Depths,
+    config: TrainConfig,
+    run_dir: Path | None = None,
+    teacher: Backbone | None = None,
+    on_step: Callable[[int, float], None] | None = None,
+) -> TrainResult:
+    """Fine-tune `backbone` (or train it from scratch, with `ExitSchedule.full`) under an exit
+    schedule.
+
+    See `Trainer` for arguments and errors, `Trainer.run` for `on_step`. With `run_dir`, a killed
+    run goes on where its last checkpoint was, and gives the same result as one that was not killed.
+    """
+    return Trainer(backbone, data, diffusion, schedule, config, run_dir, teacher).run(on_step)
+
+
+def seconds_per_step(trainer: Trainer, steps: int = 3) -> float:
+    """Median time of a few training steps of a trainer that is thrown away afterwards, after one to
+    warm up."""
+    times = []
+    for step in range(steps + 1):
+        start = time.perf_counter()
+        batch = draw_batch(
+            trainer.data, trainer.backbone, trainer.config, trainer.diffusion, step, trainer.part
+        )
+        trainer.train_step(batch).cpu()
+        times.append(time.perf_counter() - start)
+    return statistics.median(times[1:])
