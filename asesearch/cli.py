@@ -286,7 +286,7 @@ def sample(
     from asesearch.deployment.bundle import load_bundle
     from asesearch.evaluation.fidelity import to_uint8
     from asesearch.files import check_writable
-    from asesearch.search.workbench import default_device
+    from asesearch.search.opening import default_device
 
     if out.suffix not in (".png", ".npz"):
         raise ConfigError(f"images are written as .png or .npz; got {out}; change --out")
@@ -383,12 +383,12 @@ def evaluate(
         point = record.point
     chosen = {"schedule": str(point.schedule), "sampler": str(point.sampler)}
     if dry_run:
-        _print({**chosen, "protocol": vars(bench.protocol)})
+        _print({**chosen, "protocol": vars(bench.protocols.search)})
         return
     with _interruptible("a figure that is not complete is not kept; the same command begins again"):
-        quality, seconds = bench.evaluate(net, point, bench.protocol)
+        quality, seconds = bench.evaluate(net, point, bench.protocols.search)
     result: dict[str, Any] = {
-        "metric": bench.protocol.metric_name,
+        "metric": bench.protocols.search.metric_name,
         "value": quality.value,
         "std_error": quality.std_error,
     }
@@ -470,12 +470,13 @@ def search(
     found = preflight(bench, run_dir)
     if dry_run:
         protocols = {
-            name: {**vars(p), "metric_name": p.metric_name} for name, p in bench.protocols.items()
+            name: {**vars(p), "metric_name": p.metric_name}
+            for name, p in bench.protocols.named.items()
         }
         _print(
             {
                 "study": config.shareable(),
-                "protocol": vars(bench.protocol),
+                "protocol": vars(bench.protocols.search),
                 "protocols": protocols,
                 "preflight": found.to_dict(),
                 "plan": make_plan(bench).to_dict(),
@@ -515,7 +516,9 @@ def _search(opened: Study, bench: Workbench, report_to: Path) -> dict[str, Any]:
         ) as bar,
         logging_redirect_tqdm(),  # a line about waiting goes above the bar
     ):
-        bench.on_step = lambda step, loss: bar.set_postfix_str(f"step {step} loss {loss:.4f}")
+        bench.trials.on_step = lambda step, loss: bar.set_postfix_str(
+            f"step {step} loss {loss:.4f}"
+        )
 
         def on_trial(record: TrialRecord) -> None:
             bar.update()
@@ -636,7 +639,7 @@ def map_command(
     from asesearch.files import check_writable
     from asesearch.report.difficulty import write_map
     from asesearch.search.mapping import map_seconds, measure_map
-    from asesearch.search.workbench import default_device
+    from asesearch.search.opening import default_device
 
     config = load_study(study)
     folder = out or Path("reports") / f"{config.name}-map"
@@ -820,7 +823,7 @@ def latents(
     from asesearch.data.latents import LatentShards
     from asesearch.encoding import encode_folder
     from asesearch.files import check_writable
-    from asesearch.search.workbench import default_device
+    from asesearch.search.opening import default_device
 
     if max_length is not None and captions is None:
         raise ConfigError(

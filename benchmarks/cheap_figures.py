@@ -383,8 +383,8 @@ def ablate(lab: Lab) -> tuple[list[Figure], dict[str, Any]]:
     """Figure of one schedule after equal compute, by target, loss weight and start."""
     schedule = ExitSchedule.published("D7-DiT", lab.depth)
     frac = float(
-        np.mean(np.asarray(lab.bench.flops)[schedule.exit_depth_at(np.arange(1000)) - 1])
-        / lab.bench.flops[-1]
+        np.mean(np.asarray(lab.bench.costs.flops)[schedule.exit_depth_at(np.arange(1000)) - 1])
+        / lab.bench.costs.flops[-1]
     )
     budget = 4 if lab.args.tiny else lab.args.ablation_steps  # steps with noise targets
     figures = []

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 from measuring import Figure, parse, publish, say
 
+from asesearch.backbones.base import Backbone
 from asesearch.config import StudyConfig, TrainConfig, parse_study
 from asesearch.files import write_json
 from asesearch.point import Point
@@ -26,7 +27,8 @@ from asesearch.schedule import ExitSchedule
 from asesearch.score import EvaluationResult, Protocol
 from asesearch.search import Workbench, run_trials
 from asesearch.search.confirmation import load_trial
-from asesearch.search.workbench import FRESH_SEEDS, Outcome
+from asesearch.search.protocols import FRESH_SEEDS
+from asesearch.search.trials import Outcome, Trials
 from asesearch.study import Study
 from asesearch.study.records import RECORD, REFERENCE_QUALITY, REFERENCE_TIME, TrialRecord
 
@@ -93,19 +95,19 @@ def study_of(method: str, repeat: int, args: argparse.Namespace) -> StudyConfig:
     return parse_study(data, "search_efficiency")
 
 
-class Bench(Workbench):
-    """A workbench whose trials are shared by the rivals of one repeat, and whose full network is
-    tuned alike for all."""
+class SharedTrials(Trials):
+    """Trials that the baselines of one repeat share, with a full network that is tuned alike for
+    all."""
 
-    def __init__(
-        self, config: StudyConfig, run_dir: Path, shared: Path | None, full_train: TrainConfig
-    ) -> None:
-        super().__init__(config, run_dir)
+    def __init__(self, bench: Workbench, shared: Path | None, full_train: TrainConfig) -> None:
+        super().__init__(bench, bench.costs)
         self.shared = shared
         self.full_train = full_train
 
-    def tuning(self, schedule: ExitSchedule) -> Any:
-        return (self.backbone, self.full_train) if schedule.is_full else super().tuning(schedule)
+    def tuning(self, schedule: ExitSchedule) -> tuple[Backbone, TrainConfig]:
+        return (
+            (self.parts.backbone, self.full_train) if schedule.is_full else super().tuning(schedule)
+        )
 
     def try_point(self, point: Point, folder: Path) -> Outcome:
         if self.shared is None:
@@ -129,7 +131,8 @@ def run_one(method: str, repeat: int, work: Path, args: argparse.Namespace) -> d
     if done.is_file():
         return json.loads(done.read_text())  # type: ignore[no-any-return]
     shared = None if method == OURS else work / f"shared-{repeat}"
-    bench = Bench(config, run_dir, shared, study_of("random", repeat, args).train)
+    bench = Workbench(config, run_dir)
+    bench.trials = SharedTrials(bench, shared, study_of("random", repeat, args).train)
     study = Study(config, run_dir)
     run_trials(
         study,
@@ -182,7 +185,9 @@ def rows_of(study: Study) -> list[dict[str, Any]]:
 def fresh_figures(study: Study, bench: Workbench, front: list[TrialRecord]) -> list[dict[str, Any]]:
     """The front's points on seeds that no search has seen."""
     seeds = tuple(FRESH_SEEDS + 1000 * i for i in range(2))
-    protocol: Protocol = type(bench.protocol)(**{**vars(bench.protocol), "seeds": seeds})
+    protocol: Protocol = type(bench.protocols.search)(
+        **{**vars(bench.protocols.search), "seeds": seeds}
+    )
     out = []
     for record in front:
         quality, _ = bench.evaluate(load_trial(study, record, bench.device), record.point, protocol)

@@ -251,7 +251,7 @@ def test_a_guided_study_of_a_release_that_did_not_record_the_channels_goes_on(
 ):
     """Its network is on record, so its own scores stay comparable; those of a new study tell their
     channels."""
-    from asesearch.search import workbench
+    from asesearch.search import protocols
     from asesearch.study import Study
 
     text = (
@@ -261,7 +261,7 @@ def test_a_guided_study_of_a_release_that_did_not_record_the_channels_goes_on(
     )
     (tmp_path / "tiny.toml").write_text(text)
     where = tmp_path / "run"
-    made = workbench.build_protocol
+    made = protocols.build_protocol
     args = (
         "search",
         tmp_path / "tiny.toml",
@@ -273,7 +273,7 @@ def test_a_guided_study_of_a_release_that_did_not_record_the_channels_goes_on(
     )
     with monkeypatch.context() as earlier:
         earlier.setattr(
-            workbench, "build_protocol", lambda *a, **k: made(*a, **{**k, "guided_channels": None})
+            protocols, "build_protocol", lambda *a, **k: made(*a, **{**k, "guided_channels": None})
         )
         call(*args, 2)
     assert "guided_channels" not in (where / "inputs.json").read_text()

@@ -26,7 +26,7 @@ from asesearch.evaluation.extractors import register_extractor
 from asesearch.finetuning import check_fit
 from asesearch.report import write_report
 from asesearch.schedule import ExitSchedule
-from asesearch.search import Workbench, search, workbench
+from asesearch.search import Workbench, costs, opening, parts, search
 from asesearch.search.plan import make_plan
 from asesearch.study import Study
 from tests.test_cli import call
@@ -146,7 +146,7 @@ def climb(config, folder):
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch, tmp_path):
-    monkeypatch.setattr(workbench, "LATENCY_REPEATS", 1)
+    monkeypatch.setattr(costs, "LATENCY_REPEATS", 1)
     monkeypatch.setenv("ASESEARCH_CACHE", str(tmp_path / "cache"))
 
 
@@ -261,9 +261,7 @@ def test_imagenet(imagenet, tmp_path):
     )
     call("sample", bundle, "--num", 3, "--vae", imagenet / "vae", "-o", tmp_path / "y.npz")
     decoded = loaded.decoder(imagenet / "vae").decode(torch.from_numpy(latents))
-    assert np.array_equal(
-        np.load(tmp_path / "y.npz")["images"], workbench.to_uint8(decoded).numpy()
-    )
+    assert np.array_equal(np.load(tmp_path / "y.npz")["images"], parts.to_uint8(decoded).numpy())
     with pytest.raises(ConfigError, match="picture needs --vae"):
         call("sample", bundle, "-o", tmp_path / "z.png")
 
@@ -312,7 +310,7 @@ def test_a_study_of_latents_that_can_t_be_evaluated_is_refused_before_the_networ
         with pytest.raises(error, match=message):
             Workbench(config)
     with pytest.raises(ConfigError, match="vae decodes latents"):
-        workbench.open_data(DataConfig(kind="image-folder", path="x", image_size=8, vae="y"))
+        opening.open_data(DataConfig(kind="image-folder", path="x", image_size=8, vae="y"))
 
 
 def test_prompts_and_labels_are_no_substitute_for_each_other(imagenet):

@@ -59,7 +59,7 @@ def export(
         bench = bench or Workbench(config, study.run_dir)
         check_readable(bench.data)
         warm_up(bench, study.run_dir)
-        start, train = bench.tuning(record.schedule)
+        start, train = bench.trials.tuning(record.schedule)
         train = train.model_copy(update={"num_steps": finetune_steps})
         teacher = bench.backbone if train.distill_frac > 0 else None
         if start.takes_prompt:
@@ -68,7 +68,7 @@ def export(
         net = finetune(
             start, bench.data, bench.diffusion, record.schedule, train, where, teacher, on_step
         ).backbone
-        quality, _ = bench.evaluate(net, record.point, bench.confirmation_protocol())
+        quality, _ = bench.evaluate(net, record.point, bench.protocols.confirmation)
         evaluation["after_full_finetuning"] = {
             "num_steps": finetune_steps,
             "quality": quality.to_dict(),

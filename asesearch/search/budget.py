@@ -23,7 +23,7 @@ def image_s(bench: Workbench, results: StudyResults) -> float:
         parts = sum(full.seconds.get(part, 0.0) for part in ("sample", "decode", "evaluate"))
         return parts / (full.quality.protocol.num_samples * len(full.quality.values))
     calls = len(next(iter(bench.samplers.values())))
-    return calls * bench.latency.median_ms[-1] / 1000 / bench.batch_size
+    return calls * bench.costs.latency.median_ms[-1] / 1000 / bench.batch_size
 
 
 def confirmation_s(

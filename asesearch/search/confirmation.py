@@ -60,7 +60,7 @@ class _Confirming:
         self.study = study
         self.bench = bench
         self.progress = progress
-        self.protocol = bench.confirmation_protocol()
+        self.protocol = bench.protocols.confirmation
         how = study.config.confirm
         self.settings: dict[str, Any] = {
             "protocol": self.protocol.to_dict(),
@@ -169,7 +169,7 @@ def _network(study: Study, record: TrialRecord, bench: Workbench) -> Backbone:
             study.run_dir / directory.LOCKS / f"{folder.name}.lock", "fine-tunes a schedule again"
         ):
             if not is_whole(path, again):  # another worker may have been quicker
-                bench.tuned(record.schedule, folder)
+                bench.trials.tuned(record.schedule, folder)
     return load_trial(study, record, bench.device)
 
 

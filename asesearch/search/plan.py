@@ -123,7 +123,7 @@ def make_plan(bench: Workbench) -> Plan:
     """Time a few steps and calls, and multiply."""
     config = bench.config
     steps = next(iter(bench.samplers.values()))
-    image_s = len(steps) * bench.latency.median_ms[-1] / 1000 / bench.batch_size
+    image_s = len(steps) * bench.costs.latency.median_ms[-1] / 1000 / bench.batch_size
     decode_s = _decode_s(bench)
 
     def step_s(depths: Depths, settings: Any) -> float:
@@ -144,9 +144,9 @@ def make_plan(bench: Workbench) -> Plan:
     cheap_images = (
         0 if config.promotion is None else config.promotion.num_samples * config.promotion.repeats
     )
-    full_s = bench.tuning(bench.full)[1].num_steps * full_step_s + (images + cheap_images) * (
-        image_s + decode_s
-    )
+    full_s = bench.trials.tuning(bench.full)[1].num_steps * full_step_s + (
+        images + cheap_images
+    ) * (image_s + decode_s)
     cheap_s = cheap_images * (share * image_s + decode_s)
     trial_s = (
         config.train.num_steps * share * full_step_s

@@ -64,7 +64,7 @@ def preflight(bench: Workbench, run_dir: Path | None = None) -> Preflight:
     checked = [f"one image through {samplers}, and {bench.extractor.name}"]
     if bench.decoder is not None:
         checked.append("its latent through the decoder")
-    for name, protocol in bench.protocols.items():
+    for name, protocol in bench.protocols.named.items():
         images = f"{len(protocol.seeds)} x {protocol.num_samples} images"
         checked.append(f"{name} protocol: {protocol.metric_name}, {images}")
     if run_dir is not None:

@@ -19,7 +19,8 @@ from asesearch.config import StudyConfig
 from asesearch.errors import EvaluationError, TrainingDiverged
 from asesearch.proposer.proposer import NAME, Problem, judge
 from asesearch.score import EvaluationResult
-from asesearch.search.workbench import Outcome, Workbench
+from asesearch.search.trials import Outcome
+from asesearch.search.workbench import Workbench
 from asesearch.study.environment import versions
 from asesearch.study.records import LOOKS_AROUND, CheapRung, TrialRecord, shortened
 
@@ -58,7 +59,7 @@ def run_trial(
             if not cheap.promoted and before is not None:
                 return before  # judged again, with the same result
             if not cheap.promoted:
-                time_frac, flops_frac, block_frac = bench.cost_fracs(trial.point)
+                time_frac, flops_frac, block_frac = bench.costs.fracs(trial.point)
                 return _ended(
                     trial,
                     "stopped",
@@ -69,7 +70,7 @@ def run_trial(
                     flops_frac=flops_frac,
                     block_frac=block_frac,
                 )
-        outcome = bench.try_point(trial.point, folder)
+        outcome = bench.trials.try_point(trial.point, folder)
     except (TrainingDiverged, EvaluationError, torch.cuda.OutOfMemoryError) as error:
         if not any(
             r.state == "complete" and r.point.weights_key == trial.point.weights_key
@@ -136,7 +137,7 @@ def _cheap_rung(
     """
     before = _on_record(trial, records)
     if before is None or before.cheap is None:
-        quality, seconds["cheap"], gflops["cheap"] = bench.try_low_fidelity(trial.point)
+        quality, seconds["cheap"], gflops["cheap"] = bench.trials.try_low_fidelity(trial.point)
         if explores:
             return CheapRung(quality, False, None, LOOKS_AROUND)
         return CheapRung(quality, *_decide(bench, trial, records, problem, quality))

@@ -48,7 +48,7 @@ def make_space(config: StudyConfig, bench: Workbench) -> Space:
 def make_problem(space: Space, bench: Workbench, difficulty_map: DifficultyMap) -> Problem:
     """What the quality model needs to know of the study."""
     own = next(iter(bench.samplers.values()))
-    table = np.asarray(bench.call_cost)
+    table = np.asarray(bench.costs.of_call)
     return Problem(space, bench.samplers, table, len(own) * float(table[-1]), difficulty_map)
 
 

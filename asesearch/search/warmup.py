@@ -74,7 +74,7 @@ def warm_up(
             made.start = _elastic(bench, run_dir, made, on_step)
         if needs_map(bench):
             made.difficulty_map = _map(bench, run_dir, made)
-    bench.start = made.start
+    bench.trials.start = made.start
     return made
 
 
@@ -112,7 +112,7 @@ def _elastic(
         )
         made.seconds["elastic"] = tuned.seconds
         made.losses = shortened(tuned.losses)
-        made.gflops["elastic"] = bench.training_gflops(law, config)
+        made.gflops["elastic"] = bench.costs.training_gflops(law, config)
         write_json(run_dir / directory.WARM_UP, _cost_of(made))
         save_backbone(tuned.backbone, path, {"elastic_depths": json.dumps(law.to_dict())})
         (folder / CHECKPOINT).unlink(missing_ok=True)
@@ -133,7 +133,7 @@ def _map(bench: Workbench, run_dir: Path, made: WarmUp) -> DifficultyMap:
         made.start, data, bench.diffusion, config, bench.backbone, bench.config.sampling.batch_size
     )
     made.seconds["map"] = time.perf_counter() - start
-    calls = 3 * bench.flops[-1]  # all exits in one call and a little, and the reference's
+    calls = 3 * bench.costs.flops[-1]  # all exits in one call and a little, and the reference's
     made.gflops["map"] = config.num_bins * found.num_images * calls / 1e9
     write_json(run_dir / directory.WARM_UP, _cost_of(made))
     write_json(path, found.to_dict())

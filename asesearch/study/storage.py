@@ -18,6 +18,7 @@ from functools import cache
 
 import optuna
 import sqlalchemy as sa
+from optuna.storages._heartbeat import get_heartbeat_thread
 from sqlalchemy.engine import URL, Engine, make_url
 from sqlalchemy.exc import ArgumentError, IntegrityError, NoSuchModuleError, SQLAlchemyError
 
@@ -349,6 +350,21 @@ def _engine_kwargs(url: URL, read_only: bool) -> dict[str, object]:
 
 def _engine(url: URL, read_only: bool) -> Engine:
     return sa.create_engine(with_driver(url), **_engine_kwargs(url, read_only))
+
+
+def ask(study: optuna.Study) -> optuna.Trial:
+    """The next trial, which is to run inside `beating`; Optuna expects heartbeats from `optimize`
+    alone and warns."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Heartbeat of storage", UserWarning)
+        return study.ask()
+
+
+@contextmanager
+def beating(study: optuna.Study, trial: optuna.Trial) -> Iterator[None]:
+    """Inside, the database sees signs of life of a trial, as Optuna's `optimize` gives them."""
+    with get_heartbeat_thread(trial._trial_id, study._storage):
+        yield
 
 
 def _connect(url: URL, *, read_only: bool, create: bool = False) -> optuna.storages.RDBStorage:

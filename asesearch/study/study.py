@@ -14,6 +14,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from optuna.trial import FrozenTrial
+
 from asesearch.config import StudyConfig
 from asesearch.errors import StudyError
 from asesearch.files import write_json
@@ -81,13 +83,14 @@ class Study:
         promoted later counts once."""
         with storage_errors(self.shown_storage):
             trials = self.optuna.get_trials(deepcopy=False)
-        found = [
-            TrialRecord.from_dict(json.loads(t.user_attrs[RECORD]), self.config.sampling.sampler)
-            for t in trials
-            if RECORD in t.user_attrs
-        ]
+        found = [self.record_of(t) for t in trials if RECORD in t.user_attrs]
         last = {r.point: r for r in found}
         return [r for r in found if last[r.point] is r]
+
+    def record_of(self, trial: FrozenTrial) -> TrialRecord:
+        """What an Optuna trial of the study, which has ended, has on record."""
+        data = json.loads(trial.user_attrs[RECORD])
+        return TrialRecord.from_dict(data, self.config.sampling.sampler)
 
     def record(self, number: int) -> TrialRecord:
         """One trial.

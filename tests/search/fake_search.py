@@ -14,8 +14,9 @@ from asesearch.sampler import Sampler
 from asesearch.score import EvaluationResult, Protocol
 from asesearch.search import confirmation
 from asesearch.search.latency import Conditions, shared_table
+from asesearch.search.protocols import Protocols
 from asesearch.search.runner import run_trials
-from asesearch.search.workbench import Outcome
+from asesearch.search.trials import Outcome
 from asesearch.study import storage, workers
 from asesearch.study.study import Study
 
@@ -41,7 +42,8 @@ class FakeBench:
         self.trial_s = trial_s
         self.paid = paid
         self.backbone = SimpleNamespace(depth=DEPTH, min_exit_depth=1)
-        self.protocol = PROTOCOL
+        self.costs = self
+        self.trials = self
         self.die_at = die_at
         self.fails = fails
         self.tried = []
@@ -54,9 +56,9 @@ class FakeBench:
         self.samplers = {self.own_sampler: own} | dict.fromkeys(others, own[::2])
         self.latency = SimpleNamespace(median_ms=(1.0,))
         self.batch_size = 10
-        self.call_cost = tuple(float(d) for d in range(1, DEPTH + 1))
+        self.of_call = tuple(float(d) for d in range(1, DEPTH + 1))
 
-    def cost_fracs(self, point):
+    def fracs(self, point):
         share = 1.0 if point.sampler == self.own_sampler else 0.5
         frac = point.schedule.block_frac(self.samplers[point.sampler]) * share
         return frac, frac, frac
@@ -84,17 +86,16 @@ class FakeBench:
             )
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "weights.safetensors").write_bytes(b"x")
-        fracs = self.cost_fracs(point)
+        fracs = self.fracs(point)
         quality = EvaluationResult(PROTOCOL, figures(point))
         return Outcome(quality, *fracs, [1.0, 0.5], {"finetune": 1.0}, {"finetune": 2.0})
 
-    def confirmation_protocol(self):
+    @property
+    def protocols(self):
         how = self.config.confirm
-        return replace(
-            PROTOCOL,
-            num_samples=how.num_samples,
-            seeds=tuple(10**9 + i for i in range(how.repeats)),
-        )
+        seeds = tuple(10**9 + i * how.num_samples for i in range(how.repeats))
+        fresh = replace(PROTOCOL, num_samples=how.num_samples, seeds=seeds)
+        return Protocols(PROTOCOL, fresh, CHEAP)
 
     def evaluate(self, net, point, protocol):
         self.pay(f"confirmation {point.weights_key} under {point.sampler}")
@@ -104,7 +105,7 @@ class FakeBench:
         }
 
     def measured_time(self, net, point, full_net):
-        return TimeRatio(self.cost_fracs(point)[0], 0.01, ())
+        return TimeRatio(self.fracs(point)[0], 0.01, ())
 
 
 class SharedBench(FakeBench):

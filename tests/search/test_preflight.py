@@ -21,7 +21,7 @@ from asesearch.errors import (
     WriteError,
 )
 from asesearch.finetuning import Trainer
-from asesearch.search import Workbench, preflight, search, workbench
+from asesearch.search import Workbench, costs, opening, parts, preflight, search
 from asesearch.search.plan import Plan, make_plan
 from asesearch.search.runner import run_trials
 from asesearch.study import Study
@@ -53,7 +53,7 @@ def weights(tmp_path_factory):
 @pytest.fixture
 def study(weights, monkeypatch, tmp_path):
     """A study with all there is, some of its sections changed."""
-    monkeypatch.setattr(workbench, "LATENCY_REPEATS", 1)
+    monkeypatch.setattr(costs, "LATENCY_REPEATS", 1)
     monkeypatch.setenv("ASESEARCH_CACHE", str(tmp_path / "cache"))
 
     def make(**changes):
@@ -204,7 +204,7 @@ def test_few_reference_images_are_counted_before_their_features_are_made(
     few = folder_of(5, tmp_path / "few")
     reference = {"kind": "image-folder", "path": few, "image_size": 28, "channels": 1}
     monkeypatch.setattr(
-        workbench, "reference_statistics", lambda *_: pytest.fail("features are made")
+        opening, "reference_statistics", lambda *_: pytest.fail("features are made")
     )
     with pytest.raises(
         EvaluationError, match="more images than the 64 features of fashion-cnn.*got 5 in.*'kid'"
@@ -397,7 +397,7 @@ def test_the_confirmation_has_its_own_seeds_and_each_points_own_sampler(
     confirmation."""
     calls = []
     confirming = []
-    real = workbench.sample
+    real = parts.sample
 
     def sample(backbone, solver, schedule, **how):
         calls.append(
@@ -405,7 +405,7 @@ def test_the_confirmation_has_its_own_seeds_and_each_points_own_sampler(
         )
         return real(backbone, solver, schedule, **how)
 
-    monkeypatch.setattr(workbench, "sample", sample)
+    monkeypatch.setattr(parts, "sample", sample)
     config = study()
     bench = Workbench(config, tmp_path)
     made = Study(config, tmp_path)

@@ -66,7 +66,7 @@ def ladder(low_fidelity):
             **fracs,
         )
         records.append(done)
-    table = np.asarray(bench.call_cost)
+    table = np.asarray(bench.of_call)
     own = next(iter(bench.samplers.values()))
     space = Space(DEPTH, (OWN,), 1000, 4)
     problem = Problem(

@@ -144,7 +144,10 @@ def test_a_schedule_in_another_workers_hands_is_left_to_it(tmp_path):
     bench = FakeBench()
     here = Runner(study, bench)
     other = Runner(Study(study.config, tmp_path), bench)
-    with other.claim(ExitSchedule.full(6)) as mine, here.claim(ExitSchedule.full(6)) as ours:
+    with (
+        other.fleet.claim(ExitSchedule.full(6)) as mine,
+        here.fleet.claim(ExitSchedule.full(6)) as ours,
+    ):
         assert mine and not ours
         assert here._one_trial() == "taken"  # the first warm start
         assert bench.tried == [] and study.records() == []

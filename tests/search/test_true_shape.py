@@ -21,7 +21,7 @@ from asesearch.backbones import DiT
 from asesearch.config import parse_study
 from asesearch.evaluation.extractors import register_extractor
 from asesearch.evaluation.fidelity import check_sample_counts, low_fidelity_metric, num_components
-from asesearch.search import Workbench, preflight, search, workbench
+from asesearch.search import Workbench, costs, preflight, search
 from asesearch.study import Study
 from tests.test_cli import call
 from tests.test_encoding import make_vae
@@ -122,7 +122,7 @@ def place(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch, tmp_path):
-    monkeypatch.setattr(workbench, "LATENCY_REPEATS", 1)
+    monkeypatch.setattr(costs, "LATENCY_REPEATS", 1)
     monkeypatch.setenv("ASESEARCH_CACHE", str(tmp_path / "cache"))
 
 
@@ -229,5 +229,5 @@ WORKERS = 1
 
 if __name__ == "__main__":
     study, folder = sys.argv[1:]
-    workbench.LATENCY_REPEATS = 1
+    costs.LATENCY_REPEATS = 1
     search(parse_study(json.loads(Path(study).read_text()), study), Path(folder))

@@ -126,10 +126,10 @@ def test_made_once_and_the_same_after_a_kill(study, tmp_path):
     bench = Workbench(study, tmp_path / "b")
     again = warm_up(bench, tmp_path / "b", lambda *_: pytest.fail("made a second time"))
     assert (
-        torch.equal(weights(bench.start), weights(straight.start))
+        torch.equal(weights(bench.trials.start), weights(straight.start))
         and again.seconds == resumed.seconds
     )
-    assert not torch.equal(weights(bench.start), weights(bench.backbone))
+    assert not torch.equal(weights(bench.trials.start), weights(bench.backbone))
 
 
 def test_other_workers_wait_for_the_first(study, tmp_path):
@@ -188,31 +188,35 @@ def test_damaged_elastic_weights_are_named_and_made_again(study, tmp_path, caplo
 def test_the_full_network_is_tuned_for_as_long_as_warm_up_and_tuning_together(study, tmp_path):
     bench = Workbench(study, tmp_path / "run")
     warm_up(bench, tmp_path / "run")
-    start, config = bench.tuning(bench.full)
+    start, config = bench.trials.tuning(bench.full)
     assert start is bench.backbone and config.num_steps == 4 + 3
-    start, config = bench.tuning(ExitSchedule.from_string("3 1", 3))
-    assert start is bench.start and config == study.train
+    start, config = bench.trials.tuning(ExitSchedule.from_string("3 1", 3))
+    assert start is bench.trials.start and config == study.train
 
 
 def test_costs_are_over_the_full_network_under_the_studys_own_sampler(study, tmp_path):
     bench = Workbench(study, tmp_path / "run")
-    bench._latency = LatencyTable(40, "cpu", 1, "float32", (2.0, 3.0, 4.0), (0.1, 0.1, 0.1), 3)
+    bench.costs._latency = LatencyTable(
+        40, "cpu", 1, "float32", (2.0, 3.0, 4.0), (0.1, 0.1, 0.1), 3
+    )
     fast = Sampler("dpm++2m", 2)
-    own = bench.cost_fracs(Point(bench.full, bench.own_sampler))
+    own = bench.costs.fracs(Point(bench.full, bench.own_sampler))
     assert own[0] == own[2] == 1.0
-    assert bench.cost_fracs(Point(bench.full, fast)) == (0.5, 0.5, 0.5)
+    assert bench.costs.fracs(Point(bench.full, fast)) == (0.5, 0.5, 0.5)
     shallow = Point(ExitSchedule.from_string("1", 3), fast)
-    time, flops, blocks = bench.cost_fracs(shallow)
+    time, flops, blocks = bench.costs.fracs(shallow)
     assert time == 0.25 and blocks == pytest.approx(1 / 6) and blocks < flops < 0.5
     # arithmetic: samples times calls times FLOPs, three calls a training sample and one of the
     # teacher
     images = study.evaluation.num_samples * study.evaluation.repeats
     full = Point(bench.full, bench.own_sampler)
-    assert bench.sampling_gflops(full, bench.protocol) == pytest.approx(
-        4 * images * bench.flops[-1] / 1e9
+    assert bench.costs.sampling_gflops(full, bench.protocols.search) == pytest.approx(
+        4 * images * bench.costs.flops[-1] / 1e9
     )
-    spent = bench.training_gflops(bench.full, study.train.model_copy(update={"distill_frac": 1.0}))
-    assert spent == pytest.approx(3 * 8 * 4 * bench.flops[-1] / 1e9)
+    spent = bench.costs.training_gflops(
+        bench.full, study.train.model_copy(update={"distill_frac": 1.0})
+    )
+    assert spent == pytest.approx(3 * 8 * 4 * bench.costs.flops[-1] / 1e9)
 
 
 @pytest.mark.parametrize("cfg_scale", [1.0, 2.5])
@@ -225,7 +229,7 @@ def test_latency_is_of_calls_as_large_as_the_samplers(study, tmp_path, cfg_scale
     bench = Workbench(changed, tmp_path / "run")
     sizes = []
     bench.backbone.register_forward_pre_hook(lambda _, args: sizes.append(len(args[0])))
-    table = bench.latency
+    table = bench.costs.latency
     timed = set(sizes)
     sizes.clear()
     bench.sample(bench.backbone, Point(bench.full, bench.own_sampler), range(bench.batch_size))
@@ -235,9 +239,9 @@ def test_latency_is_of_calls_as_large_as_the_samplers(study, tmp_path, cfg_scale
 
 def test_protocol_leaves_competing_samplers_out(study, tmp_path):
     bench = Workbench(study, tmp_path / "run")
-    assert bench.protocol.solver is None and bench.protocol.num_steps is None
+    assert bench.protocols.search.solver is None and bench.protocols.search.num_steps is None
     alone = study.model_copy(update={"search": study.search.model_copy(update={"samplers": ()})})
-    assert Workbench(alone).protocol.num_steps == 4
+    assert Workbench(alone).protocols.search.num_steps == 4
 
 
 def test_a_whole_search_on_the_ladder(study, tmp_path):
@@ -304,5 +308,5 @@ def test_what_tuning_took_is_not_lost_with_a_kill_before_the_record(study, tmp_p
         own.seconds["finetune"] > 0.001 and len(own.losses) == 3 and np.isfinite(own.losses).all()
     )
     # steps, batch, calls a sample
-    assert own.gflops["finetune"] == pytest.approx(3 * 8 * 3 * bench.flops[-1] / 1e9)
+    assert own.gflops["finetune"] == pytest.approx(3 * 8 * 3 * bench.costs.flops[-1] / 1e9)
     assert other.seconds["finetune"] == 0 and other.losses == () and "finetune" not in other.gflops

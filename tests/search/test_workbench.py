@@ -10,8 +10,9 @@ from asesearch.evaluation.cost import LatencyTable
 from asesearch.point import Point
 from asesearch.sampler import Sampler
 from asesearch.schedule import ExitSchedule
-from asesearch.search import workbench
-from asesearch.search.workbench import FRESH_SEEDS, Workbench
+from asesearch.search import costs, opening
+from asesearch.search.protocols import FRESH_SEEDS
+from asesearch.search.workbench import Workbench
 
 SHAPE = {
     "input_size": 28,
@@ -56,7 +57,9 @@ def test_every_protocol_tells_what_guidance_acts_on(make_bench, cfg_scale, chann
     sampling = {"solver": "ddim", "num_steps": 2, "batch_size": 40, "cfg_scale": cfg_scale}
     found = {
         p.guided_channels
-        for p in make_bench(sampling=sampling, promotion={"num_samples": 20}).protocols.values()
+        for p in make_bench(
+            sampling=sampling, promotion={"num_samples": 20}
+        ).protocols.named.values()
     }
     assert found == {channels}
 
@@ -109,14 +112,14 @@ def test_a_guided_call_is_timed_with_both_of_its_halves(make_bench, monkeypatch,
         spread_ms=(0.1, 0.1, 0.1),
         repeats=5,
     )
-    monkeypatch.setattr(workbench, "measure_latency", measure)
-    assert bench.latency.median_ms == table.median_ms and rows == [(images, images)]
+    monkeypatch.setattr(costs, "measure_latency", measure)
+    assert bench.costs.latency.median_ms == table.median_ms and rows == [(images, images)]
 
 
 def test_confirmation_has_seeds_that_no_trial_has_seen(make_bench):
     bench = make_bench()
-    assert bench.protocol.seeds == (0, 70)
-    confirmed = bench.confirmation_protocol()
+    assert bench.protocols.search.seeds == (0, 70)
+    confirmed = bench.protocols.confirmation
     assert confirmed.num_samples == 80 and confirmed.seeds == (
         FRESH_SEEDS,
         FRESH_SEEDS + 80,
@@ -127,7 +130,7 @@ def test_confirmation_has_seeds_that_no_trial_has_seen(make_bench):
 
 def test_classes_take_turns(make_bench):
     bench = make_bench()
-    assert workbench.conditioning_for(bench.backbone, bench.data, [0, 9, 10, 23]).tolist() == [
+    assert opening.conditioning_for(bench.backbone, bench.data, [0, 9, 10, 23]).tolist() == [
         0,
         9,
         0,
@@ -141,14 +144,16 @@ def test_guided_sampling_costs_two_calls_a_step(make_bench):
         sampling={"solver": "ddim", "num_steps": 4, "batch_size": 40, "cfg_scale": 1.5}
     )
     point = Point(ExitSchedule.from_string("3 1", 3), plain.own_sampler)
-    once = plain.sampling_gflops(point, plain.protocol)
-    assert once > 0 and guided.sampling_gflops(point, guided.protocol) == pytest.approx(2 * once)
+    once = plain.costs.sampling_gflops(point, plain.protocols.search)
+    assert once > 0 and guided.costs.sampling_gflops(
+        point, guided.protocols.search
+    ) == pytest.approx(2 * once)
 
 
 def test_low_fidelity_scores_are_of_the_weights_that_trials_start_from(make_bench, monkeypatch):
     bench = make_bench(promotion={"num_samples": 66, "repeats": 1})
     seen = []
-    bench.start = elastic = object()
+    bench.trials.start = elastic = object()
 
     def evaluate(net, point, protocol):
         seen.append((net, point, protocol))
@@ -156,9 +161,12 @@ def test_low_fidelity_scores_are_of_the_weights_that_trials_start_from(make_benc
 
     monkeypatch.setattr(bench, "evaluate", evaluate)
     point = Point(ExitSchedule.from_string("3 1", 3), bench.own_sampler)
-    score, seconds, gflops = bench.try_low_fidelity(point)
+    score, seconds, gflops = bench.trials.try_low_fidelity(point)
     assert (
-        seen == [(elastic, point, bench.cheap_protocol)] and bench.cheap_protocol.num_samples == 66
+        seen == [(elastic, point, bench.protocols.low_fidelity)]
+        and bench.protocols.low_fidelity.num_samples == 66
     )
     assert (score, seconds) == ("score", 3.0)
-    assert gflops == pytest.approx(bench.sampling_gflops(point, bench.protocol) * 66 / 140)
+    assert gflops == pytest.approx(
+        bench.costs.sampling_gflops(point, bench.protocols.search) * 66 / 140
+    )

@@ -22,8 +22,9 @@ from asesearch.proposer.proposer import num_exploring
 from asesearch.schedule import ExitSchedule
 from asesearch.search import confirmation
 from asesearch.search.confirmation import confirm
+from asesearch.search.fleet import WORKER
 from asesearch.search.latency import Conditions, shared_table
-from asesearch.search.runner import WORKER, Runner, run_trials
+from asesearch.search.runner import Runner, run_trials
 from asesearch.study import workers
 from asesearch.study.records import EXPLORES, LOOKS_AROUND, RECORD, select
 from asesearch.study.study import Study
@@ -240,9 +241,9 @@ def test_only_a_dead_workers_trial_is_released(tmp_path, mark):
     study.optuna.add_trial(optuna.trial.create_trial(state=TrialState.RUNNING, user_attrs=attrs))
     with other.at_work("searching"):
         if mark != "dead":
-            Runner(study, FakeBench())._release_dead()
+            Runner(study, FakeBench()).fleet.release_dead()
     if mark == "dead":
-        Runner(study, FakeBench())._release_dead()
+        Runner(study, FakeBench()).fleet.release_dead()
     state = study.optuna.get_trials()[0].state
     assert state == (TrialState.FAIL if mark == "dead" else TrialState.RUNNING)
 
@@ -265,14 +266,14 @@ def test_a_worker_taken_for_dead_keeps_its_score(tmp_path, kind):
     bench = Slow(fails=1 if kind == "failed" else None, config=config)
     runner = Runner(study, bench)
     if kind == "told":
-        values = runner._values
+        values = runner.ledger.values
 
         def late(record):
             if record.schedule.exit_depths[-1] == 1:
                 Study(config, tmp_path).optuna.tell(running(study), state=TrialState.FAIL)
             return values(record)
 
-        runner._values = late
+        runner.ledger.values = late
     with study.worker.at_work("searching"):
         runner.run()
     records = study.records()
@@ -300,14 +301,14 @@ def test_a_trial_that_two_workers_were_given_is_paid_for_once(tmp_path):
     bench = Given(config=config)
     runner = Runner(study, bench)
     other = Runner(Study(config, tmp_path), bench)
-    keep = runner._keep
+    keep = runner.ledger.keep
 
     def kept(number, record):
-        with other.claim(record.schedule) as free:
+        with other.fleet.claim(record.schedule) as free:
             assert not free  # nobody else can begin it before it is on record
         keep(number, record)
 
-    runner._keep = kept
+    runner.ledger.keep = kept
     with study.worker.at_work("searching"):
         runner.run()
     assert [r.origin for r in study.records() if r.schedule.is_full] == ["full"] and len(
@@ -459,7 +460,7 @@ def test_a_study_whose_every_trial_fails_stops_at_once(tmp_path):
     study = Study(config, tmp_path)
     bench = Failing(config=config)
     # the full network is another worker's
-    with Runner(Study(config, tmp_path), bench).claim(ExitSchedule.full(6)):
+    with Runner(Study(config, tmp_path), bench).fleet.claim(ExitSchedule.full(6)):
         with pytest.raises(
             StudyError,
             match="all 3 trials so far failed.*: the images hold NaN; give others; put that right",

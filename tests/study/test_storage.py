@@ -282,7 +282,7 @@ def test_a_later_format_is_refused(tmp_path):
 def test_a_change_before_anything_is_on_record_is_taken_over(tmp_path, change, caplog):
     first = Study(make_config(), tmp_path)
     space_of = FakeBench(config=first.config)
-    Runner(first, space_of)._enqueue_warm_start([])  # a trial that waits, in the former space
+    Runner(first, space_of).asker.enqueue_warm_start([])  # a trial that waits, in the former space
     (tmp_path / "latency.json").write_text("{}")
     data = make_config().model_dump(mode="json")
     for key, value in change.items():
@@ -312,7 +312,7 @@ def test_another_worker_is_not_overruled(tmp_path):
     config = make_config()
     study = Study(config, tmp_path)
     study.check_inputs(FakeBench(config=config, weights="first").identity)
-    with Runner(study, FakeBench()).claim(ExitSchedule.full(6)):
+    with Runner(study, FakeBench()).fleet.claim(ExitSchedule.full(6)):
         assert is_in_use(tmp_path)
         with pytest.raises(StudyError, match="another worker is at the study"):
             study.check_inputs(FakeBench(config=config, weights="second").identity)

@@ -1,0 +1,102 @@
+"""Asking for the next point: warm starts first, then the study's proposer."""
+
+from __future__ import annotations
+
+import numpy as np
+import optuna
+from optuna.trial import TrialState
+
+from asesearch.point import Point
+from asesearch.proposer.proposer import NAME, DifficultySampler, Problem
+from asesearch.search.fleet import WORKER, Fleet
+from asesearch.search.promotion import num_explored
+from asesearch.search.setup import make_proposer
+from asesearch.study.records import RECORD, REPEAT, TrialRecord
+from asesearch.study.storage import ask
+from asesearch.study.study import Study
+
+
+class Asker:
+    """Proposes points; what it proposes follows from the seed and the record alone.
+
+    Args:
+        study: on whose record it goes.
+        fleet: what the other workers are at.
+        warm: points to try first, by origin.
+
+    Attributes:
+        problem: what the difficulty proposer and promotion know of the study; None where neither
+            is used.
+        again: numbers of failed trials that are tried again.
+    """
+
+    def __init__(self, study: Study, fleet: Fleet, warm: dict[str, Point]) -> None:
+        self.study = study
+        self.config = study.config
+        self.fleet = fleet
+        self.warm = warm
+        self.problem: Problem | None = None
+        self.again: set[int] = set()
+
+    def ask(self) -> tuple[optuna.Trial, Point]:
+        """The next point, in a trial of this worker's."""
+        with self.fleet.turn():
+            self.enqueue_warm_start(self.study.records())
+            self._seed_proposer()
+            trial = ask(self.study.optuna)
+            trial.set_user_attr(WORKER, self.study.worker.mark)
+            return trial, self.fleet.space.suggest(trial)
+
+    @property
+    def explores(self) -> bool:
+        """Whether the last proposal belongs to the exploration phase."""
+        return bool(getattr(self.study.optuna.sampler, "explores", False))
+
+    def enqueue_warm_start(self, records: list[TrialRecord]) -> None:
+        """Queue the first warm start that is not queued or on record (so one whose trial was killed
+        comes again).
+
+        Those whose schedule another worker is at are passed over for now.
+        """
+        for origin in self.missing(records):
+            point = self.warm[origin]
+            if not self.fleet.is_busy(point):
+                self.study.optuna.enqueue_trial(
+                    self.fleet.space.encode(point), user_attrs={"origin": origin}
+                )
+                return
+
+    def missing(self, records: list[TrialRecord]) -> list[str]:
+        """Warm starts that are neither on record nor queued nor in flight."""
+        known = {r.point for r in records if r.number not in self.again}
+        for trial in self.study.optuna.get_trials(
+            deepcopy=False, states=(TrialState.WAITING, TrialState.RUNNING)
+        ):
+            if (point := self.fleet.point_of(trial)) is not None:
+                known.add(point)
+        return [origin for origin, point in self.warm.items() if point not in known]
+
+    def _seed_proposer(self) -> None:
+        """A proposer whose seed follows from the study's and from what is on record."""
+        trials = self.study.optuna.get_trials(deepcopy=False)
+        ended = sum(
+            t.state == TrialState.COMPLETE or RECORD in t.user_attrs or REPEAT in t.user_attrs
+            for t in trials
+        )
+        running = sum(t.state == TrialState.RUNNING for t in trials)
+        words = np.random.SeedSequence([self.config.search.seed, ended, running]).generate_state(1)
+        seed = int(words[0]) % 2**31
+        if self.config.search.proposer == NAME:
+            problem = self.problem
+            assert problem is not None
+            self.study.optuna.sampler = DifficultySampler(
+                problem.space,
+                problem.samplers,
+                problem.cost_table,
+                problem.full_cost,
+                problem.difficulty_map,
+                seed=seed,
+                explore=num_explored(self.config),
+            )
+        else:
+            self.study.optuna.sampler = make_proposer(self.config.search, seed)

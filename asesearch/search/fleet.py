@@ -1,0 +1,155 @@
+"""What the study's other workers are at, and what only one may be at: claims, turns and waiting."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import optuna
+from optuna.trial import FrozenTrial, TrialState
+
+from asesearch.point import Point
+from asesearch.proposer.space import Space
+from asesearch.schedule import ExitSchedule
+from asesearch.search.ledger import Ledger
+from asesearch.study import directory
+from asesearch.study.records import RECORD
+from asesearch.study.storage import experimental
+from asesearch.study.study import Study
+from asesearch.study.workers import POLL_S, Others, try_lock
+
+# user attribute: the mark of the worker that runs the trial; "host:pid" in earlier releases
+WORKER = "worker"
+TURN_S = 60.0
+
+_log = logging.getLogger(__name__)
+
+
+class Fleet:
+    """The study's workers as one of them sees them.
+
+    Args:
+        study: on whose record they work.
+        space: of its points.
+        ledger: ends the trials of dead workers.
+    """
+
+    def __init__(self, study: Study, space: Space, ledger: Ledger) -> None:
+        self.study = study
+        self.space = space
+        self.ledger = ledger
+        self.others = Others(study.run_dir, study.worker.id)
+        # schedules (`Point.weights_key`) that another held when they were proposed
+        self.refused: set[ExitSchedule] = set()
+        self._said = ""
+
+    # -- trials in flight ------------------------------------------------------------------------
+
+    def running(self) -> list[FrozenTrial]:
+        """Trials in flight, this worker's own included."""
+        return self.study.optuna.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
+
+    def in_flight(self) -> list[FrozenTrial]:
+        """Trials that other workers are at."""
+        return [t for t in self.running() if not self.is_mine(t)]
+
+    def is_mine(self, trial: FrozenTrial) -> bool:
+        mark = trial.user_attrs.get(WORKER)
+        return isinstance(mark, dict) and mark["id"] == self.study.worker.id
+
+    def point_of(self, trial: FrozenTrial) -> Point | None:
+        """The point of a trial that is queued or in flight; None while it has none yet."""
+        params = trial.system_attrs.get("fixed_params") or trial.params
+        if set(params) != set(self.space.distributions()):
+            return None
+        return self.space.decode(params)
+
+    def schedules_in_flight(self) -> set[ExitSchedule]:
+        """Schedules that other workers are at."""
+        return {
+            point.weights_key
+            for trial in self.in_flight()
+            if (point := self.point_of(trial)) is not None
+        }
+
+    def release_dead(self) -> None:
+        """End the trials of workers that are dead."""
+        with experimental():
+            optuna.storages.fail_stale_trials(self.study.optuna)  # by their missing heartbeat
+        for trial in self.in_flight():
+            if self.others.alive(trial.user_attrs.get(WORKER), trial.number) is False:
+                self.ledger.close(trial)
+
+    def close_own(self) -> None:
+        """End this worker's trial: interrupted or broken, it must not stay open, for the process
+        still lives."""
+        for trial in self.running():
+            if self.is_mine(trial):
+                self.ledger.close(trial)
+
+    # -- claims and turns ------------------------------------------------------------------------
+
+    @contextmanager
+    def claim(self, schedule: ExitSchedule) -> Iterator[bool]:
+        """Whether this worker alone is at the schedule; the claim of a process that dies is free
+        again."""
+        name = self.study.trial_dir(schedule).name
+        with try_lock(self.study.run_dir / directory.LOCKS / f"{name}.lock") as mine:
+            yield mine
+
+    def is_busy(self, point: Point) -> bool:
+        """Whether another worker is at a point's schedule, under whichever sampler."""
+        key = point.weights_key
+        return key in self.refused or key in self.schedules_in_flight()
+
+    def still_held(self) -> bool:
+        """Whether a schedule that another held when it was proposed is still held."""
+        for schedule in self.refused:
+            with self.claim(schedule) as mine:
+                if not mine:
+                    return True
+        return False
+
+    @contextmanager
+    def turn(self) -> Iterator[None]:
+        """Workers propose in turn: none pops another's queued trial, or proposes what another is
+        just about to.
+
+        A worker that is stopped in its turn is not waited for longer than TURN_S.
+        """
+        until = time.monotonic() + TURN_S
+        while time.monotonic() < until:
+            with try_lock(self.study.run_dir / directory.LOCKS / "turn.lock") as mine:
+                if mine:
+                    yield
+                    return
+            time.sleep(POLL_S / 10)
+        yield
+
+    def wait(self) -> None:
+        """Wait until something ends that another worker is at; say for whom."""
+        before = self._snapshot()
+        names = [f"trial {t.number} ({_host(t)})" for t in self.in_flight()]
+        line = ", ".join(names) or "another worker, which holds all that is proposed"
+        if line != self._said:
+            _log.warning("waiting for %s", line)
+            self._said = line
+        while True:
+            time.sleep(POLL_S)
+            self.release_dead()
+            if self._snapshot() != before or not (self.in_flight() or self.still_held()):
+                break
+        self.refused.clear()
+
+    def _snapshot(self) -> tuple[frozenset[int], int]:
+        """Changes when a trial begins or ends."""
+        trials = self.study.optuna.get_trials(deepcopy=False)
+        running = frozenset(t.number for t in trials if t.state == TrialState.RUNNING)
+        return running, sum(RECORD in t.user_attrs for t in trials)
+
+
+def _host(trial: FrozenTrial) -> str:
+    mark = trial.user_attrs.get(WORKER, "another worker")
+    return f"on {mark['host']}" if isinstance(mark, dict) else str(mark)

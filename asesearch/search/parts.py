@@ -1,0 +1,214 @@
+"""What every trial of a study shares, made once and checked first: network, data, samplers,
+reference, protocols.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from asesearch.backbones.base import Backbone
+from asesearch.backbones.checkpoints import load_backbone
+from asesearch.config import StudyConfig
+from asesearch.data import open_data
+from asesearch.diffusion import make_diffusion
+from asesearch.errors import ConfigError, EvaluationError
+from asesearch.evaluation.cost import TimeRatio, compare_sampling_time
+from asesearch.evaluation.extractors import make_extractor
+from asesearch.evaluation.fidelity import check_sample_counts, evaluate, to_uint8
+from asesearch.finetuning import check_fit, weights_fingerprint
+from asesearch.point import Point
+from asesearch.sampler import Sampler
+from asesearch.sampling import SampleResult, check_sampling, sample
+from asesearch.schedule import ExitSchedule
+from asesearch.score import EvaluationResult, Protocol
+from asesearch.search.opening import (
+    check_evaluation,
+    conditioning_for,
+    default_device,
+    open_decoder,
+    open_reference,
+)
+from asesearch.search.protocols import known_channels, make_protocols
+
+SHOWN_IMAGES = 40  # images kept of each trial for the report
+TRIED_STEPS = 3  # solver steps of the one image that goes through everything first
+
+
+class Parts:
+    """What every trial of a study shares.
+
+    Args:
+        config: the study file.
+        run_dir: the study directory; the latency table is kept there, so that all trials share one.
+            None keeps nothing.
+
+    Raises:
+        ConfigError, DataError, ScheduleError, CheckpointError, EvaluationError: parts that are
+            missing, unreadable or do not fit each other, before anything expensive.
+    """
+
+    def __init__(self, config: StudyConfig, run_dir: Path | None = None) -> None:
+        if config.backbone.checkpoint is None:
+            raise ConfigError(
+                "a search needs pretrained weights; got no backbone.checkpoint; give a path or "
+                "`shipped:NAME`"
+            )
+        check_evaluation(config)
+        self.config = config
+        self.run_dir = run_dir
+        self.device = default_device()
+        self.data = open_data(config.data)
+        null = getattr(self.data, "null_condition", None)
+        self.backbone = load_backbone(config.backbone, null_condition=null).to(self.device).eval()
+        self.diffusion = make_diffusion(config.diffusion)
+        self.full = ExitSchedule.full(self.backbone.depth, config.diffusion.num_train_timesteps)
+        check_fit(self.backbone, self.data, self.diffusion, self.full)
+        evaluation = config.evaluation
+        how = config.sampling
+        check_sampling(self.backbone, how.solver, self.diffusion, how.num_steps, how.cfg_scale)
+        self.decoder = open_decoder(config, self.backbone, self.data, self.device)
+        self.extractor = make_extractor(
+            evaluation.extractor, evaluation.extractor_weights, self.device
+        )
+        check_sample_counts(config, self.extractor.dim)
+        self.batch_size = min(config.sampling.batch_size, evaluation.num_samples)
+        self.min_exit_depth = max(
+            1, self.backbone.min_exit_depth, config.search.min_exit_depth or 1
+        )
+        self.samplers = self._samplers()
+        self._try_parts()
+        # may take long: after all that may be refused
+        self.reference = open_reference(config, self.data, self.extractor)
+        channels = known_channels(config, self.backbone.guided_channels, run_dir)
+        self.protocols = make_protocols(config, self.extractor, self.reference, channels)
+
+    def _samplers(self) -> dict[Sampler, tuple[float, ...]]:
+        """Timesteps at which each sampler calls the network, the study's own first."""
+        net = self.backbone
+        found = {}
+        for sampler in self.config.samplers:
+            how = self.config.sampling.under(sampler)
+            _, found[sampler] = check_sampling(
+                net, how.solver, self.diffusion, how.num_steps, how.cfg_scale
+            )
+        return found
+
+    @property
+    def own_sampler(self) -> Sampler:
+        """The study's own, over whose time all times are counted."""
+        return next(iter(self.samplers))
+
+    def _try_parts(self) -> None:
+        """One image through every sampler (a few of its steps), the decoder and the extractor.
+
+        Raises:
+            EvaluationError: images that are not finite, or that the extractor does not take.
+        """
+        how = self.config.sampling
+        for sampler in self.samplers:
+            few = min(sampler.num_steps, TRIED_STEPS)
+            made = self.sample(self.backbone, Point(self.full, sampler), [0], few).images
+            if not bool(torch.isfinite(made).all()):
+                raise EvaluationError(
+                    f"the pretrained network gives images that are not finite under {sampler} with "
+                    f"cfg_scale {how.cfg_scale:g} and precision {how.precision!r}; check that the "
+                    "checkpoint fits [backbone] and [diffusion], or sample with precision = "
+                    "'float32'"
+                )
+            self.extractor(to_uint8(made if self.decoder is None else self.decoder.decode(made)))
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """Fingerprints of what the figures depend on and the study file only names."""
+        out = {
+            "weights": weights_fingerprint(self.backbone),
+            "data": self.data.digest,
+            "protocol": self.protocols.search.to_dict(),
+        }
+        if (vae := self.decoder) is not None:
+            out["decoder"] = {"digest": vae.digest, "shift": vae.shift, "scale": vae.scale}
+        return out
+
+    def sample(
+        self,
+        backbone: Backbone,
+        point: Point,
+        seeds: Sequence[int],
+        num_steps: int | None = None,
+    ) -> SampleResult:
+        """Images (or latents) of a point for these seeds, made of what `conditioning_for` gives.
+
+        `num_steps` takes the place of the sampler's own.
+        """
+        how = self.config.sampling.under(point.sampler)
+        return sample(
+            backbone,
+            how.solver,
+            point.schedule,
+            diffusion=self.diffusion,
+            num_steps=num_steps or how.num_steps,
+            seeds=seeds,
+            y=conditioning_for(backbone, self.data, seeds),
+            cfg_scale=how.cfg_scale,
+            batch_size=how.batch_size,
+            precision=how.precision,
+            device=self.device,
+        )
+
+    def evaluate(
+        self,
+        backbone: Backbone,
+        point: Point,
+        protocol: Protocol,
+        shown: list[Tensor] | None = None,
+    ) -> tuple[EvaluationResult, dict[str, float]]:
+        """Figure under a protocol, and seconds of it by part: "sample", "decode" (of latents),
+        "evaluate".
+
+        `shown`, if given, receives the first images made, (N, C, H, W) uint8, in parts of at least
+        SHOWN_IMAGES together.
+        """
+        seconds = {"sample": 0.0}
+        begun = time.perf_counter()
+
+        def make_images(seeds: Sequence[int]) -> Tensor:
+            result = self.sample(backbone, point, seeds)
+            seconds["sample"] += result.seconds
+            images = result.images
+            if not bool(torch.isfinite(images).all()):
+                raise EvaluationError(
+                    f"the network gave images that are not finite under {point}; fine-tune it "
+                    "longer"
+                )
+            if self.decoder is not None:
+                start = time.perf_counter()
+                images = self.decoder.decode(images)
+                seconds["decode"] = seconds.get("decode", 0.0) + time.perf_counter() - start
+            pixels = to_uint8(images)
+            if shown is not None and sum(map(len, shown)) < SHOWN_IMAGES:
+                shown.append(pixels[:SHOWN_IMAGES])
+            return pixels
+
+        # decoded images and prompts take much memory
+        chunk = self.batch_size if self.decoder is not None else 1000
+        quality = evaluate(make_images, protocol, self.extractor, self.reference, chunk)
+        seconds["evaluate"] = time.perf_counter() - begun - sum(seconds.values())
+        return quality, seconds
+
+    def measured_time(self, net: Backbone, point: Point, full_net: Backbone) -> TimeRatio:
+        """Whole-sampling time of a point over the full network's under the study's own sampler,
+        interleaved."""
+        confirm = self.config.confirm
+        seeds = range(confirm.time_images)
+        full = Point(self.full, self.own_sampler)
+        return compare_sampling_time(
+            lambda: self.sample(net, point, seeds),
+            lambda: self.sample(full_net, full, seeds),
+            confirm.time_repeats,
+        )
