@@ -1,0 +1,45 @@
+"""Arguments and options that several commands take."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from asesearch.schedule import ExitSchedule
+
+StudyFile = Annotated[
+    Path,
+    typer.Argument(
+        help="Study file (TOML): network, data, training, sampling, evaluation, search."
+    ),
+]
+RunDir = Annotated[
+    Path, typer.Argument(help="Study directory that `asesearch search` wrote (runs/NAME).")
+]
+Storage = Annotated[
+    str | None,
+    typer.Option(
+        help="The study's Optuna storage URL; default the one on record, which is without its "
+        "password."
+    ),
+]
+DryRun = Annotated[
+    bool,
+    typer.Option(
+        "--dry-run", help="Print the resolved plan with its cost estimate as JSON, and stop."
+    ),
+]
+SCHEDULE = typer.Option(
+    "--schedule",
+    help='Blocks per equal interval, data side first ("12 12 9 6"), with the ends of unequal ones '
+    '("12 9 @ 0 300 1000"), a published name ("D3-DiT"), a file (.json), or "full".',
+)
+ScheduleText = Annotated[str, SCHEDULE]
+
+
+def schedule_of(text: str, depth: int, chain: int) -> ExitSchedule:
+    if text.lower().endswith(".json"):
+        return ExitSchedule.read(text, depth, chain)
+    return ExitSchedule.from_string(text, depth, chain)

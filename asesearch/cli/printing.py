@@ -1,0 +1,34 @@
+"""What commands print: results as JSON to stdout, all else to stderr."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import typer
+from tqdm import tqdm
+
+
+def print_json(data: Any) -> None:
+    text = json.dumps(data, indent=1, ensure_ascii=False)
+    # a path may hold bytes that are not UTF-8
+    typer.echo(text.encode("utf-8", "backslashreplace").decode("utf-8"))
+
+
+def say(text: str) -> None:
+    typer.echo(text, err=True)
+
+
+@contextmanager
+def bar_of_steps(total: int, what: str) -> Iterator[Callable[[int, float], None]]:
+    """A progress bar on stderr; the callback takes (steps done, loss)."""
+    with tqdm(total=total, desc=what, file=sys.stderr, dynamic_ncols=True, leave=False) as bar:
+
+        def on_step(done: int, loss: float) -> None:
+            bar.update(done - bar.n)
+            bar.set_postfix(loss=f"{loss:.4f}")
+
+        yield on_step

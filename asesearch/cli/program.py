@@ -1,0 +1,90 @@
+"""The program: its commands, --debug, --version, and how errors end it."""
+
+from __future__ import annotations
+
+import sys
+from contextlib import suppress
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from asesearch import __version__
+from asesearch.cli import data, results, searching, training
+from asesearch.cli.interruption import interruptible
+from asesearch.cli.printing import say
+from asesearch.errors import AseSearchError
+
+
+class _Program(TyperGroup):
+    """The commands: --debug may stand anywhere on the line, and Ctrl-C is answered in one line."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Take --debug out, which `main` looks for itself."""
+        end = args.index("--") if "--" in args else len(args)
+        return super().parse_args(ctx, [a for a in args[:end] if a != "--debug"] + args[end:])
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the command; Ctrl-C outside of `interruptible` comes before any work."""
+        with interruptible("its work had not begun; give the same command again"):
+            return super().invoke(ctx)
+
+
+app = typer.Typer(
+    cls=_Program,
+    help="Search early-exit schedules for diffusion transformers: search, look at the front, pick "
+    "a point, ship it.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+
+
+DEBUG_HELP = "Show the traceback of an error; may stand anywhere on the line."
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"asesearch {__version__}")
+        raise typer.Exit
+
+
+Version = Annotated[
+    bool,
+    typer.Option("--version", callback=_version, is_eager=True, help="Print the release and stop."),
+]
+
+
+@app.callback()
+def _main(
+    debug: Annotated[bool, typer.Option("--debug", help=DEBUG_HELP)] = False,
+    version: Version = False,
+) -> None:
+    pass  # --debug is read by `main`, which catches the errors
+
+
+# in the order of the help
+app.command("train")(training.train)
+app.command("finetune")(training.finetune)
+app.command("sample")(results.sample)
+app.command("evaluate")(searching.evaluate)
+app.command("search")(searching.search)
+app.command("report")(results.report)
+app.command("map")(searching.map_)
+app.command("export")(results.export)
+app.command("latents")(data.latents)
+app.command("train-extractor")(data.train_extractor_)
+
+
+def main() -> None:
+    """Entry point: asesearch's own errors become one line and exit code 1; wrong usage exits with
+    2."""
+    try:
+        app()
+    except AseSearchError as error:
+        if "--debug" in sys.argv:
+            raise
+        with suppress(BrokenPipeError):
+            say(f"error: {error}")
+        sys.exit(1)

@@ -1,0 +1,223 @@
+"""`report`, `export` and `sample`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from asesearch.cli.interruption import interruptible
+from asesearch.cli.options import DryRun, RunDir, Storage
+from asesearch.cli.printing import bar_of_steps, print_json, say
+from asesearch.errors import ConfigError
+
+
+def report(
+    run_dir: RunDir,
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="Report folder; default reports/NAME.")
+    ] = None,
+    storage: Storage = None,
+    dry_run: DryRun = False,
+) -> None:
+    """Write the report of a study: front, schedules, samples, cost, protocol; a page with figures
+    and data beside it."""
+    from asesearch.report import write_report
+    from asesearch.report.page import check_report_dir
+    from asesearch.study import Study
+
+    opened = Study.open(run_dir, storage)
+    folder = out or Path("reports") / opened.config.name
+    check_report_dir(folder)
+    results = opened.results()
+    if dry_run:
+        print_json(
+            {
+                "trials": len(results.records),
+                "confirmed": len(results.confirmations),
+                "out": str(folder),
+            }
+        )
+        return
+    with interruptible(f"{folder} is as it was, or the same command completes it"):
+        page = write_report(results, folder)
+    print_json({"report": str(page)})
+
+
+def export(
+    run_dir: RunDir,
+    out: Annotated[Path, typer.Option("--out", "-o", help="Bundle folder to write.")],
+    pick: Annotated[
+        str | None,
+        typer.Option(
+            help="best-quality (the default), fastest-within (needs --quality) or best-within "
+            "(needs --time): by confirmed scores where there are any."
+        ),
+    ] = None,
+    quality: Annotated[
+        str | None,
+        typer.Option(
+            help='Quality budget: "7.5", "+5%" over the full network, "ci" (not worse than it at '
+            '95 % confidence), or "1se" '
+            "(within one standard error)."
+        ),
+    ] = None,
+    time: Annotated[
+        float | None,
+        typer.Option(min=0.0, max=1.0, help="Time budget, as a fraction of the full network's."),
+    ] = None,
+    early_exit: Annotated[
+        bool,
+        typer.Option(
+            "--early-exit",
+            help="Pick among schedules that exit early, not full depth in fewer steps.",
+        ),
+    ] = False,
+    or_nearest: Annotated[
+        bool,
+        typer.Option(
+            "--or-nearest",
+            help="Where nothing is within the budget, take the nearest point and say so; with "
+            "--early-exit and no such point on the front, the fastest of full depth.",
+        ),
+    ] = False,
+    trial: Annotated[int | None, typer.Option(help="Export this trial instead of picking.")] = None,
+    finetune_steps: Annotated[
+        int | None, typer.Option(min=1, help="Fine-tune the point fully first, for so many steps.")
+    ] = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace the bundle if it exists.")
+    ] = False,
+    storage: Storage = None,
+    dry_run: DryRun = False,
+) -> None:
+    """Pick a point of the front and write it as a bundle that samples anywhere."""
+    from asesearch.deployment.bundle import check_bundle_dir
+    from asesearch.deployment.export import check_export, evaluation_of
+    from asesearch.deployment.export import export as write
+    from asesearch.study import Study, pick_nearest
+    from asesearch.study import pick as pick_point
+
+    choosing = (pick, quality, time, early_exit or None, or_nearest or None)
+    if trial is not None and any(option is not None for option in choosing):
+        raise ConfigError(
+            "--trial names the point to export, so nothing is picked; got it with --pick, "
+            "--quality, --time, --early-exit or --or-nearest; leave out one or the other"
+        )
+    check_bundle_dir(out, overwrite=overwrite)
+    opened = Study.open(run_dir, storage)
+    if trial is not None:
+        record = opened.record(trial)
+    elif or_nearest:
+        asked = pick or "best-quality", quality, time
+        record, shortfall = pick_nearest(opened.results(), *asked, early_exit=early_exit)
+        if shortfall:
+            say(shortfall)
+    else:
+        record = pick_point(
+            opened.results(), pick or "best-quality", quality, time, early_exit=early_exit
+        )
+    chosen = {"trial": record.number, "origin": record.origin, "schedule": str(record.schedule)}
+    chosen["sampler"] = str(record.sampler)
+    check_export(opened, record, out, finetune_steps, overwrite=overwrite)
+    if dry_run:
+        print_json({**chosen, "evaluation": evaluation_of(opened, record), "out": str(out)})
+        return
+    kept = f"no bundle was written to {out}"
+    if finetune_steps is not None:
+        kept += (
+            "; the last checkpoint of the fine-tuning is kept, and the same command resumes from it"
+        )
+    options: dict[str, Any] = {"finetune_steps": finetune_steps, "overwrite": overwrite}
+    with interruptible(kept), bar_of_steps(finetune_steps or 0, "fine-tune") as on_step:
+        folder = write(opened, record, out, on_step=on_step, **options)
+    print_json({**chosen, "bundle": str(folder)})
+
+
+def sample(
+    bundle: Annotated[Path, typer.Argument(help="Bundle that `asesearch export` wrote.")],
+    out: Annotated[
+        Path,
+        typer.Option("--out", "-o", help="Picture grid (.png), or all images as an array (.npz)."),
+    ],
+    num: Annotated[int, typer.Option(min=1, help="Number of images.")] = 64,
+    seed: Annotated[
+        int, typer.Option(min=0, help="Seed of the first image; the others count up.")
+    ] = 0,
+    label: Annotated[
+        int | None, typer.Option(help="Class of all images, from 0; default: all classes in turn.")
+    ] = None,
+    prompt: Annotated[
+        str | None, typer.Option(help="Text of all images; default: the bundle's examples in turn.")
+    ] = None,
+    text_encoder: Annotated[
+        Path | None, typer.Option(help="Folder of the text encoder that --prompt needs.")
+    ] = None,
+    vae: Annotated[
+        Path | None,
+        typer.Option(help="Folder of the VAE that turns latents into images; .npz needs none."),
+    ] = None,
+    steps: Annotated[
+        int | None, typer.Option(min=1, help="Solver steps, in place of the bundle's.")
+    ] = None,
+    dry_run: DryRun = False,
+) -> None:
+    """Sample images from a bundle with its network, schedule and solver.
+
+    A bundle of a latent network needs --vae for images; without it the .npz holds `latents`,
+    float32.
+    """
+
+    from asesearch.backbones.base import Conditioning
+    from asesearch.data import save_images
+    from asesearch.deployment.bundle import load_bundle
+    from asesearch.evaluation.fidelity import to_uint8
+    from asesearch.files import check_writable
+    from asesearch.search.opening import default_device
+
+    if out.suffix not in (".png", ".npz"):
+        raise ConfigError(f"images are written as .png or .npz; got {out}; change --out")
+    if (prompt is None) != (text_encoder is None) or (prompt is not None and label is not None):
+        raise ConfigError(
+            "--prompt goes with --text-encoder and without --label; got another combination; "
+            "correct it"
+        )
+    check_writable(out)
+    loaded = load_bundle(bundle, default_device())
+    if loaded.latents is not None and vae is None and out.suffix == ".png":
+        raise ConfigError(
+            "this bundle makes latents, and a picture needs --vae; got none; give it, or write .npz"
+        )
+    decoder = None if vae is None else loaded.decoder(vae)
+    y: Conditioning | None = None if label is None else loaded.labels(label, num)
+    if prompt is not None and text_encoder is not None:
+        y = loaded.encode_prompts([prompt] * num, text_encoder)
+    how, calls = loaded.plan(range(seed, seed + num), y, steps)
+    plan = {
+        "schedule": str(loaded.schedule),
+        "sampling": how.model_dump(mode="json"),
+        "num": num,
+        "block_frac": loaded.schedule.block_frac(calls),
+    }
+    if dry_run:
+        print_json(plan)
+        return
+    with interruptible(f"no image was written to {out}; the same command begins again"):
+        result = loaded.sample(range(seed, seed + num), y, steps)
+    if loaded.latents is not None and decoder is None:
+        save_images(result.images.numpy(), out, "latents")
+    else:
+        save_images(
+            to_uint8(result.images if decoder is None else decoder.decode(result.images)).numpy(),
+            out,
+        )
+    print_json(
+        {
+            **plan,
+            "out": str(out),
+            "nfe": result.nfe,
+            "block_calls": result.block_calls,
+            "seconds": round(result.seconds, 3),
+        }
+    )

@@ -1,0 +1,343 @@
+"""`search`, `map` and `evaluate`."""
+
+from __future__ import annotations
+
+import sys
+from math import isnan
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
+
+from asesearch.cli.interruption import interruptible
+from asesearch.cli.options import SCHEDULE, DryRun, RunDir, Storage, StudyFile, schedule_of
+from asesearch.cli.printing import print_json, say
+from asesearch.config import load_study
+from asesearch.errors import ConfigError
+
+if TYPE_CHECKING:
+    from asesearch.search import Workbench
+    from asesearch.study import Study
+    from asesearch.study.records import StudyResults, TrialRecord
+
+
+def search(
+    study: StudyFile,
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="Study directory; default runs/NAME.")
+    ] = None,
+    trials: Annotated[
+        int | None,
+        typer.Option(help="Schedules in all, in place of the study's search.num_trials."),
+    ] = None,
+    budget: Annotated[
+        str | None, typer.Option(help="Wall time in place of a number of trials: 90m, 2h, 1d.")
+    ] = None,
+    storage: Annotated[
+        str | None, typer.Option(help="Optuna storage URL; default a SQLite file in the directory.")
+    ] = None,
+    report_dir: Annotated[
+        Path | None, typer.Option("--report", help="Report folder; default reports/NAME.")
+    ] = None,
+    dry_run: DryRun = False,
+) -> None:
+    """Search exit schedules: fine-tune, sample and evaluate each, confirm the front on fresh seeds,
+    write the report.
+
+    With --budget, warm-up, trials and confirmation together take that wall time, within a tenth:
+    the time in which at least one worker is at work, in earlier runs too.
+    Ctrl-C or a crash loses at most the trial in flight; the same command resumes, and with more
+    --trials it continues.
+    Several processes may share one study: give all the same file, --out, and a --storage that all
+    can reach. They share out trials and confirmation; one that has nothing else to do waits for the
+    others and says so.
+    """
+    from asesearch.report.page import check_report_dir
+    from asesearch.search import Workbench, preflight
+    from asesearch.search.plan import make_plan
+    from asesearch.study import Study
+    from asesearch.study.directory import check_study_dir
+    from asesearch.study.storage import parse_url
+
+    if trials is not None and budget is not None:
+        raise ConfigError(
+            f"give --trials or --budget, not both; got {trials} and {budget}; leave one out"
+        )
+    config = load_study(study).with_options(
+        "search", num_trials=trials, budget=budget, storage=storage
+    )
+    if trials is not None:
+        config = config.model_copy(
+            update={"search": config.search.model_copy(update={"budget": None})}
+        )
+    if config.search.storage is not None:
+        parse_url(config.search.storage)
+    run_dir = out or Path("runs") / config.name
+    report_to = report_dir or Path("reports") / config.name
+    check_study_dir(run_dir, config.search.storage)
+    if report_to.resolve() in (run_dir.resolve(), *run_dir.resolve().parents):
+        raise ConfigError(
+            f"the report goes beside the study or into it; got {report_to} for the study in "
+            f"{run_dir}, which it would have to replace; change --report"
+        )
+    check_report_dir(report_to)
+    bench = Workbench(config, None if dry_run else run_dir)
+    found = preflight(bench, run_dir)
+    if dry_run:
+        protocols = {
+            name: {**vars(p), "metric_name": p.metric_name}
+            for name, p in bench.protocols.named.items()
+        }
+        print_json(
+            {
+                "study": config.shareable(),
+                "protocol": vars(bench.protocols.search),
+                "protocols": protocols,
+                "preflight": found.to_dict(),
+                "plan": make_plan(bench).to_dict(),
+            }
+        )
+        return
+    opened = Study(config, run_dir)
+    say(make_plan(bench).line())
+    with interruptible(lambda: _on_record(opened)):
+        print_json(_search(opened, bench, report_to))
+
+
+def _on_record(study: Study) -> str:
+    """What an interrupted search has kept."""
+    of = "" if study.config.search.budget else f" of {study.config.search.num_trials}"
+    return f"{study.run_dir} keeps {len(study.records())}{of} schedules; the same command resumes"
+
+
+def _search(opened: Study, bench: Workbench, report_to: Path) -> dict[str, Any]:
+    """Search, confirm, report; what `search` prints."""
+    from asesearch.report import write_report
+    from asesearch.search import confirm, run_trials
+
+    config = opened.config
+    run_dir = opened.run_dir
+    total = None if config.search.budget else config.search.num_trials
+    done = len(opened.records())
+    if done:
+        say(f"{run_dir}: {done} of {total or 'unlimited'} schedules on record; continuing")
+    with (
+        tqdm(
+            total=total,
+            initial=min(done, total or done),
+            desc="search",
+            file=sys.stderr,
+            dynamic_ncols=True,
+        ) as bar,
+        logging_redirect_tqdm(),  # a line about waiting goes above the bar
+    ):
+        bench.trials.on_step = lambda step, loss: bar.set_postfix_str(
+            f"step {step} loss {loss:.4f}"
+        )
+
+        def on_trial(record: TrialRecord) -> None:
+            bar.update()
+            bar.write(_trial_line(record), file=sys.stderr)
+
+        run_trials(
+            opened,
+            bench,
+            on_trial,
+            lambda step, loss: bar.set_postfix_str(f"warm-up {step} loss {loss:.4f}"),
+        )
+    say("confirming the front on fresh seeds")
+    confirm(
+        opened,
+        bench,
+        lambda c: say(
+            f"trial {c.number}: {c.quality.value:.4g} at {c.measured_time_frac:.3f} measured"
+        ),
+    )
+    results = opened.results()
+    page = write_report(results, report_to)
+    return {"study": str(run_dir), "report": str(page), "front": _front(results)}
+
+
+def _front(results: StudyResults) -> list[dict[str, Any]]:
+    """The front of the report: of confirmed scores and measured times where there are any.
+
+    `confirmed` says which; without it the score is the search's and the time predicted.
+    """
+    from asesearch.report.tables import front
+
+    rows = front(results).to_dict("records")
+    return [
+        {
+            "trial": int(row["number"]),
+            "schedule": row["schedule"],
+            "sampler": row["sampler"],
+            "confirmed": row["kind"] == "confirmed",
+            "quality": row["quality"],
+            "std_error": None if isnan(row["std_error"]) else row["std_error"],
+            "time_frac": row["time_frac"],
+        }
+        for row in rows
+    ]
+
+
+def _trial_line(record: TrialRecord) -> str:
+    """One line about a trial that has ended."""
+    point = f"trial {record.number} ({record.origin}) {record.point}"
+    if record.quality is not None:
+        return f"{point}: {record.quality.value:.4g} at {record.time_frac:.3f} of the time"
+    if record.cheap is not None and record.failure is None:
+        return (
+            f"{point}: cheap figure {record.cheap.quality.value:.4g}, {record.cheap.reason}: "
+            "not fine-tuned"
+        )
+    return f"{point}: {record.failure}"
+
+
+def map_(
+    study: StudyFile,
+    weights: Annotated[
+        Path | None,
+        typer.Option(
+            help="Weights to measure against the study's own network, in place of that network "
+            "itself."
+        ),
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="Folder to write; default reports/NAME-map.")
+    ] = None,
+    dry_run: DryRun = False,
+) -> None:
+    """Measure the difficulty map: the error of every exit depth at every noise level, in one pass,
+    without sampling.
+
+    Where few blocks already come close to the full network, an exit schedule may be shallow. The
+    network may be trained or not. The images are those of [map.data], or else the study's: give
+    some it was not trained on.
+    """
+    from asesearch.backbones.checkpoints import load_backbone
+    from asesearch.data import open_data
+    from asesearch.diffusion import make_diffusion
+    from asesearch.files import check_writable
+    from asesearch.report.difficulty import write_map
+    from asesearch.search.mapping import map_seconds, measure_map
+    from asesearch.search.opening import default_device
+
+    config = load_study(study)
+    folder = out or Path("reports") / f"{config.name}-map"
+    device = default_device()
+    check_writable(folder, "map.json")
+    data = open_data(config.map.data or config.data)
+    diffusion = make_diffusion(config.diffusion)
+    null = getattr(data, "null_condition", None)
+    backbone = load_backbone(config.backbone, config.train.seed, null).to(device)
+    reference = None
+    names = {
+        "weights": config.backbone.checkpoint or f"random, seed {config.train.seed}",
+        "reference": "itself",
+    }
+    if weights is not None:
+        if config.backbone.checkpoint is not None:
+            reference = backbone
+            names["reference"] = config.backbone.checkpoint
+        given = config.backbone.model_copy(update={"checkpoint": str(weights)})
+        backbone = load_backbone(given, null_condition=null).to(device)
+        names["weights"] = str(weights)
+    parts = (backbone, data, diffusion, config.map, reference)
+    facts = {
+        **names,
+        "data": data.name,
+        "num_images": config.map.num_images,
+        "num_bins": config.map.num_bins,
+    }
+    if dry_run:
+        print_json(
+            {**facts, "out": str(folder), "estimate": {"total_s": round(map_seconds(*parts), 2)}}
+        )
+        return
+    bar = tqdm(
+        total=config.map.num_bins, desc="map", file=sys.stderr, dynamic_ncols=True, leave=False
+    )
+    kept = (
+        f"the map was not complete, so nothing was written to {folder}; the same command "
+        "begins again"
+    )
+    with interruptible(kept), bar:
+        found = measure_map(
+            *parts, config.sampling.batch_size, lambda done, _: bar.update(done - bar.n)
+        )
+    files = [str(path) for path in write_map(found, folder)]
+    ends = {"data": 0, "middle": found.num_bins // 2, "noise": found.num_bins - 1}
+    means = {name: [float(f"{v:.4g}") for v in found.error_full[i]] for name, i in ends.items()}
+    print_json({**facts, "files": files, "error_by_exit_depth": means})
+
+
+def evaluate(
+    run_dir: RunDir,
+    trial: Annotated[
+        int | None,
+        typer.Option(help="Trial to evaluate; default: the pretrained network as it is."),
+    ] = None,
+    schedule: Annotated[str | None, SCHEDULE] = None,
+    check: Annotated[
+        bool,
+        typer.Option(
+            "--check",
+            help="Compare with the figure on record for --trial; exit 1 if it can't be reproduced.",
+        ),
+    ] = False,
+    storage: Storage = None,
+    dry_run: DryRun = False,
+) -> None:
+    """Measure quality under the study's protocol: a trial's weights again, or the pretrained ones
+    under any schedule."""
+    from asesearch.backbones.base import check_schedule
+    from asesearch.point import Point
+    from asesearch.search import Workbench
+    from asesearch.search.confirmation import load_trial
+    from asesearch.study import Study
+    from asesearch.study.reproduce import compare
+
+    if check and trial is None:
+        raise ConfigError(
+            "--check compares with the figure of a trial; got no --trial; give its number"
+        )
+    if trial is not None and schedule is not None:
+        raise ConfigError(
+            f"a trial has its own schedule; got --trial {trial} with --schedule; leave one out"
+        )
+    study = Study.open(run_dir, storage)
+    bench = Workbench(study.config, run_dir)
+    record = None if trial is None else study.record(trial)
+    if record is None:
+        net = bench.backbone
+        chain = bench.full.num_train_timesteps
+        depths = schedule_of(schedule or "full", net.depth, chain)
+        check_schedule(net, chain, depths)
+        point = Point(depths, bench.own_sampler)
+    else:
+        net = load_trial(study, record, bench.device)
+        point = record.point
+    chosen = {"schedule": str(point.schedule), "sampler": str(point.sampler)}
+    if dry_run:
+        print_json({**chosen, "protocol": vars(bench.protocols.search)})
+        return
+    with interruptible("a figure that is not complete is not kept; the same command begins again"):
+        quality, seconds = bench.evaluate(net, point, bench.protocols.search)
+    result: dict[str, Any] = {
+        "metric": bench.protocols.search.metric_name,
+        "value": quality.value,
+        "std_error": quality.std_error,
+    }
+    result |= {
+        **chosen,
+        "sampling_seconds": round(seconds["sample"], 2),
+        **quality.to_dict(),
+    }
+    if check:
+        assert record is not None and record.quality is not None
+        result["check"] = compare(record.quality, quality)
+    print_json(result)
+    if check and not result["check"]["reproduced"]:
+        raise typer.Exit(1)
