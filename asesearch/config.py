@@ -190,8 +190,9 @@ class DataConfig(_Section):
     of image_size pixels, as grey (1) or colour (3). `classes` says which of the network's classes
     each class folder is: folder names in order of class index, or a table of name = index; it takes
     the place of `classes.json` in the folder. `skip_damaged` checks all images and leaves out those
-    that are damaged. `vae` is for latents: the folder of the AutoencoderKL that turns generated
-    latents into images, which evaluation needs.
+    that are damaged. `num_workers` processes read the images ahead; with 0 a thread does. `vae` is
+    for latents: the folder of the AutoencoderKL that turns generated latents into images, which
+    evaluation needs.
     """
 
     kind: Literal["fashion-mnist", "image-folder", "latents"]
@@ -203,6 +204,7 @@ class DataConfig(_Section):
     flip: bool = False
     classes: Annotated[tuple[str, ...], _Array] | dict[str, int] | None = None
     skip_damaged: bool = False
+    num_workers: NonNegativeInt = 0
     download: bool = False
 
 
@@ -366,11 +368,14 @@ MAY_CHANGE = frozenset(
         "sampling.batch_size",
         "data.path",
         "data.vae",
+        "data.num_workers",
         "data.download",
         "evaluation.extractor_weights",
         "evaluation.reference.path",
+        "evaluation.reference.num_workers",
         "evaluation.reference.download",
         "map.data.path",
+        "map.data.num_workers",
         "map.data.download",
     }
 )

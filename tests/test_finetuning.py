@@ -31,6 +31,7 @@ from asesearch.finetuning import (
     Batch,
     PlateauWeight,
     Trainer,
+    batches,
     check_fit,
     draw_batch,
     finetune,
@@ -267,14 +268,14 @@ def test_not_a_number_is_caught_and_not_saved(tiny_dit, tiny_images, tmp_path, m
     import asesearch.finetuning.trainer as module
 
     def poisoned(*args):
-        batch = draw_batch(*args)
-        if args[4] == 7:
-            values = {**vars(batch)}
-            values[poison] = values[poison] * math.nan
-            batch = Batch(**values)
-        return batch
+        for step, batch in zip(args[-1], batches(*args), strict=True):
+            if step == 7:
+                values = {**vars(batch)}
+                values[poison] = values[poison] * math.nan
+                batch = Batch(**values)
+            yield batch
 
-    monkeypatch.setattr(module, "draw_batch", poisoned)
+    monkeypatch.setattr(module, "batches", poisoned)
     with pytest.raises(TrainingDiverged, match="step 7 of 12.*lower the learning rate"):
         finetune(tiny_dit, tiny_images, Diffusion(), SCHEDULE, CONFIG, tmp_path)
     monkeypatch.undo()

@@ -423,7 +423,8 @@ def test_a_check_that_can_not_be_kept_is_made_all_the_same(
 
 
 @pytest.mark.parametrize(
-    "setting", [{"skip_damaged": True}, {"classes": ("a",)}, {"classes": {"a": 0}}]
+    "setting",
+    [{"skip_damaged": True}, {"classes": ("a",)}, {"classes": {"a": 0}}, {"num_workers": 2}],
 )
 @pytest.mark.parametrize("kind", ["fashion-mnist", "latents"])
 def test_settings_of_image_folders_are_refused_elsewhere(kind, setting):

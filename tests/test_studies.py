@@ -190,7 +190,7 @@ def test_celeba(tmp_path):
 def imagenet(tmp_path_factory):
     """Images of three classes, their latents, the VAE, and a DiT for them: all that the study
     names."""
-    from tests.test_latents import make_vae
+    from tests.test_encoding import make_vae
 
     place = tmp_path_factory.mktemp("imagenet")
     make_images(place / "train", ("n01", "n02", "n03"))
@@ -269,7 +269,7 @@ def test_imagenet(imagenet, tmp_path):
 def test_a_study_of_latents_that_can_t_be_evaluated_is_refused_before_the_network_is_read(
     imagenet, tmp_path
 ):
-    from tests.test_latents import make_vae
+    from tests.test_encoding import make_vae
 
     good = imagenet_study(imagenet)
 
@@ -335,7 +335,7 @@ def test_another_decoder_is_another_study(imagenet, tmp_path):
     """The path of the VAE may change, what lies there may not."""
     import shutil
 
-    from tests.test_latents import make_vae
+    from tests.test_encoding import make_vae
 
     first = Workbench(imagenet_study(imagenet)).identity
     shutil.copytree(imagenet / "vae", tmp_path / "moved")
@@ -353,7 +353,7 @@ def test_another_decoder_is_another_study(imagenet, tmp_path):
 def test_pixart(tmp_path):
     from diffusers import PixArtTransformer2DModel
 
-    from tests.test_latents import make_text_encoder, make_vae
+    from tests.test_encoding import make_text_encoder, make_vae
 
     images = make_images(tmp_path / "train")
     lines = [

@@ -6,6 +6,7 @@ A source gives batches by index, so a training step's data follow from its seed 
 from asesearch.data.cache import cache_dir
 from asesearch.data.fashion import FASHION_MNIST_CLASSES, fashion_mnist, read_idx
 from asesearch.data.images import ImageFolder
+from asesearch.data.loading import read_ahead, workers_of
 from asesearch.data.open import check_readable, open_data
 from asesearch.data.pixels import centre_crop, save_images
 from asesearch.data.sources import DataSource, ImageArray
@@ -20,6 +21,8 @@ __all__ = [
     "check_readable",
     "fashion_mnist",
     "open_data",
+    "read_ahead",
     "read_idx",
     "save_images",
+    "workers_of",
 ]

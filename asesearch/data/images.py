@@ -50,6 +50,8 @@ class ImageFolder:
             index. By default what `classes.json` in the folder says, in either form; without it the
             folders are counted in sorted order.
         skip_damaged: check all images and leave out those that are damaged.
+        num_workers: processes that training and references read the images ahead with, see
+            `read_ahead`; no result depends on it.
 
     Attributes:
         files: paths of the images.
@@ -75,6 +77,7 @@ class ImageFolder:
         *,
         classes: ClassMap | None = None,
         skip_damaged: bool = False,
+        num_workers: int = 0,
     ) -> None:
         self.root = root = Path(path)
         listing = list_folder(root)
@@ -93,6 +96,7 @@ class ImageFolder:
         self.labels_by_order = bool(folders) and given is None
         self.channels = channels
         self.flip = flip
+        self.num_workers = num_workers
         self.name = printable(root.resolve().name)
         self.files = [root / f.name for f in self._listed]
         self.num_classes = 1 + max(self.classes.values(), default=-1)

@@ -21,10 +21,12 @@ def open_data(config: DataConfig) -> DataSource:
         raise ConfigError(
             f"vae decodes latents; got it for data of kind {config.kind!r}; leave it out"
         )
-    if config.kind != "image-folder" and (config.classes is not None or config.skip_damaged):
-        what = "skip_damaged" if config.classes is None else "classes"
+    given = {k: getattr(config, k) for k in ("classes", "skip_damaged", "num_workers")}
+    for_folders = [k for k, value in given.items() if value not in (None, False, 0)]
+    if config.kind != "image-folder" and for_folders:
         raise ConfigError(
-            f"{what} is for image folders; got it for data of kind {config.kind!r}; leave it out"
+            f"{for_folders[0]} is for image folders; got it for data of kind {config.kind!r}; "
+            "leave it out"
         )
     if config.kind == "fashion-mnist":
         return fashion_mnist(config.split, config.path, download=config.download)
@@ -49,6 +51,7 @@ def open_data(config: DataConfig) -> DataSource:
         config.flip,
         classes=config.classes,
         skip_damaged=config.skip_damaged,
+        num_workers=config.num_workers,
     )
 
 

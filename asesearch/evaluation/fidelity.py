@@ -14,8 +14,9 @@ import os
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from importlib import resources
 from itertools import pairwise
 from pathlib import Path
@@ -30,7 +31,7 @@ from torch_fidelity.metric_fid import fid_statistics_to_metric
 from torch_fidelity.metric_kid import kid_features_to_metric
 
 from asesearch.config import EvaluationConfig, PromotionConfig, SamplingConfig, StudyConfig
-from asesearch.data import DataSource, cache_dir, check_readable
+from asesearch.data import DataSource, cache_dir, check_readable, read_ahead, workers_of
 from asesearch.errors import EvaluationError, WriteError
 from asesearch.evaluation.extractors import Extractor
 from asesearch.files import replacing
@@ -82,12 +83,20 @@ def to_uint8(images: Tensor) -> Tensor:
 def _feature_batches(
     extractor: Extractor, images: Tensor | DataSource, batch_size: int
 ) -> Iterator[Floats]:
-    for start in range(0, len(images), batch_size):
-        if isinstance(images, Tensor):
-            batch = images[start : start + batch_size]
-        else:
-            batch = to_uint8(images.batch(range(start, min(start + batch_size, len(images))))[0])
-        yield extractor(batch).numpy()  # (N', D)
+    """(N', D) each, in order; a data set is read ahead."""
+    starts = range(0, len(images), batch_size)
+    if isinstance(images, Tensor):
+        for start in starts:
+            yield extractor(images[start : start + batch_size]).numpy()
+        return
+    parts = [range(start, min(start + batch_size, len(images))) for start in starts]
+    with closing(read_ahead(partial(_read_bytes, images), parts, workers_of(images))) as read:
+        for batch in read:
+            yield extractor(batch).numpy()
+
+
+def _read_bytes(source: DataSource, indices: range) -> Tensor:
+    return to_uint8(source.batch(indices)[0])
 
 
 def extract_features(

@@ -6,7 +6,7 @@ on one.
 """
 
 from asesearch.finetuning.annealing import Depths, PlateauWeight, ema_decay_at, lr_factor
-from asesearch.finetuning.batches import Batch, draw_batch, seeded_generator
+from asesearch.finetuning.batches import Batch, batches, draw_batch, seeded_generator
 from asesearch.finetuning.checkpoint import CHECKPOINT, weights_fingerprint
 from asesearch.finetuning.fit import check_fit
 from asesearch.finetuning.step import make_accelerator
@@ -19,6 +19,7 @@ __all__ = [
     "PlateauWeight",
     "TrainResult",
     "Trainer",
+    "batches",
     "check_fit",
     "draw_batch",
     "ema_decay_at",

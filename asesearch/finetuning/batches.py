@@ -5,7 +5,10 @@ Timesteps are stratified over the batch, which the released code of Moon et al. 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Generator
+from contextlib import closing
+from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 import torch
@@ -13,7 +16,7 @@ from torch import Tensor
 
 from asesearch.backbones.base import Backbone, Conditioning, own_labels
 from asesearch.config import TrainConfig
-from asesearch.data import DataSource
+from asesearch.data import DataSource, read_ahead, workers_of
 from asesearch.diffusion import Process
 
 
@@ -49,6 +52,29 @@ def draw_batch(
     batch_size equal strata of the diffusion timesteps, shuffled); labels are dropped with
     `class_dropout_prob` where the network has a null label.
     """
+    return _labelled(_drawn(data, config, diffusion, part, step), backbone)
+
+
+def batches(
+    data: DataSource,
+    backbone: Backbone,
+    config: TrainConfig,
+    diffusion: Process,
+    part: tuple[int, int],
+    steps: range,
+) -> Generator[Batch, None, None]:
+    """The batches of many steps, each as `draw_batch` gives it, read ahead: see `read_ahead`."""
+    draw = partial(_drawn, data, config, diffusion, part)
+    with closing(read_ahead(draw, steps, workers_of(data))) as drawn:
+        for batch, dropped in drawn:
+            yield _labelled((batch, dropped), backbone)
+
+
+def _drawn(
+    data: DataSource, config: TrainConfig, diffusion: Process, part: tuple[int, int], step: int
+) -> tuple[Batch, Tensor]:
+    """A batch with the data's own labels, and which of these are to be dropped (N,): what needs no
+    network, and so can be drawn in another process."""
     rank, world = part
     size = config.batch_size
     gen = seeded_generator(config.seed, step, 1)
@@ -60,12 +86,18 @@ def draw_batch(
     dropped = torch.rand(size, generator=gen) < config.class_dropout_prob
     mine = slice(rank * size // world, (rank + 1) * size // world)
     x_start, y = data.batch(indices[mine], seeded_generator(config.seed, step, 2, rank))
-    y = own_labels(backbone, y, len(x_start))
-    if y is not None and backbone.has_null_label:
-        y = _with_drops(y, backbone.null_labels(y), dropped[mine])
     depth_gen = seeded_generator(config.seed, step, 4)
     u = (torch.randperm(size, generator=depth_gen) + torch.rand(size, generator=depth_gen)) / size
-    return Batch(x_start, y, t[mine], noise[mine], u[mine])
+    return Batch(x_start, y, t[mine], noise[mine], u[mine]), dropped[mine]
+
+
+def _labelled(drawn: tuple[Batch, Tensor], backbone: Backbone) -> Batch:
+    """The batch with the labels that the network takes."""
+    batch, dropped = drawn
+    y = own_labels(backbone, batch.y, len(batch.x_start))
+    if y is not None and backbone.has_null_label:
+        y = _with_drops(y, backbone.null_labels(y), dropped)
+    return replace(batch, y=y)
 
 
 def _with_drops(y: Conditioning, null: Conditioning, dropped: Tensor) -> Conditioning:

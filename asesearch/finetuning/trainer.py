@@ -6,7 +6,7 @@ import math
 import statistics
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from asesearch.data import DataSource
 from asesearch.diffusion import Process
 from asesearch.errors import TrainingDiverged
 from asesearch.finetuning.annealing import SYNC_EVERY, Depths
-from asesearch.finetuning.batches import Batch, draw_batch
+from asesearch.finetuning.batches import batches, draw_batch
 from asesearch.finetuning.checkpoint import (
     CHECKPOINT,
     read_checkpoint,
@@ -136,33 +136,31 @@ class Trainer(TrainingStep):
         """
         total = self.config.num_steps
 
-        def fetch(step: int) -> Batch:
-            return draw_batch(
-                self.data, self.backbone, self.config, self.diffusion, step, self.part
-            )
-
-        stats: list[Tensor] = []
         start = time.perf_counter()
-        with ThreadPoolExecutor(1) as pool:
-            ahead = pool.submit(fetch, self.step)
-            while self.step < total:
-                batch = ahead.result()
-                ahead = pool.submit(fetch, self.step + 1)
+        stats: list[Tensor] = []
+        read = batches(
+            self.data,
+            self.backbone,
+            self.config,
+            self.diffusion,
+            self.part,
+            range(self.step, total),
+        )
+        with closing(read):
+            for batch in read:
                 stats.append(self.train_step(batch))
                 due = self.run_dir is not None and self.step % self.config.checkpoint_every == 0
-                if self.step % SYNC_EVERY == 0 or due or self.step == total:
-                    self._absorb(stats)
-                    self.seconds += time.perf_counter() - start
-                    start = time.perf_counter()
-                    stats = []
-                    if on_step is not None and self.accelerator.is_main_process:
-                        on_step(
-                            self.step,
-                            sum(self.losses[-SYNC_EVERY:]) / len(self.losses[-SYNC_EVERY:]),
-                        )
-                    if due or (self.step == total and self.run_dir is not None):
-                        self._save()
-            ahead.cancel()
+                if not (self.step % SYNC_EVERY == 0 or due or self.step == total):
+                    continue
+                self._absorb(stats)
+                self.seconds += time.perf_counter() - start
+                start = time.perf_counter()
+                stats = []
+                if on_step is not None and self.accelerator.is_main_process:
+                    last = self.losses[-SYNC_EVERY:]
+                    on_step(self.step, sum(last) / len(last))
+                if due or (self.step == total and self.run_dir is not None):
+                    self._save()
         for name in self._learnt:
             self.ema_of[name].requires_grad_(True)  # so that it can be trained further
         ended = self.weight.ended_at

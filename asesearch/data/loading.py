@@ -1,0 +1,129 @@
+"""Reading ahead: what is needed next is read while what was read is used."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import sys
+import threading
+from collections.abc import Callable, Generator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, Generic, TypeVar, cast
+
+from torch.utils.data import DataLoader, Dataset
+
+from asesearch.errors import AseSearchError
+
+Key = TypeVar("Key")
+Value = TypeVar("Value")
+
+
+def workers_of(source: object) -> int:
+    """Worker processes that a data source asks for: its `num_workers`, 0 where it has none."""
+    return int(getattr(source, "num_workers", 0))
+
+
+def read_ahead(
+    read: Callable[[Key], Value], keys: Sequence[Key], num_workers: int = 0
+) -> Generator[Value, None, None]:
+    """`read(key)` for every key, in their order.
+
+    Without workers one thread reads one key ahead. With workers, processes of a PyTorch DataLoader
+    read two keys each ahead; they live until the last key, an exception or `close()`. They start
+    from a fork server, as forking a process that has threads, a GPU or locked files is not safe:
+    so `read` and what it holds must be picklable, and a script that trains must keep what it does
+    under `if __name__ == "__main__":`.
+
+    Args:
+        read: must depend on the key alone.
+        keys: what to read.
+        num_workers: worker processes, at most one per processor that this process may use.
+
+    Raises:
+        AseSearchError: `read` raised it.
+    """
+    num_workers = min(num_workers, len(keys), _num_processors())
+    if num_workers == 0:
+        yield from _by_thread(read, keys)
+    else:
+        yield from _by_processes(read, keys, num_workers)
+
+
+def _num_processors() -> int:
+    if hasattr(os, "sched_getaffinity"):  # not on macOS
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def _by_thread(read: Callable[[Key], Value], keys: Sequence[Key]) -> Generator[Value, None, None]:
+    pool = ThreadPoolExecutor(1)
+    ahead: Future[Value] | None = None
+    try:
+        for key in keys:
+            current = ahead
+            ahead = pool.submit(read, key)
+            if current is not None:
+                yield current.result()
+        if ahead is not None:
+            yield ahead.result()
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+class _Reads(Dataset[Any], Generic[Key, Value]):
+    """`read` as a DataLoader's data set."""
+
+    def __init__(self, read: Callable[[Key], Value]) -> None:
+        self.read = read
+
+    def __getitem__(self, key: Key) -> tuple[Value | None, AseSearchError | None]:
+        """What was read, or the error: a DataLoader would put its traceback into the message."""
+        try:
+            return self.read(key), None
+        except AseSearchError as error:
+            return None, error
+
+
+def _as_it_is(value: Any) -> Any:
+    return value
+
+
+def _end_with_the_parent(worker: int) -> None:
+    """Make this worker end when its parent does, even if it is killed.
+
+    PyTorch's own watch over the parent sees the fork server alone, which lives as long as a worker.
+    """
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def watch() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def _by_processes(
+    read: Callable[[Key], Value], keys: Sequence[Key], num_workers: int
+) -> Generator[Value, None, None]:
+    context = multiprocessing.get_context("forkserver")
+    # what the server has loaded no worker loads again; it is fixed when the first worker starts
+    context.set_forkserver_preload(sorted(m for m in sys.modules if m.split(".")[0] == "asesearch"))
+    loader = DataLoader(
+        _Reads(read),
+        batch_size=None,
+        sampler=cast(Any, keys),
+        num_workers=num_workers,
+        collate_fn=_as_it_is,
+        worker_init_fn=_end_with_the_parent,
+        multiprocessing_context=context,
+    )
+    found = iter(loader)
+    try:
+        for value, error in found:
+            if error is not None:
+                raise error
+            yield value
+    finally:
+        # its __del__ does so too, but only once no traceback holds it
+        cast(Any, found)._shutdown_workers()
