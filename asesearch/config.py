@@ -16,6 +16,7 @@ from pydantic import (
     NonNegativeFloat,
     PositiveFloat,
     ValidationError,
+    model_validator,
 )
 
 from asesearch.errors import ConfigError
@@ -108,18 +109,25 @@ class TrainConfig(_Section):
 
 class ElasticConfig(TrainConfig):
     """The elastic warm-up: one fine-tuning in which every sample draws its own exit depth, so that
-    one network serves every schedule. Done once a study; all trials start from its weights.
+    one network serves every schedule. Done once per study; all trials start from its weights.
 
-    `depth_law`: `uniform` draws depths evenly at every noise level; `noise-easy` deeper near data
-    and shallower near noise,
-    as the schedules it will serve: with u uniform and τ = t / T, min + (depth - min + 1) u^(1/2 +
-    3τ/2), rounded down. `full_frac` of the samples run all blocks whatever the law, so that the
-    full network is not forgotten.
+    `depth_distribution`: `uniform` draws depths evenly at every noise level; `noise-easy` deeper
+    near data and shallower near noise, as the schedules it will serve: with u uniform and τ = t /
+    T, min + (depth - min + 1) u^(1/2 + 3τ/2), rounded down. `full_frac` of the samples run all
+    blocks whatever the distribution, so that the full network is not forgotten.
     """
 
     num_steps: PositiveInt = 500
-    depth_law: Literal["uniform", "noise-easy"] = "uniform"
+    depth_distribution: Literal["uniform", "noise-easy"] = "uniform"
     full_frac: float = Field(default=0.1, ge=0.0, le=1.0)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _earlier_names(cls, data: Any) -> Any:
+        """Read `depth_law`, the name of `depth_distribution` in earlier releases."""
+        if isinstance(data, dict) and "depth_law" in data and "depth_distribution" not in data:
+            return {"depth_distribution" if k == "depth_law" else k: v for k, v in data.items()}
+        return data
 
 
 class MapConfig(_Section):
@@ -141,16 +149,16 @@ class PromotionConfig(_Section):
 
     A schedule is sampled with the elastic weights, `repeats` times `num_samples` images, and is
     fine-tuned if it belongs to the front with a probability of at least `threshold`, judged by all
-    figures so far and their spread.
+    scores so far and their spread.
 
     `metric`: `auto` is the evaluation's own where it exists: the Fréchet distance needs more images
     than the extractor has features, and for fewer it is taken in principal components of the
     reference (`frechet-pca`), a quarter as many as images.
 
-    The `difficulty` proposer looks around first: its first `explore` proposals (never more than
-    half of `num_trials`) follow the front of cheap figures and are not fine-tuned yet; the best of
-    them may come again. Of those that follow, the first `always` are fine-tuned whatever their
-    cheap figure, so that there is something to judge by.
+    The `difficulty` proposer begins with an exploration phase: its first `explore` proposals (never
+    more than half of `num_trials`) follow the front of low-fidelity scores and are not fine-tuned
+    yet; the best of them may come again. Of those that follow, the first `always` are fine-tuned
+    whatever their low-fidelity score, so that there is something to judge by.
     """
 
     metric: Literal["auto", "frechet", "kid", "frechet-pca"] = "auto"
@@ -219,7 +227,7 @@ SamplerName = Annotated[
 
 
 class SamplingConfig(_Section):
-    """How images are made: solver, steps, guidance (1 = none), images a batch, and arithmetic.
+    """How images are made: solver, steps, guidance (1 = none), images per batch, and arithmetic.
 
     `precision`: the network's matrix products in float32, in a GPU's TF32, several times faster
     (elsewhere float32), as the official DiT code samples, or in bfloat16.
@@ -242,7 +250,7 @@ class SamplingConfig(_Section):
 
 
 class EvaluationConfig(_Section):
-    """The quality protocol: figures are compared only where all of it is equal.
+    """The quality protocol: scores are compared only where all of it is equal.
 
     Each of `repeats` sets of `num_samples` images has its own seeds, so the spread over repeats is
     the metric's noise. The reference is `reference` (by default the training data).
@@ -276,12 +284,12 @@ class SearchConfig(_Section):
     """Where schedules come from, and how many.
 
     `cost` is the second objective, as a fraction of the full network's: `time` (latency measured
-    once a study), or `flops` (the same on every run, so that a study repeats trial by trial).
+    once per study), or `flops` (the same on every run, so that a study repeats trial by trial).
     `samplers` are other ways to sample that compete with the schedules on one front, as
     "SOLVER-STEPS" ("ddim-10"): each trial has one of them or the study's own. Time is counted over
     the full network's under the study's own. `budget` ("90m", "2h", "1d") ends the search when the
     wall time in which any worker was at work, and what is still to be confirmed, reach it.
-    `proposer`: `difficulty` (ours) needs the difficulty map, which is measured once a study; the
+    `proposer`: `difficulty` (ours) needs the difficulty map, which is measured once per study; the
     others are Optuna's.
     """
 
@@ -384,7 +392,7 @@ MAY_CHANGE = frozenset(
 def changed_fields(old: StudyConfig, new: StudyConfig) -> list[str]:
     """Fields of `new` that break comparability with `old`, as `section.field: old -> new`.
 
-    `confirm` may change as a whole: confirmed points are confirmed anew.
+    `confirm` may change as a whole: confirmed points are confirmed again.
     """
     a = _flat(old.model_dump(exclude={"confirm"}))
     b = _flat(new.model_dump(exclude={"confirm"}))

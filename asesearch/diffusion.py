@@ -29,7 +29,7 @@ def make_betas(beta_schedule: str = "linear", num_train_timesteps: int = 1000) -
     latent U-ViTs use.
 
     Raises:
-        ConfigError: unknown schedule or a chain shorter than two.
+        ConfigError: unknown schedule or fewer than two timesteps.
     """
     if num_train_timesteps < 2:
         raise ConfigError(
@@ -62,7 +62,7 @@ class Process(ABC):
             process.
         num_train_timesteps: the network's timesteps lie in [0, num_train_timesteps), 0 nearest to
             data.
-        time_dtype: type of a timestep: whole for a chain, float32 in continuous time.
+        time_dtype: type of a timestep: integer in discrete time, float32 in continuous time.
         t_clean: where sampling ends: alpha is 1 and sigma 0 there, and the network is never called.
     """
 
@@ -93,7 +93,7 @@ class Process(ABC):
         the noise end.
 
         Raises:
-            ConfigError: num_steps below 1, or above the length of a chain.
+            ConfigError: num_steps below 1, or above the number of diffusion timesteps.
         """
 
     def level(self, t: float) -> tuple[float, float]:
@@ -104,7 +104,7 @@ class Process(ABC):
         return float(self.alpha(time)), float(self.sigma(time))
 
     def snr(self, t: Tensor | None = None) -> Tensor:
-        """Signal-to-noise ratio (alpha / sigma)² at t (default: every whole timestep): float64,
+        """Signal-to-noise ratio (alpha / sigma)² at t (default: every integer timestep): float64,
         infinite where sigma is 0."""
         t = torch.arange(self.num_train_timesteps) if t is None else t
         return (self.alpha(t) / self.sigma(t)) ** 2
@@ -163,7 +163,7 @@ class Process(ABC):
 
 
 class Diffusion(Process):
-    """A discrete chain.
+    """Discrete time.
 
     Attributes:
         betas, alphas_cumprod: (num_train_timesteps,) float64, on the CPU.
@@ -201,7 +201,8 @@ class Diffusion(Process):
         return (u * self.num_train_timesteps).long().clamp_(max=self.num_train_timesteps - 1)
 
     def timesteps(self, num_steps: int, quadratic: bool = False) -> tuple[float, ...]:
-        """See `Process.timesteps`. On a quadratic grid, steps too short for the chain become 1.
+        """See `Process.timesteps`. On a quadratic grid, steps too short for integer timesteps
+        become 1.
 
         Source: `space_timesteps` of the official DiT code with one section, whose rounding of a
         running sum it repeats; that function would call a single step at t = 0.
@@ -209,7 +210,8 @@ class Diffusion(Process):
         last = self.num_train_timesteps - 1
         if not 1 <= num_steps <= last + 1:
             raise ConfigError(
-                f"num_steps must lie in 1…{last + 1}, the length of the chain; got {num_steps}"
+                f"num_steps must lie in 1…{last + 1}, the number of diffusion timesteps; got "
+                f"{num_steps}"
             )
         if num_steps == 1:
             return (last,)
@@ -268,7 +270,7 @@ class VPSDE(Process):
     linear in s.
 
     The network is called at t = (num_train_timesteps - 1) · s, a fraction. It trains no variance:
-    surplus output channels are ignored.
+    unexpected output channels are ignored.
 
     Args:
         beta_min: β at s = 0.
@@ -335,7 +337,7 @@ def make_diffusion(config: DiffusionConfig) -> Process:
     """The forward process of a study file.
 
     Raises:
-        ConfigError: a beta schedule that the process does not have, or a chain too short.
+        ConfigError: a beta schedule that the process does not have, or too few timesteps.
     """
     if config.process == "discrete":
         return Diffusion(config.beta_schedule, config.num_train_timesteps)

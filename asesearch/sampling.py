@@ -3,7 +3,7 @@
 A solver is a function that reads as its algorithm, over pairs (t_cur, t_next) of which the last
 t_next is `t_clean`. It sees the network as `model(x, t)` and knows neither schedule nor guidance.
 
-No solver is taken from diffusers: its schedulers keep whole timesteps and float32 betas, so they
+No solver is taken from diffusers: its schedulers keep integer timesteps and float32 betas, so they
 have no VP-SDE, and its DDIM takes a uniform stride. The tests compare with them where they do
 apply.
 """
@@ -34,7 +34,7 @@ Pairs = Sequence[tuple[float, float]]
 
 
 def ddpm(model: Model, x: Tensor, pairs: Pairs, diffusion: Process, noise: Noise) -> Tensor:
-    """Ancestral sampling on the chain respaced to the timesteps called.
+    """Ancestral sampling on a process respaced to the timesteps called.
 
     The variance is learned where the network has 2·C output channels, else the posterior's ("fixed
     small").
@@ -47,7 +47,7 @@ def ddpm(model: Model, x: Tensor, pairs: Pairs, diffusion: Process, noise: Noise
         output = model(x, t_cur)
         alpha, sigma = diffusion.level(t_cur)
         alpha_next, sigma_next = diffusion.level(t_next)
-        step_alpha = (alpha / alpha_next) ** 2  # 1 - beta of the respaced chain
+        step_alpha = (alpha / alpha_next) ** 2  # 1 - beta of the respaced process
         beta = 1 - step_alpha
         x_start = (x - sigma * output[:, :channels]) / alpha
         coef_start = alpha_next * beta / sigma**2
@@ -79,7 +79,7 @@ def ddim(model: Model, x: Tensor, pairs: Pairs, diffusion: Process, noise: Noise
 
 
 def dpmpp_2m(model: Model, x: Tensor, pairs: Pairs, diffusion: Process, noise: Noise) -> Tensor:
-    """DPM-Solver++(2M): second order, one call a step.
+    """DPM-Solver++(2M): second order, one call per step.
 
     Source: Lu et al. 2022 (DPM-Solver++), algorithm 2. First order at the first step and at the
     last two: into `t_clean`, where log(alpha / sigma) is infinite, and into the last timestep,
@@ -112,7 +112,7 @@ def unipc(model: Model, x: Tensor, pairs: Pairs, diffusion: Process, noise: Nois
     """UniPC: a second-order predictor, and a corrector that makes it third order and asks the
     network nothing new.
 
-    One call a step: the network's answer at a point also corrects the step that led there. Lower
+    One call per step: the network's answer at a point also corrects the step that led there. Lower
     order where history is short; the step to `t_clean` takes the predicted image. On an even grid
     the step into the last timestep is extrapolated much too far (see `dpmpp_2m`), so there is none.
 
@@ -201,7 +201,7 @@ class Solver:
 
     Attributes:
         name: what reports and study files call it.
-        integrate: from x_t at the first timestep to the image; calls `model` once a pair.
+        integrate: from x_t at the first timestep to the image; calls `model` once per pair.
         processes: the kinds of forward process it is for.
         quadratic: its timesteps are denser near data, see `Process.timesteps`.
     """
@@ -232,7 +232,7 @@ class SampleResult:
     Attributes:
         images: (N, C, H, W) float32 on the CPU, not clamped, in the order of the seeds.
         timesteps: where the network was called, descending.
-        nfe: network calls an image; guidance makes two of each.
+        nfe: network calls per image; guidance makes two of each.
         block_calls: droppable blocks run an image.
         seconds: time spent making all the images, noise included, the device synchronised.
     """
@@ -333,7 +333,7 @@ def arithmetic(precision: str, device: torch.device) -> Iterator[None]:
 
 
 def image_noise(seeds: Sequence[int], shape: tuple[int, ...], device: torch.device) -> Noise:
-    """Noise whose image i follows from seeds[i] alone: one CPU generator an image, the same on
+    """Noise whose image i follows from seeds[i] alone: one CPU generator per image, the same on
     every device."""
     generators = [torch.Generator().manual_seed(int(seed)) for seed in seeds]
 
@@ -382,7 +382,7 @@ def sample(
 
     Raises:
         ConfigError: arguments that do not fit the network or each other.
-        ScheduleError: a schedule for another network or chain.
+        ScheduleError: a schedule for another network or number of timesteps.
     """
     solver, timesteps = check_sampling(backbone, solver, diffusion, num_steps, cfg_scale)
     check_images(backbone, seeds, y, batch_size)
@@ -420,7 +420,7 @@ def _evaluating(backbone: Backbone) -> Iterator[None]:
 def check_sampling(
     backbone: Backbone, solver: str | Solver, diffusion: Process, num_steps: int, cfg_scale: float
 ) -> tuple[Solver, tuple[float, ...]]:
-    """Refuse a way of sampling that the network can't go, before anything is trained for it.
+    """Refuse a sampler that the network can't be sampled with, before anything is trained for it.
 
     Returns:
         The solver, and the timesteps it calls the network at.
@@ -464,8 +464,8 @@ def check_images(
         isinstance(seed, (int, np.integer)) and 0 <= seed < 2**32 for seed in seeds
     ):
         raise ConfigError(
-            "seeds must be whole numbers from 0 to 2^32 - 1 (torch's CPU generator ignores higher "
-            f"bits), one an image; got {list(seeds)[:5]} …; begin lower"
+            "seeds must be integers from 0 to 2^32 - 1 (torch's CPU generator ignores higher "
+            f"bits), one per image; got {list(seeds)[:5]} …; begin lower"
         )
     if batch_size < 1:
         raise ConfigError(

@@ -38,7 +38,7 @@ PUBLISHED: dict[str, tuple[int, tuple[int, ...]]] = {
 }
 
 
-#: Larger numbers are refused where they are read: no depth, timestep or chain comes near.
+#: Larger numbers are refused where they are read: no depth or timestep comes near.
 LIMIT = 10**9
 
 #: The longest `ExitSchedule.slug`, in bytes.
@@ -97,14 +97,15 @@ def _numbers(text: str, whole: str) -> tuple[int, ...]:
 
 @dataclass(frozen=True)
 class ExitSchedule:
-    """Blocks run (`exit_depths`) on each interval of the training chain.
+    """Blocks run (`exit_depths`) on each interval of the diffusion timesteps.
 
     Attributes:
         depth: blocks of the network that may be dropped (all of DiT's, the decoder's in a U-ViT).
-        num_train_timesteps: length of the chain; t lies in [0, num_train_timesteps), 0 = data.
+        num_train_timesteps: number of diffusion timesteps; t lies in [0, num_train_timesteps), 0 =
+            data.
         boundaries: strictly increasing, from 0 to num_train_timesteps; interval i is
             [boundaries[i], boundaries[i+1]).
-        exit_depths: one count in 1…depth an interval, data side first.
+        exit_depths: one count in 1…depth per interval, data side first.
 
     Raises:
         ScheduleError: naming the rule that is broken, the value and the fix.
@@ -116,7 +117,7 @@ class ExitSchedule:
     exit_depths: tuple[int, ...]
 
     def __post_init__(self) -> None:
-        (depth, chain) = _integers(
+        (depth, end) = _integers(
             (self.depth, self.num_train_timesteps), "depth and num_train_timesteps"
         )
         bounds = _integers(self.boundaries, "boundaries")
@@ -127,9 +128,9 @@ class ExitSchedule:
             depth,
             "give the number of blocks of the network",
         )
-        _require(chain >= 1, "num_train_timesteps must be at least 1", chain, "DiT uses 1000")
+        _require(end >= 1, "num_train_timesteps must be at least 1", end, "DiT uses 1000")
         _require(
-            len(depths) >= 1, "exit_depths must not be empty", depths, "give one depth an interval"
+            len(depths) >= 1, "exit_depths must not be empty", depths, "give one depth per interval"
         )
         _require(
             len(bounds) == len(depths) + 1,
@@ -138,10 +139,10 @@ class ExitSchedule:
             "list both ends of every interval",
         )
         _require(
-            bounds[0] == 0 and bounds[-1] == chain,
-            f"boundaries must run from 0 to num_train_timesteps = {chain}",
+            bounds[0] == 0 and bounds[-1] == end,
+            f"boundaries must run from 0 to num_train_timesteps = {end}",
             f"{bounds[0]} … {bounds[-1]}",
-            "begin with 0 and end with the length of the chain",
+            "begin with 0 and end with the number of diffusion timesteps",
         )
         _require(
             all(a < b for a, b in pairwise(bounds)),
@@ -158,7 +159,7 @@ class ExitSchedule:
             )
         whole = {
             "depth": depth,
-            "num_train_timesteps": chain,
+            "num_train_timesteps": end,
             "boundaries": bounds,
             "exit_depths": depths,
         }
@@ -174,7 +175,7 @@ class ExitSchedule:
         """A schedule over equal intervals (to the nearest timestep), data side first."""
         _integers((depth, num_train_timesteps), "depth and num_train_timesteps")
         count = len(exit_depths)
-        _require(count >= 1, "exit_depths must not be empty", "none", "give one depth an interval")
+        _require(count >= 1, "exit_depths must not be empty", "none", "give one depth per interval")
         _require(
             count <= num_train_timesteps,
             f"at most one interval a timestep ({num_train_timesteps})",
@@ -201,7 +202,7 @@ class ExitSchedule:
                 a key of `PUBLISHED`.
             depth: blocks of the network that may be dropped. A published schedule is rescaled to
                 it and has its own without; the others need it.
-            num_train_timesteps: length of the chain.
+            num_train_timesteps: number of diffusion timesteps.
 
         Raises:
             ScheduleError: none of these forms, no depth where it is needed, or an invalid schedule.
@@ -263,7 +264,7 @@ class ExitSchedule:
             t: timesteps in [0, num_train_timesteps); fractions belong to the interval they lie in.
 
         Raises:
-            ScheduleError: t outside the chain or not finite.
+            ScheduleError: t outside the diffusion timesteps or not finite.
         """
         times = np.asarray(t, dtype=np.float64)
         ok = bool(np.all((times >= 0) & (times < self.num_train_timesteps)))
@@ -291,7 +292,7 @@ class ExitSchedule:
         return int(self.exit_depth_at(timesteps).sum())
 
     def block_frac(self, timesteps: npt.ArrayLike | None = None) -> float:
-        """`block_calls` as a fraction of the full network's, in (0, 1]; over the whole chain if no
+        """`block_calls` as a fraction of the full network's, in (0, 1]; over all timesteps if no
         timesteps are given."""
         times = (
             np.arange(self.num_train_timesteps)
@@ -404,7 +405,8 @@ class ExitSchedule:
         intervals: `[12, 9, 6]`.
 
         Raises:
-            ScheduleError: unreadable, another form, or a schedule for another depth or chain.
+            ScheduleError: unreadable, another form, or a schedule for another depth or number of
+                timesteps.
         """
         text = read_text(path, ScheduleError)
         try:
@@ -443,8 +445,8 @@ class ExitSchedule:
     def slug(self) -> str:
         """A file name for what the schedule does, of at most `SLUG_BYTES` ASCII characters.
 
-        Schedules of one depth and chain share a name only if they run the same blocks at every t.
-        Long ones are cut, and told apart by a hash.
+        Schedules of one depth and number of timesteps share a name only if they run the same blocks
+        at every t. Long ones are cut, and told apart by a hash.
         """
         name = self.long_name
         if len(name) <= SLUG_BYTES:
@@ -473,12 +475,12 @@ def _parsed(text: str) -> Any:
 
 @dataclass(frozen=True)
 class ElasticDepths:
-    """The law by which each sample of the elastic warm-up draws its own exit depth.
+    """The distribution from which each sample of the elastic warm-up draws its own exit depth.
 
     Attributes:
         depth, num_train_timesteps: as an `ExitSchedule`'s.
         min_exit_depth: fewest blocks drawn.
-        law: `uniform` or `noise-easy`, see `config.ElasticConfig`.
+        distribution: `uniform` or `noise-easy`, see `config.ElasticConfig`.
         full_frac: part of the samples that run all blocks.
 
     Raises:
@@ -488,7 +490,7 @@ class ElasticDepths:
     depth: int
     num_train_timesteps: int
     min_exit_depth: int = 1
-    law: str = "uniform"
+    distribution: str = "uniform"
     full_frac: float = 0.1
 
     def __post_init__(self) -> None:
@@ -509,17 +511,21 @@ class ElasticDepths:
         """Blocks to run for samples at timesteps t (N,) and uniform draws u (N,) in [0, 1): (N,).
 
         The share `full_frac` of the draws, the largest, stands for all blocks; the others are
-        spread by the law.
+        spread by the distribution.
         """
         times = np.asarray(t, np.float64)
         draws = np.asarray(u, np.float64)
         drops = draws < 1 - self.full_frac
         part = np.where(drops, draws / max(1 - self.full_frac, 1e-9), 0.0)
-        power = 1.0 if self.law == "uniform" else 0.5 + 1.5 * times / self.num_train_timesteps
+        power: float | npt.NDArray[np.float64] = 1.0
+        if self.distribution != "uniform":
+            power = 0.5 + 1.5 * times / self.num_train_timesteps
         span = self.depth - self.min_exit_depth + 1
         drawn = np.minimum(self.min_exit_depth + (span * part**power).astype(np.int64), self.depth)
         return np.where(drops, drawn, self.depth)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON."""
-        return {"format": "asesearch.elastic_depths", "version": VERSION, **vars(self)}
+        values = dict(vars(self))
+        values["law"] = values.pop("distribution")  # its name in files since the first release
+        return {"format": "asesearch.elastic_depths", "version": VERSION, **values}

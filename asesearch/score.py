@@ -1,4 +1,4 @@
-"""Figures that know how they were measured. No torch in here.
+"""Scores that know how they were measured. No torch in here.
 
 Results whose protocol differs are never compared or put on one front.
 """
@@ -21,7 +21,7 @@ PCA = "frechet-pca"  # of `Protocol.metric`
 
 @dataclass(frozen=True)
 class Protocol:
-    """Everything a figure depends on besides the network and its schedule.
+    """Everything a score depends on besides the network and its schedule.
 
     Attributes:
         metric: "frechet", "kid", or "frechet-pca-K": the Fréchet distance in the reference's first
@@ -83,7 +83,7 @@ class Protocol:
         return {k: v for k, v in data.items() if k != "guided_channels" or v is not None}
 
     def require_same(self, other: Protocol) -> None:
-        """Refuse to compare figures of two protocols.
+        """Refuse to compare scores of two protocols.
 
         Raises:
             EvaluationError: naming the fields that differ.
@@ -95,18 +95,18 @@ class Protocol:
         ]
         if differ:
             raise EvaluationError(
-                "figures are compared only under one protocol; these differ in "
+                "scores are compared only under one protocol; these differ in "
                 f"{'; '.join(differ)}; evaluate both alike"
             )
 
 
 @dataclass(frozen=True)
 class EvaluationResult:
-    """A figure with its spread and its protocol.
+    """A score with its spread and its protocol.
 
     Attributes:
         protocol: how it was measured.
-        values: one figure a repeat (`protocol.seeds`), lower is better.
+        values: one score a repeat (`protocol.seeds`), lower is better.
     """
 
     protocol: Protocol
@@ -117,7 +117,7 @@ class EvaluationResult:
             math.isfinite(v) for v in self.values
         ):
             raise EvaluationError(
-                f"one finite value a repeat is needed; got {self.values} for "
+                f"one finite value per repeat is needed; got {self.values} for "
                 f"{len(self.protocol.seeds)} repeats; the network gave images that are not finite, "
                 "or too few"
             )

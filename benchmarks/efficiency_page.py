@@ -175,13 +175,13 @@ def answer(figures: list[Figure]) -> str:
     ratio = figures[0]
     share = figures[1]
     reached = (
-        f"The best rival's final hypervolume was reached with {ratio.value:.2f} of its compute "
+        f"The best baseline's final hypervolume was reached with {ratio.value:.2f} of its compute "
         "(median of the repeats)"
         if np.isfinite(ratio.value)
-        else "The best rival's final hypervolume was not reached in most repeats"
+        else "The best baseline's final hypervolume was not reached in most repeats"
     )
     return (
-        f"{reached}; on fresh seeds {100 * share.value:.0f} % of the best rival's front is "
+        f"{reached}; on fresh seeds {100 * share.value:.0f} % of the best baseline's front is "
         "dominated."
     )
 
@@ -189,7 +189,7 @@ def answer(figures: list[Figure]) -> str:
 COMPUTE = (
     "Every trial, mean over repeats thick. All arithmetic counts: warm-up, map, fine-tuning, "
     "sampling. Reference point: 1.1 times the full network's cost, twice its figure; area in cost "
-    "fraction times log figure. The first trials are the same for all rivals: warm starts, then "
+    "fraction times log figure. The first trials are the same for all baselines: warm starts, then "
     "random draws (up to the 8th for TPE and GP, the 10th for NSGA-II)."
 )
 FRONTS = "The points of each method's final front, sampled again on seeds that no search has seen."
@@ -213,8 +213,8 @@ th {{ font-weight: normal; }} .big {{ font-size: 1.25rem; }}
 <p class="big">{answer}</p>
 <p>Random, TPE, NSGA-II and GP (Optuna's) fine-tune every schedule from the pretrained weights.
 asesearch pays for one elastic warm-up and a difficulty map first, then fine-tunes more briefly
-what its cheap figures promote. One study a method and repeat, on the shipped Fashion-MNIST
-network (12 blocks) and the 10,000 shipped images, sampled in 8 steps of DPM-Solver++(2M). Rivals
+what its low-fidelity scores promote. One study a method and repeat, on the shipped Fashion-MNIST
+network (12 blocks) and the 10,000 shipped images, sampled in 8 steps of DPM-Solver++(2M). Baselines
 share the warm starts full, D2, D3, D4 and D7; ours starts from the full network alone, which is
 tuned alike for all.</p>
 <div class="figures">{pictures}</div>

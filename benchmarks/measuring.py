@@ -30,7 +30,7 @@ class Figure:
     Attributes:
         name: what was measured.
         value: in `unit`; `x` is a ratio of two quantities of the same kind.
-        spread: half the distance between the quartiles over the repeats, None for what is not
+        spread: half-IQR over the repeats, None for what is not
             repeated.
         goal: `<= number` or `>= number`, None for a number that is only reported.
     """
@@ -54,7 +54,7 @@ def options(description: str, repeats: int, batch: int) -> argparse.ArgumentPars
     """A parser with the options that all benchmarks have; the arguments are its defaults."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument(
-        "--batch", type=int, default=batch, help="images a call or step (default %(default)s)"
+        "--batch", type=int, default=batch, help="images per call or step (default %(default)s)"
     )
     parser.add_argument(
         "--repeats",

@@ -2,7 +2,7 @@
 the pretrained weights, against elastic warm-up, difficulty proposer and promotion.
 
 One study a method and repeat, on the shipped network and images. Compute counts all arithmetic:
-warm-up, map, fine-tuning and sampling. Warm starts that several rivals share are run once and
+warm-up, map, fine-tuning and sampling. Warm starts that several baselines share are run once and
 charged to each. Killed, the same command goes on.
 """
 
@@ -83,7 +83,12 @@ def study_of(method: str, repeat: int, args: argparse.Namespace) -> StudyConfig:
             "distill_frac": 1.0,
             "seed": repeat,
         }
-        data["elastic"] = {**TRAIN, **elastic, "depth_law": "noise-easy", "warmup_steps": 20}
+        data["elastic"] = {
+            **TRAIN,
+            **elastic,
+            "depth_distribution": "noise-easy",
+            "warmup_steps": 20,
+        }
         data["map"] = {"num_bins": 10, "num_images": 32, "seed": repeat}
         data["train"] = {**data["train"], "distill_frac": 1.0, "ema_decay": 0.8}
         data["promotion"] = {
@@ -142,7 +147,7 @@ def run_one(method: str, repeat: int, work: Path, args: argparse.Namespace) -> d
         ),
     )
     results = study.results()
-    fresh = fresh_figures(study, bench, list(results.front()))
+    fresh = fresh_scores(study, bench, list(results.front()))
     extra = sum(results.warm_up.get("gflops", {}).values())
     rows = rows_of(study)
     result = {
@@ -182,7 +187,7 @@ def rows_of(study: Study) -> list[dict[str, Any]]:
     return rows
 
 
-def fresh_figures(study: Study, bench: Workbench, front: list[TrialRecord]) -> list[dict[str, Any]]:
+def fresh_scores(study: Study, bench: Workbench, front: list[TrialRecord]) -> list[dict[str, Any]]:
     """The front's points on seeds that no search has seen."""
     seeds = tuple(FRESH_SEEDS + 1000 * i for i in range(2))
     protocol: Protocol = type(bench.protocols.search)(
@@ -198,14 +203,14 @@ def fresh_figures(study: Study, bench: Workbench, front: list[TrialRecord]) -> l
 
 
 def hypervolume(points: list[tuple[float, float]], full_quality: float) -> float:
-    """Area in cost fraction × log figure that the points dominate below 1.1 times the full
+    """Area in relative cost × log figure that the points dominate below 1.1 times the full
     network's cost, twice its figure."""
     found = np.array([(cost, math.log(quality)) for cost, quality in points]).reshape(-1, 2)
     return hypervolume_2d(found, (REFERENCE_TIME, math.log(REFERENCE_QUALITY * full_quality)))
 
 
 def curve(result: dict[str, Any], full_quality: float) -> list[tuple[float, float]]:
-    """(GFLOPs spent, hypervolume of dear figures) after each trial."""
+    """(GFLOPs spent, hypervolume of high-fidelity scores) after each trial."""
     spent = result["warm_up_gflops"]
     points = []
     out = [(result["warm_up_gflops"], 0.0)]
@@ -249,14 +254,14 @@ def compare(results: list[dict[str, Any]]) -> tuple[list[Figure], dict[str, Any]
         )
     figures = [
         Figure(
-            "our compute at the best rival's hypervolume / its",
+            "our compute at the best baseline's hypervolume / its",
             float(np.median(ratios)),
             "x",
             half(ratios),
             "<= 0.2",
         ),
         Figure(
-            "share of the best rival's fresh front that ours dominates",
+            "share of the best baseline's fresh front that ours dominates",
             float(np.mean(covered)),
             "",
             half(covered),
@@ -293,10 +298,10 @@ def compare(results: list[dict[str, Any]]) -> tuple[list[Figure], dict[str, Any]
 def dominated(ours: list[dict[str, Any]], theirs: list[dict[str, Any]]) -> float:
     """Share of their points (the full network's left out) that one of ours is at least as good as
     in both objectives."""
-    rivals = [p for p in theirs if p["cost"] < 1]
+    baselines = [p for p in theirs if p["cost"] < 1]
     hit = [
         any(o["cost"] <= p["cost"] + 1e-9 and o["quality"] <= p["quality"] for o in ours)
-        for p in rivals
+        for p in baselines
     ]
     return float(np.mean(hit)) if hit else math.nan
 
@@ -314,9 +319,11 @@ def main() -> None:
         default=3,
         help="training, sampling and search seeds (default %(default)s)",
     )
-    parser.add_argument("--trials", type=int, default=24, help="of a rival (default %(default)s)")
     parser.add_argument(
-        "--steps", type=int, default=200, help="of a rival's fine-tuning (default %(default)s)"
+        "--trials", type=int, default=24, help="of a baseline (default %(default)s)"
+    )
+    parser.add_argument(
+        "--steps", type=int, default=200, help="of a baseline's fine-tuning (default %(default)s)"
     )
     parser.add_argument(
         "--own-trials",
@@ -328,7 +335,7 @@ def main() -> None:
         "--explore",
         type=int,
         default=10,
-        help="of ours, that only look around (default %(default)s)",
+        help="of ours, that belong to the exploration phase (default %(default)s)",
     )
     parser.add_argument(
         "--own-steps",

@@ -676,7 +676,7 @@ def test_what_is_printed_for_unequal_intervals_is_taken_back(place, tmp_path):
 
 
 def test_search_prints_the_confirmed_front(place, tmp_path):
-    files = (place / "runs/tiny/confirmations").glob("*.json")  # one a point
+    files = (place / "runs/tiny/confirmations").glob("*.json")  # one per point
     confirmed = [c for f in files for c in json.loads(f.read_text())["confirmations"]]
     by_number = {c["number"]: c for c in confirmed}
     out, _ = call(

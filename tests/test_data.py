@@ -210,8 +210,8 @@ def test_cache_dir_follows_the_environment(monkeypatch, tmp_path):
         (np.zeros((2, 8, 8), np.uint8), None, None, "uint8 of shape"),
         (np.zeros((2, 1, 8, 8), np.float32), None, None, "uint8 of shape"),
         (np.zeros((0, 1, 8, 8), np.uint8), None, None, "N > 0"),
-        (np.zeros((2, 1, 8, 8), np.uint8), np.array([0]), None, "one label an image"),
-        (np.zeros((2, 1, 8, 8), np.uint8), np.array([[0, 1]]), None, "one label an image"),
+        (np.zeros((2, 1, 8, 8), np.uint8), np.array([0]), None, "one label per image"),
+        (np.zeros((2, 1, 8, 8), np.uint8), np.array([[0, 1]]), None, "one label per image"),
         (
             np.zeros((2, 1, 8, 8), np.uint8),
             np.array([-1, 1]),

@@ -1,4 +1,5 @@
-"""The trainer: resumable, independent of what should not matter, and as cheap as its schedule."""
+"""The trainer: resumable, independent of what should not matter, and as low_fidelity as its
+schedule."""
 
 import json
 import math
@@ -490,7 +491,7 @@ def test_parts_that_do_not_fit_are_refused(tiny_dit, tiny_images):
         finetune(tiny_dit, many, Diffusion(), SCHEDULE, CONFIG)
     with pytest.raises(ScheduleError, match="network of 5 blocks; got one of 4"):
         finetune(tiny_dit, tiny_images, Diffusion(), ExitSchedule.full(5), CONFIG)
-    with pytest.raises(ScheduleError, match="chain of 500"):
+    with pytest.raises(ScheduleError, match="for 500 diffusion"):
         finetune(tiny_dit, tiny_images, Diffusion(), ExitSchedule.full(4, 500), CONFIG)
     with pytest.raises(ConfigError, match="needs a GPU"):
         finetune(

@@ -354,7 +354,7 @@ def test_images_are_decoded_once_and_again_when_they_change(some_damaged, monkey
     decoded.clear()
     checking._known.clear()  # another process
     assert sorted(ImageFolder(some_damaged, 8, 1).damaged()) == DAMAGED
-    assert sorted(decoded) == ["0.png", "1.jpg", "5.webp"]  # what is damaged may have been mended
+    assert sorted(decoded) == ["0.png", "1.jpg", "5.webp"]  # what is damaged may have been repaired
     decoded.clear()
     path = some_damaged / "cat" / "0.png"
     content = bytearray(path.read_bytes())

@@ -170,7 +170,7 @@ def test_images_are_not_clamped(solver: str, process: Process) -> None:
 
 @pytest.mark.parametrize("process", [Diffusion(), VPSDE()], ids=["chain", "sde"])
 def test_the_sampler_calls_the_network_that_was_trained(net: DiT, process: Process) -> None:
-    """For the same (x_t, t) a training batch with one exit a sample gives what the sampler's call
+    """For the same (x_t, t) a training batch with one exit per sample gives what the sampler's call
     with an int gives."""
     t = process.draw_t(torch.tensor([0.95, 0.02, 0.4, 0.7, 0.1, 0.3]))
     y = torch.arange(6)
@@ -285,7 +285,7 @@ BAD = {
     "negative guidance": ({"cfg_scale": -1.0}, ConfigError, "cfg_scale"),
     "guidance not a number": ({"cfg_scale": math.nan}, ConfigError, "cfg_scale"),
     "depth": ({"schedule": ExitSchedule.full(5)}, ScheduleError, "rescaled"),
-    "chain": ({"schedule": ExitSchedule.full(4, 500)}, ScheduleError, "chain of 500"),
+    "chain": ({"schedule": ExitSchedule.full(4, 500)}, ScheduleError, "for 500 diffusion"),
 }
 
 

@@ -1,4 +1,4 @@
-"""Figures know their protocol, and refuse to be compared under another."""
+"""Scores know their protocol, and refuse to be compared under another."""
 
 import dataclasses
 import json
@@ -81,5 +81,5 @@ def test_records_of_releases_without_guided_channels_are_read_and_written_as_the
 
 @pytest.mark.parametrize("values", [(1.0,), (1.0, 2.0, math.nan), (1.0, 2.0, math.inf)])
 def test_missing_or_infinite_figures_are_refused(values):
-    with pytest.raises(EvaluationError, match="one finite value a repeat"):
+    with pytest.raises(EvaluationError, match="one finite value per repeat"):
         EvaluationResult(PROTOCOL, values)

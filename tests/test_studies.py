@@ -118,7 +118,7 @@ def run(config, folder):
 
 
 def climb(config, folder):
-    """The same study with warm-up, map, our proposer, a cheap rung and a second way of sampling."""
+    """The same study with warm-up, map, our proposer, a low-fidelity rung and a second sampler."""
     data = config.model_dump()
     data["elastic"] = {**data["train"], "num_steps": 2, "distill_frac": 1.0}
     data["map"] = {"num_bins": 2, "num_images": 3}
@@ -138,7 +138,7 @@ def climb(config, folder):
         "difficulty",
     ]
     assert (
-        all(r.cheap is not None for r in results.records)
+        all(r.low_fidelity is not None for r in results.records)
         and results.warm_up["gflops"]["elastic"] > 0
     )
     assert results.confirmations and write_report(results, folder / "report").is_file()

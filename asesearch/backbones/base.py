@@ -119,7 +119,8 @@ class Backbone(nn.Module):
         """Refuse what `forward` can't take as `y` of a batch.
 
         Raises:
-            ConfigError: labels for prompts or the reverse, missing, surplus, or of another shape.
+            ConfigError: labels for prompts or the reverse, missing, unexpected, or of another
+                shape.
         """
         if not self.takes_prompt:
             return check_labels(self, y, batch)
@@ -127,15 +128,15 @@ class Backbone(nn.Module):
         if set(sizes.values()) != {batch}:
             got = sizes or type(y).__name__
             raise ConfigError(
-                f"y must be a prompt's tensors of leading dimension {batch}, one an image; got "
+                f"y must be a prompt's tensors of leading dimension {batch}, one per image; got "
                 f"{got}; repeat it"
             )
 
     def check_exit_depth(self, exit_depth: ExitDepth, batch: int) -> int | list[int]:
-        """Validate `exit_depth`; an int for the whole batch, or one an image.
+        """Validate `exit_depth`; an int for the whole batch, or one per image.
 
         Raises:
-            ScheduleError: outside min_exit_depth…depth, or not one count a sample.
+            ScheduleError: outside min_exit_depth…depth, or not one count per sample.
         """
         if exit_depth is None:
             return self.depth
@@ -158,7 +159,7 @@ class Backbone(nn.Module):
                 low = high = result = operator.index(exit_depth)
             except TypeError as error:
                 raise ScheduleError(
-                    f"exit_depth must be a whole number; got {exit_depth!r}; round it"
+                    f"exit_depth must be an integer; got {exit_depth!r}; round it"
                 ) from error
         if low < self.min_exit_depth or high > self.depth:
             raise ScheduleError(
@@ -172,7 +173,7 @@ def check_labels(net: Backbone, y: Conditioning | None, batch: int) -> None:
     """Refuse labels of another shape, or none where the network needs them.
 
     Raises:
-        ConfigError: y missing, surplus, a prompt's tensors, or not of shape (N,).
+        ConfigError: y missing, unexpected, a prompt's tensors, or not of shape (N,).
     """
     if isinstance(y, dict):
         raise ConfigError(
@@ -190,7 +191,7 @@ def check_labels(net: Backbone, y: Conditioning | None, batch: int) -> None:
         )
     elif y.shape != (batch,):
         raise ConfigError(
-            f"y must have shape ({batch},); got {tuple(y.shape)}; pass one label an image"
+            f"y must have shape ({batch},); got {tuple(y.shape)}; pass one label per image"
         )
 
 
@@ -210,10 +211,10 @@ def own_labels(net: Backbone, y: Conditioning | None, batch: int) -> Conditionin
 def check_schedule(
     backbone: Backbone, num_train_timesteps: int, schedule: ExitSchedule | ElasticDepths
 ) -> None:
-    """Refuse a schedule that was made for another network or chain.
+    """Refuse a schedule that was made for another network or number of timesteps.
 
     Raises:
-        ScheduleError: depth, chain length or smallest exit depth do not fit.
+        ScheduleError: depth, number of diffusion timesteps or smallest exit depth do not fit.
     """
     if schedule.depth != backbone.depth:
         raise ScheduleError(
@@ -222,7 +223,7 @@ def check_schedule(
         )
     if schedule.num_train_timesteps != num_train_timesteps:
         raise ScheduleError(
-            f"the schedule is for a chain of {schedule.num_train_timesteps} timesteps; got one of "
+            f"the schedule is for {schedule.num_train_timesteps} diffusion timesteps; got "
             f"{num_train_timesteps}"
         )
     if min(schedule.exit_depths) < backbone.min_exit_depth:
@@ -247,7 +248,7 @@ def run_blocks(
         blocks: callables (x, c) -> x.
         x: (N, L, D) tokens.
         c: (N, D) condition.
-        exit_depth: one count for the batch, or one a sample.
+        exit_depth: one count for the batch, or one per sample.
 
     Returns:
         (N, L, D) tokens, in the order given.

@@ -218,8 +218,8 @@ class BlockExits:
         return list(blocks)
 
     def begin(self, exit_depth: int | list[int]) -> None:
-        """Apply `exit_depth` (one count for the batch, or one a sample) to the network's next call;
-        `end` must follow.
+        """Apply `exit_depth` (one count for the batch, or one per sample) to the network's next
+        call; `end` must follow.
 
         Raises:
             ConfigError: gradient checkpointing, which runs blocks again when the plan is gone.
@@ -259,6 +259,6 @@ def spec_of(model: nn.Module) -> TransformerSpec:
         if cls.__name__ in SPECS:
             return SPECS[cls.__name__]
     raise ConfigError(
-        "early exit needs a transformer whose blocks form one chain, with no later code reading a "
-        f"block's side output; got {type(model).__name__}; supported are {', '.join(SPECS)}"
+        "early exit needs a transformer whose blocks form one sequence, with no later code reading "
+        f"a block's side output; got {type(model).__name__}; supported are {', '.join(SPECS)}"
     )

@@ -116,7 +116,7 @@ def _describe(found: Architecture, contents: Contents) -> CheckpointInfo:
         if type(size) is not int or type(channels) is not int:
             raise CheckpointError(
                 f"{name}'s config must give sample_size and in_channels; got {size!r}, "
-                f"{channels!r}; mend it"
+                f"{channels!r}; fix it"
             )
         sigma = config.get("out_channels") == 2 * channels
         labels = config.get("num_embeds_ada_norm", 0) if name == "DiTTransformer2DModel" else 0
@@ -323,8 +323,8 @@ def _fill(net: Backbone, state: dict[str, Tensor], where: str) -> None:
         if k in state and state[k].shape != v.shape
     ]
     missing = [k for k in needed if k not in state]
-    surplus = [k for k in state if k not in needed]
-    refuse_mismatch(where, missing, surplus, misshapen, "check preset and args in [backbone]")
+    unexpected = [k for k in state if k not in needed]
+    refuse_mismatch(where, missing, unexpected, misshapen, "check preset and args in [backbone]")
     converted = {k: _float32(k, v, where) for k, v in state.items()}
     refuse_not_finite(converted, where)
     net.load_state_dict(converted, assign=True)

@@ -67,7 +67,7 @@ def _names(depth: int) -> dict[str, str]:
 
 
 def refuse_mismatch(
-    where: str, missing: list[str], surplus: list[str], misshapen: list[str], fix: str
+    where: str, missing: list[str], unexpected: list[str], misshapen: list[str], fix: str
 ) -> None:
     """Raise one error that names up to five entries of each kind; nothing if there are none.
 
@@ -77,7 +77,7 @@ def refuse_mismatch(
     parts = []
     for kind, names in (
         ("missing", missing),
-        ("surplus", surplus),
+        ("unexpected", unexpected),
         ("of another shape", misshapen),
     ):
         if names:
@@ -203,8 +203,8 @@ def diffusers_to_dit(
         the official code and were only converted.
 
     Raises:
-        CheckpointError: another architecture, missing or surplus entries, or blocks whose embedders
-            have diverged, as
+        CheckpointError: another architecture, missing or unexpected entries, or blocks whose
+            embedders have diverged, as
             training in diffusers makes them: official DiT has one embedder for all blocks.
     """
     args = diffusers_dit_args(config)

@@ -210,7 +210,7 @@ class DiffusersBackbone(Backbone):
         }
 
     def time_embedder(self) -> nn.Module:
-        """The timestep embedders: one, or one a block in DiT."""
+        """The timestep embedders: one, or one per block in DiT."""
         found = [
             m for name, m in self.transformer.named_modules() if name.endswith("timestep_embedder")
         ]

@@ -65,7 +65,7 @@ def read_idx(path: str | os.PathLike[str]) -> npt.NDArray[np.uint8]:
     return body.reshape(shape)
 
 
-#: The four files and the SHA-256 of their uncompressed content (Debian compresses them anew).
+#: The four files and the SHA-256 of their uncompressed content (Debian compresses them again).
 FASHION_MNIST_SHA256 = {
     "train-images-idx3-ubyte": "c59f468a2f672dc815687fe0f83887768d799fd8a3f3276145d20f83aa44d888",
     "train-labels-idx1-ubyte": "bad3541b69d912435c50bb6ba87bec294ff4f6a2e1246121d8633921760443d9",

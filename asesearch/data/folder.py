@@ -201,7 +201,7 @@ def class_folders(root: Path, listing: Listing) -> list[str]:
     if lost:
         raise DataError(
             f"{shown} holds broken links where class folders are ({some(sorted(lost))}), and the "
-            "labels of those after them would shift; mend or remove them"
+            "labels of those after them would shift; fix or remove them"
         )
     return classes
 

@@ -33,7 +33,7 @@ from asesearch.files import file_sha256, replacing, write_json
 
 INDEX = "index.json"
 FORMAT_VERSION = 1
-AGAIN = "encode into this folder again, which makes anew only what is missing or damaged"
+AGAIN = "encode into this folder again, which makes only what is missing or damaged"
 Array = npt.NDArray[Any]
 Entry = dict[str, Any]  # of an array file: file, sha256, shape, dtype
 
@@ -84,11 +84,11 @@ class Index:
                 return cls(**data)
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise DataError(
-                f"can't read the index of latents {path}: {error}; check data.path, or encode anew"
+                f"can't read the index of latents {path}: {error}; check data.path, or encode again"
             ) from error
         raise DataError(
             f"{path} has version {data['version']!r}; this release reads {FORMAT_VERSION}; encode "
-            "the images anew"
+            "the images again"
         )
 
     def write(self, folder: Path) -> None:

@@ -71,8 +71,8 @@ class ImageArray:
             )
         if labels is not None and labels.shape != (len(images),):
             raise DataError(
-                f"one label an image is needed; got {labels.shape} labels for {len(images)} images "
-                f"in {name}"
+                f"one label per image is needed; got {labels.shape} labels for {len(images)} "
+                f"images in {name}"
             )
         self.images = torch.tensor(images)
         self.name = name

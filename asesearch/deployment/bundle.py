@@ -51,7 +51,7 @@ class Bundle:
         schedule: its exit schedule.
         kind: of the network, as in `BackboneConfig`.
         diffusion, sampling: the process, and the solver the schedule was evaluated with.
-        evaluation: the recorded figures, as plain data.
+        evaluation: the recorded scores, as plain data.
         provenance: where it came from, as plain data.
         prompts: a few examples of what a network that takes prompts is given, N first; None for
             other networks.

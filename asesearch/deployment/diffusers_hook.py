@@ -71,8 +71,8 @@ class ScheduleHandle:
         batch = values["hidden_states"].shape[0]
         if len(set(depths)) > 1 and len(depths) != batch:
             raise ConfigError(
-                f"timestep must be one number or one a sample ({batch}); got {len(depths)}; expand "
-                f"it to ({batch},)"
+                f"timestep must be one number or one per sample ({batch}); got {len(depths)}; "
+                f"expand it to ({batch},)"
             )
         self._exits.begin(depths if len(set(depths)) > 1 else depths[0])
         self.nfe += 1
@@ -107,13 +107,14 @@ def attach_exit_schedule(pipeline_or_transformer: Any, schedule: ExitSchedule) -
 
     Args:
         pipeline_or_transformer: a diffusers pipeline with a `transformer`, or the transformer.
-        schedule: for the transformer's depth and, where a pipeline is given, its scheduler's chain.
+        schedule: for the transformer's depth and, where a pipeline is given, its scheduler's
+            timesteps.
 
     Returns:
         A handle that counts, and detaches; also a context manager.
 
     Raises:
-        ScheduleError: a schedule for another depth or chain.
+        ScheduleError: a schedule for another depth or number of timesteps.
         ConfigError: no transformer, an unsupported one, one compiled as a whole, or one attached
             already.
     """
@@ -124,12 +125,13 @@ def attach_exit_schedule(pipeline_or_transformer: Any, schedule: ExitSchedule) -
             f"{type(pipeline_or_transformer).__name__}; pass pipeline.transformer"
         )
     scheduler = getattr(pipeline_or_transformer, "scheduler", None)
-    chain = (
+    num_timesteps = (
         schedule.num_train_timesteps if scheduler is None else scheduler.config.num_train_timesteps
     )
-    if chain != schedule.num_train_timesteps:
+    if num_timesteps != schedule.num_train_timesteps:
         raise ScheduleError(
-            f"the schedule is for a chain of {schedule.num_train_timesteps} timesteps; got a "
-            f"scheduler of {chain}; make the schedule with num_train_timesteps={chain}"
+            f"the schedule is for {schedule.num_train_timesteps} timesteps; got a "
+            f"scheduler of {num_timesteps}; make the schedule with "
+            f"num_train_timesteps={num_timesteps}"
         )
     return ScheduleHandle(transformer, schedule)

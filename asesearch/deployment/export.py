@@ -121,12 +121,12 @@ def _prompts(path: Path) -> dict[str, Tensor]:
         return load_file(path)
     except (OSError, SafetensorError) as error:
         raise StudyError(
-            f"can't read the trial's prompts {path}: {error}; restore it, or search anew"
+            f"can't read the trial's prompts {path}: {error}; restore it, or search again"
         ) from error
 
 
 def evaluation_of(study: Study, record: TrialRecord) -> dict[str, Any]:
-    """What the study knows of a point: the search's figure and, where there is one, the confirmed
+    """What the study knows of a point: the search's score and, where there is one, the confirmed
     one."""
     found = [c for c in study.results().confirmations if c.number == record.number]
     return {

@@ -162,7 +162,7 @@ def encode_latents(
     """Encode images, and captions if there are any, into a folder that `LatentShards` reads.
 
     A run that was killed goes on when it is called again with the same arguments, and leaves the
-    same bytes as one that was not; a shard that is missing or damaged is made anew. `batch_size`
+    same bytes as one that was not; a shard that is missing or damaged is made again. `batch_size`
     and `device` may change, which changes numbers by rounding only (with captions, from GPU to CPU
     or back is refused, as the text encoder's precision differs).
 
@@ -174,7 +174,7 @@ def encode_latents(
         flips: encode the mirror images too.
         shard_size: images a file.
         device: where the networks run.
-        captions: one an image, in the source's order; labels are then left out.
+        captions: one per image, in the source's order; labels are then left out.
         text_encoder_path: local folder of a transformers text encoder with its tokenizer, or of a
             pipeline with these in `text_encoder/` and `tokenizer/`.
         max_length: tokens a caption, the rest is cut off; PixArt-α's is 120.
@@ -326,7 +326,7 @@ def _check_arguments(
         )
     if captions is not None and len(captions) != len(source):
         raise DataError(
-            f"one caption an image is needed; got {len(captions)} for {len(source)} images; add "
+            f"one caption per image is needed; got {len(captions)} for {len(source)} images; add "
             "captions"
         )
 
@@ -371,7 +371,7 @@ def read_captions(path: PathLike, images: ImageFolder) -> list[str]:
             text = row["text"]
         except (ValueError, KeyError, TypeError) as error:
             raise DataError(
-                f'{path}:{number} must read {{"file_name": …, "text": …}}; got {line[:60]!r}; mend '
+                f'{path}:{number} must read {{"file_name": …, "text": …}}; got {line[:60]!r}; fix '
                 "it"
             ) from error
         if name in texts or not isinstance(text, str):

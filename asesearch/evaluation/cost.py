@@ -1,6 +1,7 @@
-"""What a schedule costs: latency measured once a study, FLOPs, and the bound that block calls set.
+"""What a schedule costs: latency measured once per study, FLOPs, and the bound that block calls
+set.
 
-Three figures, each a fraction of the full network's and none of them the others:
+Three numbers, each a fraction of the full network's and none of them the others:
 `ExitSchedule.block_frac` counts block calls only; `LatencyTable.bound_frac` adds the part of a call
 that no schedule can drop; `LatencyTable.time_frac` sums what was measured. `compare_sampling_time`
 then times whole samplings.
@@ -65,7 +66,7 @@ class LatencyTable:
         device: name of the device.
         threads: CPU threads of torch.
         dtype: of weights and images.
-        median_ms, spread_ms: median and half the distance between the quartiles, for exit depths
+        median_ms, spread_ms: median and half-IQR, for exit depths
             1…depth (index 0 = depth 1). Depths below the network's least have its time.
         repeats: timed calls a depth.
         precision: of the network's arithmetic, as `SamplingConfig.precision`; empty where it is not
@@ -213,7 +214,7 @@ def measure_latency(
 
     Args:
         backbone: already on `device`; its training mode is left as it is.
-        batch_size: images a call; with classifier-free guidance a sampler's call has twice its
+        batch_size: images per call; with classifier-free guidance a sampler's call has twice its
             images.
         repeats: rounds.
         y: conditioning of the batch, where the network takes more than class labels.
@@ -258,7 +259,7 @@ class TimeRatio:
 
     Attributes:
         median: of the pairs' ratios.
-        spread: half the distance between the ratios' quartiles.
+        spread: half-IQR of the ratios.
         pairs: (A, B) in seconds, in the order measured.
     """
 
@@ -323,12 +324,12 @@ def count_flops(
     """FLOPs an image of one network call: matrix products, convolutions and attention, a
     multiply-add being two.
 
-    Nothing is computed: torch's counter follows shapes only, so the figure is the same on every
+    Nothing is computed: torch's counter follows shapes only, so the number is the same on every
     machine.
 
     Args:
         exit_depth: blocks run.
-        batch_size: images a call.
+        batch_size: images per call.
         y: conditioning of the batch, where the network takes more than class labels.
 
     Raises:
@@ -351,7 +352,7 @@ def count_flops(
 
 def flops_table(backbone: Backbone, y: Conditioning | None = None) -> tuple[float, ...]:
     """`count_flops` at exit depths 1…depth (index 0 = depth 1), `y` for one image; depths below the
-    least have its figure."""
+    least have its number."""
     return tuple(
         count_flops(backbone, max(d, backbone.min_exit_depth), 1, y)
         for d in range(1, backbone.depth + 1)

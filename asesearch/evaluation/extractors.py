@@ -126,7 +126,7 @@ def make_extractor(
     """Load a registered extractor.
 
     Args:
-        name: `inception-v3-compat` (2048 features; the figure is FID), `fashion-cnn` (64 features,
+        name: `inception-v3-compat` (2048 features; the score is FID), `fashion-cnn` (64 features,
             28×28 grey), another of torch-fidelity's, or one from `register_extractor`.
         weights: file with the weights; by default the shipped ones, or torch-fidelity's download.
         device: where to run it.

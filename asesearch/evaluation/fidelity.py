@@ -164,7 +164,7 @@ def reference_statistics(
     """Moments and kept features of a reference data set.
 
     Looked for in the package, then in `cache_dir()/references`; else computed, and kept there if
-    `cache`. A cached file that is damaged is made anew.
+    `cache`. A cached file that is damaged is made again.
 
     Args:
         source: the data set, or the name of one in `SHIPPED`, which need not be on this machine.
@@ -389,7 +389,7 @@ def build_protocol(
     metric: str | None = None,
     guided_channels: int | None = None,
 ) -> Protocol:
-    """Fix everything a figure depends on, and refuse what can't give one, before anything is
+    """Fix everything a score depends on, and refuse what can't give one, before anything is
     sampled.
 
     Args:
@@ -493,14 +493,14 @@ def evaluate(
     reference: ReferenceStats,
     chunk: int = 1000,
 ) -> EvaluationResult:
-    """The protocol's figure of a generator, one value a repeat.
+    """The protocol's score of a generator, one value per repeat.
 
     Args:
         make_images: gives the images (len(seeds), C, H, W) uint8 of a range of image seeds; called
             in turn for the seeds of each repeat, at most `chunk` at a time.
 
     Raises:
-        EvaluationError: images of another type or number, a figure that is not finite, or an
+        EvaluationError: images of another type or number, a score that is not finite, or an
             extractor or reference that is not the protocol's.
     """
     given = (
@@ -548,6 +548,6 @@ def _distance(protocol: Protocol, features: Floats, reference: ReferenceStats) -
         )
     if not math.isfinite(value):
         raise EvaluationError(
-            f"the {protocol.metric} figure must be finite; got {value}; check the images"
+            f"the {protocol.metric} score must be finite; got {value}; check the images"
         )
     return value

@@ -29,7 +29,7 @@ def seeded_generator(*key: int) -> torch.Generator:
 @dataclass
 class Batch:
     """What one process needs for one step, on the CPU. `u` (N,) in [0, 1) draws the depth where a
-    law does."""
+    distribution does."""
 
     x_start: Tensor
     y: Conditioning | None

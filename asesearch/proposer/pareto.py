@@ -34,7 +34,7 @@ def optimal_schedules(
         min_exit_depth: the fewest blocks.
 
     Returns:
-        Exit depths, one an interval.
+        Exit depths, one per interval.
     """
     table = np.asarray(errors, dtype=np.float64)
     calls = np.asarray(costs, dtype=np.int64)

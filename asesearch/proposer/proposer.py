@@ -45,13 +45,13 @@ from asesearch.sampler import Sampler
 from asesearch.schedule import ExitSchedule
 from asesearch.score import EvaluationResult
 from asesearch.study.records import (
+    EXPLORATIONS,
     EXPLORES,
-    LOOKS_AROUND,
     RECORD,
     REFERENCE_QUALITY,
     REFERENCE_TIME,
     REPEAT,
-    CheapRung,
+    LowFidelity,
     TrialRecord,
 )
 
@@ -100,8 +100,8 @@ class Problem:
     def boundaries(self) -> tuple[int, ...]:
         """Of the space's intervals."""
         count = self.space.num_intervals
-        chain = self.space.num_train_timesteps
-        return tuple(i * chain // count for i in range(count + 1))
+        end = self.space.num_train_timesteps
+        return tuple(i * end // count for i in range(count + 1))
 
     @cached_property
     def calls(self) -> npt.NDArray[np.int64]:
@@ -148,24 +148,24 @@ class Problem:
         return self.keys(np.array([self.row(point)], dtype=np.int64))[0]
 
     def observations(self, records: Sequence[TrialRecord]) -> list[Observation]:
-        """Figures on record, one a point and level (the latest)."""
-        latest: dict[Level, dict[Point, EvaluationResult]] = {"cheap": {}, "dear": {}}
+        """Scores on record, one per point and level (the latest)."""
+        latest: dict[Level, dict[Point, EvaluationResult]] = {"low": {}, "high": {}}
         for record in records:
             if record.point.sampler in self.samplers:
-                if record.cheap is not None:
-                    latest["cheap"][record.point] = record.cheap.quality
+                if record.low_fidelity is not None:
+                    latest["low"][record.point] = record.low_fidelity.quality
                 if record.quality is not None:
-                    latest["dear"][record.point] = record.quality
+                    latest["high"][record.point] = record.quality
         return [
-            Observation(point, level, *figure)
+            Observation(point, level, *score)
             for level, found in latest.items()
-            for point, figure in zip(found, _log_figures(list(found.values())), strict=True)
+            for point, score in zip(found, _log_scores(list(found.values())), strict=True)
         ]
 
 
-def _log_figures(found: list[EvaluationResult]) -> list[tuple[float, float]]:
-    """Logs and their standard errors; where a figure may not be positive (kernel distances),
-    figures over their mean size."""
+def _log_scores(found: list[EvaluationResult]) -> list[tuple[float, float]]:
+    """Logs and their standard errors; where a score may not be positive (kernel distances),
+    scores over their mean size."""
     values = np.array([q.value for q in found])
     errors = np.array([math.nan if q.std_error is None else q.std_error for q in found])
     if (values > np.nan_to_num(errors)).all():
@@ -183,11 +183,11 @@ class FrontBelief:
     Args:
         problem: what can be tried.
         records: trials on record.
-        pending: points in flight: their figures are drawn along with those of evaluated points, so
+        pending: points in flight: their scores are drawn along with those of evaluated points, so
             that no second worker finds an improvement where the first is already at work.
-        num_draws: joint draws of the figures on the front.
+        num_draws: joint draws of the scores on the front.
         seed: of the draws; the same for all questions.
-        level: whose front is asked for; figures of both levels inform it.
+        level: whose front is asked for; scores of both levels inform it.
     """
 
     def __init__(
@@ -197,7 +197,7 @@ class FrontBelief:
         pending: Sequence[Point] = (),
         num_draws: int = 64,
         seed: int = 0,
-        level: Level = "dear",
+        level: Level = "high",
     ) -> None:
         self.problem = problem
         self._draws = num_draws
@@ -213,8 +213,8 @@ class FrontBelief:
         self.reference = (REFERENCE_TIME, float(best[0]) + math.log(REFERENCE_QUALITY))
 
     def improvement(self, inputs: Inputs, costs: Array) -> Array:
-        """(n,) expected enlargement of the dominated area, cost fraction times log figure, by a
-        figure of each point."""
+        """(n,) expected enlargement of the dominated area, relative cost times log score, by a
+        score of each point."""
         rng = np.random.default_rng(self._seed)
         draws = self.model.conditional_draws(rng, self._inputs, inputs, self._draws, self.level)
         return expected_hypervolume_improvement(
@@ -224,7 +224,7 @@ class FrontBelief:
     def probability(self, point: Point) -> float:
         """That a point is on the front, and better than twice the full network's figure.
 
-        A point whose figure is on record is compared with the others.
+        A point whose score is on record is compared with the others.
         """
         key = self.problem.key(point)
         others = [i for i, p in enumerate(self.known) if self.problem.key(p) != key]
@@ -243,19 +243,20 @@ def judge(
     problem: Problem,
     records: Sequence[TrialRecord],
     point: Point,
-    cheap: EvaluationResult | None = None,
+    low_fidelity: EvaluationResult | None = None,
 ) -> float:
-    """Probability that a point belongs to the front of dear figures, its cheap figure included.
+    """Probability that a point belongs to the front of high-fidelity scores, its low-fidelity score
+    included.
 
     Args:
         problem: what can be tried.
         records: trials on record.
         point: the one to be judged.
-        cheap: its figure under the elastic weights.
+        low_fidelity: its score under the elastic weights.
     """
-    if cheap is not None:
-        rung = CheapRung(cheap, promoted=False, probability=None, reason="")
-        records = [*records, TrialRecord(-1, "", point, "stopped", cheap=rung)]
+    if low_fidelity is not None:
+        rung = LowFidelity(low_fidelity, promoted=False, probability=None, reason="")
+        records = [*records, TrialRecord(-1, "", point, "stopped", low_fidelity=rung)]
     with one_thread():
         return FrontBelief(problem, records).probability(point)
 
@@ -292,7 +293,7 @@ class Candidates:
         self.rows = np.concatenate((self.rows, table[new]))
 
     def costs(self, start: int = 0) -> Array:
-        """(n,) cost fractions of the rows from `start`."""
+        """(n,) relative costs of the rows from `start`."""
         rows = self.rows[start:]
         problem = self.problem
         return np.asarray(
@@ -383,11 +384,11 @@ def _draw(dist: BaseDistribution, rng: np.random.Generator) -> Any:
 
 
 def num_exploring(trials: Sequence[FrozenTrial], number: int) -> int:
-    """How many proposals look around: those on record, and those in flight that began before a
-    trial.
+    """How many proposals belong to the exploration phase: those on record, and those in flight that
+    began before a trial.
 
     The order of their numbers decides, so that any number of workers have the same count: a
-    proposal in flight that has not said yet whether it looks around is counted as if.
+    proposal in flight that has not said yet whether it explores is counted as if.
 
     Args:
         trials: of the study.
@@ -396,8 +397,9 @@ def num_exploring(trials: Sequence[FrozenTrial], number: int) -> int:
     count = 0
     for trial in trials:
         if RECORD in trial.user_attrs:
-            cheap = json.loads(trial.user_attrs[RECORD])["cheap"]
-            count += cheap is not None and cheap["reason"] == LOOKS_AROUND
+            record = json.loads(trial.user_attrs[RECORD])
+            rung = record.get("low_fidelity", record.get("cheap"))  # of earlier releases
+            count += rung is not None and rung["reason"] in EXPLORATIONS
         elif (
             not trial.state.is_finished()
             and trial.number < number
@@ -408,7 +410,7 @@ def num_exploring(trials: Sequence[FrozenTrial], number: int) -> int:
 
 
 class DifficultySampler(optuna.samplers.BaseSampler):
-    """An Optuna sampler for two objectives, quality and cost fraction, over `Space` and, where
+    """An Optuna sampler for two objectives, quality and relative cost, over `Space` and, where
     there are several, samplers.
 
     Args:
@@ -419,7 +421,7 @@ class DifficultySampler(optuna.samplers.BaseSampler):
         difficulty_map: errors by timestep and exit depth.
         seed: of all random choices.
         num_draws: see `FrontBelief`.
-        explore: so many proposals first follow the front of cheap figures; see
+        explore: so many proposals first follow the front of low-fidelity scores; see
             `config.PromotionConfig`.
     """
 
@@ -441,7 +443,7 @@ class DifficultySampler(optuna.samplers.BaseSampler):
         self.seed = seed
         self.num_draws = num_draws
         self.explore = explore
-        self.explores = False  # whether the last proposal looks around
+        self.explores = False  # whether the last proposal belongs to the exploration phase
 
     # -- what Optuna asks ------------------------------------------------------------------------
 
@@ -516,9 +518,11 @@ class DifficultySampler(optuna.samplers.BaseSampler):
     ) -> tuple[int, ...] | None:
         """The best candidate's row; None if there is none."""
         looked = len(
-            self._keys(self._rows(records, lambda r: r.cheap is not None and r.origin == NAME))
+            self._keys(
+                self._rows(records, lambda r: r.low_fidelity is not None and r.origin == NAME)
+            )
         ) + len(pending)
-        level: Level = "cheap" if self.explores else "dear"
+        level: Level = "low" if self.explores else "high"
         belief = FrontBelief(
             self.problem, records, pending, self.num_draws, int(rng.integers(2**31)), level
         )
@@ -537,7 +541,7 @@ class DifficultySampler(optuna.samplers.BaseSampler):
             return row
         pool = Candidates(self.problem, left_out)
         pool.add_optimal(belief.model, rng)
-        if level == "dear":
+        if level == "high":
             pool.extend(sorted(self._rows(records, lambda r: r.state == "stopped")))
         pool.add_random(rng, RANDOM_CANDIDATES)
         pool.add_mutants(

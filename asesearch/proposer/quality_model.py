@@ -1,13 +1,13 @@
-"""How good a schedule will be: a Gaussian process over log figures, with the difficulty map as its
+"""How good a schedule will be: a Gaussian process over log scores, with the difficulty map as its
 mean.
 
-    log figure = intercept(level, sampler) + sum_k w_k φ_k(point) + g(point) + noise
+    log score = intercept(level, sampler) + sum_k w_k φ_k(point) + g(point) + noise
 
 φ_k is the map's error at the sampler's calls near noise level k. The noise-level weights w are
 unknown: near noise an error of the network may matter much or hardly, and the map can't say. Their
 prior is one common positive value that varies smoothly over noise levels; trials make a posterior
 of it. The residual g sees only the depth profile, so that it overrules a map that misleads. Two
-levels, figures under the elastic weights ("cheap") and after the brief fine-tuning ("dear"), share
+levels, scores under the elastic weights ("low") and after the brief fine-tuning ("high"), share
 the weights up to a ratio, while their residuals are correlated; both are learned
 (coregionalisation).
 
@@ -33,7 +33,7 @@ from asesearch.sampler import Sampler
 
 Array = npt.NDArray[np.float64]
 Integers = npt.NDArray[np.int64]
-Level = Literal["cheap", "dear"]
+Level = Literal["low", "high"]
 
 NUM_WEIGHTS = 8  # hat functions over the noise level
 NUM_BINS = 10  # of the depth profile
@@ -43,13 +43,13 @@ NUM_BINS = 10  # of the depth profile
 SHAPES = ("log", "sqrt", "depth")
 SHAPE_LOG_PRIOR = (0.0, 0.0, -2.0)
 #: Hyperparameters, all on log scale (correlation: logit): prior mean and standard deviation.
-#: weight: common noise-level weight, in log figure per typical map error; spread: of the weights
+#: weight: common noise-level weight, in log score per typical map error; spread: of the weights
 #: around it, relative;
 #: residual: standard deviation of g; length: its length in root mean square depth fraction; ratio:
-#: cheap over dear effect;
+#: low over high effect;
 #: correlation: of the two levels' residuals (within one budget, ranks agree by 0.3 to 0.5:
-#: benchmarks/cheap_figures.py);
-#: training: standard deviation of the dear figure from fine-tuning alone.
+#: benchmarks/low_fidelity.py);
+#: training: standard deviation of the high-fidelity score from fine-tuning alone.
 PRIOR = {
     "weight": (0.0, 1.0),
     "spread": (np.log(0.7), 0.7),
@@ -65,14 +65,14 @@ COMMON_SPREAD = 0.5  # of the common weight, relative
 WEIGHT_LENGTH = 2.0  # knots over which weights vary
 LEVEL_STD = 3.0  # intercepts: a level's, and a sampler's own at one level
 LEVEL_SAMPLER_STD = 0.2
-# figure over log number of calls, and samplers around that line
+# score over log number of calls, and samplers around that line
 STEPS_SLOPE = -0.5
 STEPS_STD = 0.5
 SAMPLER_STD = 0.4
 SAMPLER_CORRELATION = 0.8  # of residuals under two samplers
-# of a log figure: unknown standard error; what the cheap level's model can't say
+# of a log score: unknown standard error; what the low level's model can't say
 DEFAULT_ERROR = 0.05
-CHEAP_NOISE = 0.02
+LOW_NOISE = 0.02
 POOL_WEIGHT = 4.0  # a reported variance (few repeats) counts one, the mean over all counts this
 FIT_SIZE = 200  # observations that hyperparameters are fitted to; the posterior takes them all
 
@@ -87,7 +87,7 @@ class ErrorMap(Protocol):
 
 @dataclass(frozen=True)
 class Observation:
-    """A figure on record: its log, and the standard error of the log (standard error / figure; nan
+    """A score on record: its log, and the standard error of the log (standard error / score; nan
     = unknown)."""
 
     point: Point
@@ -102,7 +102,7 @@ class Inputs:
 
     Attributes:
         features: (shapes, n, NUM_WEIGHTS) φ for each of `SHAPES`.
-        profile: (n, NUM_BINS) mean depth fraction in equal bins of the chain.
+        profile: (n, NUM_BINS) mean depth fraction in equal bins of the timesteps.
         log_calls: (n,) log of the number of network calls.
         sampler: (n,) a number that stands for the sampler's name.
     """
@@ -254,7 +254,7 @@ class QualityModel:
 
     Args:
         encoder: the difficulty map, ready to be asked.
-        observations: figures on record, any number from none.
+        observations: scores on record, any number from none.
 
     Attributes:
         shape: of `SHAPES`, the one chosen.
@@ -264,12 +264,12 @@ class QualityModel:
     def __init__(self, encoder: Encoder, observations: Sequence[Observation] = ()) -> None:
         self.encoder = encoder
         self._inputs = encoder.encode([o.point for o in observations])
-        self._cheap = np.array([o.level == "cheap" for o in observations], dtype=bool)
+        self._low = np.array([o.level == "low" for o in observations], dtype=bool)
         values = np.array([o.log_quality for o in observations], dtype=np.float64)
-        self._offset = {c: _offset(values, self._cheap, c) for c in (True, False)}
-        self._y = values - np.where(self._cheap, self._offset[True], self._offset[False])
+        self._offset = {c: _offset(values, self._low, c) for c in (True, False)}
+        self._y = values - np.where(self._low, self._offset[True], self._offset[False])
         self._noise = _noise(
-            np.array([o.std_error for o in observations], dtype=np.float64), self._cheap
+            np.array([o.std_error for o in observations], dtype=np.float64), self._low
         )
         self._fit()
 
@@ -285,7 +285,7 @@ class QualityModel:
         best = -np.inf
         index = 0
         self._theta = _MEAN.copy()
-        part = _Evidence(self._inputs, self._y, self._noise, self._cheap, _spread(self._cheap))
+        part = _Evidence(self._inputs, self._y, self._noise, self._low, _spread(self._low))
         # the map says little, the depth profile much
         unlike = _MEAN + np.array([-2.0, 0.5, 0.7, 0.0, 0.0, 0.0, 0.0])
         starts = [(0, _MEAN), (0, unlike), (1, _MEAN), (2, _MEAN)] if len(self._y) > 2 else []
@@ -310,47 +310,45 @@ class QualityModel:
         natural = np.exp(self._theta)
         self.hyperparameters = dict(zip(PRIOR, natural.tolist(), strict=True))
         self.hyperparameters["correlation"] = float(natural[5] / (1 + natural[5]))
-        cov = self._cov(_Blocks(self._inputs, self._inputs, index), self._cheap, self._cheap)
-        self._factor = cholesky(cov + np.diag(_variance(self._noise, self._cheap, self._theta)))
-        self._alpha = cho_solve(
-            (self._factor, True), self._y - self._mean(self._inputs, self._cheap)
-        )
+        cov = self._cov(_Blocks(self._inputs, self._inputs, index), self._low, self._low)
+        self._factor = cholesky(cov + np.diag(_variance(self._noise, self._low, self._theta)))
+        self._alpha = cho_solve((self._factor, True), self._y - self._mean(self._inputs, self._low))
 
     # -- asking ----------------------------------------------------------------------------------
 
-    def _mean(self, inputs: Inputs, cheap: npt.NDArray[np.bool_]) -> Array:
+    def _mean(self, inputs: Inputs, low: npt.NDArray[np.bool_]) -> Array:
         total = (
             np.exp(self._theta[0]) * inputs.features[self._index].sum(axis=1)
             + STEPS_SLOPE * inputs.log_calls
         )
-        return np.asarray(_scale(self._theta, cheap) * total)
+        return np.asarray(_scale(self._theta, low) * total)
 
     def _cov(
-        self, blocks: _Blocks, cheap: npt.NDArray[np.bool_], others: npt.NDArray[np.bool_]
+        self, blocks: _Blocks, low: npt.NDArray[np.bool_], others: npt.NDArray[np.bool_]
     ) -> Array:
         parts = blocks.evaluate(self._theta)
-        scales, alike = _levels(self._theta, cheap, others)
+        scales, alike = _levels(self._theta, low, others)
         coupled = scales * (parts["weights"] + parts["sampler"] + alike * parts["residual"])
-        return np.asarray(coupled + blocks.intercepts(cheap, others))
+        return np.asarray(coupled + blocks.intercepts(low, others))
 
     def _whitened(self, inputs: Inputs, level: Level) -> tuple[Array, Array]:
         """(observations, n) cross covariance over the factor of the observations', and the (n,)
         posterior mean."""
-        cheap = np.full(len(inputs), level == "cheap")
-        cross = self._cov(_Blocks(self._inputs, inputs, self._index), self._cheap, cheap)
-        mean = self._mean(inputs, cheap) + cross.T @ self._alpha + self._offset[level == "cheap"]
+        low = np.full(len(inputs), level == "low")
+        cross = self._cov(_Blocks(self._inputs, inputs, self._index), self._low, low)
+        mean = self._mean(inputs, low) + cross.T @ self._alpha + self._offset[level == "low"]
         return np.asarray(
             solve_triangular(self._factor, cross, lower=True, check_finite=False)
         ), mean
 
     def posterior(
-        self, points: Sequence[Point] | Inputs, level: Level = "dear"
+        self, points: Sequence[Point] | Inputs, level: Level = "high"
     ) -> tuple[Array, Array]:
-        """Mean (n,) and covariance (n, n) of the log figure, free of noise, at one level."""
+        """Mean (n,) and covariance (n, n) of the log score, free of noise, at one level."""
         inputs = points if isinstance(points, Inputs) else self.encoder.encode(points)
         white, mean = self._whitened(inputs, level)
-        cheap = np.full(len(inputs), level == "cheap")
-        return mean, self._cov(_Blocks(inputs, inputs, self._index), cheap, cheap) - white.T @ white
+        low = np.full(len(inputs), level == "low")
+        return mean, self._cov(_Blocks(inputs, inputs, self._index), low, low) - white.T @ white
 
     def conditional_draws(
         self,
@@ -358,9 +356,9 @@ class QualityModel:
         known: Inputs,
         candidates: Inputs,
         size: int,
-        level: Level = "dear",
+        level: Level = "high",
     ) -> tuple[Array, Array, Array]:
-        """Joint draws of the known points' log figure at one level, and what each draw says of each
+        """Joint draws of the known points' log score at one level, and what each draw says of each
         candidate.
 
         Candidates need no joint draw: a candidate is compared with the known points, never with
@@ -373,8 +371,8 @@ class QualityModel:
         """
         white, mean = self._whitened(candidates, level)
         known_mean, cov = self.posterior(known, level)
-        a = np.full(len(known), level == "cheap")
-        b = np.full(len(candidates), level == "cheap")
+        a = np.full(len(known), level == "low")
+        b = np.full(len(candidates), level == "low")
         cross = (
             self._cov(_Blocks(known, candidates, self._index), a, b)
             - self._whitened(known, level)[0].T @ white
@@ -392,14 +390,12 @@ class QualityModel:
             np.sqrt(np.maximum(variance, 1e-12)),
         )
 
-    def _prior_variance(self, inputs: Inputs, cheap: npt.NDArray[np.bool_]) -> Array:
+    def _prior_variance(self, inputs: Inputs, low: npt.NDArray[np.bool_]) -> Array:
         """(n,) diagonal of the prior covariance."""
         phi = inputs.features[self._index]
         own = np.einsum("nk,kl,nl->n", phi, self._weight_cov(), phi)
         own += np.exp(2 * self._theta[2]) + STEPS_STD**2 * inputs.log_calls**2 + SAMPLER_STD**2
-        return np.asarray(
-            _scale(self._theta, cheap) ** 2 * own + LEVEL_STD**2 + LEVEL_SAMPLER_STD**2
-        )
+        return np.asarray(_scale(self._theta, low) ** 2 * own + LEVEL_STD**2 + LEVEL_SAMPLER_STD**2)
 
     def _weight_cov(self) -> Array:
         return np.asarray(
@@ -407,11 +403,11 @@ class QualityModel:
         )
 
     def weights(self) -> tuple[Array, Array]:
-        """Mean (NUM_WEIGHTS,) and covariance of the dear level's noise-level weights; not
+        """Mean (NUM_WEIGHTS,) and covariance of the high level's noise-level weights; not
         clipped."""
         prior = self._weight_cov()
         # (weights, observations)
-        cross = prior @ self._inputs.features[self._index].T * _scale(self._theta, self._cheap)
+        cross = prior @ self._inputs.features[self._index].T * _scale(self._theta, self._low)
         white = solve_triangular(self._factor, cross.T, lower=True, check_finite=False)
         return np.exp(self._theta[0]) + cross @ self._alpha, prior - white.T @ white
 
@@ -427,7 +423,7 @@ class _Evidence:
     """Marginal likelihood times prior of some of the observations, as hyperparameters vary.
 
     Args:
-        inputs, y, noise, cheap: of all observations; `y` and `noise` (n,) are values and variances.
+        inputs, y, noise, low: of all observations; `y` and `noise` (n,) are values and variances.
         chosen: indices of those that count.
     """
 
@@ -436,13 +432,13 @@ class _Evidence:
         inputs: Inputs,
         y: Array,
         noise: Array,
-        cheap: npt.NDArray[np.bool_],
+        low: npt.NDArray[np.bool_],
         chosen: Integers,
     ) -> None:
         self._inputs = inputs.take(chosen)
         self._y = y[chosen]
         self._noise = noise[chosen]
-        self._cheap = cheap[chosen]
+        self._low = low[chosen]
         self._blocks = [_Blocks(self._inputs, self._inputs, i) for i in range(len(SHAPES))]
 
     def objective(self, theta: Array, shape: int) -> tuple[float, Array]:
@@ -451,33 +447,33 @@ class _Evidence:
         Source: Rasmussen & Williams 2006, equations 5.8 and 5.9, with the mean's dependence added.
         """
         blocks = self._blocks[shape]
-        cheap = self._cheap
+        low = self._low
         parts = blocks.evaluate(theta)
-        scales, alike = _levels(theta, cheap, cheap)
+        scales, alike = _levels(theta, low, low)
         coupled = scales * (parts["weights"] + parts["sampler"] + alike * parts["residual"])
-        cov = coupled + blocks.intercepts(cheap, cheap)
-        factor = cholesky(cov + np.diag(_variance(self._noise, cheap, theta)))
+        cov = coupled + blocks.intercepts(low, low)
+        factor = cholesky(cov + np.diag(_variance(self._noise, low, theta)))
         total = self._inputs.features[shape].sum(axis=1)
-        slope = _scale(theta, cheap) * np.exp(theta[0]) * total  # d mean / d log weight
-        steps = _scale(theta, cheap) * STEPS_SLOPE * self._inputs.log_calls
+        slope = _scale(theta, low) * np.exp(theta[0]) * total  # d mean / d log weight
+        steps = _scale(theta, low) * STEPS_SLOPE * self._inputs.log_calls
         rest = self._y - slope - steps
         alpha = cho_solve((factor, True), rest)
         inverse = cho_solve((factor, True), np.eye(len(rest)))
         outer = np.outer(alpha, alpha) - inverse  # 2 d likelihood / d cov
         inner = scales * outer
         own = scales * alike * outer
-        either = cheap[:, None].astype(float) + cheap[None, :]
+        either = low[:, None].astype(float) + low[None, :]
         odds = 1 / (1 + np.exp(theta[5]))  # 1 - correlation
-        mixed = np.where(cheap[:, None] != cheap[None, :], odds, 0.0)
+        mixed = np.where(low[:, None] != low[None, :], odds, 0.0)
         gradient = np.array(
             [
                 (inner * parts["weights"]).sum() + alpha @ slope,
                 (inner * blocks.spread(theta)).sum(),
                 (own * parts["residual"]).sum(),
                 0.5 * (own * blocks.length(theta)).sum(),
-                0.5 * (outer * coupled * either).sum() + alpha @ ((slope + steps) * cheap),
+                0.5 * (outer * coupled * either).sum() + alpha @ ((slope + steps) * low),
                 0.5 * (own * parts["residual"] * mixed).sum(),
-                np.exp(2 * theta[6]) * np.diag(outer)[~cheap].sum(),
+                np.exp(2 * theta[6]) * np.diag(outer)[~low].sum(),
             ]
         )
         away = (theta - _MEAN) / _STD
@@ -526,9 +522,9 @@ class _Blocks:
             np.exp(2 * theta[2]) * self._alike * scaled**2 / 3 * (1 + scaled) * np.exp(-scaled)
         )
 
-    def intercepts(self, cheap: npt.NDArray[np.bool_], others: npt.NDArray[np.bool_]) -> Array:
+    def intercepts(self, low: npt.NDArray[np.bool_], others: npt.NDArray[np.bool_]) -> Array:
         """Covariance of the level's and the level's sampler's intercepts."""
-        same_level = cheap[:, None] == others[None, :]
+        same_level = low[:, None] == others[None, :]
         return np.asarray(same_level * (LEVEL_STD**2 + LEVEL_SAMPLER_STD**2 * self._same))
 
 
@@ -537,10 +533,10 @@ _SMOOTH = np.exp(
 )
 
 
-def _spread(cheap: npt.NDArray[np.bool_]) -> Integers:
+def _spread(low: npt.NDArray[np.bool_]) -> Integers:
     """At most FIT_SIZE indices, evenly over the record: half of each level, or more where one has
     few."""
-    levels = [np.flatnonzero(cheap), np.flatnonzero(~cheap)]
+    levels = [np.flatnonzero(low), np.flatnonzero(~low)]
     half = FIT_SIZE // 2
     sizes = [
         min(len(own), max(half, FIT_SIZE - len(other))) for own, other in (levels, levels[::-1])
@@ -552,39 +548,39 @@ def _spread(cheap: npt.NDArray[np.bool_]) -> Integers:
     return np.sort(np.concatenate(parts))
 
 
-def _variance(noise: Array, cheap: npt.NDArray[np.bool_], theta: Array) -> Array:
+def _variance(noise: Array, low: npt.NDArray[np.bool_], theta: Array) -> Array:
     """(n,) variances of the values: the score's own, and what its level adds."""
-    return np.asarray(noise + np.where(cheap, CHEAP_NOISE**2, np.exp(2 * theta[6])))
+    return np.asarray(noise + np.where(low, LOW_NOISE**2, np.exp(2 * theta[6])))
 
 
-def _scale(theta: Array, cheap: npt.NDArray[np.bool_]) -> Array:
-    return np.asarray(np.where(cheap, np.exp(theta[4]), 1.0))
+def _scale(theta: Array, low: npt.NDArray[np.bool_]) -> Array:
+    return np.asarray(np.where(low, np.exp(theta[4]), 1.0))
 
 
 def _levels(
-    theta: Array, cheap: npt.NDArray[np.bool_], others: npt.NDArray[np.bool_]
+    theta: Array, low: npt.NDArray[np.bool_], others: npt.NDArray[np.bool_]
 ) -> tuple[Array, Array]:
     """Coregionalisation: the ratio of effects, and the residuals' correlation, 1 within a level."""
     correlation = 1 / (1 + np.exp(-theta[5]))
-    scales = _scale(theta, cheap)[:, None] * _scale(theta, others)
-    return scales, np.where(cheap[:, None] == others, 1.0, correlation)
+    scales = _scale(theta, low)[:, None] * _scale(theta, others)
+    return scales, np.where(low[:, None] == others, 1.0, correlation)
 
 
-def _offset(values: Array, cheap: npt.NDArray[np.bool_], level: bool) -> float:
-    """Mean figure of a level, of the other where it has none, else zero."""
-    own = values[cheap == level]
+def _offset(values: Array, low: npt.NDArray[np.bool_], level: bool) -> float:
+    """Mean score of a level, of the other where it has none, else zero."""
+    own = values[low == level]
     return float(own.mean()) if len(own) else float(values.mean()) if len(values) else 0.0
 
 
-def _noise(std_errors: Array, cheap: npt.NDArray[np.bool_]) -> Array:
+def _noise(std_errors: Array, low: npt.NDArray[np.bool_]) -> Array:
     """Variances, each drawn to the mean of its level: a standard error from two repeats is off by a
     factor easily."""
     out = np.empty_like(std_errors)
     for level in (True, False):
-        own = std_errors[cheap == level] ** 2
+        own = std_errors[low == level] ** 2
         known = own[np.isfinite(own)]
         pooled = float(known.mean()) if len(known) else DEFAULT_ERROR**2
-        out[cheap == level] = (np.where(np.isfinite(own), own, pooled) + POOL_WEIGHT * pooled) / (
+        out[low == level] = (np.where(np.isfinite(own), own, pooled) + POOL_WEIGHT * pooled) / (
             1 + POOL_WEIGHT
         )
     return out

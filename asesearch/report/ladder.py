@@ -1,8 +1,8 @@
-"""Rungs of a search: cheap figures and who was promoted, what cheap figures were worth, and where
-the time went.
+"""Rungs of a search: low-fidelity scores and who was promoted, what low-fidelity scores were worth,
+and where the time went.
 
-Cheap figures have a table and axes of their own: they are never on one front with figures after
-fine-tuning.
+Low-fidelity scores have a table and axes of their own: they are never on one front with figures
+after fine-tuning.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from asesearch.study.records import StudyResults
 PARTS = {
     "elastic": ("elastic warm-up", BLUE),
     "map": ("difficulty map", SKY),
-    "cheap": ("cheap figures", GREEN),
+    "low_fidelity": ("low-fidelity scores", GREEN),
     "finetune": ("fine-tuning", ORANGE),
     "sample": ("sampling and evaluating", VERMILION),
     "other": ("the rest", GREY),
@@ -44,10 +44,11 @@ JOINED = {"decode": "sample", "evaluate": "sample"}  # parts shown as one
 
 
 def rungs(results: StudyResults) -> pd.DataFrame:
-    """The cheap rung of every trial that has one, and its dear figure where it was promoted."""
+    """The low-fidelity rung of every trial that has one, and its high-fidelity score where it was
+    promoted."""
     rows = []
     for r in results.records:
-        if r.cheap is None or r.time_frac is None:
+        if r.low_fidelity is None or r.time_frac is None:
             continue
         rows.append(
             {
@@ -57,26 +58,28 @@ def rungs(results: StudyResults) -> pd.DataFrame:
                 "sampler": str(r.sampler),
                 "schedule": str(r.schedule),
                 "time_frac": r.time_frac,
-                "cheap_quality": r.cheap.quality.value,
-                "cheap_std_error": math.nan
-                if r.cheap.quality.std_error is None
-                else r.cheap.quality.std_error,
-                "cheap_num_samples": r.cheap.quality.protocol.num_samples,
-                "metric": r.cheap.quality.protocol.metric_name,
-                "probability": math.nan if r.cheap.probability is None else r.cheap.probability,
-                "promoted": r.cheap.promoted,
-                "reason": r.cheap.reason,
-                "dear_quality": r.quality.value if r.quality else math.nan,
+                "low_fidelity_score": r.low_fidelity.quality.value,
+                "low_fidelity_std_error": math.nan
+                if r.low_fidelity.quality.std_error is None
+                else r.low_fidelity.quality.std_error,
+                "low_fidelity_num_samples": r.low_fidelity.quality.protocol.num_samples,
+                "metric": r.low_fidelity.quality.protocol.metric_name,
+                "probability": math.nan
+                if r.low_fidelity.probability is None
+                else r.low_fidelity.probability,
+                "promoted": r.low_fidelity.promoted,
+                "reason": r.low_fidelity.reason,
+                "high_fidelity_score": r.quality.value if r.quality else math.nan,
             }
         )
     return pd.DataFrame(rows)
 
 
 def rank_correlation(table: pd.DataFrame) -> float:
-    """Spearman's, of cheap and dear figures; NaN below four pairs."""
-    both = table.dropna(subset=["dear_quality"]) if len(table) else table
+    """Spearman's, of low- and high-fidelity scores; NaN below four pairs."""
+    both = table.dropna(subset=["high_fidelity_score"]) if len(table) else table
     return (
-        float(both["cheap_quality"].corr(both["dear_quality"], method="spearman"))
+        float(both["low_fidelity_score"].corr(both["high_fidelity_score"], method="spearman"))
         if len(both) >= 4
         else math.nan
     )
@@ -106,16 +109,16 @@ def spending(results: StudyResults) -> pd.DataFrame:
 
 
 def draw_rungs(data: pd.DataFrame) -> Figure:
-    """Cheap figures against time: `rungs`; who went up is filled, who was stopped hollow with its
-    probability."""
+    """Low-fidelity scores against time: `rungs`; who went up is filled, who was stopped hollow with
+    its probability."""
     figure, ax = axes(HEIGHT)
     for promoted, colour, name in ((True, BLUE, "fine-tuned"), (False, VERMILION, "stopped")):
         mine = data[data["promoted"] == promoted]
         if len(mine):
             ax.errorbar(
                 mine["time_frac"],
-                mine["cheap_quality"],
-                mine["cheap_std_error"].fillna(0.0),
+                mine["low_fidelity_score"],
+                mine["low_fidelity_std_error"].fillna(0.0),
                 fmt="o",
                 color=colour,
                 mfc=colour if promoted else "white",
@@ -125,18 +128,20 @@ def draw_rungs(data: pd.DataFrame) -> Figure:
                 label=f"{name} ({len(mine)})",
             )
     ax.set_xlabel("predicted sampling time / full network's")
-    ax.set_ylabel(f"cheap figure, {int(data['cheap_num_samples'].iloc[0])} images a repeat")
+    ax.set_ylabel(
+        f"low-fidelity score, {int(data['low_fidelity_num_samples'].iloc[0])} images per repeat"
+    )
     percent_axis(ax.xaxis)
     ax.legend(frameon=False)
-    _log_if_wide(ax, data["cheap_quality"])
+    _log_if_wide(ax, data["low_fidelity_score"])
     return figure
 
 
-def draw_cheap_dear(data: pd.DataFrame) -> Figure:
-    """What a cheap figure says of the dear one: rows of `rungs` with both."""
+def draw_fidelity(data: pd.DataFrame) -> Figure:
+    """What a low-fidelity score says of the high-fidelity one: rows of `rungs` with both."""
     figure, ax = axes(HEIGHT)
-    ax.plot(data["cheap_quality"], data["dear_quality"], "o", color=BLUE, ms=5.5)
-    ax.set_xlabel("cheap figure")
+    ax.plot(data["low_fidelity_score"], data["high_fidelity_score"], "o", color=BLUE, ms=5.5)
+    ax.set_xlabel("low-fidelity score")
     ax.set_ylabel("after fine-tuning")
     rank = rank_correlation(data)
     if not math.isnan(rank):
@@ -148,7 +153,7 @@ def draw_cheap_dear(data: pd.DataFrame) -> Figure:
             va="top",
             fontsize=SMALL,
         )
-    _log_if_wide(ax, data["dear_quality"])
+    _log_if_wide(ax, data["high_fidelity_score"])
     return figure
 
 
@@ -182,15 +187,16 @@ def add_drawings(add: Add, results: StudyResults) -> None:
     found = rungs(results)
     caption = (
         "Every schedule under the weights it starts from, on few images, before any fine-tuning of "
-        "its own. These figures compare with each other only; the quality model decides by them "
+        "its own. These scores compare with each other only; the quality model decides by them "
         "who is fine-tuned."
     )
-    add("rungs", "Cheap figures: who went up", caption, found, draw_rungs)
-    both = found.dropna(subset=["dear_quality"]) if len(found) else found
+    add("rungs", "Low-fidelity scores: who went up", caption, found, draw_rungs)
+    both = found.dropna(subset=["high_fidelity_score"]) if len(found) else found
     caption = (
-        "Schedules that have both: how well the cheap figure foretold the one after fine-tuning."
+        "Schedules that have both: how well the low-fidelity score foretold the one after "
+        "fine-tuning."
     )
-    add("cheap_dear", "What a cheap figure is worth", caption, both, draw_cheap_dear)
+    add("fidelity", "What a low-fidelity score is worth", caption, both, draw_fidelity)
     caption = (
         "Time on record, all workers together. A part that is done once serves every schedule."
     )

@@ -21,7 +21,7 @@ from asesearch.files import check_writable
 from asesearch.report import ladder, tables
 from asesearch.report.plots import drawings
 from asesearch.report.style import Drawing
-from asesearch.report.wording import UNKNOWN, figure, headline, number, percent
+from asesearch.report.wording import UNKNOWN, headline, number, percent, plus_minus
 from asesearch.score import Protocol
 from asesearch.study.picking import pick
 from asesearch.study.records import StudyResults
@@ -29,14 +29,14 @@ from asesearch.study.records import StudyResults
 MARK = '<meta name="generator" content="asesearch report">'
 #: Ways to pick a point: mode, its quality and time budgets, and what they mean.
 PICKS: tuple[tuple[str, str | None, float | None, str], ...] = (
-    ("best-quality", None, None, "the best figure"),
+    ("best-quality", None, None, "the best score"),
     (
         "fastest-within",
         "ci",
         None,
         f"the fastest that is not worse than the full network ({tables.LEVEL})",
     ),
-    ("best-within", None, 0.75, "the best figure within three quarters of the full network's time"),
+    ("best-within", None, 0.75, "the best score within three quarters of the full network's time"),
 )
 
 
@@ -51,7 +51,7 @@ def write_report(results: StudyResults, out_dir: Path) -> Path:
         out_dir: an empty or missing folder, or one that holds an earlier report.
 
     Raises:
-        EvaluationError: figures of different protocols under one heading.
+        EvaluationError: scores of different protocols under one heading.
         StudyError: no trial has ended, the results contradict themselves, or `out_dir` holds
             something else.
         WriteError: `out_dir` can't be written.
@@ -193,14 +193,14 @@ def _front_grid(results: StudyResults, chosen: int | None) -> Grid:
     """The front and, where it is not on it, the full network."""
     points = tables.points(results, tables.kind_of(results))
     points = points[points["on_front"].astype(bool) | (points["label"] == tables.FULL)]
-    metric = points["metric"].iloc[0] if len(points) else "figure"
+    metric = points["metric"].iloc[0] if len(points) else "score"
     several = _several(results)
     rows = [
         (
             row["label"],
             percent(1 - row["time_frac"]),
             _time(row["time_frac"], row["time_spread"]),
-            figure(row["quality"], row["std_error"]),
+            plus_minus(row["quality"], row["std_error"]),
             _difference(row),
             row["verdict"] if row["on_front"] else f"{row['verdict']}, off the front",
             *((row["sampler"],) if several else ()),
@@ -263,7 +263,7 @@ def _time(frac: float, spread: float) -> str:
 def _difference(row: pd.Series) -> str:
     if row["verdict"] == "the reference":
         return "–"
-    return ("+" if row["difference"] > 0 else "") + figure(
+    return ("+" if row["difference"] > 0 else "") + plus_minus(
         row["difference"], row["difference_margin"]
     )
 
@@ -273,8 +273,8 @@ def _confirmation_grid(results: StudyResults) -> Grid:
     rows = [
         (
             row["label"],
-            figure(row["search_quality"], row["search_std_error"]),
-            figure(row["confirmed_quality"], row["confirmed_std_error"]),
+            plus_minus(row["search_quality"], row["search_std_error"]),
+            plus_minus(row["confirmed_quality"], row["confirmed_std_error"]),
             "–"
             if math.isnan(row["selection_bias"])
             else f"{row['selection_bias']:+.3g}".replace("-", "−"),
@@ -290,7 +290,7 @@ def _trials_grid(results: StudyResults) -> Grid:
     table = tables.trials(results)
     repeats = [c for c in table.columns if c.startswith("repeat_")]
     seconds = [c for c in table.columns if c.endswith("_s")]
-    metric = next((m for m in table["metric"] if m), "figure")
+    metric = next((m for m in table["metric"] if m), "score")
     several = _several(results)
     rows = [
         (
@@ -298,7 +298,7 @@ def _trials_grid(results: StudyResults) -> Grid:
             row["origin"],
             *((row["sampler"],) if several else ()),
             row["schedule"],
-            figure(row["quality"], row["std_error"])
+            plus_minus(row["quality"], row["std_error"])
             if row["state"] == "complete"
             else row["state"],
             *(number(row[c]) for c in (repeats if len(repeats) > 1 else ())),
@@ -355,7 +355,7 @@ def _protocol_grid(protocols: dict[str, Protocol | None]) -> Grid:
 
 def _protocol_cell(protocol: Protocol, name: str) -> str:
     value = getattr(protocol, name)
-    if name in ("solver", "num_steps") and value is None:  # where ways of sampling compete
+    if name in ("solver", "num_steps") and value is None:  # where samplers compete
         return "any: part of the point"
     if name == "guided_channels" and value is None:
         return "none: no guidance" if protocol.cfg_scale == 1 else "not on record"
@@ -378,17 +378,17 @@ def _environment_grid(results: StudyResults) -> Grid:
 
 
 def _rungs_grid(results: StudyResults) -> Grid:
-    """Decisions at the cheap rung."""
+    """Decisions at the low-fidelity rung."""
     rows = [
         (
             row["label"],
-            figure(row["cheap_quality"], row["cheap_std_error"]),
+            plus_minus(row["low_fidelity_score"], row["low_fidelity_std_error"]),
             "up" if row["promoted"] else "stopped",
             row["reason"],
         )
         for _, row in ladder.rungs(results).iterrows()
     ]
-    return Grid(("schedule", "cheap figure", "went", "because"), rows)
+    return Grid(("schedule", "low-fidelity score", "went", "because"), rows)
 
 
 def _failed_grid(results: StudyResults) -> Grid:

@@ -103,7 +103,7 @@ def drawings(results: StudyResults) -> list[Drawing]:
 _NO_VERDICT = f"(no verdict: that is the table's, at {tables.LEVEL})"
 _FRONT = {
     "confirmed": "Confirmed on fresh seeds, against measured sampling time. Bars: one standard "
-    f"error {_NO_VERDICT}, and half the distance between the quartiles of the time. Down and left "
+    f"error {_NO_VERDICT}, and half-IQR of the time. Down and left "
     "is better.",
     "search": "All trials under the search protocol, against predicted sampling time. Bars: one "
     f"standard error {_NO_VERDICT}. Down and left is better.",
@@ -118,7 +118,7 @@ def _hypervolume_caption(volume: pd.DataFrame) -> str:
     if volume.empty:
         return ""
     last = volume.iloc[-1]
-    what = "the logarithm of the figure" if last["scale"] == "log" else "the figure"
+    what = "the logarithm of the score" if last["scale"] == "log" else "the score"
     return (
         f"Area dominated in time fraction × {what}, below the reference point: time "
         f"{last['reference_time_frac']:g}, {last['metric']} {number(last['reference_quality'])}."
@@ -126,7 +126,7 @@ def _hypervolume_caption(volume: pd.DataFrame) -> str:
 
 
 def draw_front(data: pd.DataFrame) -> Figure:
-    """Figure against sampling time: `tables.points`."""
+    """Score against sampling time: `tables.points`."""
     figure, ax = axes(3.9)
     front = data[data["on_front"]]
     # own first
@@ -278,7 +278,7 @@ def draw_samples(data: pd.DataFrame, results: StudyResults) -> Figure:
 
 
 def draw_trials(data: pd.DataFrame) -> Figure:
-    """Figure over trials, coloured by time: complete rows of `tables.trials`."""
+    """Score over trials, coloured by time: complete rows of `tables.trials`."""
     figure, ax = axes()
     if data["std_error"].notna().any():
         ax.errorbar(
@@ -424,9 +424,9 @@ def draw_losses(data: pd.DataFrame) -> Figure:
     """`tables.losses`, each curve named at its end."""
     figure, ax = axes()
     names = list(dict.fromkeys(data["label"]))
-    rivals = [n for n in names if n != tables.FULL]
+    others = [n for n in names if n != tables.FULL]
     colours = dict(
-        zip(rivals, seaborn.color_palette("crest", len(rivals)).as_hex(), strict=True)
+        zip(others, seaborn.color_palette("crest", len(others)).as_hex(), strict=True)
     ) | {tables.FULL: VERMILION}
     for name in names:
         mine = data[data["label"] == name]

@@ -1,7 +1,7 @@
 """Report data apart from drawing: one function, one `DataFrame`. Every figure is drawn from one of
 these and nothing else.
 
-Figures of the search protocol and of the confirmation protocol never share a table, except in
+Scores of the search protocol and of the confirmation protocol never share a table, except in
 `confirmation`, whose columns say which is which.
 """
 
@@ -31,7 +31,7 @@ from asesearch.study.records import (
 
 FULL = "full network"
 LEVEL = f"{100 * CONFIDENCE:.0f}\N{NO-BREAK SPACE}% confidence"  # said with every verdict
-#: Kind of a figure: as the search saw it (predicted time), or confirmed on fresh seeds (measured
+#: Kind of a score: as the search saw it (predicted time), or confirmed on fresh seeds (measured
 #: time).
 Kind = Literal["search", "confirmed"]
 MAX_CURVE_POINTS = 80
@@ -51,10 +51,10 @@ def label(record: TrialRecord, own: Sampler) -> str:
 
 
 def protocol_of(results: StudyResults, kind: Kind) -> Protocol | None:
-    """The one protocol of the study's figures; None if there are none.
+    """The one protocol of the study's scores; None if there are none.
 
     Raises:
-        EvaluationError: the figures were measured in different ways.
+        EvaluationError: the scores were measured in different ways.
     """
     if kind == "search":
         found = [r.quality.protocol for r in results.complete if r.quality is not None]
@@ -66,7 +66,7 @@ def protocol_of(results: StudyResults, kind: Kind) -> Protocol | None:
 
 
 def kind_of(results: StudyResults) -> Kind:
-    """Which figures the headline and the front stand on: confirmed ones wherever there are any."""
+    """Which scores the headline and the front stand on: confirmed ones wherever there are any."""
     return "confirmed" if results.confirmations else "search"
 
 
@@ -74,7 +74,7 @@ def by_number(results: StudyResults) -> dict[int, TrialRecord]:
     """Trials by number.
 
     Raises:
-        StudyError: a confirmation of a trial that is not on record or has no figure.
+        StudyError: a confirmation of a trial that is not on record or has no score.
     """
     complete = {r.number for r in results.complete}
     stray = [c.number for c in results.confirmations if c.number not in complete]
@@ -124,7 +124,7 @@ def trials(results: StudyResults) -> pd.DataFrame:
 
 
 def _part_order(part: str) -> tuple[int, str]:
-    known = ("cheap", "finetune", "sample", "decode", "evaluate", "other")
+    known = ("low_fidelity", "finetune", "sample", "decode", "evaluate", "other")
     return (known.index(part) if part in known else len(known), part)
 
 
@@ -137,10 +137,10 @@ def _std_error(quality: EvaluationResult | None) -> float:
 
 
 def points(results: StudyResults, kind: Kind) -> pd.DataFrame:
-    """Every figure of one kind against sampling time, fastest first, compared with the full network
+    """Every score of one kind against sampling time, fastest first, compared with the full network
     of the same kind.
 
-    `difference` is the figure minus the full network's, `difference_se` its standard error,
+    `difference` is the score minus the full network's, `difference_se` its standard error,
     `difference_margin` half the width of its interval of that `confidence`; `verdict` says in words
     whether the interval leaves out 0.
     """
@@ -216,15 +216,15 @@ _POINT_COLUMNS = [
 
 
 def verdict(difference: float, margin: float | None) -> str:
-    """A figure against the full network's, in words.
+    """A score against the full network's, in words.
 
     Args:
-        difference: the figure minus the full network's.
+        difference: the score minus the full network's.
         margin: half the width of the confidence interval of the difference, see
             `EvaluationResult.margin`.
     """
     if math.isnan(difference):
-        return "no figure of the full network"
+        return "no score of the full network"
     if margin is None or math.isnan(margin):
         return "spread unknown (one repeat)"
     if abs(difference) <= margin:
@@ -233,7 +233,7 @@ def verdict(difference: float, margin: float | None) -> str:
 
 
 def front(results: StudyResults) -> pd.DataFrame:
-    """The front, fastest first: of the confirmed figures where there are any, else of the
+    """The front, fastest first: of the confirmed scores where there are any, else of the
     search's."""
     table = points(results, kind_of(results))
     return table[table["on_front"].astype(bool)].reset_index(drop=True)
@@ -256,12 +256,12 @@ def hypervolume_2d(found: npt.NDArray[np.float64], reference: tuple[float, float
 
 
 def hypervolume(results: StudyResults) -> pd.DataFrame:
-    """Area dominated by the trials so far: time fraction times log figure (times the plain figure
+    """Area dominated by the trials so far: time fraction times log score (times the plain score
     if one is not positive).
 
-    Reference point: 1.1 times the full network's time and twice its figure, so that studies of one
-    protocol compare; without the full network, or with figures that are not positive, the worst
-    figure seen.
+    Reference point: 1.1 times the full network's time and twice its score, so that studies of one
+    protocol compare; without the full network, or with scores that are not positive, the worst
+    score seen.
     """
     protocol = protocol_of(results, "search")
     done = [r for r in results.complete if r.quality is not None and r.time_frac is not None]
@@ -311,10 +311,10 @@ def cost(results: StudyResults) -> pd.DataFrame:
 
 
 def confirmation(results: StudyResults) -> pd.DataFrame:
-    """Search figure and confirmed figure side by side.
+    """Search score and confirmed score side by side.
 
-    `selection_bias` is confirmed minus search: what the search's figure flattered. It is left out
-    where the two protocols differ in more than their seeds, because the figure then depends on the
+    `selection_bias` is confirmed minus search: what the search's score flattered. It is left out
+    where the two protocols differ in more than their seeds, because the score then depends on the
     difference (on N above all).
     """
     records = by_number(results)
@@ -447,11 +447,11 @@ def samples(results: StudyResults) -> pd.DataFrame:
 
 def _shown(results: StudyResults, chosen: list[TrialRecord]) -> list[TrialRecord]:
     """At most five of `chosen`, evenly spread, both ends included, and the full network last."""
-    rivals = [r for r in chosen if r is not results.full]
-    last = len(rivals) - 1
+    others = [r for r in chosen if r is not results.full]
+    last = len(others) - 1
     keep = (
-        range(len(rivals))
+        range(len(others))
         if last < MAX_SHOWN
         else sorted({round(i * last / (MAX_SHOWN - 1)) for i in range(MAX_SHOWN)})
     )
-    return [*(rivals[i] for i in keep), *(r for r in chosen if r is results.full)]
+    return [*(others[i] for i in keep), *(r for r in chosen if r is results.full)]

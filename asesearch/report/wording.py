@@ -1,4 +1,4 @@
-"""Figures in words: how numbers are written, and the answer of a study in one sentence."""
+"""Scores in words: how numbers are written, and the answer of a study in one sentence."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def percent(frac: float) -> str:
 
 
 def number(value: float, std_error: float = math.nan) -> str:
-    """A figure to two digits of its standard error where there is one, else to four digits; "–" if
+    """A score to two digits of its standard error where there is one, else to four digits; "–" if
     missing."""
     if math.isnan(value):
         return "–"
@@ -37,8 +37,8 @@ def number(value: float, std_error: float = math.nan) -> str:
     return text.replace("-", "−")
 
 
-def figure(value: float, std_error: float) -> str:
-    """ "8.647 ± 0.052", or the bare figure where the spread is unknown."""
+def plus_minus(value: float, std_error: float) -> str:
+    """ "8.647 ± 0.052", or the bare score where the spread is unknown."""
     if math.isnan(value) or math.isnan(std_error):
         return number(value)
     return f"{number(value, std_error)} ± {number(std_error, std_error)}"
@@ -50,8 +50,8 @@ class Headline:
 
     Attributes:
         answer: one sentence.
-        details: the figures it rests on, and what it leaves open, a sentence each.
-        success: a schedule saves enough at a figure that is not worse.
+        details: the scores it rests on, and what it leaves open, a sentence each.
+        success: a schedule saves enough at a score that is not worse.
         chosen: number of the trial it speaks of; None if there is none.
     """
 
@@ -69,30 +69,30 @@ def headline(results: StudyResults) -> Headline:
         sum(r.state == state for r in results.records) for state in ("failed", "stopped")
     )
     counts = (
-        f"{len(results.complete)} of {len(results.records)} trials gave a figure; {failed} failed"
+        f"{len(results.complete)} of {len(results.records)} trials gave a score; {failed} failed"
     )
-    counts += f", and {stopped} were stopped at their cheap figure." if stopped else "."
+    counts += f", and {stopped} were stopped at their low-fidelity score." if stopped else "."
     if points.empty:
-        return Headline("No trial has given a figure yet.", (counts,))
+        return Headline("No trial has given a score yet.", (counts,))
     status = (
         "Confirmed on fresh seeds, with measured sampling time."
         if kind == "confirmed"
-        else "Figures and predicted times of the search: the best of many is flattered, and "
+        else "Scores and predicted times of the search: the best of many is flattered, and "
         "nothing is confirmed yet."
     )
     baseline = points[points["verdict"] == "the reference"]
-    rivals = points[points["verdict"] != "the reference"]
+    others = points[points["verdict"] != "the reference"]
     if baseline.empty:
         return Headline(
-            "There is nothing to compare with: the full network has no figure of this kind.",
+            "There is nothing to compare with: the full network has no score of this kind.",
             (status, counts),
         )
-    if rivals.empty:
-        return Headline("Only the full network has a figure so far.", (status, counts))
-    found = _unknown_spread(rivals) if rivals["difference_se"].isna().all() else _verdict(rivals)
+    if others.empty:
+        return Headline("Only the full network has a score so far.", (status, counts))
+    found = _unknown_spread(others) if others["difference_se"].isna().all() else _verdict(others)
     protocol = tables.protocol_of(results, kind)
     notes = (TWO_REPEATS,) if protocol is not None and len(protocol.seeds) == 2 else found.details
-    details = (_figures(rivals, baseline.iloc[0], found.chosen), status, counts)
+    details = (_compared(others, baseline.iloc[0], found.chosen), status, counts)
     return Headline(found.answer, (*notes, *details), found.success, found.chosen)
 
 
@@ -113,11 +113,11 @@ def _saves(row: pd.Series) -> str:
     return f"{verb}save{'' if verb else 's'} {percent(saved)} of sampling time"
 
 
-def _verdict(rivals: pd.DataFrame) -> Headline:
+def _verdict(others: pd.DataFrame) -> Headline:
     """With a known spread: the fastest schedule that is not worse, or the closest."""
-    metric = rivals["metric"].iloc[0]
-    matching = rivals[
-        (rivals["difference"] <= rivals["difference_margin"]) & (rivals["time_frac"] < 1)
+    metric = others["metric"].iloc[0]
+    matching = others[
+        (others["difference"] <= others["difference_margin"]) & (others["time_frac"] < 1)
     ]
     if not matching.empty:
         best = matching.iloc[0]  # fastest first
@@ -131,8 +131,8 @@ def _verdict(rivals: pd.DataFrame) -> Headline:
             return Headline(answer[0].upper() + answer[1:], (), True, int(best["number"]))
         rest = f"the best was {_name(best)}, which {_saves(best)}"
     else:
-        faster = rivals[rivals["time_frac"] < 1]
-        pool = rivals if faster.empty else faster
+        faster = others[others["time_frac"] < 1]
+        pool = others if faster.empty else faster
         best = pool.iloc[int(pool["difference"].to_numpy().argmin())]
         rest = (
             f"the closest was {_name(best)}, which {_saves(best)} and is worse by "
@@ -160,12 +160,12 @@ def _signed(value: float, std_error: float) -> str:
     return f"{'+' if value > 0 else ''}{number(value, std_error)}"
 
 
-def _unknown_spread(rivals: pd.DataFrame) -> Headline:
-    """From one repeat nothing can be told apart: name the best figure that saves enough."""
-    metric = rivals["metric"].iloc[0]
-    saving = rivals[rivals["time_frac"] <= 1 - WORTHWHILE_SAVING]
+def _unknown_spread(others: pd.DataFrame) -> Headline:
+    """From one repeat nothing can be told apart: name the best score that saves enough."""
+    metric = others["metric"].iloc[0]
+    saving = others[others["time_frac"] <= 1 - WORTHWHILE_SAVING]
     best = (
-        rivals.iloc[0] if saving.empty else saving.iloc[int(saving["quality"].to_numpy().argmin())]
+        others.iloc[0] if saving.empty else saving.iloc[int(saving["quality"].to_numpy().argmin())]
     )
     side = "above" if best["difference"] >= 0 else "below"
     answer = (
@@ -180,12 +180,12 @@ def _unknown_spread(rivals: pd.DataFrame) -> Headline:
     return Headline(answer, (note,), False, int(best["number"]))
 
 
-def _figures(rivals: pd.DataFrame, full: pd.Series, chosen: int | None) -> str:
-    row = rivals[rivals["number"] == chosen].iloc[0]
+def _compared(others: pd.DataFrame, full: pd.Series, chosen: int | None) -> str:
+    row = others[others["number"] == chosen].iloc[0]
     text = (
-        f"{full['metric']} {figure(row['quality'], row['std_error'])} against the full network's "
+        f"{full['metric']} {plus_minus(row['quality'], row['std_error'])} against the full network's "
     )
-    text += figure(full["quality"], full["std_error"])
+    text += plus_minus(full["quality"], full["std_error"])
     if not math.isnan(row["difference_se"]):
         text += f" (difference {_signed(row['difference'], row['difference_se'])}, "
         text += f"standard error {number(row['difference_se'], row['difference_se'])})"

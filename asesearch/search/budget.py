@@ -95,6 +95,6 @@ def room_for_trial(
 def _next_s(records: tuple[TrialRecord, ...]) -> float:
     """What a fine-tuned trial took so far (a stopped one where there is none); the full network,
     tuned for longer, left out."""
-    rivals = [r for r in records if not r.schedule.is_full and r.state != "failed"]
-    found = [r for r in rivals if r.state == "complete"] or rivals
+    others = [r for r in records if not r.schedule.is_full and r.state != "failed"]
+    found = [r for r in others if r.state == "complete"] or others
     return fmean(sum(r.seconds.values()) for r in found[-8:]) if found else 0.0

@@ -1,6 +1,6 @@
 """The front again, on seeds that no trial has seen, with the real sampling time.
 
-The best of many noisy figures is too good on average; what is reported and exported is confirmed on
+The best of many noisy scores is too good on average; what is reported and exported is confirmed on
 fresh seeds first. Workers
 share the points out: a lock and a file for each, so that each is confirmed once.
 """
@@ -45,7 +45,7 @@ def confirm(
         Confirmations of the full network and the front.
 
     Raises:
-        StudyError: the full network has no figure, and no other worker is at it.
+        StudyError: the full network has no score, and no other worker is at it.
     """
     with study.worker.at_work(CONFIRMING):
         return _Confirming(study, bench, progress).run()
@@ -71,7 +71,7 @@ class _Confirming:
         self._said = False
 
     def run(self) -> list[Confirmation]:
-        """Confirm until nothing is left, or in other hands."""
+        """Confirm until nothing is left, or with other workers."""
         self._remove_stale()
         while True:
             searching = self.others.at_work(SEARCHING)
@@ -92,7 +92,7 @@ class _Confirming:
             if searching:
                 return []
             raise StudyError(
-                "the full network has no figure (its fine-tuning failed or has not run), so "
+                "the full network has no score (its fine-tuning failed or has not run), so "
                 "nothing can be compared with it; see the failed trials, lower train.lr, and "
                 "search under another name"
             )
@@ -181,7 +181,7 @@ def trial_weights(study: Study, record: TrialRecord) -> Path:
             the front, or they are damaged.
     """
     if record.state != "complete":
-        why = record.failure or "its cheap figure did not promote it"
+        why = record.failure or "its low-fidelity score did not promote it"
         raise StudyError(
             f"trial {record.number} {record.state}, so it has no weights ({why}); choose another"
         )

@@ -40,7 +40,7 @@ class Costs:
 
     @property
     def latency(self) -> LatencyTable:
-        """Time of one network call at each exit depth; measured on first use, once a study and
+        """Time of one network call at each exit depth; measured on first use, once per study and
         device.
 
         Raises:
@@ -102,13 +102,13 @@ class Costs:
         return float(passes * sum(calls)) * protocol.num_samples * len(protocol.seeds) / 1e9
 
     def training_gflops(self, depths: Depths, config: TrainConfig) -> float:
-        """Arithmetic of a training run, in expectation: a step counts three calls a sample, and one
-        of a teacher."""
-        chain = depths.num_train_timesteps
-        t = np.arange(chain)
+        """Arithmetic of a training run, in expectation: a step counts three calls per sample, and
+        one of a teacher."""
+        num_timesteps = depths.num_train_timesteps
+        t = np.arange(num_timesteps)
         if isinstance(depths, ElasticDepths):
             u = (np.arange(64) + 0.5) / 64
-            drawn = depths.draw(np.repeat(t, 64), np.tile(u, chain))
+            drawn = depths.draw(np.repeat(t, 64), np.tile(u, num_timesteps))
         else:
             drawn = depths.exit_depth_at(t)
         call = float(np.asarray(self.flops)[drawn - 1].mean())

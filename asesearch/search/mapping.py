@@ -48,7 +48,7 @@ def measure_map(
         backbone: run in eval mode and then as it was.
         data: images that the network was not trained on.
         diffusion: the process the network was trained with.
-        config: bins, images a bin, seed.
+        config: bins, images per bin, seed.
         reference: the network whose full-depth prediction `error_full` is counted from; by default
             the backbone itself.
         batch_size: images at a time; has no influence on what is drawn.
@@ -290,7 +290,7 @@ def _each_block_once(net: Backbone) -> Iterator[None]:
 
 
 def _reusable(net: Backbone, draws: _Draws) -> bool:
-    """Whether blocks need to run only once a batch: tried on two images, at every exit depth, to
+    """Whether blocks need to run only once per batch: tried on two images, at every exit depth, to
     the last bit."""
     x_t, t, y, _ = draws.take(slice(2))
     try:

@@ -125,7 +125,7 @@ class Parts:
 
     @property
     def identity(self) -> dict[str, Any]:
-        """Fingerprints of what the figures depend on and the study file only names."""
+        """Fingerprints of what the scores depend on and the study file only names."""
         out = {
             "weights": weights_fingerprint(self.backbone),
             "data": self.data.digest,
@@ -168,7 +168,7 @@ class Parts:
         protocol: Protocol,
         shown: list[Tensor] | None = None,
     ) -> tuple[EvaluationResult, dict[str, float]]:
-        """Figure under a protocol, and seconds of it by part: "sample", "decode" (of latents),
+        """Score under a protocol, and seconds of it by part: "sample", "decode" (of latents),
         "evaluate".
 
         `shown`, if given, receives the first images made, (N, C, H, W) uint8, in parts of at least

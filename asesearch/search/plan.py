@@ -35,12 +35,12 @@ class Plan:
         calls_an_image: network calls.
         elastic_s, map_s: the warm-up; 0 where the study has none.
         full_s: tuning and evaluating the full network, which all others are compared with.
-        cheap_s: the cheap rung of one trial; 0 without promotion.
-        trial_s: one trial that is fine-tuned, its cheap rung included.
+        low_fidelity_s: the low-fidelity rung of one trial; 0 without promotion.
+        trial_s: one trial that is fine-tuned, its low-fidelity rung included.
         num_trials: schedules besides the full network; with a budget, how many it leaves room for
             if all are fine-tuned.
-        search_s: all trials; with a budget, also the first look around (`promotion.explore` cheap
-            figures).
+        search_s: all trials; with a budget, also the exploration phase (`promotion.explore`
+            low-fidelity scores).
         confirm_s: confirmation of the front, its timing included.
         total_s: of all this.
         expected_s: what the search is expected to take: schedules at 0.65 of the full network's
@@ -57,7 +57,7 @@ class Plan:
     elastic_s: float
     map_s: float
     full_s: float
-    cheap_s: float
+    low_fidelity_s: float
     trial_s: float
     num_trials: int
     search_s: float
@@ -141,17 +141,17 @@ def make_plan(bench: Workbench) -> Plan:
     map_s = calls * image_s / len(steps) if needs_map(bench) else 0.0
     share = 1.0 if budget_s is None else TYPICAL_FRAC
     images = config.evaluation.num_samples * config.evaluation.repeats
-    cheap_images = (
+    low_fidelity_images = (
         0 if config.promotion is None else config.promotion.num_samples * config.promotion.repeats
     )
     full_s = bench.trials.tuning(bench.full)[1].num_steps * full_step_s + (
-        images + cheap_images
+        images + low_fidelity_images
     ) * (image_s + decode_s)
-    cheap_s = cheap_images * (share * image_s + decode_s)
+    low_fidelity_s = low_fidelity_images * (share * image_s + decode_s)
     trial_s = (
         config.train.num_steps * share * full_step_s
         + images * (share * image_s + decode_s)
-        + cheap_s
+        + low_fidelity_s
     )
     trials = config.search.num_trials - 1
     points = config.confirm.max_points
@@ -160,7 +160,7 @@ def make_plan(bench: Workbench) -> Plan:
     confirm_s = confirmation_s(config, image_s + decode_s, [share] * points)
     look_s = 0.0
     if budget_s is not None:
-        look_s = num_explored(config) * cheap_s
+        look_s = num_explored(config) * low_fidelity_s
         trials = max(
             0,
             int(
@@ -173,12 +173,16 @@ def make_plan(bench: Workbench) -> Plan:
     expected_s = total_s
     if budget_s is None:
         pace = TYPICAL_FRAC * fmean(len(calls) for calls in bench.samplers.values()) / len(steps)
-        typical_cheap_s = cheap_images * (pace * image_s + decode_s)
+        typical_low_fidelity_s = low_fidelity_images * (pace * image_s + decode_s)
         typical_s = config.train.num_steps * TYPICAL_FRAC * full_step_s
-        typical_s += images * (pace * image_s + decode_s) + typical_cheap_s
+        typical_s += images * (pace * image_s + decode_s) + typical_low_fidelity_s
         looks = min(trials, num_explored(config))
         expected_s = (
-            elastic_s + map_s + full_s + looks * typical_cheap_s + (trials - looks) * typical_s
+            elastic_s
+            + map_s
+            + full_s
+            + looks * typical_low_fidelity_s
+            + (trials - looks) * typical_s
         )
         expected_s += confirmation_s(config, image_s + decode_s, [pace] * points)
     return Plan(
@@ -189,7 +193,7 @@ def make_plan(bench: Workbench) -> Plan:
         elastic_s,
         map_s,
         full_s,
-        cheap_s,
+        low_fidelity_s,
         trial_s,
         trials,
         search_s,

@@ -1,10 +1,10 @@
-"""One trial from rung to rung: cheap figure, decision, brief fine-tuning, the search protocol's
-figure.
+"""One trial from rung to rung: low-fidelity score, decision, brief fine-tuning, the search
+protocol's figure.
 
 Optuna refuses pruning where there are two objectives, so the rungs lie within a trial. The third
-rung, the full protocol on fresh seeds, is `confirmation`. Figures of different rungs are never
-compared: a cheap one speaks only through the quality model, which has learned from trials with both
-figures what it is worth.
+rung, the full protocol on fresh seeds, is `confirmation`. Scores of different rungs are never
+compared: a low-fidelity one speaks only through the quality model, which has learned from trials
+with both scores what it is worth.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from asesearch.score import EvaluationResult
 from asesearch.search.trials import Outcome
 from asesearch.search.workbench import Workbench
 from asesearch.study.environment import versions
-from asesearch.study.records import LOOKS_AROUND, CheapRung, TrialRecord, shortened
+from asesearch.study.records import EXPLORATION, LowFidelity, TrialRecord, shortened
 
 
 def run_trial(
@@ -37,13 +37,13 @@ def run_trial(
 
     Args:
         bench: fine-tunes, samples and evaluates.
-        trial: number, origin and point of the trial; state and figures are filled in.
+        trial: number, origin and point of the trial; state and scores are filled in.
         folder: for its weights and images.
-        records: of the study so far; one of the same point, stopped before, lends its cheap figure,
-            and one of the same schedule its fine-tuning, which is counted once.
+        records: of the study so far; one of the same point, stopped before, lends its low-fidelity
+            score, and one of the same schedule its fine-tuning, which is counted once.
         problem: what the quality model needs to judge a point; None without promotion.
-        explores: whether the trial is one of the first look around, so that it ends with its cheap
-            figure.
+        explores: whether the trial is part of the exploration phase, so that it ends with its
+            low-fidelity figure.
 
     Returns:
         The finished record; that of the same point where it was stopped before and is again. A
@@ -51,19 +51,21 @@ def run_trial(
     """
     seconds: dict[str, float] = {}
     gflops: dict[str, float] = {}
-    cheap: CheapRung | None = None
+    low_fidelity: LowFidelity | None = None
     try:
         if problem is not None:
-            cheap = _cheap_rung(bench, trial, records, problem, explores, seconds, gflops)
+            low_fidelity = _low_fidelity_rung(
+                bench, trial, records, problem, explores, seconds, gflops
+            )
             before = _on_record(trial, records)
-            if not cheap.promoted and before is not None:
+            if not low_fidelity.promoted and before is not None:
                 return before  # judged again, with the same result
-            if not cheap.promoted:
+            if not low_fidelity.promoted:
                 time_frac, flops_frac, block_frac = bench.costs.fracs(trial.point)
                 return _ended(
                     trial,
                     "stopped",
-                    cheap=cheap,
+                    low_fidelity=low_fidelity,
                     seconds=seconds,
                     gflops=gflops,
                     time_frac=time_frac,
@@ -81,7 +83,7 @@ def run_trial(
             trial,
             "failed",
             failure=str(error).splitlines()[0],
-            cheap=cheap,
+            low_fidelity=low_fidelity,
             seconds=seconds,
             gflops=gflops,
         )
@@ -92,7 +94,7 @@ def run_trial(
     return _ended(
         trial,
         "complete",
-        cheap=cheap,
+        low_fidelity=low_fidelity,
         quality=outcome.quality,
         time_frac=outcome.time_frac,
         flops_frac=outcome.flops_frac,
@@ -119,7 +121,7 @@ def _counted(trial: TrialRecord, outcome: Outcome, records: list[TrialRecord]) -
     return any(r.seconds.get("finetune") == outcome.seconds["finetune"] for r in same)
 
 
-def _cheap_rung(
+def _low_fidelity_rung(
     bench: Workbench,
     trial: TrialRecord,
     records: list[TrialRecord],
@@ -127,29 +129,34 @@ def _cheap_rung(
     explores: bool,
     seconds: dict[str, float],
     gflops: dict[str, float],
-) -> CheapRung:
-    """The point's cheap figure, measured or on record, and whether it is promoted.
+) -> LowFidelity:
+    """The point's low-fidelity score, measured or on record, and whether it is promoted.
 
     The difficulty proposer returns to a stopped point because it expects more of it than of any
     other, in the light of all
-    figures so far: that is the judgement. Others know nothing of cheap figures, so that such a
+    scores so far: that is the judgement. Others know nothing of low-fidelity scores, so that such a
     point is judged again.
     """
     before = _on_record(trial, records)
-    if before is None or before.cheap is None:
-        quality, seconds["cheap"], gflops["cheap"] = bench.trials.try_low_fidelity(trial.point)
+    if before is None or before.low_fidelity is None:
+        quality, seconds["low_fidelity"], gflops["low_fidelity"] = bench.trials.try_low_fidelity(
+            trial.point
+        )
         if explores:
-            return CheapRung(quality, False, None, LOOKS_AROUND)
-        return CheapRung(quality, *_decide(bench, trial, records, problem, quality))
+            return LowFidelity(quality, False, None, EXPLORATION)
+        return LowFidelity(quality, *_decide(bench, trial, records, problem, quality))
     seconds |= before.seconds  # this record takes the place of that one
     gflops |= before.gflops
-    quality = before.cheap.quality
+    quality = before.low_fidelity.quality
     if trial.origin == NAME:
-        return CheapRung(
-            quality, True, before.cheap.probability, "proposed again in the light of later trials"
+        return LowFidelity(
+            quality,
+            True,
+            before.low_fidelity.probability,
+            "proposed again in the light of later trials",
         )
     promoted, probability, reason = _decide(bench, trial, records, problem, quality)
-    return CheapRung(quality, promoted, probability, f"proposed again: {reason}")
+    return LowFidelity(quality, promoted, probability, f"proposed again: {reason}")
 
 
 def _decide(
@@ -163,8 +170,8 @@ def _decide(
     assert config is not None
     if trial.origin != bench.config.search.proposer:
         return True, None, "a warm start"
-    dear = sum(r.state == "complete" and r.origin == trial.origin for r in records)
-    if dear < config.always:
+    high = sum(r.state == "complete" and r.origin == trial.origin for r in records)
+    if high < config.always:
         return True, None, f"among the first {config.always} proposals"
     probability = judge(problem, records, trial.point, quality)
     promoted = probability >= config.threshold
@@ -176,11 +183,11 @@ def _decide(
 
 
 def num_explored(config: StudyConfig) -> int:
-    """How many of the proposals only look around; `promotion.explore`, and no more than half of all
-    trials.
+    """How many of the proposals belong to the exploration phase; `promotion.explore`, and no more
+    than half of all trials.
 
-    Proposers that take no account of cheap figures would never come back to such a point: theirs
-    none.
+    Proposers that take no account of low-fidelity scores would never come back to such a point:
+    theirs none.
     """
     if config.promotion is None or config.search.proposer != NAME:
         return 0

@@ -259,7 +259,7 @@ class Runner:
         if record.number != trial.number:
             return record
         # of an earlier trial whose place this one takes; counted in already
-        earlier = (r for r in records if r.point == point and r.cheap is not None)
+        earlier = (r for r in records if r.point == point and r.low_fidelity is not None)
         before = next((r.seconds for r in earlier), {})
         here_s = sum(record.seconds.values()) - sum(before.values())
         other_s = before.get("other", 0.0) + max(0.0, time.perf_counter() - begun - here_s)

@@ -34,11 +34,11 @@ def make_proposer(config: SearchConfig, seed: int) -> optuna.samplers.BaseSample
 def make_space(config: StudyConfig, bench: Workbench) -> Space:
     """The study's search space for its network."""
     search = config.search
-    chain = config.diffusion.num_train_timesteps
+    num_timesteps = config.diffusion.num_train_timesteps
     return Space(
         bench.backbone.depth,
         tuple(bench.samplers),
-        chain,
+        num_timesteps,
         search.num_intervals,
         search.noise_easy,
         bench.min_exit_depth,
@@ -61,13 +61,13 @@ def warm_starts(config: StudyConfig, bench: Workbench) -> dict[str, Point]:
     """
     space = make_space(config, bench)
     depth = bench.backbone.depth
-    chain = config.diffusion.num_train_timesteps
-    full = ExitSchedule.full(depth, chain)
+    num_timesteps = config.diffusion.num_train_timesteps
+    full = ExitSchedule.full(depth, num_timesteps)
     own, *others = bench.samplers
     out = {"full": Point(full, own)}
     for text in config.search.warm_start:
         if text != "full":
-            out[text] = Point(ExitSchedule.from_string(text, depth, chain), own)
+            out[text] = Point(ExitSchedule.from_string(text, depth, num_timesteps), own)
     for name, point in out.items():
         try:
             space.encode(point)

@@ -66,10 +66,9 @@ class Trials:
     def tuning(self, schedule: ExitSchedule) -> tuple[Backbone, TrainConfig]:
         """What a schedule's brief fine-tuning starts from, and its settings.
 
-        The full network, which all others are compared with, is tuned for as long as they were in
-        all: from its pretrained weights, for the steps of the elastic warm-up and of the brief
-        fine-tuning together. It learns noise targets: from a teacher that it equals it would learn
-        nothing.
+        The full network, which all others are compared with, gets equal-compute fine-tuning: from
+        its pretrained weights, for the steps of the elastic warm-up and of the brief fine-tuning
+        together. It learns noise targets: from a teacher that it equals it would learn nothing.
         """
         config = self.parts.config.train
         elastic = self.parts.config.elastic

@@ -89,12 +89,14 @@ def _read_cost(made: WarmUp, path: Path) -> None:
 
 
 def elastic_depths(bench: Workbench) -> ElasticDepths:
-    """The law of the study's elastic warm-up."""
+    """The exit-depth distribution of the study's elastic warm-up."""
     config = bench.config.elastic
     low = bench.min_exit_depth
     assert config is not None
-    chain = bench.full.num_train_timesteps
-    return ElasticDepths(bench.backbone.depth, chain, low, config.depth_law, config.full_frac)
+    num_timesteps = bench.full.num_train_timesteps
+    return ElasticDepths(
+        bench.backbone.depth, num_timesteps, low, config.depth_distribution, config.full_frac
+    )
 
 
 def _elastic(
@@ -104,17 +106,17 @@ def _elastic(
     config = bench.config.elastic
     assert config is not None
     if not directory.is_whole(path, "the elastic warm-up is done again"):
-        law = elastic_depths(bench)
+        depths = elastic_depths(bench)
         folder = run_dir / directory.ELASTIC
         teacher = bench.backbone if config.distill_frac > 0 else None
         tuned = finetune(
-            bench.backbone, bench.data, bench.diffusion, law, config, folder, teacher, on_step
+            bench.backbone, bench.data, bench.diffusion, depths, config, folder, teacher, on_step
         )
         made.seconds["elastic"] = tuned.seconds
         made.losses = shortened(tuned.losses)
-        made.gflops["elastic"] = bench.costs.training_gflops(law, config)
+        made.gflops["elastic"] = bench.costs.training_gflops(depths, config)
         write_json(run_dir / directory.WARM_UP, _cost_of(made))
-        save_backbone(tuned.backbone, path, {"elastic_depths": json.dumps(law.to_dict())})
+        save_backbone(tuned.backbone, path, {"elastic_depths": json.dumps(depths.to_dict())})
         (folder / CHECKPOINT).unlink(missing_ok=True)
     own = BackboneConfig(kind=bench.config.backbone.kind, checkpoint=str(path))
     return load_backbone(own).to(bench.device).eval()

@@ -32,13 +32,13 @@ class DifficultyMap:
     so their differences are surer than the standard errors of each say.
 
     Attributes:
-        num_train_timesteps: length of the chain.
+        num_train_timesteps: number of diffusion timesteps.
         edges: of the bins, strictly increasing from 0 to num_train_timesteps; bin i is [edges[i],
             edges[i + 1]).
         error_full, error_full_se: against the full-depth prediction of the reference network, and
             its standard error.
         error_noise, error_noise_se: against the noise that was added, and its standard error.
-        num_images: images a bin.
+        num_images: images per bin.
         data, data_digest: what they were drawn from.
         weights: fingerprint of the network measured.
         reference_weights: of the reference; the same where the network is measured against itself.
@@ -64,7 +64,7 @@ class DifficultyMap:
         end = self.num_train_timesteps
         whole = all(type(v) is int for v in (*bounds, end, self.num_images))
         _require(
-            whole, "timesteps and num_images must be whole numbers", (*bounds, end, self.num_images)
+            whole, "timesteps and num_images must be integers", (*bounds, end, self.num_images)
         )
         rising = (
             len(bounds) >= 2
@@ -85,7 +85,7 @@ class DifficultyMap:
             fits = len(rows) == self.num_bins and shape[1] == [self.depth] and self.depth >= 1
             _require(
                 fits,
-                f"{name} must have {self.num_bins} bins of one value a block",
+                f"{name} must have {self.num_bins} bins of one value per block",
                 f"bins and values {shape}",
             )
             bad = [v for row in rows for v in row if type(v) is not float or not 0 <= v < math.inf]
@@ -147,7 +147,7 @@ class DifficultyMap:
         """Inverse of `to_dict`.
 
         Raises:
-            StudyError: another format or version, a missing or surplus key, or an invalid map.
+            StudyError: another format or version, a missing or unknown key, or an invalid map.
         """
         given = data if isinstance(data, dict) else {}
         _require(

@@ -17,26 +17,29 @@ from asesearch.schedule import ExitSchedule
 from asesearch.score import EvaluationResult
 from asesearch.study.difficulty import DifficultyMap
 
-#: Beyond these multiples of the full network's time and figure a point is worth nothing: reference
+#: Beyond these multiples of the full network's time and score a point is worth nothing: reference
 #: point of hypervolumes.
 REFERENCE_TIME = 1.1
 REFERENCE_QUALITY = 2.0
 RECORD = "record"  # user attribute of an Optuna trial that holds its TrialRecord
-EXPLORES = "explores"  # user attribute of a trial: whether it is one of the first look around
-LOOKS_AROUND = "a first look around"  # reason of a cheap rung that decides nothing else
-# user attribute of a trial whose schedule is on record (its number), or in another worker's hands
+EXPLORES = "explores"  # user attribute of a trial: whether it belongs to the exploration phase
+EXPLORATION = "the exploration phase"  # reason of a low-fidelity rung that decides nothing else
+#: What earlier releases wrote for it.
+EXPLORATIONS = (EXPLORATION, "a first look around")
+# user attribute of a trial whose schedule is on record (its number), or with another worker
 REPEAT = "repeat_of"
 
 
 @dataclass(frozen=True)
-class CheapRung:
+class LowFidelity:
     """The first rung of a trial: the schedule under the elastic weights, before any fine-tuning of
     its own.
 
     Attributes:
-        quality: under the cheap protocol, which is compared with nothing but other cheap figures.
+        quality: under the low-fidelity protocol, which is compared with nothing but other
+            low-fidelity scores.
         promoted: whether the schedule went on to its brief fine-tuning.
-        probability: that it belongs to the front of fine-tuned figures, judged by all figures of
+        probability: that it belongs to the front of fine-tuned scores, judged by all scores of
             both kinds so far; None where nothing was judged.
         reason: the decision in words.
     """
@@ -51,7 +54,7 @@ class CheapRung:
         return {**vars(self), "quality": self.quality.to_dict()}
 
     @classmethod
-    def from_dict(cls, data: dict[str, Any]) -> CheapRung:
+    def from_dict(cls, data: dict[str, Any]) -> LowFidelity:
         """Inverse of `to_dict`."""
         return cls(**{**data, "quality": EvaluationResult.from_dict(data["quality"])})
 
@@ -62,20 +65,21 @@ class TrialRecord:
 
     Attributes:
         number: trial number in the study, from 0.
-        origin: "full" (the full network, fine-tuned for as long), a published name ("D3-DiT"), or
-            the proposer's name.
+        origin: "full" (the full network after equal-compute fine-tuning), a published name
+            ("D3-DiT"), or the proposer's name.
         point: what was tried.
-        state: "complete", "stopped" (not promoted from the cheap rung) or "failed".
-        quality: the figure under the search protocol; None if stopped or failed.
+        state: "complete", "stopped" (not promoted from the low-fidelity rung) or "failed".
+        quality: the score under the search protocol; None if stopped or failed.
         time_frac: predicted sampling time over the full network's under the study's own sampler,
             from the latency table; None if failed.
         flops_frac, block_frac: FLOPs of the whole sampling, and block calls, over the same.
-        cheap: the cheap rung; None without promotion.
+        low_fidelity: the low-fidelity rung; None without promotion.
         losses: mean training loss of each fine-tuning step.
-        seconds: time spent by part: "cheap", "finetune", "sample", "decode" (of latents),
+        seconds: time spent by part: "low_fidelity", "finetune", "sample", "decode" (of latents),
             "evaluate".
-        gflops: arithmetic spent by part, "cheap", "finetune" and "sample": network calls times
-            their FLOPs, a training step counting three calls of its samples and one of the teacher.
+        gflops: arithmetic spent by part, "low_fidelity", "finetune" and "sample": network calls
+            times their FLOPs, a training step counting three calls of its samples and one of the
+            teacher.
         failure: why it failed, one line.
         versions: versions of the packages that made it.
         finished_at: UTC, ISO 8601.
@@ -89,7 +93,7 @@ class TrialRecord:
     time_frac: float | None = None
     flops_frac: float | None = None
     block_frac: float | None = None
-    cheap: CheapRung | None = None
+    low_fidelity: LowFidelity | None = None
     losses: tuple[float, ...] = ()
     seconds: dict[str, float] = field(default_factory=dict)
     gflops: dict[str, float] = field(default_factory=dict)
@@ -109,12 +113,12 @@ class TrialRecord:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON."""
-        data = asdict(replace(self, quality=None, cheap=None))
+        data = asdict(replace(self, quality=None, low_fidelity=None))
         del data["point"]
         data["schedule"] = self.schedule.to_dict()
         data["sampler"] = str(self.sampler)
         data["quality"] = None if self.quality is None else self.quality.to_dict()
-        data["cheap"] = None if self.cheap is None else self.cheap.to_dict()
+        data["low_fidelity"] = None if self.low_fidelity is None else self.low_fidelity.to_dict()
         return data
 
     @classmethod
@@ -127,6 +131,7 @@ class TrialRecord:
             own: the study's own sampler.
         """
         quality = data["quality"]
+        rung = data.get("low_fidelity", data.get("cheap"))  # of earlier releases
         sampler = data.get("sampler", "")
         point = Point(
             ExitSchedule.from_dict(data["schedule"]),
@@ -134,13 +139,20 @@ class TrialRecord:
         )
         return cls(
             **{
-                **{k: v for k, v in data.items() if k not in ("schedule", "sampler")},
+                **{k: v for k, v in data.items() if k not in ("schedule", "sampler", "cheap")},
                 "point": point,
                 "quality": None if quality is None else EvaluationResult.from_dict(quality),
-                "cheap": CheapRung.from_dict(data["cheap"]) if data.get("cheap") else None,
+                "low_fidelity": LowFidelity.from_dict(rung) if rung else None,
+                "seconds": _parts(data.get("seconds", {})),
+                "gflops": _parts(data.get("gflops", {})),
                 "losses": tuple(data["losses"]),
             }
         )
+
+
+def _parts(spent: dict[str, float]) -> dict[str, float]:
+    """What was spent by part, whose first was "cheap" in earlier releases."""
+    return {"low_fidelity" if part == "cheap" else part: value for part, value in spent.items()}
 
 
 @dataclass(frozen=True)
@@ -151,7 +163,7 @@ class Confirmation:
         number: of the trial.
         quality: under the confirmation protocol (fresh seeds, its own N).
         measured_time_frac: median over interleaved pairs of (sampling time / the full network's).
-        measured_time_spread: half the distance between the quartiles of those ratios.
+        measured_time_spread: half-IQR of those ratios.
         seconds: that it took in all.
     """
 
@@ -207,7 +219,7 @@ class StudyResults:
 
     @property
     def full(self) -> TrialRecord | None:
-        """The full network, fine-tuned for as long as every other; None before it is done."""
+        """The full network after equal-compute fine-tuning; None before it is done."""
         return next((r for r in self.complete if r.origin == "full"), None)
 
     @property
@@ -251,7 +263,7 @@ def select(front: tuple[TrialRecord, ...], full: TrialRecord, max_points: int) -
     """The full network and at most `max_points` front points, spread evenly over the front, both
     ends included.
 
-    Points with more than REFERENCE_QUALITY times the full network's figure are left out, unless
+    Points with more than REFERENCE_QUALITY times the full network's score are left out, unless
     there are no others.
     """
     points = [r for r in front if r.number != full.number]

@@ -1,4 +1,4 @@
-"""Re-checking a recorded figure from its recipe."""
+"""Re-checking a recorded score from its recipe."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ TOLERANCE_FRAC = 0.01
 
 
 def compare(recorded: EvaluationResult, again: EvaluationResult) -> dict[str, Any]:
-    """Whether a figure measured again agrees with the one on record.
+    """Whether a score measured again agrees with the one on record.
 
     Same weights, same seeds: only arithmetic can differ, so each repeat must agree within 1 %. (A
-    figure on another processor or another version of torch stays within 0.1 %; a wrong seed, N or
+    score on another processor or another version of torch stays within 0.1 %; a wrong seed, N or
     reference does not.)
 
     Raises:

@@ -61,7 +61,8 @@ def is_relative(url: URL) -> bool:
 def creator(path: Path, wait_s: float) -> Callable[[], sqlite3.Connection]:
     """Makes connections that only read, and leave nothing behind.
 
-    Where a process died in a write, SQLite would have to mend the file first: then a copy is read.
+    Where a process died in a write, SQLite would have to repair the file first: then a copy is
+    read.
     """
 
     def connect() -> sqlite3.Connection:
@@ -86,15 +87,15 @@ def _of_copy(path: Path) -> sqlite3.Connection:
         for side in ("", *_SIDE_FILES):
             if Path(f"{path}{side}").exists():
                 shutil.copyfile(f"{path}{side}", f"{copy}{side}")
-        mended = sqlite3.connect(copy)
+        repaired = sqlite3.connect(copy)
         memory = sqlite3.connect(":memory:", check_same_thread=False)
         try:
-            mended.backup(memory)
+            repaired.backup(memory)
         except sqlite3.Error:
             memory.close()
             raise
         finally:
-            mended.close()
+            repaired.close()
     return memory
 
 

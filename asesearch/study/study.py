@@ -105,7 +105,7 @@ class Study:
         return found[0]
 
     def trial_dir(self, schedule: ExitSchedule) -> Path:
-        """Where a schedule's weights, samples and checkpoint are; one folder a schedule."""
+        """Where a schedule's weights, samples and checkpoint are; one folder per schedule."""
         uncut = self.run_dir / directory.TRIALS / schedule.long_name
         if len(uncut.name) <= MAX_NAME_BYTES and uncut.is_dir():  # of a study begun before slugs
             return uncut

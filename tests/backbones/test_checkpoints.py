@@ -163,7 +163,7 @@ def test_entries_that_do_not_fit_are_named(tmp_path) -> None:
     ):
         load("dit", tmp_path / "short.pt", args={"num_heads": 2, "depth": 2})
     torch.save({**state, "extra": torch.zeros(1)}, tmp_path / "long.pt")
-    with pytest.raises(CheckpointError, match="1 surplus: extra; check"):
+    with pytest.raises(CheckpointError, match="1 unexpected: extra; check"):
         load("dit", tmp_path / "long.pt", **args)
     torch.save({**state, "final_layer.linear.bias": torch.zeros(3)}, tmp_path / "bent.pt")
     with pytest.raises(

@@ -114,7 +114,7 @@ def test_missing_and_surplus_entries_are_named(theirs) -> None:
         CheckpointError, match=r"1 missing: transformer_blocks\.1\.attn1\.to_k\.bias"
     ):
         diffusers_to_dit(state, theirs.config)
-    with pytest.raises(CheckpointError, match="1 surplus: adaln"):
+    with pytest.raises(CheckpointError, match="1 unexpected: adaln"):
         diffusers_to_dit({**theirs.state_dict(), "adaln": torch.zeros(1)}, theirs.config)
 
 

@@ -160,7 +160,7 @@ def test_the_backbone_and_the_hook_agree():
     t = torch.tensor([10, 500, 990])
     y = torch.tensor([1, 2, 1000])
     with attach_exit_schedule(transformer, SCHEDULE) as handle:
-        # one depth a sample, arguments by position
+        # one depth per sample, arguments by position
         out = transformer(x_t, t, y, return_dict=False)[0]
         assert (handle.nfe, handle.block_calls) == (1, 4)
     exit_depth = torch.from_numpy(SCHEDULE.exit_depth_at(t))
@@ -199,7 +199,7 @@ def test_a_schedule_that_does_not_fit_is_refused_and_leaves_no_trace():
     pipeline = dit_pipeline()
     with pytest.raises(ScheduleError, match=r"4 blocks; got one for 28; use rescaled\(4\)"):
         attach_exit_schedule(pipeline, ExitSchedule.from_string("D3-DiT"))
-    with pytest.raises(ScheduleError, match="chain of 500 timesteps; got a scheduler of 1000"):
+    with pytest.raises(ScheduleError, match="for 500 timesteps; got a scheduler of 1000"):
         attach_exit_schedule(pipeline, ExitSchedule.full(DEPTH, 500))
     attach_exit_schedule(pipeline, SCHEDULE)
 
@@ -228,7 +228,7 @@ def test_calls_that_the_schedule_can_not_serve_are_refused():
             ConfigError, match="skip_layers, which act between the blocks; got skip_layers"
         ):
             transformer(x_t, **y, timestep=torch.tensor([10.0] * 3), skip_layers=[1])
-        with pytest.raises(ConfigError, match=r"one a sample \(3\); got 2"):
+        with pytest.raises(ConfigError, match=r"one per sample \(3\); got 2"):
             transformer(x_t, **y, timestep=torch.tensor([10.0, 900.0]))
         for wrong in (-1.0, 1000.5, float("nan")):
             with pytest.raises(ScheduleError, match=r"timesteps must lie in \[0, 1000\)"):

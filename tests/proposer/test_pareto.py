@@ -49,13 +49,13 @@ def test_dynamic_programme_is_exact(seed, noise_easy, intervals, depth, least):
     assert all(least <= d <= depth for schedule in found for d in schedule)
     if noise_easy:
         assert all(a >= b for schedule in found for a, b in itertools.pairwise(schedule))
-    figures = [
+    scores = [
         (int(np.dot(s, costs)), sum(errors[i, d - 1] for i, d in enumerate(s) if costs[i]))
         for s in found
     ]
     expected = by_brute_force(errors, costs, noise_easy, least)
-    assert [b for b, _ in figures] == [b for b, _ in expected]
-    assert [e for _, e in figures] == pytest.approx([e for _, e in expected])
+    assert [b for b, _ in scores] == [b for b, _ in expected]
+    assert [e for _, e in scores] == pytest.approx([e for _, e in expected])
 
 
 @pytest.mark.parametrize("noise_easy", [True, False])

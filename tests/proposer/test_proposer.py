@@ -19,7 +19,7 @@ from asesearch.proposer.space import Space
 from asesearch.sampler import Sampler
 from asesearch.schedule import ExitSchedule
 from asesearch.score import EvaluationResult, Protocol
-from asesearch.study.records import RECORD, CheapRung, TrialRecord
+from asesearch.study.records import RECORD, LowFidelity, TrialRecord
 from tests.proposer.test_quality_model import (
     CALLS,
     CHAIN,
@@ -34,22 +34,26 @@ SPACE = Space(DEPTH, (A,), CHAIN, 10)
 FULL = Point(ExitSchedule.full(DEPTH), A)
 
 
-def figure(value, noise=0.02, repeats=2):
+def score(value, noise=0.02, repeats=2):
     protocol = Protocol(
         "frechet", "fake", "0", 100, "fake", 100, "0", tuple(range(repeats)), "ddim", 15, 1.0
     )
     return EvaluationResult(protocol, (value * (1 - noise), value * (1 + noise))[:repeats])
 
 
-def record(point, value, state="complete", cheap=None, **how):
-    rung = None if cheap is None else CheapRung(figure(cheap), state != "stopped", None, "")
+def record(point, value, state="complete", low_fidelity=None, **how):
+    rung = (
+        None
+        if low_fidelity is None
+        else LowFidelity(score(low_fidelity), state != "stopped", None, "")
+    )
     return TrialRecord(
         0,
         "",
         point,
         state,
-        figure(value, **how) if state == "complete" else None,
-        cheap=rung,
+        score(value, **how) if state == "complete" else None,
+        low_fidelity=rung,
     )
 
 
@@ -92,7 +96,7 @@ def propose(problem, records, pending=(), seed=0):
 
 
 def search(optuna_sampler, problem, truth, count, seed=0, storage=None, noise=0.02):
-    """A two-objective study that begins with the full network; (cost, true log figure) of each
+    """A two-objective study that begins with the full network; (cost, true log score) of each
     trial, and the study."""
     study = optuna.create_study(
         storage=storage, directions=["minimize"] * 2, sampler=optuna_sampler
@@ -114,7 +118,7 @@ def search(optuna_sampler, problem, truth, count, seed=0, storage=None, noise=0.
 
 def hypervolumes(found):
     """After each trial: true area between the front and (1.1 of the full network's cost, twice its
-    figure)."""
+    score)."""
     out = []
     for n in range(1, len(found) + 1):
         area = 0.0
@@ -237,8 +241,8 @@ def test_what_failed_is_left_out_and_what_was_stopped_may_return():
     assert propose(problem, [*records, record(first, 0, state="failed")]) != first
     better = [
         *records,
-        record(first, 0, state="stopped", cheap=0.01),
-        record(Point(FULL.schedule, Sampler("gone", 5)), 0, state="stopped", cheap=3.0),
+        record(first, 0, state="stopped", low_fidelity=0.01),
+        record(Point(FULL.schedule, Sampler("gone", 5)), 0, state="stopped", low_fidelity=3.0),
     ]
     assert propose(problem, better) not in {r.point for r in records}
     pool = Candidates(problem, set())
@@ -270,7 +274,7 @@ def test_several_samplers_compete():
     truth = Truth(samplers=samplers)
     found, study = search(make_sampler(problem), problem, truth, 12)
     used = [t.params["sampler"] for t in study.trials]
-    # half the calls at the same figure: a bargain
+    # half the calls at the same score: a bargain
     assert used[0] == "ddim-15" and used.count("ddim-8") > 4
     assert min(c for c, _ in found) < 0.4 and problem.cost_frac(
         Point(FULL.schedule, Sampler("ddim", 8))
@@ -285,16 +289,16 @@ def test_several_samplers_compete():
 # -- judging -------------------------------------------------------------------------------------
 
 
-def test_a_good_cheap_figure_speaks_for_a_point():
+def test_a_good_low_fidelity_score_speaks_for_a_point():
     problem = make_problem()
     truth = Truth()
     rng = np.random.default_rng(0)
     points = [FULL, *some_points(rng, 12)]
-    records = [record(p, math.exp(truth(p)), cheap=2 * math.exp(truth(p))) for p in points]
+    records = [record(p, math.exp(truth(p)), low_fidelity=2 * math.exp(truth(p))) for p in points]
     point = Point(ExitSchedule.published("D3-DiT", DEPTH), A)
     fair = 2 * math.exp(truth(point))
-    good = judge(problem, records, point, figure(0.7 * fair))
-    bad = judge(problem, records, point, figure(3 * fair))
+    good = judge(problem, records, point, score(0.7 * fair))
+    bad = judge(problem, records, point, score(3 * fair))
     assert bad < 0.1 < 0.5 < good
     assert 0 <= judge(problem, [], point) <= 1
     shallow = Point(ExitSchedule.uniform_intervals([1], DEPTH), A)
@@ -343,13 +347,13 @@ def test_figures_that_have_no_logarithm_or_no_spread():
 def test_the_latest_figure_of_a_point_counts_and_foreign_samplers_do_not():
     problem = make_problem()
     foreign = Point(FULL.schedule, Sampler("foreign", 5))
-    records = [record(FULL, 2.0), record(foreign, 3.0), record(FULL, 4.0, cheap=8.0)]
+    records = [record(FULL, 2.0), record(foreign, 3.0), record(FULL, 4.0, low_fidelity=8.0)]
     found = {o.level: o for o in problem.observations(records)}
     assert len(problem.observations(records)) == 2
-    assert math.exp(found["dear"].log_quality) == pytest.approx(4) and math.exp(
-        found["cheap"].log_quality
+    assert math.exp(found["high"].log_quality) == pytest.approx(4) and math.exp(
+        found["low"].log_quality
     ) == pytest.approx(8)
-    assert found["dear"].std_error == pytest.approx(0.02)
+    assert found["high"].std_error == pytest.approx(0.02)
 
 
 # -- speed: bounds are generous, for a busy machine ------------------------------------------------

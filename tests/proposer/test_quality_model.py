@@ -1,4 +1,4 @@
-"""The quality model: exact gradients, honest spread, what it learns from trials, and figures nobody
+"""The quality model: exact gradients, honest spread, what it learns from trials, and scores nobody
 would wish for."""
 
 import math
@@ -82,7 +82,7 @@ def some_points(rng, count, sampler=A, depth=DEPTH, intervals=10):
     return [Point(ExitSchedule.uniform_intervals(row.tolist(), depth), sampler) for row in depths]
 
 
-def observe(points, truth, rng, noise=0.02, level="dear"):
+def observe(points, truth, rng, noise=0.02, level="high"):
     return [Observation(p, level, truth(p) + noise * rng.normal(), noise) for p in points]
 
 
@@ -90,10 +90,10 @@ def test_gradient_is_that_of_the_objective():
     rng = np.random.default_rng(0)
     truth = Truth()
     points = some_points(rng, 6) + some_points(rng, 6, B)
-    observations = observe(points, truth, rng) + observe(points[3:], truth, rng, level="cheap")
+    observations = observe(points, truth, rng) + observe(points[3:], truth, rng, level="low")
     model = QualityModel(truth.encoder, observations)
     everything = np.arange(len(observations))
-    parts = (model._inputs, model._y, model._noise, model._cheap)
+    parts = (model._inputs, model._y, model._noise, model._low)
     objective = module._Evidence(*parts, everything).objective
     for shape, _ in product(range(3), range(3)):
         theta = module._MEAN + rng.normal(size=len(PRIOR)) * module._STD
@@ -180,7 +180,7 @@ def test_weights_of_noise_levels_are_recovered():
     assert draws.min() >= 0 and draws.mean(axis=0) == pytest.approx(np.maximum(mean, 0), abs=0.2)
 
 
-def test_cheap_figures_help_the_dear_level():
+def test_low_fidelity_scores_help_the_high_level():
     alone = []
     helped = []
     spreads = []
@@ -189,14 +189,14 @@ def test_cheap_figures_help_the_dear_level():
         truth = Truth(seed, residual=0.15)
         points = some_points(rng, 25)
         asked = some_points(rng, 20)
-        dear = observe(points[:5], truth, rng)
-        cheap = [
-            Observation(o.point, "cheap", 1 + 1.5 * o.log_quality, 0.03)
+        high = observe(points[:5], truth, rng)
+        low = [
+            Observation(o.point, "low", 1 + 1.5 * o.log_quality, 0.03)
             for o in observe(points + asked, truth, rng)
         ]
         target = [truth(p) for p in asked]
-        for figures, errors in ((dear, alone), (dear + cheap, helped)):
-            mean, cov = QualityModel(truth.encoder, figures).posterior(asked)
+        for scores, errors in ((high, alone), (high + low, helped)):
+            mean, cov = QualityModel(truth.encoder, scores).posterior(asked)
             errors.append(np.sqrt(np.mean((mean - target) ** 2)))
             spreads.append(np.sqrt(np.diag(cov)).mean())
     assert np.mean(helped) < 0.7 * np.mean(alone)
@@ -226,7 +226,7 @@ def test_fewer_calls_are_dearer_in_quality_and_samplers_are_told_apart():
     model = QualityModel(truth.encoder, observe(points, truth, rng))
     assert np.all(model.posterior(short)[0] > model.posterior(points)[0])  # before any trial of it
     worse = [
-        Observation(p, "dear", truth(q) - 0.5, 0.02) for p, q in zip(short, points, strict=True)
+        Observation(p, "high", truth(q) - 0.5, 0.02) for p, q in zip(short, points, strict=True)
     ]
     model = QualityModel(truth.encoder, observe(points, truth, rng) + worse)
     assert np.mean(model.posterior(short)[0] - model.posterior(points)[0]) == pytest.approx(
@@ -252,12 +252,12 @@ def test_odd_figures_do_no_harm():
     rng = np.random.default_rng(0)
     truth = Truth()
     (point,) = some_points(rng, 1)
-    same = [Observation(point, "dear", 1.0, 0.0)] * 6 + [
-        Observation(point, "dear", 3.0, math.nan)
+    same = [Observation(point, "high", 1.0, 0.0)] * 6 + [
+        Observation(point, "high", 3.0, math.nan)
     ] * 6
-    odd = [Observation(point, "dear", 1e3, 1e3), Observation(point, "cheap", -1e3, 0.0)]
-    for figures in ([], same, odd, odd[1:], [Observation(point, "dear", 0.0, math.inf)]):
-        model = QualityModel(truth.encoder, figures)
+    odd = [Observation(point, "high", 1e3, 1e3), Observation(point, "low", -1e3, 0.0)]
+    for scores in ([], same, odd, odd[1:], [Observation(point, "high", 0.0, math.inf)]):
+        model = QualityModel(truth.encoder, scores)
         mean, cov = model.posterior([point, point])
         assert np.isfinite(mean).all() and np.isfinite(cov).all() and np.diag(cov).min() > 0
         empty = truth.encoder.encode([])
@@ -279,7 +279,7 @@ def test_a_map_without_errors_and_a_network_of_one_block():
     assert np.corrcoef(mean, [truth(p) for p in points])[0, 1] > 0.9
     one = Point(ExitSchedule.full(1), A)
     model = QualityModel(
-        Encoder(FakeMap(depth=1), CHAIN, CALLS_OF), [Observation(one, "dear", 2.0, 0.1)]
+        Encoder(FakeMap(depth=1), CHAIN, CALLS_OF), [Observation(one, "high", 2.0, 0.1)]
     )
     assert model.posterior([one])[0] == pytest.approx([2.0], abs=0.1)
 
@@ -297,11 +297,11 @@ def test_cholesky_of_what_has_none():
 def test_same_observations_same_model_in_any_order():
     rng = np.random.default_rng(0)
     truth = Truth()
-    figures = observe(some_points(rng, 10), truth, rng)
+    scores = observe(some_points(rng, 10), truth, rng)
     asked = some_points(rng, 3)
-    first, again = (QualityModel(truth.encoder, figures).posterior(asked)[0] for _ in range(2))
+    first, again = (QualityModel(truth.encoder, scores).posterior(asked)[0] for _ in range(2))
     assert np.array_equal(first, again)
-    assert QualityModel(truth.encoder, figures[::-1]).posterior(asked)[0] == pytest.approx(
+    assert QualityModel(truth.encoder, scores[::-1]).posterior(asked)[0] == pytest.approx(
         first, abs=1e-2
     )
 
@@ -315,7 +315,7 @@ def test_a_large_study_is_fitted_to_a_part_and_believes_all_of_it(monkeypatch):
     truth = Truth()
     points = some_points(rng, 260)
     observations = observe(points[:90], truth, rng)
-    observations += observe(points, truth, rng, noise=0.05, level="cheap")
+    observations += observe(points, truth, rng, noise=0.05, level="low")
     quick = QualityModel(truth.encoder, observations)
     monkeypatch.setattr(module, "FIT_SIZE", 1000)
     thorough = QualityModel(truth.encoder, observations)
@@ -335,13 +335,13 @@ def test_a_large_study_is_fitted_to_a_part_and_believes_all_of_it(monkeypatch):
 
 @pytest.mark.parametrize("counts", [(500, 500), (900, 12), (0, 700), (3, 0)])
 def test_the_part_is_spread_over_levels_and_record(counts):
-    cheap = np.array([True] * counts[0] + [False] * counts[1])
-    chosen = module._spread(cheap)
+    low = np.array([True] * counts[0] + [False] * counts[1])
+    chosen = module._spread(low)
     assert len(chosen) == len(set(chosen)) == min(sum(counts), module.FIT_SIZE)
-    dear = chosen[~cheap[chosen]]
-    assert len(dear) == min(counts[1], max(module.FIT_SIZE // 2, module.FIT_SIZE - counts[0]))
-    if len(dear) > 1:
-        assert {dear[0], dear[-1]} == {counts[0], sum(counts) - 1}  # first and latest
+    high = chosen[~low[chosen]]
+    assert len(high) == min(counts[1], max(module.FIT_SIZE // 2, module.FIT_SIZE - counts[0]))
+    if len(high) > 1:
+        assert {high[0], high[-1]} == {counts[0], sum(counts) - 1}  # first and latest
 
 
 def test_a_thousand_records_are_fitted_in_seconds():
@@ -352,7 +352,7 @@ def test_a_thousand_records_are_fitted_in_seconds():
         truth = Truth()
         points = some_points(rng, count)
         observations = observe(points[: count // 3], truth, rng)
-        observations += observe(points, truth, rng, level="cheap")
+        observations += observe(points, truth, rng, level="low")
         with threadpool_limits(1, user_api="blas"):
             begun = time.process_time()
             QualityModel(truth.encoder, observations)
@@ -365,18 +365,18 @@ def test_reported_errors_are_drawn_to_the_mean_of_their_level():
     """Variances of 0.01 and 0.09: a fifth their own, four fifths the mean, 0.05, which also stands
     in for unknown ones."""
     std_errors = np.array([0.1, 0.3, math.nan, 0.2])
-    cheap = np.array([False, False, False, True])
-    assert module._noise(std_errors, cheap) == pytest.approx([0.042, 0.058, 0.05, 0.04])
+    low = np.array([False, False, False, True])
+    assert module._noise(std_errors, low) == pytest.approx([0.042, 0.058, 0.05, 0.04])
     # nothing known: 5 %
-    assert module._noise(np.array([math.nan]), cheap[:1]) == pytest.approx([0.0025])
+    assert module._noise(np.array([math.nan]), low[:1]) == pytest.approx([0.0025])
 
 
 def test_each_level_is_centred_on_its_own_scores():
     values = np.array([1.0, 3.0, 10.0])
-    cheap = np.array([True, True, False])
-    assert (module._offset(values, cheap, True), module._offset(values, cheap, False)) == (
+    low = np.array([True, True, False])
+    assert (module._offset(values, low, True), module._offset(values, low, False)) == (
         2.0,
         10.0,
     )
-    assert module._offset(values[:2], cheap[:2], False) == 2.0  # of the other where it has none
-    assert module._offset(values[:0], cheap[:0], True) == 0.0
+    assert module._offset(values[:2], low[:2], False) == 2.0  # of the other where it has none
+    assert module._offset(values[:0], low[:0], True) == 0.0

@@ -36,8 +36,8 @@ def protocol(repeats: int = 3, first_seed: int = 0, **changes: object) -> Protoc
 
 
 def law(schedule: ExitSchedule) -> float:
-    """A smooth stand-in for the figure: dropping blocks near noise is nearly free, near data
-    dear."""
+    """A smooth stand-in for the score: dropping blocks near noise is nearly free, near data
+    high."""
     times = np.linspace(0, 999, 50)
     dropped = 1 - schedule.exit_depth_at(times) / schedule.depth
     weight = 0.15 + np.exp(-times / 180)

@@ -1,4 +1,4 @@
-"""Rungs, ways of sampling and time spent, in tables, figures and page."""
+"""Rungs, samplers and time spent, in tables, figures and page."""
 
 import math
 from dataclasses import replace
@@ -11,10 +11,10 @@ from asesearch.report import ladder, page, tables
 from asesearch.report.plots import drawings
 from asesearch.sampler import Sampler
 from asesearch.score import EvaluationResult
-from asesearch.study.records import CheapRung
+from asesearch.study.records import LowFidelity
 from tests.report.conftest import protocol
 
-CHEAP = protocol(2, num_samples=100)
+LOW_FIDELITY = protocol(2, num_samples=100)
 FAST = Sampler("dpm++2m", 8)
 
 
@@ -29,23 +29,23 @@ def climbed(study):
             continue
         stopped = r.number % 5 == 4
         values = tuple(2 * v + 0.01 * r.number for v in r.quality.values[:2])
-        cheap = CheapRung(
-            EvaluationResult(CHEAP, values),
+        low_fidelity = LowFidelity(
+            EvaluationResult(LOW_FIDELITY, values),
             not stopped,
             0.1 if stopped else 0.8,
             "by its probability",
         )
         changes = {
-            "cheap": cheap,
-            "gflops": {"cheap": 1.0, "finetune": 10.0},
-            "seconds": {**r.seconds, "cheap": 2.0},
+            "low_fidelity": low_fidelity,
+            "gflops": {"low_fidelity": 1.0, "finetune": 10.0},
+            "seconds": {**r.seconds, "low_fidelity": 2.0},
         }
         if stopped:
             changes |= {
                 "state": "stopped",
                 "quality": None,
-                "seconds": {"cheap": 2.0},
-                "gflops": {"cheap": 1.0},
+                "seconds": {"low_fidelity": 2.0},
+                "gflops": {"low_fidelity": 1.0},
             }
         if r.number % 7 == 6:
             changes |= {"point": Point(r.schedule, FAST)}
@@ -59,13 +59,13 @@ def climbed(study):
     return replace(results, records=tuple(records), confirmations=tuple(kept), warm_up=warm_up)
 
 
-def test_cheap_figures_have_a_table_of_their_own(climbed):
+def test_low_fidelity_scores_have_a_table_of_their_own(climbed):
     table = ladder.rungs(climbed)
-    assert len(table) == 19 and set(table["cheap_num_samples"]) == {100}
+    assert len(table) == 19 and set(table["low_fidelity_num_samples"]) == {100}
     stopped = table[~table["promoted"].astype(bool)]
-    assert list(stopped["number"]) == [4, 9, 14, 19] and stopped["dear_quality"].isna().all()
-    both = table.dropna(subset=["dear_quality"])
-    expected = spearmanr(both["cheap_quality"], both["dear_quality"]).statistic
+    assert list(stopped["number"]) == [4, 9, 14, 19] and stopped["high_fidelity_score"].isna().all()
+    both = table.dropna(subset=["high_fidelity_score"])
+    expected = spearmanr(both["low_fidelity_score"], both["high_fidelity_score"]).statistic
     assert ladder.rank_correlation(table) == pytest.approx(expected) and expected > 0.5
     assert math.isnan(ladder.rank_correlation(table.head(2)))
     # none of them is on a front, or in a table of other figures
@@ -78,16 +78,18 @@ def test_time_spent_adds_up_to_what_is_on_record(climbed):
     table = ladder.spending(climbed).set_index("part")
     trials = sum(sum(r.seconds.values()) for r in climbed.records)
     assert table["seconds"].sum() == pytest.approx(150 + trials)
-    assert table.loc["elastic", "seconds"] == 120 and table.loc["cheap", "seconds"] == 2 * 19
-    assert table.loc["cheap", "gflops"] == 19 and table.loc["finetune", "gflops"] == 10 * 15
+    assert table.loc["elastic", "seconds"] == 120 and table.loc["low_fidelity", "seconds"] == 2 * 19
+    assert table.loc["low_fidelity", "gflops"] == 19 and table.loc["finetune", "gflops"] == 10 * 15
 
 
 def test_page_names_samplers_rungs_and_spending(climbed):
     shown = {d.name for d in drawings(climbed)}
-    assert {"rungs", "cheap_dear", "spending"} <= shown
+    assert {"rungs", "fidelity", "spending"} <= shown
     html = page.render_page(climbed, [])
     assert (
-        str(FAST) in html and "ddim-50" in html and "4 were stopped at their cheap figure" in html
+        str(FAST) in html
+        and "ddim-50" in html
+        and "4 were stopped at their low-fidelity score" in html
     )
     assert "1 failed" in html and html.count("by its probability") == 19
     fast = next(r for r in climbed.complete if r.sampler == FAST)
@@ -96,7 +98,7 @@ def test_page_names_samplers_rungs_and_spending(climbed):
 
 def test_figures_of_the_ladder_can_be_drawn(climbed, tmp_path):
     for drawing in drawings(climbed):
-        if drawing.name in ("rungs", "cheap_dear", "spending", "front_search"):
+        if drawing.name in ("rungs", "fidelity", "spending", "front_search"):
             assert (
                 b"<svg" in drawing.save(tmp_path) and (tmp_path / f"{drawing.name}.csv").is_file()
             )

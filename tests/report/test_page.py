@@ -257,10 +257,10 @@ def test_study_file_comes_back_from_the_page_without_its_password(study):
 
 
 ODD = {
-    "one trial": ({"num_trials": 1, "failed": ()}, "Only the full network has a figure"),
+    "one trial": ({"num_trials": 1, "failed": ()}, "Only the full network has a score"),
     "only failures": (
         {"num_trials": 3, "failed": (0, 1, 2), "confirm": False},
-        "No trial has given a figure yet",
+        "No trial has given a score yet",
     ),
     "full network failed": (
         {"num_trials": 5, "failed": (0,), "confirm": False},

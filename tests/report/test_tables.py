@@ -10,7 +10,7 @@ import scipy.stats
 from asesearch.errors import EvaluationError, StudyError
 from asesearch.point import Point
 from asesearch.report import tables
-from asesearch.report.wording import figure, headline, number, percent
+from asesearch.report.wording import headline, number, percent, plus_minus
 from asesearch.schedule import ExitSchedule
 from asesearch.score import EvaluationResult
 from asesearch.study.records import shortened
@@ -152,7 +152,7 @@ def test_no_selection_bias_where_more_than_the_seeds_differ(study):
         (0.11, 0.1, "worse"),
         (-0.11, 0.1, "better"),
         (0.1, None, "spread unknown (one repeat)"),
-        (math.nan, None, "no figure of the full network"),
+        (math.nan, None, "no score of the full network"),
     ],
 )
 def test_verdict(difference, margin, words):
@@ -329,7 +329,7 @@ FULL = (1.0, (9.0, 9.1, 9.2))
             "the closest was D3-DiT, which is predicted to save 50 %",
             False,
         ),
-        ([FULL], "Only the full network has a figure so far.", False),
+        ([FULL], "Only the full network has a score so far.", False),
         (
             [FULL, (0.6, (9.1, 9.1, 9.1)), (0.5, (9.0, 9.15, 9.19))],
             "D4-DiT is predicted to save 50 %",
@@ -364,19 +364,19 @@ def test_headline_speaks_of_measured_time_once_confirmed(study):
     assert "predicted" not in answer.answer and any("fresh seeds" in d for d in answer.details)
 
 
-def test_headline_without_the_full_network_or_any_figure(study):
+def test_headline_without_the_full_network_or_any_score(study):
     no_full = replace(
         study(6, failed=()), confirmations=(), records=study(6, failed=()).records[1:]
     )
     assert "nothing to compare with" in headline(no_full).answer
     assert (
         headline(study(2, failed=(0, 1), confirm=False)).answer
-        == "No trial has given a figure yet."
+        == "No trial has given a score yet."
     )
 
 
 def test_numbers_are_written_to_the_digits_they_have():
-    assert figure(8.64713, 0.0523) == "8.647 ± 0.052" and figure(8.64713, math.nan) == "8.647"
+    assert plus_minus(8.64713, 0.0523) == "8.647 ± 0.052" and plus_minus(8.64713, math.nan) == "8.647"
     assert number(-0.5) == "−0.5000" and number(math.nan) == "–" and number(12345.6) == "1.235e+04"
     assert percent(0.312) == "31\N{NO-BREAK SPACE}%"
 

@@ -23,7 +23,7 @@ from asesearch.study.study import Study
 DEPTH = 6
 PROTOCOL = Protocol("frechet", "fake", "0", 100, "fake", 100, "0", (0, 100), "ddim", 10, 1.0)
 OWN = Sampler("ddim", 50)
-CHEAP = replace(PROTOCOL, num_samples=20)
+LOW_FIDELITY = replace(PROTOCOL, num_samples=20)
 
 
 class FakeBench:
@@ -50,7 +50,7 @@ class FakeBench:
         self.identity = {"weights": weights}
         self.config = config or make_config()
         self.min_exit_depth = 1
-        self.cheaply = []
+        self.low_tried = []
         own = tuple(range(950, 0, -100))
         self.own_sampler, *others = self.config.samplers
         self.samplers = {self.own_sampler: own} | dict.fromkeys(others, own[::2])
@@ -69,8 +69,8 @@ class FakeBench:
                 file.write(f"{what}\n")
 
     def try_low_fidelity(self, point):
-        self.cheaply.append(point.schedule)
-        return EvaluationResult(CHEAP, tuple(2 * v for v in figures(point))), 0.5, 1.0
+        self.low_tried.append(point.schedule)
+        return EvaluationResult(LOW_FIDELITY, tuple(2 * v for v in scores(point))), 0.5, 1.0
 
     def try_point(self, point, folder):
         schedule = point.schedule
@@ -87,7 +87,7 @@ class FakeBench:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "weights.safetensors").write_bytes(b"x")
         fracs = self.fracs(point)
-        quality = EvaluationResult(PROTOCOL, figures(point))
+        quality = EvaluationResult(PROTOCOL, scores(point))
         return Outcome(quality, *fracs, [1.0, 0.5], {"finetune": 1.0}, {"finetune": 2.0})
 
     @property
@@ -95,7 +95,7 @@ class FakeBench:
         how = self.config.confirm
         seeds = tuple(10**9 + i * how.num_samples for i in range(how.repeats))
         fresh = replace(PROTOCOL, num_samples=how.num_samples, seeds=seeds)
-        return Protocols(PROTOCOL, fresh, CHEAP)
+        return Protocols(PROTOCOL, fresh, LOW_FIDELITY)
 
     def evaluate(self, net, point, protocol):
         self.pay(f"confirmation {point.weights_key} under {point.sampler}")
@@ -134,7 +134,7 @@ class SharedBench(FakeBench):
         )
 
 
-def figures(point):
+def scores(point):
     """Two repeats: blocks left out near data cost most, and half the steps a quarter of it all."""
     dropped = [(DEPTH - d) / (1 + i) for i, d in enumerate(point.schedule.exit_depths)]
     value = (5 + sum(d**2 for d in dropped)) * (1.0 if point.sampler == OWN else 1.25)

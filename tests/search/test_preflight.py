@@ -335,7 +335,7 @@ def plan(**changes):
         "elastic_s": 300.0,
         "map_s": 60.0,
         "full_s": 7200.0,
-        "cheap_s": 1.0,
+        "low_fidelity_s": 1.0,
         "trial_s": 20.0,
         "num_trials": 9,
         "search_s": 180.0,
@@ -443,7 +443,7 @@ def test_every_trial_gets_a_score_from_fewer_images_than_features(study, tmp_pat
     with caplog.at_level(logging.ERROR):
         results = search(config, tmp_path)
     assert [r.failure for r in results.records] == [None] * 4
-    scores = [r.cheap.quality for r in results.records]
+    scores = [r.low_fidelity.quality for r in results.records]
     assert {q.protocol.metric for q in scores} == {"frechet-pca-3"} and all(
         q.value > 0 for q in scores
     )
@@ -453,6 +453,6 @@ def test_every_trial_gets_a_score_from_fewer_images_than_features(study, tmp_pat
 def test_the_same_with_kernel_distances(study, tmp_path):
     results = search(study(promotion={"num_samples": 12, "metric": "kid", "always": 9}), tmp_path)
     assert [r.failure for r in results.records] == [None] * 4
-    assert {r.cheap.quality.protocol.metric_name for r in results.records} == {
+    assert {r.low_fidelity.quality.protocol.metric_name for r in results.records} == {
         "Kernel distance (fashion-cnn)"
     }

@@ -14,9 +14,16 @@ from asesearch.proposer.space import Space
 from asesearch.schedule import ExitSchedule
 from asesearch.score import EvaluationResult
 from asesearch.search.promotion import run_trial
-from asesearch.study.records import CheapRung, TrialRecord
+from asesearch.study.records import LowFidelity, TrialRecord
 from tests.proposer.test_quality_model import FakeMap
-from tests.search.fake_search import CHEAP, DEPTH, OWN, PROTOCOL, FakeBench, figures, make_config
+from tests.search.fake_search import (
+    DEPTH,
+    LOW_FIDELITY,
+    OWN,
+    PROTOCOL,
+    FakeBench,
+    make_config,
+)
 
 POINT = Point(ExitSchedule.from_string("6 5 3 2", DEPTH), OWN)
 OTHERS = [
@@ -30,12 +37,12 @@ OTHERS = [
     "5 3 3 3",
     "6 3 2 1",
 ]
-KERNEL = replace(CHEAP, metric="kid")
+KERNEL = replace(LOW_FIDELITY, metric="kid")
 
 
 def as_frechet(values):
     """Twice the fine-tuned score."""
-    return EvaluationResult(CHEAP, tuple(2 * v for v in values))
+    return EvaluationResult(LOW_FIDELITY, tuple(2 * v for v in values))
 
 
 def as_kernel(values):
@@ -52,8 +59,8 @@ def ladder(low_fidelity):
     for number, text in enumerate(OTHERS):
         schedule = ExitSchedule.from_string(text, DEPTH)
         point = Point(schedule, OWN)
-        values = figures(point)
-        rung = CheapRung(low_fidelity(values), True, None, "")
+        values = scores(point)
+        rung = LowFidelity(low_fidelity(values), True, None, "")
         origin = "full" if schedule.is_full else "difficulty"
         fracs = dict.fromkeys(("time_frac", "flops_frac", "block_frac"), schedule.block_frac())
         done = TrialRecord(
@@ -62,7 +69,7 @@ def ladder(low_fidelity):
             point,
             "complete",
             EvaluationResult(PROTOCOL, values),
-            cheap=rung,
+            low_fidelity=rung,
             **fracs,
         )
         records.append(done)
@@ -77,7 +84,7 @@ def ladder(low_fidelity):
 
 @pytest.mark.parametrize("low_fidelity", [as_frechet, as_kernel])
 def test_the_measured_score_decides(tmp_path, monkeypatch, low_fidelity):
-    fair = figures(POINT)
+    fair = scores(POINT)
     ends = {}
     for name, factor in (("good", 0.6), ("bad", 2.5)):
         bench, problem, records = ladder(low_fidelity)
@@ -85,7 +92,7 @@ def test_the_measured_score_decides(tmp_path, monkeypatch, low_fidelity):
         monkeypatch.setattr(bench, "try_low_fidelity", lambda point, m=measured: (m, 0.5, 1.0))
         trial = TrialRecord(9, "difficulty", POINT, "")
         ended = run_trial(bench, trial, tmp_path / name, records, problem)
-        assert ended.cheap.quality == measured
+        assert ended.low_fidelity.quality == measured
         ends[name] = ended.state, bench.tried
     assert ends == {"good": ("complete", [POINT.schedule]), "bad": ("stopped", [])}
 
@@ -93,30 +100,30 @@ def test_the_measured_score_decides(tmp_path, monkeypatch, low_fidelity):
 def test_kernel_distances_below_zero_inform_the_model():
     bench, problem, records = ladder(as_kernel)
     assert (
-        min(r.cheap.quality.value for r in records)
+        min(r.low_fidelity.quality.value for r in records)
         < 0
-        < max(r.cheap.quality.value for r in records)
+        < max(r.low_fidelity.quality.value for r in records)
     )
     point = POINT
-    fair = figures(POINT)
+    fair = scores(POINT)
     likely = [
         judge(problem, records, point, as_kernel(tuple(f * v for v in fair)))
         for f in (0.6, 1.0, 2.5)
     ]
     assert all(np.isfinite(likely)) and likely[0] > likely[1] > likely[2]
     belief = FrontBelief(problem, records)
-    means, _ = belief.model.posterior([r.point for r in records], "cheap")
-    assert np.corrcoef(means, [r.cheap.quality.value for r in records])[0, 1] > 0.9
+    means, _ = belief.model.posterior([r.point for r in records], "low")
+    assert np.corrcoef(means, [r.low_fidelity.quality.value for r in records])[0, 1] > 0.9
 
 
 def test_scores_of_other_protocols_do_not_pass_for_each_other():
     """What a record says of its metric comes back from its JSON."""
-    rung = CheapRung(
-        EvaluationResult(replace(CHEAP, metric="frechet-pca-5"), (1.0, 2.0)), True, None, ""
+    rung = LowFidelity(
+        EvaluationResult(replace(LOW_FIDELITY, metric="frechet-pca-5"), (1.0, 2.0)), True, None, ""
     )
-    read = CheapRung.from_dict(json.loads(json.dumps(rung.to_dict())))
+    read = LowFidelity.from_dict(json.loads(json.dumps(rung.to_dict())))
     assert read == rung and read.quality.protocol.num_components == 5
-    assert CHEAP.num_components is None and KERNEL.num_components is None
+    assert LOW_FIDELITY.num_components is None and KERNEL.num_components is None
 
 
 @pytest.mark.parametrize(

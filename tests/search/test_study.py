@@ -23,7 +23,7 @@ from asesearch.study.difficulty import DifficultyMap
 from asesearch.study.records import RECORD, REPEAT, TrialRecord, non_dominated
 from asesearch.study.study import Study
 from tests.processes import Child
-from tests.search.fake_search import CHEAP, DEPTH, OWN, FakeBench, figures, make_config, work
+from tests.search.fake_search import DEPTH, LOW_FIDELITY, OWN, FakeBench, make_config, work
 
 PROPOSERS = ["tpe", "nsga2", "gp", "random"]
 
@@ -102,7 +102,7 @@ def test_interrupt_leaves_no_open_trial(tmp_path):
     )
     resumed, _ = run(make_config(), tmp_path)
     assert len(resumed.records()) == 8
-    # the trial on record when the interrupt came keeps its figures for the proposer
+    # the trial on record when the interrupt came keeps its scores for the proposer
     assert all(t.values is not None for t in resumed.optuna.get_trials())
 
 
@@ -335,7 +335,7 @@ def test_reading_while_another_thread_searches(tmp_path):
     assert len(Study.open(tmp_path).records()) == 6
 
 
-# -- warm-up, rungs, ways of sampling, budget ----------------------------------------------------
+# -- warm-up, rungs, samplers, budget ----------------------------------------------------
 
 
 def ready(run_dir):
@@ -366,8 +366,8 @@ def test_difficulty_proposer_resumes_and_repeats_like_any_other(tmp_path):
 
 
 class Surprising(FakeBench):
-    """Cheap figures that contradict the difficulty map: schedules of odd depth near data have three
-    times their figure."""
+    """Low-fidelity scores that contradict the difficulty map: schedules of odd depth near data have
+    three times their figure."""
 
     def try_low_fidelity(self, point):
         quality, seconds, gflops = super().try_low_fidelity(point)
@@ -390,26 +390,32 @@ def test_only_promising_schedules_are_fine_tuned(tmp_path, proposer):
     records = study.records()
     stopped = [r for r in records if r.state == "stopped"]
     assert len(records) == 12 and stopped and len(bench.tried) == 12 - len(stopped)
-    # no cheap figure is paid for twice
-    assert len({(s.merged()) for s in bench.cheaply}) == len(bench.cheaply)
+    # no low-fidelity score is paid for twice
+    assert len({(s.merged()) for s in bench.low_tried}) == len(bench.low_tried)
     for r in records:
         assert (
-            r.cheap is not None and r.cheap.quality.protocol == CHEAP and r.seconds["cheap"] == 0.5
+            r.low_fidelity is not None
+            and r.low_fidelity.quality.protocol == LOW_FIDELITY
+            and r.seconds["low_fidelity"] == 0.5
         )
     for r in stopped:
-        assert r.quality is None and r.cheap.probability < 0.8 and "threshold 0.8" in r.cheap.reason
+        assert (
+            r.quality is None
+            and r.low_fidelity.probability < 0.8
+            and "threshold 0.8" in r.low_fidelity.reason
+        )
         assert r.time_frac == pytest.approx(r.schedule.block_frac(bench.samplers[OWN]))
-    returned = [r for r in records if r.state == "complete" and "again" in r.cheap.reason]
+    returned = [r for r in records if r.state == "complete" and "again" in r.low_fidelity.reason]
     judged = [
         r
         for r in records
-        if r.state == "complete" and r.cheap.probability is not None and r not in returned
+        if r.state == "complete" and r.low_fidelity.probability is not None and r not in returned
     ]
-    assert judged and min(r.cheap.probability for r in judged) >= 0.8
+    assert judged and min(r.low_fidelity.probability for r in judged) >= 0.8
     assert bool(returned) == (proposer == "difficulty")  # which alone returns to what it stopped
     warm = [r for r in records if r.origin != proposer]
-    assert [r.cheap.reason for r in warm] == ["a warm start"] * 2
-    # cheap figures are on no front and no value of Optuna's
+    assert [r.low_fidelity.reason for r in warm] == ["a warm start"] * 2
+    # low-fidelity scores are on no front and no value of Optuna's
     assert not {r.number for r in stopped} & {r.number for r in study.results().front()}
     trials = {t.number: t for t in study.optuna.get_trials()}
     assert {trials[r.number].state for r in stopped} == {optuna.trial.TrialState.PRUNED}
@@ -425,15 +431,15 @@ def test_the_proposer_looks_around_before_anything_is_fine_tuned(tmp_path):
         TrialRecord.from_dict(json.loads(t.user_attrs[RECORD]), OWN)
         for t in study.optuna.get_trials()
     ][:7]
-    # warm starts, then the look around
+    # warm starts, then the exploration phase
     assert [r.state for r in first] == ["complete"] * 2 + ["stopped"] * 5
-    assert {r.cheap.reason for r in first[2:]} == {"a first look around"}
+    assert {r.low_fidelity.reason for r in first[2:]} == {"the exploration phase"}
     assert len(study.records()) == 14
     assert (
         sum(r.state == "complete" and r.origin == "difficulty" for r in study.records())
         >= LADDER["promotion"]["always"]
     )
-    assert len(set(bench.cheaply)) == len(bench.cheaply)
+    assert len(set(bench.low_tried)) == len(bench.low_tried)
 
 
 def test_no_more_than_half_of_the_trials_look_around():
@@ -474,9 +480,10 @@ def proposed_again(proposer, run_dir, **promotion):
 @pytest.mark.parametrize("proposer", ["random", "tpe"])
 def test_what_is_proposed_again_by_chance_is_stopped_again_and_costs_nothing(tmp_path, proposer):
     stopped, again, study, bench = proposed_again(proposer, tmp_path)
-    assert again == stopped and again.cheap.probability < 0.1
-    assert stopped.schedule not in bench.tried and stopped.schedule not in bench.cheaply
-    assert len(study.records()) == 13 and len(bench.cheaply) == 1  # another schedule took the place
+    assert again == stopped and again.low_fidelity.probability < 0.1
+    assert stopped.schedule not in bench.tried and stopped.schedule not in bench.low_tried
+    # another schedule took the place
+    assert len(study.records()) == 13 and len(bench.low_tried) == 1
     repeat = next(
         t for t in study.optuna.get_trials() if t.user_attrs.get(REPEAT) == stopped.number
     )
@@ -490,11 +497,14 @@ def test_what_is_proposed_again_goes_up_where_it_is_judged_better_now(tmp_path):
         and again.number > stopped.number
         and stopped.schedule in bench.tried
     )
-    assert again.cheap.reason.startswith("proposed again: on the front with probability")
-    assert again.cheap.quality == stopped.cheap.quality and stopped.schedule not in bench.cheaply
+    assert again.low_fidelity.reason.startswith("proposed again: on the front with probability")
+    assert (
+        again.low_fidelity.quality == stopped.low_fidelity.quality
+        and stopped.schedule not in bench.low_tried
+    )
     # what it cost then is still on record
-    assert again.seconds["cheap"] == 0.5 and again.gflops["cheap"] == 1.0
-    assert again.quality.values == figures(stopped.point)
+    assert again.seconds["low_fidelity"] == 0.5 and again.gflops["low_fidelity"] == 1.0
+    assert again.quality.values == scores(stopped.point)
 
 
 def test_the_difficulty_proposers_own_return_is_the_judgement(tmp_path):
@@ -515,13 +525,16 @@ def test_the_difficulty_proposers_own_return_is_the_judgement(tmp_path):
     returned = [
         r
         for r in study.records()
-        if r.cheap.reason == "proposed again in the light of later trials"
+        if r.low_fidelity.reason == "proposed again in the light of later trials"
     ]
-    assert returned and len(set(bench.cheaply)) == len(bench.cheaply)
+    assert returned and len(set(bench.low_tried)) == len(bench.low_tried)
     for r in returned:
         before = stopped[r.point]
-        assert r.state == "complete" and r.cheap.probability == before.cheap.probability < 1.0
-        assert r.cheap.quality == before.cheap.quality and r.number > before.number
+        assert (
+            r.state == "complete"
+            and r.low_fidelity.probability == before.low_fidelity.probability < 1.0
+        )
+        assert r.low_fidelity.quality == before.low_fidelity.quality and r.number > before.number
 
 
 def test_a_space_of_stopped_schedules_ends_the_search(tmp_path, monkeypatch):
@@ -533,7 +546,7 @@ def test_a_space_of_stopped_schedules_ends_the_search(tmp_path, monkeypatch):
     bench = FakeBench(config=config)
     with pytest.raises(StudyError, match="as good as exhausted"):
         run_trials(study, bench)
-    assert 4 <= len(study.records()) == len(bench.cheaply) <= 6 and len(bench.tried) < 6
+    assert 4 <= len(study.records()) == len(bench.low_tried) <= 6 and len(bench.tried) < 6
 
 
 def test_the_rest_of_a_trials_time_is_kept_when_it_comes_again(tmp_path):

@@ -174,7 +174,7 @@ def test_every_trial_of_a_large_network_gets_a_score(place, tmp_path):
     assert len(results.records) >= 6 and [r.failure for r in results.records] == [None] * len(
         results.records
     )
-    scores = [r.cheap.quality for r in results.records]
+    scores = [r.low_fidelity.quality for r in results.records]
     assert {q.protocol.metric for q in scores} == {"frechet-pca-50"} and {
         len(q.values) for q in scores
     } == {2}
@@ -220,7 +220,7 @@ def test_the_readmes_study_runs_in_miniature(place, tmp_path):
     }
     results = search(parse_study(data, "README"), tmp_path / "run")
     assert len(results.records) == 8 and [r.failure for r in results.records] == [None] * 8
-    assert {r.cheap.quality.protocol.metric for r in results.records} == {"frechet-pca-125"}
+    assert {r.low_fidelity.quality.protocol.metric for r in results.records} == {"frechet-pca-125"}
     assert {"full", "D2-DiT", "D3-DiT", "D7-DiT"} <= {r.origin for r in results.complete}
     assert len(results.confirmations) >= 2
 

@@ -258,7 +258,8 @@ def test_a_whole_search_on_the_ladder(study, tmp_path):
     assert fast.seconds["finetune"] == 0 and "finetune" not in fast.gflops
     assert fast.time_frac == pytest.approx(0.5) and fast.quality.value != results.full.quality.value
     assert all(
-        r.cheap is not None and r.cheap.quality.protocol.num_samples == 66 for r in results.records
+        r.low_fidelity is not None and r.low_fidelity.quality.protocol.num_samples == 66
+        for r in results.records
     )
     assert results.difficulty_map is not None and results.warm_up["seconds"]["elastic"] > 0
     assert {c.number for c in results.confirmations} >= {0} and all(
@@ -307,6 +308,6 @@ def test_what_tuning_took_is_not_lost_with_a_kill_before_the_record(study, tmp_p
     assert (
         own.seconds["finetune"] > 0.001 and len(own.losses) == 3 and np.isfinite(own.losses).all()
     )
-    # steps, batch, calls a sample
+    # steps, batch, calls per sample
     assert own.gflops["finetune"] == pytest.approx(3 * 8 * 3 * bench.costs.flops[-1] / 1e9)
     assert other.seconds["finetune"] == 0 and other.losses == () and "finetune" not in other.gflops

@@ -26,7 +26,7 @@ from asesearch.search.fleet import WORKER
 from asesearch.search.latency import Conditions, shared_table
 from asesearch.search.runner import Runner, run_trials
 from asesearch.study import workers
-from asesearch.study.records import EXPLORES, LOOKS_AROUND, RECORD, select
+from asesearch.study.records import EXPLORATION, EXPLORES, RECORD, select
 from asesearch.study.study import Study
 from asesearch.study.workers import Others, Worker, try_lock, waited_lock, worked_s
 from tests.processes import Child
@@ -359,7 +359,8 @@ def test_who_waits_for_a_lock_says_so_once(tmp_path, caplog, monkeypatch):
     assert got == [1] and caplog.text.count("waiting for another worker, which makes tea") == 1
 
 
-# -- the first look around -------------------------------------------------------------------------
+# -- the exploration phase -
+# -------------------------------------------------------------------------
 
 
 def test_exactly_as_many_proposals_look_around_as_the_study_says(tmp_path):
@@ -387,7 +388,9 @@ def test_exactly_as_many_proposals_look_around_as_the_study_says(tmp_path):
     records = Study.open(tmp_path).records()
     everything = [t.user_attrs.get(RECORD) for t in Study.open(tmp_path).optuna.get_trials()]
     looked = [
-        r for r in everything if r is not None and json.loads(r)["cheap"]["reason"] == LOOKS_AROUND
+        r
+        for r in everything
+        if r is not None and json.loads(r)["low_fidelity"]["reason"] == EXPLORATION
     ]
     assert len(looked) == 5 and len(records) == 12
     assert all(
@@ -398,7 +401,9 @@ def test_exactly_as_many_proposals_look_around_as_the_study_says(tmp_path):
 
 def test_in_flight_proposals_are_counted_by_number():
     def trial(number, state=TrialState.RUNNING, record=None, fixed=False, **attrs):
-        attrs |= {} if record is None else {RECORD: json.dumps({"cheap": {"reason": record}})}
+        attrs |= (
+            {} if record is None else {RECORD: json.dumps({"low_fidelity": {"reason": record}})}
+        )
         made = optuna.trial.create_trial(state=TrialState.RUNNING, user_attrs=attrs)
         made.number = number
         made.state = state
@@ -407,14 +412,14 @@ def test_in_flight_proposals_are_counted_by_number():
 
     trials = [
         trial(0, fixed=True),  # a warm start
-        trial(1, TrialState.PRUNED, LOOKS_AROUND),
+        trial(1, TrialState.PRUNED, EXPLORATION),
         trial(2, TrialState.COMPLETE, "among the first"),
         trial(3),  # not said yet
         trial(4, **{EXPLORES: True}),
         trial(5, **{EXPLORES: False}),
         trial(6, TrialState.FAIL),  # killed
         trial(8),
-        trial(9, TrialState.PRUNED, LOOKS_AROUND),
+        trial(9, TrialState.PRUNED, EXPLORATION),
     ]
     assert num_exploring(trials, 7) == 4  # 1, 3, 4, 9
     assert num_exploring(trials, 3) == 2 and num_exploring(trials, 10) == 5

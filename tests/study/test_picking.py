@@ -1,4 +1,4 @@
-"""Picking a point: by confirmed figures, within budgets, or not at all."""
+"""Picking a point: by confirmed scores, within budgets, or not at all."""
 
 import dataclasses
 
@@ -265,7 +265,7 @@ def test_confirmation_leaves_out_what_is_worth_nothing():
         record(i, v, 0.1 * i, "6 3") for i, v in enumerate((35.0, 19.0, 17.0, 15.0, 13.0, 11.0), 1)
     )
     chosen = select((*front, full), full, 3)
-    # the fastest has 3.5 times the full network's figure
+    # the fastest has 3.5 times the full network's score
     assert [r.number for r in chosen] == [0, 2, 4, 6]
     # but nothing else is there
     assert [r.number for r in select((front[0], full), full, 3)] == [0, 1]

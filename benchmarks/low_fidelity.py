@@ -1,6 +1,6 @@
-"""Which cheap figure predicts the full protocol, and what a fine-tuning is best done with.
+"""Which low-fidelity score predicts the full protocol, and what a fine-tuning is best done with.
 
-One part a question: `predict` compares cheap figures of schedules with their figure after the
+One part a question: `predict` compares low-fidelity scores of schedules with their figure after the
 longest fine-tuning, by rank; `ablate` compares ways of fine-tuning after equal compute;
 `low-fidelity` compares scores that exist for fewer images than features. Killed, the same command
 goes on.
@@ -49,7 +49,9 @@ from asesearch.search import Workbench
 from asesearch.search.mapping import measure_map
 from asesearch.study.difficulty import DifficultyMap
 
-RESULTS = Path(__file__).parent.parent / "reports" / "search-efficiency" / "cheap-figures.json"
+RESULTS = (
+    Path(__file__).parent.parent / "reports" / "search-efficiency" / "low-fidelity-scores.json"
+)
 SHORT = {"min_snr_gamma": 5.0, "batch_size": 32, "loss_weight": {"shape": "none"}}
 
 
@@ -58,7 +60,7 @@ def study(args: argparse.Namespace) -> StudyConfig:
     DDIM."""
     return parse_study(
         {
-            "name": "cheap-figures",
+            "name": "low-fidelity",
             "backbone": {"kind": "dit", "checkpoint": "shipped:fashion-mnist-dit"},
             "data": {"kind": "fashion-mnist", "split": "test"},
             "sampling": {"solver": "dpm++2m-quadratic", "num_steps": 8},
@@ -70,7 +72,7 @@ def study(args: argparse.Namespace) -> StudyConfig:
             },
             "search": {"min_exit_depth": 2, "cost": "flops"},
         },
-        "cheap_figures",
+        "low_fidelity",
     )
 
 
@@ -173,7 +175,7 @@ def schedules(lab: Lab, count: int, budget: float | None, seed: int) -> list[Exi
 
 
 def predict(lab: Lab) -> tuple[list[Figure], dict[str, Any]]:
-    """Rank correlation of each cheap figure with the longest fine-tuning."""
+    """Rank correlation of each low-fidelity score with the longest fine-tuning."""
     count, lengths = (4, (1, 2, 3)) if lab.args.tiny else (lab.args.schedules, (8, 24, 64))
     elastic = lab.elastic()
     table = lab.map()
@@ -265,7 +267,7 @@ class FashionConv(FashionCNN):
 TRUTH_IMAGES = 1000
 SET_IMAGES = 200
 SETS = 3
-FEW = {"fashion-cnn": (16, 32), "fashion-conv": (100,)}  # images a repeat, of two
+FEW = {"fashion-cnn": (16, 32), "fashion-conv": (100,)}  # images per repeat, of two
 
 
 def low_fidelity(lab: Lab) -> tuple[list[Figure], dict[str, Any]]:
@@ -466,7 +468,7 @@ def main() -> None:
         help="training and sampling seeds of `ablate` (default %(default)s)",
     )
     parser.add_argument(
-        "--work", type=Path, default=Path("runs/cheap-figures"), help="folder of what is kept"
+        "--work", type=Path, default=Path("runs/low-fidelity"), help="folder of what is kept"
     )
     parser.add_argument(
         "--tiny", action="store_true", help="few steps and images, to see that the script runs"
@@ -483,7 +485,7 @@ def main() -> None:
         if args.only in (None, name):
             more, raw[name] = part(lab)
             figures += more
-    publish("cheap_figures", args, figures, raw)
+    publish("low_fidelity", args, figures, raw)
 
 
 if __name__ == "__main__":
