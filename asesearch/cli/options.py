@@ -39,7 +39,7 @@ SCHEDULE = typer.Option(
 ScheduleText = Annotated[str, SCHEDULE]
 
 
-def schedule_of(text: str, depth: int, chain: int) -> ExitSchedule:
+def schedule_of(text: str, depth: int, num_timesteps: int) -> ExitSchedule:
     if text.lower().endswith(".json"):
-        return ExitSchedule.read(text, depth, chain)
-    return ExitSchedule.from_string(text, depth, chain)
+        return ExitSchedule.read(text, depth, num_timesteps)
+    return ExitSchedule.from_string(text, depth, num_timesteps)

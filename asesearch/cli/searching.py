@@ -187,10 +187,10 @@ def _trial_line(record: TrialRecord) -> str:
     point = f"trial {record.number} ({record.origin}) {record.point}"
     if record.quality is not None:
         return f"{point}: {record.quality.value:.4g} at {record.time_frac:.3f} of the time"
-    if record.cheap is not None and record.failure is None:
+    if record.low_fidelity is not None and record.failure is None:
         return (
-            f"{point}: cheap figure {record.cheap.quality.value:.4g}, {record.cheap.reason}: "
-            "not fine-tuned"
+            f"{point}: low-fidelity score {record.low_fidelity.quality.value:.4g}, "
+            f"{record.low_fidelity.reason}: not fine-tuned"
         )
     return f"{point}: {record.failure}"
 
@@ -284,7 +284,7 @@ def evaluate(
         bool,
         typer.Option(
             "--check",
-            help="Compare with the figure on record for --trial; exit 1 if it can't be reproduced.",
+            help="Compare with the score on record for --trial; exit 1 if it can't be reproduced.",
         ),
     ] = False,
     storage: Storage = None,
@@ -301,7 +301,7 @@ def evaluate(
 
     if check and trial is None:
         raise ConfigError(
-            "--check compares with the figure of a trial; got no --trial; give its number"
+            "--check compares with the score of a trial; got no --trial; give its number"
         )
     if trial is not None and schedule is not None:
         raise ConfigError(
@@ -312,9 +312,9 @@ def evaluate(
     record = None if trial is None else study.record(trial)
     if record is None:
         net = bench.backbone
-        chain = bench.full.num_train_timesteps
-        depths = schedule_of(schedule or "full", net.depth, chain)
-        check_schedule(net, chain, depths)
+        num_timesteps = bench.full.num_train_timesteps
+        depths = schedule_of(schedule or "full", net.depth, num_timesteps)
+        check_schedule(net, num_timesteps, depths)
         point = Point(depths, bench.own_sampler)
     else:
         net = load_trial(study, record, bench.device)
@@ -323,7 +323,7 @@ def evaluate(
     if dry_run:
         print_json({**chosen, "protocol": vars(bench.protocols.search)})
         return
-    with interruptible("a figure that is not complete is not kept; the same command begins again"):
+    with interruptible("a score that is not complete is not kept; the same command begins again"):
         quality, seconds = bench.evaluate(net, point, bench.protocols.search)
     result: dict[str, Any] = {
         "metric": bench.protocols.search.metric_name,

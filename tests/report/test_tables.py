@@ -370,13 +370,14 @@ def test_headline_without_the_full_network_or_any_score(study):
     )
     assert "nothing to compare with" in headline(no_full).answer
     assert (
-        headline(study(2, failed=(0, 1), confirm=False)).answer
-        == "No trial has given a score yet."
+        headline(study(2, failed=(0, 1), confirm=False)).answer == "No trial has given a score yet."
     )
 
 
 def test_numbers_are_written_to_the_digits_they_have():
-    assert plus_minus(8.64713, 0.0523) == "8.647 ± 0.052" and plus_minus(8.64713, math.nan) == "8.647"
+    assert (
+        plus_minus(8.64713, 0.0523) == "8.647 ± 0.052" and plus_minus(8.64713, math.nan) == "8.647"
+    )
     assert number(-0.5) == "−0.5000" and number(math.nan) == "–" and number(12345.6) == "1.235e+04"
     assert percent(0.312) == "31\N{NO-BREAK SPACE}%"
 
