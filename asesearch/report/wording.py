@@ -182,8 +182,8 @@ def _unknown_spread(others: pd.DataFrame) -> Headline:
 
 def _compared(others: pd.DataFrame, full: pd.Series, chosen: int | None) -> str:
     row = others[others["number"] == chosen].iloc[0]
-    text = f"{full['metric']} {plus_minus(row['quality'], row['std_error'])} against the full network's "
-    text += plus_minus(full["quality"], full["std_error"])
+    text = f"{full['metric']} {plus_minus(row['quality'], row['std_error'])} against the full "
+    text += f"network's {plus_minus(full['quality'], full['std_error'])}"
     if not math.isnan(row["difference_se"]):
         text += f" (difference {_signed(row['difference'], row['difference_se'])}, "
         text += f"standard error {number(row['difference_se'], row['difference_se'])})"

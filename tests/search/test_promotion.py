@@ -23,6 +23,7 @@ from tests.search.fake_search import (
     PROTOCOL,
     FakeBench,
     make_config,
+    scores,
 )
 
 POINT = Point(ExitSchedule.from_string("6 5 3 2", DEPTH), OWN)

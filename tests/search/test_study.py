@@ -23,7 +23,15 @@ from asesearch.study.difficulty import DifficultyMap
 from asesearch.study.records import RECORD, REPEAT, TrialRecord, non_dominated
 from asesearch.study.study import Study
 from tests.processes import Child
-from tests.search.fake_search import DEPTH, LOW_FIDELITY, OWN, FakeBench, make_config, work
+from tests.search.fake_search import (
+    DEPTH,
+    LOW_FIDELITY,
+    OWN,
+    FakeBench,
+    make_config,
+    scores,
+    work,
+)
 
 PROPOSERS = ["tpe", "nsga2", "gp", "random"]
 
