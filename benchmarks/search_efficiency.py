@@ -22,7 +22,6 @@ from asesearch.backbones.base import Backbone
 from asesearch.config import StudyConfig, TrainConfig, parse_study
 from asesearch.files import write_json
 from asesearch.point import Point
-from asesearch.report.tables import hypervolume_2d
 from asesearch.schedule import ExitSchedule
 from asesearch.score import EvaluationResult, Protocol
 from asesearch.search import Workbench, run_trials
@@ -30,6 +29,7 @@ from asesearch.search.confirmation import load_trial
 from asesearch.search.protocols import FRESH_SEEDS
 from asesearch.search.trials import Outcome, Trials
 from asesearch.study import Study
+from asesearch.study.front import hypervolume_2d
 from asesearch.study.records import RECORD, REFERENCE_QUALITY, REFERENCE_TIME, TrialRecord
 
 RIVALS = ("random", "tpe", "nsga2", "gp")

@@ -27,6 +27,7 @@ from asesearch.backbones.conversion import diffusers_dit_args, diffusers_to_dit,
 from asesearch.backbones.dit import DiT
 from asesearch.backbones.files import FORMAT, Contents, read_checkpoint, resolve
 from asesearch.backbones.finite import refuse_not_finite
+from asesearch.backbones.folders import class_name
 from asesearch.backbones.shapes import Architecture, from_shapes, uvit_preset
 from asesearch.backbones.uvit import UViT
 from asesearch.config import BackboneConfig
@@ -125,12 +126,7 @@ def _describe(found: Architecture, contents: Contents) -> CheckpointInfo:
 
 def _from_diffusers(config: dict[str, Any]) -> tuple[str, dict[str, Any]]:
     """Kind and constructor arguments of what a diffusers folder holds: its DiT is ours too."""
-    name = config.get("_class_name")
-    if name == "Transformer2DModel":  # the class released folders were first made with
-        name = {
-            "ada_norm_zero": "DiTTransformer2DModel",
-            "ada_norm_single": "PixArtTransformer2DModel",
-        }.get(str(config.get("norm_type")))
+    name = class_name(config)
     if name not in SPECS:
         got = config.get("_class_name")
         raise CheckpointError(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,24 +9,21 @@ from typing import Any
 import diffusers
 import torch
 from diffusers.models.embeddings import LabelEmbedding
-from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from asesearch.backbones.base import Backbone, Conditioning, ExitDepth, check_labels
 from asesearch.backbones.block_exits import SPECS, BlockExits
 from asesearch.backbones.files import read_checkpoint
 from asesearch.backbones.finite import refuse_not_finite
-from asesearch.backbones.foreign import foreign
+from asesearch.backbones.folders import (
+    CONFIG,
+    class_name,
+    find_folder,
+    load_pretrained,
+    read_config,
+    weight_files,
+)
 from asesearch.errors import CheckpointError, ConfigError
-
-WEIGHTS = "diffusion_pytorch_model.safetensors"
-#: Released DiT and PixArt folders name the class they were first made with; its `norm_type` tells
-#: which is meant.
-LEGACY_CLASS = "Transformer2DModel"
-LEGACY_NORMS = {
-    "ada_norm_zero": "DiTTransformer2DModel",
-    "ada_norm_single": "PixArtTransformer2DModel",
-}
 
 
 def _build(config: Mapping[str, Any]) -> nn.Module:
@@ -243,35 +239,13 @@ def load_diffusers(
         CheckpointError: a file is missing or unreadable, weights in pickle form only, an
             unsupported class, or weights that do not fit the config.
     """
-    folder = path if (path / "config.json").is_file() else path / "transformer"
-    name = _class_name(folder / "config.json")
-    _check_weight_files(folder)
-    try:
-        model, info = getattr(diffusers, name).from_pretrained(
-            folder,
-            local_files_only=True,
-            use_safetensors=True,
-            torch_dtype=torch.float32,
-            output_loading_info=True,
-        )
-    except (
-        OSError,
-        ValueError,
-        RuntimeError,
-        TypeError,
-        KeyError,
-        ImportError,
-        SafetensorError,
-    ) as error:
-        text = " ".join(str(error).split())[:300]
-        raise CheckpointError(
-            f"{folder} must hold a readable {name}; got {text}; save it again with diffusers"
-        ) from error
-    bad = {
-        key: sorted(map(str, info[key]))[:3]
-        for key in ("missing_keys", "unexpected_keys", "mismatched_keys")
-        if info[key]
-    }
+    folder = find_folder(path, "transformer")
+    name = _supported_class(folder)
+    weight_files(folder, pickles=False)
+    model, unfit = load_pretrained(
+        getattr(diffusers, name), folder, name, torch_dtype=torch.float32
+    )
+    bad = {key: names[:3] for key, names in unfit.items()}
     if bad and not _unwrap(model, folder):
         raise CheckpointError(
             f"the weights in {folder} must fit its config; got {bad}; save it again with diffusers"
@@ -291,68 +265,12 @@ def _unwrap(model: nn.Module, folder: Path) -> bool:
     return True
 
 
-def _class_name(config_path: Path) -> str:
-    """The class a config.json names, today's name for a legacy one."""
-    try:
-        config = json.loads(config_path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
+def _supported_class(folder: Path) -> str:
+    """The class that a folder's config names."""
+    name = class_name(read_config(folder))
+    if name not in SPECS or not hasattr(diffusers, str(name)):
         raise CheckpointError(
-            "a diffusers folder must hold config.json or transformer/config.json; got neither at "
-            f"{config_path.parent}; save the model or pipeline with save_pretrained"
-        ) from error
-    except (OSError, ValueError) as error:
-        what = foreign(config_path, plain_text=False) if config_path.is_file() else None
-        other = f"must be JSON; got {error}; save the model again with diffusers"
-        raise CheckpointError(f"{config_path} {what or other}") from error
-    name = config.get("_class_name") if isinstance(config, dict) else None
-    if name == LEGACY_CLASS:
-        name = LEGACY_NORMS.get(config.get("norm_type"), name)
-    if name not in SPECS or not hasattr(diffusers, name):
-        raise CheckpointError(
-            f"_class_name in {config_path} must be a supported class of the installed diffusers; "
-            f"got {name!r}; supported are {', '.join(SPECS)}"
+            f"_class_name in {folder / CONFIG} must be a supported class of the installed "
+            f"diffusers; got {name!r}; supported are {', '.join(SPECS)}"
         )
     return str(name)
-
-
-def _check_weight_files(folder: Path) -> None:
-    """Refuse a folder without complete safetensors."""
-    index = folder / f"{WEIGHTS}.index.json"
-    needed = [WEIGHTS]
-    if index.is_file():
-        try:
-            needed = list(
-                dict.fromkeys(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-            )
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise CheckpointError(
-                f"{index} must map names to files; got {error!r}; save the model again"
-            ) from error
-    elsewhere = [
-        name
-        for name in needed
-        if not isinstance(name, str)
-        or Path(name).name != name
-        or Path(name).suffix != ".safetensors"
-    ]
-    if elsewhere:
-        raise CheckpointError(
-            f"{index} must name safetensors files beside it; got {elsewhere[:3]}; save the model "
-            "again"
-        )
-    missing = [name for name in needed if not (folder / name).is_file()]
-    for name in needed:
-        if name not in missing and (what := foreign(folder / name, plain_text=False)) is not None:
-            raise CheckpointError(f"{folder / name} {what}")
-    if missing:
-        pickled = sorted(
-            p.name for p in folder.iterdir() if p.suffix in {".bin", ".pt", ".pth", ".ckpt"}
-        )
-        fix = (
-            "convert the pickled weights with safetensors"
-            if pickled
-            else "copy them beside config.json"
-        )
-        raise CheckpointError(
-            f"{folder} must hold {', '.join(missing[:3])}; got {pickled or 'no such files'}; {fix}"
-        )

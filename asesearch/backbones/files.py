@@ -4,7 +4,6 @@ data."""
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import pickle
 import pickletools
@@ -21,13 +20,13 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from asesearch.backbones.folders import find_folder, read_config, weight_files
 from asesearch.backbones.foreign import foreign
 from asesearch.backbones.wrappers import NoWeightsError, find_weights, training_options
 from asesearch.errors import CheckpointError, ConfigError
 
 FORMAT = "asesearch.backbone"  # in the metadata of the files we write
 SHIPPED = "shipped:"
-_WEIGHTS = "diffusion_pytorch_model"
 
 
 @dataclass
@@ -206,24 +205,9 @@ def _read_folder(path: Path) -> Contents:
         contents = read_checkpoint(path / "nnet_ema.pth")
         contents.source = "ema"
         return contents
-    if (path / "transformer" / "config.json").is_file():
-        path = path / "transformer"
-    if not (path / "config.json").is_file():
-        raise CheckpointError(
-            f"a checkpoint folder must hold a diffusers config.json; got none in {path}; give "
-            "another"
-        )
-    config = _read_json(path / "config.json")
-    index = path / f"{_WEIGHTS}.safetensors.index.json"
-    names = [n for n in (f"{_WEIGHTS}.safetensors", f"{_WEIGHTS}.bin") if (path / n).is_file()][:1]
-    if index.is_file():
-        shards = _read_json(index).get("weight_map")
-        names = sorted(set(map(str, shards.values()))) if isinstance(shards, dict) else []
-    if not names or any(Path(n).name != n for n in names):
-        raise CheckpointError(
-            f"{path} must hold {_WEIGHTS}.safetensors, or an index of files beside it; fetch it "
-            "again"
-        )
+    path = find_folder(path, "transformer")
+    config = read_config(path)
+    names = weight_files(path, pickles=True)
     data: object = _load(path / names[0])[0]
     for name in names[1:]:
         shard = _load(path / name)[0]
@@ -232,18 +216,3 @@ def _read_folder(path: Path) -> Contents:
     found = _unwrapped(path, data, {})
     found.config = config
     return found
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        what = foreign(path, plain_text=False) if path.is_file() else None
-        raise CheckpointError(
-            f"{path} {what or f'is not readable JSON: {error}; fetch it again'}"
-        ) from error
-    if not isinstance(data, dict):
-        raise CheckpointError(
-            f"{path} must hold a JSON object; got {type(data).__name__}; fetch it again"
-        )
-    return data

@@ -3,8 +3,6 @@ and never a pickle."""
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,9 +10,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
-from torch import Tensor, nn
+from torch import Tensor
 
+from asesearch.backbones.digests import weights_digest
+from asesearch.backbones.folders import find_folder, load_pretrained, read_config
 from asesearch.errors import CheckpointError, ConfigError, DataError
 
 PathLike = str | os.PathLike[str]
@@ -22,58 +21,32 @@ PathLike = str | os.PathLike[str]
 VERSION_KEYS = {"transformers_version", "architectures", "dtype", "torch_dtype"}
 
 
-def find_component(path: PathLike, name: str) -> Path:
-    """`path`, or its subfolder `name` where `path` is a whole pipeline's folder.
-
-    Raises:
-        CheckpointError: neither has a config.json.
-    """
-    for folder in (Path(path), Path(path) / name):
-        if (folder / "config.json").is_file():
-            return folder
-    raise CheckpointError(
-        f"{path} must hold config.json and weights, itself or in {name}/; got no config.json; "
-        "check the path"
-    )
-
-
-def read_config(folder: Path) -> dict[str, Any]:
+def read_own_config(folder: Path) -> dict[str, Any]:
     """The folder's config.json, without what varies with the libraries' versions.
 
     Raises:
         CheckpointError: unreadable.
     """
-    try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        return {
-            k: v
-            for k, v in config.items()
-            if k == "_class_name" or k[0] != "_" and k not in VERSION_KEYS
-        }
-    except (OSError, ValueError, AttributeError) as error:
-        raise CheckpointError(
-            f"can't read {folder / 'config.json'}: {error}; fetch it again"
-        ) from error
+    return {
+        k: v
+        for k, v in read_config(folder).items()
+        if k == "_class_name" or (k[:1] != "_" and k not in VERSION_KEYS)
+    }
 
 
-def load_pretrained(cls: Any, folder: Path) -> Any:
+def load_whole(cls: Any, folder: Path, what: str) -> Any:
     """A network from a local folder, every weight from its file.
 
     Raises:
         CheckpointError: unreadable, not safetensors, or some weights are missing or of another
             shape.
     """
-    try:
-        net, info = cls.from_pretrained(
-            folder, local_files_only=True, use_safetensors=True, output_loading_info=True
-        )
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        reason = str(error).strip().split("\n")[0]
-        raise CheckpointError(
-            f"can't load the safetensors weights in {folder}: {reason}; fetch or convert them"
-        ) from error
+    net, unfit = load_pretrained(cls, folder, what)
     lost = sorted(
-        str(k) for k in (*info["missing_keys"], *info["mismatched_keys"]) if "pooler" not in str(k)
+        name
+        for key in ("missing_keys", "mismatched_keys")
+        for name in unfit.get(key, [])
+        if "pooler" not in name
     )
     if lost:
         raise CheckpointError(
@@ -81,15 +54,6 @@ def load_pretrained(cls: Any, folder: Path) -> Any:
             "it again"
         )
     return net.eval().requires_grad_(False)
-
-
-def net_digest(net: nn.Module, config: dict[str, Any]) -> str:
-    """SHA-256 over configuration and weights, however they are spread over files."""
-    sha = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
-    for name, tensor in sorted(net.state_dict().items()):
-        sha.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        sha.update(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    return sha.hexdigest()
 
 
 class Vae:
@@ -105,16 +69,16 @@ class Vae:
     def __init__(self, path: PathLike, device: str | torch.device) -> None:
         from diffusers import AutoencoderKL  # here, because it takes seconds
 
-        folder = find_component(path, "vae")
-        saved = read_config(folder)
+        folder = find_folder(Path(path), "vae")
+        saved = read_own_config(folder)
         if saved.get("_class_name") != "AutoencoderKL":
             raise CheckpointError(
                 f"the VAE must be an AutoencoderKL; got {saved.get('_class_name')} in {folder}; "
                 "give another"
             )
-        self.net = load_pretrained(AutoencoderKL, folder).float()
+        self.net = load_whole(AutoencoderKL, folder, "AutoencoderKL").float()
         self.device = torch.device(device)
-        self.digest = net_digest(self.net, saved)
+        self.digest = weights_digest(self.net, saved)
         config = self.net.config
         stds = config.latents_std or [1.0] * config.latent_channels
         self.scale = [float(config.scaling_factor / std) for std in stds]
@@ -222,7 +186,7 @@ class TextEncoder:
             raise ConfigError(
                 f"captions need transformers; got {error}; pip install 'asesearch[text]'"
             ) from error
-        folder = find_component(path, "text_encoder")
+        folder = find_folder(Path(path), "text_encoder")
         self.tokenizer = _load_tokenizer(folder)
         self.max_length = max_length
         self.device = torch.device(device)
@@ -232,11 +196,11 @@ class TextEncoder:
                 f"max_length must lie in 1…{limit} for the text encoder {folder}; got "
                 f"{max_length}; change it"
             )
-        self.net = load_pretrained(AutoModelForTextEncoding, folder)
+        self.net = load_whole(AutoModelForTextEncoding, folder, "text encoder")
         self.net.to(torch.float32 if self.device.type == "cpu" else torch.bfloat16)
-        self.digest = net_digest(
+        self.digest = weights_digest(
             self.net,
-            {**read_config(folder), "vocabulary": sorted(self.tokenizer.get_vocab().items())},
+            {**read_own_config(folder), "vocabulary": sorted(self.tokenizer.get_vocab().items())},
         )
         self.net.to(self.device)
 

@@ -8,7 +8,6 @@ that travels in the package.
 
 from __future__ import annotations
 
-import hashlib
 import os
 import pickle
 from collections.abc import Iterator
@@ -31,6 +30,7 @@ from torch_fidelity import (
 from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3
 from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY
 
+from asesearch.backbones.digests import weights_digest
 from asesearch.data import ImageArray
 from asesearch.errors import DataError, EvaluationError
 from asesearch.files import file_sha256, replacing
@@ -160,9 +160,7 @@ def make_extractor(
         channels = int(getattr(cls, "channels", 3))
         dummy = net.get_dummy_input_for_compile()
         dim = int(net(dummy)[0].shape[1])
-    return Extractor(
-        name, _weights_digest(net), channels, dim, net.to(device), torch.device(device)
-    )
+    return Extractor(name, weights_digest(net), channels, dim, net.to(device), torch.device(device))
 
 
 @contextmanager
@@ -224,14 +222,6 @@ def _download_inception(target: Path) -> None:
             f"{URL_INCEPTION_V3} elsewhere and put it at {target}, or give its path as "
             "extractor_weights"
         ) from error
-
-
-def _weights_digest(net: nn.Module) -> str:
-    sha = hashlib.sha256()
-    for name, value in sorted(net.state_dict().items()):
-        sha.update(repr((name, value.dtype, tuple(value.shape))).encode())
-        sha.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    return sha.hexdigest()
 
 
 # -- fashion-cnn ---------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ on one.
 
 from asesearch.finetuning.annealing import Depths, PlateauWeight, ema_decay_at, lr_factor
 from asesearch.finetuning.batches import Batch, batches, draw_batch, seeded_generator
-from asesearch.finetuning.checkpoint import CHECKPOINT, weights_fingerprint
+from asesearch.finetuning.checkpoint import CHECKPOINT
 from asesearch.finetuning.fit import check_fit
 from asesearch.finetuning.step import make_accelerator
 from asesearch.finetuning.trainer import Trainer, TrainResult, finetune, seconds_per_step
@@ -28,5 +28,4 @@ __all__ = [
     "make_accelerator",
     "seconds_per_step",
     "seeded_generator",
-    "weights_fingerprint",
 ]

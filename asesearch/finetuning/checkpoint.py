@@ -4,7 +4,6 @@ code.
 
 from __future__ import annotations
 
-import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from asesearch.errors import CheckpointError
 from asesearch.files import replacing
@@ -65,16 +64,6 @@ def read_checkpoint(
                 f"undo the change: {_difference(theirs.get(name), ours[name])}"
             )
     return tensors, progress
-
-
-def weights_fingerprint(backbone: nn.Module) -> str:
-    """SHA-256 over the first 1,024 numbers of every parameter: tells two sets of weights apart, at
-    no cost for large ones."""
-    sha = hashlib.sha256()
-    for name, p in sorted(backbone.named_parameters()):
-        sha.update(f"{name} {tuple(p.shape)}".encode())
-        sha.update(p.detach().flatten()[:1024].float().cpu().numpy().tobytes())
-    return sha.hexdigest()
 
 
 def _difference(old: Any, new: Any) -> str:

@@ -16,18 +16,14 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from asesearch.backbones.base import Backbone
+from asesearch.backbones.digests import weights_fingerprint
 from asesearch.config import TrainConfig
 from asesearch.data import DataSource
 from asesearch.diffusion import Process
 from asesearch.errors import TrainingDiverged
 from asesearch.finetuning.annealing import SYNC_EVERY, Depths
 from asesearch.finetuning.batches import batches, draw_batch
-from asesearch.finetuning.checkpoint import (
-    CHECKPOINT,
-    read_checkpoint,
-    weights_fingerprint,
-    write_checkpoint,
-)
+from asesearch.finetuning.checkpoint import CHECKPOINT, read_checkpoint, write_checkpoint
 from asesearch.finetuning.fit import check_fit
 from asesearch.finetuning.step import TrainingStep
 

@@ -13,20 +13,19 @@ from dataclasses import replace
 from typing import Literal
 
 import numpy as np
-import numpy.typing as npt
 import pandas as pd
 
 from asesearch.errors import EvaluationError, StudyError
 from asesearch.sampler import Sampler
 from asesearch.schedule import PUBLISHED
 from asesearch.score import CONFIDENCE, EvaluationResult, Protocol
+from asesearch.study.front import hypervolume_2d, non_dominated
 from asesearch.study.records import (
     REFERENCE_QUALITY,
     REFERENCE_TIME,
     Confirmation,
     StudyResults,
     TrialRecord,
-    non_dominated,
 )
 
 FULL = "full network"
@@ -244,15 +243,6 @@ def front_records(results: StudyResults) -> list[TrialRecord]:
     records = by_number(results)
     chosen = [records[n] for n in front(results)["number"]]
     return chosen + [r for r in (results.full,) if r is not None and r not in chosen]
-
-
-def hypervolume_2d(found: npt.NDArray[np.float64], reference: tuple[float, float]) -> float:
-    """Area that `found` (n, 2) dominates below the reference point, lower being better in both
-    columns. Exact sweep."""
-    inside = found[(found < reference).all(axis=1)]
-    inside = inside[np.lexsort((inside[:, 1], inside[:, 0]))]
-    widths = np.diff(np.append(inside[:, 0], reference[0]))
-    return float((widths * (reference[1] - np.minimum.accumulate(inside[:, 1]))).sum())
 
 
 def hypervolume(results: StudyResults) -> pd.DataFrame:

@@ -18,11 +18,12 @@ import torch
 from torch import Tensor
 
 from asesearch.backbones.base import Backbone, Conditioning, own_labels
+from asesearch.backbones.digests import weights_fingerprint
 from asesearch.config import MapConfig
 from asesearch.data import DataSource
 from asesearch.diffusion import Process
 from asesearch.errors import ConfigError, DataError, EvaluationError
-from asesearch.finetuning import check_fit, seeded_generator, weights_fingerprint
+from asesearch.finetuning import check_fit, seeded_generator
 from asesearch.schedule import ExitSchedule
 from asesearch.study.difficulty import TABLES, DifficultyMap
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from asesearch.backbones.base import Backbone
 from asesearch.backbones.checkpoints import load_backbone
+from asesearch.backbones.digests import weights_fingerprint
 from asesearch.config import StudyConfig
 from asesearch.data import open_data
 from asesearch.diffusion import make_diffusion
@@ -21,7 +22,7 @@ from asesearch.errors import ConfigError, EvaluationError
 from asesearch.evaluation.cost import TimeRatio, compare_sampling_time
 from asesearch.evaluation.extractors import make_extractor
 from asesearch.evaluation.fidelity import check_sample_counts, evaluate, to_uint8
-from asesearch.finetuning import check_fit, weights_fingerprint
+from asesearch.finetuning import check_fit
 from asesearch.point import Point
 from asesearch.sampler import Sampler
 from asesearch.sampling import SampleResult, check_sampling, sample

@@ -16,6 +16,7 @@ from asesearch.sampler import Sampler
 from asesearch.schedule import ExitSchedule
 from asesearch.score import EvaluationResult
 from asesearch.study.difficulty import DifficultyMap
+from asesearch.study.front import non_dominated
 
 #: Beyond these multiples of the full network's time and score a point is worth nothing: reference
 #: point of hypervolumes.
@@ -280,21 +281,3 @@ def select(front: tuple[TrialRecord, ...], full: TrialRecord, max_points: int) -
         keep = sorted({round(i * last / max(1, max_points - 1)) for i in range(max_points)})
         points = [points[i] for i in keep]
     return [full, *points]
-
-
-def non_dominated(points: Sequence[tuple[float, ...]]) -> list[int]:
-    """Indices of the points that no other is at least as good as in all objectives and better in
-    one (lower is better).
-
-    Of equal points the first is kept.
-    """
-    keep = []
-    for i, p in enumerate(points):
-        beaten = any(
-            all(a <= b for a, b in zip(q, p, strict=True)) and (q != p or j < i)
-            for j, q in enumerate(points)
-            if j != i
-        )
-        if not beaten:
-            keep.append(i)
-    return keep

@@ -543,7 +543,10 @@ def pickle_instead(folder):
 
 BROKEN = {
     "no config": (lambda f: (f / "config.json").unlink(), "must hold config.json"),
-    "config no JSON": (lambda f: (f / "config.json").write_text("{"), "must be JSON"),
+    "config no JSON": (
+        lambda f: (f / "config.json").write_text("{"),
+        "config.json is not readable JSON",
+    ),
     "unknown class": (
         lambda f: edit_config(f, _class_name="UNet2DConditionModel"),
         "got 'UNet2DConditionModel'; supported are",

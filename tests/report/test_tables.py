@@ -13,6 +13,7 @@ from asesearch.report import tables
 from asesearch.report.wording import headline, number, percent, plus_minus
 from asesearch.schedule import ExitSchedule
 from asesearch.score import EvaluationResult
+from asesearch.study.front import hypervolume_2d
 from asesearch.study.records import shortened
 from tests.report.conftest import OWN
 
@@ -45,17 +46,15 @@ def test_hypervolume_agrees_with_monte_carlo():
     for n in (1, 4, 15):
         found = rng.uniform(0, 1.2, (n, 2))
         hit = (found[None] <= darts[:, None]).all(axis=2).any(axis=1).mean()
-        assert tables.hypervolume_2d(found, (1.0, 1.0)) == pytest.approx(hit, abs=0.005)
+        assert hypervolume_2d(found, (1.0, 1.0)) == pytest.approx(hit, abs=0.005)
 
 
 def test_hypervolume_of_known_shapes():
-    assert tables.hypervolume_2d(np.empty((0, 2)), (1.0, 1.0)) == 0
-    assert tables.hypervolume_2d(np.array([[0.25, 0.5]]), (1.0, 1.0)) == 0.375
-    assert (
-        tables.hypervolume_2d(np.array([[0.25, 0.5], [0.5, 0.25], [0.5, 0.25]]), (1.0, 1.0)) == 0.5
-    )
+    assert hypervolume_2d(np.empty((0, 2)), (1.0, 1.0)) == 0
+    assert hypervolume_2d(np.array([[0.25, 0.5]]), (1.0, 1.0)) == 0.375
+    assert hypervolume_2d(np.array([[0.25, 0.5], [0.5, 0.25], [0.5, 0.25]]), (1.0, 1.0)) == 0.5
     outside = np.array([[1.0, 0.0], [0.0, 1.5]])
-    assert tables.hypervolume_2d(outside, (1.0, 1.0)) == 0
+    assert hypervolume_2d(outside, (1.0, 1.0)) == 0
 
 
 def test_hypervolume_never_falls_and_states_its_reference(study):

@@ -13,11 +13,11 @@ from diffusers import DiTTransformer2DModel, PixArtTransformer2DModel
 
 from asesearch.backbones import Backbone, DiT, UViT
 from asesearch.backbones.diffusers_adapter import DiffusersBackbone
+from asesearch.backbones.digests import weights_fingerprint
 from asesearch.config import MapConfig
 from asesearch.data import ImageArray
 from asesearch.diffusion import VPSDE, Diffusion
 from asesearch.errors import ConfigError, DataError, EvaluationError, StudyError
-from asesearch.finetuning import weights_fingerprint
 from asesearch.search import mapping
 from asesearch.search.mapping import map_seconds, measure_map
 from asesearch.study.difficulty import TABLES, DifficultyMap

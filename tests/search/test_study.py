@@ -20,7 +20,8 @@ from asesearch.search.promotion import num_explored
 from asesearch.search.runner import Runner, run_trials
 from asesearch.search.setup import make_space, warm_starts
 from asesearch.study.difficulty import DifficultyMap
-from asesearch.study.records import RECORD, REPEAT, TrialRecord, non_dominated
+from asesearch.study.front import non_dominated
+from asesearch.study.records import RECORD, REPEAT, TrialRecord
 from asesearch.study.study import Study
 from tests.processes import Child
 from tests.search.fake_search import (

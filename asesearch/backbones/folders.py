@@ -1,0 +1,168 @@
+"""Folders as `save_pretrained` of diffusers and transformers writes them: where they are, what
+their config.json says, and which files hold the weights. Nothing here imports those libraries."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from torch import nn
+
+from asesearch.backbones.foreign import foreign
+from asesearch.errors import CheckpointError
+
+CONFIG = "config.json"
+WEIGHTS = "diffusion_pytorch_model"
+#: Released DiT and PixArt folders name the class they were first made with; its `norm_type` tells
+#: which is meant.
+LEGACY_CLASS = "Transformer2DModel"
+LEGACY_NORMS = {
+    "ada_norm_zero": "DiTTransformer2DModel",
+    "ada_norm_single": "PixArtTransformer2DModel",
+}
+_PICKLES = (".bin", ".pt", ".pth", ".ckpt")
+
+
+def find_folder(path: Path, component: str) -> Path:
+    """`path`, or its subfolder `component` where `path` is a whole pipeline's folder.
+
+    Raises:
+        CheckpointError: neither has a config.json.
+    """
+    for folder in (path, path / component):
+        if (folder / CONFIG).is_file():
+            return folder
+    raise CheckpointError(
+        f"{path} must hold {CONFIG} and weights, itself or in {component}/; got no {CONFIG}; check "
+        "the path, or save the model or pipeline there with save_pretrained"
+    )
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """What the folder's config.json says.
+
+    Raises:
+        CheckpointError: unreadable, or no JSON object.
+    """
+    path = folder / CONFIG
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        what = foreign(path, plain_text=False) if path.is_file() else None
+        raise CheckpointError(
+            f"{path} {what or f'is not readable JSON: {error}; fetch it again'}"
+        ) from error
+    if not isinstance(data, dict):
+        raise CheckpointError(
+            f"{path} must hold a JSON object; got {type(data).__name__}; fetch it again"
+        )
+    return data
+
+
+def class_name(config: Mapping[str, Any]) -> object:
+    """The class a config names, today's name for a legacy one; anything where it names none."""
+    name = config.get("_class_name")
+    if name == LEGACY_CLASS:
+        return LEGACY_NORMS.get(str(config.get("norm_type")), name)
+    return name
+
+
+def weight_files(folder: Path, *, pickles: bool) -> list[str]:
+    """Names of the files that hold a diffusers network's weights: one, or the shards of an index.
+
+    Args:
+        folder: with all of them in it.
+        pickles: take a .bin file as well.
+
+    Raises:
+        CheckpointError: a file is missing or something else, or the index is damaged.
+    """
+    names = [f"{WEIGHTS}.safetensors"]
+    index = folder / f"{WEIGHTS}.safetensors.index.json"
+    if index.is_file():
+        names = _shards(index)
+    elif pickles and not (folder / names[0]).is_file() and (folder / f"{WEIGHTS}.bin").is_file():
+        names = [f"{WEIGHTS}.bin"]
+    missing = [name for name in names if not (folder / name).is_file()]
+    for name in names:
+        if name not in missing and (what := foreign(folder / name, plain_text=False)) is not None:
+            raise CheckpointError(f"{folder / name} {what}")
+    if missing:
+        pickled = sorted(p.name for p in folder.iterdir() if p.suffix in _PICKLES)
+        fix = (
+            "convert the pickled weights with safetensors"
+            if pickled
+            else f"copy them beside {CONFIG}"
+        )
+        raise CheckpointError(
+            f"{folder} must hold {', '.join(missing[:3])}; got {pickled or 'no such files'}; {fix}"
+        )
+    return names
+
+
+def _shards(index: Path) -> list[str]:
+    """The files of an index, each once."""
+    try:
+        found = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
+        names = list(dict.fromkeys(found))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(
+            f"{index} must map names to files; got {error!r}; save the model again"
+        ) from error
+    elsewhere = [
+        name
+        for name in names
+        if not isinstance(name, str)
+        or Path(name).name != name
+        or Path(name).suffix != ".safetensors"
+    ]
+    if elsewhere or not names:
+        raise CheckpointError(
+            f"{index} must name safetensors files beside it; got {elsewhere[:3] or 'none'}; save "
+            "the model again"
+        )
+    return names
+
+
+def load_pretrained(
+    cls: Any, folder: Path, what: str, **options: Any
+) -> tuple[nn.Module, dict[str, list[str]]]:
+    """A network from a local folder by its class's `from_pretrained`: nothing is downloaded,
+    nothing unpickled.
+
+    Args:
+        cls: of diffusers or transformers.
+        folder: with config.json and safetensors.
+        what: the network in words, for the error.
+        options: further arguments of `from_pretrained`.
+
+    Returns:
+        The network, and the names of the tensors that don't fit: `missing_keys`,
+        `unexpected_keys`, `mismatched_keys`; those without entries are left out.
+
+    Raises:
+        CheckpointError: unreadable, or not safetensors.
+    """
+    try:
+        net, info = cls.from_pretrained(
+            folder, local_files_only=True, use_safetensors=True, output_loading_info=True, **options
+        )
+    except (
+        OSError,
+        ValueError,
+        RuntimeError,
+        TypeError,
+        KeyError,
+        ImportError,
+        SafetensorError,
+    ) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise CheckpointError(
+            f"{folder} must hold a readable {what} with its weights in safetensors; got {reason}; "
+            "fetch it again, or save it with save_pretrained"
+        ) from error
+    keys = ("missing_keys", "unexpected_keys", "mismatched_keys")
+    return net, {key: sorted(map(str, info[key])) for key in keys if info[key]}

@@ -1,0 +1,36 @@
+"""The front of points with several objectives, lower being better in each: what is not dominated,
+and how much it dominates."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+
+def non_dominated(points: Sequence[tuple[float, ...]]) -> list[int]:
+    """Indices of the points that no other is at least as good as in all objectives and better in
+    one (lower is better).
+
+    Of equal points the first is kept.
+    """
+    keep = []
+    for i, p in enumerate(points):
+        beaten = any(
+            all(a <= b for a, b in zip(q, p, strict=True)) and (q != p or j < i)
+            for j, q in enumerate(points)
+            if j != i
+        )
+        if not beaten:
+            keep.append(i)
+    return keep
+
+
+def hypervolume_2d(found: npt.NDArray[np.float64], reference: tuple[float, float]) -> float:
+    """Area that `found` (n, 2) dominates below the reference point, lower being better in both
+    columns. Exact sweep."""
+    inside = found[(found < reference).all(axis=1)]
+    inside = inside[np.lexsort((inside[:, 1], inside[:, 0]))]
+    widths = np.diff(np.append(inside[:, 0], reference[0]))
+    return float((widths * (reference[1] - np.minimum.accumulate(inside[:, 1]))).sum())
