@@ -472,9 +472,15 @@ def test_an_unconditional_network_needs_no_mapping(tmp_path):
         "num_heads": 2,
         "num_classes": -1,
     }
+    root = class_folders(tmp_path, "ab")
+    data = ImageFolder(root, 8, 1)
     net = UViT(**shape)
-    data = ImageFolder(class_folders(tmp_path, "ab"), 8, 1)
-    check_fit(net, data, Diffusion(), ExitSchedule.full(net.depth))
+    assert check_fit(net, data, Diffusion(), ExitSchedule.full(net.depth)) is None
+    flat = ImageFolder(root / "a", 8, 1)
+    assert check_fit(net, flat, Diffusion(), ExitSchedule.full(net.depth)) is None
+    labelled = UViT(**{**shape, "num_classes": 3})
+    with pytest.raises(DataError, match="got images without labels"):
+        check_fit(labelled, flat, Diffusion(), ExitSchedule.full(net.depth))
 
 
 def test_parts_that_do_not_fit_are_refused(tiny_dit, tiny_images):

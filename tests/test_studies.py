@@ -100,6 +100,16 @@ def small(name, **changes):
     return parse_study(data, name)
 
 
+def report(results, folder, figures=False):
+    """Write the report; drawing its figures takes seconds, which one study of the file spends."""
+    with pytest.MonkeyPatch.context() as patch:
+        if not figures:
+            patch.setattr("asesearch.report.page.drawings", lambda results: [])
+        page = write_report(results, folder)
+    assert results.name in page.read_text(encoding="utf-8")
+    assert bool(list((folder / "figures").glob("*.svg"))) == figures
+
+
 def run(config, folder):
     """Search, confirm, report and export; the bundle's folder."""
     results = search(config, folder / "run")
@@ -112,12 +122,12 @@ def run(config, folder):
         PIXELS,
         PIXELS,
     )
-    assert write_report(results, folder / "report").is_file()
+    report(results, folder / "report")
     study = Study.open(folder / "run")
     return export(study, study.record(results.confirmations[-1].number), folder / "bundle")
 
 
-def climb(config, folder):
+def climb(config, folder, figures=False):
     """The same study with warm-up, map, our proposer, a low-fidelity rung and a second sampler."""
     data = config.model_dump()
     data["elastic"] = {**data["train"], "num_steps": 2, "distill_frac": 1.0}
@@ -141,7 +151,8 @@ def climb(config, folder):
         all(r.low_fidelity is not None for r in results.records)
         and results.warm_up["gflops"]["elastic"] > 0
     )
-    assert results.confirmations and write_report(results, folder / "report").is_file()
+    assert results.confirmations
+    report(results, folder / "report", figures)
 
 
 @pytest.fixture(autouse=True)
@@ -180,7 +191,7 @@ def test_celeba(tmp_path):
     assert load_bundle(bundle).sample([0, 1]).images.shape == (2, 3, PIXELS, PIXELS)
     call("sample", bundle, "--num", 3, "-o", tmp_path / "x.png")
     assert (tmp_path / "x.png").is_file()
-    climb(config, tmp_path / "ladder")
+    climb(config, tmp_path / "ladder", figures=True)
 
 
 # -- ImageNet, DiT on latents ----------------------------------------------------------------------

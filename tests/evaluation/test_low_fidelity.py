@@ -173,16 +173,27 @@ def test_scores_that_can_not_exist_are_named_all_at_once(sections, text):
 
 
 @pytest.mark.parametrize(
-    "sections",
+    ("sections", "frechet"),
     [
-        {
-            "evaluation": {"num_samples": 49},
-            "confirm": {"num_samples": 49},
-            "promotion": {"num_samples": 2},
-        },
-        {"evaluation": {"metric": "kid", "num_samples": 5}, "confirm": {"num_samples": 5}},
-        {"promotion": {"metric": "kid", "num_samples": 5}},
+        (
+            {
+                "evaluation": {"num_samples": 49},
+                "confirm": {"num_samples": 49},
+                "promotion": {"num_samples": 2},
+            },
+            "evaluation.num_samples and confirm.num_samples",
+        ),
+        ({"evaluation": {"metric": "kid", "num_samples": 5}, "confirm": {"num_samples": 5}}, None),
+        ({"promotion": {"metric": "kid", "num_samples": 5}}, "evaluation.num_samples"),
     ],
 )
-def test_scores_that_exist_are_not_refused(sections):
-    check_sample_counts(study(**sections), DIM)
+def test_scores_that_exist_are_not_refused(sections, frechet):
+    """Nor are kernel distances and low-fidelity scores of any number of features."""
+    config = study(**sections)
+    assert check_sample_counts(config, DIM) is None
+    if frechet is None:
+        assert check_sample_counts(config, 10**6) is None
+        return
+    with pytest.raises(EvaluationError, match=f"^{frechet}") as caught:
+        check_sample_counts(config, 10**6)
+    assert "promotion" not in str(caught.value).partition("must")[0]

@@ -319,15 +319,30 @@ def test_a_point_with_a_dear_figure_is_compared_with_the_others():
     ]
     likely = [belief.probability(p) for p in belief.known]
     beaten = [p for i, p in enumerate(likely) if i not in on]
-    assert likely[0] > 0.9 and (not beaten or max(beaten) < 0.5)
+    assert likely[0] > 0.9 and beaten and max(beaten) < 0.5
 
 
 # -- odd records ---------------------------------------------------------------------------------
 
 
+def assert_new(point, problem, records):
+    """A point of the space that is not on record and takes no more time than the full
+    network."""
+    depths = point.schedule.exit_depths
+    assert len(depths) == problem.space.num_intervals and point.sampler in problem.space.samplers
+    assert min(depths) >= 1 and max(depths) <= problem.space.depth
+    assert point.schedule.is_noise_easy or not problem.space.noise_easy
+    assert point not in {r.point for r in records}
+    assert problem.cost_frac(point) <= 1
+
+
 @pytest.mark.parametrize("count", [0, 1, 2, 3])
 def test_few_records(count):
-    assert propose(make_problem(), some_records(count)) is not None
+    problem = make_problem()
+    records = some_records(count)
+    proposed = propose(problem, records)
+    assert_new(proposed, problem, records)
+    assert propose(problem, records) == proposed
 
 
 def test_figures_that_have_no_logarithm_or_no_spread():
@@ -339,7 +354,7 @@ def test_figures_that_have_no_logarithm_or_no_spread():
     once = [record(r.point, r.quality.value, repeats=1) for r in records]
     zero = [record(r.point, 0.0) for r in records]
     for odd in (kernel, once, zero):
-        assert propose(problem, odd) is not None
+        assert_new(propose(problem, odd), problem, odd)
         assert all(math.isfinite(o.log_quality) for o in problem.observations(odd))
     assert all(math.isnan(o.std_error) for o in problem.observations(once))
 
@@ -375,8 +390,9 @@ def test_a_proposal_is_quick(depth, steps, noise_easy, count, limit_s):
     )
     records = some_records(count, depth=depth, calls=calls)
     begun = time.process_time()
-    assert propose(problem, records) is not None
+    proposed = propose(problem, records)
     assert time.process_time() - begun < limit_s
+    assert_new(proposed, problem, records)
 
 
 def test_ten_thousand_candidates_are_scored_in_seconds():
