@@ -18,7 +18,7 @@ search: setup  ## search the shipped model, write the report, export a bundle an
 	@$(BIN)/python studies/make_search.py "$$STUDY"
 
 test: setup-dev  ## the fast tests
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
 
 test-slow: setup-dev  ## the long ones
 	$(BIN)/python -m pytest -q -m slow

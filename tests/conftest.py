@@ -9,6 +9,14 @@ import torch
 from asesearch.backbones import DiT
 from asesearch.data import ImageArray, images
 
+# files that take longest; first, so that two processes that share the files out end together
+LONG = ("test_study.py", "test_cli.py", "test_workers.py", "test_studies.py")
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: item.path.name not in LONG)
+
+
 TINY_DIT = {
     "input_size": 8,
     "patch_size": 4,
