@@ -24,6 +24,7 @@ from asesearch.diffusion import Diffusion
 from asesearch.errors import AseSearchError, ConfigError, DataError
 from asesearch.evaluation.extractors import register_extractor
 from asesearch.finetuning import check_fit
+from asesearch.point import Point
 from asesearch.report import write_report
 from asesearch.schedule import ExitSchedule
 from asesearch.search import Workbench, costs, opening, parts, search
@@ -407,7 +408,8 @@ def test_pixart(tmp_path):
     loaded = load_bundle(bundle)
     bench = Workbench(config)
     seeds = range(5)
-    expected = bench.sample(loaded.backbone, loaded.schedule, seeds).images[:4]
+    point = Point(loaded.schedule, loaded.sampling.sampler)
+    expected = bench.sample(loaded.backbone, point, seeds).images[:4]
     # its own prompts are the data's first four
     assert torch.equal(loaded.sample(seeds).images[:4], expected)
     y = loaded.encode_prompts(["a  red shirt", "a blue shirt"], text)
