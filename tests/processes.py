@@ -14,7 +14,7 @@ from multiprocessing import forkserver
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-IMPORTED = ["asesearch.cli", "tests.search.fake_search"]
+IMPORTED = ["asesearch.cli.program", "tests.search.fake_search"]
 
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(IMPORTED)

@@ -1,5 +1,32 @@
-"""The command line: parse, call, print. Results go to stdout, progress and errors to stderr."""
+"""The command line: parse, call, print. Results go to stdout, progress and errors to stderr.
 
-from asesearch.cli.program import app, main
+Its modules load when they are needed, so that Ctrl-C is answered while they do.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from asesearch.cli.interruption import AGAIN, interruptible
+
+if TYPE_CHECKING:
+    from asesearch.cli.program import app as app
 
 __all__ = ["app", "main"]
+
+
+def main() -> None:
+    """Entry point: asesearch's own errors become one line and exit code 1; wrong usage exits with
+    2, Ctrl-C with 130."""
+    with interruptible(AGAIN):
+        from asesearch.cli.program import run
+
+        run()
+
+
+def __getattr__(name: str) -> Any:
+    if name != "app":
+        raise AttributeError(f"module 'asesearch.cli' has no attribute {name!r}")
+    from asesearch.cli.program import app
+
+    return app

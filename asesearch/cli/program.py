@@ -11,7 +11,7 @@ from typer.core import TyperGroup
 
 from asesearch import __version__
 from asesearch.cli import data, results, searching, training
-from asesearch.cli.interruption import interruptible
+from asesearch.cli.interruption import NOT_BEGUN, interruptible
 from asesearch.cli.printing import say
 from asesearch.errors import AseSearchError
 
@@ -20,13 +20,13 @@ class _Program(TyperGroup):
     """The commands: --debug may stand anywhere on the line, and Ctrl-C is answered in one line."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """Take --debug out, which `main` looks for itself."""
+        """Take --debug out, which `run` looks for itself."""
         end = args.index("--") if "--" in args else len(args)
         return super().parse_args(ctx, [a for a in args[:end] if a != "--debug"] + args[end:])
 
     def invoke(self, ctx: Any) -> Any:
         """Run the command; Ctrl-C outside of `interruptible` comes before any work."""
-        with interruptible("its work had not begun; give the same command again"):
+        with interruptible(NOT_BEGUN):
             return super().invoke(ctx)
 
 
@@ -61,7 +61,7 @@ def _main(
     debug: Annotated[bool, typer.Option("--debug", help=DEBUG_HELP)] = False,
     version: Version = False,
 ) -> None:
-    pass  # --debug is read by `main`, which catches the errors
+    pass  # --debug is read by `run`, which catches the errors
 
 
 # in the order of the help
@@ -77,9 +77,8 @@ app.command("latents")(data.latents)
 app.command("train-extractor")(data.train_extractor_)
 
 
-def main() -> None:
-    """Entry point: asesearch's own errors become one line and exit code 1; wrong usage exits with
-    2."""
+def run() -> None:
+    """Run the command that was given; asesearch's own errors become one line and exit code 1."""
     try:
         app()
     except AseSearchError as error:

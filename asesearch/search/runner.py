@@ -30,8 +30,9 @@ from asesearch.search.warmup import warm_up
 from asesearch.search.workbench import Workbench
 from asesearch.study import directory
 from asesearch.study.environment import environment
+from asesearch.study.interrupts import beating
 from asesearch.study.records import EXPLORES, REPEAT, StudyResults, TrialRecord, spent_s
-from asesearch.study.storage import beating, storage_errors
+from asesearch.study.storage import storage_errors
 from asesearch.study.study import Study
 from asesearch.study.workers import SEARCHING, has_record, worked_s
 

@@ -18,11 +18,11 @@ from functools import cache
 
 import optuna
 import sqlalchemy as sa
-from optuna.storages._heartbeat import get_heartbeat_thread
 from sqlalchemy.engine import URL, Engine, make_url
 from sqlalchemy.exc import ArgumentError, IntegrityError, NoSuchModuleError, SQLAlchemyError
 
 from asesearch.errors import StudyError
+from asesearch.study.interrupts import WholeCalls
 from asesearch.study.sqlite import creator, is_in_memory, location, resolved, why_unusable
 
 HEARTBEAT_S = 60
@@ -360,18 +360,11 @@ def ask(study: optuna.Study) -> optuna.Trial:
         return study.ask()
 
 
-@contextmanager
-def beating(study: optuna.Study, trial: optuna.Trial) -> Iterator[None]:
-    """Inside, the database sees signs of life of a trial, as Optuna's `optimize` gives them."""
-    with get_heartbeat_thread(trial._trial_id, study._storage):
-        yield
-
-
 def _connect(url: URL, *, read_only: bool, create: bool = False) -> optuna.storages.RDBStorage:
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     text = with_driver(url).render_as_string(hide_password=False)
     with experimental():
-        storage = optuna.storages.RDBStorage(
+        storage = WholeCalls(
             text.replace("{", "{{").replace("}", "}}"),  # Optuna takes it for a template
             engine_kwargs=_engine_kwargs(url, read_only),
             heartbeat_interval=None if read_only else HEARTBEAT_S,

@@ -1,0 +1,88 @@
+"""Ctrl-C when it may end as another error, or comes twice: one line, exit code 130."""
+
+import subprocess
+import sys
+
+import pytest
+from typer.testing import CliRunner
+
+from asesearch import cli
+from asesearch.cli.interruption import Interrupted, interruptible
+from asesearch.errors import StudyError
+
+
+def amid(error):
+    """A function that Ctrl-C interrupts, and whose tidying up fails with another error."""
+
+    def run(*_, **__):
+        try:
+            raise KeyboardInterrupt
+        finally:
+            raise error
+
+    return run
+
+
+ERRORS = [
+    StudyError("the study's storage can't be used: database is locked"),
+    RuntimeError("cannot release un-acquired lock"),
+    AssertionError(),
+    SystemExit(1),
+]
+
+
+@pytest.mark.parametrize("error", ERRORS, ids=lambda e: type(e).__name__)
+def test_an_error_that_ctrl_c_led_to_is_ctrl_c(monkeypatch, error):
+    monkeypatch.setattr("asesearch.study.Study.open", amid(error))
+    result = CliRunner().invoke(cli.app, ["report", "nowhere"])
+    assert result.exit_code == 130 and result.stdout == ""
+    begun = "interrupted: its work had not begun; give the same command again\n"
+    assert result.stderr == begun
+
+
+def test_an_error_that_it_did_not_lead_to_is_none():
+    with pytest.raises(StudyError), interruptible("nothing"):
+        raise StudyError("no study in nowhere")
+    with pytest.raises(StudyError), interruptible("nothing"):
+        raise StudyError("no study in nowhere") from ValueError()
+
+
+def test_it_is_answered_once_by_the_innermost(capsys):
+    with pytest.raises(SystemExit), interruptible("outer"), interruptible(lambda: "inner"):
+        raise KeyboardInterrupt
+    assert capsys.readouterr().err == "interrupted: inner\n"
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), StudyError("locked")], ids=["^C", "error"])
+def test_where_what_is_kept_can_t_be_found_out_the_line_is_shorter(capsys, error):
+    """A second Ctrl-C while the study is read, or one that is locked."""
+
+    def kept():
+        raise error
+
+    with pytest.raises(Interrupted) as caught, interruptible(kept):
+        raise KeyboardInterrupt
+    assert caught.value.code == 130
+    assert capsys.readouterr().err == "interrupted: give the same command again\n"
+
+
+def test_before_the_command_line_is_read(monkeypatch, capsys):
+    def parse(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sys, "argv", ["asesearch", "report", "nowhere"])
+    monkeypatch.setattr("typer.core.TyperGroup.parse_args", parse)
+    with pytest.raises(SystemExit) as caught:
+        cli.main()
+    assert caught.value.code == 130
+    assert capsys.readouterr().err == "interrupted: give the same command again\n"
+
+
+@pytest.mark.parametrize("body", ["raise KeyboardInterrupt", "exec('raise KeyboardInterrupt')"])
+def test_while_modules_load(tmp_path, body):
+    """Libraries run text as code while they load, and Python then wants to die of the signal."""
+    (tmp_path / "typer.py").write_text(body)
+    code = f"import sys; sys.path.insert(0, {str(tmp_path)!r}); import asesearch.cli as c; c.main()"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 130 and done.stdout == ""
+    assert done.stderr == "interrupted: give the same command again\n"
