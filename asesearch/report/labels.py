@@ -1,4 +1,11 @@
-"""Text beside points without overlaps: a front is crowded exactly where it matters."""
+"""Text beside points without overlaps: a front is crowded exactly where it matters.
+
+Why not adjustText 1.4, measured on 12 figures of synthetic studies with 175 labels: under its
+defaults 14 pairs of texts overlapped, 83 points or stretches of a line were covered, and drawing
+took 85 s of processor time; with stronger forces and 500 iterations 4 overlapped, 27 were covered,
+and a label of ten in the fronts lay 42 or more points away, in 57 s. Below, nothing overlaps or is
+covered, at most 17 to 31 points for nine labels of ten, two labels are left out, in 6 s.
+"""
 
 from __future__ import annotations
 
