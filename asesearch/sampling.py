@@ -21,7 +21,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from asesearch.backbones.base import Backbone, Conditioning, check_schedule
+from asesearch.backbones import conditioning
+from asesearch.backbones.base import Backbone, check_schedule
+from asesearch.backbones.conditioning import Conditioning, labels_of
 from asesearch.diffusion import VPSDE, Diffusion, Process
 from asesearch.errors import ConfigError
 from asesearch.schedule import ExitSchedule
@@ -263,7 +265,7 @@ def guided(
     if cfg_scale == 1.0:
         return backbone(x_t, t, y, exit_depth=exit_depth)  # type: ignore[no-any-return]
     assert y is not None
-    both = _joined(y, backbone.null_labels(y))  # 2·N conditions
+    both = conditioning.join([y, backbone.null_labels(y)])  # 2·N conditions
     cond, uncond = backbone(x_t.repeat(2, 1, 1, 1), t.repeat(2), both, exit_depth=exit_depth).chunk(
         2
     )
@@ -272,20 +274,6 @@ def guided(
     return torch.cat(
         [eps_null + cfg_scale * (eps - eps_null), cond[:, backbone.guided_channels :]], dim=1
     )
-
-
-def _joined(a: Conditioning, b: Conditioning) -> Conditioning:
-    if isinstance(a, Tensor) or isinstance(b, Tensor):
-        assert isinstance(a, Tensor) and isinstance(b, Tensor)
-        return torch.cat([a, b])
-    return {name: torch.cat([a[name], b[name]]) for name in a}
-
-
-def _part(y: Conditioning | None, part: slice, device: torch.device) -> Conditioning | None:
-    """A batch's share of the conditions, on the device."""
-    if y is None or isinstance(y, Tensor):
-        return None if y is None else y[part].to(device)
-    return {name: value[part].to(device) for name, value in y.items()}
 
 
 class _ScheduledModel:
@@ -396,7 +384,8 @@ def sample(
         for first in range(0, len(seeds), batch_size):
             part = slice(first, min(first + batch_size, len(seeds)))
             start = _now(place)
-            model = _ScheduledModel(backbone, schedule, diffusion, _part(y, part, place), cfg_scale)
+            own = conditioning.to(conditioning.take(y, part), place)
+            model = _ScheduledModel(backbone, schedule, diffusion, own, cfg_scale)
             noise = image_noise(seeds[part], shape, place)
             images[part] = solver.integrate(model, noise(), pairs, diffusion, noise).cpu()
             seconds += _now(place) - start
@@ -473,13 +462,16 @@ def check_images(
         )
     backbone.check_conditioning(y, len(seeds))
     top = backbone.num_classes - 1 + backbone.has_null_label
-    if isinstance(y, Tensor) and (
-        y.dtype not in (torch.int32, torch.int64) or int(y.min()) < 0 or int(y.max()) > top
+    labels = labels_of(y)
+    if labels is not None and (
+        labels.dtype not in (torch.int32, torch.int64)
+        or int(labels.min()) < 0
+        or int(labels.max()) > top
     ):
         null = f" ({top} is the null label)" if backbone.has_null_label else ""
         raise ConfigError(
-            f"labels must be integers in 0…{top}{null}; got {y.dtype} from {y.min()} to {y.max()}; "
-            "correct them"
+            f"labels must be integers in 0…{top}{null}; got {labels.dtype} from {labels.min()} "
+            f"to {labels.max()}; correct them"
         )
 
 

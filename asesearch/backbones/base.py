@@ -6,18 +6,17 @@ A backbone takes `exit_depth` and knows no schedule, loss or solver.
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
+from asesearch.backbones.conditioning import Conditioning, labels_of, prompt_of
 from asesearch.errors import ConfigError, ScheduleError
 from asesearch.schedule import ElasticDepths, ExitSchedule
 
 ExitDepth = int | Tensor | None
-# class labels (N,), or a prompt's tensors, each with leading dimension N
-Conditioning = Tensor | dict[str, Tensor]
 
 
 class Backbone(nn.Module):
@@ -92,6 +91,19 @@ class Backbone(nn.Module):
         """
         raise NotImplementedError
 
+    def all_exits(self, x_t: Tensor, t: Tensor, y: Conditioning | None = None) -> Iterator[Tensor]:
+        """The outputs at the exit depths min_exit_depth…depth, ascending, to the last bit those of
+        `forward`.
+
+        Networks that know how run each block once; here each depth is a pass of its own. Nothing
+        is computed before it is asked for.
+
+        Raises:
+            ConfigError: as `forward`.
+        """
+        for exit_depth in range(self.min_exit_depth, self.depth + 1):
+            yield self(x_t, t, y, exit_depth=exit_depth)
+
     def time_embedder(self) -> nn.Module | None:
         """The module that embeds t, which ASE fine-tuning may freeze; None if it has no
         parameters."""
@@ -108,12 +120,13 @@ class Backbone(nn.Module):
         Raises:
             ConfigError: the network has no null label, or was given none.
         """
-        if not self.has_null_label or not isinstance(y, Tensor):
+        labels = labels_of(y)
+        if not self.has_null_label or labels is None:
             raise ConfigError(
                 "guidance needs class labels and a network with a null label; got neither; use "
                 "cfg_scale 1"
             )
-        return torch.full_like(y, self.num_classes)
+        return torch.full_like(labels, self.num_classes)
 
     def check_conditioning(self, y: Conditioning | None, batch: int) -> None:
         """Refuse what `forward` can't take as `y` of a batch.
@@ -124,7 +137,7 @@ class Backbone(nn.Module):
         """
         if not self.takes_prompt:
             return check_labels(self, y, batch)
-        sizes = {k: len(v) for k, v in y.items()} if isinstance(y, dict) else {}
+        sizes = {k: len(v) for k, v in (prompt_of(y) or {}).items()}
         if set(sizes.values()) != {batch}:
             got = sizes or type(y).__name__
             raise ConfigError(
@@ -175,23 +188,24 @@ def check_labels(net: Backbone, y: Conditioning | None, batch: int) -> None:
     Raises:
         ConfigError: y missing, unexpected, a prompt's tensors, or not of shape (N,).
     """
-    if isinstance(y, dict):
+    if (prompt := prompt_of(y)) is not None:
         raise ConfigError(
-            f"this network takes no prompts; got y with {', '.join(y)}; pass class labels, or none"
+            f"this network takes no prompts; got y with {', '.join(prompt)}; pass class "
+            "labels, or none"
         )
     if net.num_classes == 0:
         if y is not None:
             raise ConfigError(
                 "this network is unconditional and takes no labels; got y; leave y out"
             )
-    elif y is None:
+    elif (labels := labels_of(y)) is None:
         raise ConfigError(
             f"this network needs class labels 0…{net.num_classes - 1}; got none; pass y of shape "
             f"({batch},)"
         )
-    elif y.shape != (batch,):
+    elif labels.shape != (batch,):
         raise ConfigError(
-            f"y must have shape ({batch},); got {tuple(y.shape)}; pass one label per image"
+            f"y must have shape ({batch},); got {tuple(labels.shape)}; pass one label per image"
         )
 
 

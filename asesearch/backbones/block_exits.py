@@ -72,18 +72,30 @@ def argument_names(cls: type[nn.Module]) -> tuple[str, ...]:
 class ExitPlan:
     """Which blocks run for which samples during one call of a network; used once.
 
+    Args:
+        blocks: all that may be dropped, first to run first.
+        outputs: names of what a block returns.
+        exit_depth: one count for the batch, or one per sample.
+        earlier: where calls of one batch at exit depths 1, 2, … leave what their last block gave,
+            so that the next call runs one new block only; with one count for the batch.
+
     Attributes:
         block_calls: blocks really run so far (a block that runs on part of the batch counts as
             one).
     """
 
     def __init__(
-        self, blocks: Iterable[nn.Module], outputs: tuple[str, ...], exit_depth: int | list[int]
+        self,
+        blocks: Iterable[nn.Module],
+        outputs: tuple[str, ...],
+        exit_depth: int | list[int],
+        earlier: list[Any] | None = None,
     ) -> None:
         self.position = {block: i for i, block in enumerate(blocks)}
         self.outputs = outputs
         self.exit_depth = exit_depth
         self.block_calls = 0
+        self._earlier = earlier
         self._done: list[Tensor] = []  # hidden states of the samples that left, shallowest first
         self._in_order: dict[int, tuple[Tensor, Tensor]] = {}
         if isinstance(exit_depth, list):
@@ -93,12 +105,22 @@ class ExitPlan:
         """Call the block, on the samples that are still active; or hand its input on."""
         index = self.position[block]
         if isinstance(self.exit_depth, int) and index < self.exit_depth:
-            self.block_calls += 1
-            return block.run(*args, **kwargs)
+            return self._run(block, index, args, kwargs)
         values = {**dict(zip(block.argument_names, args, strict=False)), **kwargs}
         if isinstance(self.exit_depth, int):
             return self._pack(values)
         return self._call_active(block, index, self.exit_depth, values)
+
+    def _run(self, block: Any, index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The block's output; the latest one where an earlier call of the same batch ran it."""
+        if self._earlier and index < len(self._earlier):
+            return self._earlier[-1]
+        self.block_calls += 1
+        result = block.run(*args, **kwargs)
+        if self._earlier is not None:
+            # only the latest is read again
+            self._earlier[:] = [None] * len(self._earlier) + [result]
+        return result
 
     def _call_active(
         self, block: Any, index: int, exit_depth: list[int], values: dict[str, Any]
@@ -217,9 +239,9 @@ class BlockExits:
         assert isinstance(blocks, nn.ModuleList)
         return list(blocks)
 
-    def begin(self, exit_depth: int | list[int]) -> None:
+    def begin(self, exit_depth: int | list[int], earlier: list[Any] | None = None) -> None:
         """Apply `exit_depth` (one count for the batch, or one per sample) to the network's next
-        call; `end` must follow.
+        call; `end` must follow. `earlier` as in `ExitPlan`.
 
         Raises:
             ConfigError: gradient checkpointing, which runs blocks again when the plan is gone.
@@ -234,7 +256,7 @@ class BlockExits:
                 "blocks again; got a network with checkpointing on; call "
                 "transformer.disable_gradient_checkpointing()"
             )
-        _plan.set(ExitPlan(self.blocks, self.spec.block_outputs, exit_depth))
+        _plan.set(ExitPlan(self.blocks, self.spec.block_outputs, exit_depth, earlier))
 
     def end(self) -> int:
         """Forget the plan; the number of blocks that ran under it."""

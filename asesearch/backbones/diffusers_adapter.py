@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +11,9 @@ import torch
 from diffusers.models.embeddings import LabelEmbedding
 from torch import Tensor, nn
 
-from asesearch.backbones.base import Backbone, Conditioning, ExitDepth, check_labels
+from asesearch.backbones.base import Backbone, ExitDepth, check_labels
 from asesearch.backbones.block_exits import SPECS, BlockExits
+from asesearch.backbones.conditioning import Conditioning, prompt_of, repeat
 from asesearch.backbones.files import read_checkpoint
 from asesearch.backbones.finite import refuse_not_finite
 from asesearch.backbones.folders import (
@@ -141,15 +142,27 @@ class DiffusersBackbone(Backbone):
         exit_depths = self.check_exit_depth(exit_depth, x_t.shape[0])
         conditioning = self._arguments(y, x_t.shape[0])
         self.exits.begin(exit_depths)
+        return self._call(x_t, t, conditioning)
+
+    def all_exits(self, x_t: Tensor, t: Tensor, y: Conditioning | None = None) -> Iterator[Tensor]:
+        conditioning = self._arguments(y, x_t.shape[0])
+        latest: list[Any] = []
+        for exit_depth in range(1, self.depth + 1):
+            self.exits.begin(exit_depth, latest)
+            yield self._call(x_t, t, conditioning)
+
+    def _call(self, x_t: Tensor, t: Tensor, conditioning: dict[str, Any]) -> Tensor:
+        """The transformer's output (N, C or 2·C, H, W) under the plan that was begun."""
         try:
             out: Tensor = self.transformer(x_t, timestep=t, return_dict=False, **conditioning)[0]
         finally:
             self.exits.end()
-        return out  # (N, C or 2·C, H, W)
+        return out
 
     def check_conditioning(self, y: Conditioning | None, batch: int) -> None:
         self._arguments(y, batch)
-        width = y["encoder_hidden_states"].shape[-1] if isinstance(y, dict) else self._width
+        prompt = prompt_of(y)
+        width = self._width if prompt is None else prompt["encoder_hidden_states"].shape[-1]
         if self.takes_prompt and width != self._width:
             raise ConfigError(
                 f"{type(self.transformer).__name__} takes prompt embeddings {self._width} wide; "
@@ -164,17 +177,18 @@ class DiffusersBackbone(Backbone):
                 leading dimension.
         """
         spec = self.exits.spec
-        if self.num_classes and not isinstance(y, Mapping):
+        prompt = prompt_of(y)
+        if self.num_classes and prompt is None:
             check_labels(self, y, batch)
             return {"class_labels": y}
         required = spec.required + (
             spec.added if getattr(self.transformer, "use_additional_conditions", False) else ()
         )
-        got = {k: tuple(v.shape) for k, v in y.items()} if isinstance(y, Mapping) else {}
+        got = {k: tuple(v.shape) for k, v in (prompt or {}).items()}
         fits = set(required) <= got.keys() <= set(self._keys) and all(
             shape[:1] == (batch,) for shape in got.values()
         )
-        if self.num_classes or not isinstance(y, Mapping) or not fits:
+        if self.num_classes or prompt is None or not fits:
             wanted = (
                 "(N,) class labels" if self.num_classes else f"a dict with {', '.join(required)}"
             )
@@ -182,28 +196,25 @@ class DiffusersBackbone(Backbone):
                 f"y of {type(self.transformer).__name__} must be {wanted}, N = {batch}; got "
                 f"{got or type(y).__name__}; it may hold {', '.join(self._keys)} and no more"
             )
-        added = {name: y[name] for name in spec.added if name in y}
-        rest = {name: value for name, value in y.items() if name not in added}
+        added = {name: prompt[name] for name in spec.added if name in prompt}
+        rest = {name: value for name, value in prompt.items() if name not in added}
         return {**rest, "added_cond_kwargs": added} if added else rest
 
     def null_labels(self, y: Conditioning) -> Conditioning:
-        if isinstance(y, Tensor):
+        prompt = prompt_of(y)
+        if prompt is None:
             return super().null_labels(y)
         if self.null_condition is None:
             raise ConfigError(
                 "guidance needs a null condition; got none for this network; "
                 "pass null_condition, the embedding of an empty prompt, to DiffusersBackbone"
             )
-        batch = next(iter(y.values())).shape[0]
-        device = next(iter(y.values())).device
+        batch, device = next((len(value), value.device) for value in prompt.values())
         null = {name: self.get_buffer(f"null_{name}") for name in self.null_condition}
         # training drops prompts on the CPU
         if any(value.device != device for value in null.values()):
             null = {name: value.to(device) for name, value in self.null_condition.items()}
-        return {
-            **y,
-            **{name: value.expand(batch, *value.shape[1:]) for name, value in null.items()},
-        }
+        return prompt | (prompt_of(repeat(null, batch)) or {})
 
     def time_embedder(self) -> nn.Module:
         """The timestep embedders: one, or one per block in DiT."""

@@ -7,6 +7,7 @@ code (facebookresearch/DiT, `models.py`); early exit: Moon et al. 2024, section 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from asesearch.backbones.base import Backbone, ExitDepth, check_labels, run_blocks
+from asesearch.backbones.conditioning import Conditioning
 from asesearch.errors import ConfigError
 
 #: Official presets: name -> depth, hidden_size, num_heads. The patch size is chosen apart
@@ -313,13 +315,24 @@ class DiT(Backbone):
         x = x.view(n, grid, grid, p, p, c).permute(0, 5, 1, 3, 2, 4)  # (N, C, grid, p, grid, p)
         return x.reshape(n, c, grid * p, grid * p)
 
+    def _embed(self, x_t: Tensor, t: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        """Tokens (N, L, D), and what the blocks are conditioned on (N, D)."""
+        return self.x_embedder(x_t) + self.pos_embed, self.t_embedder(t) + self.y_embedder(y)
+
+    def all_exits(self, x_t: Tensor, t: Tensor, y: Conditioning | None = None) -> Iterator[Tensor]:
+        check_labels(self, y, x_t.shape[0])
+        assert isinstance(y, Tensor)
+        x, c = self._embed(x_t, t, y)
+        for block in self.blocks:
+            x = block(x, c)  # (N, L, D)
+            yield self.unpatchify(self.final_layer(x, c))  # (N, C or 2·C, H, W)
+
     def forward(
         self, x_t: Tensor, t: Tensor, y: Tensor | None = None, *, exit_depth: ExitDepth = None
     ) -> Tensor:
         depths = self.check_exit_depth(exit_depth, x_t.shape[0])
         check_labels(self, y, x_t.shape[0])
         assert y is not None
-        x = self.x_embedder(x_t) + self.pos_embed  # (N, L, D)
-        c = self.t_embedder(t) + self.y_embedder(y)  # (N, D)
+        x, c = self._embed(x_t, t, y)
         x = run_blocks(list(self.blocks), x, c, depths)  # (N, L, D)
         return self.unpatchify(self.final_layer(x, c))  # (N, C or 2·C, H, W)

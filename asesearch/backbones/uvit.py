@@ -7,6 +7,7 @@ released code (baofff/U-ViT, `libs/uvit.py` and `configs/`); early exit: Moon et
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from asesearch.backbones.base import Backbone, ExitDepth, check_labels
+from asesearch.backbones.conditioning import Conditioning, labels_of
 from asesearch.backbones.dit import Attention, Mlp, PatchEmbed, timestep_embedding
 from asesearch.errors import ConfigError
 
@@ -259,11 +261,7 @@ class UViT(Backbone):
             x = x[order]
         else:
             active = [n if i < depths else 0 for i in range(self.depth)]
-        skips = []
-        for block in self.in_blocks:
-            x = block(x)
-            skips.append(x)
-        x = self.mid_block(x)
+        x, skips = self._encode(x)
         for i, count in enumerate(active):
             block = self.block_at(i)
             x = block.merge(x, skips.pop())
@@ -273,6 +271,33 @@ class UViT(Backbone):
                 x = torch.cat([block(x[:count]), x[count:]])
         if order is not None:
             x = x[torch.argsort(order)]
+        return self._head(x)
+
+    def all_exits(self, x_t: Tensor, t: Tensor, y: Conditioning | None = None) -> Iterator[Tensor]:
+        check_labels(self, y, x_t.shape[0])
+        x, skips = self._encode(self._embed(x_t, t, labels_of(y)))
+        yield self._head(self._merge_rest(x, skips))
+        for i in range(self.depth):
+            block = self.block_at(i)
+            x = block(block.merge(x, skips.pop()))  # (N, extras + L, D)
+            yield self._head(self._merge_rest(x, skips))
+
+    def _encode(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """Tokens after the middle block, and the long skips, the first decoder block's last."""
+        skips = []
+        for block in self.in_blocks:
+            x = block(x)
+            skips.append(x)
+        return self.mid_block(x), skips
+
+    def _merge_rest(self, x: Tensor, skips: list[Tensor]) -> Tensor:
+        """What the blocks dropped still do, one for each skip that is left."""
+        for i in range(self.depth - len(skips), self.depth):
+            x = self.block_at(i).merge(x, skips[self.depth - 1 - i])
+        return x
+
+    def _head(self, x: Tensor) -> Tensor:
+        """(N, extras + L, D) -> (N, C, H, W)."""
         x = self.decoder_pred(self.norm(x))[:, self.extras :]  # (N, L, patch²·C)
-        out: Tensor = self.final_layer(self._unpatchify(x))  # (N, C, H, W)
+        out: Tensor = self.final_layer(self._unpatchify(x))
         return out

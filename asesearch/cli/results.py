@@ -169,7 +169,7 @@ def sample(
     float32.
     """
 
-    from asesearch.backbones.base import Conditioning
+    from asesearch.backbones.conditioning import Conditioning
     from asesearch.data import save_images
     from asesearch.deployment.bundle import load_bundle
     from asesearch.evaluation.fidelity import to_uint8

@@ -23,8 +23,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from asesearch.backbones.base import Backbone, Conditioning, check_schedule
+from asesearch.backbones.base import Backbone, check_schedule
 from asesearch.backbones.checkpoints import load_backbone, save_backbone
+from asesearch.backbones.conditioning import Conditioning, labels_of, take
 from asesearch.config import BackboneConfig, DiffusionConfig, SamplingConfig
 from asesearch.diffusion import make_diffusion
 from asesearch.encoding import LatentDecoder, encode_prompts
@@ -101,13 +102,14 @@ class Bundle:
         Raises:
             ConfigError: labels that are no classes.
         """
-        if isinstance(y, Tensor) and y.dtype in (torch.int32, torch.int64) and y.numel():
-            self._check_classes(y.flatten().tolist())
+        labels = labels_of(y)
+        if labels is not None and labels.dtype in (torch.int32, torch.int64) and labels.numel():
+            self._check_classes(labels.flatten().tolist())
         if y is None and self.backbone.num_classes:
             return torch.tensor([s % self.backbone.num_classes for s in seeds])
         if y is None and self.prompts is not None:
-            own = self.prompts.items()
-            return {name: value[[s % len(value) for s in seeds]] for name, value in own}
+            count = len(next(iter(self.prompts.values())))
+            return take(self.prompts, [s % count for s in seeds])
         return y
 
     def plan(

@@ -21,7 +21,9 @@ from torch import Tensor
 from torch.func import functional_call
 from torch.utils.flop_counter import FlopCounterMode
 
-from asesearch.backbones.base import Backbone, Conditioning
+from asesearch.backbones import conditioning
+from asesearch.backbones.base import Backbone
+from asesearch.backbones.conditioning import Conditioning
 from asesearch.errors import EvaluationError, ScheduleError
 from asesearch.schedule import ExitSchedule
 
@@ -196,7 +198,7 @@ def _inputs(
     t = torch.zeros(batch_size, dtype=torch.int64, device=device)
     if y is None:
         return x_t, t, t if backbone.num_classes else None
-    return x_t, t, {k: v.to(device) for k, v in y.items()} if isinstance(y, dict) else y.to(device)
+    return x_t, t, conditioning.to(y, device)
 
 
 def measure_latency(

@@ -14,7 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from asesearch.backbones.base import Backbone, Conditioning, own_labels
+from asesearch.backbones import conditioning
+from asesearch.backbones.base import Backbone, own_labels
+from asesearch.backbones.conditioning import Conditioning
 from asesearch.config import TrainConfig
 from asesearch.data import DataSource, read_ahead, workers_of
 from asesearch.diffusion import Process
@@ -96,19 +98,8 @@ def _labelled(drawn: tuple[Batch, Tensor], backbone: Backbone) -> Batch:
     batch, dropped = drawn
     y = own_labels(backbone, batch.y, len(batch.x_start))
     if y is not None and backbone.has_null_label:
-        y = _with_drops(y, backbone.null_labels(y), dropped)
+        y = conditioning.where(dropped, backbone.null_labels(y), y)
     return replace(batch, y=y)
-
-
-def _with_drops(y: Conditioning, null: Conditioning, dropped: Tensor) -> Conditioning:
-    """`null` where `dropped` (N,), else `y`."""
-    if isinstance(y, Tensor):
-        assert isinstance(null, Tensor)
-        return torch.where(dropped.view(-1, *(1,) * (y.ndim - 1)), null, y)
-    assert isinstance(null, dict)
-    return {
-        k: torch.where(dropped.view(-1, *(1,) * (v.ndim - 1)), null[k], v) for k, v in y.items()
-    }
 
 
 def _epoch_indices(total: int, size: int, step: int, seed: int) -> list[int]:

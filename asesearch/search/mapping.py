@@ -10,14 +10,16 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
-from itertools import chain
-from typing import Any
+from contextlib import contextmanager
+from functools import partial
+from itertools import chain, islice
 
 import torch
 from torch import Tensor
 
-from asesearch.backbones.base import Backbone, Conditioning, own_labels
+from asesearch.backbones import conditioning
+from asesearch.backbones.base import Backbone, own_labels
+from asesearch.backbones.conditioning import Conditioning
 from asesearch.backbones.digests import weights_fingerprint
 from asesearch.config import MapConfig
 from asesearch.data import DataSource
@@ -200,28 +202,15 @@ class _Draws:
         """x_t, t, y and noise of some images: each with its own generator, whatever the batch."""
         numbers = range(len(self.indices))[part]
         generators = [seeded_generator(*self.key, 6, i) for i in numbers]
-        x_start, y = _stacked(
-            [
-                self.data.batch([self.indices[i]], g)
-                for i, g in zip(numbers, generators, strict=True)
-            ]
-        )
+        images = [
+            self.data.batch([self.indices[i]], g) for i, g in zip(numbers, generators, strict=True)
+        ]
+        x_start = torch.cat([x for x, _ in images])  # (N, C, H, W)
+        y = conditioning.join([y for _, y in images])
         # (N, C, H, W)
         noise = torch.stack([torch.randn(self.data.shape, generator=g) for g in generators])
         t = self.t[part]
         return self.diffusion.q_sample(x_start, t, noise), t, y, noise
-
-
-def _stacked(
-    images: list[tuple[Tensor, Conditioning | None]],
-) -> tuple[Tensor, Conditioning | None]:
-    """Batches of one as one batch."""
-    x_start = torch.cat([x for x, _ in images])  # (N, C, H, W)
-    labels = [y for _, y in images if isinstance(y, Tensor)]
-    prompts = [y for _, y in images if isinstance(y, dict)]
-    if prompts:
-        return x_start, {name: torch.cat([y[name] for y in prompts]) for name in prompts[0]}
-    return x_start, torch.cat(labels) if labels else None
 
 
 def _errors(
@@ -230,92 +219,58 @@ def _errors(
     """Mean squares against the reference's full depth, and against the noise: (2, N, depth)
     float64, on the CPU."""
     x_t, t, y, noise = draws.take(part)
-    full = _eps(reference, x_t, t, y, reference.depth)
+    output = reference(*_inputs(reference, x_t, t, y), exit_depth=reference.depth)
+    full = _eps(output, x_t)
     own = reference is backbone  # then the last exit is `full` itself
+    count = backbone.depth - _least_exit(backbone) + 1 - own
+    above = islice(_exits(backbone, x_t, t, y, reuse), count)
     columns = []
-    with _each_block_once(backbone) if reuse else nullcontext():
-        for eps in chain(_exits(backbone, x_t, t, y, backbone.depth - own), [full] * own):
-            squares = [
-                (eps - target.to(eps.device)).pow(2).flatten(1).mean(dim=1)
-                for target in (full, noise)
-            ]
-            columns.append(torch.stack(squares).double().cpu())  # (2, N)
+    for eps in chain(above, [full] * own):
+        squares = [
+            (eps - target.to(eps.device)).pow(2).flatten(1).mean(dim=1) for target in (full, noise)
+        ]
+        columns.append(torch.stack(squares).double().cpu())  # (2, N)
     below = [columns[0]] * (backbone.depth - len(columns))
     return torch.stack(below + columns, dim=-1)  # (2, N, depth)
 
 
+def _least_exit(net: Backbone) -> int:
+    """The exit depth at which the map begins: a network that stops before its first block has no
+    column."""
+    return max(1, net.min_exit_depth)
+
+
 def _exits(
-    net: Backbone, x_t: Tensor, t: Tensor, y: Conditioning | None, deepest: int
+    net: Backbone, x_t: Tensor, t: Tensor, y: Conditioning | None, reuse: bool
 ) -> Iterator[Tensor]:
-    """Predicted noise of one batch at the exit depths from the least to `deepest`, ascending."""
-    return (
-        _eps(net, x_t, t, y, exit_depth)
-        for exit_depth in range(max(1, net.min_exit_depth), deepest + 1)
-    )
+    """Predicted noise of one batch at the exit depths from the least to the full, ascending.
 
-
-@contextmanager
-def _each_block_once(net: Backbone) -> Iterator[None]:
-    """Inside, a block computes the first time it is called; called again, it hands on what the
-    latest block gave.
-
-    So calls of one batch at ascending exit depths run one new block each: depth blocks in place of
-    1 + 2 + … + depth. It is the same where only the next block sees a block's output, which
-    `_reusable` finds out.
+    With `reuse` each block runs once: depth blocks in place of 1 + 2 + … + depth.
     """
-    latest: Any = None
-
-    def once(forward: Callable[..., Any]) -> Callable[..., Any]:
-        fresh = True
-
-        def run(*args: Any, **kwargs: Any) -> Any:
-            nonlocal latest, fresh
-            if fresh:
-                latest = forward(*args, **kwargs)
-                fresh = False
-            return latest
-
-        return run
-
-    blocks = [net.block_at(i) for i in range(net.depth)]
-    before = [vars(block).get("forward") for block in blocks]
-    for block in blocks:
-        vars(block)["forward"] = once(block.forward)
-    try:
-        yield
-    finally:
-        for block, forward in zip(blocks, before, strict=True):
-            del vars(block)["forward"]
-            if forward is not None:
-                vars(block)["forward"] = forward
+    exits = net.all_exits if reuse else partial(Backbone.all_exits, net)
+    outputs = exits(*_inputs(net, x_t, t, y))
+    return (_eps(out, x_t) for out in islice(outputs, _least_exit(net) - net.min_exit_depth, None))
 
 
 def _reusable(net: Backbone, draws: _Draws) -> bool:
     """Whether blocks need to run only once per batch: tried on two images, at every exit depth, to
-    the last bit."""
+    the last bit. It is not so for a network that inherits `all_exits` and changes `forward`."""
     x_t, t, y, _ = draws.take(slice(2))
-    try:
-        with _each_block_once(net):
-            once = list(_exits(net, x_t, t, y, net.depth))
-    except NotImplementedError:  # a network that does not give its blocks
-        return False
-    return all(
-        torch.equal(a, b) for a, b in zip(once, _exits(net, x_t, t, y, net.depth), strict=True)
-    )
+    once, each = (list(_exits(net, x_t, t, y, reuse)) for reuse in (True, False))
+    return all(torch.equal(a, b) for a, b in zip(once, each, strict=True))
 
 
-def _eps(net: Backbone, x_t: Tensor, t: Tensor, y: Conditioning | None, exit_depth: int) -> Tensor:
-    """Predicted noise (N, C, H, W) float32, on the network's device."""
+def _inputs(
+    net: Backbone, x_t: Tensor, t: Tensor, y: Conditioning | None
+) -> tuple[Tensor, Tensor, Conditioning | None]:
+    """Arguments of a network, on its device."""
     device = next(net.parameters(), torch.empty(0)).device
-    y = own_labels(net, y, len(x_t))
-    on_device = (
-        {k: v.to(device) for k, v in y.items()}
-        if isinstance(y, dict)
-        else None
-        if y is None
-        else y.to(device)
-    )
-    output: Tensor = net(x_t.to(device), t.to(device), on_device, exit_depth=exit_depth)
+    own = conditioning.to(own_labels(net, y, len(x_t)), device)
+    return x_t.to(device), t.to(device), own
+
+
+def _eps(output: Tensor, x_t: Tensor) -> Tensor:
+    """The predicted noise (N, C, H, W) in float32 of a network's output."""
     return output[:, : x_t.shape[1]].float()
 
 

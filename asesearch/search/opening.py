@@ -6,7 +6,8 @@ from collections.abc import Sequence
 
 import torch
 
-from asesearch.backbones.base import Backbone, Conditioning
+from asesearch.backbones.base import Backbone
+from asesearch.backbones.conditioning import Conditioning
 from asesearch.config import StudyConfig
 from asesearch.data import DataSource, open_data
 from asesearch.data.latents import LatentShards

@@ -77,6 +77,24 @@ def test_each_exit_depth_gives_another_output(net) -> None:
 
 
 @torch.no_grad()
+def test_all_exits_are_those_of_forward_to_the_last_bit_and_run_each_block_once(net) -> None:
+    args = batch(net)
+    depths = range(net.min_exit_depth, net.depth + 1)
+    outs = [net(*args, exit_depth=k) for k in depths]
+    calls = []
+    for i in range(net.depth):
+        net.block_at(i).register_forward_hook(lambda *_, i=i: calls.append(i))
+    found = list(net.all_exits(*args))
+    assert len(found) == len(depths)
+    assert all(torch.equal(a, b) for a, b in zip(found, outs, strict=True))
+    assert calls == list(range(net.depth))
+    calls.clear()
+    next(net.all_exits(*args))
+    assert len(calls) == net.min_exit_depth  # nothing is computed before it is asked for
+    assert all(torch.equal(a, b) for a, b in zip(Backbone.all_exits(net, *args), outs, strict=True))
+
+
+@torch.no_grad()
 def test_a_sample_in_a_mixed_batch_equals_the_sample_alone(net) -> None:
     args = batch(net)
     mixed = net(*args, exit_depth=MIXED)

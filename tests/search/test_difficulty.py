@@ -301,8 +301,7 @@ def test_a_block_runs_once_a_batch_and_nothing_changes(name, monkeypatch):
 
 
 class Recalling(DiT):
-    """A DiT whose third block adds what the first one gave: exits that reuse blocks would be
-    wrong."""
+    """A DiT whose third block adds what the first one gave."""
 
     def __init__(self, **args):
         super().__init__(**args)
@@ -310,13 +309,23 @@ class Recalling(DiT):
         self.block_at(2).register_forward_hook(lambda _m, _a, out: out + self.first)
 
 
-def test_a_network_whose_blocks_see_more_is_run_in_full(monkeypatch):
-    net = randomised(Recalling(**TINY_DIT))
-    found = measure_map(net, dark(), DIFFUSION, SMALL)
+class Doubling(DiT):
+    """A DiT that changes `forward` and not `all_exits`: exits that reuse blocks would be wrong."""
+
+    def forward(self, x_t, t, y=None, *, exit_depth=None):
+        return 2 * super().forward(x_t, t, y, exit_depth=exit_depth)
+
+
+def test_blocks_run_once_only_where_that_changes_nothing(monkeypatch):
+    recalling = randomised(Recalling(**TINY_DIT))
+    doubling = randomised(Doubling(**TINY_DIT))
+    found = [measure_map(net, dark(), DIFFUSION, SMALL) for net in (recalling, doubling)]
     monkeypatch.setattr(mapping, "_reusable", lambda *_: False)
-    assert measure_map(net, dark(), DIFFUSION, SMALL) == found
+    for net, before in zip((recalling, doubling), found, strict=True):
+        assert measure_map(net, dark(), DIFFUSION, SMALL) == before
     monkeypatch.setattr(mapping, "_reusable", lambda *_: True)
-    assert measure_map(net, dark(), DIFFUSION, SMALL) != found  # the trial was needed
+    assert measure_map(recalling, dark(), DIFFUSION, SMALL) == found[0]
+    assert measure_map(doubling, dark(), DIFFUSION, SMALL) != found[1]  # the trial was needed
 
 
 # -- manners -------------------------------------------------------------------------------------
