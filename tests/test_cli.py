@@ -17,6 +17,7 @@ from typer.testing import CliRunner
 from asesearch.cli import app, main
 from asesearch.data import ImageArray
 from tests.processes import Child
+from tests.study.test_storage import snapshot
 
 STUDY = """
 name = "tiny"
@@ -369,9 +370,47 @@ def test_evaluate_check_fails_for_other_weights(tmp_path):
         found = check(1)
         assert found["reproduced"] is False
         assert abs(found["largest_relative_difference"]) > 3 * found["tolerance"]
+        if change is np.zeros_like:
+            out, err = call("recheck", run, 0, code=1)
+            assert json.loads(out)["reproduced"] == 0 and "0 of 1 reproduced" in err
         path.unlink()
         path.write_bytes(trained)
     assert check(0)["reproduced"] is True
+
+
+def test_recheck_of_all_whose_weights_are_kept(place):
+    from asesearch.errors import StudyError
+
+    run = place / "runs/tiny"
+    before = snapshot(run)
+    out, err = call("recheck", run)
+    found = json.loads(out)
+    number = len(list(run.glob("trials/*/weights.safetensors")))
+    assert found["reproduced"] == found["of"] >= number >= 2
+    assert f"{found['of']} of {found['of']} reproduced" in err
+    assert all(t["largest_relative_difference"] == 0.0 for t in found["trials"])
+    assert json.loads(call("recheck", run, 0, "--dry-run")[0]) == {"trials": [0]}
+    with pytest.raises(StudyError, match="no finished trial 99"):
+        call("recheck", run, 99)
+    assert snapshot(run) == before
+
+
+def test_pick_answers_in_words_and_as_json(place):
+    from asesearch.errors import ConfigError
+
+    run = place / "runs/tiny"
+    before = snapshot(run)
+    out, err = call("pick", run, "--quality", "1000", "--time", 1)
+    found = json.loads(out)
+    assert [a["question"] for a in found] == [
+        "fastest with quality within 1000",
+        "best quality within 1x the time",
+        "knee of the front",
+    ]
+    assert found[1]["score"] <= found[0]["score"] and found[0]["time_frac"] <= found[1]["time_frac"]
+    assert err.count(": trial ") == 3 and snapshot(run) == before
+    with pytest.raises(ConfigError, match="a quality budget is"):
+        call("pick", run, "--quality", "low")
 
 
 @pytest.mark.parametrize(
@@ -381,6 +420,7 @@ def test_evaluate_check_fails_for_other_weights(tmp_path):
         "finetune",
         "sample",
         "evaluate",
+        "recheck",
         "map",
         "search",
         "report",

@@ -1,4 +1,4 @@
-"""`report`, `export` and `sample`."""
+"""`report`, `pick`, `export` and `sample`."""
 
 from __future__ import annotations
 
@@ -43,6 +43,39 @@ def report(
     with interruptible(f"{folder} is as it was, or the same command completes it"):
         page = write_report(results, folder)
     print_json({"report": str(page)})
+
+
+def pick(
+    run_dir: RunDir,
+    quality: Annotated[
+        str,
+        typer.Option(help='Quality budget of the fastest point: "7.5", "+5%", "ci" or "1se".'),
+    ] = "+5%",
+    time: Annotated[
+        float,
+        typer.Option(
+            min=0.0, max=1.0, help="Time budget of the best point, relative to the full network's."
+        ),
+    ] = 0.75,
+    early_exit: Annotated[
+        bool,
+        typer.Option(
+            "--early-exit", help="Only schedules that exit early, not full depth in fewer steps."
+        ),
+    ] = False,
+    storage: Storage = None,
+) -> None:
+    """Say which point of the front to take: the fastest within a quality budget, the best within a
+    time budget, and the knee; and which points can't be told apart from each.
+
+    In words on stderr and as JSON on stdout. Reads records only.
+    """
+    from asesearch.study import Study, answers
+
+    found = answers(Study.open(run_dir, storage).results(), quality, time, early_exit=early_exit)
+    for answer in found:
+        say(str(answer))
+    print_json([answer.to_dict() for answer in found])
 
 
 def export(

@@ -1,4 +1,4 @@
-"""`search`, `map` and `evaluate`."""
+"""`search`, `map`, `evaluate` and `recheck`."""
 
 from __future__ import annotations
 
@@ -340,4 +340,41 @@ def evaluate(
         result["check"] = compare(record.quality, quality)
     print_json(result)
     if check and not result["check"]["reproduced"]:
+        raise typer.Exit(1)
+
+
+def recheck(
+    run_dir: RunDir,
+    trials: Annotated[
+        list[int] | None,
+        typer.Argument(
+            metavar="TRIAL...",
+            help="Trials to check; default: all with a score whose weights are kept.",
+            show_default=False,
+        ),
+    ] = None,
+    storage: Storage = None,
+    dry_run: DryRun = False,
+) -> None:
+    """Run recorded evaluations again from their recipe; exit 1 if any can't be reproduced."""
+    from asesearch.search import Workbench
+    from asesearch.search.recheck import recheck as check_again
+    from asesearch.search.recheck import to_recheck
+    from asesearch.study import Study
+
+    study = Study.open(run_dir, storage)
+    records = to_recheck(study, trials or ())
+    if dry_run:
+        print_json({"trials": [r.number for r in records]})
+        return
+    bench = Workbench(study.config, run_dir)
+    with (
+        interruptible("nothing is kept of a check; the same command begins again"),
+        tqdm(total=len(records), desc="recheck", file=sys.stderr, dynamic_ncols=True) as bar,
+    ):
+        found = check_again(study, bench, records, lambda _: bar.update())
+    good = sum(r.reproduced for r in found)
+    say(f"{good} of {len(found)} reproduced")
+    print_json({"reproduced": good, "of": len(found), "trials": [r.to_dict() for r in found]})
+    if good < len(found):
         raise typer.Exit(1)

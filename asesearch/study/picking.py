@@ -72,8 +72,15 @@ def within_quality(budget: str, quality: EvaluationResult, full: EvaluationResul
 
 
 @dataclass(frozen=True)
-class _Scored:
-    """A record with the score and time that it is picked by: confirmed ones or the search's."""
+class Scored:
+    """A record with the score and time that it is picked by.
+
+    Attributes:
+        record: of the trial.
+        quality: its confirmed score, or the search's.
+        time_frac: sampling time relative to the full network's: measured, or predicted.
+        confirmed: which of the two.
+    """
 
     record: TrialRecord
     quality: EvaluationResult
@@ -112,10 +119,10 @@ def pick(
         ConfigError: unknown mode, or its budget is missing.
         StudyError: no point meets the budget; the message names the nearest.
     """
-    record, shortfall = _choose(results, mode, quality, time_frac, early_exit)
+    point, shortfall = choose(results, mode, quality, time_frac, early_exit)
     if shortfall:
         raise StudyError(f"{shortfall}; --or-nearest takes it, or change the budget")
-    return record
+    return point.record
 
 
 def pick_nearest(
@@ -138,27 +145,33 @@ def pick_nearest(
         ConfigError: unknown mode, or its budget is missing.
         StudyError: the study has no score at all.
     """
-    record, shortfall = _choose(results, mode, quality, time_frac, early_exit)
-    return record, f"{shortfall}; taking it" if shortfall else ""
+    point, shortfall = choose(results, mode, quality, time_frac, early_exit)
+    return point.record, f"{shortfall}; taking it" if shortfall else ""
 
 
-def _choose(
+def scored_points(results: StudyResults) -> list[Scored]:
+    """The points that a choice is made among: the confirmed ones where there are any, else the
+    search's front and the full network."""
+    return _confirmed(results) or _searched(results)
+
+
+def choose(
     results: StudyResults,
     mode: str,
     quality: str | None,
     time_frac: float | None,
     early_exit: bool,
-) -> tuple[TrialRecord, str]:
+) -> tuple[Scored, str]:
     """The point picked, and what it falls short of in words that name it last; empty if nothing."""
     _check_question(mode, quality, time_frac)
-    points = _confirmed(results) or _searched(results)
+    points = scored_points(results)
     if not points:
         raise StudyError(
             "the study has no evaluated schedule to pick from; run `asesearch search` first"
         )
     if not early_exit:
         point, shortfall = _best(points, points, mode, quality, time_frac, "schedule")
-        return point.record, shortfall
+        return point, shortfall
     unconfirmed = "no early-exit schedule is confirmed; by the search's scores "
     for among, prefix in ((points, ""), (_searched(results), unconfirmed)):
         exits = [p for p in among if p.early]
@@ -167,20 +180,20 @@ def _choose(
             point, shortfall = _best(exits, among, mode, quality, time_frac, what)
             if prefix:
                 shortfall = prefix + (shortfall or f"there is {point}")
-            return point.record, shortfall
+            return point, shortfall
     fastest = min(points, key=lambda p: (p.time_frac, p.quality.value))
     shortfall = f"no early-exit schedule is on the front{_tried(results)}"
-    return fastest.record, f"{shortfall}; the fastest of full depth is {fastest}"
+    return fastest, f"{shortfall}; the fastest of full depth is {fastest}"
 
 
 def _best(
-    points: list[_Scored],
-    among: list[_Scored],
+    points: list[Scored],
+    among: list[Scored],
     mode: str,
     quality: str | None,
     time_frac: float | None,
     what: str,
-) -> tuple[_Scored, str]:
+) -> tuple[Scored, str]:
     """The best of `points`, and what it falls short of in words.
 
     The full network is looked for `among` all points with a score of the same protocol.
@@ -227,26 +240,26 @@ def _check_question(mode: str, quality: str | None, time_frac: float | None) -> 
         parse_budget(quality)
 
 
-def _searched(results: StudyResults) -> list[_Scored]:
+def _searched(results: StudyResults) -> list[Scored]:
     """The front and the full network by the search's scores."""
     records = {r.number: r for r in results.front()}
     if results.full is not None:
         records[results.full.number] = results.full
     return [
-        _Scored(r, r.quality, r.time_frac, False)
+        Scored(r, r.quality, r.time_frac, False)
         for r in records.values()
         if r.quality is not None and r.time_frac is not None
     ]
 
 
-def _confirmed(results: StudyResults) -> list[_Scored]:
+def _confirmed(results: StudyResults) -> list[Scored]:
     """The points with confirmed scores, except those that left the search's front since.
 
     Their weights are deleted, unless the study keeps all.
     """
     scored = {r.number: r for r in results.complete}
     found = [
-        _Scored(scored[c.number], c.quality, c.measured_time_frac, True)
+        Scored(scored[c.number], c.quality, c.measured_time_frac, True)
         for c in results.confirmations
         if c.number in scored
     ]
