@@ -96,6 +96,18 @@ def check_writable(
         raise WriteError(_why_not(Path(named or path), error)) from error
 
 
+def check_weights_file(path: Path) -> None:
+    """Find out before hours of work whether weights can be written to `path`.
+
+    Raises:
+        ConfigError: another kind of file than weights are written as.
+        WriteError: see `check_writable`.
+    """
+    if path.suffix != ".safetensors":
+        raise ConfigError(f"weights are written as .safetensors; got {path}; change --out")
+    check_writable(path)
+
+
 #: As long as the longest that `replacing` and `write_bundle` append to a name.
 _SUFFIX = f".{2**22}.part"
 

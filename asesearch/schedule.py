@@ -396,6 +396,22 @@ class ExitSchedule:
         return cls.from_dict(_parsed(text))
 
     @classmethod
+    def from_text(cls, text: str, depth: int, num_train_timesteps: int = 1000) -> ExitSchedule:
+        """A schedule as users name it: a JSON file, or what `from_string` reads.
+
+        Args:
+            text: a path that ends in .json (see `read`), or a string for `from_string`.
+            depth: blocks of the network that may be dropped.
+            num_train_timesteps: number of diffusion timesteps.
+
+        Raises:
+            ScheduleError: see `read` and `from_string`.
+        """
+        if text.lower().endswith(".json"):
+            return cls.read(text, depth, num_train_timesteps)
+        return cls.from_string(text, depth, num_train_timesteps)
+
+    @classmethod
     def read(
         cls, path: str | os.PathLike[str], depth: int, num_train_timesteps: int = 1000
     ) -> ExitSchedule:

@@ -848,7 +848,7 @@ INTERRUPTED = [
     ("asesearch.search.Workbench.evaluate", ("evaluate", "RUN"), "begins again"),
     ("asesearch.report.write_report", ("report", "RUN", "-o", "r"), "same command completes it"),
     (
-        "asesearch.search.mapping.measure_map",
+        "asesearch.search.study_map.measure_map",
         ("map", "STUDY", "-o", "m"),
         "nothing was written to m",
     ),
@@ -872,7 +872,7 @@ INTERRUPTED = [
         ("train-extractor", "-o", "e.safetensors"),
         "no weights were written",
     ),
-    ("asesearch.search.Study.open", ("evaluate", "RUN"), "its work had not begun"),
+    ("asesearch.study.Study.open", ("evaluate", "RUN"), "its work had not begun"),
 ]
 
 
@@ -970,3 +970,38 @@ def test_damaged_images_are_found_before_any_training(
     )
     code, _ = as_program(monkeypatch, capsys, *args, *dry)
     assert code == 0 and "skipped 2 damaged of 20 images" in caplog.text
+
+
+# -- the same from Python --------------------------------------------------------------------------
+
+
+def test_python_evaluates_a_point_as_the_command_does(place):
+    from asesearch.errors import ConfigError
+    from asesearch.search import PointEvaluation
+
+    run_dir = place / "runs/tiny"
+    evaluation = PointEvaluation(run_dir, schedule="3 1 1 1")
+    quality, _ = evaluation.run()
+    said = json.loads(call("evaluate", run_dir, "--schedule", "3 1 1 1")[0])
+    assert (said["value"], said["schedule"]) == (quality.value, str(evaluation.point.schedule))
+    with pytest.raises(ConfigError, match="compared with that of a trial; got none"):
+        evaluation.compare(quality)
+
+
+def test_python_searches_with_the_commands_refusals_and_report(place, tmp_path):
+    from asesearch import load_study, run_search
+    from asesearch.errors import ConfigError
+
+    config = load_study(place / "tiny.toml")
+    with pytest.raises(ConfigError, match="beside the study or into it"):
+        run_search(config, tmp_path / "new" / "run", report_dir=tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+    config = config.with_options("search", num_trials=len(study_of(place).records()))
+    results = run_search(config, place / "runs/tiny", report_dir=tmp_path / "report")
+    assert results.confirmations and (tmp_path / "report/index.html").is_file()
+
+
+def study_of(place):
+    from asesearch.study import Study
+
+    return Study.open(place / "runs/tiny")

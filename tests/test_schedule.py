@@ -319,3 +319,11 @@ def test_slugs_of_studies_on_disk_are_what_they_were():
     assert ExitSchedule.full(12).slug == "12"
     lengths = {len(ExitSchedule.uniform_intervals([2, 1] * n, 2).slug) for n in range(1, 60)}
     assert max(lengths) == 100
+
+
+def test_a_text_is_a_file_by_its_suffix(tmp_path):
+    path = tmp_path / "SCHEDULE.JSON"
+    path.write_text("[3, 2, 1]")
+    assert ExitSchedule.from_text(str(path), 3) == ExitSchedule.from_text("3 2 1", 3)
+    with pytest.raises(ScheduleError, match="can't read"):
+        ExitSchedule.from_text("nowhere.json", 3)

@@ -116,11 +116,9 @@ def train_extractor_(
     made so)."""
     from asesearch.data import fashion_mnist
     from asesearch.evaluation.extractors import train_extractor
-    from asesearch.files import check_writable
+    from asesearch.files import check_weights_file
 
-    if out.suffix != ".safetensors":
-        raise ConfigError(f"weights are written as .safetensors; got {out}; change --out")
-    check_writable(out)
+    check_weights_file(out)
     images = fashion_mnist("train", data)
     with interruptible(f"no weights were written to {out}; the same command begins again"):
         accuracy = train_extractor(images, out, test=fashion_mnist("test"), seed=seed)

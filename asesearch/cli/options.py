@@ -7,8 +7,6 @@ from typing import Annotated
 
 import typer
 
-from asesearch.schedule import ExitSchedule
-
 StudyFile = Annotated[
     Path,
     typer.Argument(
@@ -37,9 +35,3 @@ SCHEDULE = typer.Option(
     '("12 9 @ 0 300 1000"), a published name ("D3-DiT"), a file (.json), or "full".',
 )
 ScheduleText = Annotated[str, SCHEDULE]
-
-
-def schedule_of(text: str, depth: int, num_timesteps: int) -> ExitSchedule:
-    if text.lower().endswith(".json"):
-        return ExitSchedule.read(text, depth, num_timesteps)
-    return ExitSchedule.from_string(text, depth, num_timesteps)

@@ -127,8 +127,8 @@ def export(
 ) -> None:
     """Pick a point of the front and write it as a bundle that samples anywhere."""
     from asesearch.deployment.bundle import check_bundle_dir
-    from asesearch.deployment.export import check_export, evaluation_of
     from asesearch.deployment.export import export as write
+    from asesearch.deployment.export import plan_export
     from asesearch.study import Study, pick_nearest
     from asesearch.study import pick as pick_point
 
@@ -151,11 +151,9 @@ def export(
         record = pick_point(
             opened.results(), pick or "best-quality", quality, time, early_exit=early_exit
         )
-    chosen = {"trial": record.number, "origin": record.origin, "schedule": str(record.schedule)}
-    chosen["sampler"] = str(record.sampler)
-    check_export(opened, record, out, finetune_steps, overwrite=overwrite)
+    plan = plan_export(opened, record, out, finetune_steps, overwrite=overwrite)
     if dry_run:
-        print_json({**chosen, "evaluation": evaluation_of(opened, record), "out": str(out)})
+        print_json(plan)
         return
     kept = f"no bundle was written to {out}"
     if finetune_steps is not None:
@@ -165,7 +163,8 @@ def export(
     options: dict[str, Any] = {"finetune_steps": finetune_steps, "overwrite": overwrite}
     with interruptible(kept), bar_of_steps(finetune_steps or 0, "fine-tune") as on_step:
         folder = write(opened, record, out, on_step=on_step, **options)
-    print_json({**chosen, "bundle": str(folder)})
+    chosen = ("trial", "origin", "schedule", "sampler")
+    print_json({**{name: plan[name] for name in chosen}, "bundle": str(folder)})
 
 
 def sample(
@@ -201,53 +200,28 @@ def sample(
     A bundle of a latent network needs --vae for images; without it the .npz holds `latents`,
     float32.
     """
+    from asesearch.deployment.images import BundleImages
 
-    from asesearch.backbones.conditioning import Conditioning
-    from asesearch.data import save_images
-    from asesearch.deployment.bundle import load_bundle
-    from asesearch.evaluation.fidelity import to_uint8
-    from asesearch.files import check_writable
-    from asesearch.search.opening import default_device
-
-    if out.suffix not in (".png", ".npz"):
-        raise ConfigError(f"images are written as .png or .npz; got {out}; change --out")
-    if (prompt is None) != (text_encoder is None) or (prompt is not None and label is not None):
-        raise ConfigError(
-            "--prompt goes with --text-encoder and without --label; got another combination; "
-            "correct it"
-        )
-    check_writable(out)
-    loaded = load_bundle(bundle, default_device())
-    if loaded.latents is not None and vae is None and out.suffix == ".png":
-        raise ConfigError(
-            "this bundle makes latents, and a picture needs --vae; got none; give it, or write .npz"
-        )
-    decoder = None if vae is None else loaded.decoder(vae)
-    y: Conditioning | None = None if label is None else loaded.labels(label, num)
-    if prompt is not None and text_encoder is not None:
-        y = loaded.encode_prompts([prompt] * num, text_encoder)
-    how, calls = loaded.plan(range(seed, seed + num), y, steps)
-    plan = {
-        "schedule": str(loaded.schedule),
-        "sampling": how.model_dump(mode="json"),
-        "num": num,
-        "block_frac": loaded.schedule.block_frac(calls),
-    }
+    images = BundleImages(
+        bundle,
+        out,
+        num,
+        seed=seed,
+        label=label,
+        prompt=prompt,
+        text_encoder=text_encoder,
+        vae=vae,
+        num_steps=steps,
+    )
     if dry_run:
-        print_json(plan)
+        print_json(images.plan)
         return
     with interruptible(f"no image was written to {out}; the same command begins again"):
-        result = loaded.sample(range(seed, seed + num), y, steps)
-    if loaded.latents is not None and decoder is None:
-        save_images(result.images.numpy(), out, "latents")
-    else:
-        save_images(
-            to_uint8(result.images if decoder is None else decoder.decode(result.images)).numpy(),
-            out,
-        )
+        result = images.sample()
+    images.write(result)
     print_json(
         {
-            **plan,
+            **images.plan,
             "out": str(out),
             "nfe": result.nfe,
             "block_calls": result.block_calls,

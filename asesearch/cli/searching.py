@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from contextlib import ExitStack
 from math import isnan
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -12,13 +13,12 @@ from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from asesearch.cli.interruption import interruptible
-from asesearch.cli.options import SCHEDULE, DryRun, RunDir, Storage, StudyFile, schedule_of
+from asesearch.cli.options import SCHEDULE, DryRun, RunDir, Storage, StudyFile
 from asesearch.cli.printing import print_json, say
-from asesearch.config import load_study
 from asesearch.errors import ConfigError
 
 if TYPE_CHECKING:
-    from asesearch.search import Workbench
+    from asesearch.search import SearchRun
     from asesearch.study import Study
     from asesearch.study.records import StudyResults, TrialRecord
 
@@ -54,12 +54,8 @@ def search(
     can reach. They share out trials and confirmation; one that has nothing else to do waits for the
     others and says so.
     """
-    from asesearch.report.page import check_report_dir
-    from asesearch.search import Workbench, preflight
-    from asesearch.search.plan import make_plan
-    from asesearch.study import Study
-    from asesearch.study.directory import check_study_dir
-    from asesearch.study.storage import parse_url
+    from asesearch.config import load_study
+    from asesearch.search import SearchRun
 
     if trials is not None and budget is not None:
         raise ConfigError(
@@ -72,38 +68,17 @@ def search(
         config = config.model_copy(
             update={"search": config.search.model_copy(update={"budget": None})}
         )
-    if config.search.storage is not None:
-        parse_url(config.search.storage)
     run_dir = out or Path("runs") / config.name
     report_to = report_dir or Path("reports") / config.name
-    check_study_dir(run_dir, config.search.storage)
-    if report_to.resolve() in (run_dir.resolve(), *run_dir.resolve().parents):
-        raise ConfigError(
-            f"the report goes beside the study or into it; got {report_to} for the study in "
-            f"{run_dir}, which it would have to replace; change --report"
-        )
-    check_report_dir(report_to)
-    bench = Workbench(config, None if dry_run else run_dir)
-    found = preflight(bench, run_dir)
+    run = SearchRun(config, run_dir, report_to, dry_run=dry_run)
     if dry_run:
-        protocols = {
-            name: {**vars(p), "metric_name": p.metric_name}
-            for name, p in bench.protocols.named.items()
-        }
-        print_json(
-            {
-                "study": config.shareable(),
-                "protocol": vars(bench.protocols.search),
-                "protocols": protocols,
-                "preflight": found.to_dict(),
-                "plan": make_plan(bench).to_dict(),
-            }
-        )
+        print_json(run.to_dict())
         return
-    opened = Study(config, run_dir)
-    say(make_plan(bench).line())
+    opened = run.study
+    say(run.plan.line())
     with interruptible(lambda: _on_record(opened)):
-        print_json(_search(opened, bench, report_to))
+        results = _shown(run)
+        print_json({"study": str(run_dir), "report": str(run.page), "front": _front(results)})
 
 
 def _on_record(study: Study) -> str:
@@ -112,52 +87,37 @@ def _on_record(study: Study) -> str:
     return f"{study.run_dir} keeps {len(study.records())}{of} schedules; the same command resumes"
 
 
-def _search(opened: Study, bench: Workbench, report_to: Path) -> dict[str, Any]:
-    """Search, confirm, report; what `search` prints."""
-    from asesearch.report import write_report
-    from asesearch.search import confirm, run_trials
-
-    config = opened.config
-    run_dir = opened.run_dir
+def _shown(run: SearchRun) -> StudyResults:
+    """Search, with a bar on stderr and a line for each trial and each confirmation."""
+    config = run.config
     total = None if config.search.budget else config.search.num_trials
-    done = len(opened.records())
+    done = len(run.study.records())
     if done:
-        say(f"{run_dir}: {done} of {total or 'unlimited'} schedules on record; continuing")
-    with (
-        tqdm(
-            total=total,
-            initial=min(done, total or done),
-            desc="search",
-            file=sys.stderr,
-            dynamic_ncols=True,
-        ) as bar,
-        logging_redirect_tqdm(),  # a line about waiting goes above the bar
-    ):
-        bench.trials.on_step = lambda step, loss: bar.set_postfix_str(
-            f"step {step} loss {loss:.4f}"
+        say(f"{run.run_dir}: {done} of {total or 'unlimited'} schedules on record; continuing")
+    with ExitStack() as while_searching:
+        start = min(done, total or done)
+        bar = while_searching.enter_context(
+            tqdm(total=total, initial=start, desc="search", file=sys.stderr, dynamic_ncols=True)
         )
+        while_searching.enter_context(logging_redirect_tqdm())  # lines about waiting go above it
 
         def on_trial(record: TrialRecord) -> None:
             bar.update()
             bar.write(_trial_line(record), file=sys.stderr)
 
-        run_trials(
-            opened,
-            bench,
+        def on_searched() -> None:
+            while_searching.close()
+            say("confirming the front on fresh seeds")
+
+        return run.run(
             on_trial,
-            lambda step, loss: bar.set_postfix_str(f"warm-up {step} loss {loss:.4f}"),
+            lambda c: say(
+                f"trial {c.number}: {c.quality.value:.4g} at {c.measured_time_frac:.3f} measured"
+            ),
+            on_step=lambda step, loss: bar.set_postfix_str(f"step {step} loss {loss:.4f}"),
+            on_warm_up=lambda step, loss: bar.set_postfix_str(f"warm-up {step} loss {loss:.4f}"),
+            on_searched=on_searched,
         )
-    say("confirming the front on fresh seeds")
-    confirm(
-        opened,
-        bench,
-        lambda c: say(
-            f"trial {c.number}: {c.quality.value:.4g} at {c.measured_time_frac:.3f} measured"
-        ),
-    )
-    results = opened.results()
-    page = write_report(results, report_to)
-    return {"study": str(run_dir), "report": str(page), "front": _front(results)}
 
 
 def _front(results: StudyResults) -> list[dict[str, Any]]:
@@ -216,45 +176,15 @@ def map_(
     network may be trained or not. The images are those of [map.data], or else the study's: give
     some it was not trained on.
     """
-    from asesearch.backbones.checkpoints import load_backbone
-    from asesearch.data import open_data
-    from asesearch.diffusion import make_diffusion
-    from asesearch.files import check_writable
-    from asesearch.report.difficulty import write_map
-    from asesearch.search.mapping import map_seconds, measure_map
-    from asesearch.search.opening import default_device
+    from asesearch.config import load_study
+    from asesearch.search import StudyMap
 
     config = load_study(study)
     folder = out or Path("reports") / f"{config.name}-map"
-    device = default_device()
-    check_writable(folder, "map.json")
-    data = open_data(config.map.data or config.data)
-    diffusion = make_diffusion(config.diffusion)
-    null = getattr(data, "null_condition", None)
-    backbone = load_backbone(config.backbone, config.train.seed, null).to(device)
-    reference = None
-    names = {
-        "weights": config.backbone.checkpoint or f"random, seed {config.train.seed}",
-        "reference": "itself",
-    }
-    if weights is not None:
-        if config.backbone.checkpoint is not None:
-            reference = backbone
-            names["reference"] = config.backbone.checkpoint
-        given = config.backbone.model_copy(update={"checkpoint": str(weights)})
-        backbone = load_backbone(given, null_condition=null).to(device)
-        names["weights"] = str(weights)
-    parts = (backbone, data, diffusion, config.map, reference)
-    facts = {
-        **names,
-        "data": data.name,
-        "num_images": config.map.num_images,
-        "num_bins": config.map.num_bins,
-    }
+    chosen = StudyMap(config, folder, weights)
     if dry_run:
-        print_json(
-            {**facts, "out": str(folder), "estimate": {"total_s": round(map_seconds(*parts), 2)}}
-        )
+        estimate = {"total_s": round(chosen.seconds(), 2)}
+        print_json({**chosen.facts, "out": str(folder), "estimate": estimate})
         return
     bar = tqdm(
         total=config.map.num_bins, desc="map", file=sys.stderr, dynamic_ncols=True, leave=False
@@ -264,13 +194,11 @@ def map_(
         "begins again"
     )
     with interruptible(kept), bar:
-        found = measure_map(
-            *parts, config.sampling.batch_size, lambda done, _: bar.update(done - bar.n)
-        )
-    files = [str(path) for path in write_map(found, folder)]
+        found = chosen.measure(lambda done, _: bar.update(done - bar.n))
+    files = [str(path) for path in chosen.write(found)]
     ends = {"data": 0, "middle": found.num_bins // 2, "noise": found.num_bins - 1}
     means = {name: [float(f"{v:.4g}") for v in found.error_full[i]] for name, i in ends.items()}
-    print_json({**facts, "files": files, "error_by_exit_depth": means})
+    print_json({**chosen.facts, "files": files, "error_by_exit_depth": means})
 
 
 def evaluate(
@@ -292,52 +220,30 @@ def evaluate(
 ) -> None:
     """Measure quality under the study's protocol: a trial's weights again, or the pretrained ones
     under any schedule."""
-    from asesearch.backbones.base import check_schedule
-    from asesearch.point import Point
-    from asesearch.search import Workbench
-    from asesearch.search.confirmation import load_trial
-    from asesearch.study import Study
-    from asesearch.study.reproduce import compare
+    from asesearch.search import PointEvaluation
 
     if check and trial is None:
         raise ConfigError(
             "--check compares with the score of a trial; got no --trial; give its number"
         )
-    if trial is not None and schedule is not None:
-        raise ConfigError(
-            f"a trial has its own schedule; got --trial {trial} with --schedule; leave one out"
-        )
-    study = Study.open(run_dir, storage)
-    bench = Workbench(study.config, run_dir)
-    record = None if trial is None else study.record(trial)
-    if record is None:
-        net = bench.backbone
-        num_timesteps = bench.full.num_train_timesteps
-        depths = schedule_of(schedule or "full", net.depth, num_timesteps)
-        check_schedule(net, num_timesteps, depths)
-        point = Point(depths, bench.own_sampler)
-    else:
-        net = load_trial(study, record, bench.device)
-        point = record.point
+    evaluation = PointEvaluation(run_dir, trial, schedule, storage=storage)
+    point = evaluation.point
     chosen = {"schedule": str(point.schedule), "sampler": str(point.sampler)}
     if dry_run:
-        print_json({**chosen, "protocol": vars(bench.protocols.search)})
+        print_json({**chosen, "protocol": vars(evaluation.protocol)})
         return
     with interruptible("a score that is not complete is not kept; the same command begins again"):
-        quality, seconds = bench.evaluate(net, point, bench.protocols.search)
+        quality, seconds = evaluation.run()
     result: dict[str, Any] = {
-        "metric": bench.protocols.search.metric_name,
+        "metric": evaluation.protocol.metric_name,
         "value": quality.value,
         "std_error": quality.std_error,
-    }
-    result |= {
         **chosen,
         "sampling_seconds": round(seconds["sample"], 2),
         **quality.to_dict(),
     }
     if check:
-        assert record is not None and record.quality is not None
-        result["check"] = compare(record.quality, quality)
+        result["check"] = evaluation.compare(quality)
     print_json(result)
     if check and not result["check"]["reproduced"]:
         raise typer.Exit(1)

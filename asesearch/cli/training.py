@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from asesearch.cli.interruption import interruptible
-from asesearch.cli.options import DryRun, ScheduleText, StudyFile, schedule_of
+from asesearch.cli.options import DryRun, ScheduleText, StudyFile
 from asesearch.cli.printing import bar_of_steps, print_json, say
-from asesearch.config import StudyConfig, load_study
 from asesearch.errors import ConfigError
+
+if TYPE_CHECKING:
+    from asesearch.config import StudyConfig
 
 
 def train(
@@ -25,6 +26,8 @@ def train(
 ) -> None:
     """Train the study's network with all its blocks, from scratch or from its checkpoint. Killed
     runs resume."""
+    from asesearch.config import load_study
+
     config = load_study(study)
     _fit(config, "full", out, run_dir or Path("runs") / f"{config.name}-train", dry_run)
 
@@ -45,6 +48,8 @@ def finetune(
 
     On several GPUs: accelerate launch -m asesearch finetune …
     """
+    from asesearch.config import load_study
+
     config = load_study(study).with_options("train", num_steps=steps)
     if config.backbone.checkpoint is None:
         raise ConfigError(
@@ -54,58 +59,25 @@ def finetune(
     _fit(config, schedule, out, run_dir or Path("runs") / f"{config.name}-finetune", dry_run)
 
 
-def _fit(config: StudyConfig, schedule_text: str, out: Path, run_dir: Path, dry_run: bool) -> None:
+def _fit(config: StudyConfig, schedule: str, out: Path, run_dir: Path, dry_run: bool) -> None:
     """What `train` and `finetune` share."""
-    from asesearch.backbones.checkpoints import load_backbone, save_backbone
-    from asesearch.data import check_readable, open_data
-    from asesearch.diffusion import make_diffusion
-    from asesearch.files import check_writable
-    from asesearch.finetuning import CHECKPOINT, Trainer, seconds_per_step
+    from asesearch.finetuning.from_file import StudyTraining
 
-    if out.suffix != ".safetensors":
-        raise ConfigError(f"weights are written as .safetensors; got {out}; change --out")
-    check_writable(out)
-    check_writable(run_dir, CHECKPOINT)
-    data = open_data(config.data)
-    diffusion = make_diffusion(config.diffusion)
-    backbone = load_backbone(
-        config.backbone, config.train.seed, getattr(data, "null_condition", None)
-    )
-    schedule = schedule_of(schedule_text, backbone.depth, config.diffusion.num_train_timesteps)
-    trainer = Trainer(
-        backbone, data, diffusion, schedule, config.train, None if dry_run else run_dir
-    )
-    check_readable(data)
+    training = StudyTraining(config, schedule, out, run_dir, dry_run=dry_run)
     if dry_run:
-        step_s = seconds_per_step(trainer)
-        print_json(
-            {
-                "study": config.shareable(),
-                "schedule": str(schedule),
-                "images": len(data),
-                "parameters": sum(p.numel() for p in backbone.parameters()),
-                "estimate": {
-                    "step_s": round(step_s, 4),
-                    "total_s": round(step_s * config.train.num_steps, 3),
-                },
-            }
-        )
+        print_json(training.plan())
         return
+    trainer = training.trainer
     if trainer.resumed_at:
         say(f"resuming at step {trainer.resumed_at} of {config.train.num_steps}")
     every = f"one every {config.train.checkpoint_every} steps"
     kept = f"the last checkpoint ({every}) is kept in {run_dir}; the same command resumes from it"
     with interruptible(kept), bar_of_steps(config.train.num_steps, "train") as on_step:
         on_step(trainer.step, trainer.losses[-1] if trainer.losses else float("nan"))
-        result = trainer.run(on_step)
+        result = training.run(on_step)
     if not trainer.accelerator.is_main_process:
         return
-    command = (
-        f"asesearch {'train' if schedule.is_full else 'finetune'}: {json.dumps(config.shareable())}"
-    )
-    save_backbone(
-        result.backbone.cpu(), out, {"exit_schedule": schedule.to_json(), "made_by": command}
-    )
+    training.write(result)
     last = result.losses[-100:]
     print_json(
         {

@@ -116,6 +116,30 @@ def check_export(
         check_writable(study.trial_dir(record.schedule), inside)
 
 
+def plan_export(
+    study: Study,
+    record: TrialRecord,
+    folder: Path,
+    finetune_steps: int | None = None,
+    *,
+    overwrite: bool = False,
+) -> dict[str, Any]:
+    """What `export` would write with these arguments, as plain data; nothing is written.
+
+    Raises:
+        CheckpointError, StudyError, WriteError: see `check_export`.
+    """
+    check_export(study, record, folder, finetune_steps, overwrite=overwrite)
+    return {
+        "trial": record.number,
+        "origin": record.origin,
+        "schedule": str(record.schedule),
+        "sampler": str(record.sampler),
+        "evaluation": evaluation_of(study, record),
+        "out": str(folder),
+    }
+
+
 def _prompts(path: Path) -> dict[str, Tensor]:
     try:
         return load_file(path)

@@ -1,0 +1,104 @@
+"""Images of a bundle, from its folder to a file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from asesearch.backbones.conditioning import Conditioning
+from asesearch.data import save_images
+from asesearch.deployment.bundle import load_bundle
+from asesearch.errors import ConfigError
+from asesearch.evaluation.fidelity import to_uint8
+from asesearch.files import check_writable
+from asesearch.sampling import SampleResult
+from asesearch.search.opening import default_device
+
+
+class BundleImages:
+    """Images that are to be sampled; everything is checked when it is made.
+
+    Args:
+        bundle: its folder.
+        out: a picture grid (.png), or all images as an array (.npz); without a VAE, the latents of
+            a bundle that makes some, float32.
+        num: of images.
+        seed: of the first image; the others count up.
+        label: class of all; None for all classes in turn.
+        prompt: text of all; None for the bundle's examples in turn.
+        text_encoder: folder of the text encoder that a prompt needs.
+        vae: folder of the VAE that turns latents into images.
+        num_steps: solver steps, in place of the bundle's.
+
+    Attributes:
+        plan: how they will be sampled, as plain data.
+
+    Raises:
+        ConfigError: options that do not go together, or that the bundle does not take.
+        CheckpointError, WriteError: no bundle there, or a file that can't be written.
+    """
+
+    def __init__(
+        self,
+        bundle: Path,
+        out: Path,
+        num: int = 64,
+        *,
+        seed: int = 0,
+        label: int | None = None,
+        prompt: str | None = None,
+        text_encoder: Path | None = None,
+        vae: Path | None = None,
+        num_steps: int | None = None,
+    ) -> None:
+        _check_options(out, label, prompt, text_encoder)
+        self.out = out
+        self.seeds = range(seed, seed + num)
+        self.num_steps = num_steps
+        self.bundle = load_bundle(bundle, default_device())
+        if self.bundle.latents is not None and vae is None and out.suffix == ".png":
+            raise ConfigError(
+                "this bundle makes latents, and a picture needs --vae; got none; give it, or write "
+                ".npz"
+            )
+        self.decoder = None if vae is None else self.bundle.decoder(vae)
+        self.y: Conditioning | None = None if label is None else self.bundle.labels(label, num)
+        if prompt is not None and text_encoder is not None:
+            self.y = self.bundle.encode_prompts([prompt] * num, text_encoder)
+        how, calls = self.bundle.plan(self.seeds, self.y, num_steps)
+        self.plan: dict[str, Any] = {
+            "schedule": str(self.bundle.schedule),
+            "sampling": how.model_dump(mode="json"),
+            "num": num,
+            "block_frac": self.bundle.schedule.block_frac(calls),
+        }
+
+    def sample(self) -> SampleResult:
+        """The images or latents; see `Bundle.sample`."""
+        return self.bundle.sample(self.seeds, self.y, self.num_steps)
+
+    def write(self, result: SampleResult) -> None:
+        """Write what `sample` gave, decoded where there is a VAE.
+
+        Raises:
+            WriteError: the file can't be written.
+        """
+        if self.bundle.latents is not None and self.decoder is None:
+            save_images(result.images.numpy(), self.out, "latents")
+            return
+        images = result.images if self.decoder is None else self.decoder.decode(result.images)
+        save_images(to_uint8(images).numpy(), self.out)
+
+
+def _check_options(
+    out: Path, label: int | None, prompt: str | None, text_encoder: Path | None
+) -> None:
+    """Refuse what can be refused before the bundle is read."""
+    if out.suffix not in (".png", ".npz"):
+        raise ConfigError(f"images are written as .png or .npz; got {out}; change --out")
+    if (prompt is None) != (text_encoder is None) or (prompt is not None and label is not None):
+        raise ConfigError(
+            "--prompt goes with --text-encoder and without --label; got another combination; "
+            "correct it"
+        )
+    check_writable(out)

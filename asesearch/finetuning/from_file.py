@@ -1,0 +1,89 @@
+"""A study file's network trained under one schedule, from the file to the weights."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from asesearch.backbones.checkpoints import load_backbone, save_backbone
+from asesearch.config import StudyConfig
+from asesearch.data import check_readable, open_data
+from asesearch.diffusion import make_diffusion
+from asesearch.files import check_weights_file, check_writable
+from asesearch.finetuning.checkpoint import CHECKPOINT
+from asesearch.finetuning.trainer import Trainer, TrainResult, seconds_per_step
+from asesearch.schedule import ExitSchedule
+
+
+class StudyTraining:
+    """A training that is to be run; everything is checked when it is made.
+
+    Args:
+        config: the study file; its `train` settings are used.
+        schedule: as `ExitSchedule.from_text` takes it; "full" trains all blocks.
+        out: weights to write, .safetensors.
+        run_dir: folder of the checkpoint, from which a killed run resumes.
+        dry_run: whether it is only planned, so that no checkpoint is read or written.
+
+    Attributes:
+        trainer: that runs it.
+
+    Raises:
+        AseSearchError: a path that can't be written, parts that can't be opened or do not fit each
+            other, or images that can't be read.
+    """
+
+    def __init__(
+        self, config: StudyConfig, schedule: str, out: Path, run_dir: Path, *, dry_run: bool = False
+    ) -> None:
+        check_weights_file(out)
+        check_writable(run_dir, CHECKPOINT)
+        data = open_data(config.data)
+        null = getattr(data, "null_condition", None)
+        self.backbone = load_backbone(config.backbone, config.train.seed, null)
+        num_timesteps = config.diffusion.num_train_timesteps
+        self.schedule = ExitSchedule.from_text(schedule, self.backbone.depth, num_timesteps)
+        self.trainer = Trainer(
+            self.backbone,
+            data,
+            make_diffusion(config.diffusion),
+            self.schedule,
+            config.train,
+            None if dry_run else run_dir,
+        )
+        check_readable(data)
+        self.config = config
+        self.out = out
+
+    def plan(self) -> dict[str, Any]:
+        """Settings, sizes, and the time it will take, measured on a few steps of a dry run."""
+        step_s = seconds_per_step(self.trainer)
+        return {
+            "study": self.config.shareable(),
+            "schedule": str(self.schedule),
+            "images": len(self.trainer.data),
+            "parameters": sum(p.numel() for p in self.backbone.parameters()),
+            "estimate": {
+                "step_s": round(step_s, 4),
+                "total_s": round(step_s * self.config.train.num_steps, 3),
+            },
+        }
+
+    def run(self, on_step: Callable[[int, float], None] | None = None) -> TrainResult:
+        """Train to the end; see `Trainer.run`."""
+        return self.trainer.run(on_step)
+
+    def write(self, result: TrainResult) -> None:
+        """Write the weights and how they were made; on the main process only.
+
+        Raises:
+            WriteError: the file can't be written.
+        """
+        if not self.trainer.accelerator.is_main_process:
+            return
+        name = "train" if self.schedule.is_full else "finetune"
+        made_by = f"asesearch {name}: {json.dumps(self.config.shareable())}"
+        metadata = {"exit_schedule": self.schedule.to_json(), "made_by": made_by}
+        save_backbone(result.backbone.cpu(), self.out, metadata)
