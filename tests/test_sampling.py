@@ -271,7 +271,7 @@ BAD = {
     "no seeds": ({"seeds": []}, ConfigError, "seeds"),
     "negative seed": ({"seeds": [0, -1]}, ConfigError, "seeds"),
     "seed torch cuts": ({"seeds": [0, 2**32]}, ConfigError, "2\\^32"),
-    "fraction": ({"seeds": [0, 1.5]}, ConfigError, "whole"),
+    "fraction": ({"seeds": [0, 1.5]}, ConfigError, "must be integers"),
     "no labels": ({"y": None}, ConfigError, "needs class labels"),
     "shape of labels": ({"y": torch.zeros(3, dtype=torch.long)}, ConfigError, "shape"),
     "label too high": ({"y": torch.tensor([0, 11])}, ConfigError, "0…10"),

@@ -17,14 +17,14 @@ import torch
 from PIL import Image
 from torch_fidelity import FeatureExtractorBase
 
-from asesearch.backbones import DiT
+from asesearch.backbones import DiT, UViT
 from asesearch.config import parse_study
 from asesearch.evaluation.extractors import register_extractor
 from asesearch.evaluation.fidelity import check_sample_counts, low_fidelity_metric, num_components
 from asesearch.search import Workbench, costs, preflight, search
 from asesearch.study import Study
 from tests.test_cli import call
-from tests.test_encoding import make_vae
+from tests.test_encoding import make_text_encoder, make_vae
 
 README = Path(__file__).parent.parent.parent / "README.md"
 PIXELS = 16  # two latents of the tiny VAE make eight
@@ -223,6 +223,124 @@ def test_the_readmes_study_runs_in_miniature(place, tmp_path):
     assert {r.low_fidelity.quality.protocol.metric for r in results.records} == {"frechet-pca-125"}
     assert {"full", "D2-DiT", "D3-DiT", "D7-DiT"} <= {r.origin for r in results.complete}
     assert len(results.confirmations) >= 2
+
+
+# -- the studies of large networks -----------------------------------------------------------------
+
+LATENT = 32  # of 256 x 256 images; the tiny VAE makes it of 64
+
+
+def randomised(net):
+    generator = torch.Generator().manual_seed(0)
+    for p in net.parameters():
+        p.data = torch.randn(p.shape, generator=generator) * 0.02
+    return net
+
+
+def pictures(folder, count, size):
+    """PNGs of one colour each, with captions."""
+    rng = np.random.default_rng(0)
+    folder.mkdir()
+    lines = []
+    for i in range(count):
+        colour = tuple(rng.integers(0, 256, 3).tolist())
+        Image.new("RGB", (size, size), colour).save(folder / f"{i:04}.png")
+        lines.append({"file_name": f"{i:04}.png", "text": f"a {['red', 'blue'][i % 2]} shirt"})
+    (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    return folder
+
+
+def make_latents(place, count, *options, classes=()):
+    """Latents of a few pictures by a tiny VAE, in turn of each class: the sections of the study
+    that name them."""
+    images = pictures(place / "train", count, 2 * LATENT)
+    if classes:
+        (images / "metadata.jsonl").unlink()
+        (images / "classes.json").write_text(json.dumps({f"n{c}": c for c in classes}))
+        for i, path in enumerate(sorted(images.glob("*.png"))):
+            (images / f"n{classes[i % len(classes)]}").mkdir(exist_ok=True)
+            path.rename(images / f"n{classes[i % len(classes)]}" / path.name)
+    make_vae(place / "vae", scaling_factor=0.25)
+    fixed = ("--vae", place / "vae", "--image-size", 2 * LATENT, "--out", place / "latents")
+    call("latents", images, *fixed, *options)
+    reference = pictures(place / "many", 2100, PIXELS)
+    return {
+        "data": {"path": str(place / "latents"), "vae": str(place / "vae")},
+        "evaluation": {
+            "reference": {"kind": "image-folder", "path": str(reference), "image_size": 2 * LATENT}
+        },
+    }
+
+
+def imagenet(place):
+    """DiT-XL/2 but for its width: 28 blocks, 16 heads, patches of 2, 1,000 classes."""
+    sections = make_latents(place, 6, classes=(5, 207, 999))
+    size = {**DiT.preset_args("DiT-XL/2"), "hidden_size": 128}
+    net = DiT(**size, input_size=LATENT, in_channels=4, num_classes=1000)
+    torch.save(randomised(net).state_dict(), place / "net.pt")
+    backbone = {"checkpoint": str(place / "net.pt"), "args": {"num_heads": size["num_heads"]}}
+    return {**sections, "backbone": backbone}
+
+
+def celeba(place):
+    """U-ViT-S/4 for CelebA, as released."""
+    torch.save(randomised(UViT.from_preset("U-ViT-S/4-CelebA64")).state_dict(), place / "net.pth")
+    # the reference are the data themselves: more than the extractor has features
+    images = pictures(place / "faces", 2100, 128)
+    return {"backbone": {"checkpoint": str(place / "net.pth")}, "data": {"path": str(images)}}
+
+
+def pixart(place):
+    """PixArt-alpha but for its widths: 28 blocks, 16 heads, patches of 2, 120 tokens of prompt."""
+    from diffusers import PixArtTransformer2DModel
+
+    text = make_text_encoder(place / "text")
+    captions = ("--captions", place / "train" / "metadata.jsonl", "--text-encoder", text)
+    sections = make_latents(place, 6, "--no-flips", *captions, "--max-length", 16)
+    net = PixArtTransformer2DModel(
+        num_layers=28,
+        num_attention_heads=16,
+        attention_head_dim=8,
+        sample_size=LATENT,
+        in_channels=4,
+        out_channels=8,
+        cross_attention_dim=128,
+        caption_channels=16,
+    )
+    randomised(net).save_pretrained(place / "net")
+    return {**sections, "backbone": {"checkpoint": str(place / "net")}}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "make", "depth", "warm_starts", "samplers"),
+    [
+        ("imagenet256-dit-xl2", imagenet, 28, 5, "ddim-50, dpm++2m-25, unipc-quadratic-10"),
+        ("celeba64-uvit-s4", celeba, 6, 5, "dpm++2m-50, dpm++2m-25, dpm++2m-10"),
+        ("pixart-alpha-256", pixart, 28, 3, "dpm++2m-20, unipc-quadratic-10, unipc-quadratic-7"),
+    ],
+)
+def test_the_studies_of_large_networks_pass_the_preflight(
+    tmp_path, name, make, depth, warm_starts, samplers
+):
+    """As they are, but for paths, extractor, the size of the pictures, and a CPU's precision."""
+    data = tomllib.loads((README.parent / "studies" / f"{name}.toml").read_text(encoding="utf-8"))
+    for section, values in make(tmp_path).items():
+        data[section] |= values
+    data["evaluation"]["extractor"] = "wide-2048"
+    for section in ("elastic", "train"):
+        assert data[section].pop("mixed_precision") == "bf16"
+    bench = Workbench(parse_study(data, name))
+    assert bench.backbone.depth == depth and bench.extractor.dim == INCEPTION_SIZE
+    checked = preflight(bench).checked
+    text = "\n".join(checked)
+    assert checked[0] == f"one image through {samplers}, and wide-2048"
+    assert "principal components (wide-2048), 1 x 500 images" in text
+    assert "search protocol: Fréchet distance (wide-2048), 1 x 5000 images" in text
+    (starts,) = [line for line in checked if line.startswith("warm starts: full, D")]
+    assert len(starts.split(", ")) == warm_starts + 2  # and the full network, other samplers
+    assert "map: 20 bins of 128 images" in text
+    assert "one step of [elastic]" in text and "one step of [train]" in text
 
 
 WORKERS = 1
