@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
-from tqdm import tqdm
 
 from asesearch.cli.interruption import interruptible
 from asesearch.cli.options import DryRun
-from asesearch.cli.printing import print_json
+from asesearch.cli.printing import bar_of_parts, print_json
 from asesearch.errors import ConfigError
 
 
@@ -53,7 +51,6 @@ def latents(
     """Encode an image folder once through a VAE, and captions through a text encoder. Killed runs
     resume."""
     from asesearch.config import DataConfig
-    from asesearch.data.latents import LatentShards
     from asesearch.encoding import encode_folder
     from asesearch.files import check_writable
     from asesearch.search.opening import default_device
@@ -63,22 +60,13 @@ def latents(
             f"--max-length is for captions; got {max_length} without --captions; leave it out"
         )
     check_writable(out, "null-prompt.npy")
-    bar = tqdm(
-        desc="encode", file=sys.stderr, dynamic_ncols=True, leave=False, delay=0.5, disable=dry_run
+    images = DataConfig(
+        kind="image-folder", path=str(folder), image_size=image_size, skip_damaged=skip_damaged
     )
-    with interruptible(f"what is encoded is kept in {out}; the same command resumes"), bar:
-
-        def progress(done: int, total: int) -> None:
-            bar.total = total
-            bar.update(done - bar.n)
-
+    kept = f"what is encoded is kept in {out}; the same command resumes"
+    with interruptible(kept), bar_of_parts("encode", hidden=dry_run) as progress:
         plan = encode_folder(
-            DataConfig(
-                kind="image-folder",
-                path=str(folder),
-                image_size=image_size,
-                skip_damaged=skip_damaged,
-            ),
+            images,
             vae,
             out,
             captions=captions,
@@ -93,7 +81,14 @@ def latents(
         )
     if plan is not None:
         print_json(vars(plan))
-        return
+    else:
+        print_json(_encoded(out, flips, verify))
+
+
+def _encoded(out: Path, flips: bool, verify: bool) -> dict[str, Any]:
+    """What latents in a folder hold."""
+    from asesearch.data.latents import LatentShards
+
     shards = LatentShards(out, flip=flips, verify=verify)
     facts = {
         "latents": str(out),
@@ -101,7 +96,7 @@ def latents(
         "shape": shards.shape,
         "classes": shards.num_classes,
     }
-    print_json({**facts, "prompts": shards.null_condition is not None, "verified": verify})
+    return {**facts, "prompts": shards.null_condition is not None, "verified": verify}
 
 
 def train_extractor_(

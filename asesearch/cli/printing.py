@@ -23,6 +23,21 @@ def say(text: str) -> None:
 
 
 @contextmanager
+def bar_of_parts(what: str, *, hidden: bool = False) -> Iterator[Callable[[int, int], None]]:
+    """A progress bar on stderr, for work of more than half a second; the callback takes (parts
+    done, of all)."""
+    with tqdm(
+        desc=what, file=sys.stderr, dynamic_ncols=True, leave=False, delay=0.5, disable=hidden
+    ) as bar:
+
+        def on_part(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        yield on_part
+
+
+@contextmanager
 def bar_of_steps(total: int, what: str) -> Iterator[Callable[[int, float], None]]:
     """A progress bar on stderr; the callback takes (steps done, loss)."""
     with tqdm(total=total, desc=what, file=sys.stderr, dynamic_ncols=True, leave=False) as bar:

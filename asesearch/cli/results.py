@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -11,6 +11,9 @@ from asesearch.cli.interruption import interruptible
 from asesearch.cli.options import DryRun, RunDir, Storage
 from asesearch.cli.printing import bar_of_steps, print_json, say
 from asesearch.errors import ConfigError
+
+if TYPE_CHECKING:
+    from asesearch.study import Study, StudyResults, TrialRecord
 
 
 def report(
@@ -127,10 +130,8 @@ def export(
 ) -> None:
     """Pick a point of the front and write it as a bundle that samples anywhere."""
     from asesearch.deployment.bundle import check_bundle_dir
-    from asesearch.deployment.export import export as write
     from asesearch.deployment.export import plan_export
-    from asesearch.study import Study, pick_nearest
-    from asesearch.study import pick as pick_point
+    from asesearch.study import Study
 
     choosing = (pick, quality, time, early_exit or None, or_nearest or None)
     if trial is not None and any(option is not None for option in choosing):
@@ -142,19 +143,43 @@ def export(
     opened = Study.open(run_dir, storage)
     if trial is not None:
         record = opened.record(trial)
-    elif or_nearest:
-        asked = pick or "best-quality", quality, time
-        record, shortfall = pick_nearest(opened.results(), *asked, early_exit=early_exit)
-        if shortfall:
-            say(shortfall)
     else:
-        record = pick_point(
-            opened.results(), pick or "best-quality", quality, time, early_exit=early_exit
-        )
+        record = _picked(opened.results(), (pick, quality, time), early_exit, or_nearest)
     plan = plan_export(opened, record, out, finetune_steps, overwrite=overwrite)
     if dry_run:
         print_json(plan)
         return
+    folder = _export(opened, record, out, finetune_steps, overwrite)
+    del plan["evaluation"], plan["out"]
+    print_json({**plan, "bundle": str(folder)})
+
+
+def _picked(
+    results: StudyResults,
+    asked: tuple[str | None, str | None, float | None],
+    early_exit: bool,
+    or_nearest: bool,
+) -> TrialRecord:
+    """The point for a rule and its budgets; says where it is only the nearest."""
+    from asesearch.study import pick as pick_point
+    from asesearch.study import pick_nearest
+
+    rule, quality, time = asked
+    rule = rule or "best-quality"
+    if not or_nearest:
+        return pick_point(results, rule, quality, time, early_exit=early_exit)
+    record, shortfall = pick_nearest(results, rule, quality, time, early_exit=early_exit)
+    if shortfall:
+        say(shortfall)
+    return record
+
+
+def _export(
+    study: Study, record: TrialRecord, out: Path, finetune_steps: int | None, overwrite: bool
+) -> Path:
+    """Write the bundle, with a bar for its fine-tuning."""
+    from asesearch.deployment.export import export as write
+
     kept = f"no bundle was written to {out}"
     if finetune_steps is not None:
         kept += (
@@ -162,9 +187,7 @@ def export(
         )
     options: dict[str, Any] = {"finetune_steps": finetune_steps, "overwrite": overwrite}
     with interruptible(kept), bar_of_steps(finetune_steps or 0, "fine-tune") as on_step:
-        folder = write(opened, record, out, on_step=on_step, **options)
-    chosen = ("trial", "origin", "schedule", "sampler")
-    print_json({**{name: plan[name] for name in chosen}, "bundle": str(folder)})
+        return write(study, record, out, on_step=on_step, **options)
 
 
 def sample(
