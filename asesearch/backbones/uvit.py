@@ -91,6 +91,37 @@ class UViTBlock(nn.Module):
         return self._attend(x)
 
 
+def _check_sizes(
+    img_size: int, patch_size: int, embed_dim: int, num_heads: int, depth: int
+) -> None:
+    if img_size % patch_size:
+        raise ConfigError(
+            f"patch_size must divide img_size; got {patch_size} and {img_size}; pad or choose "
+            "another"
+        )
+    if embed_dim % num_heads:
+        raise ConfigError(
+            f"embed_dim must be a multiple of num_heads; got {embed_dim} and {num_heads}"
+        )
+    if depth < 2 or depth % 2:
+        raise ConfigError(
+            f"depth must be even, half encoder, half decoder; got {depth}; the middle block is "
+            "not counted"
+        )
+
+
+def _check_classes(num_classes: int, has_null_label: bool) -> None:
+    if num_classes == 1 and has_null_label:
+        raise ConfigError(
+            "num_classes counts the null label and some label; got 1; set has_null_label to "
+            "false, or add one"
+        )
+
+
+def _time_mlp(width: int) -> nn.Sequential:
+    return nn.Sequential(nn.Linear(width, 4 * width), nn.SiLU(), nn.Linear(4 * width, width))
+
+
 class UViT(Backbone):
     """Transformer with long skip connections whose trailing decoder blocks may be dropped.
 
@@ -127,25 +158,8 @@ class UViT(Backbone):
         has_null_label: bool = True,
     ) -> None:
         super().__init__()
-        if img_size % patch_size:
-            raise ConfigError(
-                f"patch_size must divide img_size; got {patch_size} and {img_size}; pad or choose "
-                "another"
-            )
-        if embed_dim % num_heads:
-            raise ConfigError(
-                f"embed_dim must be a multiple of num_heads; got {embed_dim} and {num_heads}"
-            )
-        if num_classes == 1 and has_null_label:
-            raise ConfigError(
-                "num_classes counts the null label and some label; got 1; set has_null_label to "
-                "false, or add one"
-            )
-        if depth < 2 or depth % 2:
-            raise ConfigError(
-                f"depth must be even, half encoder, half decoder; got {depth}; the middle block is "
-                "not counted"
-            )
+        _check_sizes(img_size, patch_size, embed_dim, num_heads, depth)
+        _check_classes(num_classes, has_null_label)
         self.config: dict[str, Any] = {
             "img_size": img_size,
             "patch_size": patch_size,
@@ -179,12 +193,7 @@ class UViT(Backbone):
             return [UViTBlock(*args) for _ in range(count)]
 
         self.patch_embed = PatchEmbed(patch_size, in_chans, embed_dim)
-        self.time_embed: nn.Module = nn.Identity()
-        if mlp_time_embed:
-            hidden = 4 * embed_dim
-            self.time_embed = nn.Sequential(
-                nn.Linear(embed_dim, hidden), nn.SiLU(), nn.Linear(hidden, embed_dim)
-            )
+        self.time_embed: nn.Module = _time_mlp(embed_dim) if mlp_time_embed else nn.Identity()
         if labelled:
             self.label_emb = nn.Embedding(num_classes, embed_dim)
         self.pos_embed = nn.Parameter(

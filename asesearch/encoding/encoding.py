@@ -200,29 +200,42 @@ def encode_latents(
         "flips": flips,
         "dtype": dtype,
         "shard_size": shard_size,
-        "captions": None
-        if captions is None
-        else hashlib.sha256(json.dumps(list(captions)).encode()).hexdigest(),
-        "text_encoder": None if text is None else text.digest,
-        "max_length": None if text is None else max_length,
+        **_captions_identity(captions, text),
     }
     index = _fresh_index(source, vae, identity)
-    done = 0
     if folder.is_dir() or not dry_run:
         index = _resumed(folder, index)
     check_readable(source)
 
-    def advance(images: int) -> None:
-        nonlocal done
-        done += images
-        if progress is not None:
-            progress(done, len(source))
-
+    advance = _counted(progress, len(source))
     job = _Job(source, vae, text, captions or (), batch_size, flips, getattr(torch, dtype), advance)
     if dry_run:
         return job.plan(index.shape)
     _run(job, index, folder)
     return None
+
+
+def _captions_identity(captions: Sequence[str] | None, text: TextEncoder | None) -> dict[str, Any]:
+    """What an encoding of captions depends on."""
+    joined = None if captions is None else json.dumps(list(captions)).encode()
+    return {
+        "captions": None if joined is None else hashlib.sha256(joined).hexdigest(),
+        "text_encoder": None if text is None else text.digest,
+        "max_length": None if text is None else text.max_length,
+    }
+
+
+def _counted(progress: Callable[[int, int], None] | None, total: int) -> Callable[[int], None]:
+    """Takes the images of each batch, and tells `progress` of all so far."""
+    done = 0
+
+    def advance(images: int) -> None:
+        nonlocal done
+        done += images
+        if progress is not None:
+            progress(done, total)
+
+    return advance
 
 
 def _run(job: _Job, index: Index, folder: Path) -> None:

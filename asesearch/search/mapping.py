@@ -73,24 +73,10 @@ def measure_map(
         reuse = _reusable(backbone, _Draws(data, diffusion, config, 0, edges[:2]))
         for b in range(bins):
             draws = _Draws(data, diffusion, config, b, edges[b : b + 2])
-            parts = [
-                slice(first, first + batch_size)
-                for first in range(0, config.num_images, batch_size)
-            ]
-            errors = torch.cat(
-                [_errors(backbone, reference, draws, part, reuse) for part in parts], dim=1
-            )
-            if not bool(torch.isfinite(errors).all()):  # (2, num_images, depth)
-                where = f"t in [{edges[b]}, {edges[b + 1]})"
-                raise EvaluationError(
-                    f"a map needs finite predictions; got others at {where}; check the network's "
-                    "weights"
-                )
-            # (2, depth) each
-            mean = errors.mean(dim=1)
-            spread = errors.std(dim=1) / math.sqrt(config.num_images)
-            for table, row in zip(tables, (mean[0], spread[0], mean[1], spread[1]), strict=True):
-                table.append(tuple(row.tolist()))
+            for table, row in zip(
+                tables, _bin_rows(backbone, reference, draws, batch_size, reuse), strict=True
+            ):
+                table.append(row)
             if on_bin is not None:
                 on_bin(b + 1, bins)
     full, full_se, noise, noise_se = map(tuple, tables)
@@ -107,6 +93,26 @@ def measure_map(
         data.digest,
         *prints,
     )
+
+
+def _bin_rows(
+    backbone: Backbone, reference: Backbone, draws: _Draws, batch_size: int, reuse: bool
+) -> list[tuple[float, ...]]:
+    """One bin's row of each of `TABLES`: (depth,) each."""
+    count = len(draws.indices)
+    parts = [slice(first, first + batch_size) for first in range(0, count, batch_size)]
+    errors = torch.cat(
+        [_errors(backbone, reference, draws, part, reuse) for part in parts], dim=1
+    )  # (2, num_images, depth)
+    if not bool(torch.isfinite(errors).all()):
+        where = f"t in [{draws.ends[0]}, {draws.ends[1]})"
+        raise EvaluationError(
+            f"a map needs finite predictions; got others at {where}; check the network's weights"
+        )
+    # (2, depth) each
+    mean = errors.mean(dim=1)
+    spread = errors.std(dim=1) / math.sqrt(count)
+    return [tuple(row.tolist()) for row in (mean[0], spread[0], mean[1], spread[1])]
 
 
 def map_seconds(
@@ -187,6 +193,7 @@ class _Draws:
         self.data = data
         self.diffusion = diffusion
         self.key = (config.seed, bin_)
+        self.ends = ends
         count = config.num_images
         gen = seeded_generator(*self.key, 5)
         orders = [torch.randperm(len(data), generator=gen) for _ in range(-(-count // len(data)))]

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from asesearch.config import TrainConfig
 from asesearch.finetuning import Depths, Trainer, seconds_per_step
 from asesearch.search.budget import MARGIN, confirmation_s
 from asesearch.search.promotion import num_explored
@@ -119,86 +120,110 @@ def _decode_s(bench: Workbench) -> float:
     return (time.perf_counter() - start) / bench.batch_size
 
 
+@dataclass(frozen=True)
+class _Rates:
+    """What one of each takes on this machine with the full network, in seconds, and how many there
+    are in a trial."""
+
+    step_s: float
+    image_s: float
+    decode_s: float
+    steps: int
+    images: int
+    low_fidelity_images: int
+
+    def low_fidelity_s(self, calls_frac: float) -> float:
+        """The low-fidelity rung of a point whose sampling costs `calls_frac` of the full one."""
+        return self.low_fidelity_images * (calls_frac * self.image_s + self.decode_s)
+
+    def trial_s(self, blocks_frac: float, calls_frac: float) -> float:
+        """A trial that is fine-tuned, at `blocks_frac` of the blocks."""
+        tuned_s = self.steps * blocks_frac * self.step_s
+        scored_s = self.images * (calls_frac * self.image_s + self.decode_s)
+        return tuned_s + scored_s + self.low_fidelity_s(calls_frac)
+
+
+def _step_s(bench: Workbench, depths: Depths, settings: TrainConfig) -> float:
+    """Seconds of one training step."""
+    trainer = Trainer(bench.backbone, bench.data, bench.diffusion, depths, settings)
+    return seconds_per_step(trainer)
+
+
+def _rates(bench: Workbench) -> _Rates:
+    """Time a few steps and calls."""
+    config = bench.config
+    rung = config.promotion
+    calls = len(next(iter(bench.samplers.values())))
+    return _Rates(
+        image_s=calls * bench.costs.latency.median_ms[-1] / 1000 / bench.batch_size,
+        decode_s=_decode_s(bench),
+        step_s=_step_s(bench, bench.full, config.train),
+        steps=config.train.num_steps,
+        images=config.evaluation.num_samples * config.evaluation.repeats,
+        low_fidelity_images=0 if rung is None else rung.num_samples * rung.repeats,
+    )
+
+
 def make_plan(bench: Workbench) -> Plan:
     """Time a few steps and calls, and multiply."""
     config = bench.config
-    steps = next(iter(bench.samplers.values()))
-    image_s = len(steps) * bench.costs.latency.median_ms[-1] / 1000 / bench.batch_size
-    decode_s = _decode_s(bench)
-
-    def step_s(depths: Depths, settings: Any) -> float:
-        return seconds_per_step(
-            Trainer(bench.backbone, bench.data, bench.diffusion, depths, settings)
-        )
-
-    full_step_s = step_s(bench.full, config.train)
+    rates = _rates(bench)
+    made_s = rates.image_s + rates.decode_s
+    calls = len(next(iter(bench.samplers.values())))
     elastic = config.elastic
     budget_s = config.search.budget_s
     elastic_s = (
-        0.0 if elastic is None else elastic.num_steps * step_s(elastic_depths(bench), elastic)
+        0.0
+        if elastic is None
+        else elastic.num_steps * _step_s(bench, elastic_depths(bench), elastic)
     )
-    calls = config.map.num_bins * config.map.num_images * 3
-    map_s = calls * image_s / len(steps) if needs_map(bench) else 0.0
+    mapped = config.map.num_bins * config.map.num_images * 3
+    map_s = mapped * rates.image_s / calls if needs_map(bench) else 0.0
+    full_s = bench.trials.tuning(bench.full)[1].num_steps * rates.step_s
+    full_s += (rates.images + rates.low_fidelity_images) * made_s
+    begun_s = elastic_s + map_s + full_s
     share = 1.0 if budget_s is None else TYPICAL_FRAC
-    images = config.evaluation.num_samples * config.evaluation.repeats
-    low_fidelity_images = (
-        0 if config.promotion is None else config.promotion.num_samples * config.promotion.repeats
-    )
-    full_s = bench.trials.tuning(bench.full)[1].num_steps * full_step_s + (
-        images + low_fidelity_images
-    ) * (image_s + decode_s)
-    low_fidelity_s = low_fidelity_images * (share * image_s + decode_s)
-    trial_s = (
-        config.train.num_steps * share * full_step_s
-        + images * (share * image_s + decode_s)
-        + low_fidelity_s
-    )
+    low_fidelity_s = rates.low_fidelity_s(share)
+    trial_s = rates.trial_s(share, share)
     trials = config.search.num_trials - 1
     points = config.confirm.max_points
     if budget_s is None:
         points = min(points, trials)
-    confirm_s = confirmation_s(config, image_s + decode_s, [share] * points)
+    confirm_s = confirmation_s(config, made_s, [share] * points)
     look_s = 0.0
     if budget_s is not None:
         look_s = num_explored(config) * low_fidelity_s
-        trials = max(
-            0,
-            int(
-                (budget_s * (1 - MARGIN) - elastic_s - map_s - full_s - look_s - confirm_s)
-                / trial_s
-            ),
-        )
+        left_s = budget_s * (1 - MARGIN) - begun_s - look_s - confirm_s
+        trials = max(0, int(left_s / trial_s))
     search_s = look_s + trials * trial_s
-    total_s = elastic_s + map_s + full_s + search_s + confirm_s
-    expected_s = total_s
-    if budget_s is None:
-        pace = TYPICAL_FRAC * fmean(len(calls) for calls in bench.samplers.values()) / len(steps)
-        typical_low_fidelity_s = low_fidelity_images * (pace * image_s + decode_s)
-        typical_s = config.train.num_steps * TYPICAL_FRAC * full_step_s
-        typical_s += images * (pace * image_s + decode_s) + typical_low_fidelity_s
-        looks = min(trials, num_explored(config))
-        expected_s = (
-            elastic_s
-            + map_s
-            + full_s
-            + looks * typical_low_fidelity_s
-            + (trials - looks) * typical_s
-        )
-        expected_s += confirmation_s(config, image_s + decode_s, [pace] * points)
+    total_s = begun_s + search_s + confirm_s
     return Plan(
-        full_step_s,
-        image_s,
-        decode_s,
-        len(steps) * (2 if config.sampling.cfg_scale != 1 else 1),
-        elastic_s,
-        map_s,
-        full_s,
-        low_fidelity_s,
-        trial_s,
-        trials,
-        search_s,
-        confirm_s,
-        total_s,
-        expected_s,
-        budget_s,
+        train_step_s=rates.step_s,
+        image_s=rates.image_s,
+        decode_s=rates.decode_s,
+        calls_an_image=calls * (2 if config.sampling.cfg_scale != 1 else 1),
+        elastic_s=elastic_s,
+        map_s=map_s,
+        full_s=full_s,
+        low_fidelity_s=low_fidelity_s,
+        trial_s=trial_s,
+        num_trials=trials,
+        search_s=search_s,
+        confirm_s=confirm_s,
+        total_s=total_s,
+        expected_s=begun_s + _expected_s(bench, rates, trials, points)
+        if budget_s is None
+        else total_s,
+        budget_s=budget_s,
     )
+
+
+def _expected_s(bench: Workbench, rates: _Rates, trials: int, points: int) -> float:
+    """What trials and confirmation are expected to take without a budget, see `Plan`."""
+    own, *_ = calls = [len(steps) for steps in bench.samplers.values()]
+    pace = TYPICAL_FRAC * fmean(calls) / own
+    looks = min(trials, num_explored(bench.config))
+    search_s = looks * rates.low_fidelity_s(pace)
+    search_s += (trials - looks) * rates.trial_s(TYPICAL_FRAC, pace)
+    made_s = rates.image_s + rates.decode_s
+    return search_s + confirmation_s(bench.config, made_s, [pace] * points)

@@ -61,32 +61,17 @@ def run_trial(
             if not low_fidelity.promoted and before is not None:
                 return before  # judged again, with the same result
             if not low_fidelity.promoted:
-                time_frac, flops_frac, block_frac = bench.costs.fracs(trial.point)
-                return _ended(
-                    trial,
-                    "stopped",
-                    low_fidelity=low_fidelity,
-                    seconds=seconds,
-                    gflops=gflops,
-                    time_frac=time_frac,
-                    flops_frac=flops_frac,
-                    block_frac=block_frac,
-                )
+                fracs = bench.costs.fracs(trial.point)
+                names = ("time_frac", "flops_frac", "block_frac")
+                spent = {"seconds": seconds, "gflops": gflops}
+                found = dict(zip(names, fracs, strict=True))
+                return _ended(trial, "stopped", low_fidelity=low_fidelity, **spent, **found)
         outcome = bench.trials.try_point(trial.point, folder)
     except (TrainingDiverged, EvaluationError, torch.cuda.OutOfMemoryError) as error:
-        if not any(
-            r.state == "complete" and r.point.weights_key == trial.point.weights_key
-            for r in records
-        ):
-            shutil.rmtree(folder, ignore_errors=True)
-        return _ended(
-            trial,
-            "failed",
-            failure=str(error).splitlines()[0],
-            low_fidelity=low_fidelity,
-            seconds=seconds,
-            gflops=gflops,
-        )
+        _discard_weights(folder, trial, records)
+        failure = str(error).splitlines()[0]
+        spent = {"seconds": seconds, "gflops": gflops}
+        return _ended(trial, "failed", failure=failure, low_fidelity=low_fidelity, **spent)
     if _counted(trial, outcome, records):
         outcome.losses = []
         outcome.seconds["finetune"] = 0.0
@@ -103,6 +88,13 @@ def run_trial(
         seconds={**seconds, **outcome.seconds},
         gflops={**gflops, **outcome.gflops},
     )
+
+
+def _discard_weights(folder: Path, trial: TrialRecord, records: list[TrialRecord]) -> None:
+    """Delete the weights of a failed trial, unless a complete one shares them."""
+    key = trial.point.weights_key
+    if not any(r.state == "complete" and r.point.weights_key == key for r in records):
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _on_record(trial: TrialRecord, records: list[TrialRecord]) -> TrialRecord | None:
