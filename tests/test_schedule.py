@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from asesearch.errors import ScheduleError
-from asesearch.schedule import PUBLISHED, ElasticDepths, ExitSchedule
+from asesearch.schedule import PUBLISHED, ElasticDepths, ExitSchedule, read_schedule
 
 
 @st.composite
@@ -231,14 +231,14 @@ UNEQUAL = ExitSchedule(12, 1000, (0, 300, 1000), (12, 9))
 def test_a_schedule_file_is_read_in_any_marked_encoding(tmp_path, encoding):
     path = tmp_path / "x.json"
     path.write_text(UNEQUAL.to_json(), encoding=encoding)
-    assert ExitSchedule.read(path, 12) == UNEQUAL
+    assert read_schedule(path, 12) == UNEQUAL
 
 
 def test_plain_depths_in_a_file(tmp_path):
     path = tmp_path / "x.json"
     for content in ("[12, 9]", '"12 9"', '"12 9 @ 0 500 1000"'):
         path.write_text(content)
-        assert ExitSchedule.read(path, 12) == ExitSchedule(12, 1000, (0, 500, 1000), (12, 9))
+        assert read_schedule(path, 12) == ExitSchedule(12, 1000, (0, 500, 1000), (12, 9))
 
 
 JSON = UNEQUAL.to_json()
@@ -271,7 +271,7 @@ def test_a_file_that_holds_no_schedule_is_named_in_one_line(tmp_path, content, r
     path = tmp_path / "x.json"
     path.write_bytes(content)
     with pytest.raises(ScheduleError) as caught:
-        ExitSchedule.read(path, 12)
+        read_schedule(path, 12)
     said = str(caught.value)
     assert reason in said and said.count("x.json") == 1 and "\n" not in said and len(said) < 500
 
@@ -279,7 +279,7 @@ def test_a_file_that_holds_no_schedule_is_named_in_one_line(tmp_path, content, r
 def test_a_path_that_is_no_file(tmp_path):
     for path, reason in ((tmp_path, "Is a directory"), (tmp_path / "no.json", "No such file")):
         with pytest.raises(ScheduleError, match=reason):
-            ExitSchedule.read(path, 12)
+            read_schedule(path, 12)
 
 
 # -- file names ------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from asesearch.diffusion import make_diffusion
 from asesearch.files import check_weights_file, check_writable
 from asesearch.finetuning.checkpoint import CHECKPOINT
 from asesearch.finetuning.trainer import Trainer, TrainResult, seconds_per_step
-from asesearch.schedule import ExitSchedule
+from asesearch.schedule import schedule_from_text
 
 
 class StudyTraining:
@@ -22,7 +22,7 @@ class StudyTraining:
 
     Args:
         config: the study file; its `train` settings are used.
-        schedule: as `ExitSchedule.from_text` takes it; "full" trains all blocks.
+        schedule: as `schedule_from_text` takes it; "full" trains all blocks.
         out: weights to write, .safetensors.
         run_dir: folder of the checkpoint, from which a killed run resumes.
         dry_run: whether it is only planned, so that no checkpoint is read or written.
@@ -44,7 +44,7 @@ class StudyTraining:
         null = getattr(data, "null_condition", None)
         self.backbone = load_backbone(config.backbone, config.train.seed, null)
         num_timesteps = config.diffusion.num_train_timesteps
-        self.schedule = ExitSchedule.from_text(schedule, self.backbone.depth, num_timesteps)
+        self.schedule = schedule_from_text(schedule, self.backbone.depth, num_timesteps)
         self.trainer = Trainer(
             self.backbone,
             data,

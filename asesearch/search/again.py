@@ -8,7 +8,7 @@ from typing import Any
 from asesearch.backbones.base import check_schedule
 from asesearch.errors import ConfigError
 from asesearch.point import Point
-from asesearch.schedule import ExitSchedule
+from asesearch.schedule import ExitSchedule, schedule_from_text
 from asesearch.score import EvaluationResult, Protocol
 from asesearch.search.confirmation import load_trial
 from asesearch.search.workbench import Workbench
@@ -22,7 +22,7 @@ class PointEvaluation:
     Args:
         run_dir: the study directory.
         trial: whose weights and point are evaluated; None for the pretrained weights.
-        schedule: for the pretrained weights, as `ExitSchedule.from_text` takes it; None for all
+        schedule: for the pretrained weights, as `schedule_from_text` takes it; None for all
             blocks.
         storage: URL, in place of the one on record, which has no password.
 
@@ -61,7 +61,7 @@ class PointEvaluation:
 
     def _schedule(self, text: str) -> ExitSchedule:
         num_timesteps = self.bench.full.num_train_timesteps
-        schedule = ExitSchedule.from_text(text, self.net.depth, num_timesteps)
+        schedule = schedule_from_text(text, self.net.depth, num_timesteps)
         check_schedule(self.net, num_timesteps, schedule)
         return schedule
 
