@@ -9,7 +9,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from asesearch.errors import ScheduleError
-from asesearch.schedule import PUBLISHED, ElasticDepths, ExitSchedule, read_schedule
+from asesearch.schedule import (
+    PUBLISHED,
+    ElasticDepths,
+    ExitSchedule,
+    read_schedule,
+    schedule_from_text,
+)
 
 
 @st.composite
@@ -324,6 +330,6 @@ def test_slugs_of_studies_on_disk_are_what_they_were():
 def test_a_text_is_a_file_by_its_suffix(tmp_path):
     path = tmp_path / "SCHEDULE.JSON"
     path.write_text("[3, 2, 1]")
-    assert ExitSchedule.from_text(str(path), 3) == ExitSchedule.from_text("3 2 1", 3)
+    assert schedule_from_text(str(path), 3) == schedule_from_text("3 2 1", 3)
     with pytest.raises(ScheduleError, match="can't read"):
-        ExitSchedule.from_text("nowhere.json", 3)
+        schedule_from_text("nowhere.json", 3)
