@@ -1,5 +1,7 @@
 """Tiny networks and data that every room's tests share."""
 
+import signal
+
 import numpy as np
 import optuna
 import pytest
@@ -16,6 +18,9 @@ LONG = ("test_study.py", "test_cli.py", "test_workers.py", "test_studies.py")
 def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: item.path.name not in LONG)
 
+
+# A shell that starts the tests in the background lets them and their children ignore Ctrl-C.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 TINY_DIT = {
     "input_size": 8,
