@@ -167,9 +167,11 @@ def schedules(lab: Lab, count: int, budget: float | None, seed: int) -> list[Exi
         depths = np.clip(np.round(low + (lab.depth - low) * shape), 2, lab.depth).astype(int)
         schedule = ExitSchedule.uniform_intervals(depths.tolist(), lab.depth)
         close = 0.006 if budget else 0.03
-        if abs(schedule.block_frac(lab.steps) - target) < close and schedule.merged() not in {
-            s.merged() for s in out
-        }:
+        known = {lab.point(s) for s in out}
+        if (
+            abs(schedule.block_frac(lab.steps) - target) < close
+            and lab.point(schedule) not in known
+        ):
             out.append(schedule)
     return out
 

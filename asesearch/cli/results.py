@@ -95,8 +95,7 @@ def export(
         str | None,
         typer.Option(
             help='Quality budget: "7.5", "+5%" over the full network, "ci" (not worse than it at '
-            '95 % confidence), or "1se" '
-            "(within one standard error)."
+            '95 % confidence), or "1se" (within one standard error).'
         ),
     ] = None,
     time: Annotated[

@@ -7,7 +7,8 @@ import optuna
 from optuna.trial import TrialState
 
 from asesearch.point import Point
-from asesearch.proposer.proposer import NAME, DifficultySampler, Problem
+from asesearch.proposer.problem import Problem
+from asesearch.proposer.proposer import NAME, DifficultySampler
 from asesearch.search.fleet import WORKER, Fleet
 from asesearch.search.promotion import num_explored
 from asesearch.search.setup import make_proposer

@@ -17,7 +17,9 @@ import torch
 
 from asesearch.config import StudyConfig
 from asesearch.errors import EvaluationError, TrainingDiverged
-from asesearch.proposer.proposer import NAME, Problem, judge
+from asesearch.proposer.belief import judge
+from asesearch.proposer.problem import Problem
+from asesearch.proposer.proposer import NAME
 from asesearch.score import EvaluationResult
 from asesearch.search.trials import Outcome
 from asesearch.search.workbench import Workbench

@@ -9,7 +9,7 @@ import optuna
 from asesearch.config import SearchConfig, StudyConfig
 from asesearch.errors import ScheduleError
 from asesearch.point import Point
-from asesearch.proposer.proposer import Problem
+from asesearch.proposer.problem import Problem
 from asesearch.proposer.space import Space
 from asesearch.schedule import ExitSchedule
 from asesearch.search.workbench import Workbench

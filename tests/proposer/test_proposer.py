@@ -14,7 +14,10 @@ import pytest
 from optuna.trial import TrialState
 
 from asesearch.point import Point
-from asesearch.proposer.proposer import Candidates, DifficultySampler, FrontBelief, Problem, judge
+from asesearch.proposer.belief import FrontBelief, judge
+from asesearch.proposer.candidates import Candidates
+from asesearch.proposer.problem import Problem
+from asesearch.proposer.proposer import DifficultySampler
 from asesearch.proposer.space import Space
 from asesearch.sampler import Sampler
 from asesearch.schedule import ExitSchedule

@@ -11,14 +11,8 @@ from threadpoolctl import threadpool_limits
 
 from asesearch.point import Point
 from asesearch.proposer import quality_model as module
-from asesearch.proposer.quality_model import (
-    NUM_WEIGHTS,
-    PRIOR,
-    Encoder,
-    Observation,
-    QualityModel,
-    cholesky,
-)
+from asesearch.proposer.encoder import NUM_WEIGHTS, Encoder
+from asesearch.proposer.quality_model import PRIOR, Observation, QualityModel, cholesky
 from asesearch.sampler import Sampler
 from asesearch.schedule import ExitSchedule
 

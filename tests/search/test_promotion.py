@@ -9,7 +9,8 @@ import pytest
 
 from asesearch.config import changed_fields
 from asesearch.point import Point
-from asesearch.proposer.proposer import FrontBelief, Problem, judge
+from asesearch.proposer.belief import FrontBelief, judge
+from asesearch.proposer.problem import Problem
 from asesearch.proposer.space import Space
 from asesearch.schedule import ExitSchedule
 from asesearch.score import EvaluationResult
