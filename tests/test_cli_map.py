@@ -13,16 +13,8 @@ from asesearch.backbones.checkpoints import save_backbone
 from asesearch.cli import app
 from asesearch.errors import CheckpointError, ConfigError, DataError, WriteError
 from asesearch.study.difficulty import DifficultyMap
+from tests.shapes import SHAPE
 
-SHAPE = {
-    "input_size": 28,
-    "patch_size": 14,
-    "in_channels": 1,
-    "hidden_size": 16,
-    "depth": 3,
-    "num_heads": 2,
-    "num_classes": 10,
-}
 STUDY = """
 name = "tiny"
 [backbone]

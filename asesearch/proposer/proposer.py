@@ -36,6 +36,7 @@ from asesearch.study.records import (
     RECORD,
     REPEAT,
     TrialRecord,
+    rung_in,
 )
 
 Array = npt.NDArray[np.float64]
@@ -62,8 +63,7 @@ def num_exploring(trials: Sequence[FrozenTrial], number: int) -> int:
     count = 0
     for trial in trials:
         if RECORD in trial.user_attrs:
-            record = json.loads(trial.user_attrs[RECORD])
-            rung = record.get("low_fidelity", record.get("cheap"))  # of earlier releases
+            rung = rung_in(json.loads(trial.user_attrs[RECORD]))
             count += rung is not None and rung["reason"] in EXPLORATIONS
         elif (
             not trial.state.is_finished()

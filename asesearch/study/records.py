@@ -132,7 +132,7 @@ class TrialRecord:
             own: the study's own sampler.
         """
         quality = data["quality"]
-        rung = data.get("low_fidelity", data.get("cheap"))  # of earlier releases
+        rung = rung_in(data)
         sampler = data.get("sampler", "")
         point = Point(
             ExitSchedule.from_dict(data["schedule"]),
@@ -149,6 +149,12 @@ class TrialRecord:
                 "losses": tuple(data["losses"]),
             }
         )
+
+
+def rung_in(data: dict[str, Any]) -> dict[str, Any] | None:
+    """The low-fidelity rung in a record's plain data, by its name in this or earlier releases."""
+    rung: dict[str, Any] | None = data.get("low_fidelity", data.get("cheap"))
+    return rung
 
 
 def _parts(spent: dict[str, float]) -> dict[str, float]:

@@ -25,17 +25,8 @@ from asesearch.search import Workbench, costs, opening, parts, preflight, search
 from asesearch.search.plan import Plan, make_plan
 from asesearch.search.runner import run_trials
 from asesearch.study import Study
+from tests.shapes import SHAPE
 from tests.test_cli import call
-
-SHAPE = {
-    "input_size": 28,
-    "patch_size": 14,
-    "in_channels": 1,
-    "hidden_size": 16,
-    "depth": 3,
-    "num_heads": 2,
-    "num_classes": 10,
-}
 
 
 @pytest.fixture(scope="module")

@@ -27,16 +27,7 @@ from asesearch.study.directory import MAP
 from asesearch.study.directory import WARM_UP as COST
 from asesearch.study.study import Study
 from tests.processes import Child
-
-SHAPE = {
-    "input_size": 28,
-    "patch_size": 14,
-    "in_channels": 1,
-    "hidden_size": 16,
-    "depth": 3,
-    "num_heads": 2,
-    "num_classes": 10,
-}
+from tests.shapes import SHAPE
 
 
 @pytest.fixture(scope="module")

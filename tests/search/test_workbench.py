@@ -13,16 +13,7 @@ from asesearch.schedule import ExitSchedule
 from asesearch.search import costs, opening
 from asesearch.search.protocols import FRESH_SEEDS
 from asesearch.search.workbench import Workbench
-
-SHAPE = {
-    "input_size": 28,
-    "patch_size": 14,
-    "in_channels": 1,
-    "hidden_size": 16,
-    "depth": 3,
-    "num_heads": 2,
-    "num_classes": 10,
-}
+from tests.shapes import SHAPE
 
 FAST = Sampler("dpm++2m", 2)
 
