@@ -1,5 +1,6 @@
-"""Forward processes, hybrid loss and timestep grids. Everything is computed in float64 and cast at
-the end.
+"""Forward processes and the hybrid loss. Everything is computed in float64 and cast at the end.
+
+Noise levels and timestep grids alone, which need no torch, are in `asesearch.solvers.noise`.
 
 Source: Ho et al. 2020 (DDPM); Nichol & Dhariwal 2021 (learned variance, hybrid loss), and the
 official DiT code's `diffusion/` (facebookresearch/DiT), which the numbers match.
@@ -8,68 +9,33 @@ official DiT code's `diffusion/` (facebookresearch/DiT), which the numbers match
 from __future__ import annotations
 
 import math
-from abc import ABC, abstractmethod
-from itertools import accumulate
+from abc import abstractmethod
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from asesearch.config import DiffusionConfig
-from asesearch.errors import ConfigError
-
-BETA_SCHEDULES = ("linear", "scaled_linear")
-
-
-def make_betas(beta_schedule: str = "linear", num_train_timesteps: int = 1000) -> Tensor:
-    """Noise added per step: (num_train_timesteps,) float64.
-
-    `linear` is DDPM's and DiT's (1e-4 … 0.02 at 1000 steps, scaled to other lengths);
-    `scaled_linear` is Stable Diffusion's (0.00085 … 0.012, linear in the square root), which the
-    latent U-ViTs use.
-
-    Raises:
-        ConfigError: unknown schedule or fewer than two timesteps.
-    """
-    if num_train_timesteps < 2:
-        raise ConfigError(
-            f"num_train_timesteps must be at least 2; got {num_train_timesteps}; DiT uses 1000"
-        )
-    scale = 1000 / num_train_timesteps
-    if beta_schedule == "linear":
-        betas = torch.linspace(scale * 1e-4, scale * 0.02, num_train_timesteps, dtype=torch.float64)
-    elif beta_schedule == "scaled_linear":
-        ends = (math.sqrt(scale * 0.00085), math.sqrt(scale * 0.012))
-        betas = torch.linspace(*ends, num_train_timesteps, dtype=torch.float64) ** 2
-    else:
-        raise ConfigError(
-            f"unknown beta_schedule {beta_schedule!r}; choose one of {', '.join(BETA_SCHEDULES)}"
-        )
-    if float(betas.max()) >= 1:
-        raise ConfigError(
-            f"num_train_timesteps = {num_train_timesteps} gives a beta of 1 or more; use at least "
-            "21"
-        )
-    return betas
+from asesearch.solvers.noise import (
+    DiscreteLevels,
+    NoiseLevels,
+    VPSDELevels,
+    make_betas,
+    make_levels,
+)
 
 
-class Process(ABC):
-    """A variance-preserving forward process: x_t = alpha(t) x_start + sigma(t) noise, alpha² +
-    sigma² = 1.
+class Process(NoiseLevels):
+    """A variance-preserving forward process on tensors, and what training needs of it.
 
     Attributes:
         beta_schedule: name of the noise schedule; with `num_train_timesteps` it says all about the
             process.
-        num_train_timesteps: the network's timesteps lie in [0, num_train_timesteps), 0 nearest to
-            data.
         time_dtype: type of a timestep: integer in discrete time, float32 in continuous time.
-        t_clean: where sampling ends: alpha is 1 and sigma 0 there, and the network is never called.
     """
 
     beta_schedule: str
-    num_train_timesteps: int
     time_dtype: torch.dtype
-    t_clean: float
 
     @abstractmethod
     def alpha(self, t: Tensor) -> Tensor:
@@ -83,25 +49,6 @@ class Process(ABC):
     @abstractmethod
     def draw_t(self, u: Tensor) -> Tensor:
         """Training timesteps for uniform numbers in [0, 1): (N,) -> (N,) of `time_dtype`."""
-
-    @abstractmethod
-    def timesteps(self, num_steps: int, quadratic: bool = False) -> tuple[float, ...]:
-        """Timesteps a sampler calls the network at, descending: num_steps of them, without
-        `t_clean`.
-
-        Evenly spaced, or with evenly spaced square roots: denser near data. A single step begins at
-        the noise end.
-
-        Raises:
-            ConfigError: num_steps below 1, or above the number of diffusion timesteps.
-        """
-
-    def level(self, t: float) -> tuple[float, float]:
-        """(alpha, sigma) at one timestep, or at `t_clean`."""
-        time = torch.tensor(
-            t, dtype=torch.float64 if self.time_dtype.is_floating_point else self.time_dtype
-        )
-        return float(self.alpha(time)), float(self.sigma(time))
 
     def snr(self, t: Tensor | None = None) -> Tensor:
         """Signal-to-noise ratio (alpha / sigma)² at t (default: every integer timestep): float64,
@@ -162,7 +109,7 @@ class Process(ABC):
         return mse, self.vb_terms(eps.detach(), output[:, channels:].float(), x_start, x_t, t)
 
 
-class Diffusion(Process):
+class Diffusion(DiscreteLevels, Process):
     """Discrete time.
 
     Attributes:
@@ -170,12 +117,10 @@ class Diffusion(Process):
     """
 
     time_dtype = torch.int64
-    t_clean = -1.0
 
     def __init__(self, beta_schedule: str = "linear", num_train_timesteps: int = 1000) -> None:
-        self.beta_schedule = beta_schedule
-        self.num_train_timesteps = num_train_timesteps
-        self.betas = make_betas(beta_schedule, num_train_timesteps)
+        super().__init__(beta_schedule, num_train_timesteps)
+        self.betas = torch.from_numpy(make_betas(beta_schedule, num_train_timesteps))
         self.alphas_cumprod = torch.cumprod(1 - self.betas, dim=0)
         # the last entry, index -1, is t_clean
         self._alpha = F.pad(self.alphas_cumprod, (0, 1), value=1.0).sqrt()
@@ -199,28 +144,6 @@ class Diffusion(Process):
 
     def draw_t(self, u: Tensor) -> Tensor:
         return (u * self.num_train_timesteps).long().clamp_(max=self.num_train_timesteps - 1)
-
-    def timesteps(self, num_steps: int, quadratic: bool = False) -> tuple[float, ...]:
-        """See `Process.timesteps`. On a quadratic grid, steps too short for integer timesteps
-        become 1.
-
-        Source: `space_timesteps` of the official DiT code with one section, whose rounding of a
-        running sum it repeats; that function would call a single step at t = 0.
-        """
-        last = self.num_train_timesteps - 1
-        if not 1 <= num_steps <= last + 1:
-            raise ConfigError(
-                f"num_steps must lie in 1…{last + 1}, the number of diffusion timesteps; got "
-                f"{num_steps}"
-            )
-        if num_steps == 1:
-            return (last,)
-        if quadratic:
-            return tuple(
-                max(i, round(last * (i / (num_steps - 1)) ** 2)) for i in range(num_steps)
-            )[::-1]
-        stride = last / (num_steps - 1)
-        return tuple(round(t) for t in accumulate([0.0] + [stride] * (num_steps - 1)))[::-1]
 
     def _at(self, table: Tensor, t: Tensor, like: Tensor) -> Tensor:
         """Entries of a float64 table as (N, 1, 1, 1) in the dtype and on the device of `like`."""
@@ -265,48 +188,13 @@ class Diffusion(Process):
         return terms.flatten(1).mean(dim=1) / math.log(2.0)  # (N,)
 
 
-class VPSDE(Process):
-    """The continuous-time process of Song et al.: dx = -β(s)/2 x ds + sqrt(β(s)) dw, s in [0, 1], β
-    linear in s.
+class VPSDE(VPSDELevels, Process):
+    """Continuous time.
 
-    The network is called at t = (num_train_timesteps - 1) · s, a fraction. It trains no variance:
-    unexpected output channels are ignored.
-
-    Args:
-        beta_min: β at s = 0.
-        beta_max: β at s = 1.
-        num_train_timesteps: scale of the network's time.
-
-    Source: Song et al. 2021, eq. 11 and appendix C; baofff/U-ViT, `sde.py` (its pixel-space
-    CIFAR-10 and CelebA models: β 0.1 … 20, network time 999·s, sampling from s = 1 to 1e-3 and then
-    to 0).
+    It trains no variance: unexpected output channels are ignored.
     """
 
     time_dtype = torch.float32
-    t_clean = 0.0
-    s_min = 1e-3  # where the last call of a sampler is
-
-    def __init__(
-        self, beta_min: float = 0.1, beta_max: float = 20.0, num_train_timesteps: int = 1000
-    ) -> None:
-        if not (0 < beta_min <= beta_max and num_train_timesteps >= 2):
-            raise ConfigError(
-                "the VP-SDE needs 0 < beta_min <= beta_max and num_train_timesteps of at least 2; "
-                f"got {beta_min}, {beta_max} and {num_train_timesteps}; U-ViT uses 0.1, 20 and 1000"
-            )
-        self.beta_schedule = f"vp-sde {beta_min:g} … {beta_max:g}"
-        self.beta_min = beta_min
-        self.beta_max = beta_max
-        self.num_train_timesteps = num_train_timesteps
-
-    @property
-    def t_max(self) -> float:
-        """Timestep of s = 1."""
-        return float(self.num_train_timesteps - 1)
-
-    def beta(self, t: float) -> float:
-        """β, per unit of s."""
-        return self.beta_min + t / self.t_max * (self.beta_max - self.beta_min)
 
     def _integral(self, t: Tensor) -> Tensor:
         """∫β ds from data to t, float64."""
@@ -322,16 +210,6 @@ class VPSDE(Process):
     def draw_t(self, u: Tensor) -> Tensor:
         return (u * self.t_max).to(self.time_dtype)
 
-    def timesteps(self, num_steps: int, quadratic: bool = False) -> tuple[float, ...]:
-        if num_steps < 1:
-            raise ConfigError(
-                f"num_steps must be at least 1; got {num_steps}; U-ViT takes 1000 Euler-Maruyama "
-                "steps"
-            )
-        power = 2 if quadratic else 1
-        s = torch.linspace(1.0, self.s_min ** (1 / power), num_steps, dtype=torch.float64) ** power
-        return tuple((s * self.t_max).tolist())
-
 
 def make_diffusion(config: DiffusionConfig) -> Process:
     """The forward process of a study file.
@@ -339,14 +217,10 @@ def make_diffusion(config: DiffusionConfig) -> Process:
     Raises:
         ConfigError: a beta schedule that the process does not have, or too few timesteps.
     """
-    if config.process == "discrete":
+    levels = make_levels(config)
+    if isinstance(levels, DiscreteLevels):
         return Diffusion(config.beta_schedule, config.num_train_timesteps)
-    if config.beta_schedule != "linear":
-        raise ConfigError(
-            f"the vp-sde process has linear betas only; got {config.beta_schedule!r}; leave "
-            "beta_schedule out"
-        )
-    return VPSDE(num_train_timesteps=config.num_train_timesteps)
+    return VPSDE(levels.beta_min, levels.beta_max, config.num_train_timesteps)
 
 
 def _per_image(values: Tensor, like: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ class Sampler:
     """How images are made, apart from guidance, batch and precision: `str()` gives "ddim-50".
 
     Attributes:
-        solver: name of the solver, see `asesearch.sampling.SOLVERS`.
+        solver: name of the solver, see `asesearch.solvers.SOLVERS`.
         num_steps: steps of the solver.
 
     Raises:

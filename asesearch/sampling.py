@@ -1,12 +1,4 @@
-"""Samplers: `sample` makes images with a solver and an exit schedule.
-
-A solver is a function that reads as its algorithm, over pairs (t_cur, t_next) of which the last
-t_next is `t_clean`. It sees the network as `model(x, t)` and knows neither schedule nor guidance.
-
-No solver is taken from diffusers: its schedulers keep integer timesteps and float32 betas, so they
-have no VP-SDE, and its DDIM takes a uniform stride. The tests compare with them where they do
-apply.
-"""
+"""`sample` makes images with a solver of `asesearch.solvers` and an exit schedule."""
 
 from __future__ import annotations
 
@@ -24,207 +16,10 @@ from torch import Tensor
 from asesearch.backbones import conditioning
 from asesearch.backbones.base import Backbone, check_schedule
 from asesearch.backbones.conditioning import Conditioning, labels_of
-from asesearch.diffusion import VPSDE, Diffusion, Process
+from asesearch.diffusion import Process
 from asesearch.errors import ConfigError
 from asesearch.schedule import ExitSchedule
-
-Model = Callable[[Tensor, float], Tensor]
-"""(N, C, H, W) at a timestep -> the network's output, (N, C or 2·C, H, W)."""
-Noise = Callable[[], Tensor]
-"""Fresh (N, C, H, W) standard normal noise."""
-Pairs = Sequence[tuple[float, float]]
-
-
-def ddpm(model: Model, x: Tensor, pairs: Pairs, diffusion: Process, noise: Noise) -> Tensor:
-    """Ancestral sampling on a process respaced to the timesteps called.
-
-    The variance is learned where the network has 2·C output channels, else the posterior's ("fixed
-    small").
-
-    Source: Ho et al. 2020, algorithm 2; Nichol & Dhariwal 2021, eq. 15 and section 4; official DiT
-    code, `p_sample`.
-    """
-    channels = x.shape[1]
-    for t_cur, t_next in pairs:
-        output = model(x, t_cur)
-        alpha, sigma = diffusion.level(t_cur)
-        alpha_next, sigma_next = diffusion.level(t_next)
-        step_alpha = (alpha / alpha_next) ** 2  # 1 - beta of the respaced process
-        beta = 1 - step_alpha
-        x_start = (x - sigma * output[:, :channels]) / alpha
-        coef_start = alpha_next * beta / sigma**2
-        coef_t = math.sqrt(step_alpha) * (sigma_next / sigma) ** 2
-        x = coef_start * x_start + coef_t * x
-        if t_next == diffusion.t_clean:
-            break
-        # of the posterior; beta is the learned one's upper end
-        std: float | Tensor = math.sqrt(beta) * sigma_next / sigma
-        if output.shape[1] > channels:
-            frac = (output[:, channels:] + 1) / 2
-            std = std * (sigma / sigma_next) ** frac
-        x = x + std * noise()
-    return x
-
-
-def ddim(model: Model, x: Tensor, pairs: Pairs, diffusion: Process, noise: Noise) -> Tensor:
-    """Deterministic DDIM (eta = 0): the first-order solver of the probability-flow ODE.
-
-    Source: Song et al. 2021 (DDIM), eq. 12.
-    """
-    for t_cur, t_next in pairs:
-        eps = model(x, t_cur)[:, : x.shape[1]]
-        alpha, sigma = diffusion.level(t_cur)
-        alpha_next, sigma_next = diffusion.level(t_next)
-        x_start = (x - sigma * eps) / alpha
-        x = alpha_next * x_start + sigma_next * eps
-    return x
-
-
-def dpmpp_2m(model: Model, x: Tensor, pairs: Pairs, diffusion: Process, noise: Noise) -> Tensor:
-    """DPM-Solver++(2M): second order, one call per step.
-
-    Source: Lu et al. 2022 (DPM-Solver++), algorithm 2. First order at the first step and at the
-    last two: into `t_clean`, where log(alpha / sigma) is infinite, and into the last timestep,
-    where on an even grid it grows several times as much
-    as in the step before: extrapolating that far makes 25 steps up to ten times worse on Gaussian
-    mixtures, whose exact denoiser is known. On these an even grid, as the paper's DPM-25 has, gains
-    little on DDIM below 50 steps unless the data are smooth; a quadratic one (`dpm++2m-quadratic`)
-    is several times closer at 10 to 50, but spends more of its steps near data, where schedules are
-    deepest.
-    """
-    last = None
-    for i, (t_cur, t_next) in enumerate(pairs):
-        eps = model(x, t_cur)[:, : x.shape[1]]
-        alpha, sigma = diffusion.level(t_cur)
-        alpha_next, sigma_next = diffusion.level(t_next)
-        x_start = (x - sigma * eps) / alpha
-        if t_next == diffusion.t_clean:
-            return x_start
-        h = math.log(alpha_next / sigma_next) - math.log(alpha / sigma)
-        d = x_start
-        if last is not None and i < len(pairs) - 2:
-            h_last, x_start_last = last
-            d = x_start + (x_start - x_start_last) * (0.5 * h / h_last)
-        x = sigma_next / sigma * x - alpha_next * math.expm1(-h) * d
-        last = h, x_start
-    return x
-
-
-def unipc(model: Model, x: Tensor, pairs: Pairs, diffusion: Process, noise: Noise) -> Tensor:
-    """UniPC: a second-order predictor, and a corrector that makes it third order and asks the
-    network nothing new.
-
-    One call per step: the network's answer at a point also corrects the step that led there. Lower
-    order where history is short; the step to `t_clean` takes the predicted image. On an even grid
-    the step into the last timestep is extrapolated much too far (see `dpmpp_2m`), so there is none.
-
-    Source: Zhao et al. 2023 (UniPC), algorithms 5 and 6 with B2(h) = e^h - 1 and data prediction.
-    """
-    # log(alpha / sigma) of the points called, the predicted images there beside
-    levels: list[float] = []
-    images: list[Tensor] = []
-    # the point that the last step left from, corrected, and its sigma
-    before: tuple[Tensor, float] | None = None
-    for t_cur, t_next in pairs:
-        eps = model(x, t_cur)[:, : x.shape[1]]
-        alpha, sigma = diffusion.level(t_cur)
-        alpha_next, sigma_next = diffusion.level(t_next)
-        levels.append(math.log(alpha / sigma))
-        images.append((x - sigma * eps) / alpha)
-        if before is not None:
-            x = _unipc_step(*before, levels[-3:], images[-3:], alpha, sigma, corrected=True)
-        if t_next == diffusion.t_clean:
-            return images[-1]
-        before = x, sigma
-        x = _unipc_step(
-            x,
-            sigma,
-            [*levels[-2:], math.log(alpha_next / sigma_next)],
-            images[-2:],
-            alpha_next,
-            sigma_next,
-        )
-    return x
-
-
-def _unipc_step(
-    x: Tensor,
-    sigma: float,
-    levels: Sequence[float],
-    images: Sequence[Tensor],
-    alpha_next: float,
-    sigma_next: float,
-    corrected: bool = False,
-) -> Tensor:
-    """From the last point but one of `levels` to the last; `images` ends there if the step is
-    `corrected`."""
-    h = levels[-1] - levels[-2]
-    here = images[len(levels) - 2]
-    others = [i for i in range(len(images)) if i != len(levels) - 2]
-    ratios = np.array([(levels[i] - levels[-2]) / h for i in others])
-    factor = math.expm1(-h) / -h - 1
-    targets = []
-    for k in range(1, len(others) + 1):
-        targets.append(factor * math.factorial(k) / math.expm1(-h))
-        factor = factor / -h - 1 / math.factorial(k + 1)
-    weights = (
-        np.full(1, 0.5)
-        if len(others) == 1
-        else np.linalg.solve(np.vander(ratios, increasing=True).T, targets)
-    )
-    mean = here  # of the predicted image over the step
-    for weight, i in zip((weights / ratios).tolist(), others, strict=True):
-        mean = mean + weight * (images[i] - here)
-    return sigma_next / sigma * x - alpha_next * math.expm1(-h) * mean
-
-
-def euler_maruyama(
-    model: Model, x: Tensor, pairs: Pairs, diffusion: Process, noise: Noise
-) -> Tensor:
-    """Euler-Maruyama on the reverse VP-SDE; no noise in the step to data.
-
-    Source: Song et al. 2021 (score SDE), eq. 6; baofff/U-ViT, `sde.py`.
-    """
-    assert isinstance(diffusion, VPSDE)
-    for t_cur, t_next in pairs:
-        eps = model(x, t_cur)[:, : x.shape[1]]
-        beta = diffusion.beta(t_cur)
-        _, sigma = diffusion.level(t_cur)
-        ds = (t_cur - t_next) / diffusion.t_max
-        x = x + ds * beta * (0.5 * x - eps / sigma)
-        if t_next != diffusion.t_clean:
-            x = x + math.sqrt(beta * ds) * noise()
-    return x
-
-
-@dataclass(frozen=True)
-class Solver:
-    """A solver by name.
-
-    Attributes:
-        name: what reports and study files call it.
-        integrate: from x_t at the first timestep to the image; calls `model` once per pair.
-        processes: the kinds of forward process it is for.
-        quadratic: its timesteps are denser near data, see `Process.timesteps`.
-    """
-
-    name: str
-    integrate: Callable[[Model, Tensor, Pairs, Process, Noise], Tensor]
-    processes: tuple[type[Process], ...] = (Diffusion, VPSDE)
-    quadratic: bool = False
-
-
-SOLVERS = {
-    solver.name: solver
-    for solver in (
-        Solver("ddpm", ddpm, (Diffusion,)),
-        Solver("ddim", ddim),
-        Solver("dpm++2m", dpmpp_2m),
-        Solver("dpm++2m-quadratic", dpmpp_2m, quadratic=True),
-        Solver("unipc-quadratic", unipc, quadratic=True),
-        Solver("euler-maruyama", euler_maruyama, (VPSDE,)),
-    )
-}
+from asesearch.solvers import Noise, Solver, find_solver
 
 
 @dataclass(frozen=True)
@@ -355,7 +150,7 @@ def sample(
 
     Args:
         backbone: run in eval mode; moved to `device`.
-        solver: a key of `SOLVERS`, or a solver of your own.
+        solver: a name in `solvers.SOLVERS`, or a solver of your own.
         schedule: blocks to run at each timestep.
         diffusion: the process the network was trained with.
         num_steps: calls of the network an image (twice as many under guidance).
@@ -423,16 +218,9 @@ def check_sampling(
             f"{backbone.prediction_type!r}; sample it with its own diffusers pipeline"
         )
     if isinstance(solver, str):
-        if solver not in SOLVERS:
-            raise ConfigError(f"unknown solver {solver!r}; choose one of {', '.join(SOLVERS)}")
-        solver = SOLVERS[solver]
-    if not isinstance(diffusion, solver.processes):
-        kinds = " or ".join(kind.__name__ for kind in solver.processes)
-        fit = ", ".join(s.name for s in SOLVERS.values() if isinstance(diffusion, s.processes))
-        raise ConfigError(
-            f"{solver.name} is for a {kinds} process; got {type(diffusion).__name__}; choose one "
-            f"of {fit}"
-        )
+        solver = find_solver(solver, diffusion)
+    else:
+        solver.check_process(diffusion)
     if not (math.isfinite(cfg_scale) and cfg_scale >= 0):
         raise ConfigError(
             f"cfg_scale must be a finite number of at least 0; got {cfg_scale}; 1 means no guidance"

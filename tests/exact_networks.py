@@ -11,7 +11,7 @@ from torch import Tensor
 
 from asesearch.backbones import Backbone, DiT
 from asesearch.diffusion import Process
-from asesearch.sampling import SOLVERS
+from asesearch.solvers import SOLVERS
 
 DATA = Path(__file__).parent / "data"
 

@@ -13,8 +13,9 @@ from torch import Tensor
 from asesearch.backbones import Backbone, DiT
 from asesearch.diffusion import VPSDE, Diffusion, Process
 from asesearch.errors import ConfigError, ScheduleError
-from asesearch.sampling import SOLVERS, SampleResult, Solver, guided, image_noise, sample
+from asesearch.sampling import SampleResult, guided, image_noise, sample
 from asesearch.schedule import ExitSchedule
+from asesearch.solvers import SOLVERS, Solver
 from tests.exact_networks import Gaussian, grid_of, load, pairs_of
 
 CASES = [
@@ -258,7 +259,7 @@ BAD = {
     "em on a chain": (
         {"solver": "euler-maruyama"},
         ConfigError,
-        "VPSDE process; got Diffusion; choose one of ddpm, ddim, dpm",
+        "vp-sde process; got discrete; choose one of ddpm, ddim, dpm",
     ),
     "ddpm on the sde": (
         {"solver": "ddpm", "diffusion": VPSDE()},

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from asesearch.backbones import DiT
 from asesearch.diffusion import VPSDE, Diffusion, Process
-from asesearch.sampling import SOLVERS, guided, image_noise
+from asesearch.sampling import guided, image_noise
+from asesearch.solvers import SOLVERS
 from tests.exact_networks import Gaussian, load, no_noise, pairs_of
 
 

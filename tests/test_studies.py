@@ -317,7 +317,7 @@ def test_a_study_of_latents_that_can_t_be_evaluated_is_refused_before_the_networ
             r"by \[0.25.*after a shift.*got \[0.5",
         ),
         (changed(data={"vae": str(imagenet / "latents")}), AseSearchError, "config.json"),
-        (changed(sampling={"solver": "euler-maruyama"}), ConfigError, "VPSDE process"),
+        (changed(sampling={"solver": "euler-maruyama"}), ConfigError, "vp-sde process"),
     ]
     for config, error, message in wrong:
         with pytest.raises(error, match=message):

@@ -144,7 +144,7 @@ WRONG = [
         r"\[search\] warm start '3 2 1' does not fit",
     ),
     ({"search": {"warm_start": ["D9"]}}, ScheduleError, r"\[search\] .*published names"),
-    ({"search": {"samplers": ["euler-maruyama-5"]}}, ConfigError, "VPSDE process"),
+    ({"search": {"samplers": ["euler-maruyama-5"]}}, ConfigError, "vp-sde process"),
     ({"search": {"min_exit_depth": 4}}, ScheduleError, "min_exit_depth"),
     (
         {"map": {"num_bins": 1001}},
