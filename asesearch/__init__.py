@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from asesearch.deployment.export import export as export
     from asesearch.finetuning import finetune as finetune
     from asesearch.point import Point as Point
+    from asesearch.report import compare as compare
     from asesearch.report import write_report as write_report
     from asesearch.sampler import Sampler as Sampler
     from asesearch.sampling import sample as sample
@@ -30,6 +31,7 @@ _HOMES = {
     "Point": ("asesearch.point", "Point"),
     "Sampler": ("asesearch.sampler", "Sampler"),
     "Study": ("asesearch.study", "Study"),
+    "compare": ("asesearch.report", "compare"),
     "export": ("asesearch.deployment.export", "export"),
     "finetune": ("asesearch.finetuning", "finetune"),
     "load_bundle": ("asesearch.deployment.bundle", "load_bundle"),
@@ -48,6 +50,7 @@ __all__ = [
     "Sampler",
     "Study",
     "__version__",
+    "compare",
     "export",
     "finetune",
     "load_bundle",

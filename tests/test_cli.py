@@ -126,6 +126,19 @@ def test_train_writes_weights_and_says_how_they_were_made(place):
     assert first.keys() == again.keys() and all(np.array_equal(first[k], again[k]) for k in first)
 
 
+def test_compare_writes_a_page_and_nothing_into_the_studies(place, tmp_path):
+    run = place / "runs/tiny"
+    before = {p: p.stat().st_mtime_ns for p in run.rglob("*")}
+    groups = ("--group", "a", "--group", "b")
+    out, err = call("compare", run, run, "--out", tmp_path / "both", *groups)
+    found = json.loads(out)
+    assert found["comparison"] == str(tmp_path / "both/index.html")
+    assert [g["group"] for g in found["groups"]] == ["a", "b"] and "a: hypervolume" in err
+    assert {p: p.stat().st_mtime_ns for p in run.rglob("*")} == before
+    assert "out" in json.loads(call("compare", run, run, "-o", tmp_path / "dry", "--dry-run")[0])
+    assert not (tmp_path / "dry").exists()
+
+
 def test_search_left_a_report_and_resumes_with_more_trials(place):
     page = (place / "reports/tiny/index.html").read_text()
     assert "Fréchet distance (fashion-cnn)" in page and "3 2 2 1" in page

@@ -60,6 +60,7 @@ OWNERS = {
     "matplotlib": {"report"},
     "seaborn": {"report"},
     "jinja2": {"report"},
+    "moocore": {"report"},
     "typer": {"cli"},
 }
 FILES = sorted(ROOT.rglob("*.py"))

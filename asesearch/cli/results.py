@@ -1,4 +1,4 @@
-"""`report`, `pick`, `export` and `sample`."""
+"""`report`, `compare`, `pick`, `export` and `sample`."""
 
 from __future__ import annotations
 
@@ -46,6 +46,38 @@ def report(
     with interruptible(f"{folder} is as it was, or the same command completes it"):
         page = write_report(results, folder)
     print_json({"report": str(page)})
+
+
+def compare(
+    studies: Annotated[
+        list[Path], typer.Argument(help="Study directories, two or more (runs/NAME).")
+    ],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder to write.")],
+    group: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="The group of each study, once per study in the same order: studies of one group "
+            "are repeats of one method; default the study's name."
+        ),
+    ] = None,
+    dry_run: DryRun = False,
+) -> None:
+    """Lay the fronts of several studies over each other: hypervolume, attainment over repeats, and
+    where each wins; a page with figures and data.
+
+    Studies measured in different ways are refused. Reads records only.
+    """
+    from asesearch.report import compare as compare_studies
+    from asesearch.report.folder import check_folder
+    from asesearch.study import Study
+
+    check_folder(out, "comparison")
+    results = [Study.open(folder).results() for folder in studies]
+    with interruptible(f"{out} is as it was, or the same command completes it"):
+        found = compare_studies(results, None if dry_run else out, group)
+    say(str(found))
+    where = "out" if dry_run else "comparison"
+    print_json({**found.to_dict(), where: str(out / "index.html")})
 
 
 def pick(

@@ -1,5 +1,6 @@
-"""From stored trials to tables, figures and one page: `write_report` (level 5)."""
+"""From stored trials to tables, figures and pages: `write_report`, `compare` (level 6)."""
 
+from asesearch.report.compare import compare
 from asesearch.report.page import write_report
 
-__all__ = ["write_report"]
+__all__ = ["compare", "write_report"]

@@ -24,6 +24,16 @@ def percent(frac: float) -> str:
     return f"{100 * frac:.0f}\N{NO-BREAK SPACE}%".replace("-", "−")
 
 
+def relative(frac: float) -> str:
+    """A relative cost: `0.6` as "0.60×"."""
+    return f"{frac:.2f}×"
+
+
+def speed_up(frac: float) -> str:
+    """What a relative cost comes to: `0.6` as "1.67×"."""
+    return f"{1 / frac:.2f}×"
+
+
 def number(value: float, std_error: float = math.nan) -> str:
     """A score to two digits of its standard error where there is one, else to four digits; "–" if
     missing."""

@@ -17,7 +17,8 @@ from matplotlib.text import Annotation, Text
 
 from asesearch.config import parse_study
 from asesearch.errors import EvaluationError, StudyError, WriteError
-from asesearch.report import page, plots, style, tables, write_report
+from asesearch.report import folder as folder_of_page
+from asesearch.report import grids, page, plots, style, tables, write_report
 from asesearch.report.labels import spread_out
 from tests.report.conftest import protocol
 
@@ -313,7 +314,7 @@ def test_a_study_without_latency_losses_or_environment_has_a_page(study):
 def test_same_results_same_bytes_and_what_is_stale_goes(results, folder, tmp_path):
     target = tmp_path / "report"
     (target / "figures").mkdir(parents=True)
-    (target / "index.html").write_text(page.MARK)
+    (target / "index.html").write_text(folder_of_page.MARK.format(what="report"))
     (target / "figures" / "gone.svg").write_text("stale")
     (target / "notes.md").write_text("mine")
     assert write_report(results, target) == target / "index.html"
@@ -345,7 +346,7 @@ def test_a_report_that_dies_leaves_the_old_one_whole(results, folder, monkeypatc
     ],
 )
 def test_the_protocol_tells_what_guidance_acts_on(changes, shown):
-    rows = dict(page._protocol_grid({"search": protocol(**changes)}).rows)
+    rows = dict(grids.protocol_grid({"search": protocol(**changes)}).rows)
     assert rows["guided channels"] == shown and rows["cfg scale"] == str(changes["cfg_scale"])
 
 

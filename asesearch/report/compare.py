@@ -1,0 +1,250 @@
+"""`compare`: fronts of several studies as a page, figures and CSV."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from asesearch.report import grids, tables
+from asesearch.report.comparison import Comparison, compare_results
+from asesearch.report.folder import MARK, environment, write_folder
+from asesearch.report.style import (
+    BLUE,
+    GREEN,
+    GREY,
+    ORANGE,
+    PURPLE,
+    SKY,
+    SMALL,
+    VERMILION,
+    Drawing,
+    axes,
+    log_axis,
+    percent_axis,
+)
+from asesearch.report.wording import number, percent, relative
+from asesearch.study.records import StudyResults
+
+COLOURS = (BLUE, VERMILION, GREEN, PURPLE, ORANGE, SKY, GREY)
+MARKS = "osD^vPX"
+LINES = ("-", (0, (6, 2)), (0, (2, 1.5)), (0, (6, 2, 1, 2)))
+
+
+def compare(
+    results: Sequence[StudyResults],
+    out_dir: Path | None = None,
+    groups: Sequence[str] | None = None,
+) -> Comparison:
+    """Put the fronts of studies on one scale, and write the page where a folder is given.
+
+    Args:
+        results: of two studies or more, `Study.open(…).results()`; nothing is written into them.
+        out_dir: an empty or missing folder, or one that holds an earlier comparison.
+        groups: of each study the group that it is a repeat in; default: its name, so that the same
+            study searched with several seeds is one method with repeats.
+
+    Raises:
+        ConfigError: fewer than two studies, or another number of groups.
+        EvaluationError: the studies were measured in different ways; names the field and both
+            values.
+        StudyError: a study has no score, or `out_dir` holds something else.
+        WriteError: `out_dir` can't be written.
+    """
+    comparison = compare_results(results, groups)
+    if out_dir is not None:
+        write_folder(Path(out_dir), "comparison", lambda folder: _write(comparison, folder))
+    return comparison
+
+
+def _write(comparison: Comparison, folder: Path) -> None:
+    """Everything into an empty folder."""
+    shown = [(drawing, drawing.save(folder / "figures")) for drawing in drawings(comparison)]
+    for name in ("studies", "groups", "points", "attained", "wins"):
+        table = getattr(comparison, name)
+        if not table.empty:
+            table.to_csv(folder / "tables" / f"{name}.csv", index=False, lineterminator="\n")
+    page = environment().get_template("compare.html.j2")
+    html = page.render(
+        mark=MARK.format(what="comparison"),
+        comparison=comparison,
+        figures={d.name: (d, base64.b64encode(svg).decode()) for d, svg in shown},
+        studies=_studies_grid(comparison),
+        groups=_groups_grid(comparison),
+        wins=_wins_grid(comparison),
+        protocol=grids.protocol_grid({comparison.kind: comparison.protocol}),
+        reference=number(comparison.reference[1]),
+        level=tables.LEVEL,
+    )
+    (folder / "index.html").write_text(html, encoding="utf-8")
+
+
+# -- tables --------------------------------------------------------------------------------------
+
+
+def _studies_grid(comparison: Comparison) -> grids.Grid:
+    rows = [
+        (
+            row["study"],
+            row["group"],
+            str(row["trials"]),
+            number(row["full_quality"]),
+            number(row["hypervolume"]),
+            percent(row["share"]),
+        )
+        for _, row in comparison.studies.iterrows()
+    ]
+    head = ("study", "group", "trials", "full network", "hypervolume", "of all studies' together")
+    return grids.Grid(head, rows)
+
+
+def _groups_grid(comparison: Comparison) -> grids.Grid:
+    rows = [
+        (
+            row["group"],
+            str(row["studies"]),
+            number(row["hypervolume"]),
+            f"{number(row['hypervolume_min'])} … {number(row['hypervolume_max'])}",
+            percent(row["wins"]),
+        )
+        for _, row in comparison.groups.iterrows()
+    ]
+    head = (
+        "group",
+        "studies",
+        "hypervolume, mean",
+        "least … largest",
+        "budgets where it clearly wins",
+    )
+    return grids.Grid(head, rows)
+
+
+def _wins_grid(comparison: Comparison) -> grids.Grid:
+    rows = []
+    for _, row in comparison.wins.iterrows():
+        least, most = number(row["lead_min"]), number(row["lead_max"])
+        lead = least if least == most else f"{least} … {most}"
+        between = f"{relative(row['time_from'])} … {relative(row['time_to'])}"
+        rows.append((between, row["winner"] or "no clear winner", lead, row["verdict"]))
+    return grids.Grid(("time budget", "lowest score", "lead over the next", "because"), rows)
+
+
+# -- figures -------------------------------------------------------------------------------------
+
+
+def drawings(comparison: Comparison) -> list[Drawing]:
+    """The figures of the page; nothing is drawn yet."""
+    kind = (
+        "confirmed scores, measured"
+        if comparison.kind == "confirmed"
+        else "search scores, predicted"
+    )
+    caption = f"All fronts: {kind} sampling time. Down and left is better."
+    if not comparison.attained.empty:
+        caption += (
+            " Of a group with repeats the line is what at least half of them attained, the band "
+            "reaches from the best to the worst."
+        )
+    points = comparison.points
+    out = [
+        Drawing(
+            "fronts", "Fronts", caption, points, lambda: draw_fronts(points, comparison.attained)
+        )
+    ]
+    what = "the logarithm of the score" if comparison.scale == "log" else "the score"
+    caption = (
+        f"Area that each study dominates in time × {what}, below one reference point for all: time "
+        f"{comparison.reference[0]:g}, score {number(comparison.reference[1])}. The line is the "
+        "group's mean."
+    )
+    studies = comparison.studies
+    out.append(
+        Drawing("hypervolume", "Hypervolume", caption, studies, lambda: draw_hypervolume(studies))
+    )
+    return out
+
+
+def draw_fronts(points: pd.DataFrame, attained: pd.DataFrame) -> Figure:
+    """Fronts of all groups over each other.
+
+    Args:
+        points: of `Comparison`.
+        attained: of `Comparison`.
+    """
+    figure, ax = axes(4.2)
+    front = points[points["on_front"].astype(bool)]
+    end = max(1.0, float(front["time_frac"].max()))
+    for i, group in enumerate(dict.fromkeys(points["group"])):
+        colour = COLOURS[i % len(COLOURS)]
+        style = LINES[i % len(LINES)]
+        mine = front[front["group"] == group]
+        surfaces = attained[attained["group"] == group]
+        if surfaces.empty:
+            _step(ax, mine, end, color=colour, ls=style, lw=1.6)
+        else:
+            _band(ax, surfaces, end, colour)
+            _step(ax, surfaces[surfaces["level"] == "median"], end, color=colour, ls=style, lw=1.8)
+        count = len(set(mine["study"]))
+        label = group if count < 2 else f"{group} ({count} studies)"
+        ax.errorbar(
+            mine["time_frac"],
+            mine["quality"],
+            mine["std_error"].fillna(0.0) if count < 2 else None,
+            fmt=MARKS[i % len(MARKS)],
+            color=colour,
+            ms=5.0 if count < 2 else 3.5,
+            alpha=1.0 if count < 2 else 0.7,
+            elinewidth=1,
+            capsize=2,
+            label=label,
+        )
+    confirmed = points["kind"].iloc[0] == "confirmed"
+    ax.set_xlabel(f"{'measured' if confirmed else 'predicted'} sampling time / full network's")
+    ax.set_ylabel(f"{points['metric'].iloc[0]}  (lower is better)")
+    percent_axis(ax.xaxis)
+    ax.legend(frameon=False, loc="upper right", fontsize=SMALL)
+    if front["quality"].min() > 0 and front["quality"].max() > 4 * front["quality"].min():
+        log_axis(ax)
+    return figure
+
+
+def _step(ax: Axes, corners: pd.DataFrame, end: float, **how: object) -> None:
+    """The line of a front: each corner's score holds until the next, the last to the end."""
+    x = [*corners["time_frac"], end]
+    y = [*corners["quality"], corners["quality"].iloc[-1]]
+    ax.step(x, y, where="post", **how)  # type: ignore[arg-type]
+
+
+def _band(ax: Axes, surfaces: pd.DataFrame, end: float, colour: str) -> None:
+    """Between what the best and what all repeats attained; where not all have a point, from the
+    best up to the highest score of the surfaces."""
+    edges = np.array(sorted({*surfaces["time_frac"], end}))
+    top = float(surfaces["quality"].max())
+
+    def line(level: str) -> np.ndarray:
+        corners = surfaces[surfaces["level"] == level]
+        place = np.searchsorted(corners["time_frac"].to_numpy(), edges, side="right") - 1
+        scores = np.append(corners["quality"].to_numpy(), np.nan)
+        return np.where(place < 0, top, scores[place])
+
+    ax.fill_between(edges, line("best"), line("worst"), step="post", color=colour, alpha=0.15, lw=0)
+
+
+def draw_hypervolume(studies: pd.DataFrame) -> Figure:
+    """A dot for each study, in a row for its group."""
+    names = list(dict.fromkeys(studies["group"]))
+    figure, ax = axes(0.9 + 0.42 * len(names))
+    for i, name in enumerate(names):
+        mine = studies[studies["group"] == name]["hypervolume"]
+        colour = COLOURS[i % len(COLOURS)]
+        ax.plot(mine, [i] * len(mine), MARKS[i % len(MARKS)], color=colour, ms=6, alpha=0.8)
+        ax.plot([mine.mean()] * 2, [i - 0.28, i + 0.28], color=colour, lw=2)
+    ax.set_yticks(range(len(names)), names)
+    ax.set_ylim(len(names) - 0.5, -0.5)
+    ax.set_xlabel("hypervolume  (higher is better)")
+    return figure

@@ -1,0 +1,373 @@
+"""Fronts of several studies on one scale: hypervolume, attainment over repeats, and where each
+wins. Only what was measured alike is compared."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+
+from asesearch.errors import ConfigError, EvaluationError, StudyError
+from asesearch.report import attainment, tables
+from asesearch.report.wording import percent
+from asesearch.score import EvaluationResult, Protocol
+from asesearch.study.records import REFERENCE_QUALITY, REFERENCE_TIME, StudyResults
+
+Array = npt.NDArray[np.float64]
+ALONE = "no other has a point as fast"
+APART = "every repeat is better"
+OVERLAP = "repeats overlap"
+FEW = "fewer than half of the repeats have a point as fast"
+TOLD_APART = "told apart"
+CLEAR = (ALONE, APART, TOLD_APART)
+
+
+@dataclass(frozen=True)
+class Member:
+    """A study of a comparison.
+
+    Attributes:
+        name: as it is shown; a study's name, and its place where several share it.
+        group: repeats of one method share a group.
+        results: of the study.
+        points: see `asesearch.report.tables.points`.
+    """
+
+    name: str
+    group: str
+    results: StudyResults
+    points: pd.DataFrame
+
+    @property
+    def front(self) -> pd.DataFrame:
+        """Its points that are not dominated, fastest first."""
+        return self.points[self.points["on_front"].astype(bool)]
+
+    @property
+    def corners(self) -> Array:
+        """(n, 2) time and score of its front."""
+        return self.front[["time_frac", "quality"]].to_numpy(dtype=np.float64)
+
+    def score_within(self, time: float) -> EvaluationResult | None:
+        """The lowest score that it reaches in this time; None if it has no point as fast."""
+        inside = self.front[self.front["time_frac"] <= time]
+        if inside.empty:
+            return None
+        number = int(inside.iloc[-1]["number"])
+        kind = self.points["kind"].iloc[0]
+        if kind == "search":
+            return tables.by_number(self.results)[number].quality
+        return next(c.quality for c in self.results.confirmations if c.number == number)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What studies under one protocol say of each other.
+
+    Attributes:
+        kind: "confirmed" where every study has confirmed scores, else "search".
+        protocol: that all scores share.
+        members: the studies, in the order given.
+        studies: one row a study: its group, trials, the full network's score, `hypervolume`, and
+            its `share` of the area that all studies together dominate.
+        groups: one row a group: number of studies, mean, least and largest hypervolume, and the
+            part of the time axis on which it `wins`.
+        points: every point of every study.
+        attained: see `asesearch.report.attainment.surfaces`, for groups of two studies or more.
+        wins: stretches of the time axis (budgets): who reaches the lowest score within it, if that
+            is more than noise, else an empty `winner`; the lead of the lowest over the next; and
+            why.
+        reference: time and score of the reference point.
+        scale: "log" where areas are taken over the logarithm of the score, else "linear".
+    """
+
+    kind: tables.Kind
+    protocol: Protocol
+    members: tuple[Member, ...]
+    studies: pd.DataFrame
+    groups: pd.DataFrame
+    points: pd.DataFrame
+    attained: pd.DataFrame
+    wins: pd.DataFrame
+    reference: tuple[float, float]
+    scale: str
+
+    def to_dict(self) -> dict[str, Any]:
+        """What it comes to, as plain data for JSON."""
+        tables = {"studies": self.studies, "groups": self.groups, "wins": self.wins}
+        return {
+            "kind": self.kind,
+            "metric": self.protocol.metric_name,
+            "reference": list(self.reference),
+            "scale": self.scale,
+            **{
+                name: table.astype(object).where(table.notna(), None).to_dict("records")
+                for name, table in tables.items()
+            },
+        }
+
+    def __str__(self) -> str:
+        lines = []
+        for _, row in self.groups.sort_values("hypervolume", ascending=False).iterrows():
+            repeats = f" ({row['studies']} studies)" if row["studies"] > 1 else ""
+            wins = f"clearly the lowest score on {percent(row['wins'])} of the time budgets"
+            lines.append(f"{row['group']}{repeats}: hypervolume {row['hypervolume']:.4g}, {wins}")
+        return "\n".join(lines)
+
+
+def compare_results(
+    results: Sequence[StudyResults], groups: Sequence[str] | None = None
+) -> Comparison:
+    """Put the fronts of studies on one scale.
+
+    Args:
+        results: of two studies or more.
+        groups: of each study the group that it is a repeat in; default: its name.
+
+    Raises:
+        ConfigError: fewer than two studies, or another number of groups.
+        EvaluationError: the studies were measured in different ways; names the field and both
+            values.
+        StudyError: a study has no score.
+    """
+    if len(results) < 2:
+        raise ConfigError(f"a comparison takes two studies or more; got {len(results)}; add one")
+    if groups is not None and len(groups) != len(results):
+        raise ConfigError(
+            f"one group per study is needed, in the same order; got {len(groups)} for "
+            f"{len(results)} studies; give --group once for each"
+        )
+    kind: tables.Kind = "confirmed" if all(r.confirmations for r in results) else "search"
+    names = _names(results)
+    protocol = _one_protocol(results, names, kind)
+    members = tuple(
+        Member(name, group, one, tables.points(one, kind))
+        for name, group, one in zip(
+            names, groups or [r.name for r in results], results, strict=True
+        )
+    )
+    reference, scale = _reference(members)
+    studies = _studies(members, reference, scale)
+    wins = _wins(members)
+    return Comparison(
+        kind,
+        protocol,
+        members,
+        studies,
+        _groups(studies, wins),
+        pd.concat([m.points.assign(study=m.name, group=m.group) for m in members])[
+            ["study", "group", *members[0].points.columns]
+        ].reset_index(drop=True),
+        _attained(members),
+        wins,
+        reference,
+        scale,
+    )
+
+
+def _names(results: Sequence[StudyResults]) -> list[str]:
+    """Names that tell the studies apart."""
+    names = [r.name for r in results]
+    out = []
+    for i, name in enumerate(names):
+        own = f"{name} ({names[: i + 1].count(name)})" if names.count(name) > 1 else name
+        out.append(own)
+    return out
+
+
+def _one_protocol(
+    results: Sequence[StudyResults], names: Sequence[str], kind: tables.Kind
+) -> Protocol:
+    """The protocol that all share.
+
+    Raises:
+        EvaluationError, StudyError: see `compare_results`.
+    """
+    first: Protocol | None = None
+    for one, name in zip(results, names, strict=True):
+        protocol = tables.protocol_of(one, kind)
+        if protocol is None:
+            raise StudyError(
+                f"a comparison needs scores; {name} has none; run `asesearch search` first"
+            )
+        if first is None:
+            first = protocol
+            continue
+        try:
+            first.require_same(protocol)
+        except EvaluationError as error:
+            raise EvaluationError(f"{names[0]} and {name}: {error}") from error
+        _check_unit_of_time(results[0], one, (names[0], name))
+    assert first is not None
+    return first
+
+
+def _check_unit_of_time(a: StudyResults, b: StudyResults, names: tuple[str, str]) -> None:
+    """Times are relative to the full network's under the study's own sampler: both must be the
+    same.
+
+    Raises:
+        EvaluationError: naming the field that differs and both values.
+    """
+    facts = []
+    for one in (a, b):
+        schedule = one.complete[0].schedule
+        facts.append(
+            {
+                "own sampler": str(one.own_sampler),
+                "depth": schedule.depth,
+                "num_train_timesteps": schedule.num_train_timesteps,
+                "backbone.kind": one.config.get("backbone", {}).get("kind"),
+            }
+        )
+    differ = [
+        f"{key}: {value!r} and {facts[1][key]!r}"
+        for key, value in facts[0].items()
+        if value != facts[1][key]
+    ]
+    if differ:
+        raise EvaluationError(
+            f"{names[0]} and {names[1]}: sampling times are relative to the full network's under "
+            f"the study's own sampler, so they are compared only where these are equal; they "
+            f"differ in {'; '.join(differ)}; search both alike"
+        )
+
+
+def _reference(members: Sequence[Member]) -> tuple[tuple[float, float], str]:
+    """One reference point for all: 1.1 times the full network's time, twice the highest of the full
+    networks' scores; where there is none, the highest score seen."""
+    values = np.concatenate([m.points["quality"].to_numpy(dtype=np.float64) for m in members])
+    full = [q for m in members if not math.isnan(q := _full_score(m))]
+    positive = bool((values > 0).all())
+    limit = REFERENCE_QUALITY * max(full) if positive and full else float(values.max())
+    return (REFERENCE_TIME, limit), "log" if positive else "linear"
+
+
+def _full_score(member: Member) -> float:
+    full = member.points[member.points["label"] == tables.FULL]
+    return float(full["quality"].iloc[0]) if len(full) else math.nan
+
+
+def _studies(members: Sequence[Member], reference: tuple[float, float], scale: str) -> pd.DataFrame:
+    def area(points: Array) -> float:
+        if scale == "linear":
+            return attainment.volume(points, reference)
+        logs = np.column_stack((points[:, 0], np.log(points[:, 1])))
+        return attainment.volume(logs, (reference[0], math.log(reference[1])))
+
+    everything = area(np.concatenate([m.corners for m in members]))
+    return pd.DataFrame(
+        [
+            {
+                "study": m.name,
+                "group": m.group,
+                "trials": len(m.results.records),
+                "points": len(m.points),
+                "full_quality": _full_score(m),
+                "hypervolume": (own := area(m.corners)),
+                "share": own / everything if everything else math.nan,
+            }
+            for m in members
+        ]
+    )
+
+
+def _groups(studies: pd.DataFrame, wins: pd.DataFrame) -> pd.DataFrame:
+    width = float((wins["time_to"] - wins["time_from"]).sum())
+    rows = []
+    for name in dict.fromkeys(studies["group"]):
+        mine = studies[studies["group"] == name]["hypervolume"]
+        won = wins[wins["winner"] == name]
+        rows.append(
+            {
+                "group": name,
+                "studies": len(mine),
+                "hypervolume": float(mine.mean()),
+                "hypervolume_min": float(mine.min()),
+                "hypervolume_max": float(mine.max()),
+                "wins": float((won["time_to"] - won["time_from"]).sum()) / width if width else 0.0,
+            }
+        )
+    return pd.DataFrame(rows)
+
+
+def _attained(members: Sequence[Member]) -> pd.DataFrame:
+    found = []
+    for name in dict.fromkeys(m.group for m in members):
+        surfaces = attainment.surfaces([m.corners for m in members if m.group == name])
+        found.append(surfaces.assign(group=name))
+    kept = [table for table in found if not table.empty] or found[:1]
+    return pd.concat(kept, ignore_index=True)[["group", *attainment.COLUMNS]]
+
+
+def _wins(members: Sequence[Member]) -> pd.DataFrame:
+    """Stretches between the times at which a front has a corner; neighbours with the same answer
+    are one."""
+    times = sorted({float(t) for m in members for t in m.corners[:, 0]})
+    end = max(1.0, times[-1])
+    edges = [*times, end] if times[-1] < end else times
+    rows: list[dict[str, Any]] = []
+    for begin, stop in pairwise(edges):
+        winner, lead, verdict = _winner(members, begin)
+        before = rows[-1] if rows else {}
+        if (winner, verdict) == (before.get("winner"), before.get("verdict")):
+            before["time_to"] = stop
+            before["lead_min"] = np.fmin(before["lead_min"], lead)
+            before["lead_max"] = np.fmax(before["lead_max"], lead)
+            continue
+        rows.append(
+            {
+                "time_from": begin,
+                "time_to": stop,
+                "winner": winner,
+                "lead_min": lead,
+                "lead_max": lead,
+                "verdict": verdict,
+            }
+        )
+    columns = ["time_from", "time_to", "winner", "lead_min", "lead_max", "verdict"]
+    return pd.DataFrame(rows, columns=columns)
+
+
+def _winner(members: Sequence[Member], time: float) -> tuple[str, float, str]:
+    """Who has the lowest score within a time budget, its lead, and its verdict; nobody, if that may
+    be noise.
+
+    A group stands by the median of its studies; one that has no point as fast counts as infinitely
+    bad.
+    """
+    reached = {
+        name: [attainment.best_within(m.corners, time) for m in members if m.group == name]
+        for name in dict.fromkeys(m.group for m in members)
+    }
+    if len(reached) == 1:
+        return "", math.nan, "the only group"
+    ranked = sorted(reached, key=lambda name: float(np.median(reached[name])))
+    first, second = ranked[:2]
+    a, b = (float(np.median(reached[name])) for name in (first, second))
+    if math.isinf(a):
+        return "", math.nan, FEW
+    if math.isinf(b):
+        return first, math.nan, ALONE
+    if len(reached[first]) == len(reached[second]) == 1:
+        verdict = _verdict(members, first, second, time)
+    else:
+        verdict = APART if max(reached[first]) < min(reached[second]) else OVERLAP
+    return (first if verdict in CLEAR else ""), b - a, verdict
+
+
+def _verdict(members: Sequence[Member], first: str, second: str, time: float) -> str:
+    """Of two single studies, by their scores repeat by repeat on the same seeds."""
+    a, b = (
+        next(m for m in members if m.group == name).score_within(time) for name in (first, second)
+    )
+    assert a is not None and b is not None
+    difference, _ = a.minus(b)
+    verdict = tables.verdict(difference, a.margin(b))
+    return TOLD_APART if verdict == "better" else verdict

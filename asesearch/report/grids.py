@@ -1,0 +1,230 @@
+"""Tables of a report as they are printed: text by text."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+import pandas as pd
+
+from asesearch.report import ladder, tables
+from asesearch.report.wording import number, percent, plus_minus
+from asesearch.score import Protocol
+from asesearch.study.records import StudyResults
+
+
+@dataclass(frozen=True)
+class Grid:
+    """A table as it is printed; `marked` are the rows that stand out."""
+
+    head: tuple[str, ...]
+    rows: Sequence[tuple[str, ...]]
+    marked: tuple[int, ...] = ()
+
+
+def front_grid(results: StudyResults, chosen: int | None) -> Grid:
+    """The front and, where it is not on it, the full network."""
+    points = tables.points(results, tables.kind_of(results))
+    points = points[points["on_front"].astype(bool) | (points["label"] == tables.FULL)]
+    metric = points["metric"].iloc[0] if len(points) else "score"
+    several = _several(results)
+    rows = [
+        (
+            row["label"],
+            percent(1 - row["time_frac"]),
+            _time(row["time_frac"], row["time_spread"]),
+            plus_minus(row["quality"], row["std_error"]),
+            _difference(row),
+            row["verdict"] if row["on_front"] else f"{row['verdict']}, off the front",
+            *((row["sampler"],) if several else ()),
+            row["schedule"],
+        )
+        for _, row in points.iterrows()
+    ]
+    marked = tuple(i for i, n in enumerate(points["number"]) if n == chosen)
+    sampler = ("sampler",) if several else ()
+    head = (
+        "schedule",
+        "saved",
+        "time",
+        metric,
+        "difference",
+        f"against the full network ({tables.LEVEL})",
+        *sampler,
+        "blocks run, data to noise",
+    )
+    return Grid(head, rows, marked)
+
+
+def _several(results: StudyResults) -> bool:
+    """Whether samplers compete."""
+    return len({r.sampler for r in results.records}) > 1
+
+
+def _time(frac: float, spread: float) -> str:
+    if math.isnan(frac):
+        return "not measured"
+    return (
+        percent(frac)
+        if math.isnan(spread) or spread == 0
+        else f"{100 * frac:.1f} ± {100 * spread:.1f}\N{NO-BREAK SPACE}%"
+    )
+
+
+def _difference(row: pd.Series) -> str:
+    if row["verdict"] == "the reference":
+        return "–"
+    return ("+" if row["difference"] > 0 else "") + plus_minus(
+        row["difference"], row["difference_margin"]
+    )
+
+
+def confirmation_grid(results: StudyResults) -> Grid:
+    head = ("schedule", "search", "confirmed", "selection bias", "time predicted", "time measured")
+    rows = [
+        (
+            row["label"],
+            plus_minus(row["search_quality"], row["search_std_error"]),
+            plus_minus(row["confirmed_quality"], row["confirmed_std_error"]),
+            "–"
+            if math.isnan(row["selection_bias"])
+            else f"{row['selection_bias']:+.3g}".replace("-", "−"),
+            percent(row["predicted_time_frac"]),
+            _time(row["measured_time_frac"], row["measured_time_spread"]),
+        )
+        for _, row in tables.confirmation(results).iterrows()
+    ]
+    return Grid(head, rows)
+
+
+def trials_grid(results: StudyResults) -> Grid:
+    table = tables.trials(results)
+    repeats = [c for c in table.columns if c.startswith("repeat_")]
+    seconds = [c for c in table.columns if c.endswith("_s")]
+    metric = next((m for m in table["metric"] if m), "score")
+    several = _several(results)
+    rows = [
+        (
+            str(row["number"]),
+            row["origin"],
+            *((row["sampler"],) if several else ()),
+            row["schedule"],
+            plus_minus(row["quality"], row["std_error"])
+            if row["state"] == "complete"
+            else row["state"],
+            *(number(row[c]) for c in (repeats if len(repeats) > 1 else ())),
+            *(_share(row[c]) for c in ("time_frac", "flops_frac", "block_frac")),
+            *(number(row[c]) for c in seconds),
+        )
+        for _, row in table.iterrows()
+    ]
+    head = [
+        "no.",
+        "origin",
+        *(("sampler",) if several else ()),
+        "blocks run, data to noise",
+        metric,
+    ]
+    head += [c.replace("_", " ") for c in repeats] if len(repeats) > 1 else []
+    head += ["time", "FLOPs", "block calls", *(f"{c.removesuffix('_s')}, s" for c in seconds)]
+    return Grid(tuple(head), rows, tuple(i for i, front in enumerate(table["on_front"]) if front))
+
+
+def _share(value: float) -> str:
+    return "–" if math.isnan(value) else percent(value)
+
+
+def cost_grid(results: StudyResults) -> Grid:
+    table = tables.cost(results)
+    if table.empty:
+        return Grid((), [])
+    if results.confirmations:
+        table = table[table["measured_time_frac"].notna()]
+    rows = [
+        (
+            row["label"],
+            _share(row["block_frac"]),
+            _share(row["flops_frac"]),
+            _share(row["predicted_time_frac"]),
+            _time(row["measured_time_frac"], row["measured_time_spread"]),
+        )
+        for _, row in table.sort_values(["predicted_time_frac", "number"]).iterrows()
+    ]
+    return Grid(
+        ("schedule", "block calls (bound)", "FLOPs", "time predicted", "time measured"), rows
+    )
+
+
+def protocol_grid(protocols: dict[str, Protocol | None]) -> Grid:
+    """Every field of the protocols in use, one column each."""
+    used = {name: p for name, p in protocols.items() if p is not None}
+    rows = [("metric name", *(p.metric_name for p in used.values()))] if used else []
+    for f in fields(Protocol):
+        rows.append((f.name.replace("_", " "), *(_protocol_cell(p, f.name) for p in used.values())))
+    return Grid(("", *used), rows if used else [])
+
+
+def _protocol_cell(protocol: Protocol, name: str) -> str:
+    value = getattr(protocol, name)
+    if name in ("solver", "num_steps") and value is None:  # where samplers compete
+        return "any: part of the point"
+    if name == "guided_channels" and value is None:
+        return "none: no guidance" if protocol.cfg_scale == 1 else "not on record"
+    return f"the first {value}" if name == "guided_channels" else _plain(value)
+
+
+def environment_grid(results: StudyResults) -> Grid:
+    """The environment, one line a fact, and what changed while the study ran."""
+    rows = [(key, _plain(value)) for key, value in _flat(results.environment).items()]
+    seen: dict[str, set[str]] = {}
+    for r in results.records:
+        for package, version in r.versions.items():
+            seen.setdefault(package, set()).add(version)
+    rows += [
+        (f"{p}: changed between trials", ", ".join(sorted(v)))
+        for p, v in sorted(seen.items())
+        if len(v) > 1
+    ]
+    return Grid(("", ""), rows)
+
+
+def rungs_grid(results: StudyResults) -> Grid:
+    """Decisions at the low-fidelity rung."""
+    rows = [
+        (
+            row["label"],
+            plus_minus(row["low_fidelity_score"], row["low_fidelity_std_error"]),
+            "up" if row["promoted"] else "stopped",
+            row["reason"],
+        )
+        for _, row in ladder.rungs(results).iterrows()
+    ]
+    return Grid(("schedule", "low-fidelity score", "went", "because"), rows)
+
+
+def failed_grid(results: StudyResults) -> Grid:
+    failed = [r for r in results.records if r.state == "failed"]
+    rows = [
+        (str(r.number), r.origin, str(r.schedule), r.failure or "no reason on record")
+        for r in failed
+    ]
+    return Grid(("no.", "origin", "blocks run, data to noise", "reason"), rows)
+
+
+def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    out: dict[str, Any] = {}
+    for key, value in tree.items():
+        out |= (
+            _flat(value, f"{prefix}{key} ")
+            if isinstance(value, dict)
+            else {f"{prefix}{key}": value}
+        )
+    return out
+
+
+def _plain(value: Any) -> str:
+    if isinstance(value, (list, tuple)):
+        return ", ".join(map(str, value))
+    return "none" if value is None else str(value)

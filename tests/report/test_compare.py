@@ -1,0 +1,160 @@
+"""Studies compared: areas by hand, attainment by counting, winners only where it is no noise, and
+nothing that was measured in different ways."""
+
+import json
+import math
+import re
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+import asesearch
+from asesearch.errors import ConfigError, EvaluationError, StudyError
+from asesearch.report import attainment, compare, comparison
+from asesearch.report.comparison import compare_results
+from asesearch.score import EvaluationResult
+
+
+def shifted(results, by, name="other"):
+    """The same study with every score moved."""
+
+    def moved(quality):
+        return EvaluationResult(quality.protocol, tuple(v + by for v in quality.values))
+
+    return replace(
+        results,
+        name=name,
+        records=tuple(
+            replace(r, quality=moved(r.quality)) if r.quality else r for r in results.records
+        ),
+        confirmations=tuple(replace(c, quality=moved(c.quality)) for c in results.confirmations),
+    )
+
+
+@pytest.fixture(scope="module")
+def three():
+    """Three repeats of one study."""
+    from tests.report.conftest import build
+
+    return [build(16, seed=s, failed=()) for s in range(3)]
+
+
+def test_attainment_by_counting():
+    """A place is attained by as many repeats as have a point that is no slower and no worse."""
+    rng = np.random.default_rng(0)
+    fronts = [rng.uniform(size=(6, 2)) for _ in range(5)]
+    table = attainment.surfaces(fronts)
+    assert list(dict.fromkeys(table["level"])) == ["best", "median", "worst"]
+    assert list(dict.fromkeys(table["attained_by"])) == [1, 3, 5]
+    for _, row in table.iterrows():
+        corner = np.array([row["time_frac"], row["quality"]])
+        by = sum((f <= corner + 1e-12).all(axis=1).any() for f in fronts)
+        assert by >= row["attained_by"]
+        for axis in range(2):  # and a corner is where that ends
+            less = corner.copy()
+            less[axis] -= 1e-6
+            assert sum((f <= less).all(axis=1).any() for f in fronts) < row["attained_by"]
+    assert attainment.surfaces(fronts[:1]).empty
+
+
+def test_volume_by_hand():
+    points = np.array([[0.25, 3.0], [0.5, 1.0], [0.75, 2.0]])
+    assert attainment.volume(points, (1.0, 4.0)) == pytest.approx(0.25 * 1 + 0.5 * 3)
+    assert attainment.volume(points, (0.1, 4.0)) == 0
+    assert attainment.best_within(points, 0.4) == 3.0
+    assert math.isinf(attainment.best_within(points, 0.2))
+
+
+def test_the_better_of_two_studies_wins_wherever_it_is_no_noise(three):
+    other = shifted(three[0], 0.5)
+    found = compare_results([three[0], other])
+    assert found.kind == "confirmed" and found.scale == "log"
+    assert set(found.wins["winner"]) == {"demo"}
+    assert set(found.wins["verdict"]) == {"told apart"}
+    np.testing.assert_allclose(found.wins["lead_min"], 0.5)
+    groups = found.groups.set_index("group")
+    assert groups.loc["demo", "wins"] == pytest.approx(1) and groups.loc["other", "wins"] == 0
+    assert groups.loc["demo", "hypervolume"] > groups.loc["other", "hypervolume"]
+    full = found.studies.set_index("study")["full_quality"]
+    assert found.reference == (1.1, pytest.approx(2 * full.max()))
+    assert found.studies["share"].tolist() == [
+        1.0,
+        pytest.approx(groups["hypervolume"].min() / groups["hypervolume"].max()),
+    ]
+    # negative control: equal studies have no winner
+    equal = compare_results([three[0], replace(three[0], name="other")])
+    assert set(equal.wins["winner"]) == {""} and set(equal.groups["wins"]) == {0}
+
+
+def test_one_repeat_of_the_evaluation_names_no_winner(study):
+    one = study(8, repeats=1, failed=())
+    found = compare_results([one, shifted(one, 0.5)])
+    assert set(found.wins["verdict"]) == {"spread unknown (one repeat)"}
+    assert set(found.wins["winner"]) == {""}
+
+
+def test_seeds_of_one_study_are_repeats(three):
+    others = [shifted(one, 5.0) for one in three]
+    found = compare_results([*three, *others])
+    assert found.studies["study"].tolist()[:3] == ["demo (1)", "demo (2)", "demo (3)"]
+    assert found.groups["studies"].tolist() == [3, 3]
+    assert set(found.attained["group"]) == {"demo", "other"}
+    far = found.wins[found.wins["verdict"] == comparison.APART]
+    assert set(far["winner"]) == {"demo"} and len(far)
+    overlap = compare_results([*three, *(shifted(one, 0.001) for one in three)])
+    assert comparison.OVERLAP in set(overlap.wins["verdict"])
+    grouped = compare_results([*three, others[0]], ["a", "a", "b", "b"])
+    assert grouped.groups["group"].tolist() == ["a", "b"]
+    assert "a (2 studies): hypervolume" in str(grouped)
+
+
+def test_what_was_measured_otherwise_is_refused(three, study):
+    other = study(8, num_samples=500, failed=())
+    with pytest.raises(
+        EvaluationError, match=r"demo \(1\) and demo \(2\).*num_samples: 1000 and 500"
+    ):
+        compare_results([three[0], other])
+    config = three[0].config
+    slow = {**config, "sampling": {**config["sampling"], "num_steps": 100}}
+    with pytest.raises(EvaluationError, match="own sampler: 'ddim-50' and 'ddim-100'"):
+        compare_results([three[0], replace(three[1], config=slow)])
+    with pytest.raises(StudyError, match="needs scores"):
+        compare_results([three[0], replace(three[1], records=(), confirmations=())])
+    with pytest.raises(ConfigError, match="two studies or more"):
+        compare_results(three[:1])
+    with pytest.raises(ConfigError, match="got 1 for 3 studies"):
+        compare_results(three, ["a"])
+
+
+def test_without_confirmation_everywhere_the_search_is_compared(three):
+    found = compare_results([three[0], replace(three[1], confirmations=())])
+    assert found.kind == "search" and set(found.points["kind"]) == {"search"}
+
+
+def test_page_figures_and_csv(three, tmp_path):
+    found = asesearch.compare([*three[:2], shifted(three[2], 0.4)], tmp_path / "out")
+    assert asesearch.compare is compare
+    folder = tmp_path / "out"
+    assert {p.name for p in (folder / "figures").iterdir()} == {
+        f"{n}.{e}" for n in ("fronts", "hypervolume") for e in ("svg", "png", "csv")
+    }
+    assert {p.stem for p in (folder / "tables").iterdir()} == {
+        "studies",
+        "groups",
+        "points",
+        "attained",
+        "wins",
+    }
+    html = (folder / "index.html").read_text()
+    assert (
+        "demo (2)" in html
+        and "no clear winner" in html
+        and "nan" not in re.sub(r'src="[^"]*"', "", html)
+    )
+    assert json.dumps(found.to_dict(), allow_nan=False)
+    compare([three[0], three[1]], folder)  # over an earlier one
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "a.tex").write_text("precious")
+    with pytest.raises(StudyError, match="a comparison goes into an empty folder"):
+        compare([three[0], three[1]], tmp_path / "thesis")
