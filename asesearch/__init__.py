@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from asesearch.config import load_study as load_study
-    from asesearch.deployment.bundle import load_bundle as load_bundle
     from asesearch.deployment.export import export as export
+    from asesearch.deployment.reading import load_bundle as load_bundle
+    from asesearch.deployment.verify import verify as verify
     from asesearch.finetuning import finetune as finetune
     from asesearch.point import Point as Point
     from asesearch.report import compare as compare
@@ -34,12 +35,13 @@ _HOMES = {
     "compare": ("asesearch.report", "compare"),
     "export": ("asesearch.deployment.export", "export"),
     "finetune": ("asesearch.finetuning", "finetune"),
-    "load_bundle": ("asesearch.deployment.bundle", "load_bundle"),
+    "load_bundle": ("asesearch.deployment.reading", "load_bundle"),
     "load_study": ("asesearch.config", "load_study"),
     "pick": ("asesearch.study", "pick"),
     "pick_nearest": ("asesearch.study", "pick_nearest"),
     "run_search": ("asesearch.search", "search"),
     "sample": ("asesearch.sampling", "sample"),
+    "verify": ("asesearch.deployment.verify", "verify"),
     "write_report": ("asesearch.report", "write_report"),
 }
 
@@ -59,6 +61,7 @@ __all__ = [
     "pick_nearest",
     "run_search",
     "sample",
+    "verify",
     "write_report",
 ]
 

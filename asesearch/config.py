@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import re
 import tomllib
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
 from pydantic import (
     AfterValidator,
@@ -65,6 +66,9 @@ class _Section(BaseModel):
     """Strictly typed: true is no number, "10" no integer, 1.0 no integer; an integer is a float."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+
+Section = TypeVar("Section", bound=_Section)
 
 
 class LossWeight(_Section):
@@ -426,8 +430,17 @@ def parse_study(data: dict[str, Any], where: str) -> StudyConfig:
     Raises:
         ConfigError: an unknown key or a value out of range.
     """
+    return parse_section(StudyConfig, data, where)
+
+
+def parse_section(model: type[Section], data: Mapping[str, Any], where: str) -> Section:
+    """Check one section that is already parsed; `where` begins the error message.
+
+    Raises:
+        ConfigError: an unknown key or a value out of range.
+    """
     try:
-        return StudyConfig.model_validate(data)
+        return model.model_validate(data)
     except ValidationError as error:
         raise ConfigError(explain(error, where)) from error
 

@@ -211,7 +211,7 @@ def test_a_message_is_one_of_the_program(block):
 
 def test_a_message_of_no_program_is_seen():
     damaged = (
-        "bundle/model.safetensors is missing or damaged (its SHA-256 is not the recorded one); "
+        "bundle/model.safetensors is damaged: its SHA-256 is not the recorded one; "
         "copy the bundle again"
     )
     check_message(damaged)

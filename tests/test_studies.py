@@ -18,8 +18,9 @@ from asesearch.backbones import DiT, UViT
 from asesearch.backbones.diffusers_adapter import DiffusersBackbone
 from asesearch.config import DataConfig, load_study, parse_study, read_toml
 from asesearch.data.latents import LatentShards
-from asesearch.deployment.bundle import load_bundle
 from asesearch.deployment.export import export
+from asesearch.deployment.images import decoder_of, prompts_for
+from asesearch.deployment.reading import load_bundle
 from asesearch.diffusion import Diffusion
 from asesearch.errors import AseSearchError, ConfigError, DataError
 from asesearch.evaluation.extractors import register_extractor
@@ -273,7 +274,7 @@ def test_imagenet(imagenet, tmp_path):
         latents, loaded.sample(range(3)).images.numpy()
     )
     call("sample", bundle, "--num", 3, "--vae", imagenet / "vae", "-o", tmp_path / "y.npz")
-    decoded = loaded.decoder(imagenet / "vae").decode(torch.from_numpy(latents))
+    decoded = decoder_of(loaded, imagenet / "vae").decode(torch.from_numpy(latents))
     assert np.array_equal(np.load(tmp_path / "y.npz")["images"], parts.to_uint8(decoded).numpy())
     with pytest.raises(ConfigError, match="picture needs --vae"):
         call("sample", bundle, "-o", tmp_path / "z.png")
@@ -413,7 +414,7 @@ def test_pixart(tmp_path):
     expected = bench.sample(loaded.backbone, point, seeds).images[:4]
     # its own prompts are the data's first four
     assert torch.equal(loaded.sample(seeds).images[:4], expected)
-    y = loaded.encode_prompts(["a  red shirt", "a blue shirt"], text)
+    y = prompts_for(loaded, ["a  red shirt", "a blue shirt"], text)
     own = {name: value[:2] for name, value in loaded.prompts.items()}
     torch.testing.assert_close(
         y["encoder_hidden_states"], own["encoder_hidden_states"], atol=2e-3, rtol=0

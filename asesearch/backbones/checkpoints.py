@@ -152,11 +152,31 @@ def _own_config(contents: Contents) -> tuple[str, dict[str, Any]]:
             return kind, {"transformer": dict(given["transformer"])}
         cls = BACKBONES[kind]
         check_args(cls, given)
+        args = {**{k: p.default for k, p in inspect.signature(cls).parameters.items()}, **given}
+        _check_sizes(kind, args, contents.state)
     except (KeyError, ValueError, TypeError, AttributeError) as error:
         raise CheckpointError(
             f"the metadata of {contents.path} is damaged: {error}; write it with save_backbone"
         ) from error
-    return kind, {**{k: p.default for k, p in inspect.signature(cls).parameters.items()}, **given}
+    return kind, args
+
+
+def _check_sizes(kind: str, args: Mapping[str, Any], state: Mapping[str, Tensor]) -> None:
+    """Refuse sizes that are not those of the weights, before a network of them is made.
+
+    Raises:
+        ValueError: naming what differs.
+    """
+    size = args["input_size" if kind == "dit" else "img_size"]
+    width = args["hidden_size" if kind == "dit" else "embed_dim"]
+    extras = 0 if kind == "dit" else 1 + (args["num_classes"] > 0)  # tokens before the patches
+    tokens = extras + (size // args["patch_size"]) ** 2
+    positions = state.get("pos_embed", torch.empty(0)).shape
+    if positions != (1, tokens, width) or args["depth"] > len(state):
+        raise ValueError(
+            f"it tells of {args['depth']} blocks and {tokens} tokens of width {width}, and the "
+            f"weights are {len(state)} tensors with positions of shape {tuple(positions)}"
+        )
 
 
 def _model_name(kind: str, args: Mapping[str, Any]) -> str:

@@ -50,10 +50,10 @@ def latents(
 ) -> None:
     """Encode an image folder once through a VAE, and captions through a text encoder. Killed runs
     resume."""
+    from asesearch.backbones.device import default_device
     from asesearch.config import DataConfig
     from asesearch.encoding import encode_folder
     from asesearch.files import check_writable
-    from asesearch.search.opening import default_device
 
     if max_length is not None and captions is None:
         raise ConfigError(

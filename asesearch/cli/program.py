@@ -76,6 +76,7 @@ app.command("compare")(results.compare)
 app.command("map")(searching.map_)
 app.command("pick")(results.pick)
 app.command("export")(results.export)
+app.command("verify")(results.verify)
 app.command("latents")(data.latents)
 app.command("train-extractor")(data.train_extractor_)
 

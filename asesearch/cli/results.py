@@ -1,4 +1,4 @@
-"""`report`, `compare`, `pick`, `export` and `sample`."""
+"""`report`, `compare`, `pick`, `export`, `sample` and `verify`."""
 
 from __future__ import annotations
 
@@ -160,8 +160,8 @@ def export(
     dry_run: DryRun = False,
 ) -> None:
     """Pick a point of the front and write it as a bundle that samples anywhere."""
-    from asesearch.deployment.bundle import check_bundle_dir
     from asesearch.deployment.export import plan_export
+    from asesearch.deployment.writing import check_bundle_dir
     from asesearch.study import Study
 
     choosing = (pick, quality, time, early_exit or None, or_nearest or None)
@@ -282,3 +282,29 @@ def sample(
             "seconds": round(result.seconds, 3),
         }
     )
+
+
+def verify(
+    bundle: Annotated[Path, typer.Argument(help="Folder that `asesearch export` wrote.")],
+    speed: Annotated[
+        bool,
+        typer.Option("--speed/--no-speed", help="Time it against the full network; about 20 s."),
+    ] = True,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+) -> None:
+    """Check an exported folder on this machine: file hashes, network, outputs against those on
+    record, and measured speed beside what its blocks promise.
+
+    Exit code 0 if all is as it should be, else 1.
+    """
+    from asesearch.deployment.verify import verify as look
+
+    with interruptible("nothing was changed"):
+        checks = look(bundle, speed=speed)
+    if as_json:
+        print_json([check.to_dict() for check in checks])
+    else:
+        for check in checks:
+            typer.echo(f"{check.name:8} {'ok' if check.passed else 'FAILED':7} {check.found}")
+    if not all(check.passed for check in checks):
+        raise typer.Exit(1)

@@ -12,7 +12,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from asesearch.data import check_readable
-from asesearch.deployment.bundle import Bundle, check_bundle_dir, write_bundle
+from asesearch.deployment.bundle import Bundle
+from asesearch.deployment.writing import check_bundle_dir, write_bundle
 from asesearch.errors import StudyError
 from asesearch.files import check_writable
 from asesearch.finetuning import CHECKPOINT, finetune

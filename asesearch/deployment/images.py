@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from asesearch.backbones.conditioning import Conditioning
+from asesearch.backbones.device import default_device
 from asesearch.data import save_images
-from asesearch.deployment.bundle import load_bundle
+from asesearch.deployment.bundle import Bundle
+from asesearch.deployment.reading import load_bundle
+from asesearch.encoding import LatentDecoder, encode_prompts
 from asesearch.errors import ConfigError
 from asesearch.evaluation.fidelity import to_uint8
 from asesearch.files import check_writable
 from asesearch.sampling import SampleResult
-from asesearch.search.opening import default_device
 
 
 class BundleImages:
@@ -61,10 +66,10 @@ class BundleImages:
                 "this bundle makes latents, and a picture needs --vae; got none; give it, or write "
                 ".npz"
             )
-        self.decoder = None if vae is None else self.bundle.decoder(vae)
+        self.decoder = None if vae is None else decoder_of(self.bundle, vae)
         self.y: Conditioning | None = None if label is None else self.bundle.labels(label, num)
         if prompt is not None and text_encoder is not None:
-            self.y = self.bundle.encode_prompts([prompt] * num, text_encoder)
+            self.y = prompts_for(self.bundle, [prompt] * num, text_encoder)
         how, calls = self.bundle.plan(self.seeds, self.y, num_steps)
         self.plan: dict[str, Any] = {
             "schedule": str(self.bundle.schedule),
@@ -102,3 +107,38 @@ def _check_options(
             "correct it"
         )
     check_writable(out)
+
+
+def decoder_of(bundle: Bundle, vae: Path) -> LatentDecoder:
+    """What turns a bundle's latents into images, from the folder of their AutoencoderKL, on the
+    network's device.
+
+    Raises:
+        ConfigError: this bundle makes images.
+        CheckpointError, DataError: no AutoencoderKL there, or one that scales latents otherwise.
+    """
+    if bundle.latents is None:
+        raise ConfigError(
+            f"a VAE is for bundles that make latents; got {vae} for one that makes images; "
+            "leave it out"
+        )
+    decoder = LatentDecoder(vae, next(bundle.backbone.parameters()).device)
+    decoder.check_scaling(bundle.latents["shift"], bundle.latents["scale"])
+    return decoder
+
+
+def prompts_for(bundle: Bundle, texts: Sequence[str], text_encoder: Path) -> dict[str, Tensor]:
+    """Texts as `y` of `Bundle.sample`, by the folder of the text encoder that the network was
+    trained with.
+
+    Raises:
+        ConfigError: this bundle takes no prompts, or those of another text encoder.
+        CheckpointError: no text encoder there.
+    """
+    if bundle.prompts is None:
+        raise ConfigError(
+            f"prompts are for networks that take them; got {texts[0]!r} for another; leave them out"
+        )
+    length = bundle.prompts["encoder_hidden_states"].shape[1]
+    device = next(bundle.backbone.parameters()).device
+    return encode_prompts(texts, text_encoder, length, device)

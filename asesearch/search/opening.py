@@ -32,11 +32,6 @@ def conditioning_for(
     return data.conditions([s % len(data) for s in seeds])
 
 
-def default_device() -> torch.device:
-    """The first visible GPU, or the CPU. Choose another GPU with CUDA_VISIBLE_DEVICES."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
 def open_reference(config: StudyConfig, data: DataSource, extractor: Extractor) -> ReferenceStats:
     """Statistics of the study's reference data, from the package where it ships them, so the data
     need not be here.

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from asesearch.backbones.base import Backbone
 from asesearch.backbones.checkpoints import load_backbone
+from asesearch.backbones.device import default_device
 from asesearch.backbones.digests import weights_fingerprint
 from asesearch.config import StudyConfig
 from asesearch.data import open_data
@@ -31,7 +32,6 @@ from asesearch.score import EvaluationResult, Protocol
 from asesearch.search.opening import (
     check_evaluation,
     conditioning_for,
-    default_device,
     open_decoder,
     open_reference,
 )

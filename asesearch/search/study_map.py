@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from asesearch.backbones.checkpoints import load_backbone
+from asesearch.backbones.device import default_device
 from asesearch.config import StudyConfig
 from asesearch.data import open_data
 from asesearch.diffusion import make_diffusion
 from asesearch.files import check_writable
 from asesearch.search.mapping import map_seconds, measure_map
-from asesearch.search.opening import default_device
 from asesearch.study.difficulty import DifficultyMap
 
 

@@ -236,8 +236,8 @@ def test_protocol_leaves_competing_samplers_out(study, tmp_path):
 
 
 def test_a_whole_search_on_the_ladder(study, tmp_path):
-    from asesearch.deployment.bundle import load_bundle
     from asesearch.deployment.export import export
+    from asesearch.deployment.reading import load_bundle
     from asesearch.search import search
 
     results = search(study, tmp_path / "run")

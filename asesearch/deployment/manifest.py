@@ -1,0 +1,154 @@
+"""`bundle.json`: what an exported folder says of itself, and the hashes of its files.
+
+It is read strictly, and nothing here reads a weight. All formats share it: `format` tells them
+apart, and `files` gives size and SHA-256 of every other file.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from asesearch.errors import CheckpointError
+from asesearch.files import file_sha256
+
+MANIFEST = "bundle.json"
+MAX_BYTES = 1 << 24  # of a manifest; those of real studies have a few thousand
+_EXPORT = "export it again"
+_COPY = "copy the bundle again"
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """What the folder's manifest says; `format` and `files` are there and are text and a table.
+
+    Raises:
+        CheckpointError: none there, or no strict JSON: damaged, a key twice, a number that is none.
+    """
+    path = folder / MANIFEST
+    try:
+        if path.stat().st_size > MAX_BYTES:
+            raise ValueError(f"it has more than {MAX_BYTES:,} bytes")
+        data = json.loads(
+            path.read_text(encoding="utf-8"),
+            object_pairs_hook=_once,
+            parse_constant=_refuse_constant,
+        )
+    except RecursionError as error:
+        raise CheckpointError(f"can't read {path}: it is nested too deep; {_EXPORT}") from error
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise CheckpointError(
+            f"can't read {path}: {reason}; is {folder} a bundle written by `asesearch export`?"
+        ) from error
+    if not (
+        isinstance(data, dict)
+        and isinstance(data.get("format"), str)
+        and isinstance(data.get("files"), dict)
+    ):
+        raise CheckpointError(f"{path} is not the manifest of an asesearch bundle; {_EXPORT}")
+    return data
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"it has the key {twice[:40]!r} twice")
+    return found
+
+
+def _refuse_constant(text: str) -> Any:
+    raise ValueError(f"it has {text}, which is no JSON number")
+
+
+def check_format(folder: Path, data: Mapping[str, Any], name: str, version: int) -> None:
+    """Refuse the manifest of another format, or of another version of it.
+
+    Raises:
+        CheckpointError: naming both.
+    """
+    path = folder / MANIFEST
+    if data["format"] != name:
+        raise CheckpointError(
+            f"{path} is not the manifest of a bundle of format {name!r}; got "
+            f"{data['format'][:40]!r}; give another folder"
+        )
+    found = data.get("version")
+    if type(found) is not int or found != version:
+        raise CheckpointError(
+            f"{path} has bundle version {repr(found)[:40]}; this release reads "
+            f"{version}; update asesearch"
+        )
+
+
+def file_entries(folder: Path, names: Iterable[str]) -> dict[str, dict[str, Any]]:
+    """`files` of a manifest: size and SHA-256 of these files of the folder."""
+    return {
+        name: {"sha256": file_sha256(folder / name), "bytes": (folder / name).stat().st_size}
+        for name in names
+    }
+
+
+def check_names(folder: Path, data: Mapping[str, Any], names: Iterable[str]) -> None:
+    """Refuse a manifest that names other files than its format has.
+
+    Raises:
+        CheckpointError: naming one.
+    """
+    wanted = set(names)
+    odd = sorted(wanted ^ set(data["files"]))
+    if odd:
+        what = "lacks the file" if odd[0] in wanted else "names the unknown file"
+        raise CheckpointError(f"{folder / MANIFEST} {what} {odd[0][:80]!r}; {_EXPORT}")
+
+
+def check_files(folder: Path, data: Mapping[str, Any]) -> None:
+    """Compare every file on record with its size and hash; nothing else of the folder is read.
+
+    Raises:
+        CheckpointError: a name that leads out of the folder, a link, or a file that is missing or
+            damaged.
+    """
+    for name in data["files"]:
+        _check_name(folder, name)
+    for name, entry in data["files"].items():
+        _check_file(folder, name, entry)
+
+
+def _check_name(folder: Path, name: str) -> None:
+    """Refuse a name that leads elsewhere, by itself or by a link."""
+    parts = PurePosixPath(name).parts
+    plain = name and name == "/".join(parts) and not {"..", ".", "/"} & set(parts)
+    if not plain or any(c in name for c in "\\:\0") or name == MANIFEST:
+        raise CheckpointError(
+            f"{folder / MANIFEST} must name files inside the bundle; got {name[:80]!r}; {_EXPORT}"
+        )
+    for i in range(len(parts)):
+        path = folder.joinpath(*parts[: i + 1])
+        if path.is_symlink():
+            raise CheckpointError(
+                f"{path} is a link, and a bundle has the files themselves; copy what it leads to "
+                "(cp -L)"
+            )
+
+
+def _check_file(folder: Path, name: str, entry: object) -> None:
+    path = folder / name
+    if not path.is_file():
+        raise CheckpointError(f"{path} is missing; {_COPY}")
+    if not (isinstance(entry, dict) and entry.keys() == {"sha256", "bytes"}):
+        raise CheckpointError(
+            f"{folder / MANIFEST} must give sha256 and bytes of {name}; got {str(entry)[:80]}; "
+            f"{_EXPORT}"
+        )
+    size = path.stat().st_size
+    if size != entry["bytes"]:
+        raise CheckpointError(
+            f"{path} is damaged: it has {size:,} bytes, and {str(entry['bytes'])[:40]} are on "
+            f"record; {_COPY}"
+        )
+    if file_sha256(path) != entry["sha256"]:
+        raise CheckpointError(f"{path} is damaged: its SHA-256 is not the recorded one; {_COPY}")

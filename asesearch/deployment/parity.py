@@ -1,0 +1,132 @@
+"""Inputs and outputs that a bundle keeps of its network, so that whoever loads it knows that it
+computes the same there.
+
+The file has `x_t` (N, C, H, W), `t` (N,), labels `y` (N,) or a prompt's tensors `y.NAME` (N, …)
+where the network takes them, and `out.D` (N, C or 2·C, H, W) float32 for every exit depth D that
+the schedule uses.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from asesearch.backbones.base import Backbone
+from asesearch.errors import CheckpointError
+from asesearch.schedule import ExitSchedule
+
+IMAGES = 2  # or one a prompt
+PROMPT = "y."  # begins the names of the prompts' tensors
+OUTPUT = "out."  # begins those of the outputs, the exit depth behind it
+TOLERANCE = 2e-3  # of the largest output; float32 on another processor stays far below
+
+
+def make_parity(
+    net: Backbone,
+    schedule: ExitSchedule,
+    num_train_timesteps: int,
+    prompts: Mapping[str, Tensor] | None,
+) -> dict[str, Tensor]:
+    """The tensors of the file: random images and timesteps, and what the network gives for them."""
+    count = parity_count(prompts)
+    generator = torch.Generator().manual_seed(0)
+    x_t = torch.randn(count, net.in_channels, net.input_size, net.input_size, generator=generator)
+    t = torch.randint(num_train_timesteps, (count,), generator=generator)
+    tensors = {"x_t": x_t, "t": t} | {f"{PROMPT}{k}": v for k, v in (prompts or {}).items()}
+    if net.num_classes:
+        tensors["y"] = torch.arange(count) % net.num_classes
+    return tensors | _outputs(net, tensors, sorted(set(schedule.exit_depths)))
+
+
+def parity_count(prompts: Mapping[str, Tensor] | None) -> int:
+    """Images in the file."""
+    return len(next(iter(prompts.values()))) if prompts else IMAGES
+
+
+def prompts_of(parity: Mapping[str, Tensor]) -> dict[str, Tensor] | None:
+    """The prompts among the tensors of the file."""
+    return {k.removeprefix(PROMPT): v for k, v in parity.items() if k.startswith(PROMPT)} or None
+
+
+@torch.no_grad()
+def _outputs(
+    net: Backbone, tensors: Mapping[str, Tensor], depths: Sequence[int]
+) -> dict[str, Tensor]:
+    device = next(net.parameters()).device
+    given = {k: v.to(device) for k, v in tensors.items() if not k.startswith(OUTPUT)}
+    y = given.get("y") if "y" in given else prompts_of(given)
+    outputs = {f"{OUTPUT}{d}": net(given["x_t"], given["t"], y, exit_depth=d) for d in depths}
+    return {k: v.float().cpu().contiguous() for k, v in outputs.items()}
+
+
+def parity_errors(net: Backbone, parity: Mapping[str, Tensor]) -> dict[int, float]:
+    """Exit depth -> the largest difference from the outputs on record over the largest of them."""
+    expected = {int(k.removeprefix(OUTPUT)): v for k, v in parity.items() if k.startswith(OUTPUT)}
+    made = _outputs(net, parity, list(expected))
+    return {
+        depth: float(
+            (made[f"{OUTPUT}{depth}"] - want).abs().max() / want.abs().max().clamp(min=1e-6)
+        )
+        for depth, want in expected.items()
+    }
+
+
+def check_tensors(
+    parity: Mapping[str, Tensor], net: Backbone, schedule: ExitSchedule, num_train_timesteps: int
+) -> None:
+    """Refuse a file whose tensors are not those of the network and its schedule.
+
+    Raises:
+        CheckpointError: names, shapes or types that do not fit, or values out of range.
+    """
+    prompts = prompts_of(parity) if net.takes_prompt else None
+    inputs = {"x_t", "t", *(("y",) if net.num_classes else ())}
+    inputs |= {f"{PROMPT}{k}" for k in prompts or {}}
+    wanted = inputs | {f"{OUTPUT}{d}" for d in schedule.exit_depths}
+    if wanted != parity.keys() or (net.takes_prompt and prompts is None):
+        odd = sorted(wanted ^ parity.keys())
+        raise CheckpointError(
+            "the parity file must hold inputs, and outputs at the exit depths of the schedule, "
+            f"{', '.join(sorted(wanted))}; missing or unknown: {', '.join(odd)[:80]}; export it "
+            "again"
+        )
+    count = parity_count(prompts)
+    image = (count, net.in_channels, net.input_size, net.input_size)
+    out = (count, net.in_channels * (2 if net.learn_sigma else 1), *image[2:])
+    shapes = {"x_t": image, "t": (count,), "y": (count,)}
+    for name, value in parity.items():
+        whole = name in ("t", "y")
+        shape = shapes.get(name, (count, *value.shape[1:]) if name in inputs else out)
+        kind = torch.int64 if whole else torch.float32
+        if value.shape != shape or (value.dtype != kind and not name.startswith(PROMPT)):
+            raise CheckpointError(
+                f"the parity file's {name} must be {_type(kind)} {tuple(shape)}; got "
+                f"{_type(value.dtype)} {tuple(value.shape)}; export it again"
+            )
+        top = {"t": num_train_timesteps, "y": net.num_classes}.get(name)
+        if top is not None and not 0 <= int(value.min()) <= int(value.max()) < top:
+            raise CheckpointError(
+                f"the parity file's {name} must lie in 0…{top - 1}; got {value.tolist()}; export "
+                "it again"
+            )
+
+
+def _type(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def refuse_errors(errors: Mapping[int, float], folder: object) -> None:
+    """Refuse a network that computes something else than on record.
+
+    Raises:
+        CheckpointError: naming the exit depth.
+    """
+    for depth, error in errors.items():
+        if not error <= TOLERANCE:
+            raise CheckpointError(
+                f"the network of {folder} computes something else here than where it was exported: "
+                f"at exit depth {depth} it is off by {error:.2g} of the largest output "
+                f"(tolerance {TOLERANCE:g}); check versions and device"
+            )

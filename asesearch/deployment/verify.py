@@ -1,0 +1,188 @@
+"""`verify`: an exported folder looked at as its user would meet it: files, network, outputs, speed.
+
+Each format opens its folder in its own way (`FORMATS`); what is checked of it is the same for all.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from asesearch.backbones.device import default_device
+from asesearch.deployment import bundle, parity
+from asesearch.deployment.manifest import check_files, check_format, check_names, read_manifest
+from asesearch.deployment.reading import open_bundle
+from asesearch.errors import AseSearchError, CheckpointError
+from asesearch.evaluation.cost import compare_sampling_time
+from asesearch.schedule import ExitSchedule
+
+SPEED_S = 20.0  # that timing takes, about
+PAIRS = 5  # timed samplings under the schedule and by the full network
+KEPT = 0.5  # share of the promised saving of time that must be there
+
+
+@dataclass(frozen=True)
+class Check:
+    """One thing that was looked at.
+
+    Attributes:
+        name: "files", "network", "parity" or "speed".
+        passed: whether it is as it should be.
+        found: what was found, in words.
+        numbers: the same as plain data.
+    """
+
+    name: str
+    passed: bool
+    found: str
+    numbers: Mapping[str, Any]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for JSON."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Opened:
+    """An exported folder that is loaded; all that a format must give.
+
+    Attributes:
+        what: its network, in words.
+        schedule: its exit schedule.
+        num_steps: of its sampler.
+        batch_size: images that it samples together, at most.
+        errors: runs the network on the inputs on record; exit depth -> the largest difference from
+            the outputs on record over the largest of them.
+        tolerance: the largest such error that is right.
+        run: samples so many images in so many steps under a schedule of this network; gives the
+            timesteps of its network calls. None where the folder can't run at full depth.
+    """
+
+    what: str
+    schedule: ExitSchedule
+    num_steps: int
+    batch_size: int
+    errors: Callable[[], Mapping[int, float]]
+    tolerance: float
+    run: Callable[[ExitSchedule, int, int], Sequence[float]] | None = None
+
+
+def _bundle(folder: Path, data: Mapping[str, Any]) -> Opened:
+    check_format(folder, data, bundle.FORMAT, bundle.VERSION)
+    check_names(folder, data, bundle.FILES)
+    made, recorded = open_bundle(folder, data, default_device())
+
+    def run(schedule: ExitSchedule, num_steps: int, num_images: int) -> Sequence[float]:
+        return replace(made, schedule=schedule).sample(range(num_images), None, num_steps).timesteps
+
+    net = made.backbone
+    count = sum(p.numel() for p in net.parameters())
+    return Opened(
+        what=f"{type(net).__name__} of {net.depth} blocks, {count / 1e6:.3g} M parameters; "
+        f"schedule {made.schedule}, {made.sampling.sampler}",
+        schedule=made.schedule,
+        num_steps=made.sampling.num_steps,
+        batch_size=made.sampling.batch_size,
+        errors=lambda: parity.parity_errors(net, recorded),
+        tolerance=parity.TOLERANCE,
+        run=run,
+    )
+
+
+#: Format of a manifest -> what opens such a folder, whose files are those on record.
+FORMATS: dict[str, Callable[[Path, Mapping[str, Any]], Opened]] = {bundle.FORMAT: _bundle}
+
+
+def verify(folder: str | os.PathLike[str], *, speed: bool = True) -> list[Check]:
+    """Look at an exported folder: the hashes of its files, its network, its outputs against those
+    on record, and its measured speed on this machine beside what its blocks promise.
+
+    What fails ends the list, since the rest could not be relied on.
+
+    Args:
+        folder: that `asesearch export` wrote, in any format.
+        speed: time it, which takes about 20 s more.
+    """
+    folder = Path(folder)
+    checks: list[Check] = []
+    name = "files"
+    try:
+        data = read_manifest(folder)
+        checks.append(_files(folder, data))
+        name = "network"
+        opened = _open(folder, data)
+        checks.append(Check(name, True, opened.what, {"schedule": str(opened.schedule)}))
+        name = "parity"
+        checks.append(_parity(opened))
+        name = "speed"
+        if speed and checks[-1].passed and opened.run is not None:
+            checks.append(_speed(opened, opened.run))
+    except AseSearchError as error:
+        checks.append(Check(name, False, str(error), {}))
+    return checks
+
+
+def _open(folder: Path, data: Mapping[str, Any]) -> Opened:
+    if data["format"] not in FORMATS:
+        raise CheckpointError(
+            f"{folder} must be of the format {' or '.join(FORMATS)}; got {data['format'][:40]!r}; "
+            "update asesearch"
+        )
+    return FORMATS[data["format"]](folder, data)
+
+
+def _files(folder: Path, data: Mapping[str, Any]) -> Check:
+    check_files(folder, data)
+    sizes = {name: entry["bytes"] for name, entry in data["files"].items()}
+    found = f"{len(sizes)} files, {sum(sizes.values()) / 1e6:,.1f} MB, hashes as recorded"
+    return Check("files", True, found, {"bytes": sizes})
+
+
+def _parity(opened: Opened) -> Check:
+    errors = opened.errors()
+    worst = max(errors, key=lambda depth: errors[depth] if errors[depth] >= 0 else math.inf)
+    passed = all(error <= opened.tolerance for error in errors.values())  # not so for NaN
+    found = (
+        f"{len(errors)} exit depths, off by at most {errors[worst]:.2g} of the largest output "
+        f"(depth {worst}; tolerance {opened.tolerance:g})"
+    )
+    numbers = {"errors": {str(d): e for d, e in errors.items()}, "tolerance": opened.tolerance}
+    return Check("parity", passed, found, numbers)
+
+
+def _speed(opened: Opened, run: Callable[[ExitSchedule, int, int], Sequence[float]]) -> Check:
+    """Whole samplings under the schedule and by the full network in turn; as many steps and images
+    as take `SPEED_S` together."""
+    schedule = opened.schedule
+    full = ExitSchedule.full(schedule.depth, schedule.num_train_timesteps)
+    run(full, 1, 1)
+    start = time.perf_counter()
+    run(full, 1, 1)
+    calls = SPEED_S / (2 * PAIRS + 2) / (time.perf_counter() - start)  # in one sampling
+    steps = max(1, min(opened.num_steps, int(calls)))
+    images = max(1, min(opened.batch_size, int(calls / steps)))
+    timesteps: list[float] = []
+
+    def early() -> None:
+        timesteps[:] = run(schedule, steps, images)
+
+    time_ = compare_sampling_time(early, lambda: run(full, steps, images), PAIRS)
+    bound = schedule.block_frac(timesteps)
+    found = (
+        f"{time_.median:.3f} ± {time_.spread:.3f} of the full network's time, blocks alone "
+        f"{bound:.3f} ({images} images, {steps} of {opened.num_steps} steps, {PAIRS} pairs)"
+    )
+    numbers = {
+        "time_frac": time_.median,
+        "spread": time_.spread,
+        "block_frac": bound,
+        "images": images,
+        "steps": steps,
+        "full_s": min(b for _, b in time_.pairs),
+    }
+    return Check("speed", 1 - time_.median >= KEPT * (1 - bound), found, numbers)

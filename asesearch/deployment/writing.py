@@ -1,0 +1,110 @@
+"""Writing a bundle: its folder appears whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from safetensors.torch import save_file
+
+from asesearch.backbones.base import check_schedule
+from asesearch.backbones.checkpoints import save_backbone
+from asesearch.deployment.bundle import FILES, FORMAT, VERSION, Bundle
+from asesearch.deployment.manifest import MANIFEST, file_entries
+from asesearch.deployment.parity import make_parity, parity_count
+from asesearch.errors import CheckpointError
+from asesearch.files import check_writable
+
+
+def write_bundle(bundle: Bundle, folder: Path, *, overwrite: bool = False) -> Path:
+    """Write a bundle; the folder appears whole or not at all.
+
+    Raises:
+        CheckpointError, WriteError: see `check_bundle_dir`.
+        ConfigError: no prompts for a network that takes them, or prompts that it does not take.
+        ScheduleError: the schedule does not fit the network.
+    """
+    folder = Path(folder)
+    check_schedule(bundle.backbone, bundle.diffusion.num_train_timesteps, bundle.schedule)
+    if bundle.backbone.takes_prompt:
+        bundle.backbone.check_conditioning(bundle.prompts, parity_count(bundle.prompts))
+    with whole_folder(folder, overwrite=overwrite) as part:
+        _write_files(bundle, part)
+    return folder
+
+
+@contextmanager
+def whole_folder(folder: Path, *, overwrite: bool = False) -> Iterator[Path]:
+    """A new folder to fill, which takes the place of `folder` at the end; if the body fails,
+    `folder` is as it was.
+
+    Raises:
+        CheckpointError, WriteError: see `check_bundle_dir`; or it can't be written.
+    """
+    check_bundle_dir(folder, overwrite=overwrite)
+    part = folder.with_name(f"{folder.name}.{os.getpid()}.part")
+    try:
+        part.mkdir(parents=True)
+        yield part
+        if folder.exists():
+            old = folder.with_name(f"{folder.name}.{os.getpid()}.old")
+            os.replace(folder, old)
+            os.replace(part, folder)
+            shutil.rmtree(old)
+        else:
+            os.replace(part, folder)
+    except OSError as error:
+        raise CheckpointError(
+            f"can't write the bundle {folder}: {error}; choose a folder you may write to"
+        ) from error
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+
+
+def check_bundle_dir(folder: Path, *, overwrite: bool = False) -> None:
+    """Refuse a folder that no bundle can be written to; nothing is left behind.
+
+    Raises:
+        CheckpointError: it exists (and `overwrite` is not set), or holds something else.
+        WriteError: it can't be written.
+    """
+    folder = Path(folder)
+    if os.path.lexists(folder):
+        if not folder.is_dir() or folder.is_symlink() or os.path.ismount(folder):
+            raise CheckpointError(
+                f"a bundle is a folder of its own, replaced as a whole; got {folder}, which is a "
+                "file, a link or a mount point; choose another, or a folder in it"
+            )
+        if not overwrite:
+            raise CheckpointError(
+                f"{folder} exists already; choose another folder, or overwrite it (--overwrite)"
+            )
+        if any(folder.iterdir()) and not (folder / MANIFEST).is_file():
+            raise CheckpointError(
+                f"{folder} is not a bundle, so it is not overwritten; choose another folder"
+            )
+    check_writable(folder.with_name(f"{folder.name}.{2**22}.part"), FILES[1], named=folder)
+
+
+def _write_files(bundle: Bundle, folder: Path) -> None:
+    net = bundle.backbone
+    save_backbone(net, folder / FILES[0], {})
+    steps = bundle.diffusion.num_train_timesteps
+    save_file(make_parity(net, bundle.schedule, steps, bundle.prompts), folder / FILES[1])
+    data = {
+        "format": FORMAT,
+        "version": VERSION,
+        "schedule": bundle.schedule.to_dict(),
+        "backbone": {"kind": bundle.kind, "config": net.config},
+        "diffusion": bundle.diffusion.model_dump(mode="json"),
+        "sampling": bundle.sampling.model_dump(mode="json"),
+        "evaluation": bundle.evaluation,
+        "provenance": bundle.provenance,
+        "latents": bundle.latents,
+        "files": file_entries(folder, FILES),
+    }
+    (folder / MANIFEST).write_text(json.dumps(data, indent=1), encoding="utf-8")

@@ -1,0 +1,110 @@
+"""`verify`: what is right passes, and each kind of wrong fails its own check."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from typer.testing import CliRunner
+
+import asesearch
+from asesearch.cli import app
+from asesearch.config import DiffusionConfig, SamplingConfig
+from asesearch.deployment import verify as module
+from asesearch.deployment.bundle import Bundle
+from asesearch.deployment.manifest import file_entries
+from asesearch.deployment.verify import Opened, verify
+from asesearch.deployment.writing import write_bundle
+from asesearch.schedule import ExitSchedule
+
+SCHEDULE = ExitSchedule.from_string("4 4 2 1", 4)
+
+
+@pytest.fixture
+def folder(tiny_dit, tmp_path):
+    how = SamplingConfig(solver="ddim", num_steps=4, batch_size=5)
+    made = Bundle(tiny_dit, SCHEDULE, "dit", DiffusionConfig(), how, {}, {})
+    return write_bundle(made, tmp_path / "bundle")
+
+
+def resealed(folder):
+    """The hashes on record made those of the files as they are."""
+    path = folder / "bundle.json"
+    data = json.loads(path.read_text())
+    data["files"] = file_entries(folder, data["files"])
+    path.write_text(json.dumps(data))
+
+
+def test_a_whole_bundle_passes(folder, monkeypatch):
+    monkeypatch.setattr(module, "SPEED_S", 0.5)
+    checks = asesearch.verify(str(folder))
+    assert [c.name for c in checks] == ["files", "network", "parity", "speed"]
+    assert all(c.passed for c in checks[:3])
+    assert "DiT of 4 blocks" in checks[1].found and str(SCHEDULE) in checks[1].found
+    assert set(checks[2].numbers["errors"]) == {"1", "2", "4"}
+    assert max(checks[2].numbers["errors"].values()) < 1e-5
+    assert 0 < checks[3].numbers["block_frac"] < 1 and checks[3].numbers["images"] <= 5
+
+
+def test_damage_fails_files_and_ends_there(folder):
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-1])
+    (only,) = verify(folder)
+    assert (only.name, only.passed) == ("files", False) and "is damaged" in only.found
+    assert verify(folder / "nothing")[0].found.startswith("can't read")
+
+
+def test_another_network_fails_network_or_parity(folder):
+    path = folder / "parity.safetensors"
+    whole = load_file(path)
+    save_file({**whole, "out.2": whole["out.2"] * 1.01}, path)
+    resealed(folder)
+    checks = verify(folder)
+    assert [(c.name, c.passed) for c in checks][1:] == [("network", True), ("parity", False)]
+    assert "(depth 2; tolerance 0.002)" in checks[-1].found
+    save_file({**whole, "out.2": torch.full_like(whole["out.2"], torch.nan)}, path)
+    resealed(folder)
+    assert not verify(folder)[-1].passed
+    save_file({k: v for k, v in whole.items() if k != "out.2"}, path)
+    resealed(folder)
+    assert [(c.name, c.passed) for c in verify(folder)][1:] == [("network", False)]
+
+
+@pytest.mark.parametrize(("frac", "passed"), [(0.6, True), (0.8, True), (0.95, False)])
+def test_speed_is_judged_by_the_promised_saving(frac, passed, monkeypatch):
+    """A schedule that runs 5/8 of the blocks must save at least half of 3/8."""
+    now = [0.0]
+    monkeypatch.setattr("time.perf_counter", lambda: now[0])
+
+    def run(schedule, steps, images):
+        now[0] += steps * images * (1.0 if min(schedule.exit_depths) == 4 else frac)
+        return SCHEDULE.boundaries[:-1][:steps] if steps > 1 else (0,)
+
+    opened = Opened("a network", SCHEDULE, 4, 1, dict, 1.0, run)
+    monkeypatch.setattr(module, "SPEED_S", 60.0)
+    check = module._speed(opened, run)
+    assert check.numbers["time_frac"] == pytest.approx(frac)
+    assert (check.numbers["steps"], check.numbers["block_frac"]) == (4, 11 / 16)
+    assert check.passed is passed
+
+
+def test_another_format_is_named(folder):
+    path = folder / "bundle.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "format": "asesearch.zip"}))
+    checks = verify(folder, speed=False)
+    assert [c.passed for c in checks] == [True, False] and "got 'asesearch.zip'" in checks[1].found
+
+
+def test_the_command_prints_a_table_or_json_and_exits(folder):
+    run = CliRunner().invoke
+    table = run(app, ["verify", str(folder), "--no-speed"])
+    assert table.exit_code == 0
+    assert [line.split()[:2] for line in table.stdout.splitlines()] == [
+        ["files", "ok"],
+        ["network", "ok"],
+        ["parity", "ok"],
+    ]
+    (folder / "parity.safetensors").unlink()
+    failed = run(app, ["verify", str(folder), "--json"])
+    assert failed.exit_code == 1
+    assert [(c["name"], c["passed"]) for c in json.loads(failed.stdout)] == [("files", False)]
