@@ -112,7 +112,7 @@ def _shown(run: SearchRun) -> StudyResults:
         return run.run(
             on_trial,
             lambda c: say(
-                f"trial {c.number}: {c.quality.value:.4g} at {c.measured_time_frac:.3f} measured"
+                f"trial {c.number}: {c.quality.value:.4g} at {_time(c.measured_time_frac)} measured"
             ),
             on_step=lambda step, loss: bar.set_postfix_str(f"step {step} loss {loss:.4f}"),
             on_warm_up=lambda step, loss: bar.set_postfix_str(f"warm-up {step} loss {loss:.4f}"),
@@ -137,16 +137,23 @@ def _front(results: StudyResults) -> list[dict[str, Any]]:
             "quality": row["quality"],
             "std_error": None if isnan(row["std_error"]) else row["std_error"],
             "time_frac": row["time_frac"],
+            "speed_up": row["speed_up"],
         }
         for row in rows
     ]
+
+
+def _time(frac: float) -> str:
+    """A relative sampling time and the speed-up it comes to."""
+    return f"{frac:.3f}× the time ({1 / frac:.2f}× as fast)"
 
 
 def _trial_line(record: TrialRecord) -> str:
     """One line about a trial that has ended."""
     point = f"trial {record.number} ({record.origin}) {record.point}"
     if record.quality is not None:
-        return f"{point}: {record.quality.value:.4g} at {record.time_frac:.3f} of the time"
+        assert record.time_frac is not None
+        return f"{point}: {record.quality.value:.4g} at {_time(record.time_frac)}"
     if record.low_fidelity is not None and record.failure is None:
         return (
             f"{point}: low-fidelity score {record.low_fidelity.quality.value:.4g}, "

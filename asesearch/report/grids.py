@@ -10,7 +10,7 @@ from typing import Any
 import pandas as pd
 
 from asesearch.report import ladder, tables
-from asesearch.report.wording import number, percent, plus_minus
+from asesearch.report.wording import number, plus_minus, relative, speed_up
 from asesearch.score import Protocol
 from asesearch.study.records import StudyResults
 
@@ -33,8 +33,8 @@ def front_grid(results: StudyResults, chosen: int | None) -> Grid:
     rows = [
         (
             row["label"],
-            percent(1 - row["time_frac"]),
-            _time(row["time_frac"], row["time_spread"]),
+            relative(row["time_frac"], row["time_spread"]),
+            speed_up(row["time_frac"]),
             plus_minus(row["quality"], row["std_error"]),
             _difference(row),
             row["verdict"] if row["on_front"] else f"{row['verdict']}, off the front",
@@ -47,8 +47,8 @@ def front_grid(results: StudyResults, chosen: int | None) -> Grid:
     sampler = ("sampler",) if several else ()
     head = (
         "schedule",
-        "saved",
-        "time",
+        "relative time",
+        "speed-up",
         metric,
         "difference",
         f"against the full network ({tables.LEVEL})",
@@ -63,16 +63,6 @@ def _several(results: StudyResults) -> bool:
     return len({r.sampler for r in results.records}) > 1
 
 
-def _time(frac: float, spread: float) -> str:
-    if math.isnan(frac):
-        return "not measured"
-    return (
-        percent(frac)
-        if math.isnan(spread) or spread == 0
-        else f"{100 * frac:.1f} ± {100 * spread:.1f}\N{NO-BREAK SPACE}%"
-    )
-
-
 def _difference(row: pd.Series) -> str:
     if row["verdict"] == "the reference":
         return "–"
@@ -82,7 +72,15 @@ def _difference(row: pd.Series) -> str:
 
 
 def confirmation_grid(results: StudyResults) -> Grid:
-    head = ("schedule", "search", "confirmed", "selection bias", "time predicted", "time measured")
+    head = (
+        "schedule",
+        "search",
+        "confirmed",
+        "selection bias",
+        "time predicted",
+        "time measured",
+        "speed-up",
+    )
     rows = [
         (
             row["label"],
@@ -91,8 +89,9 @@ def confirmation_grid(results: StudyResults) -> Grid:
             "–"
             if math.isnan(row["selection_bias"])
             else f"{row['selection_bias']:+.3g}".replace("-", "−"),
-            percent(row["predicted_time_frac"]),
-            _time(row["measured_time_frac"], row["measured_time_spread"]),
+            relative(row["predicted_time_frac"]),
+            relative(row["measured_time_frac"], row["measured_time_spread"]),
+            speed_up(row["measured_time_frac"]),
         )
         for _, row in tables.confirmation(results).iterrows()
     ]
@@ -115,7 +114,9 @@ def trials_grid(results: StudyResults) -> Grid:
             if row["state"] == "complete"
             else row["state"],
             *(number(row[c]) for c in (repeats if len(repeats) > 1 else ())),
-            *(_share(row[c]) for c in ("time_frac", "flops_frac", "block_frac")),
+            relative(row["time_frac"]),
+            speed_up(row["time_frac"]),
+            *(relative(row[c]) for c in ("flops_frac", "block_frac")),
             *(number(row[c]) for c in seconds),
         )
         for _, row in table.iterrows()
@@ -128,12 +129,14 @@ def trials_grid(results: StudyResults) -> Grid:
         metric,
     ]
     head += [c.replace("_", " ") for c in repeats] if len(repeats) > 1 else []
-    head += ["time", "FLOPs", "block calls", *(f"{c.removesuffix('_s')}, s" for c in seconds)]
+    head += [
+        "relative time",
+        "speed-up",
+        "FLOPs",
+        "block calls",
+        *(f"{c.removesuffix('_s')}, s" for c in seconds),
+    ]
     return Grid(tuple(head), rows, tuple(i for i, front in enumerate(table["on_front"]) if front))
-
-
-def _share(value: float) -> str:
-    return "–" if math.isnan(value) else percent(value)
 
 
 def cost_grid(results: StudyResults) -> Grid:
@@ -145,15 +148,30 @@ def cost_grid(results: StudyResults) -> Grid:
     rows = [
         (
             row["label"],
-            _share(row["block_frac"]),
-            _share(row["flops_frac"]),
-            _share(row["predicted_time_frac"]),
-            _time(row["measured_time_frac"], row["measured_time_spread"]),
+            relative(row["block_frac"]),
+            speed_up(row["block_frac"]),
+            relative(row["flops_frac"]),
+            relative(row["predicted_time_frac"]),
+            relative(row["measured_time_frac"], row["measured_time_spread"]),
+            speed_up(
+                row["predicted_time_frac"]
+                if math.isnan(row["measured_time_frac"])
+                else row["measured_time_frac"]
+            ),
         )
         for _, row in table.sort_values(["predicted_time_frac", "number"]).iterrows()
     ]
     return Grid(
-        ("schedule", "block calls (bound)", "FLOPs", "time predicted", "time measured"), rows
+        (
+            "schedule",
+            "block calls (bound)",
+            "speed-up of the bound",
+            "FLOPs",
+            "time predicted",
+            "time measured",
+            "speed-up",
+        ),
+        rows,
     )
 
 

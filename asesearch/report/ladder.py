@@ -26,7 +26,7 @@ from asesearch.report.style import (
     VERMILION,
     axes,
     log_axis,
-    percent_axis,
+    relative_axis,
 )
 from asesearch.study.records import StudyResults
 
@@ -131,7 +131,7 @@ def draw_rungs(data: pd.DataFrame) -> Figure:
     ax.set_ylabel(
         f"low-fidelity score, {int(data['low_fidelity_num_samples'].iloc[0])} images per repeat"
     )
-    percent_axis(ax.xaxis)
+    relative_axis(ax.xaxis)
     ax.legend(frameon=False)
     _log_if_wide(ax, data["low_fidelity_score"])
     return figure

@@ -26,7 +26,7 @@ from asesearch.report.style import (
     Drawing,
     axes,
     log_axis,
-    percent_axis,
+    relative_axis,
     settle,
 )
 from asesearch.report.wording import number
@@ -163,7 +163,7 @@ def draw_front(data: pd.DataFrame) -> Figure:
     confirmed = data["kind"].iloc[0] == "confirmed"
     ax.set_xlabel(f"{'measured' if confirmed else 'predicted'} sampling time / full network's")
     ax.set_ylabel(f"{data['metric'].iloc[0]}  (lower is better)")
-    percent_axis(ax.xaxis)
+    relative_axis(ax.xaxis)
     ax.margins(0.12)
     if len(samplers) > 1:
         for name in samplers:
@@ -303,7 +303,7 @@ def draw_trials(data: pd.DataFrame) -> Figure:
     ax.step(data["number"], data["best_quality"], where="post", color=VERMILION, zorder=2)
     bar = figure.colorbar(dots, ax=ax, pad=0.02, aspect=22)
     bar.set_label("predicted time / full network's")
-    percent_axis(bar.ax.yaxis)
+    relative_axis(bar.ax.yaxis)
     bar.outline.set_visible(False)
     _over_trials(ax, f"{data['metric'].iloc[0]}  (lower is better)")
     if data["quality"].min() > 0 and data["quality"].max() > 4 * data["quality"].min():
@@ -372,8 +372,8 @@ def draw_cost(data: pd.DataFrame) -> Figure:
     )
     ax.set_xlabel("block calls / full network's  (bound)")
     ax.set_ylabel("sampling time / full network's")
-    percent_axis(ax.xaxis)
-    percent_axis(ax.yaxis)
+    relative_axis(ax.xaxis)
+    relative_axis(ax.yaxis)
     settle(figure)
     keys = [("measured", BLUE)] if len(measured) else []
     for i, (text, colour) in enumerate(

@@ -16,7 +16,7 @@ import seaborn
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, MaxNLocator, PercentFormatter
+from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 #: Colour-blind safe: what a mark means is never said by its colour alone.
 BLUE, ORANGE, GREEN, VERMILION, PURPLE, _, _, GREY, _, SKY = seaborn.color_palette(
@@ -92,9 +92,9 @@ def axes(height: float = HEIGHT) -> tuple[Figure, Axes]:
     return figure, figure.add_subplot()
 
 
-def percent_axis(axis: Axis) -> None:
-    """Ticks as whole per cent."""
-    axis.set_major_formatter(PercentFormatter(1.0, decimals=0, symbol=" %"))
+def relative_axis(axis: Axis) -> None:
+    """Ticks as relative costs."""
+    axis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:.2g}×"))
     axis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10]))
 
 

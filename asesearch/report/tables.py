@@ -107,6 +107,7 @@ def trials(results: StudyResults) -> pd.DataFrame:
         }
         row |= {f"repeat_{i + 1}": values[i] if values else math.nan for i in range(repeats)}
         row |= {f"{c}_frac": _nan(getattr(r, f"{c}_frac")) for c in ("time", "flops", "block")}
+        row["speed_up"] = 1 / r.time_frac if r.time_frac else math.nan
         row |= {f"{part}_s": r.seconds.get(part, math.nan) for part in parts}
         row["gflops"] = sum(r.gflops.values()) if r.gflops else math.nan
         rows.append(
@@ -177,6 +178,7 @@ def points(results: StudyResults, kind: Kind) -> pd.DataFrame:
                 "metric": protocol.metric_name if protocol else "",
                 "time_frac": time,
                 "time_spread": spread,
+                "speed_up": 1 / time,
                 "quality": quality.value,
                 "std_error": _std_error(quality),
                 "difference": difference,
@@ -202,6 +204,7 @@ _POINT_COLUMNS = [
     "metric",
     "time_frac",
     "time_spread",
+    "speed_up",
     "quality",
     "std_error",
     "difference",

@@ -10,8 +10,8 @@ import pandas as pd
 from asesearch.report import tables
 from asesearch.study.records import StudyResults
 
-#: Saving of sampling time that the headline looks for.
-WORTHWHILE_SAVING = 0.25
+#: Relative sampling time that the headline looks for.
+WORTHWHILE_TIME = 0.75
 UNKNOWN = "spread unknown (one repeat)"
 TWO_REPEATS = (
     "From two repeats the interval of a difference reaches 12.7 standard errors either way, from "
@@ -24,14 +24,18 @@ def percent(frac: float) -> str:
     return f"{100 * frac:.0f}\N{NO-BREAK SPACE}%".replace("-", "−")
 
 
-def relative(frac: float) -> str:
-    """A relative cost: `0.6` as "0.60×"."""
-    return f"{frac:.2f}×"
+def relative(frac: float, spread: float = math.nan) -> str:
+    """A relative cost: `0.6` as "0.60×", with its spread as "0.598 ± 0.004×"; "–" if missing."""
+    if math.isnan(frac):
+        return "–"
+    if math.isnan(spread) or spread == 0:
+        return f"{frac:.2f}×"
+    return f"{frac:.3f} ± {spread:.3f}×"
 
 
 def speed_up(frac: float) -> str:
-    """What a relative cost comes to: `0.6` as "1.67×"."""
-    return f"{1 / frac:.2f}×"
+    """What a relative cost comes to: `0.6` as "1.67×"; "–" if missing."""
+    return f"{1 / frac:.2f}×" if frac > 0 else "–"
 
 
 def number(value: float, std_error: float = math.nan) -> str:
@@ -61,7 +65,7 @@ class Headline:
     Attributes:
         answer: one sentence.
         details: the scores it rests on, and what it leaves open, a sentence each.
-        success: a schedule saves enough at a score that is not worse.
+        success: a schedule is fast enough at a score that is not worse.
         chosen: number of the trial it speaks of; None if there is none.
     """
 
@@ -115,12 +119,9 @@ def _name(row: pd.Series) -> str:
     )
 
 
-def _saves(row: pd.Series) -> str:
-    saved = 1 - row["time_frac"]
-    verb = "is predicted to " if row["kind"] == "search" else ""
-    if saved < 0:
-        return f"{verb}cost{'' if verb else 's'} {percent(-saved)} more sampling time"
-    return f"{verb}save{'' if verb else 's'} {percent(saved)} of sampling time"
+def _takes(row: pd.Series) -> str:
+    verb = "is predicted to take" if row["kind"] == "search" else "takes"
+    return f"{verb} {relative(row['time_frac'])} the time ({speed_up(row['time_frac'])} as fast)"
 
 
 def _verdict(others: pd.DataFrame) -> Headline:
@@ -131,25 +132,25 @@ def _verdict(others: pd.DataFrame) -> Headline:
     ]
     if not matching.empty:
         best = matching.iloc[0]  # fastest first
-        if best["time_frac"] <= 1 - WORTHWHILE_SAVING:
+        if best["time_frac"] <= WORTHWHILE_TIME:
             at = (
                 f"at a better {metric} than the full network's"
                 if best["difference"] < -best["difference_margin"]
                 else f"at a {metric} that can't be told apart from the full network's"
             )
-            answer = f"{_name(best)} {_saves(best)} {at} ({tables.LEVEL}: {_interval(best)})."
+            answer = f"{_name(best)} {_takes(best)} {at} ({tables.LEVEL}: {_interval(best)})."
             return Headline(answer[0].upper() + answer[1:], (), True, int(best["number"]))
-        rest = f"the best was {_name(best)}, which {_saves(best)}"
+        rest = f"the best was {_name(best)}, which {_takes(best)}"
     else:
         faster = others[others["time_frac"] < 1]
         pool = others if faster.empty else faster
         best = pool.iloc[int(pool["difference"].to_numpy().argmin())]
         rest = (
-            f"the closest was {_name(best)}, which {_saves(best)} and is worse by "
+            f"the closest was {_name(best)}, which {_takes(best)} and is worse by "
             f"{number(best['difference'])}"
         )
     answer = (
-        f"No schedule saves {percent(WORTHWHILE_SAVING)} of sampling time at a {metric} that "
+        f"No schedule takes at most {relative(WORTHWHILE_TIME)} the time at a {metric} that "
         "can't be told apart from the "
     )
     answer += f"full network's ({tables.LEVEL})"
@@ -171,15 +172,13 @@ def _signed(value: float, std_error: float) -> str:
 
 
 def _unknown_spread(others: pd.DataFrame) -> Headline:
-    """From one repeat nothing can be told apart: name the best score that saves enough."""
+    """From one repeat nothing can be told apart: name the best score that is fast enough."""
     metric = others["metric"].iloc[0]
-    saving = others[others["time_frac"] <= 1 - WORTHWHILE_SAVING]
-    best = (
-        others.iloc[0] if saving.empty else saving.iloc[int(saving["quality"].to_numpy().argmin())]
-    )
+    fast = others[others["time_frac"] <= WORTHWHILE_TIME]
+    best = others.iloc[0] if fast.empty else fast.iloc[int(fast["quality"].to_numpy().argmin())]
     side = "above" if best["difference"] >= 0 else "below"
     answer = (
-        f"{_name(best)} {_saves(best)} at a {metric} {number(abs(best['difference']))} "
+        f"{_name(best)} {_takes(best)} at a {metric} {number(abs(best['difference']))} "
         f"{side} the full network's; {UNKNOWN}."
     )
     answer = answer[0].upper() + answer[1:]

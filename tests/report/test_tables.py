@@ -303,35 +303,35 @@ FULL = (1.0, (9.0, 9.1, 9.2))
     [
         (
             [FULL, (0.69, (9.05, 9.0, 9.3))],
-            "D3-DiT is predicted to save 31 % of sampling time at a FID that can't be told apart "
-            "from the full network's (95 % confidence: the difference lies between −0.242 and "
+            "D3-DiT is predicted to take 0.69× the time (1.45× as fast) at a FID that can't be told "
+            "apart from the full network's (95 % confidence: the difference lies between −0.242 and "
             "+0.275).",
             True,
         ),
         (
             [FULL, (0.69, (8.0, 8.1, 8.3))],
-            "31 % of sampling time at a better FID than the full network's",
+            "0.69× the time (1.45× as fast) at a better FID than the full network's",
             True,
         ),
         (
             [FULL, (0.88, (9.05, 9.0, 9.3))],
-            "No schedule saves 25 % of sampling time at a FID that can't be told",
+            "No schedule takes at most 0.75× the time at a FID that can't be told",
             False,
         ),
         (
             [FULL, (0.88, (9.05, 9.0, 9.3))],
-            "the best was D3-DiT, which is predicted to save 12 %",
+            "the best was D3-DiT, which is predicted to take 0.88× the time",
             False,
         ),
         (
             [FULL, (0.5, (10.0, 10.1, 10.4))],
-            "the closest was D3-DiT, which is predicted to save 50 %",
+            "the closest was D3-DiT, which is predicted to take 0.50× the time",
             False,
         ),
         ([FULL], "Only the full network has a score so far.", False),
         (
             [FULL, (0.6, (9.1, 9.1, 9.1)), (0.5, (9.0, 9.15, 9.19))],
-            "D4-DiT is predicted to save 50 %",
+            "D4-DiT is predicted to take 0.50× the time",
             True,
         ),
     ],
