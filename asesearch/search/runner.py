@@ -20,6 +20,7 @@ import optuna
 from asesearch.errors import StudyError
 from asesearch.files import write_json
 from asesearch.point import Point
+from asesearch.proposer.importance import importance
 from asesearch.search.asking import Asker
 from asesearch.search.budget import room_for_trial
 from asesearch.search.fleet import Fleet
@@ -30,6 +31,7 @@ from asesearch.search.warmup import warm_up
 from asesearch.search.workbench import Workbench
 from asesearch.study import directory
 from asesearch.study.environment import environment
+from asesearch.study.importance import Importance
 from asesearch.study.interrupts import beating
 from asesearch.study.records import EXPLORES, REPEAT, StudyResults, TrialRecord, spent_s
 from asesearch.study.storage import storage_errors
@@ -102,6 +104,17 @@ class Runner:
             self.asker.problem = make_problem(self.fleet.space, self.bench, made.difficulty_map)
         with storage_errors(self.study.shown_storage):
             self._search()
+            self._weigh_intervals()
+
+    def _weigh_intervals(self) -> None:
+        """Put on record what each interval is worth, by all trials that have ended."""
+        if self.asker.problem is None:
+            return
+        path = self.study.run_dir / directory.IMPORTANCE
+        found = importance(self.asker.problem, self.study.records())
+        stored = directory.read_state(path, Importance.from_dict, "it is worked out again")
+        if found is not None and (stored is None or stored.num_scores < found.num_scores):
+            write_json(path, found.to_dict())
 
     def _search(self) -> None:
         in_a_row = 0

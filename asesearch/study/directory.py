@@ -29,6 +29,7 @@ LATENCY = "latency.json"  # the study's first; of further devices there is laten
 ELASTIC_WEIGHTS = "elastic.safetensors"
 ELASTIC = "elastic"  # folder of the elastic warm-up's checkpoint
 MAP = "map.json"
+IMPORTANCE = "importance.json"  # of each interval, once the trials have ended
 WARM_UP = "warm-up.json"  # what the warm-up took
 CONFIRMATIONS = "confirmations"  # a file for each point, TRIAL.json
 OLD_CONFIRMATIONS = "confirmations.json"  # of all points, as releases before wrote it

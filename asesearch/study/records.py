@@ -17,6 +17,7 @@ from asesearch.schedule import ExitSchedule
 from asesearch.score import EvaluationResult
 from asesearch.study.difficulty import DifficultyMap
 from asesearch.study.front import non_dominated
+from asesearch.study.importance import Importance
 
 #: Beyond these multiples of the full network's time and score a point is worth nothing: reference
 #: point of hypervolumes.
@@ -207,6 +208,8 @@ class StudyResults:
         difficulty_map: of the weights that trials started from; None where the search used none.
         warm_up: "seconds" and "gflops" of "elastic" and "map", and the "losses" of the elastic
             warm-up; empty without one.
+        importance: of each interval; None where the search had no difficulty map, or is of a
+            release that did not keep it.
     """
 
     name: str
@@ -218,6 +221,7 @@ class StudyResults:
     samples: dict[int, np.ndarray] = field(default_factory=dict)
     difficulty_map: DifficultyMap | None = None
     warm_up: dict[str, Any] = field(default_factory=dict)
+    importance: Importance | None = None
 
     @property
     def complete(self) -> tuple[TrialRecord, ...]:

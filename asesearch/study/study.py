@@ -33,6 +33,7 @@ from asesearch.study.identity import (
     open_to_search,
     start_over,
 )
+from asesearch.study.importance import Importance
 from asesearch.study.records import RECORD, StudyResults, TrialRecord
 from asesearch.study.storage import storage_errors
 from asesearch.study.workers import Worker
@@ -150,6 +151,9 @@ class Study:
             read_state(run_dir / directory.MAP, DifficultyMap.from_dict, "the report goes without"),
             read_state(run_dir / directory.WARM_UP, dict, "what the warm-up took counts as nothing")
             or {},
+            read_state(
+                run_dir / directory.IMPORTANCE, Importance.from_dict, "the report goes without"
+            ),
         )
 
     # -- searching -------------------------------------------------------------------------------

@@ -303,9 +303,9 @@ FULL = (1.0, (9.0, 9.1, 9.2))
     [
         (
             [FULL, (0.69, (9.05, 9.0, 9.3))],
-            "D3-DiT is predicted to take 0.69× the time (1.45× as fast) at a FID that can't be told "
-            "apart from the full network's (95 % confidence: the difference lies between −0.242 and "
-            "+0.275).",
+            "D3-DiT is predicted to take 0.69× the time (1.45× as fast) at a FID that can't be "
+            "told apart from the full network's (95 % confidence: the difference lies between "
+            "−0.242 and +0.275).",
             True,
         ),
         (
