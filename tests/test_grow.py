@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from asesearch.config import load_study
+from asesearch.backbones import load_backbone
+from asesearch.config import BackboneConfig, load_study
 
 STUDIES = Path(__file__).parents[1] / "studies"
 
@@ -47,3 +48,11 @@ def test_a_network_is_never_made_shallower(module, tiny_dit):
 
 def test_its_study_loads():
     assert load_study(STUDIES / "fashion-mnist-dit-18.toml").backbone.kind == "dit"
+
+
+def test_the_deeper_shipped_network_is_kept_in_half_precision_and_computes_in_float32():
+    net = load_backbone(BackboneConfig(kind="dit", checkpoint="shipped:fashion-mnist-dit-18"))
+    assert net.depth == 18
+    assert {p.dtype for p in net.parameters()} == {torch.float32}
+    linear = net.block_at(0).mlp.fc1.weight
+    assert torch.equal(linear, linear.half().float())
