@@ -15,6 +15,7 @@ from torch import Tensor
 
 from asesearch.backbones import conditioning
 from asesearch.backbones.base import Backbone, check_schedule
+from asesearch.backbones.compiled import compiled
 from asesearch.backbones.conditioning import Conditioning, labels_of
 from asesearch.diffusion import Process
 from asesearch.errors import ConfigError
@@ -141,6 +142,7 @@ def sample(
     cfg_scale: float = 1.0,
     batch_size: int = 100,
     precision: str = "float32",
+    compile: bool = False,
     device: torch.device | str | None = None,
     on_batch: Callable[[int, int], None] | None = None,
 ) -> SampleResult:
@@ -160,11 +162,14 @@ def sample(
         cfg_scale: strength of classifier-free guidance, 1 = none.
         batch_size: images at a time; under guidance the network sees twice as many.
         precision: of the network's arithmetic, see `SamplingConfig`; the solver's is float32.
+        compile: run the network's blocks as compiled code, see `backbones.compiled`; the first call
+            takes seconds more. Images differ from those of eager blocks by rounding.
         device: by default where the network is.
         on_batch: called as (images done, of all) after each batch; its time is not counted.
 
     Raises:
-        ConfigError: arguments that do not fit the network or each other.
+        ConfigError: arguments that do not fit the network or each other; blocks that can't be
+            compiled here.
         ScheduleError: a schedule for another network or number of timesteps.
     """
     solver, timesteps = check_sampling(backbone, solver, diffusion, num_steps, cfg_scale)
@@ -175,7 +180,11 @@ def sample(
     shape = (backbone.in_channels, backbone.input_size, backbone.input_size)
     images = torch.empty(len(seeds), *shape)
     seconds = 0.0
-    with _evaluating(backbone.to(place)), arithmetic(precision, place):
+    with (
+        _evaluating(backbone.to(place)),
+        arithmetic(precision, place),
+        compiled(backbone, compile),
+    ):
         for first in range(0, len(seeds), batch_size):
             part = slice(first, min(first + batch_size, len(seeds)))
             start = _now(place)

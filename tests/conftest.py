@@ -8,7 +8,7 @@ import pytest
 import sqlalchemy
 import torch
 
-from asesearch.backbones import DiT
+from asesearch.backbones import DiT, compiled
 from asesearch.data import ImageArray, images
 
 # files that take longest; first, so that two processes that share the files out end together
@@ -93,3 +93,26 @@ def _migrations_read_once():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(manager, "_create_alembic_script", once)
         yield
+
+
+@pytest.fixture
+def num_graphs():
+    """How many graphs were compiled in this test; none is left from others."""
+    from torch._dynamo.utils import counters
+
+    def forget():
+        torch._dynamo.reset()
+        compiled._code.cache_clear()
+        counters.clear()
+
+    forget()
+    yield lambda: counters["stats"]["unique_graphs"]
+    forget()
+
+
+@pytest.fixture
+def only_traced(monkeypatch, num_graphs):
+    """As `num_graphs`; blocks are traced as for any compiler, and their graphs run as they are,
+    which is quick."""
+    monkeypatch.setattr(compiled, "BACKEND", "eager")
+    return num_graphs

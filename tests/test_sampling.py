@@ -353,6 +353,16 @@ def test_prompts_are_cut_into_batches_and_guided() -> None:
         make(net, "ddim", Diffusion(), [1, 2], y=y)
 
 
+def test_compiled_blocks_serve_every_step_and_batch(only_traced: Callable[[], int]) -> None:
+    net = load("dit")[0]
+    seeds = range(5)
+    eager = make(net, "ddim", Diffusion(), seeds, cfg_scale=1.5, batch_size=2)
+    made = make(net, "ddim", Diffusion(), seeds, cfg_scale=1.5, batch_size=2, compile=True)
+    assert only_traced() == 1
+    torch.testing.assert_close(made.images, eager.images, rtol=0, atol=1e-5)
+    assert (made.nfe, made.block_calls) == (eager.nfe, eager.block_calls)
+
+
 def test_bfloat16_changes_the_network_s_arithmetic_only() -> None:
     net = load("dit")[0]
     y = torch.tensor([0, 1])

@@ -36,6 +36,7 @@ class Backbone(nn.Module):
         takes_prompt: conditioned on a prompt's tensors rather than class labels.
         null_condition: what stands for "no prompt": tensors with leading dimension 1, on the CPU;
             None where not known.
+        capturable: a call waits for nothing on the host, so that a CUDA graph can hold it.
         config: the constructor arguments, so that `type(net)(**net.config)` makes the same network.
     """
 
@@ -49,6 +50,7 @@ class Backbone(nn.Module):
     guided_channels: int
     prediction_type: str = "epsilon"
     takes_prompt: bool = False
+    capturable: bool = False
     null_condition: dict[str, Tensor] | None = None
     config: dict[str, Any]
 
@@ -112,6 +114,10 @@ class Backbone(nn.Module):
     def block_at(self, index: int) -> nn.Module:
         """Droppable block `index`, 0 first to run."""
         raise NotImplementedError
+
+    def transformer_blocks(self) -> list[nn.Module]:
+        """All transformer blocks, also those that can't be dropped."""
+        return [self.block_at(i) for i in range(self.depth)]
 
     def null_labels(self, y: Conditioning) -> Conditioning:
         """What takes the place of `y` in the unconditional half of classifier-free guidance, of the

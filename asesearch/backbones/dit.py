@@ -197,6 +197,8 @@ class DiT(Backbone):
         ConfigError: sizes that do not fit each other.
     """
 
+    capturable = True
+
     def __init__(
         self,
         input_size: int = 32,

@@ -138,6 +138,7 @@ class UViT(Backbone):
     """
 
     min_exit_depth = 0
+    capturable = True
 
     def __init__(
         self,
@@ -236,6 +237,9 @@ class UViT(Backbone):
         block = self.out_blocks[index]
         assert isinstance(block, UViTBlock)
         return block
+
+    def transformer_blocks(self) -> list[nn.Module]:
+        return [*self.in_blocks, self.mid_block, *self.out_blocks]
 
     def _embed(self, x_t: Tensor, t: Tensor, y: Tensor | None) -> Tensor:
         """Tokens, label first, then time, then patches: (N, extras + L, D)."""

@@ -247,6 +247,14 @@ def sample(
     steps: Annotated[
         int | None, typer.Option(min=1, help="Solver steps, in place of the bundle's.")
     ] = None,
+    compile: Annotated[
+        bool | None,
+        typer.Option(
+            "--compile/--no-compile",
+            help="Run the network's blocks as compiled code, or not; default as the bundle says. "
+            "The first call takes seconds more.",
+        ),
+    ] = None,
     dry_run: DryRun = False,
 ) -> None:
     """Sample images from a bundle with its network, schedule and solver.
@@ -266,6 +274,7 @@ def sample(
         text_encoder=text_encoder,
         vae=vae,
         num_steps=steps,
+        compile=compile,
     )
     if dry_run:
         print_json(images.plan)

@@ -51,13 +51,19 @@ class Bundle:
     latents: dict[str, Any] | None = None
 
     def sample(
-        self, seeds: Sequence[int], y: Conditioning | None = None, num_steps: int | None = None
+        self,
+        seeds: Sequence[int],
+        y: Conditioning | None = None,
+        num_steps: int | None = None,
+        *,
+        compile: bool | None = None,
     ) -> SampleResult:
         """Images (or latents) for these seeds, (N, C, H, W) float32, by the bundle's solver,
         guidance and (unless given) steps.
 
         `y` is (N,) class labels or a prompt's tensors; by default seed modulo the number of
-        classes, or of `prompts`.
+        classes, or of `prompts`. `compile` runs the blocks as compiled code, by default where the
+        bundle's `sampling` says so; the first call takes seconds more.
 
         Raises:
             ConfigError: labels that are no classes of the network (the null label is none), or as
@@ -74,6 +80,7 @@ class Bundle:
             cfg_scale=self.sampling.cfg_scale,
             batch_size=self.sampling.batch_size,
             precision=self.sampling.precision,
+            compile=self.sampling.compile if compile is None else compile,
         )
 
     def _conditioning(self, seeds: Sequence[int], y: Conditioning | None) -> Conditioning | None:

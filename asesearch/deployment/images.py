@@ -34,6 +34,7 @@ class BundleImages:
         text_encoder: folder of the text encoder that a prompt needs.
         vae: folder of the VAE that turns latents into images.
         num_steps: solver steps, in place of the bundle's.
+        compile: run the network's blocks as compiled code; None as the bundle says.
 
     Attributes:
         plan: how they will be sampled, as plain data.
@@ -55,6 +56,7 @@ class BundleImages:
         text_encoder: Path | None = None,
         vae: Path | None = None,
         num_steps: int | None = None,
+        compile: bool | None = None,
     ) -> None:
         _check_options(out, label, prompt, text_encoder)
         self.out = out
@@ -71,16 +73,17 @@ class BundleImages:
         if prompt is not None and text_encoder is not None:
             self.y = prompts_for(self.bundle, [prompt] * num, text_encoder)
         how, calls = self.bundle.plan(self.seeds, self.y, num_steps)
+        self.compile = how.compile if compile is None else compile
         self.plan: dict[str, Any] = {
             "schedule": str(self.bundle.schedule),
-            "sampling": how.model_dump(mode="json"),
+            "sampling": {**how.model_dump(mode="json"), "compile": self.compile},
             "num": num,
             "block_frac": self.bundle.schedule.block_frac(calls),
         }
 
     def sample(self) -> SampleResult:
         """The images or latents; see `Bundle.sample`."""
-        return self.bundle.sample(self.seeds, self.y, self.num_steps)
+        return self.bundle.sample(self.seeds, self.y, self.num_steps, compile=self.compile)
 
     def write(self, result: SampleResult) -> None:
         """Write what `sample` gave, decoded where there is a VAE.

@@ -23,6 +23,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from asesearch.backbones import conditioning
 from asesearch.backbones.base import Backbone
+from asesearch.backbones.compiled import compiled
 from asesearch.backbones.conditioning import Conditioning
 from asesearch.errors import EvaluationError, ScheduleError
 from asesearch.schedule import ExitSchedule
@@ -74,6 +75,7 @@ class LatencyTable:
         precision: of the network's arithmetic, as `SamplingConfig.precision`; empty where it is not
             known.
         guided: whether calls have guidance's double batch; None where it is not known.
+        compile: whether the network's blocks ran as compiled code.
     """
 
     batch_size: int
@@ -85,6 +87,7 @@ class LatencyTable:
     repeats: int
     precision: str = ""
     guided: bool | None = None
+    compile: bool = False
 
     def __post_init__(self) -> None:
         ok = 0 < len(self.median_ms) == len(self.spread_ms) and all(
@@ -143,8 +146,8 @@ class LatencyTable:
             EvaluationError: a missing or unknown key.
         """
         keys = {f.name for f in fields(cls)}
-        # earlier releases did not have these two
-        if not keys - {"precision", "guided"} <= set(data) <= keys:
+        # earlier releases did not have these
+        if not keys - {"precision", "guided", "compile"} <= set(data) <= keys:
             raise EvaluationError(
                 f"a latency table has the keys {sorted(keys)}; got {sorted(data)}; delete it to "
                 "measure again"
@@ -208,6 +211,7 @@ def measure_latency(
     device: str | torch.device = "cpu",
     y: Conditioning | None = None,
     timer: Timer | None = None,
+    compile: bool = False,
 ) -> LatencyTable:
     """Time one network call at every exit depth, the depths in a new random order each round.
 
@@ -221,9 +225,12 @@ def measure_latency(
         repeats: rounds.
         y: conditioning of the batch, where the network takes more than class labels.
         timer: runs a call and gives its milliseconds; by default `call_timer(device)`.
+        compile: run the network's blocks as compiled code, see `backbones.compiled`; the round
+            thrown away pays for it.
 
     Raises:
         EvaluationError: no repeats or no images.
+        ConfigError: blocks that can't be compiled here.
     """
     if repeats < 1 or batch_size < 1:
         raise EvaluationError(
@@ -237,7 +244,7 @@ def measure_latency(
     times = np.zeros((backbone.depth, repeats + 1))
     order = np.arange(backbone.depth)
     rng = np.random.default_rng(0)
-    with torch.no_grad():
+    with torch.no_grad(), compiled(backbone, compile):
         for repeat in range(repeats + 1):
             rng.shuffle(order)
             for i in order:
@@ -252,6 +259,7 @@ def measure_latency(
         median_ms=tuple(np.median(timed, axis=1).tolist()),
         spread_ms=tuple(_half_iqr(timed, axis=1).tolist()),
         repeats=repeats,
+        compile=compile,
     )
 
 

@@ -44,7 +44,7 @@ class Costs:
         device.
 
         Raises:
-            StudyError: the study is of time, and its table of another device, batch or precision.
+            StudyError: the study is of time, and its table of another device, batch or arithmetic.
         """
         how = self.parts.config.sampling
         guided = how.cfg_scale != 1
@@ -54,7 +54,12 @@ class Costs:
             y = conditioning_for(self.parts.backbone, self.parts.data, range(size))
             with arithmetic(how.precision, self.parts.device):
                 table = measure_latency(
-                    self.parts.backbone, size, LATENCY_REPEATS, self.parts.device, y
+                    self.parts.backbone,
+                    size,
+                    LATENCY_REPEATS,
+                    self.parts.device,
+                    y,
+                    compile=how.compile,
                 )
             return replace(table, precision=how.precision, guided=guided)
 
@@ -62,7 +67,8 @@ class Costs:
             self._latency = measure()
         elif self._latency is None:
             assert self.parts.run_dir is not None
-            now = Conditions(device_name(self.parts.device), size, how.precision, guided)
+            name = device_name(self.parts.device)
+            now = Conditions(name, size, how.precision, guided, how.compile)
             self._latency = shared_table(
                 self.parts.run_dir, now, measure, one_only=self.parts.config.search.cost == "time"
             )

@@ -25,23 +25,28 @@ class Conditions:
         batch_size: images per call, guidance's included.
         precision: see `SamplingConfig`.
         guided: whether calls have guidance's double batch.
+        compile: whether blocks run as compiled code.
     """
 
     device: str
     batch_size: int
     precision: str
     guided: bool
+    compile: bool = False
 
     def fit(self, table: LatencyTable) -> bool:
         """Whether a table was measured under these, as far as it tells."""
-        same = table.device == self.device and table.batch_size == self.batch_size
         return (
-            same and table.precision in ("", self.precision) and table.guided in (None, self.guided)
+            (table.device, table.batch_size) == (self.device, self.batch_size)
+            and table.precision in ("", self.precision)
+            and table.guided in (None, self.guided)
+            and table.compile == self.compile
         )
 
     def __str__(self) -> str:
         guided = " of guided sampling" if self.guided else ""
-        return f"{self.device}, {self.batch_size} images per call{guided}, {self.precision}"
+        code = ", compiled blocks" if self.compile else ""
+        return f"{self.device}, {self.batch_size} images per call{guided}, {self.precision}{code}"
 
 
 def shared_table(
@@ -81,6 +86,7 @@ def _refusal(run_dir: Path, now: Conditions, first: LatencyTable) -> str:
         size,
         first.precision or now.precision,
         now.guided if first.guided is None else first.guided,
+        first.compile,
     )
     fix = (
         'search on a device of that kind, or in another directory (there with cost = "flops" '

@@ -159,6 +159,7 @@ class Parts:
             cfg_scale=how.cfg_scale,
             batch_size=how.batch_size,
             precision=how.precision,
+            compile=how.compile,
             device=self.device,
         )
 

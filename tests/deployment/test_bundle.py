@@ -66,6 +66,16 @@ def test_round_trip_gives_identical_images(bundle, folder):
     assert torch.equal(again.images, expected.images) and again.block_calls == expected.block_calls
 
 
+def test_a_bundle_of_a_compiled_study_samples_compiled(bundle, tmp_path, only_traced):
+    how = bundle.sampling.model_copy(update={"compile": True})
+    loaded = load_bundle(write_bundle(replace(bundle, sampling=how), tmp_path / "bundle"))
+    eager = loaded.sample([0, 1], compile=False).images
+    assert only_traced() == 0
+    torch.testing.assert_close(loaded.sample([0, 1]).images, eager, rtol=0, atol=1e-5)
+    bundle.sample([0, 1], compile=True)
+    assert only_traced() == 1
+
+
 def test_steps_and_labels_can_be_chosen(folder):
     loaded = load_bundle(folder)
     assert loaded.sample([0, 1], num_steps=2).nfe == 4  # two steps, each with and without the label

@@ -166,6 +166,15 @@ def test_the_real_clock_runs(tiny_dit):
     assert len(table.median_ms) == tiny_dit.depth and tiny_dit.training
 
 
+def test_compiled_blocks_are_timed_as_such(tiny_dit, only_traced):
+    table = measure_latency(tiny_dit, 2, repeats=1, compile=True)
+    assert table.compile and only_traced() == 1  # for four exit depths
+    assert LatencyTable.from_dict(table.to_dict()) == table
+    older = {k: v for k, v in table.to_dict().items() if k != "compile"}
+    assert not LatencyTable.from_dict(older).compile
+    assert not measure_latency(tiny_dit, 2, repeats=1).compile
+
+
 # -- whole samplings -----------------------------------------------------------------------------
 
 

@@ -139,6 +139,7 @@ def test_scores_of_other_protocols_do_not_pass_for_each_other():
         ({"elastic": {"num_steps": 5}}, None),
         ({"promotion": {"metric": "kid"}}, None),
         ({"train": {"checkpoint_every": 7, "compile": True}}, []),
+        ({"sampling": {"compile": True}}, ["sampling.compile: False -> True"]),
     ],
 )
 def test_settings_that_scores_depend_on_may_not_change(sections, changed):

@@ -228,6 +228,18 @@ def test_latency_is_of_calls_as_large_as_the_samplers(study, tmp_path, cfg_scale
     assert table.guided is (cfg_scale != 1.0) and table.precision == "float32"
 
 
+def test_time_is_of_compiled_blocks_where_the_study_says_so(study, tmp_path, only_traced):
+    how = study.sampling.model_copy(update={"compile": True})
+    bench = Workbench(study.model_copy(update={"sampling": how}), tmp_path / "run")
+    graphs = only_traced()  # of the image that goes through everything first
+    assert graphs == 1 and bench.costs.latency.compile
+    full = Point(bench.full, bench.own_sampler)
+    bench.sample(bench.backbone, full, range(bench.batch_size))
+    bench.measured_time(bench.backbone, full, bench.backbone)
+    assert only_traced() == graphs + 1  # of batches, whatever their size and the exit depth
+    assert not Workbench(study).costs.latency.compile and only_traced() == graphs + 1
+
+
 def test_protocol_leaves_competing_samplers_out(study, tmp_path):
     bench = Workbench(study, tmp_path / "run")
     assert bench.protocols.search.solver is None and bench.protocols.search.num_steps is None

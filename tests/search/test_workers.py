@@ -615,6 +615,7 @@ def test_all_workers_have_one_latency_table(tmp_path):
         ),
         (replace(HERE, precision="bf16"), "float32.*bf16"),
         (replace(HERE, guided=True), "of guided sampling"),
+        (replace(HERE, compile=True), "float32, and this worker has .*float32, compiled blocks"),
     ],
 )
 def test_a_table_of_other_conditions_is_not_taken(tmp_path, now, words):
@@ -638,7 +639,9 @@ def test_a_study_of_time_on_another_device_is_refused_before_the_warm_up(tmp_pat
 
 
 def test_tables_of_earlier_releases_are_used_where_they_fit(tmp_path):
-    old = {k: v for k, v in table().to_dict().items() if k not in ("precision", "guided")}
+    old = {
+        k: v for k, v in table().to_dict().items() if k not in ("precision", "guided", "compile")
+    }
     write_json(tmp_path / "latency.json", old)
     assert shared_table(
         tmp_path, HERE, lambda: pytest.fail("measured"), one_only=True
