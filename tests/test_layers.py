@@ -53,7 +53,7 @@ OWNERS = {
     "pydantic": {"config"},
     "torch_fidelity": {"evaluation"},
     "torchvision": {"data", "evaluation"},
-    "PIL": {"data"},
+    "PIL": {"data", "report"},
     "accelerate": {"finetuning"},
     "optuna": {"study", "proposer", "search"},
     "pandas": {"report"},

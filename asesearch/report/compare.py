@@ -12,7 +12,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from asesearch.report import grids, tables
+from asesearch.report.attainment import along
 from asesearch.report.comparison import Comparison, compare_results
+from asesearch.report.explorer import scripts
 from asesearch.report.folder import MARK, environment, write_folder
 from asesearch.report.style import (
     BLUE,
@@ -80,6 +82,7 @@ def _write(comparison: Comparison, folder: Path) -> None:
         protocol=grids.protocol_grid({comparison.kind: comparison.protocol}),
         reference=number(comparison.reference[1]),
         level=tables.LEVEL,
+        script=scripts()["script"],
     )
     (folder / "index.html").write_text(html, encoding="utf-8")
 
@@ -225,14 +228,10 @@ def _band(ax: Axes, surfaces: pd.DataFrame, end: float, colour: str) -> None:
     best up to the highest score of the surfaces."""
     edges = np.array(sorted({*surfaces["time_frac"], end}))
     top = float(surfaces["quality"].max())
-
-    def line(level: str) -> np.ndarray:
-        corners = surfaces[surfaces["level"] == level]
-        place = np.searchsorted(corners["time_frac"].to_numpy(), edges, side="right") - 1
-        scores = np.append(corners["quality"].to_numpy(), np.nan)
-        return np.where(place < 0, top, scores[place])
-
-    ax.fill_between(edges, line("best"), line("worst"), step="post", color=colour, alpha=0.15, lw=0)
+    low, high = (
+        along(surfaces[surfaces["level"] == level], edges, top) for level in ("best", "worst")
+    )
+    ax.fill_between(edges, low, high, step="post", color=colour, alpha=0.15, lw=0)
 
 
 def draw_hypervolume(studies: pd.DataFrame) -> Figure:

@@ -9,9 +9,11 @@ from typing import Any
 
 import pandas as pd
 
-from asesearch.report import ladder, tables
+from asesearch.report import evidence, ladder, tables
 from asesearch.report.wording import number, plus_minus, relative, speed_up
 from asesearch.score import Protocol
+from asesearch.study.answers import indistinguishable
+from asesearch.study.picking import scored_points
 from asesearch.study.records import StudyResults
 
 
@@ -30,6 +32,7 @@ def front_grid(results: StudyResults, chosen: int | None) -> Grid:
     points = points[points["on_front"].astype(bool) | (points["label"] == tables.FULL)]
     metric = points["metric"].iloc[0] if len(points) else "score"
     several = _several(results)
+    same = _same(results, points)
     rows = [
         (
             row["label"],
@@ -38,6 +41,7 @@ def front_grid(results: StudyResults, chosen: int | None) -> Grid:
             plus_minus(row["quality"], row["std_error"]),
             _difference(row),
             row["verdict"] if row["on_front"] else f"{row['verdict']}, off the front",
+            same[row["number"]],
             *((row["sampler"],) if several else ()),
             row["schedule"],
         )
@@ -52,10 +56,23 @@ def front_grid(results: StudyResults, chosen: int | None) -> Grid:
         metric,
         "difference",
         f"against the full network ({tables.LEVEL})",
+        "not told apart from",
         *sampler,
         "blocks run, data to noise",
     )
     return Grid(head, rows, marked)
+
+
+def _same(results: StudyResults, points: pd.DataFrame) -> dict[int, str]:
+    """By trial, the other rows whose score can't be told apart from its own."""
+    names = dict(zip(points["number"], points["label"], strict=True))
+    scored = [p for p in scored_points(results) if p.record.number in names]
+    out = dict.fromkeys(names, "–")
+    for point in scored:
+        same = indistinguishable(point, scored)
+        text = "unknown" if same is None else ", ".join(names[n] for n in same) or "none"
+        out[point.record.number] = text
+    return out
 
 
 def _several(results: StudyResults) -> bool:
@@ -206,6 +223,23 @@ def environment_grid(results: StudyResults) -> Grid:
         if len(v) > 1
     ]
     return Grid(("", ""), rows)
+
+
+def importance_grid(results: StudyResults) -> Grid:
+    """What each interval is worth."""
+    rows = [
+        (
+            f"{row['t_from']} … {row['t_to']}",
+            f"{row['rise_percent']:+.1f}\N{NO-BREAK SPACE}%".replace("-", "−"),
+            f"{row['rise_low']:+.1f} … {row['rise_high']:+.1f}\N{NO-BREAK SPACE}%".replace(
+                "-", "−"
+            ),
+            f"{100 * row['time_saved']:.1f}\N{NO-BREAK SPACE}%",
+        )
+        for row in evidence.importance(results).to_dict("records")
+    ]
+    head = ("timesteps", "rise of the score", f"interval ({tables.LEVEL})", "time saved")
+    return Grid(head, rows)
 
 
 def rungs_grid(results: StudyResults) -> Grid:

@@ -10,7 +10,8 @@ from typing import Any
 import tomli_w
 
 from asesearch.errors import AseSearchError, StudyError
-from asesearch.report import grids, ladder, tables
+from asesearch.report import evidence, grids, ladder, tables
+from asesearch.report.explorer import embedded, scripts
 from asesearch.report.folder import MARK, check_folder, environment, write_folder
 from asesearch.report.plots import drawings
 from asesearch.report.style import Drawing
@@ -79,6 +80,8 @@ def _write(results: StudyResults, folder: Path) -> None:
         "front": tables.front,
         "confirmation": tables.confirmation,
         "rungs": ladder.rungs,
+        "attainment": lambda results: evidence.attained(results, tables.kind_of(results)),
+        "importance": evidence.importance,
     }
     for name, make in makers.items():
         table = make(results)
@@ -115,6 +118,10 @@ def render_page(results: StudyResults, shown: list[tuple[Drawing, bytes]]) -> st
             failed=grids.failed_grid(results),
             picks=_picks(results, answer.chosen),
             rungs=grids.rungs_grid(results),
+            importance=grids.importance_grid(results),
+            learned=results.importance,
+            data=embedded(results, answer.chosen) if results.complete else None,
+            **scripts(),
             toml=study_toml(results.config),
             one_repeat=used is not None and len(used.seeds) == 1,
             unknown=UNKNOWN,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Callable
 from itertools import pairwise
 
@@ -14,7 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from asesearch.report import difficulty, ladder, tables
+from asesearch.report import difficulty, evidence, ladder, tables
 from asesearch.report.labels import place_labels, spread_out
 from asesearch.report.style import (
     BLUE,
@@ -59,10 +58,12 @@ def drawings(results: StudyResults) -> list[Drawing]:
             tables.points(results, "search"),
             draw_front,
         )
+    evidence.add_attainment(add, results)
     caption = "Blocks run at each noise level, fastest schedule on top."
     add("schedules", "Schedules", caption, tables.schedule_matrix(results), draw_schedules)
     if (drawn := difficulty.drawing(results.difficulty_map)) is not None:
         out.append(drawn)
+    evidence.add_importance(add, results)
     caption = "The same seeds and labels in every row, fastest schedule on top."
     add(
         "samples",
@@ -139,20 +140,17 @@ def draw_front(data: pd.DataFrame) -> Figure:
     ax.step(
         front["time_frac"], front["quality"], where="post", color=BLUE, lw=1.4, alpha=0.8, zorder=2
     )
-    for _, row in data.iterrows():
-        full = row["label"].startswith("full")
-        named = row["label"] in PUBLISHED
-        colour = VERMILION if full else ORANGE if named else BLUE
-        marker = markers[row["sampler"]]
-        faint = not (row["on_front"] or full or named)
-        hollow = row["kind"] == "search" and not row["confirmed"]
+    looks = [_look(row, markers) for _, row in data.iterrows()]
+    for look in dict.fromkeys(looks):
+        marker, colour, faint, hollow = look
+        rows = data[[other == look for other in looks]]
         ax.errorbar(
-            row["time_frac"],
-            row["quality"],
-            xerr=_bar(row["time_spread"]),
-            yerr=_bar(row["std_error"]),
+            rows["time_frac"],
+            rows["quality"],
+            xerr=_bars(rows["time_spread"]),
+            yerr=_bars(rows["std_error"]),
             fmt=marker,
-            color=GREY if faint else colour,
+            color=colour,
             mfc="white" if hollow else None,
             ms=5 if faint else 6.5,
             capsize=2,
@@ -195,8 +193,18 @@ def _named(data: pd.DataFrame, x: str, y: str) -> list[tuple[float, float, str]]
     return [(a, b, str(name)) for (a, b), name in zip(_xy(data, x, y), data["label"], strict=True)]
 
 
-def _bar(value: float) -> float | None:
-    return None if math.isnan(value) or value == 0 else value
+def _look(row: pd.Series, markers: dict[str, str]) -> tuple[str, str, bool, bool]:
+    """How a point of the front is drawn: marker, colour, whether faint, whether hollow."""
+    full = row["label"].startswith("full")
+    named = row["label"] in PUBLISHED
+    faint = not (row["on_front"] or full or named)
+    colour = GREY if faint else VERMILION if full else ORANGE if named else BLUE
+    return markers[row["sampler"]], colour, faint, row["kind"] == "search" and not row["confirmed"]
+
+
+def _bars(values: pd.Series) -> pd.Series | None:
+    """Lengths of error bars; where there are none, no bars."""
+    return None if values.isna().all() or (values == 0).all() else values.fillna(0.0)
 
 
 def _step_points(front: pd.DataFrame) -> list[tuple[float, float]]:

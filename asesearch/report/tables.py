@@ -217,6 +217,13 @@ _POINT_COLUMNS = [
 ]
 
 
+def values_of(results: StudyResults, kind: Kind) -> dict[int, tuple[float, ...]]:
+    """The score of each repeat, by trial."""
+    if kind == "confirmed":
+        return {c.number: c.quality.values for c in results.confirmations}
+    return {r.number: r.quality.values for r in results.complete if r.quality is not None}
+
+
 def verdict(difference: float, margin: float | None) -> str:
     """A score against the full network's, in words.
 

@@ -3,6 +3,7 @@ and how much it dominates."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -15,6 +16,8 @@ def non_dominated(points: Sequence[tuple[float, ...]]) -> list[int]:
 
     Of equal points the first is kept.
     """
+    if all(len(p) == 2 and p[0] == p[0] and p[1] == p[1] for p in points):
+        return _sweep(points)
     keep = []
     for i, p in enumerate(points):
         beaten = any(
@@ -25,6 +28,17 @@ def non_dominated(points: Sequence[tuple[float, ...]]) -> list[int]:
         if not beaten:
             keep.append(i)
     return keep
+
+
+def _sweep(points: Sequence[tuple[float, ...]]) -> list[int]:
+    """`non_dominated` of numbers in two objectives, in n log n."""
+    keep: list[int] = []
+    best = math.inf
+    for i in sorted(range(len(points)), key=lambda i: (*points[i], i)):
+        if points[i][1] < best or not keep:
+            keep.append(i)
+            best = points[i][1]
+    return sorted(keep)
 
 
 def hypervolume_2d(found: npt.NDArray[np.float64], reference: tuple[float, float]) -> float:

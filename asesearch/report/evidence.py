@@ -1,0 +1,136 @@
+"""How firm the front is, over the repeats of the evaluation, and what each interval is worth, in
+tables and figures."""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+import seaborn
+from matplotlib.figure import Figure
+from scipy.special import ndtri
+
+from asesearch.report import attainment, tables
+from asesearch.report.ladder import Add
+from asesearch.report.style import BLUE, VERMILION, WIDTH, axes, log_axis, relative_axis
+from asesearch.score import CONFIDENCE
+from asesearch.study.records import StudyResults
+
+_ATTAINED = (
+    "What all repeats of the evaluation attained (upper line), at least half (middle) and the best "
+    "one (lower): where the band is wide, the front may be noise."
+)
+_IMPORTANCE = (
+    "How much the score is expected to rise where that interval alone runs half of its blocks, by "
+    f"the quality model after all trials; bars: {tables.LEVEL}. Below: the time it saves."
+)
+
+
+def attained(results: StudyResults, kind: tables.Kind) -> pd.DataFrame:
+    """What the best repeat of the evaluation attained, at least half of them, and all: how firm the
+    front is; empty for one repeat."""
+    values = tables.values_of(results, kind)
+    table = tables.points(results, kind).dropna(subset=["time_frac"])
+    if table.empty:
+        return attainment.surfaces([])
+    scores = np.array([values[n] for n in table["number"]])  # (points, repeats)
+    times = table["time_frac"].to_numpy(dtype=np.float64)
+    return attainment.surfaces([np.column_stack((times, column)) for column in scores.T])
+
+
+def importance(results: StudyResults) -> pd.DataFrame:
+    """What each interval is worth, data side first: how much the score is expected to rise where it
+    alone runs half of its blocks, in per cent, with the ends of the interval of that confidence,
+    and the time that saves.
+
+    Source: `asesearch.proposer.importance`.
+    """
+    found = results.importance
+    if found is None:
+        return pd.DataFrame()
+    mean, std = np.array(found.log_change), np.array(found.log_std)
+    reach = float(ndtri((1 + CONFIDENCE) / 2))
+
+    def rise(log_change: np.ndarray) -> np.ndarray:
+        return np.asarray(100 * np.expm1(log_change))
+
+    return pd.DataFrame(
+        {
+            "t_from": found.boundaries[:-1],
+            "t_to": found.boundaries[1:],
+            "exit_depth": found.exit_depth,
+            "depth": found.depth,
+            "rise_percent": rise(mean),
+            "rise_low": rise(mean - reach * std),
+            "rise_high": rise(mean + reach * std),
+            "time_saved": found.time_saved,
+            "sampler": found.sampler,
+            "num_scores": found.num_scores,
+        }
+    )
+
+
+def draw_attainment(data: pd.DataFrame, points: pd.DataFrame) -> Figure:
+    """`attained`: the front of each share of the repeats.
+
+    Args:
+        data: the surfaces.
+        points: for the names of the axes.
+    """
+    figure, ax = axes(3.9)
+    end = max(1.0, float(data["time_frac"].max()))
+    edges = np.array(sorted({*data["time_frac"], end}))
+    lines = {str(level): mine for level, mine in data.groupby("level", sort=False)}
+    top = float(data["quality"].max())
+    low, high = (attainment.along(lines[level], edges, top) for level in ("best", "worst"))
+    ax.fill_between(edges, low, high, step="post", color=BLUE, alpha=0.15, lw=0)
+    for level, style in (("best", ":"), ("median", "-"), ("worst", "--")):
+        mine = lines[level]
+        x = [*mine["time_frac"], end]
+        y = [*mine["quality"], mine["quality"].iloc[-1]]
+        by = int(mine["attained_by"].iloc[0])
+        ax.step(x, y, style, where="post", color=BLUE, lw=1.4, label=f"{level} (by {by})")
+    confirmed = points["kind"].iloc[0] == "confirmed"
+    ax.set_xlabel(f"{'measured' if confirmed else 'predicted'} sampling time / full network's")
+    ax.set_ylabel(f"{points['metric'].iloc[0]}  (lower is better)")
+    relative_axis(ax.xaxis)
+    ax.legend(frameon=False, loc="best")
+    if data["quality"].min() > 0 and top > 4 * data["quality"].min():
+        log_axis(ax)
+    return figure
+
+
+def draw_importance(data: pd.DataFrame) -> Figure:
+    """`importance`: rise of the score above, time saved below."""
+    figure = Figure(figsize=(WIDTH, 3.9), layout="constrained")
+    top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=(2.2, 1))
+    middle = (data["t_from"] + data["t_to"]) / 2
+    width = 0.86 * (data["t_to"] - data["t_from"])
+    away = [data["rise_percent"] - data["rise_low"], data["rise_high"] - data["rise_percent"]]
+    top.bar(middle, data["rise_percent"], width, color=VERMILION, alpha=0.75)
+    top.errorbar(middle, data["rise_percent"], away, fmt="none", ecolor="0.25", capsize=3, lw=1)
+    top.axhline(0, color="0.4", lw=0.8)
+    top.set_ylabel("rise of the score, %")
+    bottom.bar(middle, 100 * data["time_saved"], width, color=BLUE, alpha=0.75)
+    bottom.set_ylabel("time saved, %")
+    bottom.set_xlabel("timestep (0 = data, right = noise)")
+    bottom.set_xlim(int(data["t_from"].iloc[0]), int(data["t_to"].iloc[-1]))
+    for ax in (top, bottom):
+        ax.grid(False, axis="x")
+        seaborn.despine(ax=ax)
+    return figure
+
+
+def add_attainment(add: Add, results: StudyResults) -> None:
+    """Hand the figure of the front's repeats to `plots.drawings`; without repeats there is none."""
+    kind = tables.kind_of(results)
+
+    def draw(data: pd.DataFrame) -> Figure:
+        return draw_attainment(data, tables.points(results, kind))
+
+    add("attainment", "Attainment over repeats", _ATTAINED, attained(results, kind), draw)
+
+
+def add_importance(add: Add, results: StudyResults) -> None:
+    """Hand the figure of the intervals to `plots.drawings`."""
+    title = "What each interval is worth"
+    add("importance", title, _IMPORTANCE, importance(results), draw_importance)
