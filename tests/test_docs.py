@@ -395,7 +395,16 @@ def tiny_pipeline():
     return pipeline
 
 
-@pytest.mark.parametrize("block", blocks("python"), ids=str)
+SLOW_SNIPPETS = ("onnx",)  # words of those that take long
+
+
+def snippets():
+    for block in blocks("python"):
+        slow = any(word in block.text for word in SLOW_SNIPPETS)
+        yield pytest.param(block, id=str(block), marks=[pytest.mark.slow] if slow else [])
+
+
+@pytest.mark.parametrize("block", snippets())
 def test_a_snippet_runs(block, place, monkeypatch):
     folder, done = place
     monkeypatch.chdir(folder)

@@ -55,6 +55,8 @@ OWNERS = {
     "torchvision": {"data", "evaluation"},
     "PIL": {"data", "report"},
     "accelerate": {"finetuning"},
+    "onnx": {"deployment"},
+    "onnxruntime": {"deployment"},
     "optuna": {"study", "proposer", "search"},
     "pandas": {"report"},
     "matplotlib": {"report"},

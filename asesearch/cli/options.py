@@ -29,6 +29,12 @@ DryRun = Annotated[
         "--dry-run", help="Print the resolved plan with its cost estimate as JSON, and stop."
     ),
 ]
+Format = Annotated[
+    str,
+    typer.Option(
+        "--format", help="bundle, or onnx for onnxruntime (DiT and U-ViT; needs the extra onnx)."
+    ),
+]
 SCHEDULE = typer.Option(
     "--schedule",
     help='Blocks per equal interval, data side first ("12 12 9 6"), with the ends of unequal ones '

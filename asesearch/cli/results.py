@@ -1,4 +1,4 @@
-"""`report`, `compare`, `pick`, `export`, `sample` and `verify`."""
+"""`report`, `compare`, `pick`, `export`, `convert`, `sample` and `verify`."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from asesearch.cli.interruption import interruptible
-from asesearch.cli.options import DryRun, RunDir, Storage
+from asesearch.cli.options import DryRun, Format, RunDir, Storage
 from asesearch.cli.printing import bar_of_steps, print_json, say
 from asesearch.errors import ConfigError
 
@@ -153,6 +153,7 @@ def export(
     finetune_steps: Annotated[
         int | None, typer.Option(min=1, help="Fine-tune the point fully first, for so many steps.")
     ] = None,
+    format: Format = "bundle",
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace the bundle if it exists.")
     ] = False,
@@ -176,11 +177,11 @@ def export(
         record = opened.record(trial)
     else:
         record = _picked(opened.results(), (pick, quality, time), early_exit, or_nearest)
-    plan = plan_export(opened, record, out, finetune_steps, overwrite=overwrite)
+    plan = plan_export(opened, record, out, finetune_steps, format=format, overwrite=overwrite)
     if dry_run:
         print_json(plan)
         return
-    folder = _export(opened, record, out, finetune_steps, overwrite)
+    folder = _export(opened, record, out, finetune_steps, format=format, overwrite=overwrite)
     del plan["evaluation"], plan["out"]
     print_json({**plan, "bundle": str(folder)})
 
@@ -206,7 +207,7 @@ def _picked(
 
 
 def _export(
-    study: Study, record: TrialRecord, out: Path, finetune_steps: int | None, overwrite: bool
+    study: Study, record: TrialRecord, out: Path, finetune_steps: int | None, **options: Any
 ) -> Path:
     """Write the bundle, with a bar for its fine-tuning."""
     from asesearch.deployment.export import export as write
@@ -216,9 +217,28 @@ def _export(
         kept += (
             "; the last checkpoint of the fine-tuning is kept, and the same command resumes from it"
         )
-    options: dict[str, Any] = {"finetune_steps": finetune_steps, "overwrite": overwrite}
     with interruptible(kept), bar_of_steps(finetune_steps or 0, "fine-tune") as on_step:
-        return write(study, record, out, on_step=on_step, **options)
+        return write(study, record, out, finetune_steps=finetune_steps, on_step=on_step, **options)
+
+
+def convert(
+    bundle: Annotated[Path, typer.Argument(help="Bundle that `asesearch export` wrote.")],
+    format: Format,
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder to write.")],
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace the folder if it is an exported one.")
+    ] = False,
+) -> None:
+    """Write a bundle in another format."""
+    from asesearch.deployment import formats
+    from asesearch.deployment.reading import load_bundle
+    from asesearch.deployment.writing import check_bundle_dir
+
+    check_bundle_dir(out, overwrite=overwrite)
+    loaded = load_bundle(bundle)
+    with interruptible(f"nothing was written to {out}"):
+        folder = formats.write(loaded, out, format, overwrite=overwrite)
+    print_json({"schedule": str(loaded.schedule), "format": format, "out": str(folder)})
 
 
 def sample(

@@ -12,8 +12,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from asesearch.data import check_readable
+from asesearch.deployment import formats
 from asesearch.deployment.bundle import Bundle
-from asesearch.deployment.writing import check_bundle_dir, write_bundle
+from asesearch.deployment.writing import check_bundle_dir
 from asesearch.errors import StudyError
 from asesearch.files import check_writable
 from asesearch.finetuning import CHECKPOINT, finetune
@@ -33,11 +34,12 @@ def export(
     *,
     bench: Workbench | None = None,
     finetune_steps: int | None = None,
+    format: str = "bundle",
     overwrite: bool = False,
     on_step: Callable[[int, float], None] | None = None,
 ) -> Path:
     """Write the bundle of one point, with the weights of its trial or, with `finetune_steps`, fully
-    fine-tuned ones.
+    fine-tuned ones; or another of `asesearch.deployment.formats`.
 
     A full fine-tuning starts where the trial's did (from the elastic weights, where the study has
     them; the full network from the pretrained ones) under the study's `train` settings with another
@@ -46,9 +48,9 @@ def export(
 
     Raises:
         StudyError: the trial's weights or prompts were deleted.
-        CheckpointError, WriteError: see `check_export`.
+        CheckpointError, ConfigError, WriteError: see `check_export`.
     """
-    check_export(study, record, folder, finetune_steps, overwrite=overwrite)
+    check_export(study, record, folder, finetune_steps, format=format, overwrite=overwrite)
     config = study.config
     evaluation = evaluation_of(study, record)
     latents = None
@@ -91,7 +93,7 @@ def export(
         prompts=_prompts(study.trial_dir(record.schedule) / PROMPTS) if net.takes_prompt else None,
         latents=latents,
     )
-    return write_bundle(bundle, folder, overwrite=overwrite)
+    return formats.write(bundle, folder, format, overwrite=overwrite)
 
 
 def check_export(
@@ -100,15 +102,18 @@ def check_export(
     folder: Path,
     finetune_steps: int | None = None,
     *,
+    format: str = "bundle",
     overwrite: bool = False,
 ) -> None:
     """Refuse what `export` could not write, before anything is trained; nothing is left behind.
 
     Raises:
         CheckpointError: the folder exists (and `overwrite` is not set), or holds something else.
+        ConfigError: see `asesearch.deployment.formats.check_format`.
         StudyError: the trial has no weights, where those of the trial are exported.
         WriteError: the folder, or the trial's for the checkpoint, can't be written.
     """
+    formats.check_format(format, study.config.backbone.kind)
     check_bundle_dir(folder, overwrite=overwrite)
     if finetune_steps is None:
         trial_weights(study, record)
@@ -123,20 +128,22 @@ def plan_export(
     folder: Path,
     finetune_steps: int | None = None,
     *,
+    format: str = "bundle",
     overwrite: bool = False,
 ) -> dict[str, Any]:
     """What `export` would write with these arguments, as plain data; nothing is written.
 
     Raises:
-        CheckpointError, StudyError, WriteError: see `check_export`.
+        CheckpointError, ConfigError, StudyError, WriteError: see `check_export`.
     """
-    check_export(study, record, folder, finetune_steps, overwrite=overwrite)
+    check_export(study, record, folder, finetune_steps, format=format, overwrite=overwrite)
     return {
         "trial": record.number,
         "origin": record.origin,
         "schedule": str(record.schedule),
         "sampler": str(record.sampler),
         "evaluation": evaluation_of(study, record),
+        "format": format,
         "out": str(folder),
     }
 

@@ -13,8 +13,10 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from asesearch.backbones.device import default_device
-from asesearch.deployment import bundle, parity
+from asesearch.deployment import bundle, onnx_runtime, parity
 from asesearch.deployment.manifest import check_files, check_format, check_names, read_manifest
 from asesearch.deployment.reading import open_bundle
 from asesearch.errors import AseSearchError, CheckpointError
@@ -94,8 +96,31 @@ def _bundle(folder: Path, data: Mapping[str, Any]) -> Opened:
     )
 
 
+def _onnx(folder: Path, data: Mapping[str, Any]) -> Opened:
+    onnx_runtime.check_files_of(folder, data)
+    made = onnx_runtime.open_onnx(folder, data, threads=torch.get_num_threads())
+
+    def run(schedule: ExitSchedule, num_steps: int, num_images: int) -> Sequence[float]:
+        return made.sample(range(num_images), None, num_steps, schedule=schedule).timesteps
+
+    net = made.network
+    return Opened(
+        what=f"{net.name} of {net.depth} blocks, {net.parameters / 1e6:.3g} M parameters, on "
+        f"onnxruntime; schedule {made.schedule}, {made.sampling.sampler}",
+        schedule=made.schedule,
+        num_steps=made.sampling.num_steps,
+        batch_size=made.sampling.batch_size,
+        errors=made.parity_errors,
+        tolerance=onnx_runtime.TOLERANCE,
+        run=run,
+    )
+
+
 #: Format of a manifest -> what opens such a folder, whose files are those on record.
-FORMATS: dict[str, Callable[[Path, Mapping[str, Any]], Opened]] = {bundle.FORMAT: _bundle}
+FORMATS: dict[str, Callable[[Path, Mapping[str, Any]], Opened]] = {
+    bundle.FORMAT: _bundle,
+    onnx_runtime.FORMAT: _onnx,
+}
 
 
 def verify(folder: str | os.PathLike[str], *, speed: bool = True) -> list[Check]:

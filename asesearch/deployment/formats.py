@@ -1,0 +1,71 @@
+"""The formats of an exported folder: what a bundle is written as."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
+
+from asesearch.deployment.bundle import Bundle
+from asesearch.deployment.writing import write_bundle
+from asesearch.errors import ConfigError
+
+
+def _onnx(bundle: Bundle, folder: Path, overwrite: bool) -> Path:
+    from asesearch.deployment.onnx_export import write_onnx
+
+    return write_onnx(bundle, folder, overwrite=overwrite)
+
+
+def _plain(bundle: Bundle, folder: Path, overwrite: bool) -> Path:
+    return write_bundle(bundle, folder, overwrite=overwrite)
+
+
+#: Name -> what writes it.
+FORMATS: dict[str, Callable[[Bundle, Path, bool], Path]] = {"bundle": _plain, "onnx": _onnx}
+#: Packages that a format needs beyond the base, and the extra that has them.
+NEEDS = {"onnx": (("onnx", "onnxscript", "onnxruntime"), "onnx")}
+#: Kinds of network that a format takes, where not all.
+KINDS = {"onnx": ("dit", "uvit")}
+
+
+def check_format(name: str, kind: str) -> None:
+    """Refuse a format that a network can't be written in here, before anything is paid for.
+
+    Args:
+        name: of the format.
+        kind: of the network, as in `BackboneConfig`.
+
+    Raises:
+        ConfigError: an unknown format, a package that is missing, or a network that the format
+            does not take.
+    """
+    if name not in FORMATS:
+        raise ConfigError(f"format must be one of {', '.join(FORMATS)}; got {name!r}")
+    kinds = KINDS.get(name, (kind,))
+    if kind not in kinds:
+        raise ConfigError(
+            f"the format {name} takes networks of the kind {' or '.join(kinds)}; got {kind}; "
+            "export it as a bundle"
+        )
+    packages, extra = NEEDS.get(name, ((), ""))
+    missing = [package for package in packages if find_spec(package) is None]
+    if missing:
+        raise ConfigError(
+            f"the format {name} needs {' and '.join(packages)}; got no {missing[0]}; "
+            f"pip install 'asesearch[{extra}]'"
+        )
+
+
+def write(
+    bundle: Bundle, folder: str | os.PathLike[str], name: str = "bundle", *, overwrite: bool = False
+) -> Path:
+    """Write a bundle in a format; the folder appears whole or not at all.
+
+    Raises:
+        ConfigError: see `check_format`.
+        CheckpointError, WriteError: see `asesearch.deployment.writing.check_bundle_dir`.
+    """
+    check_format(name, bundle.kind)
+    return FORMATS[name](bundle, Path(folder), overwrite)

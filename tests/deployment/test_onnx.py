@@ -1,0 +1,282 @@
+"""ONNX folders: the same images as torch's, by onnxruntime and numpy alone; nothing foreign run."""
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from onnx import numpy_helper
+
+from asesearch.backbones import DiT, UViT
+from asesearch.config import DiffusionConfig, SamplingConfig
+from asesearch.deployment import formats
+from asesearch.deployment.bundle import Bundle
+from asesearch.deployment.manifest import file_entries
+from asesearch.deployment.onnx_runtime import FILES, GRAPH, WEIGHTS, load_onnx
+from asesearch.deployment.reading import load_bundle
+from asesearch.deployment.torch_noise import image_noise
+from asesearch.deployment.verify import verify
+from asesearch.errors import CheckpointError, ConfigError
+from asesearch.sampling import image_noise as torch_image_noise
+from asesearch.schedule import ExitSchedule
+from tests.conftest import TINY_DIT
+
+DEPTH = 4
+SCHEDULE = ExitSchedule.from_string("4 4 2 1", DEPTH)
+SOLVERS = ["ddpm", "ddim", "dpm++2m", "dpm++2m-quadratic", "unipc-quadratic"]
+
+
+def randomised(net, scale=0.1):
+    generator = torch.Generator().manual_seed(0)
+    for p in net.parameters():
+        if p.requires_grad:
+            p.data = torch.randn(p.shape, generator=generator) * scale
+    return net.eval()
+
+
+def bundle_of(net, kind="dit", schedule=SCHEDULE, process="discrete", **sampling):
+    how = SamplingConfig(**{"num_steps": 6, "cfg_scale": 1.5, "batch_size": 2} | sampling)
+    about = ({"search": None}, {"study": "tiny"})
+    return Bundle(net, schedule, kind, DiffusionConfig(process=process), how, *about)
+
+
+@pytest.fixture(scope="module")
+def bundle():
+    return bundle_of(randomised(DiT(**TINY_DIT)))
+
+
+@pytest.fixture(scope="module")
+def folder(bundle, tmp_path_factory):
+    before = {k: v.clone() for k, v in bundle.backbone.state_dict().items()}
+    made = formats.write(bundle, tmp_path_factory.mktemp("onnx") / "made", "onnx")
+    after = bundle.backbone.state_dict()
+    assert all(torch.equal(before[k], after[k]) for k in before)  # exporting leaves no trace
+    return made
+
+
+def gap(images, expected):
+    return float(np.abs(images - expected.numpy()).max() / expected.abs().max())
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_the_images_are_torchs(bundle, folder, solver):
+    how = bundle.sampling.model_copy(update={"solver": solver})
+    expected = replace(bundle, sampling=how).sample([5, 2, 9])
+    made = replace(load_onnx(folder), sampling=how).sample([5, 2, 9])
+    assert gap(made.images, expected.images) < 1e-5
+    assert made.images.dtype == np.float32 and made.timesteps == expected.timesteps
+    assert (made.nfe, made.block_calls) == (expected.nfe, expected.block_calls)
+
+
+def test_another_schedule_gives_other_images(bundle, folder):
+    """The negative control: the graph does look at the exit depth."""
+    loaded = load_onnx(folder)
+    full = loaded.sample([0, 1], schedule=ExitSchedule.full(DEPTH))
+    assert gap(full.images, bundle.sample([0, 1]).images) > 1e-3
+    expected = replace(bundle, schedule=ExitSchedule.full(DEPTH)).sample([0, 1])
+    assert gap(full.images, expected.images) < 1e-5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("process", ["discrete", "vp-sde"])
+def test_u_vit(tmp_path, process):
+    net = randomised(UViT(img_size=8, patch_size=4, embed_dim=16, depth=4, num_heads=2))
+    schedule = ExitSchedule.from_string("2 1", 2)
+    made = bundle_of(net, "uvit", schedule, process, cfg_scale=1.0)
+    loaded = load_onnx(formats.write(made, tmp_path / "made", "onnx"))
+    assert sorted(loaded.parity_errors()) == [1, 2]
+    x = loaded.parity["x_t"]
+    t = loaded.parity["t"].astype(np.int64 if process == "discrete" else np.float32)
+    with torch.no_grad():
+        shallowest = net(torch.from_numpy(x), torch.from_numpy(t), exit_depth=0)
+    assert gap(loaded.run(x, t, exit_depth=0), shallowest) < 1e-5
+    assert gap(loaded.sample([1, 2, 3]).images, made.sample([1, 2, 3]).images) < 1e-5
+
+
+def test_labels_noise_and_batch_are_the_callers(bundle, folder):
+    loaded = load_onnx(folder)
+    one = loaded.sample([4], y=[2]).images
+    drawn = image_noise([4], (1, 8, 8))
+    assert np.array_equal(loaded.sample([0], y=[2], noise=drawn).images, one)
+    together = loaded.sample([4, 5, 6], y=[2, 0, 1]).images
+    assert np.abs(together[:1] - one).max() < 1e-5 * np.abs(one).max()
+
+
+@pytest.mark.parametrize("shape", [(4, 32, 32), (1, 28, 28), (3, 5, 5), (1, 4, 4)])
+def test_noise_is_torchs(shape):
+    seeds = [0, 7, 2**32 - 1]
+    ours = image_noise(seeds, shape)
+    theirs = torch_image_noise(seeds, shape, torch.device("cpu"))
+    for _ in range(3):
+        assert np.abs(ours() - theirs().numpy()).max() < 2e-6
+
+
+@pytest.mark.slow
+def test_the_files_are_no_larger_than_the_weights(tmp_path):
+    """Every exit depth is in them, whatever the schedule."""
+    net = DiT(**{**TINY_DIT, "hidden_size": 256, "patch_size": 2})
+    made = bundle_of(net, schedule=ExitSchedule.from_string("1 2 3 4", DEPTH))
+    folder = formats.write(made, tmp_path / "made", "onnx")
+    weights = sum(p.numel() * p.element_size() for p in net.parameters())
+    assert sum((folder / name).stat().st_size for name in (GRAPH, WEIGHTS)) <= 1.02 * weights
+
+
+WITHOUT_TORCH = """
+import sys
+class Refuse:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in ("torch", "diffusers", "onnx", "scipy", "optuna"):
+            raise ImportError(f"{name} is blocked")
+sys.meta_path.insert(0, Refuse())
+import numpy as np
+from asesearch.deployment.onnx_runtime import load_onnx
+np.save(sys.argv[2], load_onnx(sys.argv[1]).sample([5, 2, 9]).images)
+"""
+
+
+def test_it_samples_where_there_is_no_torch(bundle, folder, tmp_path):
+    out = tmp_path / "images.npy"
+    subprocess.run([sys.executable, "-c", WITHOUT_TORCH, folder, out], check=True)
+    assert gap(np.load(out), bundle.sample([5, 2, 9]).images) < 1e-5
+
+
+def test_verify_takes_it(folder):
+    checks = verify(folder, speed=False)
+    assert [c.name for c in checks if c.passed] == ["files", "network", "parity"]
+    assert "onnxruntime" in checks[1].found
+
+
+# -- what is refused -------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def copy(folder, tmp_path):
+    to = tmp_path / "copy"
+    to.mkdir()
+    for path in folder.iterdir():
+        (to / path.name).write_bytes(path.read_bytes())
+    return to
+
+
+def signed(folder, **changes):
+    """Write the hashes of the files as they are now: a forger's manifest."""
+    path = folder / "bundle.json"
+    data = json.loads(path.read_text()) | changes
+    path.write_text(json.dumps(data | {"files": file_entries(folder, FILES)}))
+
+
+def change_graph(folder, change):
+    graph = onnx.load(folder / GRAPH, load_external_data=False)
+    change(graph)
+    (folder / GRAPH).write_bytes(graph.SerializeToString())
+    signed(folder)
+
+
+def lead_out(where):
+    def change(model):
+        for tensor in model.graph.initializer:
+            for entry in tensor.external_data:
+                if entry.key == "location":
+                    entry.value = where
+
+    return change
+
+
+def other_opset(model):
+    model.opset_import[0].version = 99
+
+
+def other_input(model):
+    model.graph.input[0].name = "x"
+    for node in model.graph.node:
+        for i, name in enumerate(node.input):
+            node.input[i] = "x" if name == "x_t" else name
+
+
+def other_weight(model):
+    del model.graph.initializer[-1]
+
+
+def other_number(model):
+    """A forged weight in the graph itself."""
+    tensor = model.graph.initializer[-1]
+    zero = np.zeros(tensor.dims, dtype=np.float32)
+    model.graph.initializer[-1].CopyFrom(numpy_helper.from_array(zero, tensor.name))
+
+
+FORGED = {
+    "opset": (other_opset, "can't run .*export it again"),
+    "data above": (lead_out("../weights.bin"), "weights.bin"),
+    "data elsewhere": (lead_out("/etc/passwd"), "Absolute path not allowed"),
+    "input": (other_input, "must have the inputs x_t, timestep, y and exit_depth"),
+    "missing weight": (other_weight, "can't run"),
+    "another number": (other_number, "computes something else here"),
+}
+
+
+@pytest.mark.parametrize("name", FORGED)
+def test_a_forged_graph_is_refused(copy, name):
+    (copy.parent / WEIGHTS).write_bytes((copy / WEIGHTS).read_bytes())
+    change, message = FORGED[name]
+    change_graph(copy, change)
+    with pytest.raises(CheckpointError, match=message):
+        load_onnx(copy)
+
+
+def test_missing_and_damaged_files_are_refused(copy):
+    (copy / WEIGHTS).write_bytes(b"\0" * (copy / WEIGHTS).stat().st_size)
+    with pytest.raises(CheckpointError, match=r"weights.bin is damaged: its SHA-256"):
+        load_onnx(copy)
+    (copy / WEIGHTS).unlink()
+    with pytest.raises(CheckpointError, match=r"weights.bin is missing; copy the bundle again"):
+        load_onnx(copy)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"version": 2}, "bundle version 2; this release reads 1"),
+        ({"schedule": ExitSchedule.full(5).to_dict()}, "must be for 4 blocks"),
+        ({"sampling": {"solver": "euler-maruyama"}}, "is for a vp-sde process"),
+        ({"network": {}}, "does not fit together"),
+    ],
+)
+def test_a_forged_manifest_is_refused(copy, changes, message):
+    signed(copy, **changes)
+    with pytest.raises(CheckpointError, match=message):
+        load_onnx(copy)
+
+
+def test_neither_format_is_taken_for_the_other(bundle, folder, tmp_path):
+    plain = formats.write(bundle, tmp_path / "plain")
+    with pytest.raises(CheckpointError, match=r"got 'asesearch.bundle'"):
+        load_onnx(plain)
+    with pytest.raises(CheckpointError, match=r"got 'asesearch.onnx'"):
+        load_bundle(folder)
+
+
+def test_formats_that_can_not_be_written_are_refused(bundle, tmp_path):
+    with pytest.raises(ConfigError, match=r"format must be one of bundle, .*; got 'tflite'"):
+        formats.write(bundle, tmp_path / "made", "tflite")
+    with pytest.raises(ConfigError, match=r"of the kind dit or uvit; got diffusers"):
+        formats.write(replace(bundle, kind="diffusers"), tmp_path / "made", "onnx")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (([],), "one per image"),
+        (([-1],), "one per image"),
+        (([0], [3]), "one class in 0…2 per image"),
+        (([0], [0, 1]), "one class in 0…2 per image"),
+        (([0], None, 1001), "num_steps must lie in 1…1000"),
+    ],
+)
+def test_wrong_arguments_are_refused(folder, arguments, message):
+    with pytest.raises(ConfigError, match=message):
+        load_onnx(folder, check_parity=False).sample(*arguments)
