@@ -42,7 +42,7 @@ def make_vae(path, seed=0, **config):
     return path
 
 
-def make_text_encoder(path, seed=0):
+def make_text_encoder(path, seed=0, width=16, max_length=16):
     words = {w: i for i, w in enumerate(["<pad>", "</s>", "<unk>", "a", "red", "blue", "shirt"])}
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
@@ -50,12 +50,14 @@ def make_text_encoder(path, seed=0):
         single="$A </s>", special_tokens=[("</s>", 1)]
     )
     special = {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=16, **special)
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, model_max_length=max_length, **special
+    )
     fast.save_pretrained(path / "tokenizer")
     torch.manual_seed(seed)
     sizes = {
         "vocab_size": len(words),
-        "d_model": 16,
+        "d_model": width,
         "d_kv": 4,
         "d_ff": 32,
         "num_layers": 2,

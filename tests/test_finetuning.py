@@ -6,6 +6,7 @@ import math
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -706,3 +707,32 @@ def test_a_warm_up_and_a_fine_tuning_may_differ_in_precision(tiny_dit, tiny_imag
         AcceleratorState._reset_state()
     assert again == first
     assert half != first and half == pytest.approx(first, rel=0.05)
+
+
+FREED = """
+import gc, weakref
+import numpy as np
+from asesearch.backbones import DiT
+from asesearch.config import TrainConfig
+from asesearch.data import ImageArray
+from asesearch.diffusion import Diffusion
+from asesearch.finetuning import Trainer
+from asesearch.schedule import ExitSchedule
+from tests.conftest import TINY_DIT
+
+gc.collect()
+gc.disable()
+data = ImageArray(np.zeros((9, 1, 8, 8), np.uint8), np.arange(9) % 3, "nine")
+config = TrainConfig(num_steps=2, batch_size=2)
+trainer = Trainer(DiT(**TINY_DIT), data, Diffusion(), ExitSchedule.full(4), config)
+seen = weakref.ref(trainer.backbone)
+assert seen() is not None
+del trainer
+assert seen() is None, "still there"
+"""
+
+
+@pytest.mark.slow
+def test_a_processs_first_trainer_is_freed_with_its_last_reference():
+    """Making the first optimiser, PyTorch imports what keeps the frames that asked for it."""
+    subprocess.run([sys.executable, "-c", FREED], check=True, cwd=Path(__file__).parent.parent)

@@ -5,7 +5,9 @@ Only sizes, paths and numbers are made small; all else is as in the file.
 """
 
 import copy
+import hashlib
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +24,7 @@ from asesearch.deployment.export import export
 from asesearch.deployment.images import decoder_of, prompts_for
 from asesearch.deployment.reading import load_bundle
 from asesearch.diffusion import Diffusion
+from asesearch.encoding.networks import Vae, read_own_config
 from asesearch.errors import AseSearchError, ConfigError, DataError
 from asesearch.evaluation.extractors import register_extractor
 from asesearch.finetuning import check_fit
@@ -32,6 +35,7 @@ from asesearch.search import Workbench, costs, opening, parts, search
 from asesearch.search.plan import make_plan
 from asesearch.study import Study
 from tests.test_cli import call
+from tests.test_encoding import make_text_encoder, make_vae
 
 FOLDER = Path(__file__).parent.parent / "studies"
 STUDIES = sorted(FOLDER.glob("*.toml"))
@@ -203,8 +207,6 @@ def test_celeba(tmp_path):
 def imagenet(tmp_path_factory):
     """Images of three classes, their latents, the VAE, and a DiT for them: all that the study
     names."""
-    from tests.test_encoding import make_vae
-
     place = tmp_path_factory.mktemp("imagenet")
     make_images(place / "train", ("n01", "n02", "n03"))
     make_vae(place / "vae", scaling_factor=0.25)
@@ -283,8 +285,6 @@ def test_imagenet(imagenet, tmp_path):
 def test_a_study_of_latents_that_can_t_be_evaluated_is_refused_before_the_network_is_read(
     imagenet, tmp_path
 ):
-    from tests.test_encoding import make_vae
-
     good = imagenet_study(imagenet)
 
     def changed(**sections):
@@ -347,10 +347,6 @@ def test_a_plan_counts_the_decoding(imagenet):
 
 def test_another_decoder_is_another_study(imagenet, tmp_path):
     """The path of the VAE may change, what lies there may not."""
-    import shutil
-
-    from tests.test_encoding import make_vae
-
     first = Workbench(imagenet_study(imagenet)).identity
     shutil.copytree(imagenet / "vae", tmp_path / "moved")
     make_vae(tmp_path / "other", seed=1, scaling_factor=0.25)
@@ -361,13 +357,49 @@ def test_another_decoder_is_another_study(imagenet, tmp_path):
     )
 
 
+def first_digest(net, config):
+    """As releases took it first, of VAEs and text encoders."""
+    sha = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
+    for name, tensor in sorted(net.state_dict().items()):
+        sha.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        sha.update(tensor.contiguous().numpy().tobytes())
+    return sha.hexdigest()
+
+
+def test_a_decoder_on_record_by_its_first_digest_is_the_same_decoder(imagenet, tmp_path):
+    vae = Vae(imagenet / "vae", "cpu")
+    first = first_digest(vae.net, read_own_config(imagenet / "vae"))
+    assert first != vae.digest
+    recorded = Workbench(imagenet_study(imagenet)).identity
+    recorded["decoder"]["digest"] = first
+    (tmp_path / "inputs.json").write_text(json.dumps(recorded))
+    assert Workbench(imagenet_study(imagenet), tmp_path).identity == recorded
+    make_vae(tmp_path / "other", seed=1, scaling_factor=0.25)
+    other = Workbench(imagenet_study(imagenet, vae=str(tmp_path / "other")), tmp_path).identity
+    assert other["decoder"]["digest"] not in (first, vae.digest)
+
+
+def test_latents_on_record_by_first_digests_are_gone_on_with(imagenet, tmp_path):
+    shutil.copytree(imagenet / "latents", tmp_path / "latents")
+    index = json.loads((tmp_path / "latents" / "index.json").read_text())
+    vae = Vae(imagenet / "vae", "cpu")
+    index["identity"]["vae"] = first_digest(vae.net, read_own_config(imagenet / "vae"))
+    (tmp_path / "latents" / "index.json").write_text(json.dumps(index))
+    (tmp_path / "latents" / "latents-00000.npy").unlink()
+    options = ("--image-size", PIXELS, "--out", tmp_path / "latents", "--batch-size", 16)
+    call("latents", imagenet / "train", "--vae", imagenet / "vae", *options)
+    again = (tmp_path / "latents" / "latents-00000.npy").read_bytes()
+    assert again == (imagenet / "latents" / "latents-00000.npy").read_bytes()
+    make_vae(tmp_path / "other", seed=1, scaling_factor=0.25)
+    with pytest.raises(DataError, match="holds another encoding; changed: vae"):
+        call("latents", imagenet / "train", "--vae", tmp_path / "other", *options)
+
+
 # -- PixArt, text to image -------------------------------------------------------------------------
 
 
 def test_pixart(tmp_path):
     from diffusers import PixArtTransformer2DModel
-
-    from tests.test_encoding import make_text_encoder, make_vae
 
     images = make_images(tmp_path / "train")
     lines = [

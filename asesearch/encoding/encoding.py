@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -26,7 +26,7 @@ from asesearch.data.latents import (
     pad_prompts,
     write_array,
 )
-from asesearch.encoding.networks import PathLike, TextEncoder, Vae
+from asesearch.encoding.networks import Network, PathLike, TextEncoder, Vae
 from asesearch.errors import ConfigError, DataError
 from asesearch.files import file_sha256
 
@@ -204,7 +204,7 @@ def encode_latents(
     }
     index = _fresh_index(source, vae, identity)
     if folder.is_dir() or not dry_run:
-        index = _resumed(folder, index)
+        index = _resumed(folder, index, {"vae": vae, "text_encoder": text})
     check_readable(source)
 
     advance = _counted(progress, len(source))
@@ -288,7 +288,7 @@ def _fresh_index(source: DataSource, vae: Vae, identity: dict[str, Any]) -> Inde
     )
 
 
-def _resumed(folder: Path, fresh: Index) -> Index:
+def _resumed(folder: Path, fresh: Index, networks: Mapping[str, Network | None]) -> Index:
     """The index already in `folder`, if it is of the same encoding; `fresh` if the folder is new or
     empty.
 
@@ -306,7 +306,8 @@ def _resumed(folder: Path, fresh: Index) -> Index:
         return fresh
     index = Index.read(folder)
     old = index.identity
-    new = fresh.identity
+    known = {name: net.known_as(old.get(name)) for name, net in networks.items() if net is not None}
+    new = fresh.identity | known
     changed = [f"{k}: {old.get(k)} -> {new[k]}" for k in new if old.get(k) != new[k]]
     if changed:
         raise DataError(

@@ -56,14 +56,40 @@ def load_whole(cls: Any, folder: Path, what: str) -> Any:
     return net.eval().requires_grad_(False)
 
 
-class Vae:
+class Network:
+    """A pretrained network that tells whether it is the one on record.
+
+    Args:
+        net: with its weights.
+        config: what else makes it what it is.
+
+    Attributes:
+        net: the network.
+        digest: SHA-256 over configuration and weights.
+    """
+
+    def __init__(self, net: Any, config: dict[str, Any]) -> None:
+        self.net = net
+        self.digest = weights_digest(net, config)
+        self._config = config
+
+    def known_as(self, recorded: object) -> str:
+        """The digest, or the one on record where that is this network's as releases before took
+        it."""
+        if recorded not in (None, self.digest):
+            earlier = weights_digest(self.net, self._config, earlier=True)
+            if recorded == earlier:
+                return earlier
+        return self.digest
+
+
+class Vae(Network):
     """diffusers' AutoencoderKL in float32.
 
     Attributes:
         shift, scale: of each latent channel, from its config; the network sees (z - shift) · scale.
         factor: pixels a latent, each way.
         channels: of the images.
-        digest: SHA-256 over configuration and weights.
     """
 
     def __init__(self, path: PathLike, device: str | torch.device) -> None:
@@ -76,9 +102,8 @@ class Vae:
                 f"the VAE must be an AutoencoderKL; got {saved.get('_class_name')} in {folder}; "
                 "give another"
             )
-        self.net = load_whole(AutoencoderKL, folder, "AutoencoderKL").float()
+        super().__init__(load_whole(AutoencoderKL, folder, "AutoencoderKL").float(), saved)
         self.device = torch.device(device)
-        self.digest = weights_digest(self.net, saved)
         config = self.net.config
         stds = config.latents_std or [1.0] * config.latent_channels
         self.scale = [float(config.scaling_factor / std) for std in stds]
@@ -121,6 +146,7 @@ class LatentDecoder:
         self.shift = vae.shift
         self.scale = vae.scale
         self.channels: int = vae.net.config.out_channels
+        self.known_as = vae.known_as
 
     def check_scaling(self, shift: Sequence[float], scale: Sequence[float]) -> None:
         """Refuse latents that another kind of VAE made (one that differs in its decoder only is
@@ -167,12 +193,11 @@ class LatentDecoder:
         return torch.cat([vae.net.decode(z).sample.clamp(-1, 1).to(latents.device) for z in parts])
 
 
-class TextEncoder:
+class TextEncoder(Network):
     """A transformers text encoder with its tokenizer; in bfloat16 on a GPU, as PixArt-α's, else in
     float32.
 
-    Attributes:
-        digest: SHA-256 over configuration, weights as used, and vocabulary.
+    Its digest is over configuration, weights as used, and vocabulary.
 
     Raises:
         CheckpointError: network or tokenizer missing or unreadable.
@@ -196,11 +221,11 @@ class TextEncoder:
                 f"max_length must lie in 1…{limit} for the text encoder {folder}; got "
                 f"{max_length}; change it"
             )
-        self.net = load_whole(AutoModelForTextEncoding, folder, "text encoder")
-        self.net.to(torch.float32 if self.device.type == "cpu" else torch.bfloat16)
-        self.digest = weights_digest(
-            self.net,
-            {**read_own_config(folder), "vocabulary": sorted(self.tokenizer.get_vocab().items())},
+        net = load_whole(AutoModelForTextEncoding, folder, "text encoder")
+        vocabulary = sorted(self.tokenizer.get_vocab().items())
+        super().__init__(
+            net.to(torch.float32 if self.device.type == "cpu" else torch.bfloat16),
+            {**read_own_config(folder), "vocabulary": vocabulary},
         )
         self.net.to(self.device)
 

@@ -9,7 +9,10 @@ its initial weights.
 from __future__ import annotations
 
 import copy
+import gc
+import importlib
 import math
+from functools import cache
 
 import numpy as np
 import numpy.typing as npt
@@ -46,6 +49,26 @@ def make_accelerator(mixed_precision: str, *handlers: KwargsHandler) -> Accelera
     )
 
 
+@cache
+def _import_dynamo() -> None:
+    """What PyTorch imports when a process makes its first optimiser.
+
+    The import keeps the frames that called it until garbage is collected: a first trainer's
+    networks and Adam's moments lay beside the second's, 13 GB for DiT-XL/2.
+    """
+    importlib.import_module("torch._dynamo")
+    gc.collect()
+
+
+def _as_teacher(net: Backbone, device: torch.device) -> Backbone:
+    """The network itself where it is ready for use, else a copy: weights of a large one take
+    gigabytes, and nothing here changes a teacher's."""
+    here = torch.empty(0, device=device).device  # "cuda" is some "cuda:0"
+    if not net.training and all(p.device == here for p in net.parameters()):
+        return net
+    return copy.deepcopy(net).to(device).eval().requires_grad_(False)
+
+
 class TrainingStep:
     """The networks of one run, and the step that trains them.
 
@@ -54,8 +77,9 @@ class TrainingStep:
         diffusion: forward process; its timesteps must be the schedule's.
         schedule: blocks to run at each noise level, or the distribution of an elastic warm-up.
         config: see `TrainConfig`.
-        teacher: full-depth network for distillation; by default a frozen copy of `backbone`, if
-            `distill_frac` > 0.
+        teacher: full-depth network for distillation; by default `backbone`, if `distill_frac` > 0.
+            In eval mode on the device it is used as it is, so don't change it during the run; else
+            it is copied.
         accelerator: for several processes or devices; by default one is made.
 
     Raises:
@@ -71,6 +95,7 @@ class TrainingStep:
         teacher: Backbone | None = None,
         accelerator: Accelerator | None = None,
     ) -> None:
+        _import_dynamo()
         self.diffusion = diffusion
         self.schedule = schedule
         self.config = config
@@ -91,9 +116,7 @@ class TrainingStep:
         self.ema = copy.deepcopy(backbone).to(device).eval().requires_grad_(False)
         self.teacher = None
         if config.distill_frac > 0:
-            self.teacher = (
-                copy.deepcopy(teacher or backbone).to(device).eval().requires_grad_(False)
-            )
+            self.teacher = _as_teacher(teacher or backbone, device)
         self._learnt = [n for n, p in self.backbone.named_parameters() if p.requires_grad]
         frozen = self.backbone.time_embedder() if config.freeze_time_embedder else None
         if frozen is not None:

@@ -59,8 +59,9 @@ class Trainer(TrainingStep):
         schedule: blocks to run at each noise level, or the distribution of an elastic warm-up.
         config: see `TrainConfig`.
         run_dir: folder for the checkpoint that makes the run resumable; None = not resumable.
-        teacher: full-depth network for distillation; by default a frozen copy of `backbone`, if
-            `distill_frac` > 0.
+        teacher: full-depth network for distillation; by default `backbone`, if `distill_frac` > 0.
+            In eval mode on the device it is used as it is, so don't change it during the run; else
+            it is copied.
         accelerator: for several processes or devices; by default one is made.
 
     Raises:

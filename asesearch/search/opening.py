@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 
@@ -15,6 +16,7 @@ from asesearch.encoding import LatentDecoder
 from asesearch.errors import ConfigError, EvaluationError
 from asesearch.evaluation.extractors import Extractor
 from asesearch.evaluation.fidelity import SHIPPED, ReferenceStats, reference_statistics
+from asesearch.study import directory
 
 
 def conditioning_for(
@@ -83,6 +85,18 @@ def check_evaluation(config: StudyConfig) -> None:
             "generated latents are decoded for evaluation; got no data.vae; give the folder of the "
             "AutoencoderKL"
         )
+
+
+def known_digest(decoder: LatentDecoder, run_dir: Path | None) -> str:
+    """The decoder's digest; of a study begun when releases took it otherwise, the one on record, if
+    it is the same decoder's."""
+    path = None if run_dir is None else run_dir / directory.INPUTS
+    if path is None or not path.exists():
+        return decoder.digest
+    lost = "its decoder is taken to be of this release"
+    return decoder.known_as(
+        directory.read_state(path, lambda data: str(data["decoder"]["digest"]), lost)
+    )
 
 
 def open_decoder(

@@ -32,6 +32,7 @@ from asesearch.score import EvaluationResult, Protocol
 from asesearch.search.opening import (
     check_evaluation,
     conditioning_for,
+    known_digest,
     open_decoder,
     open_reference,
 )
@@ -133,7 +134,8 @@ class Parts:
             "protocol": self.protocols.search.to_dict(),
         }
         if (vae := self.decoder) is not None:
-            out["decoder"] = {"digest": vae.digest, "shift": vae.shift, "scale": vae.scale}
+            digest = known_digest(vae, self.run_dir)
+            out["decoder"] = {"digest": digest, "shift": vae.shift, "scale": vae.scale}
         return out
 
     def sample(

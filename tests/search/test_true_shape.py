@@ -12,6 +12,7 @@ import tomllib
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from PIL import Image
@@ -62,6 +63,7 @@ class Wide(FeatureExtractorBase):
 
 
 INCEPTION_SIZE = 2048
+NEEDED = 18 << 30  # bytes of memory for a training step of DiT-XL/2 in float32
 register_extractor("wide-2048", Wide)
 register_extractor("wide-512", Wide)
 
@@ -272,69 +274,89 @@ def make_latents(place, count, *options, classes=()):
     }
 
 
-def imagenet(place):
-    """DiT-XL/2 but for its width: 28 blocks, 16 heads, patches of 2, 1,000 classes."""
+def imagenet(place, width):
+    """DiT-XL/2, 28 blocks, 16 heads, patches of 2, 1,000 classes, of this width."""
     sections = make_latents(place, 6, classes=(5, 207, 999))
-    size = {**DiT.preset_args("DiT-XL/2"), "hidden_size": 128}
+    size = {**DiT.preset_args("DiT-XL/2"), "hidden_size": width}
     net = DiT(**size, input_size=LATENT, in_channels=4, num_classes=1000)
     torch.save(randomised(net).state_dict(), place / "net.pt")
     backbone = {"checkpoint": str(place / "net.pt"), "args": {"num_heads": size["num_heads"]}}
     return {**sections, "backbone": backbone}
 
 
-def celeba(place):
+def celeba(place, width):
     """U-ViT-S/4 for CelebA, as released."""
+    assert width == UViT.preset_args("U-ViT-S/4-CelebA64")["embed_dim"]
     torch.save(randomised(UViT.from_preset("U-ViT-S/4-CelebA64")).state_dict(), place / "net.pth")
     # the reference are the data themselves: more than the extractor has features
     images = pictures(place / "faces", 2100, 128)
     return {"backbone": {"checkpoint": str(place / "net.pth")}, "data": {"path": str(images)}}
 
 
-def pixart(place):
-    """PixArt-alpha but for its widths: 28 blocks, 16 heads, patches of 2, 120 tokens of prompt."""
+def pixart(place, width):
+    """PixArt-alpha, 28 blocks, 16 heads, patches of 2, of this width; at its own, 1152, also its
+    prompts: 120 tokens of 4096 numbers."""
     from diffusers import PixArtTransformer2DModel
 
-    text = make_text_encoder(place / "text")
+    tokens, embedding = (120, 4096) if width == 1152 else (16, 16)
+    text = make_text_encoder(place / "text", width=embedding, max_length=tokens)
     captions = ("--captions", place / "train" / "metadata.jsonl", "--text-encoder", text)
-    sections = make_latents(place, 6, "--no-flips", *captions, "--max-length", 16)
+    sections = make_latents(place, 6, "--no-flips", *captions, "--max-length", tokens)
     net = PixArtTransformer2DModel(
         num_layers=28,
         num_attention_heads=16,
-        attention_head_dim=8,
+        attention_head_dim=width // 16,
         sample_size=LATENT,
         in_channels=4,
         out_channels=8,
-        cross_attention_dim=128,
-        caption_channels=16,
+        cross_attention_dim=width,
+        caption_channels=embedding,
     )
     randomised(net).save_pretrained(place / "net")
     return {**sections, "backbone": {"checkpoint": str(place / "net")}}
 
 
+IMAGENET = ("imagenet256-dit-xl2", imagenet)
+CELEBA = ("celeba64-uvit-s4", celeba)
+PIXART = ("pixart-alpha-256", pixart)
+SAMPLERS = {
+    "imagenet256-dit-xl2": "ddim-50, dpm++2m-25, unipc-quadratic-10",
+    "celeba64-uvit-s4": "dpm++2m-50, dpm++2m-25, dpm++2m-10",
+    "pixart-alpha-256": "dpm++2m-20, unipc-quadratic-10, unipc-quadratic-7",
+}
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("name", "make", "depth", "warm_starts", "samplers"),
+    ("study", "width", "millions", "depth", "warm_starts"),
     [
-        ("imagenet256-dit-xl2", imagenet, 28, 5, "ddim-50, dpm++2m-25, unipc-quadratic-10"),
-        ("celeba64-uvit-s4", celeba, 6, 5, "dpm++2m-50, dpm++2m-25, dpm++2m-10"),
-        ("pixart-alpha-256", pixart, 28, 3, "dpm++2m-20, unipc-quadratic-10, unipc-quadratic-7"),
+        (IMAGENET, 128, 8, 28, 5),
+        (IMAGENET, 1152, 675, 28, 5),
+        (CELEBA, 512, 44, 6, 5),
+        (PIXART, 128, 7, 28, 3),
+        (PIXART, 1152, 610, 28, 3),
     ],
+    ids=["DiT-XL/2, narrow", "DiT-XL/2", "U-ViT-S/4", "PixArt-alpha, narrow", "PixArt-alpha"],
 )
 def test_the_studies_of_large_networks_pass_the_preflight(
-    tmp_path, name, make, depth, warm_starts, samplers
+    tmp_path, study, width, millions, depth, warm_starts
 ):
     """As they are, but for paths, extractor, the size of the pictures, and a CPU's precision."""
+    name, make = study
+    if millions > 500 and psutil.virtual_memory().available < NEEDED:
+        pytest.skip(f"needs {NEEDED >> 30} GiB of free memory for weights, EMA and moments")
     data = tomllib.loads((README.parent / "studies" / f"{name}.toml").read_text(encoding="utf-8"))
-    for section, values in make(tmp_path).items():
+    for section, values in make(tmp_path, width).items():
         data[section] |= values
     data["evaluation"]["extractor"] = "wide-2048"
     for section in ("elastic", "train"):
         assert data[section].pop("mixed_precision") == "bf16"
     bench = Workbench(parse_study(data, name))
     assert bench.backbone.depth == depth and bench.extractor.dim == INCEPTION_SIZE
+    assert sum(p.numel() for p in bench.backbone.parameters()) // 10**6 == millions
     checked = preflight(bench).checked
     text = "\n".join(checked)
-    assert checked[0] == f"one image through {samplers}, and wide-2048"
+    assert checked[0] == f"one image through {SAMPLERS[name]}, and wide-2048"
     assert "principal components (wide-2048), 1 x 500 images" in text
     assert "search protocol: Fréchet distance (wide-2048), 1 x 5000 images" in text
     (starts,) = [line for line in checked if line.startswith("warm starts: full, D")]
