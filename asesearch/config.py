@@ -277,11 +277,16 @@ class ConfirmConfig(_Section):
 
     At most `max_points` points, spread evenly over the front. `time_images` images are sampled by
     the point and the full network in turn, `time_repeats` times each.
+
+    Each point and the full network are fine-tuned under `training_seeds` seeds in all, the search's
+    among them, and each network is scored on the same images: how far a score moves when it is
+    trained again, beside how far it moves when it is sampled again.
     """
 
     max_points: PositiveInt = 8
     num_samples: int = Field(default=5000, ge=2, lt=2**53)
     repeats: PositiveInt = 3
+    training_seeds: PositiveInt = 1
     time_images: PositiveInt = 64
     time_repeats: PositiveInt = 5
 

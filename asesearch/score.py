@@ -130,10 +130,7 @@ class EvaluationResult:
     @property
     def std_error(self) -> float | None:
         """Standard error of `value`; None from one repeat."""
-        n = len(self.values)
-        if n < 2:
-            return None
-        return math.sqrt(sum((v - self.value) ** 2 for v in self.values) / (n - 1) / n)
+        return None if len(self.values) < 2 else _std_error(self.values)
 
     def minus(self, other: EvaluationResult) -> tuple[float, float | None]:
         """Difference of the means and its standard error (None from one repeat).
@@ -147,10 +144,9 @@ class EvaluationResult:
         self.protocol.require_same(other.protocol)
         pairs = zip(self.values, other.values, strict=True)
         difference = self.value - other.value
-        n = len(self.values)
-        if n < 2:
+        if len(self.values) < 2:
             return difference, None
-        return difference, math.sqrt(sum((a - b - difference) ** 2 for a, b in pairs) / (n - 1) / n)
+        return difference, _std_error(tuple(a - b for a, b in pairs))
 
     def margin(self, other: EvaluationResult) -> float | None:
         """Half the width of the confidence interval of `minus` (None from one repeat).
@@ -176,6 +172,46 @@ class EvaluationResult:
         """Inverse of `to_dict`."""
         protocol = {**data["protocol"], "seeds": tuple(data["protocol"]["seeds"])}
         return cls(Protocol(**protocol), tuple(data["values"]))
+
+
+@dataclass(frozen=True)
+class TrainedScore:
+    """Scores of one point under several training seeds, on the same images.
+
+    Attributes:
+        values: one score per training seed, lower is better.
+    """
+
+    values: tuple[float, ...]
+
+    @property
+    def value(self) -> float:
+        """Mean over the training seeds."""
+        return sum(self.values) / len(self.values)
+
+    @property
+    def std_error(self) -> float | None:
+        """Standard error of `value`; None from one training seed."""
+        return None if len(self.values) < 2 else _std_error(self.values)
+
+    def minus(self, other: TrainedScore) -> tuple[float, float | None]:
+        """Difference of the means over the seeds that both have, and half the width of its
+        confidence interval (None from one seed): Student's for the differences seed by seed, as
+        both networks see the same batches under a seed.
+
+        Source: "The FID Lottery" (2026): training again moves FID more than sampling again does.
+        """
+        differences = tuple(a - b for a, b in zip(self.values, other.values, strict=False))
+        mean = sum(differences) / len(differences)
+        if len(differences) < 2:
+            return mean, None
+        return mean, student_factor(len(differences)) * _std_error(differences)
+
+
+def _std_error(values: tuple[float, ...]) -> float:
+    n = len(values)
+    mean = sum(values) / n
+    return math.sqrt(sum((v - mean) ** 2 for v in values) / (n - 1) / n)
 
 
 def student_factor(repeats: int, confidence: float = CONFIDENCE) -> float:

@@ -5,9 +5,10 @@ import json
 import math
 
 import pytest
+import scipy.stats
 
 from asesearch.errors import EvaluationError
-from asesearch.score import EvaluationResult, Protocol
+from asesearch.score import EvaluationResult, Protocol, TrainedScore
 
 PROTOCOL = Protocol(
     "frechet", "fashion-cnn", "e" * 64, 100, "ref", 60_000, "r" * 64, (0, 100, 200), "ddim", 50, 1.0
@@ -77,6 +78,20 @@ def test_records_of_releases_without_guided_channels_are_read_and_written_as_the
         EvaluationResult.from_dict(json.loads(json.dumps(known.to_dict()))).protocol.guided_channels
         == 3
     )
+
+
+def test_scores_over_training_seeds_are_compared_seed_by_seed():
+    early = TrainedScore((6.0, 7.0, 8.0))
+    full = TrainedScore((5.0, 6.1, 6.9))
+    assert early.value == 7.0 and early.std_error == pytest.approx(1 / math.sqrt(3))
+    difference, margin = early.minus(full)
+    reference = scipy.stats.ttest_rel(early.values, full.values).confidence_interval(0.95)
+    assert difference == pytest.approx(1.0)
+    assert (difference - margin, difference + margin) == pytest.approx(tuple(reference))
+    # unpaired it would not be told from 0: the seeds that both share move both
+    assert margin < difference < 2 * early.std_error
+    assert TrainedScore((6.0,)).std_error is None
+    assert TrainedScore((6.0,)).minus(full) == (1.0, None)
 
 
 @pytest.mark.parametrize("values", [(1.0,), (1.0, 2.0, math.nan), (1.0, 2.0, math.inf)])

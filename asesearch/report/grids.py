@@ -115,6 +115,36 @@ def confirmation_grid(results: StudyResults) -> Grid:
     return Grid(head, rows)
 
 
+def retrained_grid(results: StudyResults) -> Grid:
+    head = (
+        "schedule",
+        "training seeds",
+        "score over them",
+        "± from training",
+        "± from sampling",
+        "minus the full network",
+        "verdict",
+        "time measured",
+    )
+    rows = [
+        (
+            row["label"],
+            str(row["training_seeds"]),
+            number(row["quality"]),
+            number(row["training_se"]),
+            number(row["sampling_se"]),
+            "–"
+            if row["verdict"] == "the reference"
+            else ("+" if row["difference"] > 0 else "")
+            + plus_minus(row["difference"], row["margin"]),
+            row["verdict"],
+            relative(row["time_frac"]),
+        )
+        for _, row in tables.retrained(results).iterrows()
+    ]
+    return Grid(head, rows)
+
+
 def trials_grid(results: StudyResults) -> Grid:
     table = tables.trials(results)
     repeats = [c for c in table.columns if c.startswith("repeat_")]

@@ -347,6 +347,41 @@ def confirmation(results: StudyResults) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
+def retrained(results: StudyResults) -> pd.DataFrame:
+    """Confirmed points over their training seeds, fastest first; empty where each has one seed.
+
+    `quality` is the mean over `training_seeds` networks, `training_se` its standard error (from
+    training), `sampling_se` that of the search's own network (from sampling, on other images);
+    `difference` and `margin` compare with the full network seed by seed, and `verdict` is by them.
+    """
+    records = by_number(results)
+    full = next(
+        (c for c in results.confirmations if results.full and c.number == results.full.number), None
+    )
+    rows = []
+    for c in sorted(results.confirmations, key=lambda c: (c.measured_time_frac, c.number)):
+        if not c.retrained:
+            continue
+        difference, margin = (math.nan, None) if full is None else c.trained.minus(full.trained)
+        rows.append(
+            {
+                "number": c.number,
+                "label": label(records[c.number], results.own_sampler),
+                "metric": c.quality.protocol.metric_name,
+                "training_seeds": len(c.trained.values),
+                "quality": c.trained.value,
+                "training_se": _nan(c.trained.std_error),
+                "sampling_se": _std_error(c.quality),
+                "difference": difference,
+                "margin": _nan(margin),
+                "confidence": CONFIDENCE,
+                "verdict": "the reference" if c is full else verdict(difference, margin),
+                "time_frac": c.measured_time_frac,
+            }
+        )
+    return pd.DataFrame(rows)
+
+
 def _selection_bias(search: EvaluationResult, confirmed: Confirmation) -> float:
     try:
         replace(search.protocol, seeds=()).require_same(

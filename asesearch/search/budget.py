@@ -33,6 +33,7 @@ def confirmation_s(
     *,
     full: bool = True,
     num_workers: int = 1,
+    tuning_s: tuple[float, float] = (0.0, 0.0),
 ) -> float:
     """Seconds that confirming the full network and points of these time fractions takes.
 
@@ -42,12 +43,16 @@ def confirmation_s(
         time_fracs: of the points; both are timed, a point and the full network.
         full: whether the full network is yet to be confirmed.
         num_workers: that share the points out.
+        tuning_s: of fine-tuning a point and the full network, which each training seed after the
+            first does again.
     """
     how = config.confirm
-    images = how.num_samples * how.repeats
-    timed = (how.time_repeats + 1) * how.time_images  # one run of each is not counted
-    parts = [images * frac + timed * (1 + frac) for frac in time_fracs] + [float(images)] * full
-    return per_image_s * max(sum(parts) / num_workers, max(parts, default=0.0))
+    images = how.num_samples * how.repeats * how.training_seeds * per_image_s
+    timed = (how.time_repeats + 1) * how.time_images * per_image_s  # one run of each not counted
+    tuning, full_tuning = ((how.training_seeds - 1) * s for s in tuning_s)
+    parts = [images * frac + timed * (1 + frac) + tuning for frac in time_fracs]
+    parts += [images + full_tuning] * full
+    return max(sum(parts) / num_workers, max(parts, default=0.0))
 
 
 def room_for_trial(
@@ -80,6 +85,7 @@ def room_for_trial(
         c.number
         for c in results.confirmations
         if (c.quality.protocol.num_samples, len(c.quality.values)) == how
+        and 1 + len(c.retrained) >= config.confirm.training_seeds
     }
     points = [r.time_frac or 1.0 for r in chosen if r.number not in confirmed]
     if len(chosen) < config.confirm.max_points:
@@ -87,8 +93,14 @@ def room_for_trial(
         points.append(fmean([*(r.time_frac or 1.0 for r in chosen), 0.7]))
     per_image_s = image_s(bench, results)
     full_too = full.number not in confirmed
+    tuned = [r.seconds["finetune"] for r in chosen if r.seconds.get("finetune")]
     return left >= confirmation_s(
-        config, per_image_s, points, full=full_too, num_workers=num_workers
+        config,
+        per_image_s,
+        points,
+        full=full_too,
+        num_workers=num_workers,
+        tuning_s=(fmean(tuned) if tuned else 0.0, full.seconds.get("finetune", 0.0)),
     )
 
 

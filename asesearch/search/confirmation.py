@@ -8,8 +8,10 @@ share the points out: a lock and a file for each, so that each is confirmed once
 from __future__ import annotations
 
 import logging
+import shutil
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -76,14 +78,24 @@ class _Confirming:
         while True:
             searching = self.others.at_work(SEARCHING)
             points = self._points(searching)
-            self.done |= {
-                c.number: c for c in confirmations_on_record(self.study.run_dir, self.settings)
-            }
-            left = [r for r in points if r.number not in self.done]
+            self.done |= self._on_record()
+            left = [r for r in points if not self._is_whole(self.done.get(r.number))]
             if not left and not searching:
+                self._remove_retrained(points)
                 return [self.done[r.number] for r in points]
             if not any(self._confirm(record, points[0]) for record in left):
                 self._wait(searching, left)
+
+    def _on_record(self) -> dict[int, Confirmation]:
+        """By trial number, under the settings of this confirmation."""
+        found = confirmations_on_record(self.study.run_dir, self.settings)
+        return {c.number: c for c in found}
+
+    def _is_whole(self, found: Confirmation | None) -> bool:
+        """Whether a point is scored under every training seed; more seeds than before are trained
+        beside what is on record."""
+        wanted = self.study.config.confirm.training_seeds
+        return found is not None and 1 + len(found.retrained) >= wanted
 
     def _points(self, searching: list[str]) -> list[TrialRecord]:
         """What is to be confirmed as the record stands; the full network first."""
@@ -107,23 +119,55 @@ class _Confirming:
         ) as mine:
             if not mine:
                 return False
-            found = {
-                c.number: c for c in confirmations_on_record(self.study.run_dir, self.settings)
-            }
-            if record.number in found:
+            made = self._on_record().get(record.number)
+            if self._is_whole(made):
                 return True
             try:
-                made = self._measure(record, full)
+                made = made or self._kept(self._measure(record, full))
+                while not self._is_whole(made):
+                    made = self._kept(self._retrained(record, made))
             except StudyError:
                 if any(r.number == record.number for r in self._points([])):
                     raise
                 return True  # off the front since, by a worker that had been taken for dead
-            self.done[record.number] = made
-            data = {"settings": self.settings, "confirmations": [made.to_dict()]}
-            write_json(self.study.run_dir / directory.CONFIRMATIONS / f"{record.number}.json", data)
         if self.progress is not None:
             self.progress(made)
         return True
+
+    def _kept(self, made: Confirmation) -> Confirmation:
+        """Put it on record."""
+        self.done[made.number] = made
+        data = {"settings": self.settings, "confirmations": [made.to_dict()]}
+        write_json(self.study.run_dir / directory.CONFIRMATIONS / f"{made.number}.json", data)
+        return made
+
+    def _retrained(self, record: TrialRecord, made: Confirmation) -> Confirmation:
+        """With the score under one training seed more.
+
+        The network is kept until all points are confirmed: other samplers may share its schedule.
+        """
+        begun = time.perf_counter()
+        seed = 1 + len(made.retrained)
+        folder = self.study.trial_dir(record.schedule) / directory.RETRAINED.format(seed)
+        warm_up(self.bench, self.study.run_dir)
+        lock = self.study.run_dir / directory.LOCKS / f"{folder.parent.name}-{seed}.lock"
+        with waited_lock(lock, f"fine-tunes a schedule under training seed {seed}"):
+            net = self.bench.trials.tuned(record.schedule, folder, seed).backbone
+        quality, _ = self.bench.evaluate(net, record.point, self.protocol)
+        return replace(
+            made,
+            retrained=(*made.retrained, quality),
+            seconds=made.seconds + time.perf_counter() - begun,
+        )
+
+    def _remove_retrained(self, points: list[TrialRecord]) -> None:
+        """Remove the weights of further training seeds, unless the study keeps all."""
+        if self.study.config.search.keep_weights == "all":
+            return
+        for record in points:
+            folders = self.study.trial_dir(record.schedule).glob(directory.RETRAINED.format("*"))
+            for folder in folders:
+                shutil.rmtree(folder, ignore_errors=True)
 
     def _measure(self, record: TrialRecord, full: TrialRecord) -> Confirmation:
         begun = time.perf_counter()

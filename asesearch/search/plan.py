@@ -189,7 +189,7 @@ def make_plan(bench: Workbench) -> Plan:
     points = config.confirm.max_points
     if budget_s is None:
         points = min(points, trials)
-    confirm_s = confirmation_s(config, made_s, [share] * points)
+    confirm_s = confirmation_s(config, made_s, [share] * points, tuning_s=_tuning_s(bench, rates))
     look_s = 0.0
     if budget_s is not None:
         look_s = num_explored(config) * low_fidelity_s
@@ -226,4 +226,12 @@ def _expected_s(bench: Workbench, rates: _Rates, trials: int, points: int) -> fl
     search_s = looks * rates.low_fidelity_s(pace)
     search_s += (trials - looks) * rates.trial_s(TYPICAL_FRAC, pace)
     made_s = rates.image_s + rates.decode_s
-    return search_s + confirmation_s(bench.config, made_s, [pace] * points)
+    return search_s + confirmation_s(
+        bench.config, made_s, [pace] * points, tuning_s=_tuning_s(bench, rates)
+    )
+
+
+def _tuning_s(bench: Workbench, rates: _Rates) -> tuple[float, float]:
+    """Of a point and of the full network; a point takes less, as it drops blocks."""
+    _, full = bench.trials.tuning(bench.full)
+    return bench.config.train.num_steps * rates.step_s, full.num_steps * rates.step_s

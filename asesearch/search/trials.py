@@ -63,14 +63,19 @@ class Trials:
         self.start: Backbone = parts.backbone
         self.on_step: Callable[[int, float], None] | None = None
 
-    def tuning(self, schedule: ExitSchedule) -> tuple[Backbone, TrainConfig]:
+    def tuning(
+        self, schedule: ExitSchedule, training_seed: int = 0
+    ) -> tuple[Backbone, TrainConfig]:
         """What a schedule's brief fine-tuning starts from, and its settings.
+
+        `training_seed` 0 is the search's; each other draws other batches, timesteps and noise.
 
         The full network, which all others are compared with, gets equal-compute fine-tuning: from
         its pretrained weights, for the steps of the elastic warm-up and of the brief fine-tuning
         together. It learns noise targets: from a teacher that it equals it would learn nothing.
         """
         config = self.parts.config.train
+        config = config.model_copy(update={"seed": config.seed + training_seed})
         elastic = self.parts.config.elastic
         if not schedule.is_full:
             return self.start, config
@@ -79,7 +84,7 @@ class Trials:
             update={"num_steps": steps, "distill_frac": 0.0}
         )
 
-    def tuned(self, schedule: ExitSchedule, folder: Path) -> TrainResult:
+    def tuned(self, schedule: ExitSchedule, folder: Path, training_seed: int = 0) -> TrainResult:
         """The schedule's fine-tuned network, and what it took.
 
         From its file where another sampler's trial left it, or one that was killed before it was on
@@ -94,7 +99,7 @@ class Trials:
                 "losses": [],
             }
             return TrainResult(net, took["losses"], None, took["seconds"])
-        start, config = self.tuning(schedule)
+        start, config = self.tuning(schedule, training_seed)
         teacher = self.parts.backbone if config.distill_frac > 0 else None
         tuned = finetune(
             start,

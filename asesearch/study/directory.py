@@ -37,6 +37,7 @@ WORKERS = "workers"  # a lock and a file of each: when it was at work
 TRIALS = "trials"  # a folder for each schedule, with these:
 WEIGHTS = "weights.safetensors"
 PROMPTS = "prompts.safetensors"
+RETRAINED = "training-seed-{}"  # a folder for each further training seed of a confirmed point
 LOCKS = "locks"  # held by living processes only
 
 T = TypeVar("T")

@@ -14,7 +14,7 @@ import numpy as np
 from asesearch.point import Point
 from asesearch.sampler import Sampler
 from asesearch.schedule import ExitSchedule
-from asesearch.score import EvaluationResult
+from asesearch.score import EvaluationResult, TrainedScore
 from asesearch.study.difficulty import DifficultyMap
 from asesearch.study.front import non_dominated
 from asesearch.study.importance import Importance
@@ -173,6 +173,8 @@ class Confirmation:
         measured_time_frac: median over interleaved pairs of (sampling time / the full network's).
         measured_time_spread: half-IQR of those ratios.
         seconds: that it took in all.
+        retrained: the same point fine-tuned under further seeds, one score each, under the protocol
+            of `quality`.
     """
 
     number: int
@@ -180,15 +182,26 @@ class Confirmation:
     measured_time_frac: float
     measured_time_spread: float
     seconds: float = 0.0
+    retrained: tuple[EvaluationResult, ...] = ()
+
+    @property
+    def trained(self) -> TrainedScore:
+        """The score over its training seeds, the search's first."""
+        return TrainedScore(tuple(q.value for q in (self.quality, *self.retrained)))
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON."""
-        return {**asdict(self), "quality": self.quality.to_dict()}
+        scores = {"quality": self.quality.to_dict()}
+        return {**asdict(self), **scores, "retrained": [q.to_dict() for q in self.retrained]}
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Confirmation:
-        """Inverse of `to_dict`."""
-        return cls(**{**data, "quality": EvaluationResult.from_dict(data["quality"])})
+        """Inverse of `to_dict`; of a release without training seeds too."""
+        own = {
+            "quality": EvaluationResult.from_dict(data["quality"]),
+            "retrained": tuple(map(EvaluationResult.from_dict, data.get("retrained", ()))),
+        }
+        return cls(**{**data, **own})
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ import scipy.stats
 from asesearch.errors import EvaluationError, StudyError
 from asesearch.point import Point
 from asesearch.report import tables
+from asesearch.report.grids import retrained_grid
 from asesearch.report.wording import headline, number, percent, plus_minus
 from asesearch.schedule import ExitSchedule
 from asesearch.score import EvaluationResult
@@ -126,6 +127,34 @@ def test_confirmation_puts_both_figures_side_by_side(study):
             record.time_frac,
             c.measured_time_frac,
         )
+
+
+def test_training_seeds_have_an_error_and_a_verdict_of_their_own(study):
+    results = study(confirm=True)
+    assert tables.retrained(results).empty  # one seed each
+    again = tuple(
+        replace(
+            c,
+            retrained=tuple(
+                EvaluationResult(c.quality.protocol, tuple(v + shift for v in c.quality.values))
+                for shift in ((0.3, -0.1) if c.number == results.full.number else (1.3, 1.1))
+            ),
+        )
+        for c in results.confirmations
+    )
+    results = replace(results, confirmations=again)
+    table = tables.retrained(results).set_index("number")
+    assert len(table) == len(again) and set(table["training_seeds"]) == {3}
+    for c in again:
+        row = table.loc[c.number]
+        assert row["quality"] == pytest.approx(
+            np.mean([c.quality.value, *(q.value for q in c.retrained)])
+        )
+        assert row["sampling_se"] == pytest.approx(c.quality.std_error)
+        assert row["training_se"] == pytest.approx(c.trained.std_error)
+    assert table.loc[results.full.number, "verdict"] == "the reference"
+    grid = retrained_grid(results)
+    assert len(grid.rows) == len(again) and grid.rows[0][1] == "3"
 
 
 def test_no_selection_bias_where_more_than_the_seeds_differ(study):

@@ -549,6 +549,48 @@ def test_confirmations_under_other_settings_are_measured_again(tmp_path, no_weig
     assert {c.quality.protocol.num_samples for c in study.results().confirmations} == {70}
 
 
+def test_further_training_seeds_are_trained_beside_what_is_confirmed(tmp_path, no_weights):
+    study, bench = searched(tmp_path)
+    before = confirm(study, bench)
+    how = study.config.confirm.model_copy(update={"training_seeds": 3})
+    config = study.config.model_copy(update={"confirm": how})
+    study = Study(config, tmp_path)
+    after = confirm(study, SharedBench(tmp_path, config=config))
+    assert [c.quality for c in after] == [c.quality for c in before]
+    assert {len(c.retrained) for c in after} == {2}
+    # one confirmation of each before, and two scores more of each since
+    assert len(confirmed_points(tmp_path)) == 3 * len(before)
+    seeds = Counter(line for line in paid(tmp_path) if line.startswith("training seed"))
+    schedules = {str(r.schedule) for r in study.records() if r.number in {c.number for c in after}}
+    assert set(seeds) == {f"training seed {k} of {s}" for k in (1, 2) for s in schedules}
+    assert not list(tmp_path.glob("trials/*/training-seed-*"))  # no weights are left
+    assert list(study.results().confirmations) == sorted(after, key=lambda c: c.number)
+    assert confirm(study, bench) == after and len(confirmed_points(tmp_path)) == 3 * len(before)
+
+
+def test_a_kill_between_training_seeds_loses_none_that_was_scored(tmp_path, no_weights):
+    sections = {"confirm": {**SHORT["confirm"], "training_seeds": 3}}
+    study, bench = searched(tmp_path, **sections)
+
+    class Killed(BaseException):
+        pass
+
+    tuned = bench.tuned
+
+    def die(schedule, folder, training_seed):
+        if training_seed == 2:
+            raise Killed
+        return tuned(schedule, folder, training_seed)
+
+    bench.tuned = die
+    with pytest.raises(Killed):
+        confirm(study, bench)
+    [full] = study.results().confirmations
+    assert len(full.retrained) == 1
+    found = confirm(study, SharedBench(tmp_path, config=study.config))
+    assert found[0].retrained[0] == full.retrained[0] and len(found[0].retrained) == 2
+
+
 def test_the_one_file_of_earlier_releases_is_read(tmp_path, no_weights):
     study, bench = searched(tmp_path)
     made = confirm(study, bench)
