@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from asesearch.backbones import dit
 from asesearch.backbones.base import Backbone
@@ -271,12 +272,25 @@ def load_backbone(
             f"the weights of {info.model} in {contents.path} don't tell the number of attention "
             "heads; set args.num_heads in [backbone] to that of their training"
         )
-    with torch.device("meta"):
+    with torch.device("meta"), _NothingDrawn():
         net = cls(**args)
     _fill(net, state, f"{contents.path} ({info.model})")
     for note in notes:
         _say_once(note)
     return net
+
+
+class _NothingDrawn(TorchFunctionMode):
+    """Inside, random weights are not drawn: on the device "meta", where there are none, drawing
+    them loads torch's compiler, which takes seconds."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        given = kwargs or {}
+        if getattr(func, "__module__", None) == "torch.nn.init" and "tensor" in given:
+            return given["tensor"]
+        return func(*args, **given)
 
 
 def _open(

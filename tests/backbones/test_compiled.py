@@ -166,7 +166,8 @@ def test_graphs_give_the_outputs_of_eager_calls(cls, args, precision, num_graphs
                 assert largest_difference(found, expected) < (3e-2 if bf16 else TOLERANCE)
     made = module._GRAPHS[net]._made
     assert len(made) == 2 * (net.depth + 1 - net.min_exit_depth)  # captured once each
-    assert num_graphs() == 2
+    # many images, and one; the decoder of U-ViT gets tokens of another type under bf16
+    assert num_graphs() == (4 if bf16 and cls is UViT else 2)
 
 
 @gpu
