@@ -41,7 +41,7 @@ setup:  ## only install what `make search` needs
 
 setup-dev:  ## only install what tests, linters and documentation need
 	@$(call installed,installed-dev) || \
-	  $(MAKE) --no-print-directory install WHAT='.[dev,docs,text,postgresql,onnx]' STAMPS='installed-dev installed'
+	  $(MAKE) --no-print-directory install WHAT='.[dev,docs,text,postgresql,onnx,dashboard]' STAMPS='installed-dev installed'
 
 install: venv
 	@echo "installing into $(VENV): once, minutes and several GB (PyTorch)"

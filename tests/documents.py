@@ -20,7 +20,7 @@ ROOT = Path(__file__).parent.parent
 PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")])
 FENCE = re.compile(r"(?:<!-- given: (\w+) -->\n)?^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 #: First words of shell lines that are no command of this project.
-OTHERS = {".", "export", "pip", "pre-commit", "wait"}
+OTHERS = {".", "export", "optuna-dashboard", "pip", "pre-commit", "wait"}
 #: The longest value that an example of a message has, in characters.
 LONGEST_VALUE = 70
 FILE_SUFFIXES = {"json", "safetensors"}

@@ -1,16 +1,18 @@
 """The search space: Optuna parameters to `Point` and back.
 
-Noise-easy space: the depth at the data end (`high`), the depth at the noise end (`low`) and, for
-the intervals between, how far down from one to the other (`u1`, `u2`, …, in [0, 1], sorted on
-reading). Every noise-easy schedule over equal intervals has parameters, no combination is invalid,
+Noise-easy space: `depth at data`, `depth at noise` and, for the intervals between, how far up from
+the one at noise to the one at data (`between 1`, `between 2`, …, in [0, 1], sorted on reading).
+Every noise-easy schedule over equal intervals has parameters, no combination is invalid,
 and budgets are covered evenly, which independent sorted depths would not do (their mean hardly
-varies). Free-form space: one depth per interval (`d0`, `d1`, …). Where several samplers compete,
-the parameter `sampler` names one.
+varies). Free-form space: one depth per interval (`depth t 0-100`, …). Where several samplers
+compete, the parameter `sampler` names one. Studies of earlier releases go on with the short names
+that these had: `high`, `low`, `u1`, …, and `d0`, `d1`, ….
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import optuna
@@ -27,6 +29,17 @@ from asesearch.sampler import Sampler
 from asesearch.schedule import ExitSchedule
 
 SAMPLER = "sampler"  # name of the parameter
+SHORT_ENDS = ("high", "low")
+
+
+def has_short_names(study: optuna.Study) -> bool:
+    """Whether a study was begun by a release whose parameters had short names: it goes on with
+    them."""
+    short = {SHORT_ENDS[0], "d0"}
+    return any(
+        short & {*trial.params, *trial.system_attrs.get("fixed_params", {})}
+        for trial in study.get_trials(deepcopy=False)
+    )
 
 
 @dataclass(frozen=True)
@@ -41,6 +54,7 @@ class Space:
         num_intervals: of a schedule, all of the same length.
         noise_easy: whether depths may only fall towards noise.
         min_exit_depth: fewest blocks of any interval.
+        short_names: whether parameters have the names of earlier releases; see `has_short_names`.
 
     Raises:
         ScheduleError: an empty range of depths, or no sampler.
@@ -52,6 +66,7 @@ class Space:
     num_intervals: int = 10
     noise_easy: bool = True
     min_exit_depth: int = 1
+    short_names: bool = False
 
     def __post_init__(self) -> None:
         if not self.samplers:
@@ -68,6 +83,32 @@ class Space:
                 f"{self.num_intervals}; lower it"
             )
 
+    @property
+    def _ends(self) -> tuple[str, str]:
+        """Parameters of the depths at data and at noise."""
+        return SHORT_ENDS if self.short_names else ("depth at data", "depth at noise")
+
+    @property
+    def _between(self) -> list[str]:
+        """Parameters of the intervals between."""
+        name = "u{}" if self.short_names else "between {}"
+        return [name.format(i) for i in range(1, self.num_intervals - 1)]
+
+    @property
+    def _each(self) -> list[str]:
+        """Parameters of the intervals of a free-form space."""
+        if self.short_names:
+            return [f"d{i}" for i in range(self.num_intervals)]
+        starts = [*self._starts, self.num_train_timesteps]
+        return [f"depth t {a}-{b}" for a, b in pairwise(starts)]
+
+    @property
+    def _starts(self) -> list[int]:
+        """First timestep of each interval."""
+        return [
+            i * self.num_train_timesteps // self.num_intervals for i in range(self.num_intervals)
+        ]
+
     def distributions(self) -> dict[str, BaseDistribution]:
         """Optuna's distribution of each parameter, in the order they are suggested."""
         more: dict[str, BaseDistribution] = {}
@@ -75,27 +116,23 @@ class Space:
             more[SAMPLER] = CategoricalDistribution(tuple(map(str, self.samplers)))
         depths = IntDistribution(self.min_exit_depth, self.depth)
         if not self.noise_easy:
-            return {f"d{i}": depths for i in range(self.num_intervals)} | more
-        ends: dict[str, BaseDistribution] = {"high": depths}
-        if self.num_intervals > 1:
-            ends["low"] = depths
-        return (
-            ends
-            | {f"u{i}": FloatDistribution(0.0, 1.0) for i in range(1, self.num_intervals - 1)}
-            | more
-        )
+            return dict.fromkeys(self._each, depths) | more
+        ends = self._ends if self.num_intervals > 1 else self._ends[:1]
+        shares: dict[str, BaseDistribution] = {
+            name: FloatDistribution(0.0, 1.0) for name in self._between
+        }
+        return dict.fromkeys(ends, depths) | shares | more
 
     def decode(self, params: dict[str, Any]) -> Point:
         """The point that a set of parameters stands for."""
         if not self.noise_easy:
-            depths = [int(params[f"d{i}"]) for i in range(self.num_intervals)]
+            depths = [int(params[name]) for name in self._each]
         else:
-            ends = [int(params["high"]), int(params.get("low", params["high"]))]
+            data, noise = self._ends
+            ends = [int(params[data]), int(params.get(noise, params[data]))]
             high = max(ends)
             low = min(ends)
-            inner = sorted(
-                (float(params[f"u{i}"]) for i in range(1, self.num_intervals - 1)), reverse=True
-            )
+            inner = sorted((float(params[name]) for name in self._between), reverse=True)
             depths = [high, *(low + int((high - low) * u + 0.5) for u in inner), low][
                 : self.num_intervals
             ]
@@ -123,10 +160,7 @@ class Space:
                 f"got {schedule.depth} and {schedule.num_train_timesteps}; use "
                 f"rescaled({self.depth})"
             )
-        starts = [
-            i * self.num_train_timesteps // self.num_intervals for i in range(self.num_intervals)
-        ]
-        depths = [int(d) for d in schedule.exit_depth_at(starts)]
+        depths = [int(d) for d in schedule.exit_depth_at(self._starts)]
         same = ExitSchedule.uniform_intervals(depths, self.depth, self.num_train_timesteps)
         if Point(same, point.sampler) != point:
             raise ScheduleError(
@@ -140,20 +174,17 @@ class Space:
             )
         chosen = {SAMPLER: str(point.sampler)} if len(self.samplers) > 1 else {}
         if not self.noise_easy:
-            return {f"d{i}": d for i, d in enumerate(depths)} | chosen
+            return dict(zip(self._each, depths, strict=True)) | chosen
         if not schedule.is_noise_easy:
             raise ScheduleError(f"the space is noise-easy; got {schedule}; set noise_easy = false")
         high = depths[0]
         low = depths[-1]
         span = max(1, high - low)
-        params: dict[str, Any] = (
-            {"high": high, "low": low} if self.num_intervals > 1 else {"high": high}
-        )
-        return (
-            params
-            | {f"u{i}": (depths[i] - low) / span for i in range(1, self.num_intervals - 1)}
-            | chosen
-        )
+        params: dict[str, Any] = dict(zip(self._ends, (high, low), strict=True))
+        if self.num_intervals == 1:
+            del params[self._ends[1]]
+        shares = [(d - low) / span for d in depths[1:-1]]
+        return params | dict(zip(self._between, shares, strict=True)) | chosen
 
     def suggest(self, trial: optuna.Trial) -> Point:
         """Let the trial's proposer choose the parameters; the point they stand for."""

@@ -9,6 +9,7 @@ import json
 import optuna
 from optuna.trial import FrozenTrial, TrialState
 
+from asesearch.search.dashboard import show_trial
 from asesearch.study.records import RECORD, TrialRecord
 from asesearch.study.study import Study
 
@@ -60,6 +61,8 @@ class Ledger:
             trial.set_user_attr(RECORD, json.dumps(record.to_dict()))
         except optuna.exceptions.UpdateFinishedTrialError:
             self.keep(trial.number, record)
+        else:
+            show_trial(self.study, trial, record)
 
     def keep(self, number: int, record: TrialRecord) -> None:
         """Put a record into a trial of its own, where the one it was made in was ended

@@ -21,6 +21,7 @@ from asesearch.errors import StudyError
 from asesearch.files import write_json
 from asesearch.point import Point
 from asesearch.proposer.importance import importance
+from asesearch.proposer.space import has_short_names
 from asesearch.search.asking import Asker
 from asesearch.search.budget import room_for_trial
 from asesearch.search.fleet import Fleet
@@ -89,7 +90,10 @@ class Runner:
         self.bench = bench
         self.progress = progress
         self.ledger = Ledger(study)
-        self.fleet = Fleet(study, make_space(self.config, bench), self.ledger)
+        with storage_errors(study.shown_storage):
+            short = has_short_names(study.optuna)
+        space = replace(make_space(self.config, bench), short_names=short)
+        self.fleet = Fleet(study, space, self.ledger)
         self.asker = Asker(study, self.fleet, warm_starts(self.config, bench))
         records = study.records()
         self.before = {r.number for r in records}

@@ -34,6 +34,7 @@ WARM_UP = "warm-up.json"  # what the warm-up took
 CONFIRMATIONS = "confirmations"  # a file for each point, TRIAL.json
 OLD_CONFIRMATIONS = "confirmations.json"  # of all points, as releases before wrote it
 WORKERS = "workers"  # a lock and a file of each: when it was at work
+ARTIFACTS = "artifacts"  # sample grids, by ids of Optuna's
 TRIALS = "trials"  # a folder for each schedule, with these:
 WEIGHTS = "weights.safetensors"
 PROMPTS = "prompts.safetensors"

@@ -440,5 +440,5 @@ def open_optuna(url: URL, name: str, identity: str) -> optuna.Study:
             raise of_another(url, name)
         if study.metric_names is None:
             with suppress(optuna.exceptions.StorageInternalError):  # another process was faster
-                study.set_metric_names(["quality", "cost_frac"])
+                study.set_metric_names(["score", "relative cost"])
     return study

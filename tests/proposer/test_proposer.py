@@ -186,8 +186,8 @@ def test_warm_starts_are_respected():
     wanted = Point(ExitSchedule.published("D3-DiT", DEPTH), A)
     study.enqueue_trial(problem.space.encode(wanted))
     assert problem.space.suggest(study.ask()) == wanted
-    study.enqueue_trial({"high": 9})  # the others are the proposer's choice
-    assert study.ask(problem.space.distributions()).params["high"] == 9
+    study.enqueue_trial({"depth at data": 9})  # the others are the proposer's choice
+    assert study.ask(problem.space.distributions()).params["depth at data"] == 9
 
 
 def test_trials_in_flight_change_the_next_proposal():

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from asesearch.errors import ScheduleError
 from asesearch.point import Point
-from asesearch.proposer.space import Space
+from asesearch.proposer.space import Space, has_short_names
 from asesearch.sampler import Sampler
 from asesearch.schedule import PUBLISHED, ExitSchedule
 
@@ -97,10 +97,34 @@ def test_a_sampler_that_does_not_compete_is_refused():
         Space(4, (OWN,)).encode(Point(ExitSchedule.full(4), OTHER))
 
 
+def params_of(data, noise, *between):
+    shares = {f"between {i + 1}": share for i, share in enumerate(between)}
+    return {"depth at data": data, "depth at noise": noise} | shares
+
+
 def test_depths_between_the_ends_are_rounded_to_the_nearest():
     # 1 + 3.6, 1 + 2.4, 1 + 0.8 blocks
-    params = {"high": 5, "low": 1, "u1": 0.9, "u2": 0.6, "u3": 0.2}
+    params = params_of(5, 1, 0.9, 0.6, 0.2)
     assert Space(6, (OWN,), num_intervals=5).decode(params).schedule.exit_depths == (5, 5, 3, 2, 1)
     # the ends and the shares in any order
-    swapped = {"high": 1, "low": 5, "u1": 0.2, "u2": 0.9, "u3": 0.6}
+    swapped = params_of(1, 5, 0.2, 0.9, 0.6)
     assert Space(6, (OWN,), num_intervals=5).decode(swapped).schedule.exit_depths == (5, 5, 3, 2, 1)
+
+
+def test_names_can_be_read_and_studies_of_earlier_releases_keep_theirs():
+    free = Space(6, (OWN, OTHER), num_intervals=3, noise_easy=False)
+    names = ["depth t 0-333", "depth t 333-666", "depth t 666-1000", "sampler"]
+    assert list(free.distributions()) == names
+    old = Space(6, (OWN,), num_intervals=4, short_names=True)
+    assert list(old.distributions()) == ["high", "low", "u1", "u2"]
+    assert list(Space(6, (OWN,), 1000, 2, False, short_names=True).distributions()) == ["d0", "d1"]
+    new = Space(6, (OWN,), num_intervals=4)
+    for space in (old, new):
+        study = optuna.create_study(directions=["minimize"] * 2)
+        assert not has_short_names(study)
+        point = space.suggest(study.ask())
+        assert has_short_names(study) is space.short_names
+        assert space.decode(space.encode(point)) == point
+        study = optuna.create_study(directions=["minimize"] * 2)
+        study.enqueue_trial(space.encode(point))
+        assert has_short_names(study) is space.short_names
