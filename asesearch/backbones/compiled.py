@@ -83,7 +83,7 @@ def _call(code: Callable[..., Any], block: nn.Module, /, *args: Any, **kwargs: A
     except Exception as error:
         if type(error).__module__ not in _COMPILERS:
             raise
-        reason = " ".join(str(error).split())[:200]
+        reason = str(error).strip().splitlines()[0][:200]
         raise ConfigError(
             f"the blocks can't be compiled here ({reason}); leave compile out, or set "
             "sampling.compile = false"

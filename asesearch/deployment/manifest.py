@@ -16,6 +16,7 @@ from asesearch.files import file_sha256
 
 MANIFEST = "bundle.json"
 MAX_BYTES = 1 << 24  # of a manifest; those of real studies have a few thousand
+MAX_DIGITS = 40  # of an integer in it
 _EXPORT = "export it again"
 _COPY = "copy the bundle again"
 
@@ -34,6 +35,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
             path.read_text(encoding="utf-8"),
             object_pairs_hook=_once,
             parse_constant=_refuse_constant,
+            parse_int=_integer,
         )
     except RecursionError as error:
         raise CheckpointError(f"can't read {path}: it is nested too deep; {_EXPORT}") from error
@@ -58,6 +60,12 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         twice = next(name for name in names if names.count(name) > 1)
         raise ValueError(f"it has the key {twice[:40]!r} twice")
     return found
+
+
+def _integer(text: str) -> int:
+    if len(text) > MAX_DIGITS:
+        raise ValueError(f"it has an integer of {len(text):,} digits")
+    return int(text)
 
 
 def _refuse_constant(text: str) -> Any:
@@ -96,8 +104,11 @@ def check_names(folder: Path, data: Mapping[str, Any], names: Iterable[str]) -> 
     """Refuse a manifest that names other files than its format has.
 
     Raises:
-        CheckpointError: naming one.
+        CheckpointError: a name that leads out of the folder, or the first that is too many or too
+            few.
     """
+    for name in data["files"]:
+        _check_name(folder, name)
     wanted = set(names)
     odd = sorted(wanted ^ set(data["files"]))
     if odd:

@@ -9,6 +9,7 @@ the schedule uses.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -74,9 +75,13 @@ def parity_errors(net: Backbone, parity: Mapping[str, Tensor]) -> dict[int, floa
 
 
 def check_tensors(
-    parity: Mapping[str, Tensor], net: Backbone, schedule: ExitSchedule, num_train_timesteps: int
+    path: Path,
+    parity: Mapping[str, Tensor],
+    net: Backbone,
+    schedule: ExitSchedule,
+    num_train_timesteps: int,
 ) -> None:
-    """Refuse a file whose tensors are not those of the network and its schedule.
+    """Refuse a file at `path` whose tensors are not those of the network and its schedule.
 
     Raises:
         CheckpointError: names, shapes or types that do not fit, or values out of range.
@@ -88,7 +93,7 @@ def check_tensors(
     if wanted != parity.keys() or (net.takes_prompt and prompts is None):
         odd = sorted(wanted ^ parity.keys())
         raise CheckpointError(
-            "the parity file must hold inputs, and outputs at the exit depths of the schedule, "
+            f"{path} must hold inputs, and outputs at the exit depths of the schedule, "
             f"{', '.join(sorted(wanted))}; missing or unknown: {', '.join(odd)[:80]}; export it "
             "again"
         )
@@ -102,14 +107,13 @@ def check_tensors(
         kind = torch.int64 if whole else torch.float32
         if value.shape != shape or (value.dtype != kind and not name.startswith(PROMPT)):
             raise CheckpointError(
-                f"the parity file's {name} must be {_type(kind)} {tuple(shape)}; got "
+                f"{name} in {path} must be {_type(kind)} {tuple(shape)}; got "
                 f"{_type(value.dtype)} {tuple(value.shape)}; export it again"
             )
         top = {"t": num_train_timesteps, "y": net.num_classes}.get(name)
         if top is not None and not 0 <= int(value.min()) <= int(value.max()) < top:
             raise CheckpointError(
-                f"the parity file's {name} must lie in 0…{top - 1}; got {value.tolist()}; export "
-                "it again"
+                f"{name} in {path} must lie in 0…{top - 1}; got {value.tolist()}; export it again"
             )
 
 

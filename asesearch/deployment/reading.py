@@ -20,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from asesearch.backbones.base import Backbone, check_schedule
+from asesearch.backbones.checkpoints import VERSION as WEIGHTS_VERSION
 from asesearch.backbones.checkpoints import load_backbone
 from asesearch.backbones.files import FORMAT as WEIGHTS
 from asesearch.config import BackboneConfig, DiffusionConfig, SamplingConfig, parse_section
@@ -80,12 +81,13 @@ def open_bundle(
     try:
         config = BackboneConfig(kind=told.kind, checkpoint=str((folder / FILES[0]).absolute()))
         net = load_backbone(config).eval()
-        _check_together(net, told)
-        check_tensors(parity, net, told.schedule, told.diffusion.num_train_timesteps)
-    except CheckpointError:
-        raise
+    except CheckpointError as error:  # which ends with what to do about a checkpoint
+        raise CheckpointError(f"{str(error).rpartition('; ')[0]}; {_EXPORT}") from error
     except (KeyError, TypeError, ValueError, IndexError, RuntimeError, OverflowError) as error:
         raise _unfit(folder, error) from error
+    _check_together(folder, net, told)
+    steps = told.diffusion.num_train_timesteps
+    check_tensors(folder / FILES[1], parity, net, told.schedule, steps)
     bundle = Bundle(
         backbone=net.to(device),
         schedule=told.schedule,
@@ -184,23 +186,23 @@ def _check_weights(path: Path, told: _Told) -> None:
             types = {k: file.get_slice(k).get_dtype() for k in file.keys()}  # noqa: SIM118
     except (SafetensorError, ValueError, OSError) as error:
         raise CheckpointError(_no_safetensors(path, error)) from error
-    if about.get("format") != WEIGHTS:
+    head = (about.get("format"), about.get("version"))
+    if head != (WEIGHTS, WEIGHTS_VERSION):
         raise CheckpointError(
-            f"{path} must be weights that asesearch wrote; got format "
-            f"{str(about.get('format'))[:40]!r} in its metadata; {_EXPORT}"
+            f"{path} must be weights of {WEIGHTS}, version {WEIGHTS_VERSION}; got "
+            f"{str(head[0])[:40]}, version {str(head[1])[:40]}; {_EXPORT}, or update asesearch"
         )
     try:
         config = json.loads(about.get("config", ""))
     except (ValueError, RecursionError):
         config = None
-    for name, own, theirs in (
-        ("kind", about.get("kind"), told.kind),
-        ("config", config, told.config),
-    ):
-        if own != theirs:
+    own = {"kind": about.get("kind"), **(config if isinstance(config, dict) else {})}
+    theirs = {"kind": told.kind, **told.config}
+    for name in sorted(own.keys() | theirs.keys()):
+        if own.get(name) != theirs.get(name):
             raise CheckpointError(
-                f"{path} holds another network than {MANIFEST} tells of: the {name} is "
-                f"{str(own)[:80]}, and not {str(theirs)[:80]}; {_EXPORT}"
+                f"{path} holds another network than {MANIFEST} tells of: {name[:40]} is "
+                f"{str(own.get(name))[:80]}, and not {str(theirs.get(name))[:80]}; {_EXPORT}"
             )
     other = {k: kind for k, kind in types.items() if kind != "F32"}
     if other and told.kind != "diffusers":
@@ -227,14 +229,17 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
         raise CheckpointError(_no_safetensors(path, error)) from error
 
 
-def _check_together(net: Backbone, told: _Told) -> None:
+def _check_together(folder: Path, net: Backbone, told: _Told) -> None:
     """Refuse a schedule, solver or scaling that the network can't be sampled with."""
-    steps = told.diffusion.num_train_timesteps
-    check_schedule(net, steps, told.schedule)
     how = told.sampling
-    check_sampling(net, how.solver, make_diffusion(told.diffusion), how.num_steps, how.cfg_scale)
+    try:
+        check_schedule(net, told.diffusion.num_train_timesteps, told.schedule)
+        diffusion = make_diffusion(told.diffusion)
+        check_sampling(net, how.solver, diffusion, how.num_steps, how.cfg_scale)
+    except (ConfigError, ScheduleError) as error:
+        raise _unfit(folder, error) from error
     if told.latents is not None and len(told.latents["scale"]) != net.in_channels:
         raise CheckpointError(
-            f"the latents' scale must have one number for each of {net.in_channels} channels; got "
-            f"{len(told.latents['scale'])}; {_EXPORT}"
+            f"{folder / MANIFEST}: the latents' scale must have one number for each of "
+            f"{net.in_channels} channels; got {len(told.latents['scale'])}; {_EXPORT}"
         )
