@@ -26,7 +26,7 @@ from asesearch.report.style import (
     Drawing,
     axes,
     log_axis,
-    percent_axis,
+    relative_axis,
 )
 
 COLOURS = {
@@ -99,7 +99,7 @@ def draw_fronts(data: pd.DataFrame) -> Picture:
         )
     ax.set_xlabel("sampling FLOPs / full network's")
     ax.set_ylabel("Fréchet distance (fashion-cnn)")
-    percent_axis(ax.xaxis)
+    relative_axis(ax.xaxis)
     log_axis(ax)
     ax.legend(frameon=False)
     return figure

@@ -1,6 +1,7 @@
 """What the package says of itself: one version, its public names, its files and licences."""
 
 import ast
+import importlib.util
 import subprocess
 import sys
 import tomllib
@@ -79,3 +80,15 @@ def test_a_wheel_holds_the_assets_and_the_licences(tmp_path):
     for wanted in ("py.typed", "assets/fashion-cnn.safetensors", "assets/fashion-mnist/LICENSE"):
         assert f"asesearch/{wanted}" in names
     assert any(n.endswith("licenses/LICENSE") for n in names)
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.glob("[bs]*s/*.py")), ids=lambda p: p.name)
+def test_scripts_name_only_what_the_package_has(path):
+    """Benchmarks and studies are run seldom: a name that moved is seen here."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and str(node.module).startswith("asesearch"):
+            module = importlib.import_module(node.module)
+            for alias in node.names:
+                inner = f"{node.module}.{alias.name}"
+                found = hasattr(module, alias.name) or importlib.util.find_spec(inner)
+                assert found, f"{path.name}: no {alias.name} in {node.module}"
