@@ -93,7 +93,7 @@ def draw_attainment(data: pd.DataFrame, points: pd.DataFrame) -> Figure:
     ax.set_xlabel(f"{'measured' if confirmed else 'predicted'} sampling time / full network's")
     ax.set_ylabel(f"{points['metric'].iloc[0]}  (lower is better)")
     relative_axis(ax.xaxis)
-    ax.legend(frameon=False, loc="best")
+    figure.legend(frameon=False, loc="outside upper center", ncols=3)
     if data["quality"].min() > 0 and top > 4 * data["quality"].min():
         log_axis(ax)
     return figure

@@ -70,7 +70,7 @@ def _same(results: StudyResults, points: pd.DataFrame) -> dict[int, str]:
     out = dict.fromkeys(names, "–")
     for point in scored:
         same = indistinguishable(point, scored)
-        text = "unknown" if same is None else ", ".join(names[n] for n in same) or "none"
+        text = "unknown" if same is None else "; ".join(names[n] for n in same) or "none"
         out[point.record.number] = text
     return out
 

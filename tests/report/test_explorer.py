@@ -112,9 +112,9 @@ def test_front_tells_what_each_point_is_not_told_apart_from(study):
     column = grid.head.index("not told apart from")
     said = {row[0]: row[column] for row in grid.rows}
     for name, others in said.items():  # it holds both ways
-        for other in others.split(", "):
+        for other in others.split("; "):
             if other in said:
-                assert name in said[other].split(", ")
+                assert name in said[other].split("; ")
     assert any(text != "none" for text in said.values())
     one = grids.front_grid(study(8, repeats=1), None)
     assert {row[column] for row in one.rows} == {"unknown"}

@@ -108,6 +108,8 @@ def test_two_workers_on_an_empty_database_one_killed_and_resumed(tmp_path, port,
     assert not any(w in "".join(ends) for w in (postgresql.PASSWORD, postgresql.IN_URL))
     for trial in study.optuna.get_trials():
         assert postgresql.PASSWORD not in str(trial)
+    noted = str(study.optuna._storage.get_study_system_attrs(study.optuna._study_id))
+    assert all(f"{r.schedule}, sampled by" in noted for r in records)
     assert identities(url) == {
         "fake": json.loads((tmp_path / "run" / "study.json").read_text())["id"]
     }

@@ -328,7 +328,7 @@
       const front = alike.filter((p) => p.front).map(name);
       const rest = alike.length - front.length;
       const parts = [];
-      if (front.length) parts.push(front.join(", "));
+      if (front.length) parts.push(front.join("; "));
       if (rest) parts.push(`${rest} off the front`);
       return parts.join(" and ") || "none: it differs from every other point";
     }
@@ -374,7 +374,8 @@
       const clock = this.kind === "confirmed" ? p.time : trial.predicted;
       const kept = Math.round((100 * trial.blocks) / clock);
       const what = this.kind === "confirmed" ? "clock" : "prediction";
-      const beyond = kept > 105 ? " More than 100 % tells of a measurement that was disturbed." : "";
+      const beyond = kept > 105 && this.kind === "confirmed"
+        ? ` That is more than they promise: the spread of the measured time is ±${digits(p.spread || 0)}.` : "";
       byId("bound-note").textContent = trial.blocks && clock
         ? `Of the speed-up that the blocks promise the ${what} keeps ${kept} %.${beyond}` : "";
     }
