@@ -6,7 +6,7 @@ import re
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, get_args
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import (
     AfterValidator,
@@ -22,7 +22,7 @@ from pydantic import (
 
 from asesearch.errors import ConfigError
 from asesearch.files import read_text
-from asesearch.sampler import Sampler
+from asesearch.sampler import GRID, Sampler
 
 #: Integers that JSON carries exactly; larger ones are slips.
 PositiveInt = Annotated[int, Field(gt=0, lt=2**53)]
@@ -220,18 +220,36 @@ class DataConfig(_Section):
     download: bool = False
 
 
-SolverName = Literal[
-    "ddpm", "ddim", "dpm++2m", "dpm++2m-quadratic", "unipc-quadratic", "euler-maruyama"
-]
+#: The solvers: those with any grid of timesteps, and those with one.
+_SOLVER = rf"(?:(?:ddim|dpm\+\+2m)(?:{GRID})?|unipc{GRID}|ddpm|euler-maruyama)"
+
+
+def _fully(pattern: str, example: str) -> AfterValidator:
+    """Refuses text that does not match as a whole."""
+
+    def check(text: str) -> str:
+        if re.fullmatch(pattern, text) is None:
+            raise ValueError(
+                "should be ddpm, ddim, dpm++2m, unipc or euler-maruyama; behind ddim and dpm++2m "
+                "there may be, and behind unipc there is, -quadratic or -powerX, X from 0.1 to 4 "
+                f"without needless zeros; write for example {example}"
+            )
+        return text
+
+    return AfterValidator(check)
+
+
+SolverName = Annotated[str, _fully(_SOLVER, '"unipc-quadratic"')]
 
 #: A way to sample as "SOLVER-STEPS".
-SamplerName = Annotated[
-    str, Field(pattern=rf"^({'|'.join(map(re.escape, get_args(SolverName)))})-[1-9][0-9]{{0,5}}$")
-]
+SamplerName = Annotated[str, _fully(rf"{_SOLVER}-[1-9][0-9]{{0,5}}", '"unipc-quadratic-6"')]
 
 
 class SamplingConfig(_Section):
     """How images are made: solver, steps, guidance (1 = none), images per batch, and arithmetic.
+
+    `solver` may name the spacing of its timesteps: `ddim-power1.5` has t grow with the 1.5th power
+    of the step's number, `-quadratic` with its square.
 
     `precision`: the network's matrix products in float32, in a GPU's TF32, several times faster
     (elsewhere float32), as the official DiT code samples, or in bfloat16. `compile` runs the

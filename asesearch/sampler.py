@@ -8,7 +8,24 @@ from dataclasses import dataclass
 from asesearch.errors import ConfigError
 
 MAX_STEPS = 999_999
-_NAME = re.compile(r"([a-z][a-z0-9+-]*)-([1-9][0-9]*)")
+_NAME = re.compile(r"([a-z][a-z0-9.+-]*)-([1-9][0-9]*)")
+#: How the timesteps of a solver are spaced, behind its name: t grows with the step's number to this
+#: power. Written one way each, so that equal samplers have equal names.
+GRID = r"-(?:quadratic|power(?!(?:1|2)(?:-|$))(?:[1-3](?:\.[0-9]?[1-9])?|0\.[1-9][1-9]?|4))"
+_GRIDDED = re.compile(rf"(.+?)({GRID})?")
+
+
+def grid_of(solver: str) -> tuple[str, float]:
+    """A solver's name without its grid, and the power of the grid: "unipc-quadratic" has 2,
+    "ddim-power1.5" has 1.5, "ddim" has 1.
+
+    Above 1 the calls are denser near data, below 1 near noise.
+    """
+    found = _GRIDDED.fullmatch(solver)
+    if found is None or not found[2]:
+        return solver, 1.0
+    name = found[2].removeprefix("-")
+    return found[1], 2.0 if name == "quadratic" else float(name.removeprefix("power"))
 
 
 @dataclass(frozen=True, order=True)
@@ -34,7 +51,7 @@ class Sampler:
             )
         if _NAME.fullmatch(str(self)) is None:
             raise ConfigError(
-                f"a solver's name has small letters, digits, + and -; got {self.solver!r}; "
+                f"a solver's name has small letters, digits, +, - and .; got {self.solver!r}; "
                 'write for example "ddim"'
             )
 

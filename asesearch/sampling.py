@@ -239,7 +239,7 @@ def check_sampling(
             "guidance needs a network with a null label or null condition, as training with "
             f"dropped labels or prompts makes; this one has none; got cfg_scale {cfg_scale}; use 1"
         )
-    return solver, diffusion.timesteps(num_steps, solver.quadratic)
+    return solver, diffusion.timesteps(num_steps, solver.power)
 
 
 def check_images(

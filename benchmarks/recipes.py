@@ -223,12 +223,11 @@ def measured(lab: Lab) -> dict[str, Any]:
     if lab.args.keep is not None and not isinstance(net, AdaptedDiT):
         save_backbone(net, lab.args.keep, {})
     for name, schedule in lab.schedules.items():
-        for target, frac in (("teacher", 1.0), ("noise", 0.0)):
-            if lab.args.own_steps and (name == "full" or target == "teacher"):
-                tuned = lab.tuned(net, schedule, frac)
-                key = f"{name}, {lab.args.own_steps} own steps, {target}"
-                found.setdefault("tuned", {})[key] = lab.score(tuned, schedule, lab.sampler)
-                write_json(lab.args.out, found)
+        for target in lab.args.targets if lab.args.own_steps else ():
+            tuned = lab.tuned(net, schedule, float(target == "teacher"))
+            key = f"{name}, {lab.args.own_steps} own steps, {target}"
+            found.setdefault("tuned", {})[key] = lab.score(tuned, schedule, lab.sampler)
+            write_json(lab.args.out, found)
     found["seconds"]["all"] = time.perf_counter() - start
     write_json(lab.args.out, found)
     return found
@@ -247,6 +246,7 @@ def main() -> None:
     parser.add_argument("--num-samples", type=int, default=5000)
     parser.add_argument("--sample-batch", type=int, default=500)
     parser.add_argument("--schedules", nargs="*", help="names or depths; default full D3 D7")
+    parser.add_argument("--targets", nargs="*", choices=["teacher", "noise"], default=["teacher"])
     parser.add_argument("--keep", type=Path, help="write the elastic weights here")
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()

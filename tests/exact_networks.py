@@ -66,7 +66,7 @@ class Gaussian(Backbone):
 
 
 def grid_of(solver: str, process: Process, num_steps: int) -> tuple[float, ...]:
-    return process.timesteps(num_steps, SOLVERS[solver].quadratic)
+    return process.timesteps(num_steps, SOLVERS[solver].power)
 
 
 def pairs_of(process: Process, num_steps: int, solver: str = "ddim") -> list[tuple[float, float]]:

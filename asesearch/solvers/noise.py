@@ -72,12 +72,13 @@ class NoiseLevels(ABC):
         """(alpha, sigma) at one timestep, or at `t_clean`."""
 
     @abstractmethod
-    def timesteps(self, num_steps: int, quadratic: bool = False) -> tuple[float, ...]:
+    def timesteps(self, num_steps: int, power: float = 1.0) -> tuple[float, ...]:
         """Timesteps a sampler calls the network at, descending: num_steps of them, without
         `t_clean`.
 
-        Evenly spaced, or with evenly spaced square roots: denser near data. A single step begins at
-        the noise end.
+        t grows with the `power` of the step's number: evenly spaced at 1, denser near data above
+        (evenly spaced square roots at 2), denser near noise below. A single step begins at the
+        noise end.
 
         Raises:
             ConfigError: num_steps below 1, or above the number of diffusion timesteps.
@@ -105,9 +106,9 @@ class DiscreteLevels(NoiseLevels):
     def level(self, t: float) -> tuple[float, float]:
         return self._alphas[int(t)], self._sigmas[int(t)]
 
-    def timesteps(self, num_steps: int, quadratic: bool = False) -> tuple[float, ...]:
-        """See `NoiseLevels.timesteps`. On a quadratic grid, steps too short for integer timesteps
-        become 1.
+    def timesteps(self, num_steps: int, power: float = 1.0) -> tuple[float, ...]:
+        """See `NoiseLevels.timesteps`. Where steps of a grid that is not even are too short for
+        integer timesteps, they become 1.
 
         Source: `space_timesteps` of the official DiT code with one section, whose rounding of a
         running sum it repeats; that function would call a single step at t = 0.
@@ -120,10 +121,11 @@ class DiscreteLevels(NoiseLevels):
             )
         if num_steps == 1:
             return (last,)
-        if quadratic:
-            return tuple(
-                max(i, round(last * (i / (num_steps - 1)) ** 2)) for i in range(num_steps)
-            )[::-1]
+        if power != 1:
+            grid = [round(last * (i / (num_steps - 1)) ** power) for i in range(num_steps)]
+            shortest = range(num_steps) if power > 1 else range(last + 1 - num_steps, last + 1)
+            bound = max if power > 1 else min
+            return tuple(map(bound, shortest, grid))[::-1]
         stride = last / (num_steps - 1)
         return tuple(round(t) for t in accumulate([0.0] + [stride] * (num_steps - 1)))[::-1]
 
@@ -178,13 +180,12 @@ class VPSDELevels(NoiseLevels):
         integral = self.beta_min * s + 0.5 * (self.beta_max - self.beta_min) * s**2
         return math.exp(-0.5 * integral), math.sqrt(-math.expm1(-integral))
 
-    def timesteps(self, num_steps: int, quadratic: bool = False) -> tuple[float, ...]:
+    def timesteps(self, num_steps: int, power: float = 1.0) -> tuple[float, ...]:
         if num_steps < 1:
             raise ConfigError(
                 f"num_steps must be at least 1; got {num_steps}; U-ViT takes 1000 Euler-Maruyama "
                 "steps"
             )
-        power = 2 if quadratic else 1
         s = np.linspace(1.0, self.s_min ** (1 / power), num_steps) ** power
         return tuple((s * self.t_max).tolist())
 
