@@ -77,7 +77,14 @@ def test_a_wheel_holds_the_assets_and_the_licences(tmp_path):
     subprocess.run(command, check=True)
     (wheel,) = tmp_path.glob("*.whl")
     names = set(zipfile.ZipFile(wheel).namelist())
-    for wanted in ("py.typed", "assets/fashion-cnn.safetensors", "assets/fashion-mnist/LICENSE"):
+    for wanted in (
+        "py.typed",
+        "assets/fashion-cnn.safetensors",
+        "assets/fashion-mnist/LICENSE",
+        "report/vendor/plotly-basic.min.js",
+        "report/vendor/plotly.LICENSE",
+        "report/templates/report.js",
+    ):
         assert f"asesearch/{wanted}" in names
     assert any(n.endswith("licenses/LICENSE") for n in names)
 

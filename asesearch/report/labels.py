@@ -13,6 +13,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
+import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.text import Text
@@ -112,3 +113,13 @@ def spread_out(values: Sequence[float], gap: float, low: float, high: float) -> 
     back = np.empty_like(out)
     back[order] = out
     return [float(v) for v in back]
+
+
+def xy(data: pd.DataFrame, x: str, y: str) -> list[tuple[float, float]]:
+    """Two columns as points."""
+    return [(float(a), float(b)) for a, b in zip(data[x], data[y], strict=True)]
+
+
+def named(data: pd.DataFrame, x: str, y: str) -> list[tuple[float, float, str]]:
+    """Points with their labels."""
+    return [(a, b, str(name)) for (a, b), name in zip(xy(data, x, y), data["label"], strict=True)]

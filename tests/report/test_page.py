@@ -17,8 +17,8 @@ from matplotlib.text import Annotation, Text
 
 from asesearch.config import parse_study
 from asesearch.errors import EvaluationError, StudyError, WriteError
+from asesearch.report import exhibits, grids, page, plots, style, tables, write_report
 from asesearch.report import folder as folder_of_page
-from asesearch.report import grids, page, plots, style, tables, write_report
 from asesearch.report.labels import spread_out
 from tests.report.conftest import protocol
 
@@ -120,7 +120,7 @@ def test_every_figure_lies_beside_the_table_it_was_drawn_from(results, folder):
         )
     pd.testing.assert_frame_equal(drawings["front"].data, tables.points(results, "confirmed"))
     pd.testing.assert_frame_equal(drawings["front_search"].data, tables.points(results, "search"))
-    pd.testing.assert_frame_equal(drawings["schedules"].data, tables.schedule_matrix(results))
+    pd.testing.assert_frame_equal(drawings["schedules"].data, exhibits.schedule_matrix(results))
     pd.testing.assert_frame_equal(drawings["cost"].data, tables.cost(results))
 
 

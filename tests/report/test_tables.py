@@ -9,7 +9,7 @@ import scipy.stats
 
 from asesearch.errors import EvaluationError, StudyError
 from asesearch.point import Point
-from asesearch.report import tables
+from asesearch.report import exhibits, tables
 from asesearch.report.grids import retrained_grid
 from asesearch.report.wording import headline, number, percent, plus_minus
 from asesearch.schedule import ExitSchedule
@@ -77,7 +77,7 @@ def test_hypervolume_of_figures_that_are_not_positive_is_linear(study):
 
 
 @pytest.mark.parametrize(
-    "make", [tables.trials, tables.front, tables.hypervolume, tables.schedule_matrix]
+    "make", [tables.trials, tables.front, tables.hypervolume, exhibits.schedule_matrix]
 )
 def test_figures_of_two_protocols_share_no_table(study, make):
     results = study(6, failed=(), confirm=False)
@@ -263,7 +263,7 @@ def test_schedule_matrix_is_the_schedule_at_every_timestep(study):
     results = replace(
         results, records=(*results.records[:3], fast, *results.records[4:]), confirmations=()
     )
-    table = tables.schedule_matrix(results)
+    table = exhibits.schedule_matrix(results)
     assert table["number"].iloc[0] == 3 and "full network" in set(table["label"])
     starts = np.array([int(c[1:]) for c in table.columns if c.startswith("t")])
     column = np.searchsorted(starts, np.arange(1000), side="right") - 1
@@ -277,7 +277,7 @@ def test_schedule_matrix_is_the_schedule_at_every_timestep(study):
 def test_losses_keep_their_mean_and_count_the_study_files_steps(study):
     results = study(12)
     results = replace(results, config={**results.config, "train": {"num_steps": 4000}})
-    table = tables.losses(results)
+    table = exhibits.losses(results)
     assert table["step"].max() <= 4000 and table["step"].max() > 3900
     assert len(set(table["number"])) <= 6 and (table.groupby("number").size() <= 80).all()
     mine = table[table["number"] == 0]
@@ -286,7 +286,7 @@ def test_losses_keep_their_mean_and_count_the_study_files_steps(study):
 
 def test_samples_name_the_pixels_they_show(study):
     images = np.arange(10 * 16, dtype=np.uint8).reshape(10, 1, 4, 4)
-    table = tables.samples(study(12, samples=images))
+    table = exhibits.samples(study(12, samples=images))
     assert (
         table["image"].max() == 7
         and len(set(table["number"])) <= 6
@@ -294,7 +294,7 @@ def test_samples_name_the_pixels_they_show(study):
     )
     assert table.groupby("image")["sha256"].nunique().eq(1).all() and table["sha256"].nunique() == 8
     with pytest.raises(StudyError, match="uint8"):
-        tables.samples(study(12, samples=images.astype(np.float32)))
+        exhibits.samples(study(12, samples=images.astype(np.float32)))
 
 
 def test_difference_is_taken_repeat_by_repeat(study):
@@ -441,7 +441,7 @@ def test_losses_lie_at_the_middle_of_their_stretch(study):
 
     def steps(count, num_steps):
         record = replace(full, losses=tuple(range(count)))
-        table = tables.losses(
+        table = exhibits.losses(
             replace(
                 results,
                 records=(record,),
@@ -457,7 +457,7 @@ def test_losses_lie_at_the_middle_of_their_stretch(study):
 
 
 def test_the_line_through_latencies_has_its_fixed_part(study):
-    table = tables.latency(replace(study(1), latency_ms=(5.0, 7.0, 9.0)))
+    table = exhibits.latency(replace(study(1), latency_ms=(5.0, 7.0, 9.0)))
     assert list(table["fit_ms"]) == pytest.approx([5, 7, 9]) and list(table["exit_depth"]) == [
         1,
         2,
