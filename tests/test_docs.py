@@ -404,6 +404,7 @@ def snippets():
         yield pytest.param(block, id=str(block), marks=[pytest.mark.slow] if slow else [])
 
 
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # in diffusers
 @pytest.mark.parametrize("block", list(snippets()))
 def test_a_snippet_runs(block, place, monkeypatch):
     folder, done = place

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
@@ -34,6 +34,8 @@ class TransformerSpec:
         refused: forward arguments that act between the blocks, so that dropping blocks would change
             their meaning.
         prediction_type: `epsilon` (noise), or `flow` (velocity of rectified flow).
+        lists: where the blocks are, first to run first.
+        time_scale: times the transformer's timestep gives that of the scheduler.
     """
 
     required: tuple[str, ...]
@@ -42,6 +44,8 @@ class TransformerSpec:
     block_outputs: tuple[str, ...] = ("hidden_states",)
     refused: tuple[str, ...] = ()
     prediction_type: str = "epsilon"
+    lists: tuple[str, ...] = ("transformer_blocks",)
+    time_scale: float = 1.0
 
 
 SPECS = {
@@ -60,6 +64,18 @@ SPECS = {
         block_outputs=("encoder_hidden_states", "hidden_states"),
         refused=("block_controlnet_hidden_states", "skip_layers"),
         prediction_type="flow",
+    ),
+}
+#: Also those that are driven from outside only, for their input is no image (N, C, H, W).
+PIPELINE_SPECS = SPECS | {
+    "FluxTransformer2DModel": TransformerSpec(
+        ("encoder_hidden_states", "pooled_projections"),
+        ("guidance",),
+        block_outputs=("encoder_hidden_states", "hidden_states"),
+        refused=("controlnet_block_samples", "controlnet_single_block_samples"),
+        prediction_type="flow",
+        lists=("transformer_blocks", "single_transformer_blocks"),
+        time_scale=1000.0,
     ),
 }
 
@@ -210,7 +226,7 @@ class BlockExits:
             already.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, specs: Mapping[str, TransformerSpec] = SPECS) -> None:
         if hasattr(model, "_orig_mod") or getattr(model, "_compiled_call_impl", None) is not None:
             raise ConfigError(
                 "early exit must be attached before a network is compiled as a whole; got a "
@@ -219,11 +235,12 @@ class BlockExits:
                 "transformer.transformer_blocks: block.compile()"
             )
         self.model = model
-        self.spec = spec_of(model)
+        self.spec = spec_of(model, specs)
         if any(isinstance(block, _ExitBlock) for block in self.blocks):
             raise ConfigError(
                 f"a network takes one early exit at a time; got a {type(model).__name__} that a "
-                "DiffusersBackbone or a schedule is attached to; call detach() of that one first"
+                "DiffusersBackbone or a schedule is attached to; call detach() of the backbone, or "
+                "remove() of the schedule's handle, first"
             )
 
     def attach(self) -> None:
@@ -235,9 +252,12 @@ class BlockExits:
     @property
     def blocks(self) -> list[nn.Module]:
         """The droppable blocks, first to run first."""
-        blocks = self.model.get_submodule("transformer_blocks")
-        assert isinstance(blocks, nn.ModuleList)
-        return list(blocks)
+        found: list[nn.Module] = []
+        for name in self.spec.lists:
+            blocks = self.model.get_submodule(name)
+            assert isinstance(blocks, nn.ModuleList)
+            found += blocks
+        return found
 
     def begin(self, exit_depth: int | list[int], earlier: list[Any] | None = None) -> None:
         """Apply `exit_depth` (one count for the batch, or one per sample) to the network's next
@@ -271,16 +291,16 @@ class BlockExits:
                 block.__class__ = block.plain_class
 
 
-def spec_of(model: nn.Module) -> TransformerSpec:
-    """The entry of `SPECS` for a network.
+def spec_of(model: nn.Module, specs: Mapping[str, TransformerSpec] = SPECS) -> TransformerSpec:
+    """The entry of a table for a network.
 
     Raises:
         ConfigError: a class that is not in the table.
     """
     for cls in type(model).__mro__:
-        if cls.__name__ in SPECS:
-            return SPECS[cls.__name__]
+        if cls.__name__ in specs:
+            return specs[cls.__name__]
     raise ConfigError(
         "early exit needs a transformer whose blocks form one sequence, with no later code reading "
-        f"a block's side output; got {type(model).__name__}; supported are {', '.join(SPECS)}"
+        f"a block's side output; got {type(model).__name__}; supported are {', '.join(specs)}"
     )

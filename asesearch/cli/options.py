@@ -32,7 +32,15 @@ DryRun = Annotated[
 Format = Annotated[
     str,
     typer.Option(
-        "--format", help="bundle, or onnx for onnxruntime (DiT and U-ViT; needs the extra onnx)."
+        "--format",
+        help="bundle; diffusers, a pipeline folder (DiT); or onnx, for onnxruntime (DiT and U-ViT; "
+        "needs the extra onnx).",
+    ),
+]
+ExportedVae = Annotated[
+    Path | None,
+    typer.Option(
+        "--vae", help="With the format diffusers: folder of the VAE that decodes the latents."
     ),
 ]
 SCHEDULE = typer.Option(

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from asesearch.cli.interruption import interruptible
-from asesearch.cli.options import DryRun, Format, RunDir, Storage
+from asesearch.cli.options import DryRun, ExportedVae, Format, RunDir, Storage
 from asesearch.cli.printing import bar_of_steps, print_json, say
 from asesearch.errors import ConfigError
 
@@ -154,6 +154,7 @@ def export(
         int | None, typer.Option(min=1, help="Fine-tune the point fully first, for so many steps.")
     ] = None,
     format: Format = "bundle",
+    vae: ExportedVae = None,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace the bundle if it exists.")
     ] = False,
@@ -177,11 +178,12 @@ def export(
         record = opened.record(trial)
     else:
         record = _picked(opened.results(), (pick, quality, time), early_exit, or_nearest)
-    plan = plan_export(opened, record, out, finetune_steps, format=format, overwrite=overwrite)
+    options: dict[str, Any] = {"format": format, "vae": vae, "overwrite": overwrite}
+    plan = plan_export(opened, record, out, finetune_steps, **options)
     if dry_run:
         print_json(plan)
         return
-    folder = _export(opened, record, out, finetune_steps, format=format, overwrite=overwrite)
+    folder = _export(opened, record, out, finetune_steps, **options)
     del plan["evaluation"], plan["out"]
     print_json({**plan, "bundle": str(folder)})
 
@@ -225,6 +227,7 @@ def convert(
     bundle: Annotated[Path, typer.Argument(help="Bundle that `asesearch export` wrote.")],
     format: Format,
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder to write.")],
+    vae: ExportedVae = None,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace the folder if it is an exported one.")
     ] = False,
@@ -237,7 +240,7 @@ def convert(
     check_bundle_dir(out, overwrite=overwrite)
     loaded = load_bundle(bundle)
     with interruptible(f"nothing was written to {out}"):
-        folder = formats.write(loaded, out, format, overwrite=overwrite)
+        folder = formats.write(loaded, out, format, vae=vae, overwrite=overwrite)
     print_json({"schedule": str(loaded.schedule), "format": format, "out": str(folder)})
 
 

@@ -2,21 +2,43 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import nn
 
-from asesearch.backbones.block_exits import BlockExits, argument_names
-from asesearch.errors import ConfigError, ScheduleError
+from asesearch.backbones.block_exits import PIPELINE_SPECS, BlockExits, argument_names
+from asesearch.deployment.diffusers_pipeline import Restored, as_exported
+from asesearch.deployment.manifest import MANIFEST, read_manifest
+from asesearch.errors import CheckpointError, ConfigError, ScheduleError
 from asesearch.schedule import ExitSchedule
+
+#: Hooks of diffusers' caches that take what all blocks added from a call of the last block.
+GROUP_CACHES = (
+    "fbc_leader_block_hook",
+    "fbc_block_hook",
+    "mag_cache_leader_block_hook",
+    "mag_cache_block_hook",
+    "sea_cache_leader_block",
+    "sea_cache_block",
+)
+
+
+class Scheduled(Protocol):
+    """What has an exit schedule, such as a bundle."""
+
+    @property
+    def schedule(self) -> ExitSchedule:
+        """The schedule."""
 
 
 class ScheduleHandle:
-    """A schedule attached to a diffusers transformer until `detach()`, or to the end of a `with`
+    """A schedule applied to a diffusers transformer until `remove()`, or to the end of a `with`
     block.
 
     Attributes:
@@ -24,11 +46,14 @@ class ScheduleHandle:
         block_calls: blocks really run in these calls, whatever the size of the batch.
     """
 
-    def __init__(self, transformer: nn.Module, schedule: ExitSchedule) -> None:
+    def __init__(
+        self, transformer: nn.Module, schedule: ExitSchedule, restored: Restored | None = None
+    ) -> None:
         self.schedule = schedule
         self.nfe = 0
         self.block_calls = 0
-        self._exits = BlockExits(transformer)
+        self._exits = BlockExits(transformer, PIPELINE_SPECS)
+        self._restored = restored
         if schedule.depth != len(self._exits.blocks):
             raise ScheduleError(
                 f"the schedule must be for a network of {len(self._exits.blocks)} blocks; got one "
@@ -41,11 +66,14 @@ class ScheduleHandle:
             transformer.register_forward_hook(self._after, always_call=True),
         ]
 
-    def detach(self) -> None:
-        """Make the transformer what it was; does nothing the second time."""
+    def remove(self) -> None:
+        """Make the pipeline what it was; does nothing the second time."""
         for hook in self._hooks:
             hook.remove()
         self._exits.detach()
+        if self._restored is not None:
+            self._restored()
+            self._restored = None
 
     def __enter__(self) -> ScheduleHandle:
         return self
@@ -56,7 +84,7 @@ class ScheduleHandle:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self.detach()
+        self.remove()
 
     def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         values = {**dict(zip(self._names, args, strict=False)), **kwargs}
@@ -64,9 +92,10 @@ class ScheduleHandle:
         if acting:
             raise ConfigError(
                 f"early exit can't be combined with {', '.join(self._exits.spec.refused)}, which "
-                f"act between the blocks; got {', '.join(acting)}; detach the schedule for this "
+                f"act between the blocks; got {', '.join(acting)}; remove the schedule for this "
                 "call"
             )
+        self._refuse_group_caches()
         depths = self._depths(values.get("timestep"))
         batch = values["hidden_states"].shape[0]
         if len(set(depths)) > 1 and len(depths) != batch:
@@ -76,6 +105,19 @@ class ScheduleHandle:
             )
         self._exits.begin(depths if len(set(depths)) > 1 else depths[0])
         self.nfe += 1
+
+    def _refuse_group_caches(self) -> None:
+        """Refuse a cache that was enabled before or after the schedule."""
+        for block in self._exits.blocks:
+            registry = getattr(block, "_diffusers_hook", None)
+            found = set(getattr(registry, "hooks", ())) & set(GROUP_CACHES)
+            if found:
+                raise ConfigError(
+                    "an exit schedule can't be combined with a cache that learns from a call of "
+                    "the last block what all blocks added, for the schedule drops that call; got "
+                    f"{', '.join(sorted(found))}; call transformer.disable_cache(), or use "
+                    "PyramidAttentionBroadcastConfig, which acts inside the blocks that run"
+                )
 
     def _depths(self, timestep: object) -> list[int]:
         """Scheduled depth of each entry of the transformer's timestep argument; waits for the
@@ -87,6 +129,7 @@ class ScheduleHandle:
         t: npt.NDArray[np.float64] = np.atleast_1d(
             torch.as_tensor(timestep).detach().cpu().double().numpy()
         )
+        t = t * self._exits.spec.time_scale
         end = self.schedule.num_train_timesteps
         # rectified flow begins at t = num_train_timesteps itself: that is the noisiest interval
         depths: list[int] = self.schedule.exit_depth_at(
@@ -98,40 +141,73 @@ class ScheduleHandle:
         self.block_calls += self._exits.end()
 
 
-def attach_exit_schedule(pipeline_or_transformer: Any, schedule: ExitSchedule) -> ScheduleHandle:
+def apply_exit_schedule(
+    pipeline_or_transformer: Any,
+    schedule: ExitSchedule | Scheduled | str | os.PathLike[str],
+) -> ScheduleHandle:
     """Make every call of a pipeline's transformer run only the blocks its timestep is scheduled
     for.
 
     The timestep is read from the call itself, so the pipeline, its scheduler and its number of
-    steps stay as they are.
+    steps stay as they are. From a folder of the format `diffusers`, its DiT also samples as the
+    exported network did, see `asesearch.deployment.diffusers_pipeline`.
 
     Args:
         pipeline_or_transformer: a diffusers pipeline with a `transformer`, or the transformer.
         schedule: for the transformer's depth and, where a pipeline is given, its scheduler's
-            timesteps.
+            timesteps; or what has one: a bundle, or an exported folder, of which only the manifest
+            is read.
 
     Returns:
-        A handle that counts, and detaches; also a context manager.
+        A handle that counts, and removes it; also a context manager.
 
     Raises:
         ScheduleError: a schedule for another depth or number of timesteps.
-        ConfigError: no transformer, an unsupported one, one compiled as a whole, or one attached
-            already.
+        ConfigError: no transformer, an unsupported one, one compiled as a whole, or one under a
+            schedule already.
+        CheckpointError: no exported folder.
     """
     transformer = getattr(pipeline_or_transformer, "transformer", pipeline_or_transformer)
     if not isinstance(transformer, nn.Module):
         raise ConfigError(
-            "a schedule attaches to a transformer, or a pipeline that has one; got "
+            "a schedule applies to a transformer, or a pipeline that has one; got "
             f"{type(pipeline_or_transformer).__name__}; pass pipeline.transformer"
         )
-    scheduler = getattr(pipeline_or_transformer, "scheduler", None)
-    num_timesteps = (
-        schedule.num_train_timesteps if scheduler is None else scheduler.config.num_train_timesteps
-    )
+    data: dict[str, Any] = {}
+    if isinstance(schedule, (str, os.PathLike)):
+        data = read_manifest(Path(schedule))
+        schedule = _schedule_in(Path(schedule), data)
+    elif not isinstance(schedule, ExitSchedule):
+        schedule = schedule.schedule
+    _check_timesteps(getattr(pipeline_or_transformer, "scheduler", None), schedule)
+    handle = ScheduleHandle(transformer, schedule)
+    try:
+        handle._restored = as_exported(pipeline_or_transformer, data)
+    except BaseException:
+        handle.remove()
+        raise
+    return handle
+
+
+def _schedule_in(folder: Path, data: dict[str, Any]) -> ExitSchedule:
+    """The schedule in an exported folder's manifest."""
+    try:
+        return ExitSchedule.from_dict(data["schedule"])
+    except (KeyError, TypeError, ValueError, ScheduleError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise CheckpointError(
+            f"{folder / MANIFEST} must hold an exit schedule; got none that can be read "
+            f"({reason}); export it again"
+        ) from error
+
+
+def _check_timesteps(scheduler: Any, schedule: ExitSchedule) -> None:
+    if scheduler is None:
+        return
+    num_timesteps = scheduler.config.num_train_timesteps
     if num_timesteps != schedule.num_train_timesteps:
         raise ScheduleError(
             f"the schedule is for {schedule.num_train_timesteps} timesteps; got a "
             f"scheduler of {num_timesteps}; make the schedule with "
             f"num_train_timesteps={num_timesteps}"
         )
-    return ScheduleHandle(transformer, schedule)

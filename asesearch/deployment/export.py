@@ -35,6 +35,7 @@ def export(
     bench: Workbench | None = None,
     finetune_steps: int | None = None,
     format: str = "bundle",
+    vae: Path | None = None,
     overwrite: bool = False,
     on_step: Callable[[int, float], None] | None = None,
 ) -> Path:
@@ -50,7 +51,8 @@ def export(
         StudyError: the trial's weights or prompts were deleted.
         CheckpointError, ConfigError, WriteError: see `check_export`.
     """
-    check_export(study, record, folder, finetune_steps, format=format, overwrite=overwrite)
+    options: dict[str, Any] = {"vae": vae, "overwrite": overwrite}
+    check_export(study, record, folder, finetune_steps, format=format, **options)
     config = study.config
     evaluation = evaluation_of(study, record)
     latents = None
@@ -93,7 +95,7 @@ def export(
         prompts=_prompts(study.trial_dir(record.schedule) / PROMPTS) if net.takes_prompt else None,
         latents=latents,
     )
-    return formats.write(bundle, folder, format, overwrite=overwrite)
+    return formats.write(bundle, folder, format, **options)
 
 
 def check_export(
@@ -103,6 +105,7 @@ def check_export(
     finetune_steps: int | None = None,
     *,
     format: str = "bundle",
+    vae: Path | None = None,
     overwrite: bool = False,
 ) -> None:
     """Refuse what `export` could not write, before anything is trained; nothing is left behind.
@@ -113,7 +116,7 @@ def check_export(
         StudyError: the trial has no weights, where those of the trial are exported.
         WriteError: the folder, or the trial's for the checkpoint, can't be written.
     """
-    formats.check_format(format, study.config.backbone.kind)
+    formats.check_format(format, study.config.backbone.kind, vae)
     check_bundle_dir(folder, overwrite=overwrite)
     if finetune_steps is None:
         trial_weights(study, record)
@@ -129,6 +132,7 @@ def plan_export(
     finetune_steps: int | None = None,
     *,
     format: str = "bundle",
+    vae: Path | None = None,
     overwrite: bool = False,
 ) -> dict[str, Any]:
     """What `export` would write with these arguments, as plain data; nothing is written.
@@ -136,7 +140,8 @@ def plan_export(
     Raises:
         CheckpointError, ConfigError, StudyError, WriteError: see `check_export`.
     """
-    check_export(study, record, folder, finetune_steps, format=format, overwrite=overwrite)
+    options: dict[str, Any] = {"vae": vae, "overwrite": overwrite}
+    check_export(study, record, folder, finetune_steps, format=format, **options)
     return {
         "trial": record.number,
         "origin": record.origin,

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from asesearch.backbones.device import default_device
+from asesearch.config import SamplingConfig, parse_section
 from asesearch.deployment import bundle, onnx_runtime, parity
 from asesearch.deployment.manifest import check_files, check_format, check_names, read_manifest
 from asesearch.deployment.reading import open_bundle
@@ -96,6 +97,36 @@ def _bundle(folder: Path, data: Mapping[str, Any]) -> Opened:
     )
 
 
+def _diffusers(folder: Path, data: Mapping[str, Any]) -> Opened:
+    from asesearch.deployment import diffusers_export, diffusers_hook
+
+    pipeline = diffusers_export.open_diffusers(folder, data)
+    pipeline.set_progress_bar_config(disable=True)
+    how = parse_section(SamplingConfig, data["sampling"], "sampling")
+    classes = pipeline.transformer.config.num_embeds_ada_norm
+
+    def run(schedule: ExitSchedule, num_steps: int, num_images: int) -> Sequence[float]:
+        with diffusers_hook.apply_exit_schedule(pipeline, folder) as handle:
+            handle.schedule = schedule
+            labels = [i % classes for i in range(num_images)]
+            generators = [torch.Generator().manual_seed(i) for i in range(num_images)]
+            pipeline(labels, None, generators, num_steps, "latent")
+        return [float(t) for t in pipeline.scheduler.timesteps]
+
+    with diffusers_hook.apply_exit_schedule(pipeline, folder) as handle:
+        what = f"{type(pipeline.transformer).__name__} of {handle.schedule.depth} blocks"
+        schedule = handle.schedule
+    return Opened(
+        what=f"{what}, in a diffusers pipeline; schedule {schedule}, {how.sampler}",
+        schedule=schedule,
+        num_steps=how.num_steps,
+        batch_size=how.batch_size,
+        errors=lambda: diffusers_export.parity_errors(pipeline, folder, data),
+        tolerance=diffusers_export.TOLERANCE,
+        run=run,
+    )
+
+
 def _onnx(folder: Path, data: Mapping[str, Any]) -> Opened:
     onnx_runtime.check_files_of(folder, data)
     made = onnx_runtime.open_onnx(folder, data, threads=torch.get_num_threads())
@@ -120,6 +151,7 @@ def _onnx(folder: Path, data: Mapping[str, Any]) -> Opened:
 FORMATS: dict[str, Callable[[Path, Mapping[str, Any]], Opened]] = {
     bundle.FORMAT: _bundle,
     onnx_runtime.FORMAT: _onnx,
+    "asesearch.diffusers": _diffusers,
 }
 
 

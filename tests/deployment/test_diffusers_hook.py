@@ -14,7 +14,7 @@ from diffusers import (
 )
 
 from asesearch.backbones.diffusers_adapter import DiffusersBackbone
-from asesearch.deployment.diffusers_hook import attach_exit_schedule
+from asesearch.deployment.diffusers_hook import apply_exit_schedule
 from asesearch.errors import ConfigError, ScheduleError
 from asesearch.schedule import ExitSchedule
 
@@ -125,27 +125,27 @@ of_numpy_1 = pytest.mark.filterwarnings(
 @of_numpy_1
 def test_a_pipeline_runs_the_scheduled_blocks_only(pipeline):
     expected = sample(pipeline)
-    with attach_exit_schedule(pipeline, ExitSchedule.full(DEPTH)) as handle:
+    with apply_exit_schedule(pipeline, ExitSchedule.full(DEPTH)) as handle:
         assert torch.equal(sample(pipeline), expected)
         assert (handle.nfe, handle.block_calls) == (STEPS, STEPS * DEPTH)
-    with attach_exit_schedule(pipeline, SCHEDULE) as handle:
+    with apply_exit_schedule(pipeline, SCHEDULE) as handle:
         timesteps, calls = record(pipeline.transformer)
         images = sample(pipeline)
         in_chain = [min(t, 999.0) for t in timesteps]  # rectified flow begins at 1000
         assert calls == [i for t in in_chain for i in range(SCHEDULE.exit_depth_at(t))]
         assert handle.nfe == len(timesteps) == STEPS
         assert handle.block_calls == len(calls) == SCHEDULE.block_calls(in_chain) < STEPS * DEPTH
-    with attach_exit_schedule(pipeline, REVERSED):
+    with apply_exit_schedule(pipeline, REVERSED):
         other = sample(pipeline)
     assert images.shape == expected.shape and bool(torch.isfinite(images).all())
     assert not torch.allclose(images, expected, atol=1e-3)
     assert not torch.allclose(images, other, atol=1e-3)
-    assert torch.equal(sample(pipeline), expected)  # detached
+    assert torch.equal(sample(pipeline), expected)  # removed
 
 
 @of_numpy_1
 def test_a_pipeline_under_a_schedule_samples_as_with_the_blocks_cut_off(pipeline):
-    with attach_exit_schedule(pipeline, ExitSchedule.uniform_intervals((2,), DEPTH)):
+    with apply_exit_schedule(pipeline, ExitSchedule.uniform_intervals((2,), DEPTH)):
         images = sample(pipeline)
     blocks = pipeline.transformer.transformer_blocks
     pipeline.transformer.transformer_blocks = blocks[:2]
@@ -159,7 +159,7 @@ def test_the_backbone_and_the_hook_agree():
     x_t = torch.randn(3, 4, 8, 8)
     t = torch.tensor([10, 500, 990])
     y = torch.tensor([1, 2, 1000])
-    with attach_exit_schedule(transformer, SCHEDULE) as handle:
+    with apply_exit_schedule(transformer, SCHEDULE) as handle:
         # one depth per sample, arguments by position
         out = transformer(x_t, t, y, return_dict=False)[0]
         assert (handle.nfe, handle.block_calls) == (1, 4)
@@ -167,41 +167,41 @@ def test_the_backbone_and_the_hook_agree():
     assert torch.equal(DiffusersBackbone(transformer)(x_t, t, y, exit_depth=exit_depth), out)
 
 
-def test_detaching_restores_everything(pipeline):
+def test_removing_restores_everything(pipeline):
     transformer = pipeline.transformer
     blocks = list(transformer.transformer_blocks)
     classes = [type(b) for b in blocks]
     names = list(transformer.state_dict())
-    handle = attach_exit_schedule(pipeline, SCHEDULE)
+    handle = apply_exit_schedule(pipeline, SCHEDULE)
     assert list(transformer.state_dict()) == names
-    handle.detach()
-    handle.detach()
+    handle.remove()
+    handle.remove()
     assert [type(b) for b in blocks] == classes and list(transformer.transformer_blocks) == blocks
     assert not transformer._forward_pre_hooks and not transformer._forward_hooks
-    with pytest.raises(KeyError), attach_exit_schedule(pipeline, SCHEDULE):
+    with pytest.raises(KeyError), apply_exit_schedule(pipeline, SCHEDULE):
         raise KeyError
     assert [type(b) for b in blocks] == classes
 
 
 def test_one_schedule_at_a_time():
     pipeline = dit_pipeline()
-    handle = attach_exit_schedule(pipeline, SCHEDULE)
-    with pytest.raises(ConfigError, match="one early exit at a time.*detach"):
-        attach_exit_schedule(pipeline.transformer, SCHEDULE)
-    handle.detach()
+    handle = apply_exit_schedule(pipeline, SCHEDULE)
+    with pytest.raises(ConfigError, match="one early exit at a time.*remove"):
+        apply_exit_schedule(pipeline.transformer, SCHEDULE)
+    handle.remove()
     net = DiffusersBackbone(pipeline.transformer)
-    with pytest.raises(ConfigError, match="one early exit at a time.*detach"):
-        attach_exit_schedule(pipeline, SCHEDULE)
-    assert attach_exit_schedule(net.detach(), SCHEDULE).nfe == 0
+    with pytest.raises(ConfigError, match="one early exit at a time.*remove"):
+        apply_exit_schedule(pipeline, SCHEDULE)
+    assert apply_exit_schedule(net.detach(), SCHEDULE).nfe == 0
 
 
 def test_a_schedule_that_does_not_fit_is_refused_and_leaves_no_trace():
     pipeline = dit_pipeline()
     with pytest.raises(ScheduleError, match=r"4 blocks; got one for 28; use rescaled\(4\)"):
-        attach_exit_schedule(pipeline, ExitSchedule.from_string("D3-DiT"))
+        apply_exit_schedule(pipeline, ExitSchedule.from_string("D3-DiT"))
     with pytest.raises(ScheduleError, match="for 500 timesteps; got a scheduler of 1000"):
-        attach_exit_schedule(pipeline, ExitSchedule.full(DEPTH, 500))
-    attach_exit_schedule(pipeline, SCHEDULE)
+        apply_exit_schedule(pipeline, ExitSchedule.full(DEPTH, 500))
+    apply_exit_schedule(pipeline, SCHEDULE)
 
 
 @pytest.mark.parametrize(
@@ -209,9 +209,9 @@ def test_a_schedule_that_does_not_fit_is_refused_and_leaves_no_trace():
 )
 def test_what_has_no_transformer_is_refused(thing):
     with pytest.raises(
-        ConfigError, match="attaches to a transformer|supported are DiTTransformer2DModel"
+        ConfigError, match="applies to a transformer|supported are DiTTransformer2DModel"
     ):
-        attach_exit_schedule(thing, SCHEDULE)
+        apply_exit_schedule(thing, SCHEDULE)
 
 
 def test_calls_that_the_schedule_can_not_serve_are_refused():
@@ -221,7 +221,7 @@ def test_calls_that_the_schedule_can_not_serve_are_refused():
         "encoder_hidden_states": torch.randn(3, TOKENS, 12),
         "pooled_projections": torch.randn(3, 6),
     }
-    with attach_exit_schedule(transformer, SCHEDULE) as handle:
+    with apply_exit_schedule(transformer, SCHEDULE) as handle:
         with pytest.raises(ConfigError, match="needs the timestep; got none"):
             transformer(x_t, **y)
         with pytest.raises(
@@ -244,12 +244,12 @@ def test_a_failed_call_leaves_no_plan_behind():
     t = torch.tensor([900, 900])
     y = torch.tensor([1, 2])
     expected = transformer(x_t, timestep=t, class_labels=y).sample
-    handle = attach_exit_schedule(transformer, SCHEDULE)
+    handle = apply_exit_schedule(transformer, SCHEDULE)
     with pytest.raises(RuntimeError):
         transformer(x_t[:, :3], timestep=t, class_labels=y)
     tokens = torch.randn(2, 16, 16)
     last = transformer.transformer_blocks[-1]
     # called alone, it is no part of the failed call
     assert not torch.equal(last(tokens, timestep=t, class_labels=y), tokens)
-    handle.detach()
+    handle.remove()
     assert torch.equal(transformer(x_t, timestep=t, class_labels=y).sample, expected)

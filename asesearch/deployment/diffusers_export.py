@@ -1,0 +1,178 @@
+"""A bundle as a folder that `DiffusionPipeline.from_pretrained` loads as it is."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import diffusers
+from diffusers import AutoencoderKL, DiTPipeline, DiTTransformer2DModel
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from asesearch.backbones.conversion import dit_to_diffusers
+from asesearch.backbones.diffusers_adapter import DiffusersBackbone
+from asesearch.backbones.dit import DiT
+from asesearch.deployment import parity
+from asesearch.deployment.bundle import Bundle
+from asesearch.deployment.diffusers_pipeline import FORMAT, SCHEDULERS, VERSION, as_exported
+from asesearch.deployment.images import decoder_of
+from asesearch.deployment.manifest import MANIFEST, check_format, file_entries
+from asesearch.deployment.writing import whole_folder
+from asesearch.errors import CheckpointError, ConfigError
+from asesearch.solvers import make_betas
+
+PARITY = "parity.safetensors"
+INDEX = "model_index.json"
+NEEDED = (INDEX, PARITY, "scheduler/scheduler_config.json", "transformer/config.json")
+TOLERANCE = 1e-3  # of the largest output
+
+
+def write_diffusers(
+    bundle: Bundle, folder: Path, *, vae: Path | None = None, overwrite: bool = False
+) -> Path:
+    """Write a bundle's DiT as a diffusers pipeline with its schedule beside; the folder appears
+    whole or not at all.
+
+    Args:
+        bundle: of a DiT in discrete time.
+        folder: to write.
+        vae: folder of the AutoencoderKL that decodes its latents. Without one the pipeline makes
+            latents, or the images of a network that makes some; it is then loaded with
+            `from_pretrained(folder, vae=None)`, for diffusers' class has no other way.
+        overwrite: replace an exported folder.
+
+    Raises:
+        ConfigError: a network or process that diffusers' DiT pipeline does not have, or a VAE for
+            a network that makes images.
+        CheckpointError, WriteError: see `asesearch.deployment.writing.check_bundle_dir`.
+        DataError: a VAE that scales latents otherwise.
+    """
+    folder = Path(folder)
+    net = bundle.backbone
+    if not isinstance(net, DiT) or bundle.diffusion.process != "discrete":
+        raise ConfigError(
+            "diffusers' DiT pipeline is for a DiT in discrete time; got a "
+            f"{type(net).__name__}, {bundle.diffusion.process}; export it as a bundle, whose "
+            "schedule apply_exit_schedule takes too"
+        )
+    if vae is not None:
+        decoder_of(bundle, vae)  # refuses one of other latents
+    parts = {"transformer": _transformer(net), "scheduler": scheduler_of(bundle, net.learn_sigma)}
+    if vae is not None:
+        parts["vae"] = _vae(vae)
+    with whole_folder(folder, overwrite=overwrite) as part:
+        _save(parts, part)
+        tensors = parity.make_parity(
+            net.cpu(), bundle.schedule, bundle.diffusion.num_train_timesteps, bundle.prompts
+        )
+        save_file(tensors, part / PARITY)
+        names = sorted(p.relative_to(part).as_posix() for p in part.rglob("*") if p.is_file())
+        data = {
+            "format": FORMAT,
+            "version": VERSION,
+            "frequency_shift": net.t_embedder.frequency_shift,
+            "guided_channels": net.guided_channels,
+            "schedule": bundle.schedule.to_dict(),
+            "diffusion": bundle.diffusion.model_dump(mode="json"),
+            "sampling": bundle.sampling.model_dump(mode="json"),
+            "evaluation": bundle.evaluation,
+            "provenance": bundle.provenance,
+            "latents": bundle.latents,
+            "files": file_entries(part, names),
+        }
+        (part / MANIFEST).write_text(json.dumps(data, indent=1), encoding="utf-8")
+    return folder
+
+
+def _save(parts: Mapping[str, Any], folder: Path) -> None:
+    """The parts and the index of a pipeline, as `DiTPipeline.save_pretrained` writes them."""
+    index: dict[str, Any] = {
+        "_class_name": DiTPipeline.__name__,
+        "_diffusers_version": diffusers.__version__,
+        "vae": [None, None],
+    }
+    for name, part in parts.items():
+        part.save_pretrained(folder / name)
+        index[name] = ["diffusers", type(part).__name__]
+    (folder / INDEX).write_text(json.dumps(index, indent=2), encoding="utf-8")
+
+
+def _transformer(net: DiT) -> Any:
+    state, config = dit_to_diffusers(net.state_dict(), net.config)
+    cls: Any = DiTTransformer2DModel
+    transformer = cls(**config)
+    transformer.load_state_dict(state, strict=False)  # but the fixed positions, which it makes
+    return transformer.eval()
+
+
+def _vae(path: Path) -> Any:
+    where = path / "vae" if (path / "vae").is_dir() else path
+    cls: Any = AutoencoderKL
+    return cls.from_pretrained(where, local_files_only=True, use_safetensors=True)
+
+
+def scheduler_of(bundle: Bundle, learn_sigma: bool) -> Any:
+    """diffusers' scheduler that makes the steps of the bundle's solver."""
+    name, options = SCHEDULERS[bundle.sampling.solver]
+    if name == "DDPMScheduler":
+        options = options | {"variance_type": "learned_range" if learn_sigma else "fixed_small"}
+    betas = make_betas(bundle.diffusion.beta_schedule, bundle.diffusion.num_train_timesteps)
+    return getattr(diffusers, name)(
+        num_train_timesteps=len(betas),
+        beta_schedule=bundle.diffusion.beta_schedule,
+        beta_start=float(betas[0]),
+        beta_end=float(betas[-1]),
+        prediction_type="epsilon",
+        timestep_spacing="linspace",
+        **options,
+    )
+
+
+def open_diffusers(folder: Path, data: Mapping[str, Any]) -> Any:
+    """The pipeline of an exported folder whose files are those on record.
+
+    Raises:
+        CheckpointError: another format, or files that make no pipeline.
+    """
+    check_format(folder, data, FORMAT, VERSION)
+    missing = [name for name in NEEDED if name not in data["files"]]
+    code = [name for name in data["files"] if not name.endswith((".json", ".safetensors"))]
+    if missing or code:
+        what = f"lacks the file {missing[0]!r}" if missing else f"names the file {code[0][:80]!r}"
+        raise CheckpointError(
+            f"{folder / MANIFEST} {what}, and a diffusers folder has JSON and safetensors files "
+            f"{', '.join(NEEDED)} and the weights; export it again"
+        )
+    try:
+        has_vae = "vae/config.json" in data["files"]
+        parts = {} if has_vae else {"vae": None}
+        cls: Any = DiTPipeline
+        return cls.from_pretrained(folder, local_files_only=True, use_safetensors=True, **parts)
+    except Exception as error:  # diffusers raises what its parts raise
+        reason = " ".join(str(error).split())[:300]
+        raise CheckpointError(
+            f"{folder} holds a pipeline that does not load: {reason}; export it again"
+        ) from error
+
+
+def parity_errors(pipeline: Any, folder: Path, data: Mapping[str, Any]) -> dict[int, float]:
+    """Exit depth -> the largest difference from the outputs on record over the largest of them.
+
+    Raises:
+        CheckpointError: no parity file that can be read.
+    """
+    try:
+        recorded = load_file(folder / PARITY)
+    except (OSError, ValueError, SafetensorError) as error:
+        raise CheckpointError(f"can't read {folder / PARITY}: {error}; export it again") from error
+    restore = as_exported(pipeline.transformer, data)
+    net = DiffusersBackbone(pipeline.transformer)
+    try:
+        return parity.parity_errors(net, recorded)
+    finally:
+        net.detach()
+        if restore is not None:
+            restore()

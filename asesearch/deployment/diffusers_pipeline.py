@@ -1,0 +1,188 @@
+"""A DiT of ours in diffusers' `DiTPipeline`: what that pipeline does differently, made as the
+exported network does it.
+
+diffusers' DiT spaces the timestep frequencies over one step more than the official code
+(`downscale_freq_shift`, which is in no config), and its pipeline knows ImageNet's 1000 classes
+alone, guides every channel, spaces timesteps its own way and always has a VAE.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from diffusers import DiTPipeline, ImagePipelineOutput
+from diffusers.utils.torch_utils import randn_tensor
+from torch import Tensor
+
+from asesearch.config import SamplingConfig, parse_section
+from asesearch.errors import ConfigError
+from asesearch.solvers import DiscreteLevels, find_solver
+
+FORMAT = "asesearch.diffusers"
+VERSION = 1
+#: Solver -> diffusers' scheduler that makes the same steps, and its options.
+SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "ddpm": ("DDPMScheduler", {"clip_sample": False}),
+    # the first-order solver is DDIM on any grid; diffusers' DDIMScheduler knows even strides only
+    "ddim": ("DPMSolverMultistepScheduler", {"solver_order": 1, "final_sigmas_type": "zero"}),
+    "dpm++2m": ("DPMSolverMultistepScheduler", {"final_sigmas_type": "zero"}),
+    "dpm++2m-quadratic": ("DPMSolverMultistepScheduler", {"final_sigmas_type": "zero"}),
+    "unipc-quadratic": ("UniPCMultistepScheduler", {"final_sigmas_type": "zero"}),
+}
+Restored = Callable[[], None]
+
+
+class ExportedDiTPipeline(DiTPipeline):
+    """`DiTPipeline` under the sampler of the exported folder; a pipeline becomes one by
+    `apply_exit_schedule(pipeline, folder)`."""
+
+    exported: dict[str, Any]
+    # of the base classes, whose types are not known
+    transformer: Any
+    scheduler: Any
+    vae: Any
+    progress_bar: Any
+    numpy_to_pil: Any
+    maybe_free_model_hooks: Any
+    _execution_device: Any
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        class_labels: Sequence[int],
+        guidance_scale: float | None = None,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        num_inference_steps: int | None = None,
+        output_type: str | None = None,
+        return_dict: bool = True,
+    ) -> Any:
+        """As `DiTPipeline`, but guidance and steps are by default the exported ones, guidance is
+        off at 1 only, and output_type "latent" gives what the network made, (N, C, H, W) float32,
+        which is the default without a VAE.
+
+        With one CPU generator per image, `[torch.Generator().manual_seed(s) for s in seeds]`, the
+        images are those of `Bundle.sample(seeds, class_labels)`.
+        """
+        how = parse_section(SamplingConfig, self.exported["sampling"], "sampling")
+        scale = how.cfg_scale if guidance_scale is None else guidance_scale
+        output_type = output_type or ("latent" if self.vae is None else "pil")
+        config = self.transformer.config
+        device = self._execution_device
+        labels = torch.as_tensor(list(class_labels), device=device).reshape(-1)
+        shape = (len(labels), config.in_channels, config.sample_size, config.sample_size)
+        # the solver's arithmetic is float32, whatever the network's
+        x = randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
+        timesteps = self._set_timesteps(how, num_inference_steps or how.num_steps)
+        order = getattr(self.scheduler.config, "solver_order", 1)
+        options = {"generator": generator} if how.solver == "ddpm" else {}
+        for i, t in enumerate(self.progress_bar(timesteps)):
+            if i == len(timesteps) - 2 and how.solver.startswith("dpm++2m") and order > 1:
+                self.scheduler.lower_order_nums = 0  # as ours: first order into the last timestep
+            output = self._predict(x, t, labels, scale).float()
+            if getattr(self.scheduler.config, "variance_type", None) != "learned_range":
+                output = output[:, : config.in_channels]
+            x = self.scheduler.step(output, t, x, **options).prev_sample
+        images = self._output(x, output_type)
+        self.maybe_free_model_hooks()
+        output_class: Any = ImagePipelineOutput
+        return output_class(images=images) if return_dict else (images,)
+
+    def _set_timesteps(self, how: SamplingConfig, num_steps: int) -> Any:
+        """The exported sampler's timesteps, where the scheduler is the exported one; else those of
+        the scheduler."""
+        name, _ = SCHEDULERS[how.solver]
+        device = self._execution_device
+        if type(self.scheduler).__name__ != name:
+            self.scheduler.set_timesteps(num_steps, device=device)
+            return self.scheduler.timesteps
+        levels = DiscreteLevels(num_train_timesteps=self.scheduler.config.num_train_timesteps)
+        quadratic = find_solver(how.solver, levels).quadratic
+        timesteps = list(map(int, levels.timesteps(num_steps, quadratic)))
+        if name != "UniPCMultistepScheduler":
+            self.scheduler.set_timesteps(timesteps=timesteps, device=device)
+            return self.scheduler.timesteps
+        # it takes no timesteps
+        self.scheduler.set_timesteps(num_steps, device=device)
+        self.scheduler.timesteps = torch.tensor(timesteps, device=device)
+        kept = self.scheduler.alphas_cumprod[timesteps]
+        self.scheduler.sigmas = torch.cat([((1 - kept) / kept).sqrt(), torch.zeros(1)])
+        return self.scheduler.timesteps
+
+    def _predict(self, x: Tensor, t: Tensor, labels: Tensor, scale: float) -> Tensor:
+        """The transformer's output under guidance, (N, C or 2·C, H, W)."""
+        x = self.scheduler.scale_model_input(x, t).to(self.transformer.dtype)
+        times = t.to(x.device).expand(len(x))
+        if scale == 1:
+            return self._call_transformer(x, times, labels)
+        null = torch.full_like(labels, self.transformer.config.num_embeds_ada_norm)
+        cond, none = self._call_transformer(
+            x.repeat(2, 1, 1, 1), times.repeat(2), torch.cat([labels, null])
+        ).chunk(2)
+        channels = self.exported["guided_channels"]
+        eps = none[:, :channels] + scale * (cond[:, :channels] - none[:, :channels])
+        return torch.cat([eps, cond[:, channels:]], dim=1)
+
+    def _call_transformer(self, x: Tensor, t: Tensor, labels: Tensor) -> Tensor:
+        out: Tensor = self.transformer(x, timestep=t, class_labels=labels, return_dict=False)[0]
+        return out
+
+    def _output(self, x: Tensor, output_type: str) -> Any:
+        if output_type == "latent":
+            return x
+        images = x
+        latents = self.exported["latents"]
+        if latents is not None:
+            if self.vae is None:
+                raise ConfigError(
+                    f"this pipeline makes latents and has no VAE; got output_type {output_type!r}; "
+                    'use "latent", or set pipeline.vae'
+                )
+            shift, scale = (
+                torch.tensor(latents[k], device=x.device).view(-1, 1, 1) for k in ("shift", "scale")
+            )
+            z = x / scale + shift
+            images = self.vae.decode(z.to(self.vae.dtype)).sample
+        images = (images.float() / 2 + 0.5).clamp(0, 1)
+        if output_type == "pt":
+            return images
+        array = images.cpu().permute(0, 2, 3, 1).numpy()
+        return self.numpy_to_pil(array) if output_type == "pil" else array
+
+
+def as_exported(pipeline: Any, data: Mapping[str, Any]) -> Restored | None:
+    """Make a pipeline, or its transformer, sample as the exported network; what undoes it.
+
+    Args:
+        pipeline: a `DiTPipeline` or its transformer.
+        data: of the exported folder's manifest; of any other, nothing is done.
+
+    Raises:
+        ConfigError: another pipeline.
+    """
+    if data.get("format") != FORMAT:
+        return None
+    transformer = getattr(pipeline, "transformer", pipeline)
+    shifts = [block.norm1.emb.time_proj for block in transformer.transformer_blocks]
+    before = [proj.downscale_freq_shift for proj in shifts]
+    plain_class = type(pipeline)
+    if pipeline is not transformer:
+        if plain_class is not DiTPipeline:
+            raise ConfigError(
+                f"this folder is of a DiTPipeline; got a {plain_class.__name__}; load it by "
+                "DiffusionPipeline.from_pretrained"
+            )
+        pipeline.__class__ = ExportedDiTPipeline
+        pipeline.exported = dict(data)
+    for proj in shifts:
+        proj.downscale_freq_shift = data["frequency_shift"]
+
+    def restore() -> None:
+        for proj, shift in zip(shifts, before, strict=True):
+            proj.downscale_freq_shift = shift
+        if pipeline is not transformer:
+            pipeline.__class__ = plain_class
+            del pipeline.exported
+
+    return restore

@@ -1,0 +1,169 @@
+"""Folders of diffusers: loaded by its own class, they sample as the bundle they were made of."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler, DiffusionPipeline, DiTPipeline
+
+from asesearch.backbones import DiT
+from asesearch.config import DiffusionConfig, SamplingConfig
+from asesearch.deployment import formats
+from asesearch.deployment.bundle import Bundle
+from asesearch.deployment.diffusers_hook import apply_exit_schedule
+from asesearch.deployment.manifest import file_entries
+from asesearch.deployment.verify import verify
+from asesearch.errors import CheckpointError, ConfigError, DataError
+from asesearch.schedule import ExitSchedule
+from tests.deployment.test_diffusers_hook import of_numpy_1
+
+pytestmark = of_numpy_1
+DEPTH = 4
+SCHEDULE = ExitSchedule.from_string("4 4 2 1", DEPTH)
+SEEDS = [5, 2, 9]
+LATENTS = {"shift": [0.0] * 4, "scale": [0.5] * 4, "digest": "x"}
+
+
+def made_bundle(solver="ddim", latents=None, channels=4, diffusion=None):
+    sizes = {"input_size": 8, "patch_size": 2, "hidden_size": 32, "num_heads": 4, "depth": DEPTH}
+    net = DiT(**sizes, in_channels=channels, num_classes=10).eval()
+    generator = torch.Generator().manual_seed(0)
+    for name, p in net.named_parameters():
+        if name != "pos_embed":
+            p.data = torch.randn(p.shape, generator=generator) * 0.1
+    how = SamplingConfig(solver=solver, num_steps=8, cfg_scale=1.5, batch_size=2)
+    about = ({"search": None}, {"study": "tiny"}, None, latents)
+    return Bundle(net, SCHEDULE, "dit", diffusion or DiffusionConfig(), how, *about)
+
+
+def load(folder, **parts):
+    pipeline = DiffusionPipeline.from_pretrained(folder, **parts)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def sample(pipeline, **options):
+    generators = [torch.Generator().manual_seed(s) for s in SEEDS]
+    return pipeline([s % 10 for s in SEEDS], generator=generators, **options).images
+
+
+def gap(images, expected):
+    return float((images - expected).abs().max() / expected.abs().max())
+
+
+@pytest.mark.parametrize(
+    "solver", ["ddpm", "ddim", "dpm++2m", "dpm++2m-quadratic", "unipc-quadratic"]
+)
+@pytest.mark.parametrize("betas", ["linear", "scaled_linear"])
+def test_the_latents_are_the_bundles(tmp_path, solver, betas):
+    """Guidance on three channels of four, ten classes, the official frequencies."""
+    bundle = made_bundle(solver, diffusion=DiffusionConfig(beta_schedule=betas))
+    folder = formats.write(bundle, tmp_path / "made", "diffusers")
+    expected = bundle.sample(SEEDS)
+    pipeline = load(folder, vae=None)
+    with apply_exit_schedule(pipeline, folder) as handle:
+        assert gap(sample(pipeline), expected.images) < 1e-4
+        assert 2 * handle.block_calls == expected.block_calls  # guidance is one call of two halves
+        full = replace(bundle, schedule=ExitSchedule.full(DEPTH)).sample(SEEDS)
+        assert gap(sample(pipeline), full.images) > 1e-3
+
+
+def tiny_vae(folder, scale=0.5):
+    vae = AutoencoderKL(
+        block_out_channels=(8,),
+        norm_num_groups=4,
+        latent_channels=4,
+        sample_size=8,
+        scaling_factor=scale,
+    )
+    vae.save_pretrained(folder)
+    return folder
+
+
+def test_with_a_vae_it_loads_as_it_is_and_gives_the_same_images(tmp_path):
+    bundle = made_bundle("dpm++2m", LATENTS)
+    vae = tiny_vae(tmp_path / "vae")
+    folder = formats.write(bundle, tmp_path / "made", "diffusers", vae=vae)
+    pipeline = load(folder)
+    assert type(pipeline) is DiTPipeline
+    shift = pipeline.transformer.transformer_blocks[0].norm1.emb.time_proj.downscale_freq_shift
+    handle = apply_exit_schedule(pipeline, folder)
+    images = sample(pipeline, output_type="pt")
+    with torch.no_grad():
+        decoded = pipeline.vae.decode(bundle.sample(SEEDS).images / 0.5).sample
+    assert gap(images, (decoded / 2 + 0.5).clamp(0, 1)) < 1e-4
+    assert sample(pipeline)[0].size == (8, 8)
+    handle.remove()
+    blocks = pipeline.transformer.transformer_blocks
+    assert {b.norm1.emb.time_proj.downscale_freq_shift for b in blocks} == {shift}
+    assert type(pipeline) is DiTPipeline and not hasattr(pipeline, "exported")
+
+
+def test_steps_guidance_and_scheduler_can_be_changed(tmp_path):
+    bundle = made_bundle()
+    folder = formats.write(bundle, tmp_path / "made", "diffusers")
+    pipeline = load(folder, vae=None)
+    with apply_exit_schedule(pipeline, folder) as handle:
+        plain = replace(bundle, sampling=bundle.sampling.model_copy(update={"cfg_scale": 1.0}))
+        images = sample(pipeline, guidance_scale=1, num_inference_steps=5)
+        assert gap(images, plain.sample(SEEDS, num_steps=5).images) < 1e-4 and handle.nfe == 5
+        pipeline.scheduler = DDIMScheduler(clip_sample=False)
+        assert torch.isfinite(sample(pipeline)).all()
+        assert list(pipeline.scheduler.timesteps) == list(range(875, -1, -125))  # its own grid
+
+
+def test_a_bundle_and_its_folder_have_schedules_too(tmp_path):
+    bundle = made_bundle()
+    plain = formats.write(bundle, tmp_path / "plain")
+    folder = formats.write(bundle, tmp_path / "made", "diffusers")
+    pipeline = load(folder, vae=None)
+    for source in (bundle, plain, str(plain)):
+        with apply_exit_schedule(pipeline, source) as handle:
+            assert handle.schedule == SCHEDULE and type(pipeline) is DiTPipeline
+    with pytest.raises(CheckpointError, match=r"is .* a bundle written by `asesearch export`\?"):
+        apply_exit_schedule(pipeline, tmp_path)
+
+
+def test_verify_takes_it(tmp_path):
+    folder = formats.write(made_bundle(), tmp_path / "made", "diffusers")
+    checks = verify(folder, speed=False)
+    assert [c.name for c in checks if c.passed] == ["files", "network", "parity"], checks[-1]
+    assert "diffusers pipeline" in checks[1].found
+
+
+def test_what_is_no_pipeline_of_ours_is_refused(tmp_path):
+    folder = formats.write(made_bundle(), tmp_path / "made", "diffusers")
+    path = folder / "bundle.json"
+    (folder / "pipeline.py").write_text("raise SystemExit")
+    names = [*json.loads(path.read_text())["files"], "pipeline.py"]
+    path.write_text(
+        json.dumps(json.loads(path.read_text()) | {"files": file_entries(folder, names)})
+    )
+    assert "names the file 'pipeline.py'" in verify(folder)[-1].found
+    (folder / "scheduler/scheduler_config.json").write_text("{")
+    assert "scheduler_config.json is damaged" in verify(folder)[-1].found
+
+
+@pytest.mark.parametrize(
+    ("bundle", "vae", "error", "message"),
+    [
+        (made_bundle(), 0.5, ConfigError, "a VAE is for bundles that make latents"),
+        (made_bundle(latents=LATENTS), 0.9, DataError, "must scale latents as the one that"),
+        (replace(made_bundle(), kind="uvit"), None, ConfigError, "of the kind dit; got uvit"),
+        (
+            made_bundle(diffusion=DiffusionConfig(process="vp-sde")),
+            None,
+            ConfigError,
+            "for a DiT in discrete time; got a DiT, vp-sde",
+        ),
+    ],
+    ids=["vae for images", "other vae", "u-vit", "vp-sde"],
+)
+def test_what_diffusers_does_not_have_is_refused(tmp_path, bundle, vae, error, message):
+    path = None if vae is None else tiny_vae(tmp_path / "vae", vae)
+    with pytest.raises(error, match=message):
+        formats.write(bundle, tmp_path / "made", "diffusers", vae=path)
+    assert not (tmp_path / "made").exists()
+    with pytest.raises(ConfigError, match="a VAE goes into the format diffusers only"):
+        formats.write(bundle, tmp_path / "made", vae=tmp_path)

@@ -1,0 +1,185 @@
+"""Schedules beside what diffusers users set: Flux, precision, offloading, compiled blocks,
+caches."""
+
+import logging
+
+import accelerate
+import pytest
+import torch
+from diffusers import (
+    FirstBlockCacheConfig,
+    FlowMatchEulerDiscreteScheduler,
+    FluxPipeline,
+    FluxTransformer2DModel,
+    PyramidAttentionBroadcastConfig,
+)
+
+from asesearch.deployment.diffusers_hook import apply_exit_schedule
+from asesearch.errors import ConfigError
+from asesearch.schedule import ExitSchedule
+from tests.deployment.test_diffusers_hook import (
+    DEPTH,
+    MAKERS,
+    SCHEDULE,
+    STEPS,
+    of_numpy_1,
+    randomised,
+    sample,
+    tiny_vae,
+)
+
+pytestmark = of_numpy_1
+
+
+def flux_pipeline():
+    """Two double blocks, then two single ones."""
+    sizes = {"num_layers": 2, "num_single_layers": 2, "in_channels": 16, "patch_size": 1}
+    heads = {"attention_head_dim": 16, "num_attention_heads": 2, "axes_dims_rope": (4, 4, 8)}
+    model = FluxTransformer2DModel(
+        **sizes, **heads, joint_attention_dim=12, pooled_projection_dim=6
+    )
+    none = dict.fromkeys(["text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2"])
+    return FluxPipeline(
+        FlowMatchEulerDiscreteScheduler(), tiny_vae(), transformer=randomised(model), **none
+    )
+
+
+def sample_flux(pipeline):
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline(
+        prompt_embeds=torch.ones(2, 3, 12),
+        pooled_prompt_embeds=torch.ones(2, 6),
+        height=8,
+        width=8,
+        num_inference_steps=STEPS,
+        generator=torch.Generator().manual_seed(2),
+        output_type="latent",
+    ).images
+
+
+def under(pipeline, schedule=SCHEDULE, draw=sample):
+    with apply_exit_schedule(pipeline, schedule) as handle:
+        images = draw(pipeline)
+    return images, handle.block_calls
+
+
+@pytest.mark.parametrize("depth", [1, 2, 3])
+def test_flux_exits_from_either_list_of_blocks(depth):
+    pipeline = flux_pipeline()
+    expected = sample_flux(pipeline)
+    full, calls = under(pipeline, ExitSchedule.full(DEPTH), sample_flux)
+    assert torch.equal(full, expected) and calls == STEPS * DEPTH
+    images, calls = under(pipeline, ExitSchedule.uniform_intervals((depth,), DEPTH), sample_flux)
+    assert calls == STEPS * depth
+    net = pipeline.transformer
+    net.transformer_blocks = net.transformer_blocks[:depth]
+    net.single_transformer_blocks = net.single_transformer_blocks[: max(0, depth - 2)]
+    assert torch.equal(images, sample_flux(pipeline))  # as with the blocks cut off
+
+
+def test_flux_timesteps_are_read_on_the_schedulers_scale():
+    pipeline = flux_pipeline()
+    _, calls = under(pipeline, SCHEDULE, sample_flux)
+    timesteps = [min(float(t), 999.0) for t in pipeline.scheduler.timesteps]
+    assert calls == SCHEDULE.block_calls(timesteps) < STEPS * DEPTH
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision(dtype):
+    pipeline = MAKERS["dit"]()
+    expected, calls = under(pipeline)
+    images, same = under(pipeline.to(dtype))
+    assert same == calls and images.dtype == dtype
+    assert 0 < float((images.float() - expected).abs().mean()) < 0.05
+
+
+@pytest.mark.parametrize("first", ["offload", "schedule"])
+def test_offloaded_blocks(first):
+    """Weights come in with each block that runs, as sequential offloading does on a GPU."""
+    pipeline = MAKERS["dit"]()
+    expected, calls = under(pipeline)
+    if first == "offload":
+        accelerate.cpu_offload(pipeline.transformer, execution_device="cpu")
+    with apply_exit_schedule(pipeline, SCHEDULE) as handle:
+        if first == "schedule":
+            accelerate.cpu_offload(pipeline.transformer, execution_device="cpu")
+        assert torch.equal(sample(pipeline), expected) and handle.block_calls == calls
+    assert next(pipeline.transformer.transformer_blocks[0].parameters()).device.type == "meta"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("first", ["compile", "schedule"])
+def test_compiled_blocks(first):
+    pipeline = MAKERS["dit"]()
+    blocks = pipeline.transformer.transformer_blocks
+    expected, calls = under(pipeline)
+    if first == "compile":
+        for block in blocks:
+            block.compile()
+    with apply_exit_schedule(pipeline, SCHEDULE) as handle:
+        if first == "schedule":
+            for block in blocks:
+                block.compile()
+        torch.testing.assert_close(sample(pipeline), expected, rtol=1e-3, atol=1e-4)
+        assert handle.block_calls == calls
+
+
+def test_a_transformer_compiled_as_a_whole_is_refused():
+    pipeline = MAKERS["dit"]()
+    pipeline.transformer = torch.compile(pipeline.transformer)
+    with pytest.raises(ConfigError, match=r"compiled as a whole.*block.compile\(\)"):
+        apply_exit_schedule(pipeline, SCHEDULE)
+
+
+def attention_cache(skip):
+    names = ("transformer_blocks", "single_transformer_blocks")
+    return PyramidAttentionBroadcastConfig(
+        spatial_attention_block_skip_range=skip,
+        spatial_attention_timestep_skip_range=(0, 1000),
+        spatial_attention_block_identifiers=names,
+        current_timestep_callback=lambda: 500,
+    )
+
+
+def test_a_cache_inside_the_blocks_acts_on_those_that_run():
+    pipeline = flux_pipeline()
+    expected, calls = under(pipeline, draw=sample_flux)
+    pipeline.transformer.enable_cache(attention_cache(1))  # no step is skipped
+    images, same = under(pipeline, draw=sample_flux)
+    assert torch.equal(images, expected) and same == calls
+    pipeline.transformer.disable_cache()
+    pipeline.transformer.enable_cache(attention_cache(2))  # every other one is
+    assert not torch.equal(under(pipeline, draw=sample_flux)[0], expected)
+
+
+def test_a_cache_that_needs_the_last_block_is_refused():
+    pipeline = flux_pipeline()
+    pipeline.transformer.enable_cache(FirstBlockCacheConfig(threshold=0.0))
+    with (
+        apply_exit_schedule(pipeline, SCHEDULE),
+        pytest.raises(ConfigError, match="last block.*got fbc_leader_block_hook; call"),
+    ):
+        sample_flux(pipeline)
+    pipeline.transformer.disable_cache()
+    assert torch.isfinite(under(pipeline, draw=sample_flux)[0]).all()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MAKERS)
+@pytest.mark.filterwarnings("ignore")
+def test_cache_dit_with_no_step_skipped_changes_nothing(name):
+    cache_dit = pytest.importorskip("cache_dit")
+    logging.disable(logging.INFO)
+    pipeline = MAKERS[name]()
+    expected, calls = under(pipeline)
+    all_steps = cache_dit.DBCacheConfig(
+        Fn_compute_blocks=1, Bn_compute_blocks=0, max_warmup_steps=1000, residual_diff_threshold=0.0
+    )
+    cache_dit.enable_cache(pipeline, cache_config=all_steps)
+    images, same = under(pipeline)
+    assert torch.equal(images, expected) and same == calls
+    cache_dit.disable_cache(pipeline)
+    with apply_exit_schedule(pipeline, SCHEDULE):
+        cache_dit.enable_cache(pipeline, cache_config=all_steps)
+        assert torch.equal(sample(pipeline), expected)
+    logging.disable(logging.NOTSET)
