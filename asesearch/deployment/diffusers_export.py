@@ -17,7 +17,7 @@ from asesearch.backbones.diffusers_adapter import DiffusersBackbone
 from asesearch.backbones.dit import DiT
 from asesearch.deployment import parity
 from asesearch.deployment.bundle import Bundle
-from asesearch.deployment.diffusers_pipeline import FORMAT, SCHEDULERS, VERSION, as_exported
+from asesearch.deployment.diffusers_pipeline import FORMAT, VERSION, as_exported, scheduler_for
 from asesearch.deployment.images import decoder_of
 from asesearch.deployment.manifest import MANIFEST, check_format, file_entries
 from asesearch.deployment.writing import whole_folder
@@ -116,7 +116,7 @@ def _vae(path: Path) -> Any:
 
 def scheduler_of(bundle: Bundle, learn_sigma: bool) -> Any:
     """diffusers' scheduler that makes the steps of the bundle's solver."""
-    name, options = SCHEDULERS[bundle.sampling.solver]
+    name, options = scheduler_for(bundle.sampling.solver)
     if name == "DDPMScheduler":
         options = options | {"variance_type": "learned_range" if learn_sigma else "fixed_small"}
     betas = make_betas(bundle.diffusion.beta_schedule, bundle.diffusion.num_train_timesteps)

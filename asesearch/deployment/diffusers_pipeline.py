@@ -18,20 +18,25 @@ from torch import Tensor
 
 from asesearch.config import SamplingConfig, parse_section
 from asesearch.errors import ConfigError
+from asesearch.sampler import grid_of
 from asesearch.solvers import DiscreteLevels, find_solver
 
 FORMAT = "asesearch.diffusers"
 VERSION = 1
-#: Solver -> diffusers' scheduler that makes the same steps, and its options.
+#: Solver without its grid -> diffusers' scheduler that makes the same steps, and its options.
 SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {
     "ddpm": ("DDPMScheduler", {"clip_sample": False}),
     # the first-order solver is DDIM on any grid; diffusers' DDIMScheduler knows even strides only
     "ddim": ("DPMSolverMultistepScheduler", {"solver_order": 1, "final_sigmas_type": "zero"}),
     "dpm++2m": ("DPMSolverMultistepScheduler", {"final_sigmas_type": "zero"}),
-    "dpm++2m-quadratic": ("DPMSolverMultistepScheduler", {"final_sigmas_type": "zero"}),
-    "unipc-quadratic": ("UniPCMultistepScheduler", {"final_sigmas_type": "zero"}),
+    "unipc": ("UniPCMultistepScheduler", {"final_sigmas_type": "zero"}),
 }
 Restored = Callable[[], None]
+
+
+def scheduler_for(solver: str) -> tuple[str, dict[str, Any]]:
+    """Class and options of diffusers' scheduler that makes a solver's steps."""
+    return SCHEDULERS[grid_of(solver)[0]]
 
 
 class ExportedDiTPipeline(DiTPipeline):
@@ -92,14 +97,14 @@ class ExportedDiTPipeline(DiTPipeline):
     def _set_timesteps(self, how: SamplingConfig, num_steps: int) -> Any:
         """The exported sampler's timesteps, where the scheduler is the exported one; else those of
         the scheduler."""
-        name, _ = SCHEDULERS[how.solver]
+        name, _ = scheduler_for(how.solver)
         device = self._execution_device
         if type(self.scheduler).__name__ != name:
             self.scheduler.set_timesteps(num_steps, device=device)
             return self.scheduler.timesteps
         levels = DiscreteLevels(num_train_timesteps=self.scheduler.config.num_train_timesteps)
-        quadratic = find_solver(how.solver, levels).quadratic
-        timesteps = list(map(int, levels.timesteps(num_steps, quadratic)))
+        power = find_solver(how.solver, levels).power
+        timesteps = list(map(int, levels.timesteps(num_steps, power)))
         if name != "UniPCMultistepScheduler":
             self.scheduler.set_timesteps(timesteps=timesteps, device=device)
             return self.scheduler.timesteps
