@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import optuna
-from optuna.trial import TrialState
+from optuna.trial import FrozenTrial, TrialState
 
 from asesearch.point import Point
 from asesearch.proposer.problem import Problem
@@ -42,8 +44,9 @@ class Asker:
     def ask(self) -> tuple[optuna.Trial, Point]:
         """The next point, in a trial of this worker's."""
         with self.fleet.turn():
-            self.enqueue_warm_start(self.study.records())
-            self._seed_proposer()
+            trials = self.study.trials()
+            self.enqueue_warm_start(self.study.records(trials), trials)
+            self._seed_proposer(trials)
             trial = ask(self.study.optuna)
             trial.set_user_attr(WORKER, self.study.worker.mark)
             return trial, self.fleet.space.suggest(trial)
@@ -53,33 +56,32 @@ class Asker:
         """Whether the last proposal belongs to the exploration phase."""
         return bool(getattr(self.study.optuna.sampler, "explores", False))
 
-    def enqueue_warm_start(self, records: list[TrialRecord]) -> None:
+    def enqueue_warm_start(self, records: list[TrialRecord], trials: Sequence[FrozenTrial]) -> None:
         """Queue the first warm start that is not queued or on record (so one whose trial was killed
         comes again).
 
         Those whose schedule another worker is at are passed over for now.
         """
-        for origin in self.missing(records):
+        for origin in self.missing(records, trials):
             point = self.warm[origin]
-            if not self.fleet.is_busy(point):
+            if not self.fleet.is_busy(point, trials):
                 self.study.optuna.enqueue_trial(
                     self.fleet.space.encode(point), user_attrs={"origin": origin}
                 )
                 return
 
-    def missing(self, records: list[TrialRecord]) -> list[str]:
+    def missing(self, records: list[TrialRecord], trials: Sequence[FrozenTrial]) -> list[str]:
         """Warm starts that are neither on record nor queued nor in flight."""
         known = {r.point for r in records if r.number not in self.again}
-        for trial in self.study.optuna.get_trials(
-            deepcopy=False, states=(TrialState.WAITING, TrialState.RUNNING)
-        ):
+        for trial in trials:
+            if trial.state.is_finished():
+                continue
             if (point := self.fleet.point_of(trial)) is not None:
                 known.add(point)
         return [origin for origin, point in self.warm.items() if point not in known]
 
-    def _seed_proposer(self) -> None:
+    def _seed_proposer(self, trials: Sequence[FrozenTrial]) -> None:
         """A proposer whose seed follows from the study's and from what is on record."""
-        trials = self.study.optuna.get_trials(deepcopy=False)
         ended = sum(
             t.state == TrialState.COMPLETE or RECORD in t.user_attrs or REPEAT in t.user_attrs
             for t in trials

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import optuna
@@ -47,13 +47,9 @@ class Fleet:
 
     # -- trials in flight ------------------------------------------------------------------------
 
-    def running(self) -> list[FrozenTrial]:
-        """Trials in flight, this worker's own included."""
-        return self.study.optuna.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
-
-    def in_flight(self) -> list[FrozenTrial]:
-        """Trials that other workers are at."""
-        return [t for t in self.running() if not self.is_mine(t)]
+    def in_flight(self, trials: Sequence[FrozenTrial]) -> list[FrozenTrial]:
+        """Those of a reading of the study's trials that other workers are at."""
+        return [t for t in trials if t.state == TrialState.RUNNING and not self.is_mine(t)]
 
     def is_mine(self, trial: FrozenTrial) -> bool:
         mark = trial.user_attrs.get(WORKER)
@@ -66,27 +62,33 @@ class Fleet:
             return None
         return self.space.decode(params)
 
-    def schedules_in_flight(self) -> set[ExitSchedule]:
+    def schedules_in_flight(self, trials: Sequence[FrozenTrial]) -> set[ExitSchedule]:
         """Schedules that other workers are at."""
         return {
             point.weights_key
-            for trial in self.in_flight()
+            for trial in self.in_flight(trials)
             if (point := self.point_of(trial)) is not None
         }
 
-    def release_dead(self) -> None:
-        """End the trials of workers that are dead."""
+    def release_dead(self) -> list[FrozenTrial]:
+        """End the trials of workers that are dead; the study's trials as they are then."""
         with experimental():
             optuna.storages.fail_stale_trials(self.study.optuna)  # by their missing heartbeat
-        for trial in self.in_flight():
-            if self.others.alive(trial.user_attrs.get(WORKER), trial.number) is False:
-                self.ledger.close(trial)
+        trials = self.study.trials()
+        dead = [
+            t
+            for t in self.in_flight(trials)
+            if self.others.alive(t.user_attrs.get(WORKER), t.number) is False
+        ]
+        for trial in dead:
+            self.ledger.close(trial)
+        return self.study.trials() if dead else trials
 
     def close_own(self) -> None:
         """End this worker's trial: interrupted or broken, it must not stay open, for the process
         still lives."""
-        for trial in self.running():
-            if self.is_mine(trial):
+        for trial in self.study.trials():
+            if trial.state == TrialState.RUNNING and self.is_mine(trial):
                 self.ledger.close(trial)
 
     # -- claims and turns ------------------------------------------------------------------------
@@ -99,10 +101,10 @@ class Fleet:
         with try_lock(self.study.run_dir / directory.LOCKS / f"{name}.lock") as mine:
             yield mine
 
-    def is_busy(self, point: Point) -> bool:
+    def is_busy(self, point: Point, trials: Sequence[FrozenTrial]) -> bool:
         """Whether another worker is at a point's schedule, under whichever sampler."""
         key = point.weights_key
-        return key in self.refused or key in self.schedules_in_flight()
+        return key in self.refused or key in self.schedules_in_flight(trials)
 
     def still_held(self) -> bool:
         """Whether a schedule that another held when it was proposed is still held."""
@@ -130,24 +132,25 @@ class Fleet:
 
     def wait(self) -> None:
         """Wait until something ends that another worker is at; say for whom."""
-        before = self._snapshot()
-        names = [f"trial {t.number} ({_host(t)})" for t in self.in_flight()]
+        trials = self.study.trials()
+        before = _moment(trials)
+        names = [f"trial {t.number} ({_host(t)})" for t in self.in_flight(trials)]
         line = ", ".join(names) or "another worker, which holds all that is proposed"
         if line != self._said:
             _log.warning("waiting for %s", line)
             self._said = line
         while True:
             time.sleep(POLL_S)
-            self.release_dead()
-            if self._snapshot() != before or not (self.in_flight() or self.still_held()):
+            trials = self.release_dead()
+            if _moment(trials) != before or not (self.in_flight(trials) or self.still_held()):
                 break
         self.refused.clear()
 
-    def _snapshot(self) -> tuple[frozenset[int], int]:
-        """Changes when a trial begins or ends."""
-        trials = self.study.optuna.get_trials(deepcopy=False)
-        running = frozenset(t.number for t in trials if t.state == TrialState.RUNNING)
-        return running, sum(RECORD in t.user_attrs for t in trials)
+
+def _moment(trials: Sequence[FrozenTrial]) -> tuple[frozenset[int], int]:
+    """Changes when a trial begins or ends."""
+    running = frozenset(t.number for t in trials if t.state == TrialState.RUNNING)
+    return running, sum(RECORD in t.user_attrs for t in trials)
 
 
 def _host(trial: FrozenTrial) -> str:

@@ -11,11 +11,12 @@ that was not.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Literal
 
 import optuna
+from optuna.trial import FrozenTrial
 
 from asesearch.errors import StudyError
 from asesearch.files import write_json
@@ -129,7 +130,7 @@ class Runner:
                 self.fleet.refused.clear()
             if in_a_row < MAX_REFUSED_IN_A_ROW:
                 continue
-            if self.fleet.in_flight() or self.fleet.still_held():
+            if self.fleet.in_flight(self.study.trials()) or self.fleet.still_held():
                 self.fleet.wait()
                 in_a_row = 0
             elif self.config.search.budget_s is not None:
@@ -144,27 +145,28 @@ class Runner:
     def _goes_on(self) -> bool:
         """Whether another trial is to be begun; waits where that depends on those in flight."""
         while True:
-            self.fleet.release_dead()
-            records = self.study.records()
+            trials = self.fleet.release_dead()
+            records = self.study.records(trials)
             self._check_failures(records)
             if self.config.search.budget_s is not None:
-                return self._in_budget()
+                return self._in_budget(trials)
             left = self.config.search.num_trials - len(records)
             if left <= 0:
                 return False
-            room = left - len(self.fleet.in_flight())
-            missing = self.asker.missing(records)
-            free = [origin for origin in missing if not self.fleet.is_busy(self.asker.warm[origin])]
+            room = left - len(self.fleet.in_flight(trials))
+            missing = self.asker.missing(records, trials)
+            warm = self.asker.warm
+            free = [origin for origin in missing if not self.fleet.is_busy(warm[origin], trials)]
             if room > 0 and (free or room > len(missing)):  # proposals leave places for warm starts
                 return True
             self.fleet.wait()
 
-    def _in_budget(self) -> bool:
+    def _in_budget(self, trials: Sequence[FrozenTrial]) -> bool:
         """Whether the budget has room for another trial and the confirmation."""
         self.study.worker.beat()
         spent = worked_s(self.study.run_dir)
         num_workers = 1 + len(self.fleet.others.at_work())
-        full_in_flight = any(s.is_full for s in self.fleet.schedules_in_flight())
+        full_in_flight = any(s.is_full for s in self.fleet.schedules_in_flight(trials))
         results = self.study.results()
         return room_for_trial(self.config, self.bench, results, spent, num_workers, full_in_flight)
 
@@ -239,9 +241,9 @@ class Runner:
         Returns:
             What came of it, and the point's record, if there is one.
         """
-        # first, so that a trial that ends between the two counts
-        others = {t.number for t in self.fleet.in_flight()}
-        records = self.study.records()
+        trials = self.study.trials()
+        others = {t.number for t in self.fleet.in_flight(trials)}
+        records = self.study.records(trials)
         tried = [r for r in records if r.point == point]
         known = (r for r in tried if r.state != "stopped" and r.number not in self.asker.again)
         if (record := next(known, None)) is not None:

@@ -10,6 +10,7 @@ Any number of processes may work on one study: give them the same study file, di
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -79,11 +80,19 @@ class Study:
 
     # -- what is on record -----------------------------------------------------------------------
 
-    def records(self) -> list[TrialRecord]:
-        """Points that were tried, by number: the last record of each, so a stopped one that was
-        promoted later counts once."""
+    def trials(self) -> list[FrozenTrial]:
+        """The Optuna trials as they are now, by number; not to be changed."""
         with storage_errors(self.shown_storage):
-            trials = self.optuna.get_trials(deepcopy=False)
+            return list(self.optuna.get_trials(deepcopy=False))
+
+    def records(self, trials: Sequence[FrozenTrial] | None = None) -> list[TrialRecord]:
+        """Points that were tried, by number: the last record of each, so a stopped one that was
+        promoted later counts once.
+
+        Args:
+            trials: what `trials` gave, where all that is asked is to be of one moment.
+        """
+        trials = self.trials() if trials is None else trials
         found = [self.record_of(t) for t in trials if RECORD in t.user_attrs]
         last = {r.point: r for r in found}
         return [r for r in found if last[r.point] is r]

@@ -282,7 +282,9 @@ def test_a_later_format_is_refused(tmp_path):
 def test_a_change_before_anything_is_on_record_is_taken_over(tmp_path, change, caplog):
     first = Study(make_config(), tmp_path)
     space_of = FakeBench(config=first.config)
-    Runner(first, space_of).asker.enqueue_warm_start([])  # a trial that waits, in the former space
+    Runner(first, space_of).asker.enqueue_warm_start(
+        [], []
+    )  # a trial that waits, in the former space
     (tmp_path / "latency.json").write_text("{}")
     data = make_config().model_dump(mode="json")
     for key, value in change.items():
