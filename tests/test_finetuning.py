@@ -579,10 +579,10 @@ def test_elastic_warm_up_draws_a_depth_a_sample_and_resumes(tiny_dit, tiny_image
 
 def test_one_elastic_network_serves_every_depth_better_than_the_pretrained(tiny_dit, tiny_images):
     torch.manual_seed(0)
-    shape = {**tiny_dit.config, "hidden_size": 32}
-    config = TrainConfig(num_steps=150, batch_size=32, lr=3e-3, ema_decay=0.9)
+    shape = tiny_dit.config
+    config = TrainConfig(num_steps=60, batch_size=32, lr=3e-3, ema_decay=0.9)
     full = finetune(DiT(**shape), tiny_images, Diffusion(), ExitSchedule.full(4), config).backbone
-    config = with_(config, num_steps=80, lr=1e-3, distill_frac=1.0)
+    config = with_(config, num_steps=40, distill_frac=1.0)
     elastic = finetune(full, tiny_images, Diffusion(), ElasticDepths(4, 1000, 1), config).backbone
     batch = draw_batch(
         tiny_images, full, with_(config, batch_size=96, seed=9), Diffusion(), 0, (0, 1)

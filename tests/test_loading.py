@@ -117,7 +117,9 @@ if __name__ == "__main__":
 """
 
 
-@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
+@pytest.mark.parametrize(
+    "how", [pytest.param(signal.SIGINT, marks=pytest.mark.slow), signal.SIGKILL]
+)
 def test_a_program_that_is_stopped_takes_its_workers_with_it(tmp_path, how):
     """Also where it is killed, and can't say good-bye."""
     script = tmp_path / "reads.py"

@@ -111,7 +111,7 @@ def small(name, **changes):
 
 
 def report(results, folder, figures=False):
-    """Write the report; drawing its figures takes seconds, which one study of the file spends."""
+    """Write the report; drawing its figures takes seconds, which a slow test spends."""
     with pytest.MonkeyPatch.context() as patch:
         if not figures:
             patch.setattr("asesearch.report.page.drawings", lambda results: [])
@@ -177,7 +177,8 @@ def test_every_study_file_loads_and_is_called_what_it_is(path):
 # -- CelebA, U-ViT ---------------------------------------------------------------------------------
 
 
-def test_celeba(tmp_path):
+def celeba_study(place):
+    """The study, a tiny U-ViT and images for it."""
     net = UViT(
         img_size=PIXELS,
         patch_size=8,
@@ -187,17 +188,26 @@ def test_celeba(tmp_path):
         num_heads=2,
         num_classes=-1,
     )
-    torch.save(randomised(net).state_dict(), tmp_path / "uvit.pth")
-    config = small(
+    torch.save(randomised(net).state_dict(), place / "uvit.pth")
+    return small(
         "celeba64-uvit-s4",
-        backbone={"checkpoint": str(tmp_path / "uvit.pth"), "args": {"num_heads": 2}},
-        data={"path": str(make_images(tmp_path / "faces")), "image_size": PIXELS},
+        backbone={"checkpoint": str(place / "uvit.pth"), "args": {"num_heads": 2}},
+        data={"path": str(make_images(place / "faces")), "image_size": PIXELS},
     )
+
+
+def test_celeba(tmp_path):
+    config = celeba_study(tmp_path)
     bundle = run(config, tmp_path)
     assert load_bundle(bundle).sample([0, 1]).images.shape == (2, 3, PIXELS, PIXELS)
     call("sample", bundle, "--num", 3, "-o", tmp_path / "x.png")
     assert (tmp_path / "x.png").is_file()
-    climb(config, tmp_path / "ladder", figures=True)
+    climb(config, tmp_path / "ladder")
+
+
+@pytest.mark.slow
+def test_celeba_with_figures(tmp_path):
+    climb(celeba_study(tmp_path), tmp_path / "ladder", figures=True)
 
 
 # -- ImageNet, DiT on latents ----------------------------------------------------------------------
@@ -398,7 +408,8 @@ def test_latents_on_record_by_first_digests_are_gone_on_with(imagenet, tmp_path)
 # -- PixArt, text to image -------------------------------------------------------------------------
 
 
-def test_pixart(tmp_path):
+def pixart_study(tmp_path):
+    """The study, a tiny PixArt, its text encoder, and latents of captioned images."""
     from diffusers import PixArtTransformer2DModel
 
     images = make_images(tmp_path / "train")
@@ -431,13 +442,18 @@ def test_pixart(tmp_path):
         **heads, in_channels=4, out_channels=8, cross_attention_dim=16, caption_channels=16
     )
     randomised(net).save_pretrained(tmp_path / "pixart" / "transformer")
-    config = small(
+    return small(
         "pixart-alpha-256",
         backbone={"checkpoint": str(tmp_path / "pixart")},
         data={"path": str(tmp_path / "latents"), "vae": str(tmp_path / "vae")},
         evaluation={**SMALL["evaluation"], "reference": reference(tmp_path)},
         search={"num_trials": 3, "min_exit_depth": 1},
     )
+
+
+def test_pixart(tmp_path):
+    config = pixart_study(tmp_path)
+    text = tmp_path / "text"
     bundle = run(config, tmp_path)
     loaded = load_bundle(bundle)
     bench = Workbench(config)
@@ -474,4 +490,8 @@ def test_pixart(tmp_path):
         ConfigError, match="takes prompts, not labels; got the label 3; leave it out"
     ):
         call("sample", bundle, "--label", 3, "-o", tmp_path / "y.npz")
-    climb(config, tmp_path / "ladder")
+
+
+@pytest.mark.slow
+def test_pixart_on_the_ladder(tmp_path):
+    climb(pixart_study(tmp_path), tmp_path / "ladder")

@@ -446,6 +446,14 @@ MAPS = {
 }
 
 
+def test_a_good_map_saves_trials():
+    """On one landscape; the slow test has more of them."""
+    random = regrets([2], 21)["random"]
+    good = regrets([2], 8, good=MAPS["good"])["good"]
+    assert trials_to_reach(good, random[:, -1])[0] <= 8
+
+
+@pytest.mark.slow
 def test_a_good_map_saves_trials_and_an_adversarial_one_costs_none():
     random = regrets(range(3), 21)["random"]
     good = regrets(range(3), 11, good=MAPS["good"])["good"]

@@ -64,7 +64,7 @@ def interrupted_search(run_dir, monkeypatch, number):
         run_trials(study, FakeBench(config=config))
 
 
-NUMBERS = [66, 67, 68, 69]
+NUMBERS = [54, 55, 56, 57]
 
 
 @pytest.mark.parametrize("number", NUMBERS)

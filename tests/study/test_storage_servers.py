@@ -76,7 +76,8 @@ def test_workers_that_open_a_fresh_sqlite_file_at_once(tmp_path, rounds):
     check_fresh(tmp_path, [f"sqlite:///{tmp_path}/{i}.db" for i in range(rounds)])
 
 
-@pytest.mark.parametrize("rounds", ROUNDS)
+@pytest.mark.slow
+@pytest.mark.parametrize("rounds", [2, 10])
 def test_workers_that_open_a_fresh_postgresql_database_at_once(tmp_path, port, rounds):
     check_fresh(tmp_path, [postgresql.new_database(port, f"{rounds}-{i}") for i in range(rounds)])
 
