@@ -13,7 +13,7 @@ import pickle
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib import resources
+from importlib import import_module, resources
 from pathlib import Path
 from typing import Any
 
@@ -127,19 +127,22 @@ def make_extractor(
 
     Args:
         name: `inception-v3-compat` (2048 features; the score is FID), `fashion-cnn` (64 features,
-            28×28 grey), another of torch-fidelity's, or one from `register_extractor`.
+            28×28 grey), another of torch-fidelity's, one from `register_extractor`, or
+            `module:Class`, a class that is imported and registered under that name.
         weights: file with the weights; by default the shipped ones, or torch-fidelity's download.
         device: where to run it.
 
     Raises:
-        EvaluationError: unknown name, or weights that are missing, unreadable or of another
-            network.
+        EvaluationError: unknown name, a class that can't be imported or is no extractor, or weights
+            that are missing, unreadable or of another network.
     """
+    if ":" in name and name not in FEATURE_EXTRACTORS_REGISTRY:
+        register_extractor(name, _imported(name))
     if name not in FEATURE_EXTRACTORS_REGISTRY:
         known = ", ".join(sorted(FEATURE_EXTRACTORS_REGISTRY))
         raise EvaluationError(
-            f"unknown extractor {name!r}; choose one of {known}, or register it with "
-            "register_extractor"
+            f"unknown extractor {name!r}; choose one of {known}, write your own as module:Class, "
+            "or register it with register_extractor"
         )
     cls = FEATURE_EXTRACTORS_REGISTRY[name]
     layer = cls.get_default_feature_layer_for_metric("fid")
@@ -161,6 +164,29 @@ def make_extractor(
         dummy = net.get_dummy_input_for_compile()
         dim = int(net(dummy)[0].shape[1])
     return Extractor(name, weights_digest(net), channels, dim, net.to(device), torch.device(device))
+
+
+def _imported(name: str) -> type[FeatureExtractorBase]:
+    """The class of `module:Class`."""
+    module, _, attribute = name.partition(":")
+    try:
+        found: type[FeatureExtractorBase] = getattr(import_module(module), attribute)
+    except ModuleNotFoundError as error:
+        raise EvaluationError(
+            f"can't import the extractor {name}: {error}; install its package, or put its folder "
+            "on PYTHONPATH"
+        ) from error
+    except AttributeError as error:
+        raise EvaluationError(
+            f"an extractor of your own is named module:Class; got {name}: {error}; check the name"
+        ) from error
+    except Exception as error:  # whatever the module raises, in one line
+        reason = (str(error) or repr(error)).splitlines()[0]
+        raise EvaluationError(
+            f"can't import the extractor {name}: {type(error).__name__}: {reason}; correct its "
+            "module"
+        ) from error
+    return found
 
 
 @contextmanager

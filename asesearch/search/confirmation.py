@@ -148,7 +148,7 @@ class _Confirming:
         """
         begun = time.perf_counter()
         seed = 1 + len(made.retrained)
-        folder = self.study.trial_dir(record.schedule) / directory.RETRAINED.format(seed)
+        folder = self.study.trial_dir(record.schedule) / f"{directory.RETRAINED}{seed}"
         warm_up(self.bench, self.study.run_dir)
         lock = self.study.run_dir / directory.LOCKS / f"{folder.parent.name}-{seed}.lock"
         with waited_lock(lock, f"fine-tunes a schedule under training seed {seed}"):
@@ -165,7 +165,7 @@ class _Confirming:
         if self.study.config.search.keep_weights == "all":
             return
         for record in points:
-            folders = self.study.trial_dir(record.schedule).glob(directory.RETRAINED.format("*"))
+            folders = self.study.trial_dir(record.schedule).glob(f"{directory.RETRAINED}*")
             for folder in folders:
                 shutil.rmtree(folder, ignore_errors=True)
 

@@ -38,7 +38,7 @@ ARTIFACTS = "artifacts"  # sample grids, by ids of Optuna's
 TRIALS = "trials"  # a folder for each schedule, with these:
 WEIGHTS = "weights.safetensors"
 PROMPTS = "prompts.safetensors"
-RETRAINED = "training-seed-{}"  # a folder for each further training seed of a confirmed point
+RETRAINED = "training-seed-"  # K: a folder for each further training seed of a confirmed point
 LOCKS = "locks"  # held by living processes only
 
 T = TypeVar("T")

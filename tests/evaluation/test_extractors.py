@@ -214,6 +214,53 @@ def test_weights_that_are_missing_or_of_another_network_give_one_line(tmp_path):
         assert "\n" not in str(caught.value)
 
 
+OWN_MODULE = """
+import torch
+from asesearch.evaluation.extractors import FashionCNN
+
+class Pooled(FashionCNN):
+    \"\"\"Half of the features.\"\"\"
+    def forward(self, images):
+        return (super().forward(images)[0].unflatten(1, (-1, 2)).mean(2),)
+
+class NoExtractor:
+    pass
+"""
+
+
+def test_a_class_of_the_users_own_is_an_extractor_by_its_name(
+    tmp_path, monkeypatch, shipped_images
+):
+    (tmp_path / "own_features.py").write_text(OWN_MODULE)
+    with pytest.raises(EvaluationError, match="can't import.*own_features.*PYTHONPATH"):
+        make_extractor("own_features:Pooled")
+    monkeypatch.syspath_prepend(tmp_path)
+    made = make_extractor("own_features:Pooled", FASHION_CNN_WEIGHTS)
+    again = make_extractor("own_features:Pooled")  # registered once
+    assert (made.name, made.dim) == ("own_features:Pooled", 32) and again.digest == made.digest
+    images = shipped_images.images[:3]
+    halves = make_extractor("fashion-cnn")(images).unflatten(1, (-1, 2)).mean(2)
+    assert torch.allclose(made(images), halves)
+
+
+@pytest.mark.parametrize(
+    ("name", "rule"),
+    [
+        ("own_features:Missing", "module:Class; got own_features:Missing"),
+        ("own_features:NoExtractor", "subclass of torch_fidelity.FeatureExtractorBase"),
+        ("broken_features:Any", "RuntimeError: no GPU here; correct its module"),
+        ("fashion-vit", "unknown extractor 'fashion-vit'.*module:Class"),
+    ],
+)
+def test_what_is_no_extractor_of_ones_own_is_told_in_one_line(tmp_path, monkeypatch, name, rule):
+    (tmp_path / "own_features.py").write_text(OWN_MODULE)
+    (tmp_path / "broken_features.py").write_text('raise RuntimeError("no GPU here\\nat all")')
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(EvaluationError, match=rule) as caught:
+        make_extractor(name)
+    assert "\n" not in str(caught.value)
+
+
 def test_torch_fidelity_itself_can_use_the_extractor(extractor, shipped_images):
     first = shipped_images.images[:150]
     second = 255 - shipped_images.images[150:300]
