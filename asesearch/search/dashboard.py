@@ -11,6 +11,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import optuna
 from optuna.artifacts import FileSystemArtifactStore, upload_artifact
 from optuna.trial import FrozenTrial
@@ -24,6 +26,9 @@ from asesearch.study.study import Study
 
 NOTE_PART = 2045  # characters of a note in one attribute; longer ones take several
 BAR = 24  # characters of a full-depth bar
+#: Of the grid: a preview, for the samples themselves lie beside the weights.
+GRID_IMAGES = 16
+GRID_SIDE = 128
 
 
 def show_trial(study: Study, trial: optuna.Trial | FrozenTrial, record: TrialRecord) -> None:
@@ -97,6 +102,19 @@ def save_note(study: optuna.Study, trial: optuna.Trial | FrozenTrial, body: str)
     storage.set_study_system_attr(study._study_id, f"{key}ver", 1)
 
 
+def smaller(images: npt.NDArray[np.uint8], side: int = GRID_SIDE) -> npt.NDArray[np.uint8]:
+    """Images (N, C, H, W) of at most `side` pixels a side: means of squares, what is left over at
+    the edges cut off."""
+    n, c, height, width = images.shape
+    size = -(-max(height, width) // side)
+    if size == 1:
+        return images
+    h = height // size
+    w = width // size
+    squares = images[:, :, : h * size, : w * size].reshape(n, c, h, size, w, size)
+    return np.asarray(squares.mean(axis=(3, 5)).round().astype(np.uint8))
+
+
 def _save_samples(study: Study, trial: optuna.Trial | FrozenTrial, record: TrialRecord) -> None:
     if record.state != "complete":
         return
@@ -107,7 +125,7 @@ def _save_samples(study: Study, trial: optuna.Trial | FrozenTrial, record: Trial
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as temporary:
         path = Path(temporary) / f"samples-{record.number}.png"
-        save_images(images, path)
+        save_images(smaller(images[:GRID_IMAGES]), path)
         upload_artifact(
             artifact_store=FileSystemArtifactStore(str(folder)),
             file_path=str(path),

@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from asesearch.report import page, tables, write_report
+from asesearch.report import compare, page, tables, write_report
 from asesearch.study.importance import Importance
 from tests.browser import CHROMIUM, Browser
 from tests.report.conftest import build
@@ -233,3 +233,29 @@ def test_a_thousand_trials_are_no_burden(browser, tmp_path):
         f"(() => {{ const t = performance.now(); {choose}; return performance.now() - t; }})()"
     )
     assert took_ms < 2000 and browser.errors == []
+
+
+def test_everything_has_a_name_and_headings_skip_no_level(opened):
+    nameless = opened.run(
+        "[...document.querySelectorAll('button, select, input, a, img, [role=img], [tabindex]')]"
+        ".filter((n) => !n.closest('#chart *') && !n.innerText?.trim() && !n.labels?.length"
+        " && !n.getAttribute('aria-label') && !n.getAttribute('alt')"
+        " && !n.closest('.difference')).map((n) => n.outerHTML.slice(0, 80))"
+    )
+    assert nameless == []
+    levels = opened.run(
+        "[...document.querySelectorAll('h1, h2, h3, h4')].map((h) => Number(h.tagName[1]))"
+    )
+    assert levels[0] == 1 and all(b <= a + 1 for a, b in zip(levels, levels[1:], strict=False))
+
+
+def test_a_comparison_fits_a_phone_and_sorts(browser, results, tmp_path):
+    other = replace(build(12, seed=3), name="other")
+    compare([results, other], tmp_path / "out")
+    browser.errors.clear()
+    browser.open((tmp_path / "out/index.html").as_uri(), 390, 844)
+    sizes = "[document.documentElement.scrollWidth, document.documentElement.clientWidth]"
+    scrolled, seen = browser.run(sizes)
+    assert scrolled <= seen and browser.run("document.querySelectorAll('.sort').length") > 8
+    assert [t for t in browser.run(CONTRASTS) if t[1] < 4.5] == []
+    assert browser.errors == []

@@ -226,6 +226,15 @@ def test_the_dashboard_opens_a_study(served, searched, tmp_path):
         assert browser.errors == []
 
 
+def test_large_samples_are_a_small_preview():
+    images = np.zeros((2, 1, 256, 300), dtype=np.uint8)
+    images[:, :, :3, :3] = 90
+    small = dashboard.smaller(images)
+    assert small.shape == (2, 1, 85, 100) and small.dtype == np.uint8
+    assert small[0, 0, 0, 0] == 90 and small[0, 0, 1, 0] == 0
+    assert dashboard.smaller(SHOWN) is SHOWN
+
+
 def test_what_a_record_shows_has_no_surprise():
     found = dashboard.attributes(replace(record(), time_frac=1 / 3))
     assert found["relative time"] == 0.3333 and found["speed-up"] == 3.0
