@@ -30,17 +30,11 @@ from asesearch.config import (
     TrainConfig,
     parse_study,
 )
+from asesearch.evaluation.distances import frechet_distance, kernel_distance, projected_distance
 from asesearch.evaluation.extractors import FashionCNN, make_extractor, register_extractor
-from asesearch.evaluation.fidelity import (
-    ReferenceStats,
-    build_protocol,
-    extract_features,
-    frechet_distance,
-    kernel_distance,
-    projected_distance,
-    reference_statistics,
-    to_uint8,
-)
+from asesearch.evaluation.features import extract_features, to_uint8
+from asesearch.evaluation.fidelity import build_protocol
+from asesearch.evaluation.references import ReferenceStats, reference_statistics
 from asesearch.files import write_json
 from asesearch.finetuning import finetune
 from asesearch.point import Point

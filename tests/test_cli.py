@@ -218,7 +218,7 @@ def test_report_alone(place, tmp_path):
 
 def test_export_and_sample_in_another_process(place, tmp_path):
     from asesearch import load_bundle
-    from asesearch.evaluation.fidelity import to_uint8
+    from asesearch.evaluation.features import to_uint8
 
     chosen = json.loads(
         call(

@@ -19,7 +19,7 @@ from asesearch.config import DataConfig, TrainConfig
 from asesearch.data import ImageFolder, open_data, read_ahead, workers_of
 from asesearch.diffusion import Diffusion
 from asesearch.errors import DataError
-from asesearch.evaluation import fidelity
+from asesearch.evaluation import features
 from asesearch.finetuning import batches, draw_batch, finetune
 from asesearch.schedule import ExitSchedule
 from tests.reads import break_at_the_third, process_of, refuse_the_third, square
@@ -188,8 +188,6 @@ def test_references_are_the_same_for_any_number_of_workers(jpegs):
         def __call__(self, images):
             return images.flatten(1).double()
 
-    features = [
-        fidelity.extract_features(Flat(), folder_of(jpegs, n), batch_size=5) for n in (0, 2)
-    ]
-    assert features[0].shape == (27, 64)
-    assert np.array_equal(features[0], features[1]) and workers() == []
+    found = [features.extract_features(Flat(), folder_of(jpegs, n), batch_size=5) for n in (0, 2)]
+    assert found[0].shape == (27, 64)
+    assert np.array_equal(found[0], found[1]) and workers() == []

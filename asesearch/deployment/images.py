@@ -15,7 +15,7 @@ from asesearch.deployment.bundle import Bundle
 from asesearch.deployment.reading import load_bundle
 from asesearch.encoding import LatentDecoder, encode_prompts
 from asesearch.errors import ConfigError
-from asesearch.evaluation.fidelity import to_uint8
+from asesearch.evaluation.features import to_uint8
 from asesearch.files import check_writable
 from asesearch.sampling import SampleResult
 

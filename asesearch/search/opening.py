@@ -15,7 +15,7 @@ from asesearch.data.latents import LatentShards
 from asesearch.encoding import LatentDecoder
 from asesearch.errors import ConfigError, EvaluationError
 from asesearch.evaluation.extractors import Extractor
-from asesearch.evaluation.fidelity import SHIPPED, ReferenceStats, reference_statistics
+from asesearch.evaluation.references import SHIPPED, ReferenceStats, reference_statistics
 from asesearch.study import directory
 
 

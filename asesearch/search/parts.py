@@ -22,7 +22,8 @@ from asesearch.diffusion import make_diffusion
 from asesearch.errors import ConfigError, EvaluationError
 from asesearch.evaluation.cost import TimeRatio, compare_sampling_time
 from asesearch.evaluation.extractors import make_extractor
-from asesearch.evaluation.fidelity import check_sample_counts, evaluate, to_uint8
+from asesearch.evaluation.features import to_uint8
+from asesearch.evaluation.fidelity import check_sample_counts, evaluate
 from asesearch.finetuning import check_fit
 from asesearch.point import Point
 from asesearch.sampler import Sampler

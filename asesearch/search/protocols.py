@@ -10,7 +10,8 @@ from pathlib import Path
 from asesearch.config import EvaluationConfig, StudyConfig
 from asesearch.errors import EvaluationError
 from asesearch.evaluation.extractors import Extractor
-from asesearch.evaluation.fidelity import ReferenceStats, build_protocol, low_fidelity_metric
+from asesearch.evaluation.fidelity import build_protocol, low_fidelity_metric
+from asesearch.evaluation.references import ReferenceStats
 from asesearch.score import Protocol
 from asesearch.study import directory
 

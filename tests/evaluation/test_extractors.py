@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from asesearch.data import ImageArray
 from asesearch.errors import AseSearchError, DataError, EvaluationError
 from asesearch.evaluation import extractors
+from asesearch.evaluation.distances import frechet_distance
 from asesearch.evaluation.extractors import (
     FASHION_CNN_WEIGHTS,
     FashionCNN,
@@ -22,7 +23,8 @@ from asesearch.evaluation.extractors import (
     register_extractor,
     train_extractor,
 )
-from asesearch.evaluation.fidelity import extract_features, frechet_distance, reference_statistics
+from asesearch.evaluation.features import extract_features
+from asesearch.evaluation.references import reference_statistics
 
 
 def subset(data: ImageArray, count: int) -> ImageArray:

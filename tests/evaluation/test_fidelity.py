@@ -14,18 +14,15 @@ from PIL import Image
 from asesearch.config import EvaluationConfig, SamplingConfig
 from asesearch.data import ImageArray, ImageFolder, fashion_mnist
 from asesearch.errors import DataError, EvaluationError
-from asesearch.evaluation import fidelity
-from asesearch.evaluation.fidelity import (
+from asesearch.evaluation import distances, references
+from asesearch.evaluation.distances import frechet_distance, kernel_distance
+from asesearch.evaluation.features import extract_features, to_uint8
+from asesearch.evaluation.fidelity import build_protocol, evaluate
+from asesearch.evaluation.references import (
     SHIPPED,
     SHIPPED_DIR,
-    build_protocol,
-    evaluate,
-    extract_features,
-    frechet_distance,
-    kernel_distance,
     reference_path,
     reference_statistics,
-    to_uint8,
 )
 
 # -- bytes ---------------------------------------------------------------------------------------
@@ -124,7 +121,7 @@ def test_moments_that_do_not_fit_are_refused():
 
 
 def test_kernel_distance_is_unbiased_near_zero(monkeypatch):
-    monkeypatch.setattr(fidelity, "KID_SUBSETS", 5)
+    monkeypatch.setattr(distances, "KID_SUBSETS", 5)
     rng = np.random.default_rng(0)
     same = [
         kernel_distance(rng.normal(size=(40, 4)), rng.normal(size=(40, 4)))[0] for _ in range(30)
@@ -174,7 +171,7 @@ def source(shipped_images):
 def test_a_reference_holds_the_moments_of_all_and_the_features_of_some(
     extractor, source, own_cache, monkeypatch
 ):
-    monkeypatch.setattr(fidelity, "KID_REFERENCE_SIZE", 50)
+    monkeypatch.setattr(references, "KID_REFERENCE_SIZE", 50)
     found = reference_statistics(source, extractor, cache=False)
     features = extract_features(extractor, source)
     assert np.allclose(found.mean, features.mean(0)) and np.allclose(
@@ -189,7 +186,7 @@ def test_a_reference_holds_the_moments_of_all_and_the_features_of_some(
 
 def test_the_features_a_reference_keeps_are_spread_over_the_data(extractor, source, monkeypatch):
     """Data sets lie in the order of their classes: the first images stand for one class only."""
-    monkeypatch.setattr(fidelity, "KID_REFERENCE_SIZE", 50)
+    monkeypatch.setattr(references, "KID_REFERENCE_SIZE", 50)
     kept = reference_statistics(source, extractor, cache=False).features
     features = extract_features(extractor, source).astype(np.float32)
     rows = [int(np.abs(features - row).sum(axis=1).argmin()) for row in kept]
@@ -200,8 +197,8 @@ def test_the_features_a_reference_keeps_are_spread_over_the_data(extractor, sour
 
 def test_kernel_distance_looks_at_all_features(monkeypatch):
     """Half the images are the reference's own, the others far away: whichever half comes first."""
-    monkeypatch.setattr(fidelity, "KID_SUBSETS", 20)
-    monkeypatch.setattr(fidelity, "KID_SUBSET_SIZE", 40)
+    monkeypatch.setattr(distances, "KID_SUBSETS", 20)
+    monkeypatch.setattr(distances, "KID_SUBSET_SIZE", 40)
     rng = np.random.default_rng(0)
     reference = rng.normal(size=(200, 4))
     near = rng.normal(size=(200, 4))
@@ -228,11 +225,11 @@ def test_its_name_covers_all_it_depends_on(extractor, tmp_path, monkeypatch):
     names.add(reference_path(tmp_path, extractor, "b"))
     names.add(reference_path(tmp_path, dataclasses.replace(extractor, name="other"), "a"))
     names.add(reference_path(tmp_path, dataclasses.replace(extractor, digest="0" * 64), "a"))
-    for key in fidelity.RECIPE:
+    for key in references.RECIPE:
         with monkeypatch.context() as changed:
-            changed.setitem(fidelity.RECIPE, key, "changed")
+            changed.setitem(references.RECIPE, key, "changed")
             names.add(reference_path(tmp_path, extractor, "a"))
-    assert len(names) == 4 + len(fidelity.RECIPE)
+    assert len(names) == 4 + len(references.RECIPE)
     assert reference_path(tmp_path, extractor, "a") in names
 
 
@@ -335,7 +332,7 @@ def test_the_shipped_reference_is_that_of_the_sixty_thousand(extractor):
         pytest.skip(str(error))
     assert data.digest == SHIPPED["fashion-mnist/train"]
     stored = reference_statistics("fashion-mnist/train", extractor)
-    made = fidelity._make_reference(data, extractor)
+    made = references._make_reference(data, extractor)
     assert np.allclose(stored.mean, made.mean, atol=1e-4) and np.allclose(
         stored.cov, made.cov, atol=1e-3
     )
@@ -442,7 +439,7 @@ def test_each_repeat_has_its_own_images(extractor, reference, shipped_images):
 
 
 def test_kid_of_the_real_thing_is_near_zero(extractor, reference, shipped_images, monkeypatch):
-    monkeypatch.setattr(fidelity, "KID_SUBSETS", 10)
+    monkeypatch.setattr(distances, "KID_SUBSETS", 10)
     protocol = protocol_of(extractor, reference, metric="kid", num_samples=300)
     real = evaluate(FromDisk(shipped_images.images), protocol, extractor, reference).value
     noise = evaluate(

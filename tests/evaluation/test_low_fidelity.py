@@ -8,15 +8,15 @@ from torch_fidelity import FeatureExtractorBase
 
 from asesearch.config import PromotionConfig, SamplingConfig, parse_study
 from asesearch.errors import EvaluationError
+from asesearch.evaluation.distances import projected_distance
 from asesearch.evaluation.extractors import make_extractor, register_extractor
 from asesearch.evaluation.fidelity import (
-    ReferenceStats,
     build_protocol,
     check_sample_counts,
     evaluate,
     low_fidelity_metric,
-    projected_distance,
 )
+from asesearch.evaluation.references import ReferenceStats
 
 DIM = 48
 
