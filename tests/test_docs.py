@@ -395,7 +395,7 @@ def tiny_pipeline():
     return pipeline
 
 
-SLOW_SNIPPETS = ("onnx",)  # words of those that take long
+SLOW_SNIPPETS = ("onnx", "aoti")  # words of those that take long
 
 
 def snippets():

@@ -33,8 +33,9 @@ Format = Annotated[
     str,
     typer.Option(
         "--format",
-        help="bundle; diffusers, a pipeline folder (DiT); or onnx, for onnxruntime (DiT and U-ViT; "
-        "needs the extra onnx).",
+        help="bundle; diffusers, a pipeline folder (DiT); onnx, for onnxruntime (DiT and U-ViT; "
+        "needs the extra onnx); or aoti, a bundle with its block compiled for this machine's CPU "
+        "(DiT and U-ViT; needs g++).",
     ),
 ]
 ExportedVae = Annotated[

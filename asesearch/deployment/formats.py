@@ -12,6 +12,12 @@ from asesearch.deployment.writing import write_bundle
 from asesearch.errors import ConfigError
 
 
+def _aoti(bundle: Bundle, folder: Path, overwrite: bool, vae: Path | None) -> Path:
+    from asesearch.deployment.aoti import write_aoti
+
+    return write_aoti(bundle, folder, overwrite=overwrite)
+
+
 def _diffusers(bundle: Bundle, folder: Path, overwrite: bool, vae: Path | None) -> Path:
     from asesearch.deployment.diffusers_export import write_diffusers
 
@@ -33,11 +39,12 @@ FORMATS: dict[str, Callable[[Bundle, Path, bool, Path | None], Path]] = {
     "bundle": _plain,
     "diffusers": _diffusers,
     "onnx": _onnx,
+    "aoti": _aoti,
 }
 #: Packages that a format needs beyond the base, and the extra that has them.
 NEEDS = {"onnx": (("onnx", "onnxscript", "onnxruntime"), "onnx")}
 #: Kinds of network that a format takes, where not all.
-KINDS = {"diffusers": ("dit",), "onnx": ("dit", "uvit")}
+KINDS = {"diffusers": ("dit",), "onnx": ("dit", "uvit"), "aoti": ("dit", "uvit")}
 
 
 def check_format(name: str, kind: str, vae: Path | None = None) -> None:

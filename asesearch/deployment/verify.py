@@ -78,8 +78,18 @@ class Opened:
 def _bundle(folder: Path, data: Mapping[str, Any]) -> Opened:
     check_format(folder, data, bundle.FORMAT, bundle.VERSION)
     check_names(folder, data, bundle.FILES)
-    made, recorded = open_bundle(folder, data, default_device())
+    return _of_bundle(*open_bundle(folder, data, default_device()))
 
+
+def _aoti(folder: Path, data: Mapping[str, Any]) -> Opened:
+    from asesearch.deployment import aoti
+
+    aoti.check_files_of(folder, data)
+    opened = _of_bundle(*aoti.open_aoti(folder, data))
+    return replace(opened, what=opened.what.replace("; ", ", its block compiled; ", 1))
+
+
+def _of_bundle(made: bundle.Bundle, recorded: Mapping[str, torch.Tensor]) -> Opened:
     def run(schedule: ExitSchedule, num_steps: int, num_images: int) -> Sequence[float]:
         return replace(made, schedule=schedule).sample(range(num_images), None, num_steps).timesteps
 
@@ -151,7 +161,9 @@ def _onnx(folder: Path, data: Mapping[str, Any]) -> Opened:
 FORMATS: dict[str, Callable[[Path, Mapping[str, Any]], Opened]] = {
     bundle.FORMAT: _bundle,
     onnx_runtime.FORMAT: _onnx,
+    # by name, for their modules import much
     "asesearch.diffusers": _diffusers,
+    "asesearch.aoti": _aoti,
 }
 
 

@@ -33,7 +33,7 @@ def write_bundle(bundle: Bundle, folder: Path, *, overwrite: bool = False) -> Pa
     if bundle.backbone.takes_prompt:
         bundle.backbone.check_conditioning(bundle.prompts, parity_count(bundle.prompts))
     with whole_folder(folder, overwrite=overwrite) as part:
-        _write_files(bundle, part)
+        write_files(bundle, part)
     return folder
 
 
@@ -90,7 +90,8 @@ def check_bundle_dir(folder: Path, *, overwrite: bool = False) -> None:
     check_writable(folder.with_name(f"{folder.name}.{2**22}.part"), FILES[1], named=folder)
 
 
-def _write_files(bundle: Bundle, folder: Path) -> None:
+def write_files(bundle: Bundle, folder: Path) -> None:
+    """Write a bundle's files into a folder that is there."""
     net = bundle.backbone
     save_backbone(net, folder / FILES[0], {})
     steps = bundle.diffusion.num_train_timesteps
