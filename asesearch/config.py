@@ -123,7 +123,7 @@ class ElasticConfig(TrainConfig):
 
     num_steps: PositiveInt = 500
     depth_distribution: Literal["uniform", "noise-easy"] = "uniform"
-    full_frac: float = Field(default=0.1, ge=0.0, le=1.0)
+    full_frac: float = Field(default=0.5, ge=0.0, le=1.0)
 
     @model_validator(mode="before")
     @classmethod

@@ -29,7 +29,7 @@ class ElasticDepths:
     num_train_timesteps: int
     min_exit_depth: int = 1
     distribution: str = "uniform"
-    full_frac: float = 0.1
+    full_frac: float = 0.5
 
     def __post_init__(self) -> None:
         ok = 1 <= self.min_exit_depth <= self.depth
