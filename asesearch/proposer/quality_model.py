@@ -25,47 +25,36 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 from scipy.linalg import cho_solve, solve_triangular
-from scipy.optimize import Bounds, minimize
+from scipy.optimize import minimize
 
 from asesearch.point import Point
-from asesearch.proposer.encoder import NUM_BINS, NUM_WEIGHTS, SHAPES, Encoder, Inputs
+from asesearch.proposer.covariance import (
+    BOUNDS,
+    COMMON_SPREAD,
+    LEVEL_SAMPLER_STD,
+    LEVEL_STD,
+    MEAN,
+    PRIOR,
+    SAMPLER_STD,
+    SHAPE_LOG_PRIOR,
+    SMOOTH,
+    STEPS_SLOPE,
+    STEPS_STD,
+    Array,
+    Blocks,
+    Integers,
+    cholesky,
+    level_factors,
+    scale_of,
+    variances,
+)
+from asesearch.proposer.encoder import NUM_WEIGHTS, SHAPES, Encoder, Inputs
+from asesearch.proposer.evidence import Evidence
 
-Array = npt.NDArray[np.float64]
-Integers = npt.NDArray[np.int64]
 Level = Literal["low", "high"]
 
-SHAPE_LOG_PRIOR = (0.0, 0.0, -2.0)
-#: Hyperparameters, all on log scale (correlation: logit): prior mean and standard deviation.
-#: weight: common noise-level weight, in log score per typical map error; spread: of the weights
-#: around it, relative;
-#: residual: standard deviation of g; length: its length in root mean square depth fraction; ratio:
-#: low over high effect;
-#: correlation: of the two levels' residuals (within one budget, ranks agree by 0.3 to 0.5:
-#: benchmarks/low_fidelity.py);
-#: training: standard deviation of the high-fidelity score from fine-tuning alone.
-PRIOR = {
-    "weight": (0.0, 1.0),
-    "spread": (np.log(0.7), 0.7),
-    "residual": (np.log(0.25), 0.7),
-    "length": (np.log(0.4), 0.5),
-    "ratio": (0.0, 0.4),
-    "correlation": (0.5, 1.0),
-    "training": (np.log(0.05), 0.7),
-}
-_MEAN, _STD = (np.array(column) for column in zip(*PRIOR.values(), strict=True))
-_BOUNDS = Bounds(_MEAN - 4 * _STD, _MEAN + 4 * _STD)
-COMMON_SPREAD = 0.5  # of the common weight, relative
-WEIGHT_LENGTH = 2.0  # knots over which weights vary
-LEVEL_STD = 3.0  # intercepts: a level's, and a sampler's own at one level
-LEVEL_SAMPLER_STD = 0.2
-# score over log number of calls, and samplers around that line
-STEPS_SLOPE = -0.5
-STEPS_STD = 0.5
-SAMPLER_STD = 0.4
-SAMPLER_CORRELATION = 0.8  # of residuals under two samplers
-# of a log score: unknown standard error; what the low level's model can't say
+# of a log score: unknown standard error
 DEFAULT_ERROR = 0.05
-LOW_NOISE = 0.02
 POOL_WEIGHT = 4.0  # a reported variance (few repeats) counts one, the mean over all counts this
 FIT_SIZE = 200  # observations that hyperparameters are fitted to; the posterior takes them all
 
@@ -116,11 +105,11 @@ class QualityModel:
         """
         best = -np.inf
         index = 0
-        self._theta = _MEAN.copy()
-        part = _Evidence(self._inputs, self._y, self._noise, self._low, _spread(self._low))
+        self._theta = MEAN.copy()
+        part = Evidence(self._inputs, self._y, self._noise, self._low, _spread(self._low))
         # the map says little, the depth profile much
-        unlike = _MEAN + np.array([-2.0, 0.5, 0.7, 0.0, 0.0, 0.0, 0.0])
-        starts = [(0, _MEAN), (0, unlike), (1, _MEAN), (2, _MEAN)] if len(self._y) > 2 else []
+        unlike = MEAN + np.array([-2.0, 0.5, 0.7, 0.0, 0.0, 0.0, 0.0])
+        starts = [(0, MEAN), (0, unlike), (1, MEAN), (2, MEAN)] if len(self._y) > 2 else []
         for i, start in starts:
             found = minimize(
                 part.objective,
@@ -128,7 +117,7 @@ class QualityModel:
                 (i,),
                 "L-BFGS-B",
                 True,
-                bounds=_BOUNDS,
+                bounds=BOUNDS,
                 tol=1e-6,
                 options={"maxiter": 40},
             )
@@ -142,8 +131,8 @@ class QualityModel:
         natural = np.exp(self._theta)
         self.hyperparameters = dict(zip(PRIOR, natural.tolist(), strict=True))
         self.hyperparameters["correlation"] = float(natural[5] / (1 + natural[5]))
-        cov = self._cov(_Blocks(self._inputs, self._inputs, index), self._low, self._low)
-        self._factor = cholesky(cov + np.diag(_variance(self._noise, self._low, self._theta)))
+        cov = self._cov(Blocks(self._inputs, self._inputs, index), self._low, self._low)
+        self._factor = cholesky(cov + np.diag(variances(self._noise, self._low, self._theta)))
         self._alpha = cho_solve((self._factor, True), self._y - self._mean(self._inputs, self._low))
 
     # -- asking ----------------------------------------------------------------------------------
@@ -153,13 +142,13 @@ class QualityModel:
             np.exp(self._theta[0]) * inputs.features[self._index].sum(axis=1)
             + STEPS_SLOPE * inputs.log_calls
         )
-        return np.asarray(_scale(self._theta, low) * total)
+        return np.asarray(scale_of(self._theta, low) * total)
 
     def _cov(
-        self, blocks: _Blocks, low: npt.NDArray[np.bool_], others: npt.NDArray[np.bool_]
+        self, blocks: Blocks, low: npt.NDArray[np.bool_], others: npt.NDArray[np.bool_]
     ) -> Array:
         parts = blocks.evaluate(self._theta)
-        scales, alike = _levels(self._theta, low, others)
+        scales, alike = level_factors(self._theta, low, others)
         coupled = scales * (parts["weights"] + parts["sampler"] + alike * parts["residual"])
         return np.asarray(coupled + blocks.intercepts(low, others))
 
@@ -167,7 +156,7 @@ class QualityModel:
         """(observations, n) cross covariance over the factor of the observations', and the (n,)
         posterior mean."""
         low = np.full(len(inputs), level == "low")
-        cross = self._cov(_Blocks(self._inputs, inputs, self._index), self._low, low)
+        cross = self._cov(Blocks(self._inputs, inputs, self._index), self._low, low)
         mean = self._mean(inputs, low) + cross.T @ self._alpha + self._offset[level == "low"]
         return np.asarray(
             solve_triangular(self._factor, cross, lower=True, check_finite=False)
@@ -180,7 +169,7 @@ class QualityModel:
         inputs = points if isinstance(points, Inputs) else self.encoder.encode(points)
         white, mean = self._whitened(inputs, level)
         low = np.full(len(inputs), level == "low")
-        return mean, self._cov(_Blocks(inputs, inputs, self._index), low, low) - white.T @ white
+        return mean, self._cov(Blocks(inputs, inputs, self._index), low, low) - white.T @ white
 
     def conditional_draws(
         self,
@@ -206,7 +195,7 @@ class QualityModel:
         a = np.full(len(known), level == "low")
         b = np.full(len(candidates), level == "low")
         cross = (
-            self._cov(_Blocks(known, candidates, self._index), a, b)
+            self._cov(Blocks(known, candidates, self._index), a, b)
             - self._whitened(known, level)[0].T @ white
         )
         factor = cholesky(cov)
@@ -227,11 +216,13 @@ class QualityModel:
         phi = inputs.features[self._index]
         own = np.einsum("nk,kl,nl->n", phi, self._weight_cov(), phi)
         own += np.exp(2 * self._theta[2]) + STEPS_STD**2 * inputs.log_calls**2 + SAMPLER_STD**2
-        return np.asarray(_scale(self._theta, low) ** 2 * own + LEVEL_STD**2 + LEVEL_SAMPLER_STD**2)
+        return np.asarray(
+            scale_of(self._theta, low) ** 2 * own + LEVEL_STD**2 + LEVEL_SAMPLER_STD**2
+        )
 
     def _weight_cov(self) -> Array:
         return np.asarray(
-            np.exp(2 * self._theta[0]) * (COMMON_SPREAD**2 + np.exp(2 * self._theta[1]) * _SMOOTH)
+            np.exp(2 * self._theta[0]) * (COMMON_SPREAD**2 + np.exp(2 * self._theta[1]) * SMOOTH)
         )
 
     def weights(self) -> tuple[Array, Array]:
@@ -239,7 +230,7 @@ class QualityModel:
         clipped."""
         prior = self._weight_cov()
         # (weights, observations)
-        cross = prior @ self._inputs.features[self._index].T * _scale(self._theta, self._low)
+        cross = prior @ self._inputs.features[self._index].T * scale_of(self._theta, self._low)
         white = solve_triangular(self._factor, cross.T, lower=True, check_finite=False)
         return np.exp(self._theta[0]) + cross @ self._alpha, prior - white.T @ white
 
@@ -249,120 +240,6 @@ class QualityModel:
         return np.asarray(
             np.maximum(mean + rng.standard_normal((size, NUM_WEIGHTS)) @ cholesky(cov).T, 0.0)
         )
-
-
-class _Evidence:
-    """Marginal likelihood times prior of some of the observations, as hyperparameters vary.
-
-    Args:
-        inputs, y, noise, low: of all observations; `y` and `noise` (n,) are values and variances.
-        chosen: indices of those that count.
-    """
-
-    def __init__(
-        self,
-        inputs: Inputs,
-        y: Array,
-        noise: Array,
-        low: npt.NDArray[np.bool_],
-        chosen: Integers,
-    ) -> None:
-        self._inputs = inputs.take(chosen)
-        self._y = y[chosen]
-        self._noise = noise[chosen]
-        self._low = low[chosen]
-        self._blocks = [_Blocks(self._inputs, self._inputs, i) for i in range(len(SHAPES))]
-
-    def objective(self, theta: Array, shape: int) -> tuple[float, Array]:
-        """Minus log (marginal likelihood times prior), and its gradient.
-
-        Source: Rasmussen & Williams 2006, equations 5.8 and 5.9, with the mean's dependence added.
-        """
-        blocks = self._blocks[shape]
-        low = self._low
-        parts = blocks.evaluate(theta)
-        scales, alike = _levels(theta, low, low)
-        coupled = scales * (parts["weights"] + parts["sampler"] + alike * parts["residual"])
-        cov = coupled + blocks.intercepts(low, low)
-        factor = cholesky(cov + np.diag(_variance(self._noise, low, theta)))
-        total = self._inputs.features[shape].sum(axis=1)
-        slope = _scale(theta, low) * np.exp(theta[0]) * total  # d mean / d log weight
-        steps = _scale(theta, low) * STEPS_SLOPE * self._inputs.log_calls
-        rest = self._y - slope - steps
-        alpha = cho_solve((factor, True), rest)
-        inverse = cho_solve((factor, True), np.eye(len(rest)))
-        outer = np.outer(alpha, alpha) - inverse  # 2 d likelihood / d cov
-        inner = scales * outer
-        own = scales * alike * outer
-        either = low[:, None].astype(float) + low[None, :]
-        odds = 1 / (1 + np.exp(theta[5]))  # 1 - correlation
-        mixed = np.where(low[:, None] != low[None, :], odds, 0.0)
-        gradient = np.array(
-            [
-                (inner * parts["weights"]).sum() + alpha @ slope,
-                (inner * blocks.spread(theta)).sum(),
-                (own * parts["residual"]).sum(),
-                0.5 * (own * blocks.length(theta)).sum(),
-                0.5 * (outer * coupled * either).sum() + alpha @ ((slope + steps) * low),
-                0.5 * (own * parts["residual"] * mixed).sum(),
-                np.exp(2 * theta[6]) * np.diag(outer)[~low].sum(),
-            ]
-        )
-        away = (theta - _MEAN) / _STD
-        value = 0.5 * rest @ alpha + np.log(np.diag(factor)).sum() + 0.5 * away @ away
-        return float(value), away / _STD - gradient
-
-
-class _Blocks:
-    """Covariance of two lists of points, in the parts that hyperparameters scale. All (n, m)."""
-
-    def __init__(self, a: Inputs, b: Inputs, shape: int) -> None:
-        phi = a.features[shape]
-        psi = b.features[shape]
-        self._common = COMMON_SPREAD**2 * np.outer(phi.sum(axis=1), psi.sum(axis=1))
-        self._smooth = phi @ _SMOOTH @ psi.T
-        square = (
-            (a.profile**2).sum(axis=1)[:, None]
-            + (b.profile**2).sum(axis=1)
-            - 2 * a.profile @ b.profile.T
-        )
-        # Matérn's root of 5 included
-        self._distance = np.sqrt(np.maximum(square, 0.0) * 5 / NUM_BINS)
-        self._same = (a.sampler[:, None] == b.sampler).astype(float)
-        self._alike = SAMPLER_CORRELATION + (1 - SAMPLER_CORRELATION) * self._same
-        self._steps = (
-            STEPS_STD**2 * np.outer(a.log_calls, b.log_calls) + SAMPLER_STD**2 * self._same
-        )
-
-    def evaluate(self, theta: Array) -> dict[str, Array]:
-        """Covariance from the weights, the residual (Matérn 5/2) and the sampler."""
-        scaled = self._distance / np.exp(theta[3])
-        residual = (
-            np.exp(2 * theta[2]) * self._alike * (1 + scaled + scaled**2 / 3) * np.exp(-scaled)
-        )
-        weights = np.exp(2 * theta[0]) * (self._common + np.exp(2 * theta[1]) * self._smooth)
-        return {"weights": weights, "residual": residual, "sampler": self._steps}
-
-    def spread(self, theta: Array) -> Array:
-        """Half the derivative by log spread."""
-        return np.asarray(np.exp(2 * theta[0] + 2 * theta[1]) * self._smooth)
-
-    def length(self, theta: Array) -> Array:
-        """Derivative by log length."""
-        scaled = self._distance / np.exp(theta[3])
-        return np.asarray(
-            np.exp(2 * theta[2]) * self._alike * scaled**2 / 3 * (1 + scaled) * np.exp(-scaled)
-        )
-
-    def intercepts(self, low: npt.NDArray[np.bool_], others: npt.NDArray[np.bool_]) -> Array:
-        """Covariance of the level's and the level's sampler's intercepts."""
-        same_level = low[:, None] == others[None, :]
-        return np.asarray(same_level * (LEVEL_STD**2 + LEVEL_SAMPLER_STD**2 * self._same))
-
-
-_SMOOTH = np.exp(
-    -0.5 * ((np.arange(NUM_WEIGHTS)[:, None] - np.arange(NUM_WEIGHTS)) / WEIGHT_LENGTH) ** 2
-)
 
 
 def _spread(low: npt.NDArray[np.bool_]) -> Integers:
@@ -378,24 +255,6 @@ def _spread(low: npt.NDArray[np.bool_]) -> Integers:
         for own, size in zip(levels, sizes, strict=True)
     ]
     return np.sort(np.concatenate(parts))
-
-
-def _variance(noise: Array, low: npt.NDArray[np.bool_], theta: Array) -> Array:
-    """(n,) variances of the values: the score's own, and what its level adds."""
-    return np.asarray(noise + np.where(low, LOW_NOISE**2, np.exp(2 * theta[6])))
-
-
-def _scale(theta: Array, low: npt.NDArray[np.bool_]) -> Array:
-    return np.asarray(np.where(low, np.exp(theta[4]), 1.0))
-
-
-def _levels(
-    theta: Array, low: npt.NDArray[np.bool_], others: npt.NDArray[np.bool_]
-) -> tuple[Array, Array]:
-    """Coregionalisation: the ratio of effects, and the residuals' correlation, 1 within a level."""
-    correlation = 1 / (1 + np.exp(-theta[5]))
-    scales = _scale(theta, low)[:, None] * _scale(theta, others)
-    return scales, np.where(low[:, None] == others, 1.0, correlation)
 
 
 def _offset(values: Array, low: npt.NDArray[np.bool_], level: bool) -> float:
@@ -416,15 +275,3 @@ def _noise(std_errors: Array, low: npt.NDArray[np.bool_]) -> Array:
             1 + POOL_WEIGHT
         )
     return out
-
-
-def cholesky(cov: Array) -> Array:
-    """Lower Cholesky factor; where rounding leaves none, as little as needed is added to the
-    diagonal."""
-    size = max(float(np.diag(cov).mean()), 1e-12) if len(cov) else 1.0
-    for exponent in range(-10, 1):
-        try:
-            return np.asarray(np.linalg.cholesky(cov + size * 10.0**exponent * np.eye(len(cov))))
-        except np.linalg.LinAlgError:
-            continue
-    return np.diag(np.sqrt(np.maximum(np.diag(cov), 1e-12)))

@@ -11,8 +11,10 @@ from threadpoolctl import threadpool_limits
 
 from asesearch.point import Point
 from asesearch.proposer import quality_model as module
-from asesearch.proposer.encoder import NUM_WEIGHTS, Encoder
-from asesearch.proposer.quality_model import PRIOR, Observation, QualityModel, cholesky
+from asesearch.proposer.covariance import MEAN, PRIOR, STD, cholesky
+from asesearch.proposer.encoder import NUM_WEIGHTS, SHAPES, Encoder
+from asesearch.proposer.evidence import Evidence
+from asesearch.proposer.quality_model import Observation, QualityModel
 from asesearch.sampler import Sampler
 from asesearch.schedule import ExitSchedule
 
@@ -88,9 +90,9 @@ def test_gradient_is_that_of_the_objective():
     model = QualityModel(truth.encoder, observations)
     everything = np.arange(len(observations))
     parts = (model._inputs, model._y, model._noise, model._low)
-    objective = module._Evidence(*parts, everything).objective
+    objective = Evidence(*parts, everything).objective
     for shape, _ in product(range(3), range(3)):
-        theta = module._MEAN + rng.normal(size=len(PRIOR)) * module._STD
+        theta = MEAN + rng.normal(size=len(PRIOR)) * STD
         _, gradient = objective(theta, shape)
         steps = 1e-5 * np.eye(len(PRIOR))
         differences = [
@@ -110,7 +112,7 @@ def test_both_ways_to_encode_agree():
         assert np.allclose(getattr(many, name), getattr(one_by_one, name))
     weights = rng.uniform(size=NUM_WEIGHTS)
     # the additive errors of the dynamic programme are the model's mean
-    for i, shape in enumerate(module.SHAPES):
+    for i, shape in enumerate(SHAPES):
         table = encoder.interval_errors(weights, A, bounds, shape)
         sums = [sum(table[k, d - 1] for k, d in enumerate(p.schedule.exit_depths)) for p in points]
         assert sums == pytest.approx((many.features[i] @ weights).tolist())
