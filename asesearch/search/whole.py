@@ -16,8 +16,8 @@ from asesearch.search.runner import run_trials
 from asesearch.search.workbench import Workbench
 from asesearch.study.directory import check_study_dir
 from asesearch.study.records import Confirmation, StudyResults, TrialRecord
-from asesearch.study.storage import parse_url
 from asesearch.study.study import Study
+from asesearch.study.urls import parse_url
 
 
 class SearchRun:

@@ -31,12 +31,9 @@ from asesearch.study.storage import (
     of_another,
     open_optuna,
     open_to_read,
-    parse_url,
-    raw_url,
-    shown,
     storage_errors,
-    without_password,
 )
+from asesearch.study.urls import parse_url, raw_url, shown, without_password
 from asesearch.study.workers import try_lock, waited_lock
 
 FORMAT_VERSION = 2  # 1 knew no identity

@@ -1,4 +1,4 @@
-"""The study's database: its URL, driver and errors, looking into it, and opening it.
+"""The study's database: its errors, looking into it, and opening it.
 
 A URL as recorded and shown has no password and, for SQLite, an absolute path.
 """
@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import random
-import re
 import time
 import warnings
 import weakref
@@ -18,12 +17,13 @@ from functools import cache
 
 import optuna
 import sqlalchemy as sa
-from sqlalchemy.engine import URL, Engine, make_url
-from sqlalchemy.exc import ArgumentError, IntegrityError, NoSuchModuleError, SQLAlchemyError
+from sqlalchemy.engine import URL, Engine
+from sqlalchemy.exc import ArgumentError, IntegrityError, SQLAlchemyError
 
 from asesearch.errors import StudyError
 from asesearch.study.interrupts import WholeCalls
-from asesearch.study.sqlite import creator, is_in_memory, location, resolved, why_unusable
+from asesearch.study.sqlite import creator, location, why_unusable
+from asesearch.study.urls import DRIVERS, secrets, shown, with_driver
 
 HEARTBEAT_S = 60
 BUSY_WAIT_S = 120.0  # how long to wait for a SQLite file that another process holds
@@ -40,12 +40,6 @@ _ATTRIBUTES = sa.table(
 _LIBRARY = sa.table("version_info", sa.column("library_version"))
 _SCHEMA = sa.table("alembic_version", sa.column("version_num"))
 
-#: By backend: drivers in the order of preference, and how to get one.
-_DRIVERS = {
-    "postgresql": (("psycopg", "psycopg2"), "pip install 'asesearch[postgresql]'"),
-    "mysql": (("mysqldb", "pymysql"), "pip install pymysql cryptography"),
-    "mariadb": (("mysqldb", "pymysql"), "pip install pymysql cryptography"),
-}
 _RACES = (SQLAlchemyError, optuna.exceptions.StorageInternalError, AssertionError)
 _RACE_SIGNS = (
     "already exists",
@@ -57,119 +51,6 @@ _RACE_SIGNS = (
     "no such table",
     "does not exist",
 )
-_SECRET = re.compile(r"pass(?!file)|pwd|secret|token|^key$|odbc_connect", re.IGNORECASE)
-
-
-# -- the URL -------------------------------------------------------------------------------------
-
-
-def parse_url(text: str) -> URL:
-    """A storage URL, checked as far as it can be without a connection.
-
-    Returns:
-        The URL with its password, without a driver where none was given, SQLite's path absolute.
-
-    Raises:
-        StudyError: not a URL, a database in memory, or one without a driver here.
-    """
-    url = raw_url(text)
-    if "@" in (url.host or ""):
-        raise StudyError(
-            f"an @ in the password of a storage URL is written %40; got {_masked(text)!r}; correct "
-            "it"
-        )
-    if url.get_backend_name() == "sqlite":
-        if url.host:
-            raise StudyError(
-                "a SQLite URL has three slashes before a relative path and four before an "
-                f"absolute one; got {_masked(text)!r}; write sqlite:///PATH"
-            )
-        if is_in_memory(url):
-            raise StudyError(
-                f"a study's storage must outlive the process; got {_masked(text)!r}, which is kept "
-                "in memory and lost at the end; name a file (sqlite:///PATH), or leave --storage "
-                "out for one in the study directory"
-            )
-        url = resolved(url)
-    with_driver(url)
-    return url
-
-
-def raw_url(text: str) -> URL:
-    """A storage URL as it was written.
-
-    Raises:
-        StudyError: not a URL.
-    """
-    try:
-        return make_url(re.sub(r"^postgres(?=[:+])", "postgresql", text.strip()))
-    except (ArgumentError, ValueError):  # whose text may hold a part of the password
-        raise StudyError(
-            "search.storage must be a database URL such as postgresql://user@host/name, special "
-            f"characters written as %XX; got {_masked(text)!r}; correct it"
-        ) from None
-
-
-def with_driver(url: URL) -> URL:
-    """The URL with a driver that is installed here.
-
-    Raises:
-        StudyError: there is none.
-    """
-    backend = url.get_backend_name()
-    names, fix = _DRIVERS.get(backend, ((), f"install a Python driver for {backend}"))
-    given = url.drivername
-    choices = [f"{backend}+{name}" for name in names] if given == backend and names else [given]
-    missing = ""
-    for choice in choices:
-        try:
-            dialect = url.set(drivername=choice).get_dialect()
-            dialect.import_dbapi()
-        except NoSuchModuleError:
-            raise StudyError(
-                f"the study's storage {shown(url)} can't be used: no such database or driver as "
-                f"{given}; write sqlite:///PATH, postgresql://… or mysql://…"
-            ) from None
-        except ImportError as error:
-            missing = str(error)
-            continue
-        if dialect.is_async:
-            raise StudyError(
-                f"the study's storage {shown(url)} can't be used: {given} is an asynchronous "
-                f"driver; write {backend}://…"
-            )
-        return url.set(drivername=choice)
-    other = f", or write {backend}://… for the driver that is here" if given != backend else ""
-    raise StudyError(
-        f"the study's storage {shown(url)} can't be used: its driver is not installed ({missing}); "
-        f"{fix}{other}"
-    )
-
-
-def without_password(url: URL) -> URL:
-    """The URL without anything secret, as it is recorded."""
-    plain = URL.create(url.drivername, url.username, None, url.host, url.port, url.database)
-    return plain.set(query={k: v for k, v in url.query.items() if not _SECRET.search(k)})
-
-
-def shown(url: URL) -> str:
-    """A URL in messages and records: without anything secret."""
-    return without_password(url).render_as_string(hide_password=False)
-
-
-def secrets(url: URL) -> list[str]:
-    """What a URL holds that must not be shown."""
-    found = [url.password or ""]
-    for key, value in url.query.items():
-        if _SECRET.search(key):
-            found += [value] if isinstance(value, str) else value
-    return [text for text in found if text]
-
-
-def _masked(text: str) -> str:
-    """A text that was to be a URL, as far as it can be shown."""
-    text = re.sub(r"^(.*?//)?.*@", r"\1***@", text.strip(), flags=re.DOTALL)
-    return re.sub(r"([?&][^=&]*=)[^&]*", r"\1***", text)
 
 
 # -- errors --------------------------------------------------------------------------------------
@@ -344,7 +225,7 @@ def _engine_kwargs(url: URL, read_only: bool) -> dict[str, object]:
     if backend == "sqlite":
         return {"connect_args": {"timeout": BUSY_WAIT_S}}
     wait = {} if "connect_timeout" in url.query else {"connect_timeout": CONNECT_WAIT_S}
-    known = backend in _DRIVERS
+    known = backend in DRIVERS
     return {"pool_pre_ping": True, "connect_args": wait if known else {}}
 
 

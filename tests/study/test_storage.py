@@ -16,10 +16,11 @@ import pytest
 from asesearch.errors import StudyError
 from asesearch.schedule import ExitSchedule
 from asesearch.search.runner import Runner, run_trials
-from asesearch.study import storage
+from asesearch.study import urls
 from asesearch.study.identity import is_in_use
-from asesearch.study.storage import IDENTITY, look, parse_url, secrets, shown
+from asesearch.study.storage import IDENTITY, look
 from asesearch.study.study import Study
+from asesearch.study.urls import parse_url, secrets, shown
 from tests.search.fake_search import FakeBench, make_config
 
 # -- URLs ----------------------------------------------------------------------------------------
@@ -53,10 +54,10 @@ SECRETS = [
 
 @pytest.mark.parametrize(("text", "hidden"), SECRETS)
 def test_a_url_is_shown_and_recorded_without_what_is_secret(text, hidden):
-    url = storage.raw_url(text)
+    url = urls.raw_url(text)
     assert sorted(secrets(url)) == sorted(hidden)
     assert not any(word in shown(url) for word in hidden)
-    kept = storage.raw_url(shown(url))  # what is left still reads as the same place
+    kept = urls.raw_url(shown(url))  # what is left still reads as the same place
     assert (kept.host, kept.database, kept.username) == (url.host, url.database, url.username)
     assert set(url.query) - set(kept.query) <= {"password", "sslpassword", "passwd"}
 
@@ -106,7 +107,7 @@ def test_postgresql_takes_the_driver_that_is_here(monkeypatch, missing, driver):
     no_drivers(monkeypatch, *missing)
     for scheme in ("postgresql", "postgres"):
         assert (
-            storage.with_driver(parse_url(f"{scheme}://u@host/db")).drivername
+            urls.with_driver(parse_url(f"{scheme}://u@host/db")).drivername
             == f"postgresql+{driver}"
         )
 

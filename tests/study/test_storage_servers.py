@@ -9,8 +9,9 @@ import pytest
 
 from asesearch.errors import StudyError
 from asesearch.search.runner import run_trials
-from asesearch.study.storage import IDENTITY, parse_url, with_driver
+from asesearch.study.storage import IDENTITY
 from asesearch.study.study import Study
+from asesearch.study.urls import parse_url, with_driver
 from tests.processes import Child
 from tests.search.fake_search import FakeBench, make_config, work
 from tests.study import open_at_once, postgresql
