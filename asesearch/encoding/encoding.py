@@ -2,33 +2,27 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from asesearch.config import DataConfig
-from asesearch.data import DataSource, ImageFolder, check_readable
+from asesearch.data import DataSource, check_readable
 from asesearch.data.latents import (
-    FORMAT_VERSION,
-    INDEX,
     Array,
-    Entry,
     Index,
     pad_prompts,
     write_array,
 )
-from asesearch.encoding.networks import Network, PathLike, TextEncoder, Vae
+from asesearch.encoding.networks import PathLike, TextEncoder, Vae
+from asesearch.encoding.resuming import captions_identity, fresh_index, is_intact, resumed
 from asesearch.errors import ConfigError, DataError
-from asesearch.files import file_sha256
 
 READERS = 16  # threads that read images, at most
 
@@ -200,11 +194,11 @@ def encode_latents(
         "flips": flips,
         "dtype": dtype,
         "shard_size": shard_size,
-        **_captions_identity(captions, text),
+        **captions_identity(captions, text),
     }
-    index = _fresh_index(source, vae, identity)
+    index = fresh_index(source, vae, identity)
     if folder.is_dir() or not dry_run:
-        index = _resumed(folder, index, {"vae": vae, "text_encoder": text})
+        index = resumed(folder, index, {"vae": vae, "text_encoder": text})
     check_readable(source)
 
     advance = _counted(progress, len(source))
@@ -213,16 +207,6 @@ def encode_latents(
         return job.plan(index.shape)
     _run(job, index, folder)
     return None
-
-
-def _captions_identity(captions: Sequence[str] | None, text: TextEncoder | None) -> dict[str, Any]:
-    """What an encoding of captions depends on."""
-    joined = None if captions is None else json.dumps(list(captions)).encode()
-    return {
-        "captions": None if joined is None else hashlib.sha256(joined).hexdigest(),
-        "text_encoder": None if text is None else text.digest,
-        "max_length": None if text is None else text.max_length,
-    }
 
 
 def _counted(progress: Callable[[int, int], None] | None, total: int) -> Callable[[int], None]:
@@ -248,7 +232,7 @@ def _run(job: _Job, index: Index, folder: Path) -> None:
     for number, start in enumerate(range(0, index.count, size)):
         indices = range(start, min(start + size, index.count))
         if number < len(index.shards) and all(
-            _intact(folder, entry) for entry in index.shards[number].values()
+            is_intact(folder, entry) for entry in index.shards[number].values()
         ):
             job.on_batch(len(indices))
             continue
@@ -259,64 +243,6 @@ def _run(job: _Job, index: Index, folder: Path) -> None:
         }
         index.shards[number : number + 1] = [entries]
         index.write(folder)
-
-
-def _intact(folder: Path, entry: Entry) -> bool:
-    path = folder / entry["file"]
-    sha256 = str(entry["sha256"])
-    return path.is_file() and file_sha256(path) == sha256
-
-
-def _fresh_index(source: DataSource, vae: Vae, identity: dict[str, Any]) -> Index:
-    num_classes = 0 if identity["captions"] else source.num_classes
-    shape = [len(vae.scale), source.shape[1] // vae.factor, source.shape[2] // vae.factor]
-    classes: dict[str, int] = getattr(source, "classes", {})
-    by_order: bool = getattr(source, "labels_by_order", False)
-    vae_scaling = (vae.shift, vae.scale)
-    return Index(
-        FORMAT_VERSION,
-        identity,
-        source.name,
-        len(source),
-        shape,
-        num_classes,
-        *vae_scaling,
-        None,
-        [],
-        classes,
-        by_order,
-    )
-
-
-def _resumed(folder: Path, fresh: Index, networks: Mapping[str, Network | None]) -> Index:
-    """The index already in `folder`, if it is of the same encoding; `fresh` if the folder is new or
-    empty.
-
-    Raises:
-        DataError: `folder` holds something else.
-    """
-    if not (folder / INDEX).is_file():
-        folder.mkdir(parents=True, exist_ok=True)
-        strange = sorted(p.name for p in folder.iterdir() if p.suffix != ".part")
-        if strange:
-            raise DataError(
-                f"latents go into an empty folder; got {folder} with {strange[0]} in it; give "
-                "another folder"
-            )
-        return fresh
-    index = Index.read(folder)
-    old = index.identity
-    known = {name: net.known_as(old.get(name)) for name, net in networks.items() if net is not None}
-    new = fresh.identity | known
-    changed = [f"{k}: {old.get(k)} -> {new[k]}" for k in new if old.get(k) != new[k]]
-    if changed:
-        raise DataError(
-            f"{folder} holds another encoding; changed: {'; '.join(changed)}; undo that, or give "
-            "an empty folder"
-        )
-    index.classes = fresh.classes
-    index.labels_by_order = fresh.labels_by_order
-    return index
 
 
 def _check_arguments(
@@ -353,120 +279,6 @@ def _check_images(source: DataSource, vae: Vae) -> None:
             f"{vae.factor} pixels; got {source.shape} from {source.name}; change data.channels or "
             "data.image_size"
         )
-
-
-# -- image folders ---------------------------------------------------------------------------------
-
-
-def read_captions(path: PathLike, images: ImageFolder) -> list[str]:
-    """The captions of a folder's images, in its order.
-
-    The file is JSON Lines with `file_name`, relative to the folder, and `text`: Hugging Face's
-    `metadata.jsonl`.
-
-    Raises:
-        DataError: unreadable, a line of another form, two lines for an image, an image without
-            caption or the reverse.
-    """
-    path = Path(path)
-    texts: dict[str, str] = {}
-    try:
-        # a file name may be any bytes
-        text = path.read_text(encoding="utf-8-sig", errors="surrogateescape")
-        lines = text.split("\n")  # not splitlines(), which also splits at U+2028 inside a caption
-    except (OSError, ValueError) as error:
-        raise DataError(f"can't read the caption file {path}: {error}; check the path") from error
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-            name = PurePosixPath(row["file_name"]).as_posix()
-            text = row["text"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise DataError(
-                f'{path}:{number} must read {{"file_name": …, "text": …}}; got {line[:60]!r}; fix '
-                "it"
-            ) from error
-        if name in texts or not isinstance(text, str):
-            raise DataError(
-                f"{path}:{number} must give each image one text; got {text!r} for {name}; correct "
-                "or remove it"
-            )
-        if not _is_unicode(text):
-            raise DataError(
-                f"{path}:{number} must hold a caption in UTF-8; got {text[:60]!r}; save the file "
-                "as UTF-8"
-            )
-        texts[name] = text
-    names = [file.relative_to(images.root).as_posix() for file in images.files]
-    bare = [n for n in names if n not in texts]
-    lost = sorted(texts.keys() - set(names) - images.skipped.keys())
-    if bare or lost:
-        raise DataError(
-            f"images in {images.root} and captions in {path} must pair up; got {len(bare)} images "
-            f"without caption {bare[:3]} and {len(lost)} captions without image {lost[:3]}; add or "
-            "remove them"
-        )
-    return [texts[n] for n in names]
-
-
-def _is_unicode(text: str) -> bool:
-    """Whether no part of a text stands for a byte that was not UTF-8."""
-    return not any("\ud800" <= c <= "\udfff" for c in text)
-
-
-def encode_folder(
-    data: DataConfig,
-    vae: PathLike,
-    out: PathLike,
-    *,
-    captions: PathLike | None = None,
-    text_encoder: PathLike | None = None,
-    batch_size: int = 32,
-    flips: bool = True,
-    shard_size: int = 1024,
-    device: str | torch.device = "cpu",
-    max_length: int = 120,
-    dtype: str = "float16",
-    progress: Callable[[int, int], None] | None = None,
-    dry_run: bool = False,
-) -> EncodingPlan | None:
-    """Encode a study file's image folder; `captions` is a file for `read_captions`, the rest is as
-    in `encode_latents`.
-
-    Raises:
-        ConfigError: `data` is not an image folder, or lacks path or image_size.
-        ConfigError, CheckpointError, DataError: as `encode_latents` and `read_captions`.
-    """
-    if data.kind != "image-folder" or data.path is None or data.image_size is None:
-        raise ConfigError(
-            "encoding takes data of kind 'image-folder' with path and image_size; got "
-            f"{data.kind!r}, path {data.path!r}, image_size {data.image_size!r}; complete the data "
-            "section"
-        )
-    images = ImageFolder(
-        data.path,
-        data.image_size,
-        data.channels,
-        classes=data.classes,
-        skip_damaged=data.skip_damaged,
-    )
-    return encode_latents(
-        images,
-        vae,
-        out,
-        batch_size=batch_size,
-        flips=flips,
-        shard_size=shard_size,
-        device=device,
-        captions=None if captions is None else read_captions(captions, images),
-        text_encoder_path=text_encoder,
-        max_length=max_length,
-        dtype=dtype,
-        progress=progress,
-        dry_run=dry_run,
-    )
 
 
 @torch.inference_mode()
