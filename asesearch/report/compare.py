@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from asesearch.report import grids, tables
 from asesearch.report.attainment import along
@@ -113,7 +114,7 @@ def _groups_grid(comparison: Comparison) -> grids.Grid:
             str(row["studies"]),
             number(row["hypervolume"]),
             f"{number(row['hypervolume_min'])} … {number(row['hypervolume_max'])}",
-            percent(row["wins"]),
+            "–" if comparison.wins.empty else percent(row["wins"]),
         )
         for _, row in comparison.groups.iterrows()
     ]
@@ -246,4 +247,5 @@ def draw_hypervolume(studies: pd.DataFrame) -> Figure:
     ax.set_yticks(range(len(names)), names)
     ax.set_ylim(len(names) - 0.5, -0.5)
     ax.set_xlabel("hypervolume  (higher is better)")
+    ax.xaxis.set_major_locator(MaxNLocator(5))
     return figure

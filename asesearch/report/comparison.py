@@ -82,7 +82,7 @@ class Comparison:
         attained: see `asesearch.report.attainment.surfaces`, for groups of two studies or more.
         wins: stretches of the time axis (budgets): who reaches the lowest score within it, if that
             is more than noise, else an empty `winner`; the lead of the lowest over the next; and
-            why.
+            why. Empty where there is one group.
         reference: time and score of the reference point.
         scale: "log" where areas are taken over the logarithm of the score, else "linear".
     """
@@ -117,7 +117,8 @@ class Comparison:
         for _, row in self.groups.sort_values("hypervolume", ascending=False).iterrows():
             repeats = f" ({row['studies']} studies)" if row["studies"] > 1 else ""
             wins = f"clearly the lowest score on {percent(row['wins'])} of the time budgets"
-            lines.append(f"{row['group']}{repeats}: hypervolume {row['hypervolume']:.4g}, {wins}")
+            line = f"{row['group']}{repeats}: hypervolume {row['hypervolume']:.4g}"
+            lines.append(line if self.wins.empty else f"{line}, {wins}")
         return "\n".join(lines)
 
 
@@ -309,6 +310,9 @@ def _attained(members: Sequence[Member]) -> pd.DataFrame:
 def _wins(members: Sequence[Member]) -> pd.DataFrame:
     """Stretches between the times at which a front has a corner; neighbours with the same answer
     are one."""
+    columns = ["time_from", "time_to", "winner", "lead_min", "lead_max", "verdict"]
+    if len({m.group for m in members}) == 1:
+        return pd.DataFrame(columns=columns)
     times = sorted({float(t) for m in members for t in m.corners[:, 0]})
     end = max(1.0, times[-1])
     edges = [*times, end] if times[-1] < end else times
@@ -331,7 +335,6 @@ def _wins(members: Sequence[Member]) -> pd.DataFrame:
                 "verdict": verdict,
             }
         )
-    columns = ["time_from", "time_to", "winner", "lead_min", "lead_max", "verdict"]
     return pd.DataFrame(rows, columns=columns)
 
 
@@ -346,8 +349,6 @@ def _winner(members: Sequence[Member], time: float) -> tuple[str, float, str]:
         name: [attainment.best_within(m.corners, time) for m in members if m.group == name]
         for name in dict.fromkeys(m.group for m in members)
     }
-    if len(reached) == 1:
-        return "", math.nan, "the only group"
     ranked = sorted(reached, key=lambda name: float(np.median(reached[name])))
     first, second = ranked[:2]
     a, b = (float(np.median(reached[name])) for name in (first, second))

@@ -107,6 +107,8 @@ def test_seeds_of_one_study_are_repeats(three):
     grouped = compare_results([*three, others[0]], ["a", "a", "b", "b"])
     assert grouped.groups["group"].tolist() == ["a", "b"]
     assert "a (2 studies): hypervolume" in str(grouped)
+    alone = compare_results(three)  # nothing to win over
+    assert alone.wins.empty and "lowest" not in str(alone) and len(alone.attained)
 
 
 def test_what_was_measured_otherwise_is_refused(three, study):
