@@ -375,7 +375,7 @@
       const kept = Math.round((100 * trial.blocks) / clock);
       const what = this.kind === "confirmed" ? "clock" : "prediction";
       const beyond = kept > 105 && this.kind === "confirmed"
-        ? ` That is more than they promise: the spread of the measured time is ±${digits(p.spread || 0)}.` : "";
+        ? ` That is more than they promise: the spread of the measured time is ±${(p.spread || 0).toFixed(3)}×.` : "";
       byId("bound-note").textContent = trial.blocks && clock
         ? `Of the speed-up that the blocks promise the ${what} keeps ${kept} %.${beyond}` : "";
     }
