@@ -34,8 +34,9 @@ def compiled(backbone: Backbone, on: bool = True) -> Iterator[None]:
     A block is compiled as one graph, without a break, at its first call, which takes seconds.
     Weights are inputs of that code, so all blocks of one class and size share it, and so does every
     exit depth, and every network of the same sizes in this process. So do batches of any size, but
-    for those of a single image, which get code of their own. Outputs agree with eager ones within
-    `TOLERANCE`. The network's other parts run as they are.
+    for those of a single image, which get code of their own; so may a block of another arithmetic,
+    or whose input lies otherwise in memory, such as the first of a diffusers network. Outputs agree
+    with eager ones within `TOLERANCE`. The network's other parts run as they are.
 
     Args:
         backbone: in eval mode, where it is to run.

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from asesearch.backbones.compiled import compiled
 from asesearch.backbones.device import default_device
 from asesearch.config import SamplingConfig, parse_section
 from asesearch.deployment import bundle, onnx_runtime, parity
@@ -25,7 +26,8 @@ from asesearch.evaluation.cost import compare_sampling_time
 from asesearch.schedule import ExitSchedule
 
 SPEED_S = 20.0  # that timing takes, about
-PAIRS = 5  # timed samplings under the schedule and by the full network
+PAIRS = 5  # timed samplings under the schedule and by the full network, at most
+FEWEST_STEPS = 2  # of a sampling that is timed
 KEPT = 0.5  # share of the promised saving of time that must be there
 
 
@@ -50,6 +52,9 @@ class Check:
         return asdict(self)
 
 
+Run = Callable[[ExitSchedule, int, int], Sequence[float]]
+
+
 @dataclass(frozen=True)
 class Opened:
     """An exported folder that is loaded; all that a format must give.
@@ -72,7 +77,7 @@ class Opened:
     batch_size: int
     errors: Callable[[], Mapping[int, float]]
     tolerance: float
-    run: Callable[[ExitSchedule, int, int], Sequence[float]] | None = None
+    run: Run | None = None
 
 
 def _bundle(folder: Path, data: Mapping[str, Any]) -> Opened:
@@ -93,15 +98,20 @@ def _of_bundle(made: bundle.Bundle, recorded: Mapping[str, torch.Tensor]) -> Ope
     def run(schedule: ExitSchedule, num_steps: int, num_images: int) -> Sequence[float]:
         return replace(made, schedule=schedule).sample(range(num_images), None, num_steps).timesteps
 
+    def errors() -> Mapping[int, float]:
+        with compiled(net, made.sampling.compile):
+            return parity.parity_errors(net, recorded)
+
     net = made.backbone
+    code = ", compiled blocks" * made.sampling.compile
     count = sum(p.numel() for p in net.parameters())
     return Opened(
         what=f"{type(net).__name__} of {net.depth} blocks, {count / 1e6:.3g} M parameters; "
-        f"schedule {made.schedule}, {made.sampling.sampler}",
+        f"schedule {made.schedule}, {made.sampling.sampler}{code}",
         schedule=made.schedule,
         num_steps=made.sampling.num_steps,
         batch_size=made.sampling.batch_size,
-        errors=lambda: parity.parity_errors(net, recorded),
+        errors=errors,
         tolerance=parity.TOLERANCE,
         run=run,
     )
@@ -224,27 +234,21 @@ def _parity(opened: Opened) -> Check:
     return Check("parity", passed, found, numbers)
 
 
-def _speed(opened: Opened, run: Callable[[ExitSchedule, int, int], Sequence[float]]) -> Check:
-    """Whole samplings under the schedule and by the full network in turn; as many steps and images
-    as take `SPEED_S` together."""
+def _speed(opened: Opened, run: Run) -> Check:
+    """Whole samplings under the schedule and by the full network in turn."""
     schedule = opened.schedule
     full = ExitSchedule.full(schedule.depth, schedule.num_train_timesteps)
-    run(full, 1, 1)
-    start = time.perf_counter()
-    run(full, 1, 1)
-    calls = SPEED_S / (2 * PAIRS + 2) / (time.perf_counter() - start)  # in one sampling
-    steps = max(1, min(opened.num_steps, int(calls)))
-    images = max(1, min(opened.batch_size, int(calls / steps)))
+    images, steps, pairs = _size(opened, lambda count: run(full, 1, count))
     timesteps: list[float] = []
 
     def early() -> None:
         timesteps[:] = run(schedule, steps, images)
 
-    time_ = compare_sampling_time(early, lambda: run(full, steps, images), PAIRS)
+    time_ = compare_sampling_time(early, lambda: run(full, steps, images), pairs)
     bound = schedule.block_frac(timesteps)
     found = (
         f"{time_.median:.3f} ± {time_.spread:.3f} of the full network's time, blocks alone "
-        f"{bound:.3f} ({images} images, {steps} of {opened.num_steps} steps, {PAIRS} pairs)"
+        f"{bound:.3f} ({images} images, {steps} of {opened.num_steps} steps, {pairs} pairs)"
     )
     numbers = {
         "time_frac": time_.median,
@@ -255,3 +259,29 @@ def _speed(opened: Opened, run: Callable[[ExitSchedule, int, int], Sequence[floa
         "full_s": min(b for _, b in time_.pairs),
     }
     return Check("speed", 1 - time_.median >= KEPT * (1 - bound), found, numbers)
+
+
+def _size(opened: Opened, one_step: Callable[[int], object]) -> tuple[int, int, int]:
+    """Images, steps and pairs that take about `SPEED_S` together: images first as many as are
+    sampled together, then all steps, then pairs.
+
+    Args:
+        opened: what is timed.
+        one_step: samples so many images in one step by the full network.
+    """
+
+    def seconds(count: int) -> float:
+        one_step(count)
+        start = time.perf_counter()
+        one_step(count)
+        return time.perf_counter() - start
+
+    target = SPEED_S / (2 * PAIRS + 2)  # for one sampling
+    images = 1
+    step_s = seconds(images)
+    while images < opened.batch_size and 4 * step_s * opened.num_steps < target:
+        images = min(4 * images, opened.batch_size)
+        step_s = seconds(images)
+    steps = min(opened.num_steps, max(FEWEST_STEPS, int(target / step_s)))
+    pairs = max(1, min(PAIRS, int(SPEED_S / (2 * steps * step_s)) - 1))
+    return images, steps, pairs

@@ -8,6 +8,7 @@ import torch
 from asesearch.backbones import DiT, UViT
 from asesearch.backbones import compiled as module
 from asesearch.backbones.compiled import TOLERANCE, compiled
+from asesearch.backbones.diffusers_adapter import DiffusersBackbone
 from asesearch.errors import ConfigError
 from tests.conftest import TINY_DIT
 
@@ -114,6 +115,21 @@ def test_blocks_that_cannot_be_compiled_are_refused_in_one_line(monkeypatch, num
     ):
         net(*inputs(net, 2))
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_blocks_of_diffusers_are_compiled_too(only_traced):
+    sizes = {"num_attention_heads": 2, "attention_head_dim": 8, "num_layers": 4, "in_channels": 1}
+    config = {**sizes, "_class_name": "DiTTransformer2DModel", "sample_size": 8, "out_channels": 2}
+    net = random_net(DiffusersBackbone, transformer={**config, "num_embeds_ada_norm": 3})
+    for depth in (4, 2, 1):
+        for count in (3, 2):
+            given = inputs(net, count)
+            expected = net(*given, exit_depth=depth)
+            with compiled(net):
+                assert torch.equal(net(*given, exit_depth=depth), expected)
+    assert only_traced() == 2  # the first block's input lies otherwise in memory
 
 
 @pytest.mark.slow

@@ -70,6 +70,27 @@ def test_another_network_fails_network_or_parity(folder):
     assert [(c.name, c.passed) for c in verify(folder)][1:] == [("network", False)]
 
 
+def test_a_bundle_of_compiled_blocks_is_verified_as_such(tiny_dit, tmp_path, only_traced):
+    how = SamplingConfig(solver="ddim", num_steps=4, compile=True)
+    made = Bundle(tiny_dit, SCHEDULE, "dit", DiffusionConfig(), how, {}, {})
+    checks = verify(write_bundle(made, tmp_path / "bundle"), speed=False)
+    assert all(c.passed for c in checks) and checks[1].found.endswith("ddim-4, compiled blocks")
+    assert only_traced() == 1
+
+
+def test_a_slow_network_is_timed_in_few_calls(monkeypatch):
+    """Six seconds a call: not five pairs of samplings."""
+    now = [0.0]
+    monkeypatch.setattr("time.perf_counter", lambda: now[0])
+
+    def run(schedule, steps, images):
+        now[0] += 6.0 * steps * images
+        return (900, 100)
+
+    check = module._speed(Opened("a network", SCHEDULE, 50, 1, dict, 1.0, run), run)
+    assert (check.numbers["steps"], check.numbers["images"]) == (2, 1) and now[0] <= 60
+
+
 @pytest.mark.parametrize(("frac", "passed"), [(0.6, True), (0.8, True), (0.95, False)])
 def test_speed_is_judged_by_the_promised_saving(frac, passed, monkeypatch):
     """A schedule that runs 5/8 of the blocks must save at least half of 3/8."""
