@@ -1,11 +1,8 @@
-"""The study file: one TOML, checked in full before anything expensive. No torch in here."""
+"""The sections of a study file, and what each key may be."""
 
 from __future__ import annotations
 
 import re
-import tomllib
-from collections.abc import Mapping
-from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import (
@@ -20,8 +17,8 @@ from pydantic import (
     model_validator,
 )
 
+from asesearch.config.explaining import explain
 from asesearch.errors import ConfigError
-from asesearch.files import read_text
 from asesearch.sampler import GRID, Sampler
 
 #: Integers that JSON carries exactly; larger ones are slips.
@@ -386,145 +383,3 @@ class StudyConfig(_Section):
         """Plain data for what leaves this machine: without the storage, whose URL may hold a
         password."""
         return self.model_dump(mode="json", exclude={"search": {"storage"}})
-
-
-#: Fields that may change between two runs of one study: they leave every finished trial comparable.
-#: (What lies at a changed
-#: path must have the content on record: `Workbench.identity`.)
-MAY_CHANGE = frozenset(
-    {
-        "search.num_trials",
-        "search.budget",
-        "search.storage",
-        "search.keep_weights",
-        "train.checkpoint_every",
-        "train.compile",
-        "promotion.threshold",
-        "promotion.always",
-        "promotion.explore",
-        "sampling.batch_size",
-        "data.path",
-        "data.vae",
-        "data.num_workers",
-        "data.download",
-        "evaluation.extractor_weights",
-        "evaluation.reference.path",
-        "evaluation.reference.num_workers",
-        "evaluation.reference.download",
-        "map.data.path",
-        "map.data.num_workers",
-        "map.data.download",
-    }
-)
-
-
-def changed_fields(old: StudyConfig, new: StudyConfig) -> list[str]:
-    """Fields of `new` that break comparability with `old`, as `section.field: old -> new`.
-
-    `confirm` may change as a whole: confirmed points are confirmed again.
-    """
-    a = _flat(old.model_dump(exclude={"confirm"}))
-    b = _flat(new.model_dump(exclude={"confirm"}))
-    keys = [k for k in {**a, **b} if k not in MAY_CHANGE and a.get(k) != b.get(k)]
-    return [f"{k}: {a.get(k)!r} -> {b.get(k)!r}" for k in sorted(keys)]
-
-
-def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    out: dict[str, Any] = {}
-    for key, value in tree.items():
-        if isinstance(value, dict):
-            out |= _flat(value, f"{prefix}{key}.")
-        else:
-            out[prefix + key] = value
-    return out
-
-
-def load_study(path: str | Path) -> StudyConfig:
-    """Read and check a study file.
-
-    Raises:
-        ConfigError: unreadable, not TOML, an unknown key or a value out of range: all of them, in
-            one line.
-    """
-    return parse_study(read_toml(path), str(path))
-
-
-def parse_study(data: dict[str, Any], where: str) -> StudyConfig:
-    """Check a study that is already parsed; `where` begins the error message.
-
-    Raises:
-        ConfigError: an unknown key or a value out of range.
-    """
-    return parse_section(StudyConfig, data, where)
-
-
-def parse_section(model: type[Section], data: Mapping[str, Any], where: str) -> Section:
-    """Check one section that is already parsed; `where` begins the error message.
-
-    Raises:
-        ConfigError: an unknown key or a value out of range.
-    """
-    try:
-        return model.model_validate(data)
-    except ValidationError as error:
-        raise ConfigError(explain(error, where)) from error
-
-
-def explain(error: ValidationError, where: str) -> str:
-    """One line for a pydantic error: each field, the rule it breaks and the value got."""
-    parts = []
-    for item in error.errors():
-        field = ".".join(map(str, item["loc"]))[:80] or "file"
-        if item["type"] == "extra_forbidden":
-            parts.append(f"unknown key {field}")
-        elif item["type"] == "missing":
-            parts.append(f"{field} is missing")
-        else:
-            rule = item["msg"].removeprefix("Value error, ")
-            parts.append(
-                f"{field}: {rule} (got {_shown(item['input'])}{_fix(item['input'], rule)})"
-            )
-    more = [f"and {len(parts) - 8} more"] if len(parts) > 8 else []
-    return f"{where}: {'; '.join(parts[:8] + more)}"
-
-
-def _shown(value: object) -> str:
-    """A value as a study file has it, at most 80 characters of it."""
-    try:
-        text = str(value).lower() if isinstance(value, bool) else repr(value)
-    except ValueError:  # an integer too long for Python to write
-        return "a very long integer"
-    return text if len(text) <= 80 else f"{text[:50]}… ({len(text)} characters)"
-
-
-def _fix(value: object, rule: str) -> str:
-    """What to write instead of a value of the wrong type, where it is plain."""
-    number = "valid integer" in rule or "valid number" in rule
-    if number and isinstance(value, str):
-        return ": write the number without quotes"
-    if number and isinstance(value, bool):
-        return ": write a number"
-    if "valid integer" in rule and isinstance(value, float):
-        return f": write {int(value)}" if value.is_integer() else ": write it without a point"
-    if "valid boolean" in rule:
-        return ": write true or false, without quotes"
-    if "valid tuple" in rule:
-        return ": write an array in square brackets"
-    return ""
-
-
-def read_toml(path: str | Path) -> dict[str, Any]:
-    """Parse a TOML file, in UTF-8, or in UTF-16 with a byte order mark.
-
-    Raises:
-        ConfigError: unreadable or not TOML.
-    """
-    text = read_text(path)
-    try:
-        return tomllib.loads(text)
-    except RecursionError as error:
-        raise ConfigError(f"{path} is not valid TOML: it is nested too deep") from error
-    except tomllib.TOMLDecodeError as error:
-        raise ConfigError(f"{path} is not valid TOML: {error}") from error
-    except ValueError as error:  # Python reads no integer of more than 4,300 digits
-        raise ConfigError(f"{path} is not valid TOML: an integer is too long") from error

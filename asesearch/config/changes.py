@@ -1,0 +1,57 @@
+"""What changed between two runs of a study, and what may."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from asesearch.config.sections import StudyConfig
+
+#: Fields that may change between two runs of one study: they leave every finished trial comparable.
+#: (What lies at a changed
+#: path must have the content on record: `Workbench.identity`.)
+MAY_CHANGE = frozenset(
+    {
+        "search.num_trials",
+        "search.budget",
+        "search.storage",
+        "search.keep_weights",
+        "train.checkpoint_every",
+        "train.compile",
+        "promotion.threshold",
+        "promotion.always",
+        "promotion.explore",
+        "sampling.batch_size",
+        "data.path",
+        "data.vae",
+        "data.num_workers",
+        "data.download",
+        "evaluation.extractor_weights",
+        "evaluation.reference.path",
+        "evaluation.reference.num_workers",
+        "evaluation.reference.download",
+        "map.data.path",
+        "map.data.num_workers",
+        "map.data.download",
+    }
+)
+
+
+def changed_fields(old: StudyConfig, new: StudyConfig) -> list[str]:
+    """Fields of `new` that break comparability with `old`, as `section.field: old -> new`.
+
+    `confirm` may change as a whole: confirmed points are confirmed again.
+    """
+    a = _flat(old.model_dump(exclude={"confirm"}))
+    b = _flat(new.model_dump(exclude={"confirm"}))
+    keys = [k for k in {**a, **b} if k not in MAY_CHANGE and a.get(k) != b.get(k)]
+    return [f"{k}: {a.get(k)!r} -> {b.get(k)!r}" for k in sorted(keys)]
+
+
+def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    out: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            out |= _flat(value, f"{prefix}{key}.")
+        else:
+            out[prefix + key] = value
+    return out

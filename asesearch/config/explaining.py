@@ -1,0 +1,50 @@
+"""What is wrong with a study file, in one line."""
+
+from __future__ import annotations
+
+from pydantic import (
+    ValidationError,
+)
+
+
+def explain(error: ValidationError, where: str) -> str:
+    """One line for a pydantic error: each field, the rule it breaks and the value got."""
+    parts = []
+    for item in error.errors():
+        field = ".".join(map(str, item["loc"]))[:80] or "file"
+        if item["type"] == "extra_forbidden":
+            parts.append(f"unknown key {field}")
+        elif item["type"] == "missing":
+            parts.append(f"{field} is missing")
+        else:
+            rule = item["msg"].removeprefix("Value error, ")
+            parts.append(
+                f"{field}: {rule} (got {_shown(item['input'])}{_fix(item['input'], rule)})"
+            )
+    more = [f"and {len(parts) - 8} more"] if len(parts) > 8 else []
+    return f"{where}: {'; '.join(parts[:8] + more)}"
+
+
+def _shown(value: object) -> str:
+    """A value as a study file has it, at most 80 characters of it."""
+    try:
+        text = str(value).lower() if isinstance(value, bool) else repr(value)
+    except ValueError:  # an integer too long for Python to write
+        return "a very long integer"
+    return text if len(text) <= 80 else f"{text[:50]}… ({len(text)} characters)"
+
+
+def _fix(value: object, rule: str) -> str:
+    """What to write instead of a value of the wrong type, where it is plain."""
+    number = "valid integer" in rule or "valid number" in rule
+    if number and isinstance(value, str):
+        return ": write the number without quotes"
+    if number and isinstance(value, bool):
+        return ": write a number"
+    if "valid integer" in rule and isinstance(value, float):
+        return f": write {int(value)}" if value.is_integer() else ": write it without a point"
+    if "valid boolean" in rule:
+        return ": write true or false, without quotes"
+    if "valid tuple" in rule:
+        return ": write an array in square brackets"
+    return ""
