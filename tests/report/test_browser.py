@@ -137,10 +137,23 @@ def test_keys_choose_a_point_and_all_about_it_is_shown(opened, results):
     shown = opened.run("document.getElementById('explorer').innerText")
     assert chosen["schedule"] in shown and f"--trial {chosen['number']}" in shown
     assert f"{chosen['speed_up']:.2f}× as fast" in shown
+    opened.run("document.getElementById('copy').click()")
+    assert opened.wait_for("document.getElementById('copy').textContent === 'Copied'")
     rows = opened.run("[...document.querySelectorAll('#strips img')].map((i) => i.naturalWidth)")
     assert rows == [128] * 4  # its own, the full network's, and both for the difference
     drawn = opened.run("document.querySelectorAll('#schedule-drawn .run').length")
     assert drawn == len(results.records[chosen["number"]].schedule.exit_depths)
+
+
+def test_with_shift_the_arrow_keys_go_through_all_points(opened, results):
+    opened.run("document.querySelector('#kinds input[value=search]').click()")
+    opened.run("document.getElementById('chart').focus()")
+    opened.press("Home")
+    seen = [title(opened)]
+    for _ in range(len(results.complete) - 1):
+        opened.press("ArrowRight", shift=True)
+        seen.append(title(opened))
+    assert seen == tables.points(results, "search")["label"].tolist()
 
 
 def test_what_is_not_told_apart_is_what_the_report_says(opened, results):

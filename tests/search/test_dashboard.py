@@ -123,6 +123,18 @@ def test_a_trial_that_another_worker_ended_is_let_alone(searched):
     assert again.user_attrs == ended.user_attrs
 
 
+def test_a_study_of_an_earlier_release_goes_on_with_its_names(tmp_path, monkeypatch):
+    config = make_config(num_trials=4, proposer="tpe")
+    with monkeypatch.context() as earlier:
+        earlier.setattr("asesearch.search.runner.has_short_names", lambda study: True)
+        run_trials(Study(config, tmp_path), FakeBench(config=config))
+    longer = make_config(num_trials=8, proposer="tpe")
+    study = Study(longer, tmp_path)
+    run_trials(study, FakeBench(config=longer))
+    names = {frozenset(t.params) for t in study.optuna.trials}
+    assert len(study.records()) == 8 and names == {frozenset({"high", "low", "u1", "u2"})}
+
+
 def score_of(trial):
     return trial.values[0]
 
