@@ -99,6 +99,20 @@ class Protocol:
                 f"{'; '.join(differ)}; evaluate both alike"
             )
 
+    def require_same_images(self, other: Protocol) -> None:
+        """Refuse protocols that are scored on different images.
+
+        Raises:
+            EvaluationError: other seeds or another number of images.
+        """
+        ours = self.num_samples, self.seeds
+        theirs = other.num_samples, other.seeds
+        if ours != theirs:
+            raise EvaluationError(
+                "feature spaces are scored on the same images; got "
+                f"(num_samples, seeds) {ours} and {theirs}; build both protocols alike"
+            )
+
 
 @dataclass(frozen=True)
 class EvaluationResult:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 
 import numpy as np
@@ -128,6 +129,40 @@ def low_fidelity_metric(promotion: PromotionConfig, evaluation: EvaluationConfig
     return evaluation.metric if enough else PCA
 
 
+@dataclass(frozen=True)
+class Space:
+    """A feature space and what a score in it needs.
+
+    Raises:
+        EvaluationError: an extractor or reference that is not the protocol's.
+    """
+
+    protocol: Protocol
+    extractor: Extractor
+    reference: ReferenceStats
+
+    def __post_init__(self) -> None:
+        protocol = self.protocol
+        given = (
+            self.extractor.name,
+            self.extractor.digest,
+            self.reference.extractor_digest,
+            self.reference.digest,
+            self.reference.size,
+        )
+        wanted = (
+            protocol.extractor,
+            *[protocol.extractor_digest] * 2,
+            protocol.reference_digest,
+            protocol.reference_size,
+        )
+        if given != wanted:
+            raise EvaluationError(
+                f"extractor and reference must be the protocol's; got {given} for {wanted}; build "
+                "the protocol with these two"
+            )
+
+
 def evaluate(
     make_images: Callable[[range], Tensor],
     protocol: Protocol,
@@ -135,48 +170,46 @@ def evaluate(
     reference: ReferenceStats,
     chunk: int = 1000,
 ) -> EvaluationResult:
-    """The protocol's score of a generator, one value per repeat.
+    """The protocol's score of a generator, one value per repeat; see `evaluate_in`."""
+    return evaluate_in(make_images, [Space(protocol, extractor, reference)], chunk)[0]
+
+
+def evaluate_in(
+    make_images: Callable[[range], Tensor], spaces: Sequence[Space], chunk: int = 1000
+) -> tuple[EvaluationResult, ...]:
+    """Scores of one generator in several feature spaces, of the same images.
 
     Args:
         make_images: gives the images (len(seeds), C, H, W) uint8 of a range of image seeds; called
             in turn for the seeds of each repeat, at most `chunk` at a time.
+        spaces: whose protocols have the same image seeds.
 
     Raises:
-        EvaluationError: images of another type or number, a score that is not finite, or an
-            extractor or reference that is not the protocol's.
+        EvaluationError: images of another type or number, a score that is not finite, or protocols
+            of different images.
     """
-    given = (
-        extractor.name,
-        extractor.digest,
-        reference.extractor_digest,
-        reference.digest,
-        reference.size,
-    )
-    wanted = (
-        protocol.extractor,
-        *[protocol.extractor_digest] * 2,
-        protocol.reference_digest,
-        protocol.reference_size,
-    )
-    if given != wanted:
-        raise EvaluationError(
-            f"extractor and reference must be the protocol's; got {given} for {wanted}; build the "
-            "protocol with these two"
-        )
-    values = []
-    for first in protocol.seeds:
-        parts = []
-        for start in range(0, protocol.num_samples, chunk):
-            seeds = range(first + start, first + min(start + chunk, protocol.num_samples))
+    first, *others = (space.protocol for space in spaces)
+    for other in others:
+        first.require_same_images(other)
+    values: list[list[float]] = [[] for _ in spaces]
+    for begin in first.seeds:
+        parts: list[list[Floats]] = [[] for _ in spaces]
+        for start in range(0, first.num_samples, chunk):
+            seeds = range(begin + start, begin + min(start + chunk, first.num_samples))
             images = make_images(seeds)
             if len(images) != len(seeds):
                 raise EvaluationError(
                     f"one image a seed is needed; got {len(images)} for {len(seeds)} seeds; "
                     "make_images must give them all"
                 )
-            parts.append(extract_features(extractor, images))
-        values.append(_distance(protocol, np.concatenate(parts), reference))
-    return EvaluationResult(protocol, tuple(values))
+            for space, features in zip(spaces, parts, strict=True):
+                features.append(extract_features(space.extractor, images))
+        for space, features, found in zip(spaces, parts, values, strict=True):
+            found.append(_distance(space.protocol, np.concatenate(features), space.reference))
+    return tuple(
+        EvaluationResult(space.protocol, tuple(found))
+        for space, found in zip(spaces, values, strict=True)
+    )
 
 
 def _distance(protocol: Protocol, features: Floats, reference: ReferenceStats) -> float:

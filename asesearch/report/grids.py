@@ -9,7 +9,7 @@ from typing import Any
 
 import pandas as pd
 
-from asesearch.report import evidence, ladder, tables
+from asesearch.report import evidence, ladder, opinions, tables
 from asesearch.report.wording import number, plus_minus, relative, speed_up
 from asesearch.score import Protocol
 from asesearch.study.answers import indistinguishable
@@ -115,6 +115,29 @@ def confirmation_grid(results: StudyResults) -> Grid:
     return Grid(head, rows)
 
 
+def spaces_grid(results: StudyResults) -> Grid:
+    head = ("schedule", "metric", "score", "minus the full network", "verdict", "time measured")
+    rows = [
+        (
+            row["label"],
+            row["metric"],
+            plus_minus(row["quality"], row["std_error"]),
+            _signed(row),
+            row["verdict"],
+            relative(row["time_frac"]),
+        )
+        for _, row in opinions.feature_spaces(results).iterrows()
+    ]
+    return Grid(head, rows)
+
+
+def _signed(row: pd.Series) -> str:
+    """A difference and its margin; "–" of the reference itself."""
+    if row["verdict"] == "the reference":
+        return "–"
+    return ("+" if row["difference"] > 0 else "") + plus_minus(row["difference"], row["margin"])
+
+
 def retrained_grid(results: StudyResults) -> Grid:
     head = (
         "schedule",
@@ -133,14 +156,11 @@ def retrained_grid(results: StudyResults) -> Grid:
             number(row["quality"]),
             number(row["training_se"]),
             number(row["sampling_se"]),
-            "–"
-            if row["verdict"] == "the reference"
-            else ("+" if row["difference"] > 0 else "")
-            + plus_minus(row["difference"], row["margin"]),
+            _signed(row),
             row["verdict"],
             relative(row["time_frac"]),
         )
-        for _, row in tables.retrained(results).iterrows()
+        for _, row in opinions.retrained(results).iterrows()
     ]
     return Grid(head, rows)
 

@@ -10,7 +10,7 @@ from typing import Any
 import tomli_w
 
 from asesearch.errors import AseSearchError, StudyError
-from asesearch.report import evidence, grids, ladder, tables
+from asesearch.report import evidence, grids, ladder, opinions, tables
 from asesearch.report.explorer import embedded, scripts
 from asesearch.report.folder import MARK, check_folder, environment, write_folder
 from asesearch.report.plots import drawings
@@ -79,7 +79,8 @@ def _write(results: StudyResults, folder: Path) -> None:
         "trials": tables.trials,
         "front": tables.front,
         "confirmation": tables.confirmation,
-        "training-seeds": tables.retrained,
+        "training-seeds": opinions.retrained,
+        "feature-spaces": opinions.feature_spaces,
         "rungs": ladder.rungs,
         "attainment": lambda results: evidence.attained(results, tables.kind_of(results)),
         "importance": evidence.importance,
@@ -113,6 +114,7 @@ def render_page(results: StudyResults, shown: list[tuple[Drawing, bytes]]) -> st
             front=grids.front_grid(results, answer.chosen),
             confirmation=grids.confirmation_grid(results),
             retrained=grids.retrained_grid(results),
+            spaces=grids.spaces_grid(results),
             trials=grids.trials_grid(results),
             cost=grids.cost_grid(results),
             protocol=grids.protocol_grid({"search": search, "confirmation": confirmed}),

@@ -99,10 +99,10 @@ def trials(results: StudyResults) -> pd.DataFrame:
             "state": r.state,
             "metric": protocol.metric_name if protocol else "",
             "quality": r.quality.value if r.quality else math.nan,
-            "std_error": _std_error(r.quality),
+            "std_error": std_error(r.quality),
         }
         row |= {f"repeat_{i + 1}": values[i] if values else math.nan for i in range(repeats)}
-        row |= {f"{c}_frac": _nan(getattr(r, f"{c}_frac")) for c in ("time", "flops", "block")}
+        row |= {f"{c}_frac": nan(getattr(r, f"{c}_frac")) for c in ("time", "flops", "block")}
         row["speed_up"] = 1 / r.time_frac if r.time_frac else math.nan
         row |= {f"{part}_s": r.seconds.get(part, math.nan) for part in parts}
         row["gflops"] = sum(r.gflops.values()) if r.gflops else math.nan
@@ -124,12 +124,12 @@ def _part_order(part: str) -> tuple[int, str]:
     return (known.index(part) if part in known else len(known), part)
 
 
-def _nan(value: float | None) -> float:
+def nan(value: float | None) -> float:
     return math.nan if value is None else value
 
 
-def _std_error(quality: EvaluationResult | None) -> float:
-    return math.nan if quality is None else _nan(quality.std_error)
+def std_error(quality: EvaluationResult | None) -> float:
+    return math.nan if quality is None else nan(quality.std_error)
 
 
 def points(results: StudyResults, kind: Kind) -> pd.DataFrame:
@@ -145,7 +145,7 @@ def points(results: StudyResults, kind: Kind) -> pd.DataFrame:
     found: list[tuple[TrialRecord, EvaluationResult, float, float]] = []
     if kind == "search":
         found = [
-            (r, r.quality, _nan(r.time_frac), math.nan)
+            (r, r.quality, nan(r.time_frac), math.nan)
             for r in results.complete
             if r.quality is not None
         ]
@@ -176,10 +176,10 @@ def points(results: StudyResults, kind: Kind) -> pd.DataFrame:
                 "time_spread": spread,
                 "speed_up": 1 / time,
                 "quality": quality.value,
-                "std_error": _std_error(quality),
+                "std_error": std_error(quality),
                 "difference": difference,
-                "difference_se": _nan(error),
-                "difference_margin": _nan(margin),
+                "difference_se": nan(error),
+                "difference_margin": nan(margin),
                 "confidence": CONFIDENCE,
                 "verdict": "the reference" if r is full else verdict(difference, margin),
                 "on_front": i in front,
@@ -296,9 +296,9 @@ def cost(results: StudyResults) -> pd.DataFrame:
             {
                 "number": r.number,
                 "label": label(r, results.own_sampler),
-                "block_frac": _nan(r.block_frac),
-                "flops_frac": _nan(r.flops_frac),
-                "predicted_time_frac": _nan(r.time_frac),
+                "block_frac": nan(r.block_frac),
+                "flops_frac": nan(r.flops_frac),
+                "predicted_time_frac": nan(r.time_frac),
                 "measured_time_frac": c.measured_time_frac if c else math.nan,
                 "measured_time_spread": c.measured_time_spread if c else math.nan,
             }
@@ -326,11 +326,11 @@ def confirmation(results: StudyResults) -> pd.DataFrame:
                 "label": label(r, results.own_sampler),
                 "metric": c.quality.protocol.metric_name,
                 "search_quality": r.quality.value,
-                "search_std_error": _std_error(r.quality),
+                "search_std_error": std_error(r.quality),
                 "confirmed_quality": c.quality.value,
-                "confirmed_std_error": _std_error(c.quality),
+                "confirmed_std_error": std_error(c.quality),
                 "selection_bias": _selection_bias(r.quality, c),
-                "predicted_time_frac": _nan(r.time_frac),
+                "predicted_time_frac": nan(r.time_frac),
                 "measured_time_frac": c.measured_time_frac,
                 "measured_time_spread": c.measured_time_spread,
                 "difference": row["difference"],
@@ -338,41 +338,6 @@ def confirmation(results: StudyResults) -> pd.DataFrame:
                 "difference_margin": row["difference_margin"],
                 "confidence": row["confidence"],
                 "verdict": row["verdict"],
-            }
-        )
-    return pd.DataFrame(rows)
-
-
-def retrained(results: StudyResults) -> pd.DataFrame:
-    """Confirmed points over their training seeds, fastest first; empty where each has one seed.
-
-    `quality` is the mean over `training_seeds` networks, `training_se` its standard error (from
-    training), `sampling_se` that of the search's own network (from sampling, on other images);
-    `difference` and `margin` compare with the full network seed by seed, and `verdict` is by them.
-    """
-    records = by_number(results)
-    full = next(
-        (c for c in results.confirmations if results.full and c.number == results.full.number), None
-    )
-    rows = []
-    for c in sorted(results.confirmations, key=lambda c: (c.measured_time_frac, c.number)):
-        if not c.retrained:
-            continue
-        difference, margin = (math.nan, None) if full is None else c.trained.minus(full.trained)
-        rows.append(
-            {
-                "number": c.number,
-                "label": label(records[c.number], results.own_sampler),
-                "metric": c.quality.protocol.metric_name,
-                "training_seeds": len(c.trained.values),
-                "quality": c.trained.value,
-                "training_se": _nan(c.trained.std_error),
-                "sampling_se": _std_error(c.quality),
-                "difference": difference,
-                "margin": _nan(margin),
-                "confidence": CONFIDENCE,
-                "verdict": "the reference" if c is full else verdict(difference, margin),
-                "time_frac": c.measured_time_frac,
             }
         )
     return pd.DataFrame(rows)

@@ -95,7 +95,14 @@ class _Confirming:
         """Whether a point is scored under every training seed; more seeds than before are trained
         beside what is on record."""
         wanted = self.study.config.confirm.training_seeds
-        return found is not None and 1 + len(found.retrained) >= wanted
+        return self._has_spaces(found) and found is not None and 1 + len(found.retrained) >= wanted
+
+    def _has_spaces(self, found: Confirmation | None) -> bool:
+        """Whether a point is scored in every feature space."""
+        if found is None:
+            return False
+        scored = {quality.protocol for quality in found.also}
+        return scored >= {space.protocol for space in self.bench.also}
 
     def _points(self, searching: list[str]) -> list[TrialRecord]:
         """What is to be confirmed as the record stands; the full network first."""
@@ -123,7 +130,10 @@ class _Confirming:
             if self._is_whole(made):
                 return True
             try:
-                made = made or self._kept(self._measure(record, full))
+                if made is None or not self._has_spaces(made):
+                    again = () if made is None else made.retrained
+                    made = replace(self._measure(record, full), retrained=again)
+                    made = self._kept(made)
                 while not self._is_whole(made):
                     made = self._kept(self._retrained(record, made))
             except StudyError:
@@ -172,7 +182,7 @@ class _Confirming:
     def _measure(self, record: TrialRecord, full: TrialRecord) -> Confirmation:
         begun = time.perf_counter()
         net = _network(self.study, record, self.bench)
-        quality, _ = self.bench.evaluate(net, record.point, self.protocol)
+        quality, also = self.bench.confirmed(net, record.point)
         ratio = 1.0
         spread = 0.0
         if record.number != full.number:
@@ -180,7 +190,8 @@ class _Confirming:
             measured = self.bench.measured_time(net, record.point, full_net)
             ratio = measured.median
             spread = measured.spread
-        return Confirmation(record.number, quality, ratio, spread, time.perf_counter() - begun)
+        took = time.perf_counter() - begun
+        return Confirmation(record.number, quality, ratio, spread, took, also=also)
 
     def _wait(self, searching: list[str], left: list[TrialRecord]) -> None:
         if not self._said:

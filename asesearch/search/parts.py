@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,12 @@ from asesearch.errors import ConfigError, EvaluationError
 from asesearch.evaluation.cost import TimeRatio, compare_sampling_time
 from asesearch.evaluation.extractors import make_extractor
 from asesearch.evaluation.features import to_uint8
-from asesearch.evaluation.fidelity import check_sample_counts, evaluate
+from asesearch.evaluation.fidelity import (
+    Space,
+    build_protocol,
+    check_sample_counts,
+    evaluate_in,
+)
 from asesearch.finetuning import check_fit
 from asesearch.point import Point
 from asesearch.sampler import Sampler
@@ -37,7 +43,7 @@ from asesearch.search.opening import (
     open_decoder,
     open_reference,
 )
-from asesearch.search.protocols import known_channels, make_protocols
+from asesearch.search.protocols import confirming, known_channels, make_protocols
 
 SHOWN_IMAGES = 40  # images kept of each trial for the report
 TRIED_STEPS = 3  # solver steps of the one image that goes through everything first
@@ -90,6 +96,7 @@ class Parts:
         self.reference = open_reference(config, self.data, self.extractor)
         channels = known_channels(config, self.backbone.guided_channels, run_dir)
         self.protocols = make_protocols(config, self.extractor, self.reference, channels)
+        self.also = tuple(map(self._space, config.confirm.also))
 
     def _samplers(self) -> dict[Sampler, tuple[float, ...]]:
         """Timesteps at which each sampler calls the network, the study's own first."""
@@ -101,6 +108,29 @@ class Parts:
                 net, how.solver, self.diffusion, how.num_steps, how.cfg_scale
             )
         return found
+
+    def _space(self, name: str) -> Space:
+        """A further feature space of the confirmation.
+
+        Raises:
+            ConfigError: the study's own, or one named twice.
+            EvaluationError: an extractor that can't be loaded or does not take the images, or too
+                few images for it.
+        """
+        config = self.config
+        if [config.evaluation.extractor, *config.confirm.also].count(name) > 1:
+            raise ConfigError(
+                "confirm.also names feature extractors beside evaluation.extractor, each once; got "
+                f"{name!r} twice; leave one out"
+            )
+        extractor = make_extractor(name, None, self.device)
+        extractor.check_shape(self.backbone.in_channels if self.decoder is None else 3, "samples")
+        reference = open_reference(config, self.data, extractor)
+        confirmation = self.protocols.confirmation
+        built = build_protocol(confirming(config), config.sampling, extractor, reference)
+        same = ("solver", "num_steps", "guided_channels")
+        own = {field: getattr(confirmation, field) for field in same}
+        return Space(replace(built, **own), extractor, reference)
 
     @property
     def own_sampler(self) -> Sampler:
@@ -179,6 +209,27 @@ class Parts:
         `shown`, if given, receives the first images made, (N, C, H, W) uint8, in parts of at least
         SHOWN_IMAGES together.
         """
+        own = Space(protocol, self.extractor, self.reference)
+        (quality,), seconds = self._scores(backbone, point, [own], shown)
+        return quality, seconds
+
+    def confirmed(
+        self, backbone: Backbone, point: Point
+    ) -> tuple[EvaluationResult, tuple[EvaluationResult, ...]]:
+        """Score under the confirmation protocol, and in the further feature spaces of
+        `confirm.also`, of the same images."""
+        own = Space(self.protocols.confirmation, self.extractor, self.reference)
+        (quality, *others), _ = self._scores(backbone, point, [own, *self.also])
+        return quality, tuple(others)
+
+    def _scores(
+        self,
+        backbone: Backbone,
+        point: Point,
+        spaces: Sequence[Space],
+        shown: list[Tensor] | None = None,
+    ) -> tuple[tuple[EvaluationResult, ...], dict[str, float]]:
+        """Scores in these spaces, and what `evaluate` tells of time."""
         seconds = {"sample": 0.0}
         begun = time.perf_counter()
 
@@ -202,9 +253,9 @@ class Parts:
 
         # decoded images and prompts take much memory
         chunk = self.batch_size if self.decoder is not None else 1000
-        quality = evaluate(make_images, protocol, self.extractor, self.reference, chunk)
+        found = evaluate_in(make_images, spaces, chunk)
         seconds["evaluate"] = time.perf_counter() - begun - sum(seconds.values())
-        return quality, seconds
+        return found, seconds
 
     def measured_time(self, net: Backbone, point: Point, full_net: Backbone) -> TimeRatio:
         """Whole-sampling time of a point over the full network's under the study's own sampler,

@@ -95,13 +95,18 @@ def make_protocols(
     def changed(**fields: int) -> EvaluationConfig:
         return config.evaluation.model_copy(update=fields)
 
-    confirm = config.confirm
     low = None
     if (how := config.promotion) is not None:
         few = changed(num_samples=how.num_samples, repeats=how.repeats)
         low = make(few, low_fidelity_metric(how, few, extractor.dim))
-    fresh = changed(num_samples=confirm.num_samples, repeats=confirm.repeats, seed=FRESH_SEEDS)
-    return Protocols(make(config.evaluation), make(fresh), low)
+    return Protocols(make(config.evaluation), make(confirming(config)), low)
+
+
+def confirming(config: StudyConfig) -> EvaluationConfig:
+    """The evaluation of a study's confirmation."""
+    how = config.confirm
+    fresh = {"num_samples": how.num_samples, "repeats": how.repeats, "seed": FRESH_SEEDS}
+    return config.evaluation.model_copy(update=fresh)
 
 
 def known_channels(config: StudyConfig, channels: int, run_dir: Path | None) -> int | None:

@@ -175,6 +175,7 @@ class Confirmation:
         seconds: that it took in all.
         retrained: the same point fine-tuned under further seeds, one score each, under the protocol
             of `quality`.
+        also: the same images in further feature spaces.
     """
 
     number: int
@@ -183,6 +184,7 @@ class Confirmation:
     measured_time_spread: float
     seconds: float = 0.0
     retrained: tuple[EvaluationResult, ...] = ()
+    also: tuple[EvaluationResult, ...] = ()
 
     @property
     def trained(self) -> TrainedScore:
@@ -191,17 +193,21 @@ class Confirmation:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON."""
-        scores = {"quality": self.quality.to_dict()}
-        return {**asdict(self), **scores, "retrained": [q.to_dict() for q in self.retrained]}
+        several = {
+            "retrained": [q.to_dict() for q in self.retrained],
+            "also": [q.to_dict() for q in self.also],
+        }
+        return {**asdict(self), "quality": self.quality.to_dict(), **several}
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Confirmation:
-        """Inverse of `to_dict`; of a release without training seeds too."""
-        own = {
-            "quality": EvaluationResult.from_dict(data["quality"]),
-            "retrained": tuple(map(EvaluationResult.from_dict, data.get("retrained", ()))),
+        """Inverse of `to_dict`; of a release without training seeds and further spaces too."""
+        several = {
+            name: tuple(map(EvaluationResult.from_dict, data.get(name, ())))
+            for name in ("retrained", "also")
         }
-        return cls(**{**data, **own})
+        quality = EvaluationResult.from_dict(data["quality"])
+        return cls(**{**data, "quality": quality, **several})
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,8 @@ import scipy.stats
 
 from asesearch.errors import EvaluationError, StudyError
 from asesearch.point import Point
-from asesearch.report import exhibits, tables
-from asesearch.report.grids import retrained_grid
+from asesearch.report import exhibits, opinions, tables
+from asesearch.report.grids import retrained_grid, spaces_grid
 from asesearch.report.wording import headline, number, percent, plus_minus
 from asesearch.schedule import ExitSchedule
 from asesearch.score import EvaluationResult
@@ -131,7 +131,7 @@ def test_confirmation_puts_both_figures_side_by_side(study):
 
 def test_training_seeds_have_an_error_and_a_verdict_of_their_own(study):
     results = study(confirm=True)
-    assert tables.retrained(results).empty  # one seed each
+    assert opinions.retrained(results).empty  # one seed each
     again = tuple(
         replace(
             c,
@@ -143,7 +143,7 @@ def test_training_seeds_have_an_error_and_a_verdict_of_their_own(study):
         for c in results.confirmations
     )
     results = replace(results, confirmations=again)
-    table = tables.retrained(results).set_index("number")
+    table = opinions.retrained(results).set_index("number")
     assert len(table) == len(again) and set(table["training_seeds"]) == {3}
     for c in again:
         row = table.loc[c.number]
@@ -155,6 +155,23 @@ def test_training_seeds_have_an_error_and_a_verdict_of_their_own(study):
     assert table.loc[results.full.number, "verdict"] == "the reference"
     grid = retrained_grid(results)
     assert len(grid.rows) == len(again) and grid.rows[0][1] == "3"
+
+
+def test_further_feature_spaces_are_compared_each_by_itself(study):
+    results = study(confirm=True)
+    assert opinions.feature_spaces(results).empty
+    other = replace(results.confirmations[0].quality.protocol, extractor="another")
+    also = tuple(
+        replace(c, also=(EvaluationResult(other, tuple(9 * v for v in c.quality.values)),))
+        for c in results.confirmations
+    )
+    results = replace(results, confirmations=also)
+    table = opinions.feature_spaces(results).set_index("number")
+    own = tables.points(results, "confirmed").set_index("number")
+    assert len(table) == len(also) and set(table["metric"]) == {"Fréchet distance (another)"}
+    assert table["difference"].to_dict() == pytest.approx((9 * own["difference"]).to_dict())
+    assert table["verdict"].to_dict() == own["verdict"].to_dict()
+    assert len(spaces_grid(results).rows) == len(also)
 
 
 def test_no_selection_bias_where_more_than_the_seeds_differ(study):

@@ -110,6 +110,11 @@ class FakeBench:
             "sample": 0.0
         }
 
+    also = ()
+
+    def confirmed(self, net, point):
+        return self.evaluate(net, point, self.protocols.confirmation)[0], ()
+
     def measured_time(self, net, point, full_net):
         return TimeRatio(self.fracs(point)[0], 0.01, ())
 

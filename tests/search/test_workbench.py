@@ -1,12 +1,16 @@
 """What the bench measures of a point, against clocks and networks of known cost."""
 
+import numpy as np
 import pytest
 import torch
 
 from asesearch.backbones import DiT
 from asesearch.backbones.checkpoints import save_backbone
 from asesearch.config import parse_study
+from asesearch.errors import ConfigError, EvaluationError
 from asesearch.evaluation.cost import LatencyTable
+from asesearch.evaluation.distances import frechet_distance
+from asesearch.evaluation.features import extract_features, to_uint8
 from asesearch.point import Point
 from asesearch.sampler import Sampler
 from asesearch.schedule import ExitSchedule
@@ -161,3 +165,55 @@ def test_low_fidelity_scores_are_of_the_weights_that_trials_start_from(make_benc
     assert gflops == pytest.approx(
         bench.costs.sampling_gflops(point, bench.protocols.search) * 66 / 140
     )
+
+
+SECOND_SPACE = """
+from asesearch.evaluation.extractors import FashionCNN
+
+class Pooled(FashionCNN):
+    def forward(self, images):
+        return (super().forward(images)[0].unflatten(1, (-1, 4)).mean(2),)
+"""
+
+
+@pytest.fixture
+def second_space(tmp_path, monkeypatch):
+    (tmp_path / "second_space.py").write_text(SECOND_SPACE)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setenv("ASESEARCH_CACHE", str(tmp_path / "cache"))
+    return "second_space:Pooled"
+
+
+def test_confirmed_images_are_scored_in_further_feature_spaces(make_bench, second_space):
+    confirm = {"num_samples": 80, "repeats": 2, "also": [second_space]}
+    evaluation = {"extractor": "fashion-cnn", "num_samples": 70}
+    bench = make_bench(confirm=confirm, evaluation=evaluation)
+    point = Point(bench.full, bench.own_sampler)
+    quality, (other,) = bench.confirmed(bench.backbone, point)
+    assert quality == bench.evaluate(bench.backbone, point, bench.protocols.confirmation)[0]
+    assert other.protocol.seeds == quality.protocol.seeds and other.protocol != quality.protocol
+    [space] = bench.also
+    for first, value in zip(other.protocol.seeds, other.values, strict=True):
+        images = bench.sample(bench.backbone, point, range(first, first + 80)).images
+        features = extract_features(space.extractor, to_uint8(images))
+        moments = features.mean(0), np.cov(features, rowvar=False)
+        assert features.shape == (80, 16)
+        assert value == pytest.approx(
+            frechet_distance(*moments, space.reference.mean, space.reference.cov)
+        )
+
+
+@pytest.mark.parametrize(
+    ("also", "error", "rule"),
+    [
+        (["fashion-cnn"], ConfigError, "'fashion-cnn' twice"),
+        (["second_space:Pooled"] * 2, ConfigError, "'second_space:Pooled' twice"),
+        (["absent:Space"], EvaluationError, "can't import the extractor absent:Space"),
+    ],
+)
+def test_a_further_space_is_refused_before_anything_is_paid(
+    make_bench, second_space, also, error, rule
+):
+    evaluation = {"extractor": "fashion-cnn", "num_samples": 70}
+    with pytest.raises(error, match=rule):
+        make_bench(confirm={"num_samples": 80, "also": also}, evaluation=evaluation)

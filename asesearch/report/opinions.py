@@ -1,0 +1,77 @@
+"""Second opinions of confirmed points, as tables: trained again, and in further feature spaces."""
+
+from __future__ import annotations
+
+import math
+
+import pandas as pd
+
+from asesearch.report import tables
+from asesearch.score import CONFIDENCE
+from asesearch.study.records import StudyResults
+
+
+def retrained(results: StudyResults) -> pd.DataFrame:
+    """Confirmed points over their training seeds, fastest first; empty where each has one seed.
+
+    `quality` is the mean over `training_seeds` networks, `training_se` its standard error (from
+    training), `sampling_se` that of the search's own network (from sampling, on other images);
+    `difference` and `margin` compare with the full network seed by seed, and `verdict` is by them.
+    """
+    records = tables.by_number(results)
+    full = next(
+        (c for c in results.confirmations if results.full and c.number == results.full.number), None
+    )
+    rows = []
+    for c in sorted(results.confirmations, key=lambda c: (c.measured_time_frac, c.number)):
+        if not c.retrained:
+            continue
+        difference, margin = (math.nan, None) if full is None else c.trained.minus(full.trained)
+        rows.append(
+            {
+                "number": c.number,
+                "label": tables.label(records[c.number], results.own_sampler),
+                "metric": c.quality.protocol.metric_name,
+                "training_seeds": len(c.trained.values),
+                "quality": c.trained.value,
+                "training_se": tables.nan(c.trained.std_error),
+                "sampling_se": tables.std_error(c.quality),
+                "difference": difference,
+                "margin": tables.nan(margin),
+                "confidence": CONFIDENCE,
+                "verdict": "the reference" if c is full else tables.verdict(difference, margin),
+                "time_frac": c.measured_time_frac,
+            }
+        )
+    return pd.DataFrame(rows)
+
+
+def feature_spaces(results: StudyResults) -> pd.DataFrame:
+    """Confirmed points in further feature spaces, fastest first: scores of the same images, each
+    compared with the full network's in the same space; empty without such spaces."""
+    records = tables.by_number(results)
+    number = None if results.full is None else results.full.number
+    full = {q.protocol: q for c in results.confirmations if c.number == number for q in c.also}
+    rows = []
+    for c in sorted(results.confirmations, key=lambda c: (c.measured_time_frac, c.number)):
+        for quality in c.also:
+            baseline = full.get(quality.protocol)
+            difference = math.nan if baseline is None else quality.minus(baseline)[0]
+            margin = None if baseline is None else quality.margin(baseline)
+            rows.append(
+                {
+                    "number": c.number,
+                    "label": tables.label(records[c.number], results.own_sampler),
+                    "metric": quality.protocol.metric_name,
+                    "quality": quality.value,
+                    "std_error": tables.std_error(quality),
+                    "difference": difference,
+                    "margin": tables.nan(margin),
+                    "confidence": CONFIDENCE,
+                    "verdict": "the reference"
+                    if c.number == number
+                    else tables.verdict(difference, margin),
+                    "time_frac": c.measured_time_frac,
+                }
+            )
+    return pd.DataFrame(rows)
