@@ -249,6 +249,24 @@ def test_export_and_sample_in_another_process(place, tmp_path):
 
 
 @pytest.mark.parametrize(
+    "format", ["diffusers", *(pytest.param(f, marks=pytest.mark.slow) for f in ("onnx", "aoti"))]
+)
+def test_a_point_and_its_bundle_in_another_format(place, tmp_path, format):
+    made = tmp_path / "made"
+    call("export", place / "runs/tiny", "--trial", 1, "--format", format, "-o", made)
+    call("export", place / "runs/tiny", "--trial", 1, "-o", tmp_path / "b")
+    call("convert", tmp_path / "b", "--format", format, "-o", tmp_path / "converted")
+    hashes = [
+        json.loads((folder / "bundle.json").read_text())["files"]
+        for folder in (made, tmp_path / "converted")
+    ]
+    hashes = [{k: v for k, v in h.items() if not k.endswith(".pt2")} for h in hashes]
+    assert hashes[0] == hashes[1]
+    checks = json.loads(call("verify", made, "--no-speed", "--json")[0])
+    assert [c["name"] for c in checks if c["passed"]] == ["files", "network", "parity"], checks
+
+
+@pytest.mark.parametrize(
     ("label", "rule"),
     [(10, "got 10, the null label"), (11, "got 11; choose"), (-1, "got -1; choose")],
 )
@@ -690,6 +708,8 @@ IGNORED = [
         ("export", "RUN", "-o", "b", "--pick", "fastest-within", "--quality", "1se", "--time", "1"),
         "got fastest-within",
     ),
+    (("export", "RUN", "-o", "b", "--trial", "0", "--vae", "v"), "the format diffusers only"),
+    (("export", "RUN", "-o", "b", "--trial", "0", "--format", "tf"), "must be one of bundle, diff"),
     (("search", "STUDY", "--trials", "3", "--budget", "1h"), "--trials or --budget, not both"),
     (("sample", "b", "-o", "x.png", "--prompt", "a", "--label", "1"), "--prompt goes with"),
     (("sample", "b", "-o", "x.png", "--text-encoder", "t"), "--prompt goes with"),

@@ -9,6 +9,7 @@ hashes are those on record, and is for folders whose maker you trust, as any pro
 from __future__ import annotations
 
 import json
+import logging
 import os
 import platform
 import warnings
@@ -143,6 +144,8 @@ def open_aoti(folder: Path, data: Mapping[str, Any]) -> tuple[Bundle, dict[str, 
     """
     rest = {key: value for key, value in data.items() if key != "built"}
     bundle, parity = open_bundle(folder, rest)
+    # torch says on each load that it has no CUDA
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
     try:
         code: Code = torch._inductor.aoti_load_package(str(folder / PACKAGE))
     except Exception as error:  # torch raises what its parts raise
