@@ -58,8 +58,10 @@ def _outputs(
     device = next(net.parameters()).device
     given = {k: v.to(device) for k, v in tensors.items() if not k.startswith(OUTPUT)}
     y = given.get("y") if "y" in given else prompts_of(given)
-    outputs = {f"{OUTPUT}{d}": net(given["x_t"], given["t"], y, exit_depth=d) for d in depths}
-    return {k: v.float().cpu().contiguous() for k, v in outputs.items()}
+    # each block once, and the same to the last bit as a call for each depth
+    exits = net.all_exits(given["x_t"], given["t"], y)
+    outputs = zip(range(net.min_exit_depth, max(depths) + 1), exits, strict=False)
+    return {f"{OUTPUT}{d}": out.float().cpu().contiguous() for d, out in outputs if d in depths}
 
 
 def parity_errors(net: Backbone, parity: Mapping[str, Tensor]) -> dict[int, float]:

@@ -382,7 +382,8 @@ def test_a_wrong_bundle_is_refused_with_the_true_reason(name, whole, tmp_path, m
     shutil.copytree(whole, folder)
     tamper(folder)
     if name not in RUN:
-        monkeypatch.setattr(DiT, "forward", lambda *a, **k: pytest.fail("the network was run"))
+        for way in ("forward", "all_exits"):
+            monkeypatch.setattr(DiT, way, lambda *a, **k: pytest.fail("the network was run"))
     for opener in ("load", "Unpickler", "loads"):
         monkeypatch.setattr(pickle, opener, lambda *a, **k: pytest.fail("something was unpickled"))
     monkeypatch.setattr(torch, "load", lambda *a, **k: pytest.fail("torch.load was called"))
