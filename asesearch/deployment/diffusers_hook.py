@@ -13,11 +13,14 @@ import torch
 from torch import nn
 
 from asesearch.backbones.block_exits import PIPELINE_SPECS, BlockExits, argument_names
+from asesearch.deployment import bundle, diffusers_pipeline
 from asesearch.deployment.diffusers_pipeline import Restored, as_exported
-from asesearch.deployment.manifest import MANIFEST, read_manifest
+from asesearch.deployment.manifest import MANIFEST, check_format, read_manifest
 from asesearch.errors import CheckpointError, ConfigError, ScheduleError
 from asesearch.schedule import ExitSchedule
 
+#: The formats that have a schedule, and the version of each that is read.
+FORMATS = {bundle.FORMAT: bundle.VERSION, diffusers_pipeline.FORMAT: diffusers_pipeline.VERSION}
 #: Hooks of diffusers' caches that take what all blocks added from a call of the last block.
 GROUP_CACHES = (
     "fbc_leader_block_hook",
@@ -176,6 +179,8 @@ def apply_exit_schedule(
     data: dict[str, Any] = {}
     if isinstance(schedule, (str, os.PathLike)):
         data = read_manifest(Path(schedule))
+        own = data["format"] if data["format"] in FORMATS else bundle.FORMAT
+        check_format(Path(schedule), data, own, FORMATS[own])
         schedule = _schedule_in(Path(schedule), data)
     elif not isinstance(schedule, ExitSchedule):
         schedule = schedule.schedule

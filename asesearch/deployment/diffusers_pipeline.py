@@ -8,16 +8,17 @@ alone, guides every channel, spaces timesteps its own way and always has a VAE.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from diffusers import DiTPipeline, ImagePipelineOutput
+from diffusers import DiTPipeline, DiTTransformer2DModel, ImagePipelineOutput
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from asesearch.config import SamplingConfig, parse_section
-from asesearch.errors import ConfigError
+from asesearch.errors import CheckpointError, ConfigError
 from asesearch.sampler import grid_of
 from asesearch.solvers import DiscreteLevels, find_solver
 
@@ -76,6 +77,11 @@ class ExportedDiTPipeline(DiTPipeline):
         config = self.transformer.config
         device = self._execution_device
         labels = torch.as_tensor(list(class_labels), device=device).reshape(-1)
+        top = config.num_embeds_ada_norm - 1
+        if labels.is_floating_point() or not 0 <= int(labels.min()) <= int(labels.max()) <= top:
+            raise ConfigError(
+                f"class_labels must be integers in 0…{top}; got {list(class_labels)[:5]}"
+            )
         shape = (len(labels), config.in_channels, config.sample_size, config.sample_size)
         # the solver's arithmetic is float32, whatever the network's
         x = randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
@@ -161,33 +167,70 @@ def as_exported(pipeline: Any, data: Mapping[str, Any]) -> Restored | None:
 
     Args:
         pipeline: a `DiTPipeline` or its transformer.
-        data: of the exported folder's manifest; of any other, nothing is done.
+        data: of the exported folder's manifest; of another format, nothing is done.
 
     Raises:
         ConfigError: another pipeline.
+        CheckpointError: settings that no exported folder has.
     """
     if data.get("format") != FORMAT:
         return None
-    transformer = getattr(pipeline, "transformer", pipeline)
-    shifts = [block.norm1.emb.time_proj for block in transformer.transformer_blocks]
-    before = [proj.downscale_freq_shift for proj in shifts]
+    transformer: Any = getattr(pipeline, "transformer", pipeline)
     plain_class = type(pipeline)
+    own_class: Any = DiTTransformer2DModel
+    if not isinstance(transformer, own_class) or (
+        pipeline is not transformer and plain_class is not DiTPipeline
+    ):
+        raise ConfigError(
+            f"this folder is of a DiTPipeline; got a {plain_class.__name__}; load it by "
+            "DiffusionPipeline.from_pretrained"
+        )
+    _check_settings(data, transformer)
+    frequencies = [block.norm1.emb.time_proj for block in transformer.transformer_blocks]
+    before = [each.downscale_freq_shift for each in frequencies]
     if pipeline is not transformer:
-        if plain_class is not DiTPipeline:
-            raise ConfigError(
-                f"this folder is of a DiTPipeline; got a {plain_class.__name__}; load it by "
-                "DiffusionPipeline.from_pretrained"
-            )
         pipeline.__class__ = ExportedDiTPipeline
         pipeline.exported = dict(data)
-    for proj in shifts:
-        proj.downscale_freq_shift = data["frequency_shift"]
+    for each in frequencies:
+        each.downscale_freq_shift = data["frequency_shift"]
 
     def restore() -> None:
-        for proj, shift in zip(shifts, before, strict=True):
-            proj.downscale_freq_shift = shift
+        for each, shift in zip(frequencies, before, strict=True):
+            each.downscale_freq_shift = shift
         if pipeline is not transformer:
             pipeline.__class__ = plain_class
             del pipeline.exported
 
     return restore
+
+
+def _check_settings(data: Mapping[str, Any], transformer: Any) -> None:
+    """Refuse a manifest whose settings were not exported with such a transformer."""
+    channels = transformer.config.in_channels
+    latents = data.get("latents")
+    try:
+        parse_section(SamplingConfig, data["sampling"], "sampling")
+        wrong = [
+            name
+            for name, right in (
+                ("frequency_shift", data["frequency_shift"] in (0, 1)),
+                ("guided_channels", data["guided_channels"] in range(1, channels + 1)),
+                (
+                    "latents",
+                    latents is None
+                    or all(
+                        len(latents[key]) == channels
+                        and all(math.isfinite(v) for v in latents[key])
+                        for key in ("shift", "scale")
+                    ),
+                ),
+            )
+            if not right
+        ]
+    except (ConfigError, KeyError, TypeError) as error:
+        wrong = [" ".join(str(error).split())[:200]]
+    if wrong:
+        raise CheckpointError(
+            f"the manifest must hold the settings of the exported DiT; got wrong {wrong[0]}; "
+            "export it again"
+        )

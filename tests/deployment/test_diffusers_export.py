@@ -16,7 +16,7 @@ from asesearch.deployment.manifest import file_entries
 from asesearch.deployment.verify import verify
 from asesearch.errors import CheckpointError, ConfigError, DataError
 from asesearch.schedule import ExitSchedule
-from tests.deployment.test_diffusers_hook import of_numpy_1
+from tests.deployment.test_diffusers_hook import MAKERS, of_numpy_1
 
 pytestmark = of_numpy_1
 DEPTH = 4
@@ -123,6 +123,47 @@ def test_a_bundle_and_its_folder_have_schedules_too(tmp_path):
             assert handle.schedule == SCHEDULE and type(pipeline) is DiTPipeline
     with pytest.raises(CheckpointError, match=r"is .* a bundle written by `asesearch export`\?"):
         apply_exit_schedule(pipeline, tmp_path)
+
+
+def test_another_pipeline_is_refused_and_left_as_it_was(tmp_path):
+    folder = formats.write(made_bundle(), tmp_path / "made", "diffusers")
+    pipeline = MAKERS["pixart"]()
+    blocks = [type(block) for block in pipeline.transformer.transformer_blocks]
+    with pytest.raises(ConfigError, match="of a DiTPipeline; got a PixArtAlphaPipeline"):
+        apply_exit_schedule(pipeline, folder)
+    assert [type(block) for block in pipeline.transformer.transformer_blocks] == blocks
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"frequency_shift": "1"}, "got wrong frequency_shift"),
+        ({"guided_channels": 5}, "got wrong guided_channels"),
+        ({"latents": {"shift": [0.0], "scale": [1.0]}}, "got wrong latents"),
+        ({"sampling": {"solver": "magic"}}, "got wrong sampling: solver"),
+        ({"schedule": {}}, "must hold an exit schedule"),
+        ({"version": 2}, "has bundle version 2; this release reads 1"),
+        ({"format": "asesearch.tape"}, "got 'asesearch.tape'"),
+    ],
+)
+def test_a_forged_manifest_is_refused(tmp_path, changes, message):
+    folder = formats.write(made_bundle(), tmp_path / "made", "diffusers")
+    pipeline = load(folder, vae=None)
+    path = folder / "bundle.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    with pytest.raises(CheckpointError, match=message):
+        apply_exit_schedule(pipeline, folder)
+    assert type(pipeline) is DiTPipeline
+    apply_exit_schedule(pipeline, SCHEDULE).remove()  # nothing was left behind
+
+
+def test_wrong_labels_are_refused(tmp_path):
+    folder = formats.write(made_bundle(), tmp_path / "made", "diffusers")
+    pipeline = load(folder, vae=None)
+    with apply_exit_schedule(pipeline, folder):
+        for wrong in ([10], [-1], [0.5]):
+            with pytest.raises(ConfigError, match="must be integers in 0…9; got"):
+                pipeline(wrong)
 
 
 def test_verify_takes_it(tmp_path):
