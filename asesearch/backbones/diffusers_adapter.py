@@ -238,31 +238,46 @@ class DiffusersBackbone(Backbone):
 def load_diffusers(
     path: Path, null_condition: Mapping[str, Tensor] | None = None
 ) -> DiffusersBackbone:
-    """Read a diffusers transformer in float32 from a local folder; nothing is downloaded, nothing
-    unpickled.
+    """Read a diffusers transformer in float32 from a local folder; nothing is downloaded, and of a
+    pickle nothing but tensors is read.
 
     Args:
-        path: folder with `config.json` and safetensors (sharded or not), or a pipeline's with these
-            in `transformer/`.
+        path: folder with `config.json` and safetensors (sharded or not) or a `.bin` file, or a
+            pipeline's with these in `transformer/`.
         null_condition: as in `DiffusersBackbone`.
 
     Raises:
-        CheckpointError: a file is missing or unreadable, weights in pickle form only, an
-            unsupported class, or weights that do not fit the config.
+        CheckpointError: a file is missing or unreadable, an unsupported class, or weights that do
+            not fit the config.
     """
     folder = find_folder(path, "transformer")
     name = _supported_class(folder)
-    weight_files(folder, pickles=False)
-    model, unfit = load_pretrained(
-        getattr(diffusers, name), folder, name, torch_dtype=torch.float32
-    )
-    bad = {key: names[:3] for key, names in unfit.items()}
+    if weight_files(folder)[0].endswith(".bin"):
+        model = _without_weights(folder, name)
+        bad = {"weights": ["of other names or shapes"]}
+    else:
+        model, unfit = load_pretrained(
+            getattr(diffusers, name), folder, name, torch_dtype=torch.float32
+        )
+        bad = {key: names[:3] for key, names in unfit.items()}
     if bad and not _unwrap(model, folder):
         raise CheckpointError(
             f"the weights in {folder} must fit its config; got {bad}; save it again with diffusers"
         )
     refuse_not_finite(model.state_dict(), f"{folder} ({name})")
     return DiffusersBackbone(model, null_condition)
+
+
+def _without_weights(folder: Path, name: str) -> nn.Module:
+    """The network of a folder's config, whose weights are still to come."""
+    try:
+        made: nn.Module = getattr(diffusers, name).from_config(read_config(folder))
+    except (ValueError, TypeError, KeyError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise CheckpointError(
+            f"{folder / CONFIG} must describe a {name}; got {reason}; fetch it again"
+        ) from error
+    return made.eval()
 
 
 def _unwrap(model: nn.Module, folder: Path) -> bool:

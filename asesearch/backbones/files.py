@@ -207,7 +207,7 @@ def _read_folder(path: Path) -> Contents:
         return contents
     path = find_folder(path, "transformer")
     config = read_config(path)
-    names = weight_files(path, pickles=True)
+    names = weight_files(path)
     data: object = _load(path / names[0])[0]
     for name in names[1:]:
         shard = _load(path / name)[0]

@@ -70,12 +70,11 @@ def class_name(config: Mapping[str, Any]) -> object:
     return name
 
 
-def weight_files(folder: Path, *, pickles: bool) -> list[str]:
+def weight_files(folder: Path) -> list[str]:
     """Names of the files that hold a diffusers network's weights: one, or the shards of an index.
 
     Args:
-        folder: with all of them in it.
-        pickles: take a .bin file as well.
+        folder: with all of them in it; a .bin file counts where there are no safetensors.
 
     Raises:
         CheckpointError: a file is missing or something else, or the index is damaged.
@@ -84,7 +83,7 @@ def weight_files(folder: Path, *, pickles: bool) -> list[str]:
     index = folder / f"{WEIGHTS}.safetensors.index.json"
     if index.is_file():
         names = _shards(index)
-    elif pickles and not (folder / names[0]).is_file() and (folder / f"{WEIGHTS}.bin").is_file():
+    elif not (folder / names[0]).is_file() and (folder / f"{WEIGHTS}.bin").is_file():
         names = [f"{WEIGHTS}.bin"]
     missing = [name for name in names if not (folder / name).is_file()]
     for name in names:
@@ -92,11 +91,7 @@ def weight_files(folder: Path, *, pickles: bool) -> list[str]:
             raise CheckpointError(f"{folder / name} {what}")
     if missing:
         pickled = sorted(p.name for p in folder.iterdir() if p.suffix in _PICKLES)
-        fix = (
-            "convert the pickled weights with safetensors"
-            if pickled
-            else f"copy them beside {CONFIG}"
-        )
+        fix = f"call a PyTorch file {WEIGHTS}.bin" if pickled else f"copy them beside {CONFIG}"
         raise CheckpointError(
             f"{folder} must hold {', '.join(missing[:3])}; got {pickled or 'no such files'}; {fix}"
         )

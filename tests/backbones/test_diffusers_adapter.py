@@ -1,5 +1,6 @@
 import copy
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -537,8 +538,18 @@ def write_index(folder, name):
     )
 
 
-def pickle_instead(folder):
-    (folder / "diffusion_pytorch_model.safetensors").rename(folder / "diffusion_pytorch_model.bin")
+def pickle_instead(folder, change=dict):
+    """A .bin file as older releases of diffusers saved them."""
+    path = folder / "diffusion_pytorch_model.safetensors"
+    torch.save(change(load_file(path)), path.with_suffix(".bin"))
+    path.unlink()
+
+
+class Harm:
+    """Unpickled, it would write a file."""
+
+    def __reduce__(self):
+        return (Path.touch, (Path("harm"),))
 
 
 BROKEN = {
@@ -567,7 +578,22 @@ BROKEN = {
         lambda f: (f / "diffusion_pytorch_model.safetensors").unlink(),
         "got no such files",
     ),
-    "pickled": (pickle_instead, r"diffusion_pytorch_model\.bin.*convert the pickled weights"),
+    "pickled under another name": (
+        lambda f: (f / "diffusion_pytorch_model.safetensors").rename(f / "net.pt"),
+        r"got \['net.pt'\]; call a PyTorch file diffusion_pytorch_model.bin",
+    ),
+    "pickled, a tensor lacks": (
+        lambda f: pickle_instead(f, lambda s: dict(list(s.items())[1:])),
+        "must fit its config",
+    ),
+    "pickled, config refused by its class": (
+        lambda f: (pickle_instead(f), edit_config(f, norm_type="ada_norm")),
+        "must describe a DiTTransformer2DModel",
+    ),
+    "pickled code": (
+        lambda f: pickle_instead(f, lambda s: {**s, "x": Harm()}),
+        "diffusion_pytorch_model.bin",
+    ),
     "truncated": (
         lambda f: (f / "diffusion_pytorch_model.safetensors").write_bytes(b"x" * 100),
         "must hold a readable DiT",
@@ -588,14 +614,26 @@ BROKEN = {
 }
 
 
+def test_pickled_weights_are_read_as_tensors_alone(tmp_path):
+    net = dit()
+    net.save_pretrained(tmp_path)
+    pickle_instead(tmp_path)
+    found = load_diffusers(tmp_path).state_dict()
+    expected = DiffusersBackbone(net).state_dict()
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in found)
+
+
 @pytest.mark.parametrize("damage", BROKEN)
-def test_a_broken_folder_is_refused(damage, tmp_path):
+def test_a_broken_folder_is_refused(damage, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     dit().save_pretrained(tmp_path)
     load_diffusers(tmp_path)  # it was whole
     act, message = BROKEN[damage]
     act(tmp_path)
     with pytest.raises(CheckpointError, match=message):
         load_diffusers(tmp_path)
+    assert not (tmp_path / "harm").exists()
 
 
 def test_a_missing_folder_is_refused(tmp_path):
