@@ -79,6 +79,14 @@ def _no_sync():
 
 
 @pytest.fixture(autouse=True, scope="session")
+def _latency_in_one_repeat():
+    """Tests of the latency table say themselves how often it is to be measured."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("asesearch.search.costs.LATENCY_REPEATS", 1)
+        yield
+
+
+@pytest.fixture(autouse=True, scope="session")
 def _migrations_read_once():
     """Optuna reads all its migrations whenever a storage is opened: most of the time that takes."""
     manager = optuna.storages._rdb.storage._VersionManager

@@ -31,7 +31,7 @@ from asesearch.finetuning import check_fit
 from asesearch.point import Point
 from asesearch.report import write_report
 from asesearch.schedule import ExitSchedule
-from asesearch.search import Workbench, costs, opening, parts, search
+from asesearch.search import Workbench, opening, parts, search
 from asesearch.search.plan import make_plan
 from asesearch.study import Study
 from tests.test_cli import call
@@ -163,7 +163,6 @@ def climb(config, folder, figures=False):
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch, tmp_path):
-    monkeypatch.setattr(costs, "LATENCY_REPEATS", 1)
     monkeypatch.setenv("ASESEARCH_CACHE", str(tmp_path / "cache"))
 
 

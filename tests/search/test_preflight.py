@@ -21,7 +21,7 @@ from asesearch.errors import (
     WriteError,
 )
 from asesearch.finetuning import Trainer
-from asesearch.search import Workbench, costs, opening, parts, preflight, search
+from asesearch.search import Workbench, opening, parts, preflight, search
 from asesearch.search.plan import Plan, make_plan
 from asesearch.search.runner import run_trials
 from asesearch.study import Study
@@ -44,7 +44,6 @@ def weights(tmp_path_factory):
 @pytest.fixture
 def study(weights, monkeypatch, tmp_path):
     """A study with all there is, some of its sections changed."""
-    monkeypatch.setattr(costs, "LATENCY_REPEATS", 1)
     monkeypatch.setenv("ASESEARCH_CACHE", str(tmp_path / "cache"))
 
     def make(**changes):

@@ -124,7 +124,6 @@ def place(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch, tmp_path):
-    monkeypatch.setattr(costs, "LATENCY_REPEATS", 1)
     monkeypatch.setenv("ASESEARCH_CACHE", str(tmp_path / "cache"))
 
 
