@@ -23,8 +23,9 @@ def conditioning_for(
     backbone: Backbone, data: DataSource, seeds: Sequence[int]
 ) -> Conditioning | None:
     """What images are made of: class = seed modulo the number of classes, so that every class
-    occurs equally often; for a network that takes prompts, that of the data's image seed modulo
-    their number; None for an unconditional network.
+    occurs equally often where there are a multiple of them (of fewer images than classes, those of
+    the first classes); for a network that takes prompts, that of the data's image seed modulo their
+    number; None for an unconditional network.
     """
     if backbone.num_classes:
         return torch.tensor([s % backbone.num_classes for s in seeds])
