@@ -283,6 +283,8 @@ def compare_sampling_time(
     run_b: Callable[[], object],
     repeats: int = 5,
     timer: Timer | None = None,
+    *,
+    warm: bool = False,
 ) -> TimeRatio:
     """Time two samplings in turn, A B, B A, A B, …, after one untimed run of each.
 
@@ -292,6 +294,7 @@ def compare_sampling_time(
         repeats: pairs.
         timer: runs a call and gives its milliseconds; by default the wall clock, with the GPU
             synchronised.
+        warm: nothing is left that only a first run does: leave the untimed ones out.
 
     Raises:
         EvaluationError: no repeats.
@@ -299,8 +302,9 @@ def compare_sampling_time(
     if repeats < 1:
         raise EvaluationError(f"repeats must be at least 1; got {repeats}; 5 give a spread")
     clock = timer or _synchronised_wall
-    run_a()
-    run_b()
+    if not warm:
+        run_a()
+        run_b()
     pairs = []
     for repeat in range(repeats):
         if repeat % 2 == 0:
