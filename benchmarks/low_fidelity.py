@@ -31,7 +31,8 @@ from asesearch.config import (
     parse_study,
 )
 from asesearch.evaluation.distances import frechet_distance, kernel_distance, projected_distance
-from asesearch.evaluation.extractors import FashionCNN, make_extractor, register_extractor
+from asesearch.evaluation.extractors import make_extractor, register_extractor
+from asesearch.evaluation.fashion_cnn import FashionCNN
 from asesearch.evaluation.features import extract_features, to_uint8
 from asesearch.evaluation.fidelity import build_protocol
 from asesearch.evaluation.references import ReferenceStats, reference_statistics

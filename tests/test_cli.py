@@ -909,7 +909,7 @@ INTERRUPTED = [
         "kept in l",
     ),
     (
-        "asesearch.evaluation.extractors.train_extractor",
+        "asesearch.evaluation.fashion_cnn.train_extractor",
         ("train-extractor", "-o", "e.safetensors"),
         "no weights were written",
     ),

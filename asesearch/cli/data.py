@@ -110,7 +110,7 @@ def train_extractor_(
     """Train the small classifier whose features measure grey images (the shipped `fashion-cnn` was
     made so)."""
     from asesearch.data import fashion_mnist
-    from asesearch.evaluation.extractors import train_extractor
+    from asesearch.evaluation.fashion_cnn import train_extractor
     from asesearch.files import check_weights_file
 
     check_weights_file(out)

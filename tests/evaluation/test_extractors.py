@@ -14,13 +14,12 @@ from asesearch.data import ImageArray
 from asesearch.errors import AseSearchError, DataError, EvaluationError
 from asesearch.evaluation import extractors
 from asesearch.evaluation.distances import frechet_distance
-from asesearch.evaluation.extractors import (
+from asesearch.evaluation.extractors import make_extractor, register_extractor
+from asesearch.evaluation.fashion_cnn import (
     FASHION_CNN_WEIGHTS,
     FashionCNN,
     classifier_accuracy,
     extractor_metadata,
-    make_extractor,
-    register_extractor,
     train_extractor,
 )
 from asesearch.evaluation.features import extract_features
@@ -218,7 +217,7 @@ def test_weights_that_are_missing_or_of_another_network_give_one_line(tmp_path):
 
 OWN_MODULE = """
 import torch
-from asesearch.evaluation.extractors import FashionCNN
+from asesearch.evaluation.fashion_cnn import FashionCNN
 
 class Pooled(FashionCNN):
     \"\"\"Half of the features.\"\"\"

@@ -168,7 +168,7 @@ def test_low_fidelity_scores_are_of_the_weights_that_trials_start_from(make_benc
 
 
 SECOND_SPACE = """
-from asesearch.evaluation.extractors import FashionCNN
+from asesearch.evaluation.fashion_cnn import FashionCNN
 
 class Pooled(FashionCNN):
     def forward(self, images):
