@@ -28,6 +28,7 @@ Model = Callable[[Array, float], Array]
 Noise = Callable[[], Array]
 """Fresh (N, C, H, W) standard normal noise."""
 Pairs = Sequence[tuple[float, float]]
+"""(t_cur, t_next) of each step, descending."""
 
 
 def ddpm(model: Model, x: Array, pairs: Pairs, levels: NoiseLevels, noise: Noise) -> Array:
