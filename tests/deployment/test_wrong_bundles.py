@@ -406,7 +406,9 @@ def test_the_whole_bundle_loads_and_the_payload_would_be_seen(whole, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "make", [lambda p: None, lambda p: p.write_text("x"), lambda p: p.mkdir()], ids=str
+    "make",
+    [lambda p: None, lambda p: p.write_text("x"), lambda p: p.mkdir()],
+    ids=["absent", "a file", "empty"],
 )
 def test_what_is_no_bundle_is_refused(make, tmp_path):
     make(tmp_path / "bundle")
