@@ -29,6 +29,7 @@ SPEED_S = 20.0  # that timing takes, about
 PAIRS = 5  # timed samplings under the schedule and by the full network, at most
 FEWEST_STEPS = 2  # of a sampling that is timed
 KEPT = 0.5  # share of the promised saving of time that must be there
+NOISE = 2.0  # spreads that a busy machine may add to the measured time
 
 
 @dataclass(frozen=True)
@@ -263,7 +264,10 @@ def _speed(opened: Opened, run: Run) -> Check:
         "steps": steps,
         "full_s": min(b for _, b in time_.pairs),
     }
-    return Check("speed", 1 - time_.median >= KEPT * (1 - bound), found, numbers)
+    if bound == 1.0:
+        return Check("speed", True, f"{found}; all blocks run, so no saving is promised", numbers)
+    kept = 1 - time_.median + NOISE * time_.spread >= KEPT * (1 - bound)
+    return Check("speed", kept, found, numbers)
 
 
 def _size(opened: Opened, one_step: Callable[[int], object]) -> tuple[int, int, int]:

@@ -109,6 +109,30 @@ def test_speed_is_judged_by_the_promised_saving(frac, passed, monkeypatch):
     assert check.passed is passed
 
 
+@pytest.mark.parametrize(("jitter", "passed"), [(0.0, False), (0.3, True)])
+def test_a_busy_machine_is_no_slow_bundle(jitter, passed, monkeypatch):
+    """0.95 of the time fails where the pairs agree, and not where they are spread by 0.3."""
+    now = [0.0]
+    calls = [0]
+    monkeypatch.setattr("time.perf_counter", lambda: now[0])
+
+    def run(schedule, steps, images):
+        calls[0] += 1
+        early = min(schedule.exit_depths) < 4
+        now[0] += steps * images * (0.95 + jitter * (calls[0] % 3 - 1) if early else 1.0)
+        return SCHEDULE.boundaries[:-1][:steps] if steps > 1 else (0,)
+
+    monkeypatch.setattr(module, "SPEED_S", 60.0)
+    assert module._speed(Opened("a network", SCHEDULE, 4, 1, dict, 1.0, run), run).passed is passed
+
+
+def test_the_full_network_promises_no_saving():
+    full = ExitSchedule.full(4)
+    run = lambda schedule, steps, images: (900, 100)[:steps]  # noqa: E731
+    check = module._speed(Opened("a network", full, 4, 1, dict, 1.0, run), run)
+    assert check.passed and "no saving is promised" in check.found
+
+
 def test_another_format_is_named(folder):
     path = folder / "bundle.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "format": "asesearch.zip"}))
