@@ -19,8 +19,8 @@ from asesearch.deployment import parity
 from asesearch.deployment.bundle import Bundle
 from asesearch.deployment.diffusers_pipeline import FORMAT, VERSION, as_exported, scheduler_for
 from asesearch.deployment.images import decoder_of
-from asesearch.deployment.manifest import MANIFEST, check_format, file_entries
-from asesearch.deployment.writing import whole_folder
+from asesearch.deployment.manifest import MANIFEST, check_format
+from asesearch.deployment.writing import whole_folder, write_manifest
 from asesearch.errors import CheckpointError, ConfigError
 from asesearch.solvers import make_betas
 
@@ -70,20 +70,13 @@ def write_diffusers(
         )
         save_file(tensors, part / PARITY)
         names = sorted(p.relative_to(part).as_posix() for p in part.rglob("*") if p.is_file())
-        data = {
+        own = {
             "format": FORMAT,
             "version": VERSION,
             "frequency_shift": net.t_embedder.frequency_shift,
             "guided_channels": net.guided_channels,
-            "schedule": bundle.schedule.to_dict(),
-            "diffusion": bundle.diffusion.model_dump(mode="json"),
-            "sampling": bundle.sampling.model_dump(mode="json"),
-            "evaluation": bundle.evaluation,
-            "provenance": bundle.provenance,
-            "latents": bundle.latents,
-            "files": file_entries(part, names),
         }
-        (part / MANIFEST).write_text(json.dumps(data, indent=1), encoding="utf-8")
+        write_manifest(part, own, bundle, names)
     return folder
 
 

@@ -8,7 +8,6 @@ with the weights, and no weight is stored twice, whatever depths a schedule uses
 
 from __future__ import annotations
 
-import json
 import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
@@ -24,7 +23,6 @@ from torch import Tensor
 
 from asesearch.backbones.base import Backbone, check_schedule
 from asesearch.deployment.bundle import Bundle
-from asesearch.deployment.manifest import MANIFEST, file_entries
 from asesearch.deployment.onnx_runtime import (
     EXIT_DEPTH,
     FILES,
@@ -38,7 +36,7 @@ from asesearch.deployment.onnx_runtime import (
 )
 from asesearch.deployment.parity import make_parity
 from asesearch.deployment.parts import Part, Parts, cut
-from asesearch.deployment.writing import whole_folder
+from asesearch.deployment.writing import whole_folder, write_manifest
 from asesearch.diffusion import make_diffusion
 
 OPSET = 20
@@ -148,20 +146,13 @@ def write_onnx(bundle: Bundle, folder: Path, *, overwrite: bool = False) -> Path
         write_graph(parts, part)
         tensors = make_parity(net, bundle.schedule, diffusion.num_train_timesteps, bundle.prompts)
         save_file(tensors, part / PARITY)
-        data = {
+        own = {
             "format": FORMAT,
             "version": VERSION,
             "opset": OPSET,
             "network": asdict(network_of(net)),
-            "schedule": bundle.schedule.to_dict(),
-            "diffusion": bundle.diffusion.model_dump(mode="json"),
-            "sampling": bundle.sampling.model_dump(mode="json"),
-            "evaluation": bundle.evaluation,
-            "provenance": bundle.provenance,
-            "latents": bundle.latents,
-            "files": file_entries(part, FILES),
         }
-        (part / MANIFEST).write_text(json.dumps(data, indent=1), encoding="utf-8")
+        write_manifest(part, own, bundle, FILES)
     return folder
 
 

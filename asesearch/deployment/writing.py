@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from safetensors.torch import save_file
 
@@ -96,16 +97,27 @@ def write_files(bundle: Bundle, folder: Path) -> None:
     save_backbone(net, folder / FILES[0], {})
     steps = bundle.diffusion.num_train_timesteps
     save_file(make_parity(net, bundle.schedule, steps, bundle.prompts), folder / FILES[1])
-    data = {
+    own = {
         "format": FORMAT,
         "version": VERSION,
-        "schedule": bundle.schedule.to_dict(),
         "backbone": {"kind": bundle.kind, "config": net.config},
+    }
+    write_manifest(folder, own, bundle, FILES)
+
+
+def write_manifest(
+    folder: Path, own: Mapping[str, Any], bundle: Bundle, files: Sequence[str]
+) -> None:
+    """Write what every format records of a bundle, with what is a format's own, and the size and
+    hash of its files."""
+    data = {
+        **own,
+        "schedule": bundle.schedule.to_dict(),
         "diffusion": bundle.diffusion.model_dump(mode="json"),
         "sampling": bundle.sampling.model_dump(mode="json"),
         "evaluation": bundle.evaluation,
         "provenance": bundle.provenance,
         "latents": bundle.latents,
-        "files": file_entries(folder, FILES),
+        "files": file_entries(folder, files),
     }
     (folder / MANIFEST).write_text(json.dumps(data, indent=1), encoding="utf-8")
