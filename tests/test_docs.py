@@ -321,8 +321,7 @@ def wrong_claims(page, study, digits):
 
 def test_measured_numbers_are_those_of_the_reports():
     assert wrong_claims(MEASURED, "fashion-mnist", 2) == []
-    quick = wrong_claims(MEASURED, "fashion-mnist-quick", 1)
-    assert [score for score, _ in quick] == ["39.1 ± 0.7"]  # the one point that is left out
+    assert wrong_claims(MEASURED, "fashion-mnist-quick", 1) == []
     changed = MEASURED.replace("12.72 ± 0.15", "12.27 ± 0.15")
     assert [score for score, _ in wrong_claims(changed, "fashion-mnist", 2)] == ["12.72 ± 0.15"]
 
