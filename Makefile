@@ -28,8 +28,8 @@ lint: setup-dev  ## linters and types
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-docs: setup-dev  ## the documentation, into site/; strict, without a network
-	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet
+docs: setup-dev  ## the documentation, into site/; strict (--quiet would hide what strict counts), without a network
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build
 
 # A stamp holds what was installed: by which Python, from which pyproject.toml, for which folder.
 # It is written last, so that whatever broke off or changed since is installed again.

@@ -11,8 +11,8 @@ from torch import Tensor
 from asesearch.config import LossWeight, TrainConfig
 from asesearch.schedule import ElasticDepths, ExitSchedule
 
-#: Blocks to run: one schedule, or a distribution that every sample draws its exit depth from.
 Depths = ExitSchedule | ElasticDepths
+"""Blocks to run: one schedule, or a distribution that every sample draws its exit depth from."""
 SYNC_EVERY = 10  # steps between looks at the loss: each is a device synchronisation
 
 
