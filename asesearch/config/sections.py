@@ -227,9 +227,9 @@ def _fully(pattern: str, example: str) -> AfterValidator:
     def check(text: str) -> str:
         if re.fullmatch(pattern, text) is None:
             raise ValueError(
-                "should be ddpm, euler-maruyama, ddim, dpm++2m or unipc, with -quadratic or -powerX (X "
-                "from 0.1 to 4, shortest form) behind unipc, and maybe behind ddim and dpm++2m; "
-                f"write for example {example}"
+                "should be ddpm, euler-maruyama, ddim, dpm++2m or unipc, with -quadratic or "
+                "-powerX (X from 0.1 to 4, shortest form) behind unipc, and maybe behind ddim "
+                f"and dpm++2m; write for example {example}"
             )
         return text
 
