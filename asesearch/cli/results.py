@@ -113,6 +113,15 @@ def pick(
     print_json([answer.to_dict() for answer in found])
 
 
+def _check_choice(trial: int | None, picking: tuple[object, ...]) -> None:
+    """Refuse a trial beside options that pick one."""
+    if trial is not None and any(option is not None for option in picking):
+        raise ConfigError(
+            "--trial names the point to export, so nothing is picked; got it with --pick, "
+            "--quality, --time, --early-exit or --or-nearest; leave out one or the other"
+        )
+
+
 def export(
     run_dir: RunDir,
     out: Annotated[Path, typer.Option("--out", "-o", help="Bundle folder to write.")],
@@ -166,12 +175,7 @@ def export(
     from asesearch.deployment.writing import check_bundle_dir
     from asesearch.study import Study
 
-    choosing = (pick, quality, time, early_exit or None, or_nearest or None)
-    if trial is not None and any(option is not None for option in choosing):
-        raise ConfigError(
-            "--trial names the point to export, so nothing is picked; got it with --pick, "
-            "--quality, --time, --early-exit or --or-nearest; leave out one or the other"
-        )
+    _check_choice(trial, (pick, quality, time, early_exit or None, or_nearest or None))
     check_bundle_dir(out, overwrite=overwrite)
     opened = Study.open(run_dir, storage)
     if trial is not None:
