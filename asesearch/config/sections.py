@@ -296,14 +296,14 @@ class ConfirmConfig(_Section):
     Each point and the full network are fine-tuned under `training_seeds` seeds in all, the search's
     among them, and each network is scored on the same images: how far a score moves when it is
     trained again, beside how far it moves when it is sampled again. `also` names further feature
-    extractors that score the same images.
+    extractors that score the same images, or is a table of name = file with its weights.
     """
 
     max_points: PositiveInt = 8
     num_samples: int = Field(default=5000, ge=2, lt=2**53)
     repeats: PositiveInt = 3
     training_seeds: PositiveInt = 1
-    also: Annotated[tuple[str, ...], _Array] = ()
+    also: Annotated[tuple[str, ...], _Array] | dict[str, str] = ()
     time_images: PositiveInt = 64
     time_repeats: PositiveInt = 5
 

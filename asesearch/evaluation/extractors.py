@@ -206,7 +206,7 @@ def _one_line_errors(name: str, path: Path | None) -> Iterator[None]:
         source = "its download" if path is None else str(path)
         raise EvaluationError(
             f"can't load the extractor {name} from {source}: {reason}; give a file with its "
-            "weights as extractor_weights"
+            "weights as extractor_weights (of confirm.also: in a table, name = file)"
         ) from error
 
 

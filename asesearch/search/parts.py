@@ -96,7 +96,7 @@ class Parts:
         self.reference = open_reference(config, self.data, self.extractor)
         channels = known_channels(config, self.backbone.guided_channels, run_dir)
         self.protocols = make_protocols(config, self.extractor, self.reference, channels)
-        self.also = tuple(map(self._space, config.confirm.also))
+        self.also = tuple(map(self._space, config.confirm.also))  # names, of a table too
 
     def _samplers(self) -> dict[Sampler, tuple[float, ...]]:
         """Timesteps at which each sampler calls the network, the study's own first."""
@@ -123,7 +123,9 @@ class Parts:
                 "confirm.also names feature extractors beside evaluation.extractor, each once; got "
                 f"{name!r} twice; leave one out"
             )
-        extractor = make_extractor(name, None, self.device)
+        given = config.confirm.also
+        weights = given[name] if isinstance(given, dict) else None
+        extractor = make_extractor(name, weights, self.device)
         extractor.check_shape(self.backbone.in_channels if self.decoder is None else 3, "samples")
         reference = open_reference(config, self.data, extractor)
         confirmation = self.protocols.confirmation

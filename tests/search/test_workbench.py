@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from asesearch.backbones import DiT
 from asesearch.backbones.checkpoints import save_backbone
@@ -10,6 +11,7 @@ from asesearch.config import parse_study
 from asesearch.errors import ConfigError, EvaluationError
 from asesearch.evaluation.cost import LatencyTable
 from asesearch.evaluation.distances import frechet_distance
+from asesearch.evaluation.fashion_cnn import FASHION_CNN_WEIGHTS
 from asesearch.evaluation.features import extract_features, to_uint8
 from asesearch.point import Point
 from asesearch.sampler import Sampler
@@ -201,6 +203,20 @@ def test_confirmed_images_are_scored_in_further_feature_spaces(make_bench, secon
         assert value == pytest.approx(
             frechet_distance(*moments, space.reference.mean, space.reference.cov)
         )
+
+
+def test_a_further_space_takes_weights_from_a_table(make_bench, second_space, tmp_path):
+    evaluation = {"extractor": "fashion-cnn", "num_samples": 70}
+    state = load_file(FASHION_CNN_WEIGHTS)
+    save_file(state | {"head.bias": state["head.bias"] + 1}, tmp_path / "own.safetensors")
+    made = [
+        make_bench(confirm={"num_samples": 80, "also": also}, evaluation=evaluation).also[0]
+        for also in ([second_space], {second_space: str(tmp_path / "own.safetensors")})
+    ]
+    assert made[0].extractor.digest != made[1].extractor.digest
+    absent = {second_space: str(tmp_path / "absent")}
+    with pytest.raises(EvaluationError, match="must be a file; got .*absent"):
+        make_bench(confirm={"num_samples": 80, "also": absent}, evaluation=evaluation)
 
 
 @pytest.mark.parametrize(
