@@ -769,10 +769,11 @@ def test_search_prints_the_confirmed_front(place, tmp_path):
         own = by_number[row["trial"]]
         first, second = own["quality"]["values"]
         assert row["quality"] == pytest.approx((first + second) / 2)
-        assert row["time_frac"] == own["measured_time_frac"]
+        assert row["measured_time_frac"] == own["measured_time_frac"] <= row["time_frac"]
+        assert row["speed_up"] == 1 / row["time_frac"]
         assert row["std_error"] == pytest.approx(abs(first - second) / 2)
         for other in confirmed:  # nothing confirmed is both faster and better
-            faster = other["measured_time_frac"] < row["time_frac"]
+            faster = other["measured_time_frac"] < row["measured_time_frac"]
             assert not (faster and sum(other["quality"]["values"]) / 2 < row["quality"])
 
 

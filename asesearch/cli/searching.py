@@ -20,7 +20,7 @@ from asesearch.errors import ConfigError
 if TYPE_CHECKING:
     from asesearch.search import SearchRun
     from asesearch.study import Study
-    from asesearch.study.records import StudyResults, TrialRecord
+    from asesearch.study.records import Confirmation, StudyResults, TrialRecord
 
 
 def search(
@@ -111,9 +111,7 @@ def _shown(run: SearchRun) -> StudyResults:
 
         return run.run(
             on_trial,
-            lambda c: say(
-                f"trial {c.number}: {c.quality.value:.4g} at {_time(c.measured_time_frac)} measured"
-            ),
+            lambda c: say(_confirmed_line(c, run.study.record(c.number))),
             on_step=lambda step, loss: bar.set_postfix_str(f"step {step} loss {loss:.4f}"),
             on_warm_up=lambda step, loss: bar.set_postfix_str(f"warm-up {step} loss {loss:.4f}"),
             on_searched=on_searched,
@@ -123,7 +121,8 @@ def _shown(run: SearchRun) -> StudyResults:
 def _front(results: StudyResults) -> list[dict[str, Any]]:
     """The front of the report: of confirmed scores and measured times where there are any.
 
-    `confirmed` says which; without it the score is the search's and the time predicted.
+    `confirmed` says which; without it the score is the search's and the time predicted. The time is
+    the bound of the block calls where the measured one is better than they can explain.
     """
     from asesearch.report.tables import front
 
@@ -136,8 +135,9 @@ def _front(results: StudyResults) -> list[dict[str, Any]]:
             "confirmed": row["kind"] == "confirmed",
             "quality": row["quality"],
             "std_error": None if isnan(row["std_error"]) else row["std_error"],
-            "time_frac": row["time_frac"],
-            "speed_up": row["speed_up"],
+            "time_frac": row["credited_frac"],
+            "speed_up": 1 / row["credited_frac"],
+            "measured_time_frac": row["time_frac"] if row["kind"] == "confirmed" else None,
         }
         for row in rows
     ]
@@ -146,6 +146,20 @@ def _front(results: StudyResults) -> list[dict[str, Any]]:
 def _time(frac: float) -> str:
     """A relative sampling time and the speed-up it comes to."""
     return f"{frac:.3f}× the time ({1 / frac:.2f}× as fast)"
+
+
+def _confirmed_line(found: Confirmation, record: TrialRecord) -> str:
+    """One line about a point that has been confirmed; a time that its block calls can't explain is
+    not made a speed-up of."""
+    from asesearch.study.timing import UNEXPLAINED, is_unexplained
+
+    line = f"trial {found.number}: {found.quality.value:.4g} at"
+    time = found.measured_time_frac
+    if is_unexplained(time, found.measured_time_spread, record.block_frac):
+        assert record.block_frac is not None
+        blocks = f"{record.block_frac:.3f}× of the block calls"
+        return f"{line} {blocks}; {time:.3f}× the time measured is {UNEXPLAINED}"
+    return f"{line} {_time(time)} measured"
 
 
 def _trial_line(record: TrialRecord) -> str:

@@ -75,6 +75,7 @@ def _kind(results: StudyResults, kind: tables.Kind) -> dict[str, Any]:
             "number": int(row["number"]),
             "time": _short(row["time_frac"]),
             "spread": _short(row["time_spread"]),
+            "credited": _short(row["credited_frac"]),
             "quality": _short(row["quality"]),
             "error": _short(row["std_error"]),
             "difference": _short(row["difference"]) if row["verdict"] != _REFERENCE else None,

@@ -36,8 +36,8 @@ def front_grid(results: StudyResults, chosen: int | None) -> Grid:
     rows = [
         (
             row["label"],
-            relative(row["time_frac"], row["time_spread"]),
-            speed_up(row["time_frac"]),
+            _time(row),
+            speed_up(row["credited_frac"]),
             plus_minus(row["quality"], row["std_error"]),
             _difference(row),
             row["verdict"] if row["on_front"] else f"{row['verdict']}, off the front",
@@ -61,6 +61,14 @@ def front_grid(results: StudyResults, chosen: int | None) -> Grid:
         "blocks run, data to noise",
     )
     return Grid(head, rows, marked)
+
+
+def _time(row: pd.Series) -> str:
+    """A relative time; where block calls can't explain a measured one, their bound beside it."""
+    text = relative(row["time_frac"], row["time_spread"])
+    if row["credited_frac"] > row["time_frac"]:
+        return f"{text} (block calls explain {relative(row['credited_frac'])})"
+    return text
 
 
 def _same(results: StudyResults, points: pd.DataFrame) -> dict[int, str]:

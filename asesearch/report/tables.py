@@ -26,6 +26,7 @@ from asesearch.study.records import (
     StudyResults,
     TrialRecord,
 )
+from asesearch.study.timing import credited_time
 
 FULL = "full network"
 LEVEL = f"{100 * CONFIDENCE:.0f}\N{NO-BREAK SPACE}% confidence"  # said with every verdict
@@ -136,6 +137,8 @@ def points(results: StudyResults, kind: Kind) -> pd.DataFrame:
     """Every score of one kind against sampling time, fastest first, compared with the full network
     of the same kind.
 
+    `time_frac` is the predicted or measured time; `credited_frac` is what may be claimed of it, the
+    bound `block_frac` where a measured time is better than its block calls can explain.
     `difference` is the score minus the full network's, `difference_se` its standard error,
     `difference_margin` half the width of its interval of that `confidence`; `verdict` says in words
     whether the interval leaves out 0.
@@ -175,6 +178,10 @@ def points(results: StudyResults, kind: Kind) -> pd.DataFrame:
                 "time_frac": time,
                 "time_spread": spread,
                 "speed_up": 1 / time,
+                "block_frac": nan(r.block_frac),
+                "credited_frac": time
+                if kind == "search"
+                else credited_time(time, spread, r.block_frac),
                 "quality": quality.value,
                 "std_error": std_error(quality),
                 "difference": difference,
@@ -201,6 +208,8 @@ _POINT_COLUMNS = [
     "time_frac",
     "time_spread",
     "speed_up",
+    "block_frac",
+    "credited_frac",
     "quality",
     "std_error",
     "difference",

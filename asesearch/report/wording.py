@@ -9,6 +9,7 @@ import pandas as pd
 
 from asesearch.report import tables
 from asesearch.study.records import StudyResults
+from asesearch.study.timing import UNEXPLAINED
 
 #: Relative sampling time that the headline looks for.
 WORTHWHILE_TIME = 0.75
@@ -65,7 +66,8 @@ class Headline:
     Attributes:
         answer: one sentence.
         details: the scores it rests on, and what it leaves open, a sentence each.
-        success: a schedule is fast enough at a score that is not worse.
+        success: a schedule is fast enough at a score that is not worse, by a measured time that its
+            block calls can explain, or a predicted one.
         chosen: number of the trial it speaks of; None if there is none.
     """
 
@@ -95,7 +97,9 @@ def headline(results: StudyResults) -> Headline:
         "nothing is confirmed yet."
     )
     baseline = points[points["verdict"] == "the reference"]
-    others = points[points["verdict"] != "the reference"]
+    others = points[points["verdict"] != "the reference"].sort_values(
+        "credited_frac", kind="stable", ignore_index=True
+    )
     if baseline.empty:
         return Headline(
             "There is nothing to compare with: the full network has no score of this kind.",
@@ -106,7 +110,8 @@ def headline(results: StudyResults) -> Headline:
     found = _unknown_spread(others) if others["difference_se"].isna().all() else _verdict(others)
     protocol = tables.protocol_of(results, kind)
     notes = (TWO_REPEATS,) if protocol is not None and len(protocol.seeds) == 2 else found.details
-    details = (_compared(others, baseline.iloc[0], found.chosen), status, counts)
+    compared = _compared(others, baseline.iloc[0], found.chosen)
+    details = (compared, *_disturbed(others), status, counts)
     return Headline(found.answer, (*notes, *details), found.success, found.chosen)
 
 
@@ -120,29 +125,55 @@ def _name(row: pd.Series) -> str:
 
 
 def _takes(row: pd.Series) -> str:
+    time = row["credited_frac"]
+    if time != row["time_frac"]:
+        return (
+            f"runs {relative(time)} of the block calls, which make it {speed_up(time)} as fast at "
+            f"best (the time measured is {UNEXPLAINED}),"
+        )
     verb = "is predicted to take" if row["kind"] == "search" else "takes"
-    return f"{verb} {relative(row['time_frac'])} the time ({speed_up(row['time_frac'])} as fast)"
+    return f"{verb} {relative(time)} the time ({speed_up(time)} as fast)"
+
+
+def _disturbed(others: pd.DataFrame) -> tuple[str, ...]:
+    """What is to be said of measured times that block calls can't explain."""
+    found = others[others["credited_frac"] > others["time_frac"]]
+    if found.empty:
+        return ()
+    times = ", ".join(
+        f"{_name(row)} {relative(row['time_frac'], row['time_spread'])} "
+        f"(block calls {relative(row['block_frac'])})"
+        for _, row in found.iterrows()
+    )
+    return (
+        f"Measured at a time {UNEXPLAINED}: {times}. What is claimed of such a point is the bound "
+        "of its block calls. To measure again, set another confirm.time_repeats and run the same "
+        "search on a quiet machine.",
+    )
 
 
 def _verdict(others: pd.DataFrame) -> Headline:
     """With a known spread: the fastest schedule that is not worse, or the closest."""
     metric = others["metric"].iloc[0]
     matching = others[
-        (others["difference"] <= others["difference_margin"]) & (others["time_frac"] < 1)
+        (others["difference"] <= others["difference_margin"]) & (others["credited_frac"] < 1)
     ]
     if not matching.empty:
-        best = matching.iloc[0]  # fastest first
-        if best["time_frac"] <= WORTHWHILE_TIME:
+        explained = matching["credited_frac"] == matching["time_frac"]
+        sure = matching[explained & (matching["credited_frac"] <= WORTHWHILE_TIME)]
+        best = (matching if sure.empty else sure).iloc[0]  # fastest first
+        if best["credited_frac"] <= WORTHWHILE_TIME:
             at = (
                 f"at a better {metric} than the full network's"
                 if best["difference"] < -best["difference_margin"]
                 else f"at a {metric} that can't be told apart from the full network's"
             )
             answer = f"{_name(best)} {_takes(best)} {at} ({tables.LEVEL}: {_interval(best)})."
-            return Headline(answer[0].upper() + answer[1:], (), True, int(best["number"]))
+            answer = answer[0].upper() + answer[1:]
+            return Headline(answer, (), not sure.empty, int(best["number"]))
         rest = f"the best was {_name(best)}, which {_takes(best)}"
     else:
-        faster = others[others["time_frac"] < 1]
+        faster = others[others["credited_frac"] < 1]
         pool = others if faster.empty else faster
         best = pool.iloc[int(pool["difference"].to_numpy().argmin())]
         rest = (
@@ -174,7 +205,7 @@ def _signed(value: float, std_error: float) -> str:
 def _unknown_spread(others: pd.DataFrame) -> Headline:
     """From one repeat nothing can be told apart: name the best score that is fast enough."""
     metric = others["metric"].iloc[0]
-    fast = others[others["time_frac"] <= WORTHWHILE_TIME]
+    fast = others[others["credited_frac"] <= WORTHWHILE_TIME]
     best = others.iloc[0] if fast.empty else fast.iloc[int(fast["quality"].to_numpy().argmin())]
     side = "above" if best["difference"] >= 0 else "below"
     answer = (

@@ -46,6 +46,7 @@ class Answer:
             "full_score": self.full_score,
             "time_frac": self.point.time_frac,
             "speed_up": 1 / self.point.time_frac,
+            "measured_time_frac": self.point.measured_frac,
             "confirmed": self.point.confirmed,
             "same": None if self.same is None else list(self.same),
             "shortfall": self.shortfall,
@@ -54,7 +55,9 @@ class Answer:
     def __str__(self) -> str:
         quality = self.point.quality
         spread = "" if quality.std_error is None else f" ± {quality.std_error:.2g}"
-        kind = "confirmed, measured" if self.point.confirmed else "by the search, predicted"
+        kind = "by the search, predicted"
+        if self.point.confirmed:
+            kind = "confirmed" if self.point.reservation else "confirmed, measured"
         of = "" if self.full_score is None else f" (full network: {self.full_score:.4g})"
         if self.same is None:
             told = "one repeat: nothing can be told apart"
@@ -68,7 +71,7 @@ class Answer:
             f"{self.question}: trial {self.point.record.number}, {self.point.record.point}, "
             f"{quality.protocol.metric_name} {quality.value:.4g}{spread}{of} at "
             f"{self.point.time_frac:.3f}x the time, {1 / self.point.time_frac:.2f}x as fast "
-            f"({kind}); {told}"
+            f"({kind}{self.point.reservation}); {told}"
         )
         return "\n".join(lines)
 

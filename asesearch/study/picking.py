@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from asesearch.errors import ConfigError, StudyError
 from asesearch.score import EvaluationResult
 from asesearch.study.records import StudyResults, TrialRecord
+from asesearch.study.timing import UNEXPLAINED, credited_time
 
 MODES = ("best-quality", "fastest-within", "best-within")
 FORMS = (
@@ -78,20 +79,31 @@ class Scored:
     Attributes:
         record: of the trial.
         quality: its confirmed score, or the search's.
-        time_frac: sampling time relative to the full network's: measured, or predicted.
-        confirmed: which of the two.
+        time_frac: sampling time relative to the full network's that may be claimed: measured, or
+            predicted; the bound of its block calls where the measured one is better than they can
+            explain.
+        confirmed: whether it was measured.
+        measured_frac: the measured time; None where it is predicted.
     """
 
     record: TrialRecord
     quality: EvaluationResult
     time_frac: float
     confirmed: bool
+    measured_frac: float | None = None
 
     def __str__(self) -> str:
         return (
             f"trial {self.record.number} with {self.quality.value:.4g} at {self.time_frac:.3f} of "
-            f"the time ({self.record.point})"
+            f"the time ({self.record.point}{self.reservation})"
         )
+
+    @property
+    def reservation(self) -> str:
+        """What is said behind its time: nothing, or that the measured one can't be right."""
+        if self.measured_frac in (None, self.time_frac):
+            return ""
+        return f"; by its block calls, for {self.measured_frac:.3f} measured is {UNEXPLAINED}"
 
     @property
     def early(self) -> bool:
@@ -259,7 +271,15 @@ def _confirmed(results: StudyResults) -> list[Scored]:
     """
     scored = {r.number: r for r in results.complete}
     found = [
-        Scored(scored[c.number], c.quality, c.measured_time_frac, True)
+        Scored(
+            scored[c.number],
+            c.quality,
+            credited_time(
+                c.measured_time_frac, c.measured_time_spread, scored[c.number].block_frac
+            ),
+            True,
+            c.measured_time_frac,
+        )
         for c in results.confirmations
         if c.number in scored
     ]

@@ -409,6 +409,56 @@ def test_headline_speaks_of_measured_time_once_confirmed(study):
     assert "predicted" not in answer.answer and any("fresh seeds" in d for d in answer.details)
 
 
+def measured(results, times):
+    """The study with these (time, spread) of its first confirmed points after the full network;
+    all of them as good as it is."""
+    full, *others = results.confirmations
+    again = [
+        replace(c, quality=full.quality, measured_time_frac=time, measured_time_spread=spread)
+        for c, (time, spread) in zip(others, times, strict=False)
+    ]
+    return replace(results, confirmations=(full, *again))
+
+
+def test_a_time_that_block_calls_cannot_explain_is_no_claim_and_no_success(study):
+    results = study(24)
+    other = results.confirmations[1]
+    blocks = results.records[other.number].block_frac
+    assert blocks < 0.7
+    answer = headline(measured(results, [(0.7 * blocks, 0.01)]))
+    assert answer.chosen == other.number and not answer.success
+    assert f"runs {blocks:.2f}× of the block calls" in answer.answer
+    assert "better than its block calls can explain" in answer.answer
+    assert f"{1 / blocks:.2f}× as fast at best" in answer.answer
+    for claim in (f"{0.7 * blocks:.2f}×", f"{1 / (0.7 * blocks):.2f}×"):
+        assert claim not in answer.answer
+    assert any(f"{0.7 * blocks:.3f} ± 0.010×" in detail for detail in answer.details)
+    # within its spread, or by nothing that shows, it is a measurement like any other
+    for time, spread in ((0.7 * blocks, 0.2 * blocks), (0.99 * blocks, 0.0), (1.1 * blocks, 0.01)):
+        sound = headline(measured(results, [(time, spread)]))
+        assert sound.success and f"takes {time:.2f}× the time" in sound.answer
+        assert not any("can explain" in d for d in (sound.answer, *sound.details))
+
+
+def test_a_sound_time_is_claimed_before_one_that_cannot_be_explained(study):
+    results = study(24)
+    first, second = (results.records[c.number] for c in results.confirmations[1:3])
+    assert first.block_frac < second.block_frac < 0.7
+    times = [(0.5 * first.block_frac, 0.01), (second.time_frac, 0.01)]
+    answer = headline(measured(results, times))
+    assert answer.success and answer.chosen == second.number
+    assert any(f"{0.5 * first.block_frac:.3f} ± 0.010×" in d for d in answer.details)
+    table = tables.points(measured(results, times), "confirmed").set_index("number")
+    assert table.loc[first.number, "credited_frac"] == first.block_frac
+    assert table.loc[second.number, "credited_frac"] == second.time_frac
+    # what only a disturbed clock makes fast enough is not
+    slow = replace(first, block_frac=0.8)
+    records = tuple(slow if r is first else r for r in results.records)
+    answer = headline(measured(replace(results, records=records), times[:1]))
+    assert not answer.success and answer.answer.startswith("No schedule takes at most 0.75×")
+    assert "runs 0.80× of the block calls" in answer.answer
+
+
 def test_headline_without_the_full_network_or_any_score(study):
     no_full = replace(
         study(6, failed=()), confirmations=(), records=study(6, failed=()).records[1:]

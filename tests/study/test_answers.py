@@ -31,6 +31,23 @@ def test_confirmed_scores_come_first_and_a_missed_budget_is_said():
     assert all(a.point.confirmed for a in found)
 
 
+def test_a_time_that_block_calls_cannot_explain_is_not_claimed():
+    """Block calls of trial 2 are 0.6, its measured time 0.5 ± 0.01 and then 0.5 ± 0.1."""
+    sound = confirmed(2, 5.1, 0.5)
+    for spread, time in ((0.01, 0.6), (0.1, 0.5)):
+        again = dataclasses.replace(sound, measured_time_spread=spread)
+        fast = answers(results([confirmed(0, 5.0, 1.0), again]), "+5%", 0.7)[0]
+        assert fast.to_dict()["time_frac"] == time
+        assert fast.to_dict()["measured_time_frac"] == 0.5
+        said = "0.500 measured is better than its block calls can explain" in str(fast)
+        assert said == (time == 0.6) and f"{time:.3f}x the time" in str(fast)
+        # a budget that only the disturbed clock meets
+        within = answers(results([confirmed(0, 5.0, 1.0), again]), "+5%", 0.55)[1]
+        assert bool(within.shortfall) == (time == 0.6)
+    predicted = answers(results(), "+5%", 0.7)[0]
+    assert predicted.to_dict()["measured_time_frac"] is None
+
+
 def test_what_can_not_be_told_apart():
     """Two repeats with differences 0.3 and 0.1: mean 0.2, margin 12.7 times 0.1."""
     noisy = dataclasses.replace(
