@@ -135,7 +135,7 @@ def publish(
     record = {
         "benchmark": benchmark,
         "settings": settings,
-        "environment": {**environment(), "cpu": _cpu_name(), "device": gpu_or_cpu().type},
+        "environment": machine(),
         # 1 minute; far above `threads` = not a quiet machine
         "load_average": {"before": args.load_before, "after": _load()},
         "seconds": time.perf_counter() - args.started,
@@ -145,6 +145,11 @@ def publish(
     if args.out is not None:
         write_json(args.out, record)
         say(f"wrote {args.out}")
+
+
+def machine() -> dict[str, Any]:
+    """Machine and versions, for records."""
+    return {**environment(), "cpu": _cpu_name(), "device": gpu_or_cpu().type}
 
 
 def _load() -> float | None:

@@ -11,6 +11,7 @@ the control with equal compute. A GPU runs several calls beside each other.
 from __future__ import annotations
 
 import argparse
+import json
 import time
 from pathlib import Path
 from typing import Any
@@ -212,6 +213,19 @@ class Lab:
         return finetune(net, data, self.diffusion, schedule, config, teacher=teacher).backbone
 
 
+def cost_of(lab: Lab, found: dict[str, Any]) -> dict[str, Any]:
+    """What the warm-up took, for those who count it (`paper.py`)."""
+    recipe = lab.args.recipe
+    return {
+        "recipe": recipe,
+        "num_steps": 0 if recipe == "none" else lab.args.steps,
+        "batch_size": lab.args.batch,
+        "full_frac": (COMMON | RECIPES.get(recipe, {}))["full_frac"],
+        "seed": lab.args.seed,
+        "seconds": found["seconds"]["elastic"],
+    }
+
+
 def measured(lab: Lab) -> dict[str, Any]:
     """Everything of one recipe and seed."""
     start = time.perf_counter()
@@ -221,7 +235,7 @@ def measured(lab: Lab) -> dict[str, Any]:
     found["elastic"] = lab.scores(net)
     write_json(lab.args.out, found)
     if lab.args.keep is not None and not isinstance(net, AdaptedDiT):
-        save_backbone(net, lab.args.keep, {})
+        save_backbone(net, lab.args.keep, {"warm_up": json.dumps(cost_of(lab, found))})
     for name, schedule in lab.schedules.items():
         for target in lab.args.targets if lab.args.own_steps else ():
             tuned = lab.tuned(net, schedule, float(target == "teacher"))

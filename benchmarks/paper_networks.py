@@ -1,0 +1,193 @@
+"""The networks of `paper.py`: fine-tuned once for each schedule, recipe and training seed, kept as
+files, and shared by all rows and experiments."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from measuring import machine
+from paper_rows import EXPERTS, PRETRAINED, RECIPES, Row
+from torch import Tensor, nn
+
+from asesearch.backbones import save_backbone
+from asesearch.backbones.base import Backbone, ExitDepth
+from asesearch.backbones.checkpoints import load_backbone
+from asesearch.backbones.digests import weights_fingerprint
+from asesearch.config import BackboneConfig, TrainConfig
+from asesearch.files import write_json
+from asesearch.finetuning import CHECKPOINT, Batch, Trainer
+from asesearch.schedule import ExitSchedule
+from asesearch.search import Workbench
+from asesearch.search.trials import Trials
+from asesearch.study import directory
+from asesearch.study.workers import waited_lock
+
+TENTHS = 10
+
+
+@dataclass(frozen=True)
+class Made:
+    """A network and what it cost.
+
+    Attributes:
+        net: in eval mode.
+        gflops: of its own fine-tuning.
+        seconds: of it, on the machine that did it.
+        on: that machine; empty where nothing was trained.
+        warmed: whether it started from the elastic weights, whose cost then counts too.
+    """
+
+    net: Backbone
+    gflops: float = 0.0
+    seconds: float = 0.0
+    on: str = ""
+    warmed: bool = False
+
+
+class Recipe(Trials):
+    """`Trials` with a recipe's changes.
+
+    Args:
+        bench: whose trials have their start already.
+        changes: of `RECIPES`.
+    """
+
+    def __init__(self, bench: Workbench, changes: dict[str, Any]) -> None:
+        super().__init__(bench, bench.costs)
+        self.start = bench.trials.start
+        self.changes = changes
+
+    def tuning(
+        self, schedule: ExitSchedule, training_seed: int = 0
+    ) -> tuple[Backbone, TrainConfig]:
+        start, config = super().tuning(schedule, training_seed)
+        changes = dict(self.changes)
+        steps = config.num_steps
+        elastic = self.parts.config.elastic
+        if changes.pop("start", "") == PRETRAINED:
+            start = self.parts.backbone
+            steps += 0 if elastic is None else elastic.num_steps
+        steps = round(changes.pop("times", 1.0) * steps)
+        fields = {**config.model_dump(), **changes, "num_steps": steps}
+        return start, TrainConfig.model_validate(fields)
+
+
+class TenthTrainer(Trainer):
+    """A training run that sees one tenth of the timesteps alone."""
+
+    tenth = 0
+
+    def train_step(self, batch: Batch) -> Tensor:
+        """As it is, with the batch's timesteps moved into the tenth, evenly."""
+        whole = self.diffusion.num_train_timesteps
+        low = self.tenth * whole // TENTHS
+        high = (self.tenth + 1) * whole // TENTHS
+        t = low + torch.div(batch.t * (high - low), whole, rounding_mode="floor")
+        return super().train_step(replace(batch, t=t))
+
+
+class Experts(Backbone):
+    """A network of its own for each tenth of the timesteps; all images of a call share one."""
+
+    def __init__(self, nets: list[Backbone], num_train_timesteps: int) -> None:
+        super().__init__()
+        for name in Backbone.__annotations__:
+            if hasattr(nets[0], name):
+                setattr(self, name, getattr(nets[0], name))
+        self.nets = nn.ModuleList(nets)
+        self.whole = num_train_timesteps
+
+    def forward(
+        self, x_t: Tensor, t: Tensor, y: Tensor | None = None, *, exit_depth: ExitDepth = None
+    ) -> Tensor:
+        net = self.nets[int(t[0]) * TENTHS // self.whole]
+        return net(x_t, t, y, exit_depth=exit_depth)  # type: ignore[no-any-return]
+
+
+class Networks:
+    """Gives the network of a row.
+
+    Args:
+        bench: the experiment's parts; its trials start from the elastic weights.
+        folder: where networks are kept.
+    """
+
+    def __init__(self, bench: Workbench, folder: Path) -> None:
+        self.bench = bench
+        self.folder = folder
+
+    def of(self, row: Row, training_seed: int) -> Made:
+        """From its file, or fine-tuned now; killed, the same call goes on.
+
+        Raises:
+            TrainingDiverged: the recipe is too bold.
+        """
+        bench = self.bench
+        if row.recipe == PRETRAINED:
+            return Made(bench.backbone)
+        trials = Recipe(bench, RECIPES.get(row.recipe, {}))
+        schedule = ExitSchedule.from_string(row.schedule, bench.backbone.depth)
+        start, config = trials.tuning(schedule, training_seed)
+        identity = self._identity(schedule, start, config, row.recipe == EXPERTS)
+        digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:12]
+        folder = self.folder / f"{schedule.slug}-{digest}"
+        with waited_lock(folder / "making.lock", f"fine-tunes {schedule}"):
+            if row.recipe == EXPERTS:
+                net, seconds = self._experts(start, config, folder)
+            else:
+                tuned = trials.tuned(schedule, folder, training_seed)
+                net, seconds = tuned.backbone, tuned.seconds
+            made = folder / "recipe.json"
+            if not made.is_file():
+                write_json(made, {"identity": identity, "machine": machine()})
+        on = json.loads(made.read_text(encoding="utf-8"))["machine"]
+        return Made(
+            net,
+            bench.costs.training_gflops(schedule, config),
+            seconds,
+            on["gpu"] or on["cpu"],
+            start is not bench.backbone,
+        )
+
+    def _identity(
+        self, schedule: ExitSchedule, start: Backbone, config: TrainConfig, experts: bool
+    ) -> dict[str, Any]:
+        """All that a network depends on."""
+        teacher = self.bench.backbone if config.distill_frac > 0 else None
+        return {
+            "start": weights_fingerprint(start),
+            "teacher": None if teacher is None else weights_fingerprint(teacher),
+            "schedule": schedule.merged().to_dict(),
+            "config": config.model_dump(mode="json", exclude={"checkpoint_every", "compile"}),
+            "data": self.bench.data.digest,
+            "experts": TENTHS if experts else None,
+        }
+
+    def _experts(
+        self, start: Backbone, config: TrainConfig, folder: Path
+    ) -> tuple[Backbone, float]:
+        """One network for each tenth, each in a tenth of the steps, and their seconds."""
+        bench = self.bench
+        few = config.model_copy(update={"num_steps": config.num_steps // TENTHS})
+        nets = []
+        seconds = 0.0
+        for tenth in range(TENTHS):
+            own = folder / str(tenth)
+            path = own / directory.WEIGHTS
+            took = own / "took.json"
+            if not directory.is_whole(path, "the expert is trained again"):
+                trainer = TenthTrainer(start, bench.data, bench.diffusion, bench.full, few, own)
+                trainer.tenth = tenth
+                result = trainer.run()
+                write_json(took, {"seconds": result.seconds})
+                save_backbone(result.backbone, path, {"tenth": str(tenth)})
+                (own / CHECKPOINT).unlink(missing_ok=True)
+            seconds += json.loads(took.read_text(encoding="utf-8"))["seconds"]
+            kind = BackboneConfig(kind=bench.config.backbone.kind, checkpoint=str(path))
+            nets.append(load_backbone(kind).to(bench.device).eval())
+        return Experts(nets, bench.full.num_train_timesteps).eval(), seconds

@@ -1,0 +1,170 @@
+"""The rows of the paper's figures: what they are, and that a killed run goes on and mixes
+nothing."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from asesearch.config import DiffusionConfig
+from asesearch.diffusion import make_diffusion
+from asesearch.schedule import ExitSchedule
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+
+import paper  # noqa: E402
+import paper_rows  # noqa: E402
+from paper_record import Record, read_lines  # noqa: E402
+from paper_rows import Choice  # noqa: E402
+
+FEW = ["figure1", "--tiny", "--samplers", "ddim-5", "--methods", "full", "data-easy"]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _flops_without_counting():
+    """Counting those of 18 depths takes most of a tiny run."""
+    with pytest.MonkeyPatch.context() as patch:
+        table = tuple(float(d + 1) for d in range(1, 19))
+        patch.setattr("asesearch.search.costs.flops_table", lambda *_: table)
+        yield
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory):
+    """A folder in which the third row was interrupted, and the rows measured until then."""
+    out = tmp_path_factory.mktemp("paper")
+    whole = paper.Lab.measure
+    seen = []
+
+    def measure(lab, row, seed):
+        if len(seen) == 2:
+            raise KeyboardInterrupt
+        seen.append(row)
+        return whole(lab, row, seed)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(paper.Lab, "measure", measure)
+        with pytest.raises(KeyboardInterrupt):
+            paper.main([*FEW, "--out", str(out)])
+    return out, read_lines(out / "figure1.jsonl")
+
+
+def test_a_row_tells_all_it_depends_on(measured):
+    _, (pretrained, tuned) = measured
+    assert pretrained["training_seed"] is None and pretrained["tuning"]["own_gflops"] == 0
+    assert tuned["training_seed"] == 0 and tuned["block_frac"] == tuned["time_frac"] == 1
+    assert len(tuned["values"]) == 2 and tuned["num_samples"] == 70
+    assert tuned["settings"]["protocol"]["solver"] is None  # part of the row
+    assert tuned["score"] == sum(tuned["values"]) / 2
+    assert "/" not in tuned["command"].split(" ", 2)[2]
+
+
+def test_equal_compute_is_the_searchs_own(measured):
+    """The steps of the warm-up and the schedule's own, from the pretrained weights, on noise."""
+    out, (_, tuned) = measured
+    (made,) = out.glob("networks/18-*/recipe.json")
+    config = json.loads(made.read_text())["identity"]["config"]
+    assert config["num_steps"] == 9 + 1 and config["distill_frac"] == 0
+    assert tuned["tuning"]["own_gflops"] > 0 == tuned["tuning"]["warm_up_gflops"]
+
+
+def test_a_killed_run_goes_on_and_another_protocol_is_refused(measured, monkeypatch, capsys):
+    out, before = measured
+    path = out / "figure1.jsonl"
+    path.write_bytes(path.read_bytes() + b'{"experiment": "fig')  # killed while it wrote
+    paper.main([*FEW, "--out", str(out)])
+    after = read_lines(path)
+    assert after[:2] == before and len(after) == 4 and path.read_text().count("\n") == 4
+    steps = make_diffusion(DiffusionConfig()).timesteps(5)
+    for line in after[2:]:
+        schedule = ExitSchedule.from_string(line["row"]["schedule"], 18)
+        assert line["block_frac"] == pytest.approx(schedule.block_frac(steps)) != 1
+        assert line["time_frac"] != 1 and line["tuning"]["warm_up_gflops"] > 0
+    assert len(list(out.glob("sheets/*.png"))) == 4
+
+    monkeypatch.setattr(paper.Lab, "measure", None)
+    paper.main([*FEW, "--out", str(out)])  # nothing is left
+    paper.main(["ablations", *FEW[1:-2], "--out", str(out), "--methods", "full"])  # taken over
+    assert [line["taken_from"] for line in read_lines(out / "ablations.jsonl")] == ["figure1"] * 2
+    with pytest.raises(SystemExit, match=r"train\.lr: 0\.0006 there and 0\.001 now; give the same"):
+        paper.main([*FEW, "--out", str(out), "--own-lr", "1e-3"])
+    assert read_lines(path) == after
+
+
+def test_a_warm_up_of_unknown_cost_is_refused(tmp_path):
+    with pytest.raises(SystemExit, match="got none; make some with"):
+        paper.main(["figure1", "--out", str(tmp_path)])
+    weights = paper.tiny_network(tmp_path / "w.safetensors", 0)
+    with pytest.raises(SystemExit, match="does not tell its steps; give --elastic-steps and"):
+        paper.main(["figure1", "--out", str(tmp_path), "--elastic", str(weights)])
+
+
+def test_a_damaged_line_in_the_middle_is_refused(tmp_path):
+    path = tmp_path / "figure1.jsonl"
+    path.write_text('{}\n{"a"\n{}\n')
+    with pytest.raises(paper.StudyError, match="line 2"):
+        Record(path, {})
+
+
+# -- which rows ----------------------------------------------------------------------------------
+
+
+def test_shapes_have_one_budget_and_mixed_schedules_one_light_interval():
+    rows = list(paper_rows.table3(Choice()))
+    shapes = [ExitSchedule.from_string(r.schedule, 18) for r in rows if r.method == "shape"]
+    assert {s.block_frac() for s in shapes} == {shapes[0].block_frac()} and len(shapes) == 8
+    mixed = [r for r in paper_rows.table4(Choice()) if r.method == "mixed"]
+    for row in mixed:
+        depths = ExitSchedule.from_string(row.schedule, 18).exit_depths
+        light = [i for i, d in enumerate(depths) if d < 18]
+        assert light == [int(row.label[-1])] and depths[light[0]] == 6
+
+
+def test_every_shape_of_figure1_runs_as_many_blocks():
+    rows = [row for row in paper_rows.figure1(Choice()) if row.method != "full"]
+    fracs = [ExitSchedule.from_string(row.schedule, 18).block_frac() for row in rows]
+    for easy, turned, flat in (fracs[:3], fracs[3:]):
+        assert easy == turned and abs(easy - flat) < 1 / 36
+
+
+def test_samplers_that_are_not_there_are_left_out():
+    assert paper_rows.offered("ddim-50") and paper_rows.offered("unipc-quadratic-6")
+    assert not paper_rows.offered("ddim-50+nothing-4") and not paper_rows.offered("ddim50")
+
+
+def test_pay_picks_the_cheapest_that_is_good_enough(monkeypatch):
+    """16 blocks score within 5 % of the full network, 14 do not; no cache does."""
+    monkeypatch.setitem(paper_rows.ADDED, "cache", ("+cache-a", "+cache-b"))
+    monkeypatch.setattr(paper_rows, "offered", lambda name: True)
+
+    def found(row):
+        depths = ExitSchedule.from_string(row.schedule, 18).exit_depths
+        cost = sum(depths) / len(depths) / 18
+        score = 10 + 30 * (1 - cost) ** 2 + {"a": 3, "b": 2}.get(row.sampler[-1], 0)
+        return score + 0.1 * (row.recipe == "own"), cost
+
+    rows = list(paper_rows.pay(Choice(samplers=("ddim-25",)), found, 0.05))
+    final = [r for r in rows if r.stage == "confirm"]
+    assert [(r.method, r.label) for r in final] == [
+        ("full", "full, as it is"),
+        ("full", "full, equal compute"),
+        ("exits", "16"),
+        ("cache", "cache-b"),
+        ("exits+cache", "16, cache-b"),
+    ]
+    assert final[3].recipe == "pretrained" and final[4].recipe == "own"
+    assert all(r.stage == "pick" for r in rows[: -len(final)])
+    strict = list(paper_rows.pay(Choice(samplers=("ddim-25",)), found, -0.5))
+    assert strict[-3].label == "16"  # none is good enough: the best score
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("experiment", paper_rows.EXPERIMENTS)
+def test_every_experiment_runs(experiment, tmp_path):
+    samplers = ["--samplers", "ddim-4", "dpm++2m-4"]
+    paper.main([experiment, "--tiny", "--out", str(tmp_path), *samplers])
+    lines = read_lines(tmp_path / f"{experiment}.jsonl")
+    assert {line["row"]["against"] for line in lines} == {"ddim-4", "dpm++2m-4"}
+    methods = {line["row"]["method"] for line in lines}
+    assert "full" in methods and len(methods) >= 2
