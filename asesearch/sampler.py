@@ -1,4 +1,5 @@
-"""`Sampler`: a solver and its number of steps, the second half of what is searched. No torch."""
+"""`Sampler`: a solver, its number of steps, and what else makes its calls cheaper: the second half
+of what is searched. No torch."""
 
 from __future__ import annotations
 
@@ -9,6 +10,13 @@ from asesearch.errors import ConfigError
 
 MAX_STEPS = 999_999
 _NAME = re.compile(r"([a-z][a-z0-9.+-]*)-([1-9][0-9]*)")
+#: Ways to make the calls of a sampler cheaper, other than an exit schedule, behind "+" in its name.
+ACCELERATIONS = ("cache-attn", "cache-mlp", "cache-block")
+#: Their names with an amount in its shortest form: "cache-attn-0.1".
+ACCELERATION = (
+    rf"(?:{'|'.join(ACCELERATIONS)})"
+    r"-(?:0|(?:0|[1-9][0-9]?)\.[0-9]{0,5}[1-9]|[1-9][0-9]?)"
+)
 #: How the timesteps of a solver are spaced, behind its name: t grows with the step's number to this
 #: power. Written one way each, so that equal samplers have equal names.
 GRID = r"-(?:quadratic|power(?!(?:1|2)(?:-|$))(?:[1-3](?:\.[0-9]?[1-9])?|0\.[1-9][1-9]?|4))"
@@ -28,20 +36,39 @@ def grid_of(solver: str) -> tuple[str, float]:
     return found[1], 2.0 if name == "quadratic" else float(name.removeprefix("power"))
 
 
+def acceleration_of(name: str) -> tuple[str, float]:
+    """What an acceleration does and how much of it: "cache-attn-0.1" is ("cache-attn", 0.1).
+
+    Raises:
+        ConfigError: a name of another form.
+    """
+    if re.fullmatch(ACCELERATION, name) is None:
+        raise ConfigError(
+            f"an acceleration is written {', '.join(ACCELERATIONS)}, each with -AMOUNT in its "
+            f'shortest form (below 100); got {name!r}; write for example "cache-attn-0.1"'
+        )
+    kind, _, amount = name.rpartition("-")
+    return kind, float(amount)
+
+
 @dataclass(frozen=True, order=True)
 class Sampler:
-    """How images are made, apart from guidance, batch and precision: `str()` gives "ddim-50".
+    """How images are made, apart from guidance, batch and precision: `str()` gives "ddim-50", or
+    "ddim-50+cache-attn-0.1".
 
     Attributes:
         solver: name of the solver, see `asesearch.solvers.SOLVERS`.
         num_steps: steps of the solver.
+        acceleration: what makes its calls cheaper, see `acceleration_of`; empty for nothing.
 
     Raises:
-        ConfigError: an empty solver name, or a number of steps that is not an integer in 1…999999.
+        ConfigError: an empty solver name, a number of steps that is not an integer in 1…999999, or
+            an unknown acceleration.
     """
 
     solver: str
     num_steps: int
+    acceleration: str = ""
 
     def __post_init__(self) -> None:
         steps = self.num_steps
@@ -49,25 +76,39 @@ class Sampler:
             raise ConfigError(
                 f"num_steps must be an integer in 1…{MAX_STEPS}; got {steps!r}; choose another"
             )
-        if _NAME.fullmatch(str(self)) is None:
+        if self.acceleration:
+            acceleration_of(self.acceleration)
+        if _NAME.fullmatch(f"{self.solver}-{steps}") is None:
             raise ConfigError(
                 f"a solver's name has small letters, digits, +, - and .; got {self.solver!r}; "
                 'write for example "ddim"'
             )
 
+    @property
+    def plain(self) -> Sampler:
+        """The same without its acceleration."""
+        return Sampler(self.solver, self.num_steps)
+
     def __str__(self) -> str:
-        return f"{self.solver}-{self.num_steps}"
+        name = f"{self.solver}-{self.num_steps}"
+        return f"{name}+{self.acceleration}" if self.acceleration else name
 
     @classmethod
     def from_string(cls, text: str) -> Sampler:
         """The sampler that `str()` wrote.
 
         Raises:
-            ConfigError: not of the form SOLVER-STEPS.
+            ConfigError: not of the form SOLVER-STEPS or SOLVER-STEPS+ACCELERATION.
         """
-        found = _NAME.fullmatch(text)
+        name, plus, acceleration = text, "", ""
+        if any(f"+{kind}" in text for kind in ACCELERATIONS):  # a solver's name may hold a plus too
+            name, plus, acceleration = text.rpartition("+")
+        found = _NAME.fullmatch(name)
         if found is None or len(found[2]) > len(str(MAX_STEPS)):
             raise ConfigError(
-                f'a sampler is written SOLVER-STEPS; got {text!r}; write for example "ddim-50"'
+                "a sampler is written SOLVER-STEPS, with an acceleration as "
+                f'SOLVER-STEPS+ACCELERATION; got {text!r}; write for example "ddim-50"'
             )
-        return cls(found[1], int(found[2]))
+        if plus:
+            acceleration_of(acceleration)
+        return cls(found[1], int(found[2]), acceleration)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from asesearch.backbones import conditioning
+from asesearch.backbones.acceleration import Acceleration, Begin
 from asesearch.backbones.base import Backbone, check_schedule
 from asesearch.backbones.compiled import compiled
 from asesearch.backbones.conditioning import Conditioning, labels_of
@@ -83,17 +84,21 @@ class _ScheduledModel:
         diffusion: Process,
         y: Conditioning | None,
         cfg_scale: float,
+        begin: Begin | None = None,
     ) -> None:
         self.backbone = backbone
         self.schedule = schedule
         self.diffusion = diffusion
         self.y = y
         self.cfg_scale = cfg_scale
+        self.begin = begin
         self.timesteps: list[float] = []
         self.nfe = self.block_calls = 0
 
     def __call__(self, x: Tensor, t_cur: float) -> Tensor:
         exit_depth = int(self.schedule.exit_depth_at(t_cur))
+        if self.begin is not None:
+            self.begin(len(self.timesteps))
         t = torch.full(x.shape[:1], t_cur, dtype=self.diffusion.time_dtype, device=x.device)
         output = guided(self.backbone, x, t, self.y, self.cfg_scale, exit_depth)
         passes = 1 if self.cfg_scale == 1.0 else 2
@@ -143,6 +148,7 @@ def sample(
     batch_size: int = 100,
     precision: str = "float32",
     compile: bool = False,
+    acceleration: Acceleration | None = None,
     device: torch.device | str | None = None,
     on_batch: Callable[[int, int], None] | None = None,
 ) -> SampleResult:
@@ -164,17 +170,20 @@ def sample(
         precision: of the network's arithmetic, see `SamplingConfig`; the solver's is float32.
         compile: run the network's blocks as compiled code, see `backbones.compiled`; the first call
             takes seconds more. Images differ from those of eager blocks by rounding.
+        acceleration: what makes the network's calls cheaper beside the schedule; made for as many
+            calls as the sampler makes.
         device: by default where the network is.
         on_batch: called as (images done, of all) after each batch; its time is not counted.
 
     Raises:
         ConfigError: arguments that do not fit the network or each other; blocks that can't be
-            compiled here.
+            compiled here, or compiled blocks with an acceleration.
         ScheduleError: a schedule for another network or number of timesteps.
     """
     solver, timesteps = check_sampling(backbone, solver, diffusion, num_steps, cfg_scale)
     check_images(backbone, seeds, y, batch_size)
     check_schedule(backbone, diffusion.num_train_timesteps, schedule)
+    check_acceleration(acceleration, len(timesteps), compile)
     pairs = list(pairwise((*timesteps, diffusion.t_clean)))
     place = torch.device(device or next(backbone.parameters(), torch.empty(0)).device)
     shape = (backbone.in_channels, backbone.input_size, backbone.input_size)
@@ -184,12 +193,13 @@ def sample(
         _evaluating(backbone.to(place)),
         arithmetic(precision, place),
         compiled(backbone, compile),
+        nullcontext() if acceleration is None else acceleration.attached(backbone) as begin,
     ):
         for first in range(0, len(seeds), batch_size):
             part = slice(first, min(first + batch_size, len(seeds)))
             start = _now(place)
             own = conditioning.to(conditioning.take(y, part), place)
-            model = _ScheduledModel(backbone, schedule, diffusion, own, cfg_scale)
+            model = _ScheduledModel(backbone, schedule, diffusion, own, cfg_scale, begin)
             noise = image_noise(seeds[part], shape, place)
             images[part] = solver.integrate(model, noise(), pairs, diffusion, noise).cpu()
             seconds += _now(place) - start
@@ -240,6 +250,26 @@ def check_sampling(
             f"dropped labels or prompts makes; this one has none; got cfg_scale {cfg_scale}; use 1"
         )
     return solver, diffusion.timesteps(num_steps, solver.power)
+
+
+def check_acceleration(acceleration: Acceleration | None, num_calls: int, compile: bool) -> None:
+    """Refuse an acceleration that does not go with the rest.
+
+    Raises:
+        ConfigError: one made for another number of network calls, or beside compiled blocks.
+    """
+    if acceleration is None:
+        return
+    if compile:
+        raise ConfigError(
+            "an acceleration leads calls inside the blocks elsewhere, which compiled blocks can't "
+            "follow; got compile with one; leave compile or the acceleration out"
+        )
+    if acceleration.num_calls not in (None, num_calls):
+        raise ConfigError(
+            f"the acceleration was made for {acceleration.num_calls} network calls; got a sampler "
+            f"of {num_calls}; calibrate it for this sampler"
+        )
 
 
 def check_images(

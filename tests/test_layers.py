@@ -27,6 +27,7 @@ LEVELS = {
     "finetuning": 6,
     "evaluation": 6,
     "study": 6,
+    "calibration": 6,
     "proposer": 7,
     "report": 7,
     "search": 8,

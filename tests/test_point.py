@@ -11,10 +11,12 @@ from asesearch.point import Point
 from asesearch.sampler import Sampler
 from asesearch.schedule import ExitSchedule
 
+ACCELERATED = ["", "cache-attn-0", "cache-mlp-0.05", "cache-block-1.5", "cache-attn-12"]
 SAMPLERS = st.builds(
     Sampler,
-    st.sampled_from(["ddim", "ddpm", "dpm++2m-quadratic", "euler-maruyama"]),
+    st.sampled_from(["ddim", "ddpm", "dpm++2m", "dpm++2m-quadratic", "euler-maruyama"]),
     st.integers(1, 999_999),
+    st.sampled_from(ACCELERATED),
 )
 DEPTHS = st.lists(st.integers(1, 6), min_size=1, max_size=8)
 
@@ -31,6 +33,25 @@ NO_SAMPLERS = ["", "ddim", "ddim-0", "ddim-", "-5", "ddim-1.5", "DDIM-5", " ddim
 def test_what_is_no_sampler_is_refused(text):
     with pytest.raises(ConfigError, match="SOLVER-STEPS"):
         Sampler.from_string(text)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["cache-attn", "cache-attn-", "cache-attn-0.10", "cache-attn-.1", "cache-attn-1e-3"]
+    + ["cache-head-0.1", "cache-attn--1", "cache-attn-0.1-0.2", "cache-attn-100", "cache-attn-00"],
+)
+def test_an_acceleration_has_one_spelling(name):
+    with pytest.raises(ConfigError, match="acceleration|SOLVER-STEPS"):
+        Sampler.from_string(f"ddim-50+{name}")
+    with pytest.raises(ConfigError, match="acceleration"):
+        Sampler("ddim", 50, name)
+
+
+def test_the_plus_of_a_solver_is_no_acceleration():
+    assert Sampler.from_string("dpm++2m-20") == Sampler("dpm++2m", 20)
+    accelerated = Sampler.from_string("dpm++2m-20+cache-attn-0.1")
+    assert accelerated == Sampler("dpm++2m", 20, "cache-attn-0.1")
+    assert accelerated.plain == Sampler("dpm++2m", 20)
 
 
 @pytest.mark.parametrize("how", [("ddim", 0), ("ddim", 2.0), ("ddim", True), ("", 5), ("a b", 5)])

@@ -19,7 +19,7 @@ from pydantic import (
 
 from asesearch.config.explaining import explain
 from asesearch.errors import ConfigError
-from asesearch.sampler import GRID, Sampler
+from asesearch.sampler import ACCELERATION, GRID, Sampler
 
 #: Integers that JSON carries exactly; larger ones are slips.
 PositiveInt = Annotated[int, Field(gt=0, lt=2**53)]
@@ -238,8 +238,11 @@ def _fully(pattern: str, example: str) -> AfterValidator:
 
 SolverName = Annotated[str, _fully(_SOLVER, '"unipc-quadratic"')]
 
-#: A way to sample as "SOLVER-STEPS".
-SamplerName = Annotated[str, _fully(rf"{_SOLVER}-[1-9][0-9]{{0,5}}", '"unipc-quadratic-6"')]
+#: A way to sample as "SOLVER-STEPS" or "SOLVER-STEPS+ACCELERATION".
+SamplerName = Annotated[
+    str,
+    _fully(rf"{_SOLVER}-[1-9][0-9]{{0,5}}(?:\+{ACCELERATION})?", '"unipc-quadratic-6"'),
+]
 
 
 class SamplingConfig(_Section):

@@ -15,7 +15,7 @@ from asesearch.data import check_readable
 from asesearch.deployment import formats
 from asesearch.deployment.bundle import Bundle
 from asesearch.deployment.writing import check_bundle_dir
-from asesearch.errors import StudyError
+from asesearch.errors import ConfigError, StudyError
 from asesearch.files import check_writable
 from asesearch.finetuning import CHECKPOINT, finetune
 from asesearch.search.confirmation import load_trial, trial_weights
@@ -112,11 +112,17 @@ def check_export(
 
     Raises:
         CheckpointError: the folder exists (and `overwrite` is not set), or holds something else.
-        ConfigError: see `asesearch.deployment.formats.check_format`.
+        ConfigError: see `asesearch.deployment.formats.check_format`; or a point whose sampler has
+            an acceleration.
         StudyError: the trial has no weights, where those of the trial are exported.
         WriteError: the folder, or the trial's for the checkpoint, can't be written.
     """
     formats.check_format(format, study.config.backbone.kind, vae)
+    if record.sampler.acceleration:
+        raise ConfigError(
+            "no format holds an acceleration yet; got trial "
+            f"{record.number} under {record.sampler}; choose a point of a plain sampler"
+        )
     check_bundle_dir(folder, overwrite=overwrite)
     if finetune_steps is None:
         trial_weights(study, record)

@@ -10,7 +10,8 @@ then times whole samplings.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
@@ -22,6 +23,7 @@ from torch.func import functional_call
 from torch.utils.flop_counter import FlopCounterMode
 
 from asesearch.backbones import conditioning
+from asesearch.backbones.acceleration import Acceleration, Mix
 from asesearch.backbones.base import Backbone
 from asesearch.backbones.compiled import compiled
 from asesearch.backbones.conditioning import Conditioning
@@ -212,6 +214,7 @@ def measure_latency(
     y: Conditioning | None = None,
     timer: Timer | None = None,
     compile: bool = False,
+    acceleration: Acceleration | None = None,
 ) -> LatencyTable:
     """Time one network call at every exit depth, the depths in a new random order each round.
 
@@ -227,6 +230,7 @@ def measure_latency(
         timer: runs a call and gives its milliseconds; by default `call_timer(device)`.
         compile: run the network's blocks as compiled code, see `backbones.compiled`; the round
             thrown away pays for it.
+        acceleration: time calls that it changes in full.
 
     Raises:
         EvaluationError: no repeats or no images.
@@ -244,7 +248,11 @@ def measure_latency(
     times = np.zeros((backbone.depth, repeats + 1))
     order = np.arange(backbone.depth)
     rng = np.random.default_rng(0)
-    with torch.no_grad(), compiled(backbone, compile):
+    with (
+        torch.no_grad(),
+        compiled(backbone, compile),
+        _changed(backbone, acceleration, lambda: backbone(x_t, t, y)),
+    ):
         for repeat in range(repeats + 1):
             rng.shuffle(order)
             for i in order:
@@ -333,7 +341,11 @@ def _synchronised_wall(call: Callable[[], object]) -> float:
 
 
 def count_flops(
-    backbone: Backbone, exit_depth: int, batch_size: int = 1, y: Conditioning | None = None
+    backbone: Backbone,
+    exit_depth: int,
+    batch_size: int = 1,
+    y: Conditioning | None = None,
+    acceleration: Acceleration | None = None,
 ) -> float:
     """FLOPs an image of one network call: matrix products, convolutions and attention, a
     multiply-add being two.
@@ -345,6 +357,7 @@ def count_flops(
         exit_depth: blocks run.
         batch_size: images per call.
         y: conditioning of the batch, where the network takes more than class labels.
+        acceleration: count a call that it changes in full.
 
     Raises:
         ScheduleError: exit_depth outside the network's.
@@ -353,22 +366,24 @@ def count_flops(
     tensors = {**dict(backbone.named_parameters()), **dict(backbone.named_buffers())}
     state = {name: torch.empty_like(value, device=meta) for name, value in tensors.items()}
     dtype = next(p.dtype for p in backbone.parameters())
+    inputs = _inputs(backbone, batch_size, meta, dtype, y)
+
+    def call() -> None:
+        functional_call(backbone, state, inputs, {"exit_depth": exit_depth})
+
     counter = FlopCounterMode(display=False)
-    with torch.no_grad(), counter:
-        functional_call(
-            backbone,
-            state,
-            _inputs(backbone, batch_size, meta, dtype, y),
-            {"exit_depth": exit_depth},
-        )
+    with torch.no_grad(), _changed(backbone, acceleration, call), counter:
+        call()
     return counter.get_total_flops() / batch_size
 
 
-def flops_table(backbone: Backbone, y: Conditioning | None = None) -> tuple[float, ...]:
+def flops_table(
+    backbone: Backbone, y: Conditioning | None = None, acceleration: Acceleration | None = None
+) -> tuple[float, ...]:
     """`count_flops` at exit depths 1…depth (index 0 = depth 1), `y` for one image; depths below the
     least have its number."""
     return tuple(
-        count_flops(backbone, max(d, backbone.min_exit_depth), 1, y)
+        count_flops(backbone, max(d, backbone.min_exit_depth), 1, y, acceleration)
         for d in range(1, backbone.depth + 1)
     )
 
@@ -380,3 +395,32 @@ def flops_frac(schedule: ExitSchedule, timesteps: npt.ArrayLike, flops: Sequence
         ScheduleError: a schedule for another depth, or no timesteps.
     """
     return _cost_frac(flops, schedule, timesteps)
+
+
+# -- calls that an acceleration changes ------------------------------------------------------------
+
+
+@contextmanager
+def _changed(
+    backbone: Backbone, acceleration: Acceleration | None, first: Callable[[], object]
+) -> Iterator[None]:
+    """Inside, calls are changed in full: what they may reuse is of a first call."""
+    if acceleration is None:
+        yield
+        return
+    with acceleration.most(backbone).attached(backbone) as begin:
+        begin(0)
+        first()
+        begin(1)
+        yield
+
+
+def mixed_cost(mixes: Sequence[Mix], plain: Sequence[float], changed: Sequence[float]) -> float:
+    """Cost of a sampling's calls, each a mix of unchanged ones and ones changed in full.
+
+    Args:
+        mixes: of the calls, see `Acceleration.mix`.
+        plain: cost of an unchanged call at exit depths 1…depth.
+        changed: of one changed in full.
+    """
+    return float(sum(w * (changed if on else plain)[d - 1] for mix in mixes for w, d, on in mix))

@@ -51,10 +51,9 @@ class Candidates:
         """(n,) relative costs of the rows from `start`."""
         rows = self.rows[start:]
         problem = self.problem
-        return np.asarray(
-            (problem.calls[rows[:, 0]] * problem.cost_table[rows[:, 1:] - 1]).sum(axis=1)
-            / problem.full_cost
-        )
+        intervals = np.arange(problem.space.num_intervals)
+        costs = problem.interval_costs[rows[:, :1], intervals, rows[:, 1:] - 1]
+        return np.asarray(costs.sum(axis=1) / problem.full_cost)
 
     def inputs(self, start: int = 0) -> Inputs:
         """Model inputs of the rows from `start`."""

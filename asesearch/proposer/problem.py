@@ -34,7 +34,7 @@ class Problem:
     Attributes:
         space: of schedules.
         samplers: sampler -> timesteps of its network calls, those of the space in the same order.
-        cost_table: (depth,) cost of one network call at exit depths 1…depth.
+        call_costs: sampler -> (calls, depth) cost of each network call at exit depths 1…depth.
         full_cost: of the whole sampling with the full network under the study's own sampler, in the
             same unit.
         difficulty_map: errors by timestep and exit depth.
@@ -42,7 +42,7 @@ class Problem:
 
     space: Space
     samplers: dict[Sampler, tuple[float, ...]]
-    cost_table: Array
+    call_costs: dict[Sampler, Array]
     full_cost: float
     difficulty_map: ErrorMap
 
@@ -64,9 +64,23 @@ class Problem:
     @cached_property
     def calls(self) -> npt.NDArray[np.int64]:
         """(samplers, intervals) network calls in each interval."""
-        edges = self.boundaries[1:-1]
-        rows = [np.searchsorted(edges, times, side="right") for times in self.samplers.values()]
+        rows = self._intervals.values()
         return np.stack([np.bincount(row, minlength=self.space.num_intervals) for row in rows])
+
+    @cached_property
+    def _intervals(self) -> dict[Sampler, npt.NDArray[np.int64]]:
+        """Sampler -> (calls,) interval of each network call."""
+        edges = self.boundaries[1:-1]
+        return {s: np.searchsorted(edges, t, side="right") for s, t in self.samplers.items()}
+
+    @cached_property
+    def interval_costs(self) -> Array:
+        """(samplers, intervals, depth) cost of an interval's network calls at each exit depth."""
+        space = self.space
+        out = np.zeros((len(self.samplers), space.num_intervals, space.depth))
+        for i, (sampler, row) in enumerate(self._intervals.items()):
+            np.add.at(out[i], row, self.call_costs[sampler])
+        return out
 
     @cached_property
     def full(self) -> Point:
@@ -77,10 +91,9 @@ class Problem:
 
     def cost_frac(self, point: Point) -> float:
         """Cost of sampling, over the full network's."""
-        return float(
-            self.cost_table[point.schedule.exit_depth_at(self.samplers[point.sampler]) - 1].sum()
-            / self.full_cost
-        )
+        depths = point.schedule.exit_depth_at(self.samplers[point.sampler])
+        costs = self.call_costs[point.sampler][np.arange(len(depths)), depths - 1]
+        return float(costs.sum() / self.full_cost)
 
     def depths_of(self, schedule: ExitSchedule) -> tuple[int, ...]:
         """Exit depth in each of the space's intervals."""

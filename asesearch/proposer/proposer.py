@@ -81,7 +81,7 @@ class DifficultySampler(optuna.samplers.BaseSampler):
     Args:
         space: of schedules.
         samplers: sampler -> timesteps of its network calls; the first is the study's own.
-        cost_table: see `Problem`.
+        call_costs: see `Problem`.
         full_cost: see `Problem`.
         difficulty_map: errors by timestep and exit depth.
         seed: of all random choices.
@@ -94,7 +94,7 @@ class DifficultySampler(optuna.samplers.BaseSampler):
         self,
         space: Space,
         samplers: dict[Sampler, tuple[float, ...]],
-        cost_table: npt.ArrayLike,
+        call_costs: dict[Sampler, Array],
         full_cost: float,
         difficulty_map: ErrorMap,
         *,
@@ -102,9 +102,7 @@ class DifficultySampler(optuna.samplers.BaseSampler):
         num_draws: int = 64,
         explore: int = 0,
     ) -> None:
-        self.problem = Problem(
-            space, samplers, np.asarray(cost_table, dtype=np.float64), full_cost, difficulty_map
-        )
+        self.problem = Problem(space, samplers, call_costs, full_cost, difficulty_map)
         self.seed = seed
         self.num_draws = num_draws
         self.explore = explore

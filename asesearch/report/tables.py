@@ -37,12 +37,14 @@ Kind = Literal["search", "confirmed"]
 
 def label(record: TrialRecord, own: Sampler) -> str:
     """What to call a trial in figures and tables: "full network", a published name, or "#12"; with
-    its steps where its sampler is not the study's `own`: "full, 8 steps", "#12, 8 steps"."""
+    its steps and acceleration where its sampler is not the study's `own`: "full, 8 steps", "#12, 8
+    steps + cache-attn-0.1"."""
     if record.origin == "full":
         return FULL
     if record.sampler != own:
         name = "full" if record.schedule.is_full else f"#{record.number}"
-        return f"{name}, {record.sampler.num_steps} steps"
+        added = record.sampler.acceleration
+        return f"{name}, {record.sampler.num_steps} steps" + (f" + {added}" if added else "")
     return record.origin if record.origin in PUBLISHED else f"#{record.number}"
 
 

@@ -95,7 +95,7 @@ class Asker:
             self.study.optuna.sampler = DifficultySampler(
                 problem.space,
                 problem.samplers,
-                problem.cost_table,
+                problem.call_costs,
                 problem.full_cost,
                 problem.difficulty_map,
                 seed=seed,

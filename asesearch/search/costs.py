@@ -6,7 +6,9 @@ from dataclasses import replace
 from functools import cached_property
 
 import numpy as np
+import numpy.typing as npt
 
+from asesearch.backbones.acceleration import Acceleration, Mix
 from asesearch.config import TrainConfig
 from asesearch.evaluation.cost import (
     LatencyTable,
@@ -14,13 +16,15 @@ from asesearch.evaluation.cost import (
     flops_frac,
     flops_table,
     measure_latency,
+    mixed_cost,
 )
 from asesearch.finetuning import Depths
 from asesearch.point import Point
+from asesearch.sampler import Sampler
 from asesearch.sampling import arithmetic
 from asesearch.schedule import ElasticDepths
 from asesearch.score import Protocol
-from asesearch.search.latency import Conditions, shared_table
+from asesearch.search.latency import Conditions, changed_table, shared_table
 from asesearch.search.opening import conditioning_for
 from asesearch.search.parts import Parts
 
@@ -37,6 +41,9 @@ class Costs:
     def __init__(self, parts: Parts) -> None:
         self.parts = parts
         self._latency: LatencyTable | None = None
+        # by the name of an acceleration
+        self._changed: dict[str, LatencyTable] = {}
+        self._fewer: dict[str, tuple[float, ...]] = {}
 
     @property
     def latency(self) -> LatencyTable:
@@ -46,33 +53,67 @@ class Costs:
         Raises:
             StudyError: the study is of time, and its table of another device, batch or arithmetic.
         """
+        if self._latency is None and self.parts.run_dir is None:
+            self._latency = self._measure()
+        elif self._latency is None:
+            assert self.parts.run_dir is not None
+            self._latency = shared_table(
+                self.parts.run_dir,
+                self._conditions,
+                self._measure,
+                one_only=self.parts.config.search.cost == "time",
+            )
+        return self._latency
+
+    @property
+    def _conditions(self) -> Conditions:
         how = self.parts.config.sampling
         guided = how.cfg_scale != 1
         size = self.parts.batch_size * (2 if guided else 1)
+        name = device_name(self.parts.device)
+        return Conditions(name, size, how.precision, guided, how.compile)
 
-        def measure() -> LatencyTable:
-            y = conditioning_for(self.parts.backbone, self.parts.data, range(size))
-            with arithmetic(how.precision, self.parts.device):
-                table = measure_latency(
-                    self.parts.backbone,
-                    size,
-                    LATENCY_REPEATS,
-                    self.parts.device,
-                    y,
-                    compile=how.compile,
-                )
-            return replace(table, precision=how.precision, guided=guided)
-
-        if self._latency is None and self.parts.run_dir is None:
-            self._latency = measure()
-        elif self._latency is None:
-            assert self.parts.run_dir is not None
-            name = device_name(self.parts.device)
-            now = Conditions(name, size, how.precision, guided, how.compile)
-            self._latency = shared_table(
-                self.parts.run_dir, now, measure, one_only=self.parts.config.search.cost == "time"
+    def _measure(self, acceleration: Acceleration | None = None) -> LatencyTable:
+        """A latency table; `acceleration` as in `measure_latency`."""
+        now = self._conditions
+        y = conditioning_for(self.parts.backbone, self.parts.data, range(now.batch_size))
+        with arithmetic(now.precision, self.parts.device):
+            table = measure_latency(
+                self.parts.backbone,
+                now.batch_size,
+                LATENCY_REPEATS,
+                self.parts.device,
+                y,
+                compile=now.compile,
+                acceleration=acceleration,
             )
-        return self._latency
+        return replace(table, precision=now.precision, guided=now.guided)
+
+    def _changed_ms(self, sampler: Sampler) -> tuple[float, ...]:
+        """Latency of calls changed in full by a sampler's acceleration, at exit depths 1…depth."""
+        name = sampler.acceleration
+        if name not in self._changed:
+            acceleration = self.parts.accelerations[sampler]
+            run_dir = self.parts.run_dir
+
+            def measure() -> LatencyTable:
+                return self._measure(acceleration)
+
+            self._changed[name] = (
+                measure()
+                if run_dir is None
+                else changed_table(run_dir, self._conditions, name, measure)
+            )
+        return self._changed[name].median_ms
+
+    def _changed_flops(self, sampler: Sampler) -> tuple[float, ...]:
+        """As `flops`, of calls changed in full by a sampler's acceleration."""
+        name = sampler.acceleration
+        if name not in self._fewer:
+            y = conditioning_for(self.parts.backbone, self.parts.data, range(1))
+            acceleration = self.parts.accelerations[sampler]
+            self._fewer[name] = flops_table(self.parts.backbone, y, acceleration)
+        return self._fewer[name]
 
     @cached_property
     def flops(self) -> tuple[float, ...]:
@@ -87,6 +128,8 @@ class Costs:
         own = next(iter(self.parts.samplers.values()))
         steps = self.parts.samplers[point.sampler]
         schedule = point.schedule
+        if point.sampler.acceleration:
+            return self._changed_fracs(point, len(own))
         share = len(steps) / len(own)
         fracs = (
             self.latency.time_frac(schedule, steps),
@@ -95,17 +138,64 @@ class Costs:
         )
         return fracs[0] * share, fracs[1] * share, fracs[2] * share
 
-    @property
-    def of_call(self) -> tuple[float, ...]:
-        """Cost of one network call at exit depths 1…depth in the units of the second objective."""
-        return self.latency.median_ms if self.parts.config.search.cost == "time" else self.flops
+    def _changed_fracs(self, point: Point, own_calls: int) -> tuple[float, float, float]:
+        """`fracs` where a sampler has an acceleration.
+
+        What it saves of a block's FLOPs counts as that part of a block call saved.
+        """
+        sampler = point.sampler
+        mixes = self._mixes(point)
+        fewer = self._changed_flops(sampler)
+        depth = point.schedule.depth
+        per_block = self.flops[-1] / depth if depth == 1 else self.flops[-1] - self.flops[-2]
+        blocks = np.arange(1.0, depth + 1)
+        fewer_blocks = blocks - (np.asarray(self.flops) - np.asarray(fewer)) / per_block
+        tables = (
+            (self.latency.median_ms, self._changed_ms(sampler)),
+            (self.flops, fewer),
+            (blocks.tolist(), fewer_blocks.tolist()),
+        )
+        time, flops, calls = (
+            mixed_cost(mixes, plain, changed) / (own_calls * plain[-1]) for plain, changed in tables
+        )
+        return time, flops, calls
+
+    def _mixes(self, point: Point) -> list[Mix]:
+        """What each network call of a point is made of, cost by cost."""
+        depths = point.schedule.exit_depth_at(self.parts.samplers[point.sampler]).tolist()
+        return self.parts.accelerations[point.sampler].mix(self.parts.backbone, depths)
+
+    def of_calls(self, sampler: Sampler) -> npt.NDArray[np.float64]:
+        """(calls, depth) cost of each network call of a sampler at exit depths 1…depth, in the
+        units of the second objective.
+
+        Where an acceleration reuses what an earlier call gave, that call is taken to have had the
+        same exit depth.
+        """
+        timed = self.parts.config.search.cost == "time"
+        plain = self.latency.median_ms if timed else self.flops
+        count = len(self.parts.samplers[sampler])
+        if not sampler.acceleration:
+            return np.tile(np.asarray(plain), (count, 1))
+        changed = self._changed_ms(sampler) if timed else self._changed_flops(sampler)
+        net = self.parts.backbone
+        acceleration = self.parts.accelerations[sampler]
+        columns = [
+            [mixed_cost([mix], plain, changed) for mix in acceleration.mix(net, [d] * count)]
+            for d in range(1, net.depth + 1)
+        ]
+        return np.asarray(columns).T
 
     def sampling_gflops(self, point: Point, protocol: Protocol) -> float:
         """Arithmetic of sampling a protocol's images."""
-        steps = self.parts.samplers[point.sampler]
-        calls = [self.flops[d - 1] for d in point.schedule.exit_depth_at(steps)]
+        if point.sampler.acceleration:
+            fewer = self._changed_flops(point.sampler)
+            calls = mixed_cost(self._mixes(point), self.flops, fewer)
+        else:
+            steps = self.parts.samplers[point.sampler]
+            calls = sum(self.flops[d - 1] for d in point.schedule.exit_depth_at(steps))
         passes = 1 if self.parts.config.sampling.cfg_scale == 1 else 2
-        return float(passes * sum(calls)) * protocol.num_samples * len(protocol.seeds) / 1e9
+        return float(passes * calls) * protocol.num_samples * len(protocol.seeds) / 1e9
 
     def training_gflops(self, depths: Depths, config: TrainConfig) -> float:
         """Arithmetic of a training run, in expectation: a step counts three calls per sample, and

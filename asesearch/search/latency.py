@@ -79,6 +79,28 @@ def shared_table(
         return found
 
 
+def changed_table(
+    run_dir: Path, now: Conditions, name: str, measure: Callable[[], LatencyTable]
+) -> LatencyTable:
+    """The study's latency table of calls that an acceleration changes in full, on this device;
+    measured under the lock of the other where there is none yet.
+
+    Args:
+        run_dir: the study directory.
+        now: of this worker.
+        name: of the acceleration.
+        measure: makes the table.
+    """
+    key = hashlib.sha256(f"{now} {name}".encode()).hexdigest()[:8]
+    path = run_dir / f"latency-{key}.json"
+    with waited_lock(run_dir / directory.LOCKS / "latency.lock", "measures the latency table"):
+        found = _read(path)
+        if found is None:
+            found = measure()
+            write_json(path, found.to_dict())
+        return found
+
+
 def _refusal(run_dir: Path, now: Conditions, first: LatencyTable) -> str:
     size = first.batch_size
     theirs = Conditions(

@@ -13,10 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from asesearch.backbones.acceleration import Acceleration
 from asesearch.backbones.base import Backbone
 from asesearch.backbones.checkpoints import load_backbone
 from asesearch.backbones.device import default_device
 from asesearch.backbones.digests import weights_fingerprint
+from asesearch.calibration import SEEDS, calibrated, read_acceleration
 from asesearch.config import StudyConfig
 from asesearch.data import open_data
 from asesearch.diffusion import make_diffusion
@@ -30,6 +32,7 @@ from asesearch.evaluation.fidelity import (
     check_sample_counts,
     evaluate_in,
 )
+from asesearch.files import write_json
 from asesearch.finetuning import check_fit
 from asesearch.point import Point
 from asesearch.sampler import Sampler
@@ -44,6 +47,8 @@ from asesearch.search.opening import (
     open_reference,
 )
 from asesearch.search.protocols import confirming, known_channels, make_protocols
+from asesearch.study import directory
+from asesearch.study.workers import waited_lock
 
 SHOWN_IMAGES = 40  # images kept of each trial for the report
 TRIED_STEPS = 3  # solver steps of the one image that goes through everything first
@@ -91,7 +96,11 @@ class Parts:
             1, self.backbone.min_exit_depth, config.search.min_exit_depth or 1
         )
         self.samplers = self._samplers()
+        self.accelerations: dict[Sampler, Acceleration] = {}
         self._try_parts()
+        for sampler in self.samplers:
+            if sampler.acceleration:
+                self.accelerations[sampler] = self._accelerated(sampler)
         # may take long: after all that may be refused
         self.reference = open_reference(config, self.data, self.extractor)
         channels = known_channels(config, self.backbone.guided_channels, run_dir)
@@ -108,6 +117,32 @@ class Parts:
                 net, how.solver, self.diffusion, how.num_steps, how.cfg_scale
             )
         return found
+
+    def _accelerated(self, sampler: Sampler) -> Acceleration:
+        """The acceleration of a sampler: calibrated by the pretrained network at full depth, once a
+        study.
+
+        Raises:
+            ConfigError: a network that it does not fit, or compiled blocks.
+        """
+        point = Point(self.full, sampler.plain)
+        num_calls = len(self.samplers[sampler])
+
+        def look(recorder: Acceleration) -> object:
+            return self.sample(self.backbone, point, SEEDS, acceleration=recorder)
+
+        def make() -> Acceleration:
+            return calibrated(sampler.acceleration, num_calls, look)
+
+        if self.run_dir is None:
+            return make()
+        path = self.run_dir / f"acceleration_{sampler}.json"
+        with waited_lock(self.run_dir / directory.LOCKS / "acceleration.lock", "calibrates"):
+            found = directory.read_state(path, read_acceleration, "it is calibrated again")
+            if found is None:
+                found = make()
+                write_json(path, found.to_dict())
+            return found
 
     def _space(self, name: str) -> Space:
         """A further feature space of the confirmation.
@@ -177,12 +212,16 @@ class Parts:
         point: Point,
         seeds: Sequence[int],
         num_steps: int | None = None,
+        acceleration: Acceleration | None = None,
     ) -> SampleResult:
         """Images (or latents) of a point for these seeds, made of what `conditioning_for` gives.
 
-        `num_steps` takes the place of the sampler's own.
+        `num_steps` takes the place of the sampler's own, then without the sampler's acceleration;
+        `acceleration` that of the sampler's.
         """
         how = self.config.sampling.under(point.sampler)
+        if acceleration is None and num_steps is None:
+            acceleration = self.accelerations.get(point.sampler)
         return sample(
             backbone,
             how.solver,
@@ -195,6 +234,7 @@ class Parts:
             batch_size=how.batch_size,
             precision=how.precision,
             compile=how.compile,
+            acceleration=acceleration,
             device=self.device,
         )
 

@@ -3,7 +3,6 @@ starts."""
 
 from __future__ import annotations
 
-import numpy as np
 import optuna
 
 from asesearch.config import SearchConfig, StudyConfig
@@ -47,9 +46,9 @@ def make_space(config: StudyConfig, bench: Workbench) -> Space:
 
 def make_problem(space: Space, bench: Workbench, difficulty_map: DifficultyMap) -> Problem:
     """What the quality model needs to know of the study."""
-    own = next(iter(bench.samplers.values()))
-    table = np.asarray(bench.costs.of_call)
-    return Problem(space, bench.samplers, table, len(own) * float(table[-1]), difficulty_map)
+    costs = {sampler: bench.costs.of_calls(sampler) for sampler in bench.samplers}
+    full_cost = float(costs[bench.own_sampler][:, -1].sum())
+    return Problem(space, bench.samplers, costs, full_cost, difficulty_map)
 
 
 def warm_starts(config: StudyConfig, bench: Workbench) -> dict[str, Point]:

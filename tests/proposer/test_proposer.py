@@ -66,7 +66,7 @@ def make_problem(difficulty_map=None, space=SPACE, samplers=None, depth=DEPTH):
     return Problem(
         space,
         samplers,
-        table,
+        {s: np.tile(table, (len(calls), 1)) for s, calls in samplers.items()},
         len(CALLS) * table[-1],
         difficulty_map or FakeMap(error=0.05, depth=depth),
     )
@@ -76,7 +76,7 @@ def make_sampler(problem, seed=0):
     return DifficultySampler(
         problem.space,
         problem.samplers,
-        problem.cost_table,
+        problem.call_costs,
         problem.full_cost,
         problem.difficulty_map,
         seed=seed,

@@ -7,6 +7,8 @@ import time
 from dataclasses import replace
 from types import SimpleNamespace
 
+import numpy as np
+
 from asesearch.config import parse_study
 from asesearch.errors import TrainingDiverged
 from asesearch.evaluation.cost import LatencyTable, TimeRatio
@@ -56,7 +58,9 @@ class FakeBench:
         self.samplers = {self.own_sampler: own} | dict.fromkeys(others, own[::2])
         self.latency = SimpleNamespace(median_ms=(1.0,))
         self.batch_size = 10
-        self.of_call = tuple(float(d) for d in range(1, DEPTH + 1))
+
+    def of_calls(self, sampler):
+        return np.tile(np.arange(1.0, DEPTH + 1), (len(self.samplers[sampler]), 1))
 
     def fracs(self, point):
         share = 1.0 if point.sampler == self.own_sampler else 0.5

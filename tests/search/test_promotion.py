@@ -75,11 +75,11 @@ def ladder(low_fidelity):
             **fracs,
         )
         records.append(done)
-    table = np.asarray(bench.of_call)
-    own = next(iter(bench.samplers.values()))
     space = Space(DEPTH, (OWN,), 1000, 4)
+    costs = bench.of_calls(OWN)
+    full_cost = float(costs[:, -1].sum())
     problem = Problem(
-        space, bench.samplers, table, len(own) * float(table[-1]), FakeMap(error=0.05, depth=DEPTH)
+        space, bench.samplers, {OWN: costs}, full_cost, FakeMap(error=0.05, depth=DEPTH)
     )
     return bench, problem, records
 

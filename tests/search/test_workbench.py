@@ -6,6 +6,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from asesearch.backbones import DiT
+from asesearch.backbones.caching import Caching
 from asesearch.backbones.checkpoints import save_backbone
 from asesearch.config import parse_study
 from asesearch.errors import ConfigError, EvaluationError
@@ -30,7 +31,7 @@ def make_bench(tmp_path):
     torch.manual_seed(0)
     save_backbone(DiT(**SHAPE), tmp_path / "net.safetensors", {})
 
-    def make(**sections):
+    def make(run_dir=None, **sections):
         study = {
             "name": "tiny",
             "backbone": {"kind": "dit", "checkpoint": str(tmp_path / "net.safetensors")},
@@ -44,7 +45,7 @@ def make_bench(tmp_path):
             },
             "confirm": {"num_samples": 80, "repeats": 3, "time_images": 4, "time_repeats": 3},
         }
-        return Workbench(parse_study({**study, **sections}, "test"))
+        return Workbench(parse_study({**study, **sections}, "test"), run_dir)
 
     return make
 
@@ -96,7 +97,7 @@ def test_a_guided_call_is_timed_with_both_of_its_halves(make_bench, monkeypatch,
     )
     rows = []
 
-    def measure(backbone, batch_size, repeats, device, y, compile):
+    def measure(backbone, batch_size, repeats, device, y, compile, acceleration):
         rows.append((batch_size, len(y)))
         return table
 
@@ -233,3 +234,46 @@ def test_a_further_space_is_refused_before_anything_is_paid(
     evaluation = {"extractor": "fashion-cnn", "num_samples": 70}
     with pytest.raises(error, match=rule):
         make_bench(confirm={"num_samples": 80, "also": also}, evaluation=evaluation)
+
+
+CACHED = "ddim-4+cache-block-0.5"
+
+
+def test_a_samplers_cache_is_calibrated_once_and_read_again(make_bench, tmp_path, monkeypatch):
+    first = make_bench(run_dir=tmp_path / "run", search={"samplers": [CACHED]})
+    sampler = Sampler.from_string(CACHED)
+    assert (tmp_path / "run" / f"acceleration_{sampler}.json").is_file()
+    monkeypatch.setattr("asesearch.search.parts.calibrated", None)
+    again = make_bench(run_dir=tmp_path / "run", search={"samplers": [CACHED]})
+    assert (again.accelerations[sampler].reuse == first.accelerations[sampler].reuse).all()
+
+
+def test_a_cached_point_is_sampled_and_costed_as_such(make_bench):
+    bench = make_bench(search={"samplers": [CACHED, "ddim-4+cache-attn-0"]})
+    own = Point(bench.full, bench.own_sampler)
+    none = Point(bench.full, Sampler.from_string("ddim-4+cache-attn-0"))
+    cached = Point(bench.full, Sampler.from_string(CACHED))
+    for parameter in bench.backbone.parameters():  # blocks and head give nothing at first
+        parameter.data += 0.1
+    plain = bench.sample(bench.backbone, own, range(3)).images
+    assert torch.equal(bench.sample(bench.backbone, none, range(3)).images, plain)
+    reuse = np.zeros((4, 3), dtype=bool)
+    reuse[1::2] = True  # half of all block calls
+    bench.accelerations[cached.sampler] = Caching("block", reuse)
+    assert not torch.equal(bench.sample(bench.backbone, cached, range(3)).images, plain)
+    assert bench.costs.fracs(none)[1:] == (1.0, 1.0)
+    time, flops, blocks = bench.costs.fracs(cached)
+    assert blocks == pytest.approx(0.5) and 0.5 < flops < 1.0 and time > 0
+    # what the proposer is told of its calls is the same
+    calls = bench.costs.of_calls(cached.sampler)
+    assert calls.shape == (4, 3)
+    assert calls[:, -1].sum() / (4 * bench.costs.latency.median_ms[-1]) == pytest.approx(time)
+    protocol = bench.protocols.search
+    spent = [bench.costs.sampling_gflops(p, protocol) for p in (cached, own)]
+    assert spent[0] / spent[1] == pytest.approx(flops)
+
+
+def test_an_acceleration_is_refused_with_compiled_blocks(make_bench):
+    sampling = {"solver": "ddim", "num_steps": 4, "batch_size": 40, "compile": True}
+    with pytest.raises(ConfigError, match="leave compile or the acceleration out"):
+        make_bench(sampling=sampling, search={"samplers": [CACHED]})

@@ -1,0 +1,101 @@
+"""What makes a network's calls cheaper beside an exit schedule: one contract for all of it.
+
+A network knows nothing of it: while one is attached, calls of some of its modules are led
+elsewhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+from torch import Tensor, nn
+
+from asesearch.backbones.base import Backbone
+from asesearch.errors import ConfigError
+
+#: Begins a network call, by its number in the sampling of one batch, from 0.
+Begin = Callable[[int], None]
+#: Parts of one call's cost: the fraction of it, an exit depth, and whether the call is changed.
+Mix = tuple[tuple[float, int, bool], ...]
+
+
+class Acceleration(Protocol):
+    """What makes calls of a sampler cheaper."""
+
+    @property
+    def num_calls(self) -> int | None:
+        """Network calls of the sampling that it was made for; None for any number."""
+        ...
+
+    def attached(self, net: Backbone) -> AbstractContextManager[Begin]:
+        """Inside, calls of the network are cheaper. Each is announced by its number: number 0
+        begins a batch, which has the same images in all its calls."""
+        ...
+
+    def most(self, net: Backbone) -> Acceleration:
+        """The same at its most: call 1 is changed in full. For measuring what that costs."""
+        ...
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for JSON."""
+        ...
+
+    def mix(self, net: Backbone, exit_depths: Sequence[int]) -> list[Mix]:
+        """What each call of a sampling costs, as parts of unchanged calls and of calls changed in
+        full, for these exit depths of the calls."""
+        ...
+
+
+@contextmanager
+def led(calls: Mapping[nn.Module, Callable[..., Any]]) -> Iterator[None]:
+    """Inside, a call of each of these modules goes to a function, which may call the module's own
+    `forward`."""
+    try:
+        for module, function in calls.items():
+            if "forward" in vars(module):
+                raise ConfigError(
+                    f"a {type(module).__name__} of the network is led elsewhere already; attach "
+                    "one acceleration at a time"
+                )
+            module.forward = function
+        yield
+    finally:
+        for module, function in calls.items():
+            if vars(module).get("forward") is function:
+                del module.forward
+
+
+def plain_blocks(net: Backbone) -> list[nn.Module]:
+    """The transformer blocks of a network whose blocks have an attention `attn`, a perceptron `mlp`
+    and tokens (N, L, D) as first argument and only output.
+
+    Raises:
+        ConfigError: another kind of block.
+    """
+    blocks = net.transformer_blocks()
+    if not all(isinstance(getattr(b, part, None), nn.Module) for b in blocks for part in PARTS[:2]):
+        raise ConfigError(
+            "caching, merging and uncertainty need the blocks of a DiT or U-ViT; got "
+            f"{type(net).__name__} with blocks of {type(blocks[0]).__name__}; leave the "
+            "acceleration out, or convert the network with kind 'dit'"
+        )
+    return blocks
+
+
+PARTS = ("attn", "mlp", "block")
+
+
+def run_at(net: Backbone, exit_depth: int) -> npt.NDArray[np.bool_]:
+    """Which of `transformer_blocks` run at an exit depth."""
+    fixed = len(net.transformer_blocks()) - net.depth
+    return np.arange(fixed + net.depth) < fixed + exit_depth
+
+
+def as_tokens(value: Any) -> Tensor:
+    """A block's tokens (N, L, D)."""
+    assert isinstance(value, Tensor)
+    return value

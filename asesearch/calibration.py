@@ -1,0 +1,52 @@
+"""From the name of an acceleration to one that runs: what it needs to know of the network is
+measured by sampling it a little."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from asesearch.backbones.acceleration import Acceleration
+from asesearch.backbones.caching import Caching, Recorder, reuse_of
+from asesearch.errors import ConfigError
+from asesearch.sampler import acceleration_of
+
+#: Images that show how much a part changes from call to call.
+NUM_IMAGES = 16
+#: Their seeds, which no protocol has.
+SEEDS = range(2**32 - 2 * NUM_IMAGES, 2**32 - NUM_IMAGES)
+#: Samples the full network for `SEEDS`, under an acceleration that only looks on.
+Look = Callable[[Acceleration], object]
+
+
+def calibrated(name: str, num_calls: int, look: Look) -> Acceleration:
+    """The acceleration of a name for a sampler.
+
+    Args:
+        name: see `asesearch.sampler.acceleration_of`.
+        num_calls: network calls of the sampler.
+        look: samples the full network, once.
+
+    Raises:
+        ConfigError: an unknown name, or a network that it does not fit.
+    """
+    kind, amount = acceleration_of(name)
+    part = kind.removeprefix("cache-")
+    recorder = Recorder(part, num_calls)
+    look(recorder)
+    return Caching(part, reuse_of(recorder.changes, amount))
+
+
+def read_acceleration(data: dict[str, Any]) -> Acceleration:
+    """Inverse of an acceleration's `to_dict`.
+
+    Raises:
+        ConfigError: plain data of another kind.
+    """
+    readers: dict[Any, Callable[[dict[str, Any]], Acceleration]] = {"cache": Caching.from_dict}
+    kind = data.get("kind")
+    if kind not in readers:
+        raise ConfigError(
+            f"an acceleration is of kind {', '.join(readers)}; got {kind!r}; calibrate it again"
+        )
+    return readers[kind](data)
