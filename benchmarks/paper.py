@@ -11,7 +11,6 @@ lie in OUT/networks, for all experiments. `paper_page.py` draws what is there.
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import os
 import sys
@@ -22,19 +21,18 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from measuring import machine, say, wake
+from measuring import machine, say
 from paper_networks import Made, Networks
+from paper_options import command_of, complete, depth_of, options, samplers_of, study_of
 from paper_record import Line, Record, score_of, sheet_of
-from paper_rows import ADDED, EXPERIMENTS, FIXED, OWN, PAY, PRETRAINED, Choice, Row, offered, pay
+from paper_rows import FIXED, Choice, Row, pay
 
-from asesearch.backbones import DiT, save_backbone
-from asesearch.backbones.checkpoints import inspect_checkpoint, load_backbone
+from asesearch.backbones.checkpoints import load_backbone
 from asesearch.backbones.digests import weights_fingerprint
-from asesearch.config import BackboneConfig, StudyConfig, parse_study
+from asesearch.config import BackboneConfig
 from asesearch.data import save_images
 from asesearch.errors import (
     AseSearchError,
-    ConfigError,
     EvaluationError,
     StudyError,
     TrainingDiverged,
@@ -48,30 +46,7 @@ from asesearch.search import Workbench
 from asesearch.search.warmup import elastic_depths
 from asesearch.study.workers import try_lock
 
-NETWORK = "shipped:fashion-mnist-dit-18"
 SHEET = 100  # images of a sheet
-#: Own steps, as `recipes.py` has them; what the command line says comes on top.
-TRAIN: dict[str, Any] = {
-    "warmup_steps": 10,
-    "ema_decay": 0.98,
-    "min_snr_gamma": 5.0,
-    "distill_frac": 1.0,
-    "loss_weight": {"shape": "none"},
-    "checkpoint_every": 100,
-}
-TINY = {
-    "num_samples": 70,
-    "repeats": 2,
-    "pick_samples": 70,
-    "own_steps": 1,
-    "own_batch": 8,
-    "time_images": 2,
-    "time_repeats": 1,
-    "elastic_steps": 9,
-    "elastic_batch": 8,
-    "split": "test",
-}
-TINY_SHAPE = {"hidden_size": 8, "num_heads": 1, "patch_size": 14}
 
 
 class Lab:
@@ -240,164 +215,6 @@ class Lab:
             count = 20 if self.args.tiny else SHEET
             images = self.bench.sample(net, self.point(row), range(count)).images
             save_images(to_uint8(images).numpy(), path)
-
-
-# -- the command line ----------------------------------------------------------------------------
-
-
-def depth_of(args: argparse.Namespace) -> int:
-    """Blocks of the network."""
-    return load_backbone(BackboneConfig(kind="dit", checkpoint=args.network)).depth
-
-
-def samplers_of(args: argparse.Namespace, choice: Choice) -> list[str]:
-    """All samplers of an experiment, by name.
-
-    Raises:
-        ConfigError: one that this release does not have.
-    """
-    for name in choice.samplers:
-        if not offered(name):
-            raise ConfigError(
-                f'--samplers are written SOLVER-STEPS; got {name!r}; write for example "ddim-50"'
-            )
-    if args.experiment in FIXED:
-        rows = FIXED[args.experiment](choice)
-        return list(dict.fromkeys(name for row in rows for name in (row.against, row.sampler)))
-    added = ("", *ADDED["cache"])
-    names = [base + suffix for base in choice.samplers or PAY for suffix in added]
-    return list(filter(offered, names))
-
-
-def study_of(args: argparse.Namespace, samplers: list[str]) -> StudyConfig:
-    """The study whose parts an experiment uses."""
-    first = Sampler.from_string(samplers[0])
-    images = args.elastic_steps * args.elastic_batch
-    tuning = {**TRAIN, "batch_size": args.own_batch, "lr": args.own_lr}
-    warm_up = {
-        "num_steps": max(1, round(images / args.own_batch)),  # the same images in own batches
-        "full_frac": args.elastic_full_frac,
-        "depth_distribution": "noise-easy",
-    }
-    return parse_study(
-        {
-            "name": "paper",
-            "backbone": {"kind": "dit", "checkpoint": args.network},
-            "data": {"kind": "fashion-mnist", "split": args.split},
-            "train": {**tuning, "num_steps": args.own_steps},
-            "elastic": {**tuning, **warm_up},
-            "sampling": {
-                "solver": first.solver,
-                "num_steps": first.num_steps,
-                "batch_size": args.sample_batch,
-                "precision": args.precision,
-            },
-            "evaluation": {
-                "extractor": "fashion-cnn",
-                "num_samples": args.pick_samples,
-                "reference": {"kind": "fashion-mnist", "split": "train"},
-            },
-            "confirm": {"num_samples": args.num_samples, "repeats": args.repeats},
-            "search": {"samplers": samplers[1:], "cost": "flops", "min_exit_depth": 2},
-        },
-        "paper",
-    )
-
-
-def options() -> argparse.ArgumentParser:
-    """What the command line takes."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    add = parser.add_argument
-    add("experiment", choices=EXPERIMENTS)
-    add("--network", default=NETWORK, help="pretrained weights (default %(default)s)")
-    add("--elastic", type=Path, help="weights of the warm-up, as recipes.py --keep writes them")
-    add("--out", type=Path, required=True, help="folder of rows and networks")
-    add("--num-samples", type=int, default=5000, help="images a seed set (default %(default)s)")
-    add("--repeats", type=int, default=3, help="seed sets (default %(default)s)")
-    add("--training-seeds", type=int, default=1, help="of own steps (default %(default)s)")
-    add("--pick-samples", type=int, default=1000, help="images that `pay` picks by")
-    add("--tolerance", type=float, default=0.05, help="`pay`: how much worse a pick may score")
-    add("--samplers", nargs="*", default=[], help="in place of the experiment's own")
-    add(
-        "--methods", nargs="*", default=[], help="measure these alone: full, exits, steps, cache, …"
-    )
-    add("--schedules", nargs="*", default=[], help="further exit schedules, each in quotes")
-    add(
-        "--rivals-from",
-        choices=[PRETRAINED, OWN],
-        default=PRETRAINED,
-        help="full network of "
-        "methods without training: as it is, or after equal-compute fine-tuning",
-    )
-    add("--own-steps", type=int, default=200, help="of a schedule (default %(default)s)")
-    add("--own-batch", type=int, default=128, help="images a step (default %(default)s)")
-    add("--own-lr", type=float, default=6e-4, help="learning rate (default %(default)s)")
-    add("--elastic-steps", type=int, help="of the warm-up, where its weights do not tell")
-    add("--elastic-batch", type=int, help="images a step of the warm-up, likewise")
-    add("--elastic-full-frac", type=float, help="its share at full depth, likewise")
-    add("--elastic-seconds", type=float, help="what it took, likewise; unknown if not given")
-    add("--time-images", type=int, default=64, help="images of a timed sampling")
-    add("--time-repeats", type=int, default=5, help="timed pairs (default %(default)s)")
-    add("--sample-batch", type=int, default=100, help="images at a time (default %(default)s)")
-    add("--precision", choices=["float32", "tf32", "bf16"], default="float32")
-    add("--split", choices=["train", "test"], default="train", help="images to fine-tune on")
-    add("--tiny", action="store_true", help="a tiny network, to see that the script runs")
-    return parser
-
-
-def complete(args: argparse.Namespace) -> argparse.Namespace:
-    """With what --tiny and the weights of the warm-up say.
-
-    Raises:
-        ConfigError: a warm-up whose cost is not known.
-    """
-    if args.tiny:
-        vars(args).update(TINY)
-        args.network = str(tiny_network(args.out / "tiny.safetensors", 0))
-        args.elastic = tiny_network(args.out / "tiny-elastic.safetensors", 1)
-    if args.elastic is None:
-        raise ConfigError(
-            "schedules are fine-tuned from elastic weights; got none; make some with `python "
-            "benchmarks/recipes.py … --keep W.safetensors` and give --elastic W.safetensors"
-        )
-    told = json.loads(inspect_checkpoint(args.elastic).metadata.get("warm_up", "{}"))
-    fields = {"steps": "num_steps", "batch": "batch_size", "full_frac": "full_frac"}
-    for option, field in {**fields, "seconds": "seconds"}.items():
-        name = f"elastic_{option}"
-        if getattr(args, name) is None:
-            setattr(args, name, told.get(field))
-    if args.elastic_full_frac is None:
-        args.elastic_full_frac = 0.5
-    if args.elastic_steps is None or args.elastic_batch is None:
-        raise ConfigError(
-            "the warm-up's compute is counted, and the full network is fine-tuned for as much; "
-            f"{args.elastic} does not tell its steps; give --elastic-steps and --elastic-batch"
-        )
-    return args
-
-
-def tiny_network(path: Path, seed: int) -> Path:
-    """A tiny network of as many blocks for the same images."""
-    if not path.is_file():
-        shape = load_backbone(BackboneConfig(kind="dit", checkpoint=NETWORK)).config
-        net = DiT(**{**shape, **TINY_SHAPE})
-        wake(net, seed)
-        save_backbone(net, path, {})
-    return path
-
-
-def command_of(args: argparse.Namespace) -> str:
-    """The command, with the names of files alone."""
-    words = ["python benchmarks/paper.py", args.experiment]
-    for action in options()._actions:
-        given = getattr(args, action.dest, None)
-        if not action.option_strings or given in (None, False, [], action.default):
-            continue
-        words.append(action.option_strings[0])
-        values = given if isinstance(given, list) else [] if given is True else [given]
-        names = (v.name if isinstance(v, Path) else Path(str(v)).name for v in values)
-        words += [f"'{name}'" if " " in name else name for name in names]
-    return " ".join(words)
 
 
 def main(argv: list[str] | None = None) -> None:

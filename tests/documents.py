@@ -143,7 +143,11 @@ def check_script(words):
     path = ROOT / words[0]
     known = {
         node.args[0].value
-        for source in (path, path.with_name("measuring.py"))
+        for source in (
+            path,
+            path.with_name("measuring.py"),
+            path.with_name(f"{path.stem}_options.py"),
+        )
         if source.is_file()
         for node in ast.walk(ast.parse(text_of(source)))
         if isinstance(node, ast.Call)

@@ -10,13 +10,17 @@ import pytest
 from asesearch.config import DiffusionConfig
 from asesearch.diffusion import make_diffusion
 from asesearch.schedule import ExitSchedule
+from asesearch.score import Protocol
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
 import paper  # noqa: E402
+import paper_options  # noqa: E402
+import paper_page  # noqa: E402
 import paper_rows  # noqa: E402
 from paper_record import Record, read_lines  # noqa: E402
 from paper_rows import Choice  # noqa: E402
+from paper_shown import Experiment  # noqa: E402
 
 FEW = ["figure1", "--tiny", "--samplers", "ddim-5", "--methods", "full", "data-easy"]
 
@@ -95,7 +99,7 @@ def test_a_killed_run_goes_on_and_another_protocol_is_refused(measured, monkeypa
 def test_a_warm_up_of_unknown_cost_is_refused(tmp_path):
     with pytest.raises(SystemExit, match="got none; make some with"):
         paper.main(["figure1", "--out", str(tmp_path)])
-    weights = paper.tiny_network(tmp_path / "w.safetensors", 0)
+    weights = paper_options.tiny_network(tmp_path / "w.safetensors", 0)
     with pytest.raises(SystemExit, match="does not tell its steps; give --elastic-steps and"):
         paper.main(["figure1", "--out", str(tmp_path), "--elastic", str(weights)])
 
@@ -168,3 +172,71 @@ def test_every_experiment_runs(experiment, tmp_path):
     assert {line["row"]["against"] for line in lines} == {"ddim-4", "dpm++2m-4"}
     methods = {line["row"]["method"] for line in lines}
     assert "full" in methods and len(methods) >= 2
+    page = paper_page.write_page(tmp_path, tmp_path / "page").read_text()
+    assert "these figures mean nothing" in page and "measured</i>" in page or experiment != "pay"
+
+
+# -- the page ------------------------------------------------------------------------------------
+
+
+def line_of(row, values, seed, **more):
+    """A row on record."""
+    protocol = Protocol(
+        "frechet", "cnn", "0", 100, "images", 60, "0", (0, 100, 200), None, None, 1.0
+    )
+    train = {"num_steps": 200, "batch_size": 128}
+    warm = {"steps": 1500, "batch_size": 128}
+    cost = {"own_gflops": 2e3, "own_seconds": 9.0, "own_on": "a GPU", "warm_up_gflops": 0.0}
+    return {
+        "row": row.to_dict(),
+        "training_seed": seed,
+        "values": values,
+        "block_frac": 0.5,
+        "flops_frac": 0.5,
+        **({"time_frac": 0.6, "time_spread": 0.01} if not seed else {}),
+        "tuning": cost,
+        "machine": {"gpu": None, "cpu": "a CPU", "threads": 1, "versions": {"torch": "2"}},
+        "date": "2026-01-01",
+        "command": "python benchmarks/paper.py pay",
+        "settings": {
+            "tiny": False,
+            "network": "net",
+            "warm_up": warm,
+            "train": train,
+            "protocol": protocol.to_dict(),
+        },
+        **more,
+    }
+
+
+def test_the_page_tells_both_errors_and_what_is_not_measured(tmp_path):
+    full, tuned = paper_rows.full_rows("ddim-25", Choice())
+    exits = next(paper_rows.exit_rows("ddim-25", Choice()))
+    lines = [
+        line_of(full, [10.0, 10.2, 10.1], None, time_frac=1.0, time_spread=0.0),
+        line_of(tuned, [11.0, 11.0, 11.0], 0),
+        line_of(exits, [12.0, 12.3, 12.0], 0),
+        line_of(exits, [14.0, 14.3, 14.0], 1),
+    ]
+    (tmp_path / "pay.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    experiment = Experiment("pay", tmp_path)
+    shown = experiment.rows("ddim-25")[2]
+    assert shown.score.values == (13.0, 13.3, 13.0)
+    assert shown.trained.value == pytest.approx(13.1) and shown.trained.std_error == 1.0
+    assert experiment.reference("ddim-25").row == full  # the better of both
+    difference, margin = experiment.difference(shown)
+    assert difference == pytest.approx(3.0) and margin == pytest.approx(12.706, rel=1e-3)
+    page = paper_page.write_page(tmp_path, tmp_path / "page").read_text()
+    assert "13.10 ± 0.10" in page and "1.0 (2)" in page and "+3 ± 13" in page
+    assert "40 % of the time saved" in page and "no difference shown" in page
+    assert page.count("Not measured yet") == 6 and page.count("<i>not measured</i>") == 6 * 5 + 2
+    assert (tmp_path / "page" / "pay.csv").is_file()
+
+
+def test_a_clear_difference_is_said(tmp_path):
+    full, _ = paper_rows.full_rows("ddim-25", Choice())
+    exits = next(paper_rows.exit_rows("ddim-25", Choice()))
+    lines = [line_of(full, [10.0, 10.2, 10.1], None), line_of(exits, [12.0, 12.3, 12.1], 0)]
+    (tmp_path / "pay.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    (said,) = paper_page.verdicts(Experiment("pay", tmp_path))
+    assert "worse than the better full network (one training seed)" in said

@@ -1,0 +1,135 @@
+"""Figures of the paper's page, each drawn from one table and nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter
+from paper_shown import Experiment
+
+from asesearch.report.labels import named, place_labels, xy
+from asesearch.report.style import (
+    BLUE,
+    GREEN,
+    GREY,
+    ORANGE,
+    PURPLE,
+    SKY,
+    SMALL,
+    VERMILION,
+    Drawing,
+    axes,
+    log_axis,
+    settle,
+)
+
+#: Name, colour and mark of each method.
+METHODS = {
+    "full": ("full network", "black", "*"),
+    "exits": ("early exits, noise-easy", VERMILION, "o"),
+    "data-easy": ("early exits, data-easy", PURPLE, "v"),
+    "static": ("one depth everywhere", ORANGE, "s"),
+    "steps": ("fewer steps", BLUE, "D"),
+    "cache": ("caching", GREEN, "P"),
+    "merge": ("token merging", SKY, "X"),
+    "deediff": ("uncertainty exits", GREY, "h"),
+}
+SOLVERS = {"ddim": BLUE, "ddpm": ORANGE, "dpm++2m": GREEN}
+
+
+def drawings(experiment: Experiment) -> Iterator[Drawing]:
+    """The figures that the rows allow."""
+    table = experiment.table()
+    table = table[table["score"].notna()] if len(table) else table
+    if table.empty:
+        return
+    if experiment.name == "figure4":
+        yield Drawing("figure4", "Score over steps", STEPS, table, lambda: draw_steps(table))
+    for sampler in experiment.samplers if experiment.name in ("figure1", "figure3") else ():
+        mine = table[(table["against"] == sampler) & table["time_frac"].notna()].copy()
+        if len(mine) > 1:
+            title = f"Score against time saved, {sampler}"
+            name = f"{experiment.name}-{sampler.replace('+', 'p')}"
+            yield Drawing(name, title, SAVED, mine, lambda mine=mine: draw_saved(mine))
+
+
+SAVED = (
+    "Measured sampling time saved, interleaved with the full network under the same sampler. Bars: "
+    "one standard error of resampling, and half-IQR of the time. Down and right is better."
+)
+STEPS = (
+    "Solid: D3; dashed: the full network after equal-compute fine-tuning; dotted: the full network "
+    "as it is. Bars: one standard error of resampling."
+)
+
+
+def draw_saved(data: pd.DataFrame) -> Figure:
+    """Score against measured time saved."""
+    data["saved"] = 100 * (1 - data["time_frac"])
+    figure, ax = axes(4.4)
+    for method, (name, colour, mark) in METHODS.items():
+        mine = data[data["method"] == method]
+        if len(mine):
+            ax.errorbar(
+                mine["saved"],
+                mine["score"],
+                xerr=100 * mine["time_spread"].fillna(0.0),
+                yerr=mine["resampling"].fillna(0.0),
+                fmt=mark,
+                color=colour,
+                ms=9 if mark == "*" else 5.5,
+                elinewidth=1,
+                label=name,
+            )
+    ax.set_xlabel("measured time saved, %")
+    _scores(ax, data)
+    ax.margins(0.1)
+    ax.legend(frameon=False, loc="upper center", bbox_to_anchor=(0.45, 1.25), ncols=2)
+    settle(figure)
+    labelled = data[data["method"].isin(["exits", "steps"])]
+    place_labels(ax, named(labelled, "saved", "score"), xy(data, "saved", "score"), SMALL - 1)
+    return figure
+
+
+def draw_steps(data: pd.DataFrame) -> Figure:
+    """Score over the number of steps, a colour for each solver."""
+    split = data["sampler"].str.rpartition("-")
+    data = data.assign(solver=split[0], steps=split[2].astype(int)).sort_values("steps")
+    figure, ax = axes(3.9)
+    for solver, colour in SOLVERS.items():
+        for method, recipe, style in (
+            ("exits", "own", "-"),
+            ("full", "own", "--"),
+            ("full", "pretrained", ":"),
+        ):
+            same = (data["method"] == method) & (data["recipe"] == recipe)
+            mine = data[same & (data["solver"] == solver)]
+            ax.errorbar(
+                mine["steps"],
+                mine["score"],
+                mine["resampling"].fillna(0.0),
+                ls=style,
+                marker="o",
+                ms=3.5,
+                color=colour,
+                label=solver if method == "exits" else None,
+            )
+    ax.set_xscale("log")
+    ticks = sorted(set(data["steps"]))
+    ax.set_xticks(ticks, [str(t) for t in ticks])
+    ax.set_xticks([], minor=True)
+    ax.set_xlabel("steps")
+    _scores(ax, data)
+    ax.legend(frameon=False)
+    return figure
+
+
+def _scores(ax: Axes, data: pd.DataFrame) -> None:
+    ax.set_ylabel("Fréchet distance (fashion-cnn)")
+    if data["score"].max() > 2 * data["score"].min() > 0:
+        log_axis(ax)
+    else:
+        ax.yaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}"))

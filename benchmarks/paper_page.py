@@ -1,0 +1,301 @@
+"""The page of the paper's figures and tables: what `paper.py` has measured, and what is not
+measured.
+
+    python benchmarks/paper_page.py runs/paper --report reports/paper
+"""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import html
+import math
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from paper_drawings import METHODS, drawings
+from paper_record import sheet_of
+from paper_rows import EXPERIMENTS, PAY
+from paper_shown import Experiment, Shown
+
+from asesearch.files import replacing
+from asesearch.report.wording import number, plus_minus, relative
+
+TITLES = {
+    "figure1": "Figure 1: noise-easy or data-easy?",
+    "figure3": "Figure 3: score against time saved, all methods",
+    "figure4": "Figure 4: one schedule at many numbers of steps",
+    "table3": "Table 3: shapes of one budget",
+    "table4": "Table 4: one light interval, experts, further training",
+    "ablations": "What the recipe is made of",
+    "pay": "Do exits still pay?",
+}
+HEAD = (
+    "row",
+    "blocks run, data to noise",
+    "score ± resampling",
+    "± retraining (seeds)",
+    "from the better full network, 95 %",
+    "block calls",
+    "FLOPs",
+    "measured time",
+    "own training, TFLOP (s)",
+    "warm-up, TFLOP",
+)
+#: Rows of the table that answers `pay`.
+ANSWERS = {
+    "full, as it is": lambda s: s.row.method == "full" and not s.row.trained,
+    "full, equal compute": lambda s: s.row.method == "full" and s.row.trained,
+    "best exits": lambda s: s.row.method == "exits",
+    "best cache": lambda s: s.row.method == "cache",
+    "exits with cache": lambda s: s.row.method == "exits+cache",
+}
+NONE = "not measured"
+
+
+def table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+    """An HTML table; cells that begin with "<" are HTML already."""
+    top = "".join(f"<th>{html.escape(h)}</th>" for h in head)
+    body = "".join(
+        "<tr>"
+        + "".join(f"<td>{c if c.startswith('<') else html.escape(c)}</td>" for c in row)
+        + "</tr>"
+        for row in rows
+    )
+    return f'<div class="scroll"><table><thead><tr>{top}</tr></thead>{body}</table></div>'
+
+
+def cells(experiment: Experiment, shown: Shown) -> tuple[str, ...]:
+    """A row's line."""
+    row = shown.row
+    name = METHODS.get(row.method, (row.method,))[0]
+    label = row.label if row.method in ("full", "ablation", "shape", "mixed") else ""
+    start = (label or f"{name}: {row.label}", row.schedule)
+    if not shown.measured:
+        return (*start, NONE, *("–" for _ in HEAD[3:]))
+    own, warm = shown.tuning_tflop
+    difference, margin = experiment.difference(shown)
+    error = _nan(shown.trained.std_error)
+    retrained = number(error, error)
+    return (
+        *start,
+        plus_minus(shown.score.value, _nan(shown.score.std_error)),
+        f"{retrained} ({len(shown.lines)})" if row.trained else "–",
+        _signed(difference, margin),
+        relative(shown.get("block_frac")),
+        relative(shown.get("flops_frac")),
+        relative(shown.get("time_frac"), _nan(shown.get("time_spread"))),
+        f"{number(own)} ({shown.tuning_seconds:.0f})" if own else "0",
+        number(warm) if warm else "0",
+    )
+
+
+def _nan(value: float | None) -> float:
+    return math.nan if value is None else value
+
+
+def _signed(value: float, margin: float) -> str:
+    if math.isnan(value):
+        return "–"
+    sign = "+" if value > 0 else ""
+    return f"{sign}{plus_minus(value, margin)}"
+
+
+def answer_cell(experiment: Experiment, shown: Shown | None) -> str:
+    """Score, time, block calls and tuning cost, one under the other."""
+    if shown is None or not shown.measured:
+        return f"<i>{NONE}</i>"
+    own, warm = shown.tuning_tflop
+    difference, margin = experiment.difference(shown)
+    lines = [
+        f"<b>{plus_minus(shown.score.value, _nan(shown.score.std_error))}</b>",
+        f"time {relative(shown.get('time_frac'), _nan(shown.get('time_spread')))}",
+        f"blocks {relative(shown.get('block_frac'))}",
+        f"training {number(own + warm)} TFLOP" if own + warm else "no training",
+    ]
+    if not math.isnan(difference):
+        lines.insert(1, f"{_signed(difference, margin)} from full")
+    if shown.row.method != "full":
+        lines.append(html.escape(shown.row.label))
+    return f"<div>{'<br>'.join(lines)}</div>"
+
+
+def answers(experiment: Experiment) -> str:
+    """The question that users have, in one table."""
+    columns = [*PAY, *(s for s in experiment.samplers if s not in PAY)]
+    rows = []
+    for name, belongs in ANSWERS.items():
+        found = (
+            next((s for s in experiment.rows(sampler) if belongs(s)), None) for sampler in columns
+        )
+        rows.append((name, *(answer_cell(experiment, shown) for shown in found)))
+    return table(("", *columns), rows)
+
+
+def verdicts(experiment: Experiment) -> Iterator[str]:
+    """A sentence for each sampler, from its rows alone."""
+    for sampler in experiment.samplers:
+        found = [s for s in experiment.rows(sampler) if s.measured and s.row.method != "full"]
+        for shown in found:
+            difference, margin = experiment.difference(shown)
+            saved = 100 * (1 - shown.get("time_frac"))
+            text = f"{sampler}, {shown.row.method} ({shown.row.label}): {saved:.0f} % of the time "
+            text += "saved" if saved >= 0 else "(more, not less)"
+            if math.isnan(difference):
+                yield f"{text}; there is no full network to compare with."
+            elif math.isnan(margin):
+                yield f"{text}, score {_signed(difference, margin)}; its spread is unknown."
+            else:
+                worse = "worse than" if difference > margin else "better than"
+                clear = abs(difference) > margin
+                verdict = worse if clear else "no difference shown from"
+                seeds = "" if len(shown.lines) > 1 else " (one training seed)"
+                yield (
+                    f"{text}, score {_signed(difference, margin)}: {verdict} the better full "
+                    f"network{seeds}."
+                )
+
+
+def section(experiment: Experiment, folder: Path, source: Path) -> str:
+    """One experiment."""
+    parts = [f'<h2 id="{experiment.name}">{TITLES[experiment.name]}</h2>']
+    if not experiment.lines:
+        command = f"python benchmarks/paper.py {experiment.name} --elastic W.safetensors --out DIR"
+        return "".join([*parts, f"<p>Not measured yet: <code>{command}</code></p>"])
+    parts += [f"<p>{line}</p>" for line in facts(experiment)]
+    if experiment.name == "pay":
+        parts.append(answers(experiment))
+        parts.append("<ul>" + "".join(f"<li>{html.escape(v)}</li>" for v in verdicts(experiment)))
+        parts.append("</ul>")
+    pictures = []
+    for drawing in drawings(experiment):
+        svg = base64.b64encode(drawing.save(folder)).decode()
+        pictures.append(
+            f'<figure><h3>{drawing.title}</h3><img alt="{drawing.title}" '
+            f'src="data:image/svg+xml;base64,{svg}"><figcaption>{drawing.caption}</figcaption>'
+            "</figure>"
+        )
+    parts.append(f'<div class="figures">{"".join(pictures)}{sheets(experiment, source)}</div>')
+    for sampler in experiment.samplers:
+        mine = experiment.rows(sampler)
+        if any(shown.measured for shown in mine):
+            rows = [cells(experiment, shown) for shown in mine]
+            parts.append(f"<h3>Over the full network under {sampler}</h3>{table(HEAD, rows)}")
+        else:
+            parts.append(f"<p>Under {sampler}: {NONE} ({len(mine)} rows).</p>")
+    picks = [cells(experiment, shown) for shown in experiment.rows(stage="pick")]
+    if picks:
+        what = "Candidates, on the images they were picked by"
+        parts.append(f"<details><summary>{what}</summary>{table(HEAD, picks)}</details>")
+    experiment.table().to_csv(folder / f"{experiment.name}.csv", index=False, lineterminator="\n")
+    shutil.copyfile(experiment.path, folder / experiment.path.name)
+    parts.append(
+        f'<p><a href="{experiment.name}.csv">Table</a> · '
+        f'<a href="{experiment.path.name}">all that is on record</a></p>'
+    )
+    return "".join(parts)
+
+
+def sheets(experiment: Experiment, source: Path) -> str:
+    """Sample sheets, beside each other."""
+    out = []
+    for shown in experiment.rows():
+        path = source / sheet_of(shown.row.to_dict())
+        if shown.measured and path.is_file() and experiment.name == "figure1":
+            image = base64.b64encode(path.read_bytes()).decode()
+            score = plus_minus(shown.score.value, _nan(shown.score.std_error))
+            label = html.escape(f"{shown.row.label}, {shown.row.sampler}: {score}")
+            out.append(
+                f'<figure class="sheet"><img alt="samples, {label}" '
+                f'src="data:image/png;base64,{image}"><figcaption>{label}</figcaption></figure>'
+            )
+    return "".join(out)
+
+
+def facts(experiment: Experiment) -> Iterator[str]:
+    """Protocol, commands, machines and dates."""
+    lines = experiment.lines
+    if lines[0]["settings"]["tiny"]:
+        yield "<strong>A tiny network: these figures mean nothing.</strong>"
+    protocol = next(s.score.protocol for s in experiment.all if s.measured)
+    confirmed = [s for s in experiment.rows() if s.measured]
+    if confirmed:
+        protocol = confirmed[0].score.protocol
+    settings = lines[0]["settings"]
+    warm = settings["warm_up"]
+    train = settings["train"]
+    seeds = 1 + max(line["training_seed"] or 0 for line in lines)
+    yield html.escape(
+        f"{protocol.metric_name}, {protocol.num_samples:,} images for each of "
+        f"{len(protocol.seeds)} seed sets (from {protocol.seeds[0]} on), {seeds} training "
+        f"seed{'s' if seeds > 1 else ''} of own steps; {settings['network']}. Own steps: "
+        f"{train['num_steps']} of {train['batch_size']} images from one elastic warm-up of "
+        f"{warm['steps']:,} steps of {warm['batch_size']}; the full network is fine-tuned for both "
+        "together."
+    )
+    commands = dict.fromkeys(line["command"] for line in lines)
+    yield "<br>".join(f"<code>{html.escape(command)}</code>" for command in commands)
+    machines = dict.fromkeys(
+        f"{m['gpu'] or m['cpu']}, {m['threads']} threads, torch {m['versions']['torch']}"
+        for m in (line["machine"] for line in lines)
+    )
+    trained = dict.fromkeys(o for line in lines if (o := line["tuning"]["own_on"]))
+    dates = sorted({line["date"] for line in lines})
+    yield html.escape(
+        f"Measured {' to '.join(dict.fromkeys((dates[0], dates[-1])))} on {'; '.join(machines)}; "
+        f"fine-tuned on {'; '.join(trained) or 'none'}."
+    )
+
+
+def write_page(source: Path, folder: Path) -> Path:
+    """`index.html`, its figures and their data."""
+    folder.mkdir(parents=True, exist_ok=True)
+    experiments = [Experiment(name, source) for name in ("pay", *EXPERIMENTS[:-1])]
+    body = "".join(section(experiment, folder, source) for experiment in experiments)
+    with replacing(folder / "index.html") as part:
+        part.write_text(PAGE.replace("BODY", body), encoding="utf-8")
+    return folder / "index.html"
+
+
+PAGE = """<!DOCTYPE html>
+<html lang="en"><head><meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>The paper's figures</title><style>
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 72rem; margin: 0 auto; padding: 1rem;
+  color: #222; }
+.figures { display: flex; flex-wrap: wrap; gap: 1.5rem; }
+figure { flex: 1 1 22rem; max-width: 34rem; margin: 0; }
+figure.sheet { flex: 0 0 17.5rem; }
+.sheet img { image-rendering: pixelated; }
+img { width: 100%; }
+h3 { font-size: 1.05rem; }
+figcaption { font-size: .9rem; color: #555; }
+code { font-size: .85rem; overflow-wrap: anywhere; }
+.scroll { overflow-x: auto; }
+table { border-collapse: collapse; font-size: .9rem; }
+th, td { text-align: left; vertical-align: top; padding: .3rem .6rem;
+  border-bottom: 1px solid #ddd; white-space: nowrap; }
+th { font-weight: normal; color: #555; white-space: normal; }
+</style></head><body>
+<h1>The paper's figures, measured here</h1>
+<p>Moon et al. 2024 (ASE) on the shipped 18-block DiT for Fashion-MNIST: every row under one
+protocol with the cost of its training. Lower scores are better. Costs are over those of the full
+network under the sampler named. Two error bars: one standard error over seed sets (resampling), and
+over training seeds of the own steps (retraining; the elastic warm-up is one). What is not measured
+says so.</p>
+BODY
+</body></html>
+"""
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("rows", type=Path, help="folder that paper.py wrote")
+    parser.add_argument("--report", type=Path, required=True, help="folder of the page")
+    args = parser.parse_args(argv)
+    print(write_page(args.rows, args.report))
+
+
+if __name__ == "__main__":
+    main()
