@@ -17,7 +17,15 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "asesearch"
 NO_API = {"__init__", "__main__", "assets", "cli", "__pycache__"}
 #: Folders and files of the repository that pages may link to.
-COPIED = ("reports/*/index.html", "reports/*/figures/*.svg", "studies/*.toml")
+COPIED = (
+    "reports/index.html",
+    "reports/*/index.html",
+    "reports/*/*.json",
+    "reports/*/figures/*.svg",
+    "reports/*/figures/*.csv",
+    "reports/*/tables/*.csv",
+    "studies/*.toml",
+)
 #: The page's own title stands in place of the module's.
 NO_HEADING = "    options:\n      show_root_heading: false\n      show_root_toc_entry: false\n"
 PAGES = ("CHANGELOG.md", "CONTRIBUTING.md", "benchmarks/README.md")

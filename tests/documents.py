@@ -151,7 +151,8 @@ def check_script(words):
         if source.is_file()
         for node in ast.walk(ast.parse(text_of(source)))
         if isinstance(node, ast.Call)
-        and getattr(node.func, "attr", "") == "add_argument"
+        and ast.unparse(node.func).split(".")[-1] in ("add_argument", "add")
+        and node.args
         and isinstance(node.args[0], ast.Constant)
     }
     assert path.is_file(), f"no script {words[0]}"
