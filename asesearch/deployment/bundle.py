@@ -10,12 +10,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from asesearch.backbones.acceleration import Acceleration
 from asesearch.backbones.base import Backbone
 from asesearch.backbones.conditioning import Conditioning, labels_of, take
 from asesearch.config import DiffusionConfig, SamplingConfig
 from asesearch.diffusion import make_diffusion
 from asesearch.errors import ConfigError
-from asesearch.sampling import SampleResult, check_images, check_sampling, sample
+from asesearch.sampler import Sampler
+from asesearch.sampling import (
+    SampleResult,
+    check_acceleration,
+    check_images,
+    check_sampling,
+    sample,
+)
 from asesearch.schedule import ExitSchedule
 
 FORMAT = "asesearch.bundle"
@@ -38,6 +46,9 @@ class Bundle:
             other networks.
         latents: how the latents that it makes were scaled, `shift` and `scale` of each channel, and
             the `digest` of the VAE that decoded them; None where it makes images.
+        acceleration: what makes the sampler's calls cheaper beside the schedule, for the sampler's
+            own number of steps; None for nothing.
+        acceleration_name: its name, as in `Sampler`.
     """
 
     backbone: Backbone
@@ -49,6 +60,13 @@ class Bundle:
     provenance: dict[str, Any]
     prompts: dict[str, Tensor] | None = None
     latents: dict[str, Any] | None = None
+    acceleration: Acceleration | None = None
+    acceleration_name: str = ""
+
+    @property
+    def sampler(self) -> Sampler:
+        """Solver, number of steps, and acceleration."""
+        return Sampler(self.sampling.solver, self.sampling.num_steps, self.acceleration_name)
 
     def sample(
         self,
@@ -66,8 +84,8 @@ class Bundle:
         bundle's `sampling` says so; the first call takes seconds more.
 
         Raises:
-            ConfigError: labels that are no classes of the network (the null label is none), or as
-                `sampling.sample`.
+            ConfigError: labels that are no classes of the network (the null label is none),
+                another number of steps than an acceleration was made for, or as `sampling.sample`.
         """
         return sample(
             self.backbone,
@@ -81,6 +99,7 @@ class Bundle:
             batch_size=self.sampling.batch_size,
             precision=self.sampling.precision,
             compile=self.sampling.compile if compile is None else compile,
+            acceleration=self.acceleration,
         )
 
     def _conditioning(self, seeds: Sequence[int], y: Conditioning | None) -> Conditioning | None:
@@ -113,6 +132,7 @@ class Bundle:
         _, timesteps = check_sampling(
             self.backbone, how.solver, diffusion, how.num_steps, how.cfg_scale
         )
+        check_acceleration(self.acceleration, len(timesteps), how.compile)
         return how, timesteps
 
     def labels(self, label: int, count: int) -> Tensor:

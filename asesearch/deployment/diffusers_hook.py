@@ -181,8 +181,10 @@ def apply_exit_schedule(
         data = read_manifest(Path(schedule))
         own = data["format"] if data["format"] in FORMATS else bundle.FORMAT
         check_format(Path(schedule), data, own, FORMATS[own])
+        _refuse_acceleration(data.get("acceleration"), schedule)
         schedule = _schedule_in(Path(schedule), data)
     elif not isinstance(schedule, ExitSchedule):
+        _refuse_acceleration(getattr(schedule, "acceleration_name", ""), "the bundle")
         schedule = schedule.schedule
     _check_timesteps(getattr(pipeline_or_transformer, "scheduler", None), schedule)
     handle = ScheduleHandle(transformer, schedule)
@@ -192,6 +194,19 @@ def apply_exit_schedule(
         handle.remove()
         raise
     return handle
+
+
+def _refuse_acceleration(found: object, what: object) -> None:
+    """Refuse to leave out half of what a bundle was evaluated with.
+
+    Raises:
+        ConfigError: it has an acceleration.
+    """
+    if found:
+        raise ConfigError(
+            f"a pipeline takes a schedule, not the acceleration that {what} has beside it; got "
+            f"{str(found)[:60]}; sample it with asesearch, or pass its `schedule` alone"
+        )
 
 
 def _schedule_in(folder: Path, data: dict[str, Any]) -> ExitSchedule:

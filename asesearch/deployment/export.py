@@ -11,6 +11,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from asesearch.backbones.acceleration import Acceleration
+from asesearch.calibration import read_acceleration
 from asesearch.data import check_readable
 from asesearch.deployment import formats
 from asesearch.deployment.bundle import Bundle
@@ -21,7 +23,7 @@ from asesearch.finetuning import CHECKPOINT, finetune
 from asesearch.search.confirmation import load_trial, trial_weights
 from asesearch.search.warmup import warm_up
 from asesearch.search.workbench import Workbench
-from asesearch.study.directory import INPUTS, PROMPTS, read_json
+from asesearch.study.directory import INPUTS, PROMPTS, acceleration_file, read_json
 from asesearch.study.environment import environment
 from asesearch.study.records import TrialRecord
 from asesearch.study.study import Study
@@ -94,6 +96,8 @@ def export(
         },
         prompts=_prompts(study.trial_dir(record.schedule) / PROMPTS) if net.takes_prompt else None,
         latents=latents,
+        acceleration=_acceleration(study, record),
+        acceleration_name=record.sampler.acceleration,
     )
     return formats.write(bundle, folder, format, **options)
 
@@ -112,17 +116,11 @@ def check_export(
 
     Raises:
         CheckpointError: the folder exists (and `overwrite` is not set), or holds something else.
-        ConfigError: see `asesearch.deployment.formats.check_format`; or a point whose sampler has
-            an acceleration.
+        ConfigError: see `asesearch.deployment.formats.check_format`.
         StudyError: the trial has no weights, where those of the trial are exported.
         WriteError: the folder, or the trial's for the checkpoint, can't be written.
     """
-    formats.check_format(format, study.config.backbone.kind, vae)
-    if record.sampler.acceleration:
-        raise ConfigError(
-            "no format holds an acceleration yet; got trial "
-            f"{record.number} under {record.sampler}; choose a point of a plain sampler"
-        )
+    formats.check_format(format, study.config.backbone.kind, vae, record.sampler.acceleration)
     check_bundle_dir(folder, overwrite=overwrite)
     if finetune_steps is None:
         trial_weights(study, record)
@@ -157,6 +155,21 @@ def plan_export(
         "format": format,
         "out": str(folder),
     }
+
+
+def _acceleration(study: Study, record: TrialRecord) -> Acceleration | None:
+    """That of the trial's sampler, as the study calibrated it.
+
+    Raises:
+        StudyError: its file is missing or damaged.
+    """
+    if not record.sampler.acceleration:
+        return None
+    path = study.run_dir / acceleration_file(record.sampler)
+    try:
+        return read_acceleration(read_json(path, "search once more, which calibrates it again"))
+    except ConfigError as error:
+        raise StudyError(f"can't read {path}: {error}") from error
 
 
 def _prompts(path: Path) -> dict[str, Tensor]:

@@ -47,17 +47,18 @@ NEEDS = {"onnx": (("onnx", "onnxscript", "onnxruntime"), "onnx")}
 KINDS = {"diffusers": ("dit",), "onnx": ("dit", "uvit"), "aoti": ("dit", "uvit")}
 
 
-def check_format(name: str, kind: str, vae: Path | None = None) -> None:
+def check_format(name: str, kind: str, vae: Path | None = None, acceleration: str = "") -> None:
     """Refuse a format that a network can't be written in here, before anything is paid for.
 
     Args:
         name: of the format.
         kind: of the network, as in `BackboneConfig`.
         vae: folder of a VAE to write with it.
+        acceleration: of the sampler, see `Sampler`.
 
     Raises:
-        ConfigError: an unknown format, a package that is missing, or a network or VAE that the
-            format does not take.
+        ConfigError: an unknown format, a package that is missing, or a network, acceleration or VAE
+            that the format does not take.
     """
     if name not in FORMATS:
         raise ConfigError(f"format must be one of {', '.join(FORMATS)}; got {name!r}")
@@ -66,6 +67,11 @@ def check_format(name: str, kind: str, vae: Path | None = None) -> None:
         raise ConfigError(
             f"the format {name} takes networks of the kind {' or '.join(kinds)}; got {kind}; "
             "export it as a bundle"
+        )
+    if acceleration and name != "bundle":
+        raise ConfigError(
+            f"an acceleration goes into the format bundle only; got {acceleration} for {name}; "
+            "export it as a bundle, or choose a point of a plain sampler"
         )
     if vae is not None and name != "diffusers":
         raise ConfigError(
@@ -101,5 +107,5 @@ def write(
         ConfigError: see `check_format`.
         CheckpointError, WriteError: see `asesearch.deployment.writing.check_bundle_dir`.
     """
-    check_format(name, bundle.kind, vae)
+    check_format(name, bundle.kind, vae, bundle.acceleration_name)
     return FORMATS[name](bundle, Path(folder), overwrite, vae)

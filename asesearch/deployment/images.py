@@ -77,6 +77,7 @@ class BundleImages:
         self.plan: dict[str, Any] = {
             "schedule": str(self.bundle.schedule),
             "sampling": {**how.model_dump(mode="json"), "compile": self.compile},
+            "acceleration": self.bundle.acceleration_name or None,
             "num": num,
             "block_frac": self.bundle.schedule.block_frac(calls),
         }

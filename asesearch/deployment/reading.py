@@ -19,10 +19,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from asesearch.backbones.acceleration import Acceleration
 from asesearch.backbones.base import Backbone, check_schedule
 from asesearch.backbones.checkpoints import VERSION as WEIGHTS_VERSION
 from asesearch.backbones.checkpoints import load_backbone
 from asesearch.backbones.files import FORMAT as WEIGHTS
+from asesearch.calibration import read_acceleration
 from asesearch.config import BackboneConfig, DiffusionConfig, SamplingConfig, parse_section
 from asesearch.deployment.bundle import FILES, FORMAT, VERSION, Bundle
 from asesearch.deployment.manifest import (
@@ -35,11 +37,12 @@ from asesearch.deployment.manifest import (
 from asesearch.deployment.parity import check_tensors, parity_errors, prompts_of, refuse_errors
 from asesearch.diffusion import make_diffusion
 from asesearch.errors import CheckpointError, ConfigError, ScheduleError
-from asesearch.sampling import check_sampling
+from asesearch.sampler import acceleration_of
+from asesearch.sampling import check_acceleration, check_sampling
 from asesearch.schedule import ExitSchedule
 
 _SECTIONS = ("schedule", "backbone", "diffusion", "sampling", "evaluation", "provenance")
-_OTHERS = ("format", "version", "files", "latents")
+_OTHERS = ("format", "version", "files", "latents", "acceleration")
 _EXPORT = "export it again"
 
 
@@ -98,6 +101,8 @@ def open_bundle(
         provenance=data["provenance"],
         prompts=prompts_of(parity),
         latents=told.latents,
+        acceleration=told.acceleration,
+        acceleration_name=told.acceleration_name,
     )
     return bundle, parity
 
@@ -122,6 +127,8 @@ class _Told:
     diffusion: DiffusionConfig
     sampling: SamplingConfig
     latents: dict[str, Any] | None
+    acceleration: Acceleration | None
+    acceleration_name: str
 
 
 def _read_sections(folder: Path, data: Mapping[str, Any]) -> _Told:
@@ -146,6 +153,7 @@ def _read_sections(folder: Path, data: Mapping[str, Any]) -> _Told:
             parse_section(DiffusionConfig, data["diffusion"], "diffusion"),
             parse_section(SamplingConfig, data["sampling"], "sampling"),
             _latents(path, data.get("latents")),
+            *_acceleration(path, data.get("acceleration")),
         )
     except (ConfigError, ScheduleError) as error:
         raise _unfit(folder, error) from error
@@ -168,6 +176,29 @@ def _latents(path: Path, data: object) -> dict[str, Any] | None:
         )
     assert isinstance(data, dict)
     return data
+
+
+def _acceleration(path: Path, data: object) -> tuple[Acceleration | None, str]:
+    """`acceleration`, whose name is one of a sampler's.
+
+    Raises:
+        CheckpointError: no table of a name and a calibration.
+        ConfigError: a name or calibration that is none.
+    """
+    if data is None:
+        return None, ""
+    given = data if isinstance(data, dict) else {}
+    name = given.get("name")
+    calibration = given.get("calibration")
+    wanted = isinstance(name, str) and isinstance(calibration, dict) and len(given) == 2
+    if not wanted:
+        raise CheckpointError(
+            f"{path}: acceleration must have a name and a calibration, or be left out; got "
+            f"{str(data)[:80]}; {_EXPORT}"
+        )
+    assert isinstance(name, str) and isinstance(calibration, dict)
+    acceleration_of(name)
+    return read_acceleration(calibration), name
 
 
 # -- its files ---------------------------------------------------------------------------------
@@ -235,7 +266,11 @@ def _check_together(folder: Path, net: Backbone, told: _Told) -> None:
     try:
         check_schedule(net, told.diffusion.num_train_timesteps, told.schedule)
         diffusion = make_diffusion(told.diffusion)
-        check_sampling(net, how.solver, diffusion, how.num_steps, how.cfg_scale)
+        _, steps = check_sampling(net, how.solver, diffusion, how.num_steps, how.cfg_scale)
+        check_acceleration(told.acceleration, len(steps), how.compile)
+        if told.acceleration is not None:
+            with told.acceleration.attached(net):
+                pass  # it fits the blocks
     except (ConfigError, ScheduleError) as error:
         raise _unfit(folder, error) from error
     if told.latents is not None and len(told.latents["scale"]) != net.in_channels:

@@ -120,4 +120,7 @@ def write_manifest(
         "latents": bundle.latents,
         "files": file_entries(folder, files),
     }
+    if bundle.acceleration is not None:
+        calibration = bundle.acceleration.to_dict()
+        data["acceleration"] = {"name": bundle.acceleration_name, "calibration": calibration}
     (folder / MANIFEST).write_text(json.dumps(data, indent=1), encoding="utf-8")

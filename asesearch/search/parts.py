@@ -136,7 +136,7 @@ class Parts:
 
         if self.run_dir is None:
             return make()
-        path = self.run_dir / f"acceleration_{sampler}.json"
+        path = self.run_dir / directory.acceleration_file(sampler)
         with waited_lock(self.run_dir / directory.LOCKS / "acceleration.lock", "calibrates"):
             found = directory.read_state(path, read_acceleration, "it is calibrated again")
             if found is None:

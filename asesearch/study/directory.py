@@ -84,6 +84,11 @@ def samples_file(sampler: Sampler, own: Sampler) -> str:
     return "samples.npz" if sampler == own else f"samples_{sampler}.npz"
 
 
+def acceleration_file(sampler: Sampler) -> str:
+    """Name of the file with what a sampler's acceleration was calibrated to."""
+    return f"acceleration_{sampler}.json"
+
+
 def read_json(path: Path, fix: str = "is this a study directory, and is it whole?") -> Any:
     """Read JSON that can't be made again.
 

@@ -5,14 +5,19 @@ import json
 import os
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from asesearch.backbones import DiT, UViT
+from asesearch.backbones.caching import Caching
 from asesearch.config import DiffusionConfig, SamplingConfig
+from asesearch.deployment import formats
 from asesearch.deployment.bundle import Bundle
+from asesearch.deployment.diffusers_hook import apply_exit_schedule
 from asesearch.deployment.reading import load_bundle
+from asesearch.deployment.verify import verify
 from asesearch.deployment.writing import write_bundle
 from asesearch.diffusion import Diffusion
 from asesearch.errors import CheckpointError, ConfigError, ScheduleError
@@ -235,3 +240,68 @@ def test_numbers_that_are_not_finite_fail_the_parity_check(bundle, tmp_path, poi
     )
     with pytest.raises(CheckpointError, match=rule):
         load_bundle(folder)
+
+
+# -- acceleration ----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def cached(bundle):
+    reuse = np.zeros((4, 4), dtype=bool)
+    reuse[1::2] = True
+    acceleration = Caching("block", reuse)
+    return replace(bundle, acceleration=acceleration, acceleration_name="cache-block-0.5")
+
+
+def test_a_bundle_keeps_its_cache(bundle, cached, tmp_path):
+    folder = write_bundle(cached, tmp_path / "cached")
+    loaded = load_bundle(folder)
+    assert str(loaded.sampler) == "ddim-4+cache-block-0.5"
+    made = loaded.sample(range(3)).images
+    assert torch.equal(made, cached.sample(range(3)).images)
+    assert not torch.equal(made, bundle.sample(range(3)).images)
+    with pytest.raises(ConfigError, match="made for 4 network calls; got a sampler of 3"):
+        loaded.plan(range(3), num_steps=3)
+    with pytest.raises(ConfigError, match="compiled blocks"):
+        loaded.sample(range(3), compile=True)
+    plain = write_bundle(bundle, tmp_path / "plain") / "bundle.json"
+    assert "acceleration" not in json.loads(plain.read_text())  # as earlier releases read it
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"name": "cache-block-0.50"}, "shortest form"),
+        ({"name": "magic"}, "acceleration is written"),
+        ({"more": 1}, "must have a name and a calibration"),
+        ({"calibration": {"kind": "cache", "part": "block", "reuse": ["0000"]}}, "network calls"),
+        ({"calibration": {"kind": "cache", "part": "block", "reuse": ["000"] * 4}}, "3 blocks"),
+        ({"calibration": {"kind": "cache", "part": "block", "reuse": ["00x0"] * 4}}, "rows of 0"),
+    ],
+)
+def test_a_cache_that_does_not_fit_is_refused(cached, tmp_path, change, words):
+    folder = write_bundle(cached, tmp_path / "cached")
+    path = folder / "bundle.json"
+    data = json.loads(path.read_text())
+    data["acceleration"] |= change
+    path.write_text(json.dumps(data))
+    with pytest.raises(CheckpointError, match=words):
+        load_bundle(folder)
+
+
+def test_other_formats_refuse_an_acceleration(cached, tmp_path):
+    for name in ("onnx", "aoti", "diffusers"):
+        with pytest.raises(ConfigError, match="format bundle only"):
+            formats.write(cached, tmp_path / name, name)
+    assert not list(tmp_path.iterdir())
+    folder = write_bundle(cached, tmp_path / "cached")
+    for given in (folder, cached):  # a pipeline would leave it out
+        with pytest.raises(ConfigError, match="a schedule, not the acceleration"):
+            apply_exit_schedule(torch.nn.Linear(1, 1), given)
+
+
+def test_a_cached_bundle_is_verified_in_all_its_steps(cached, tmp_path, monkeypatch):
+    monkeypatch.setattr("asesearch.deployment.verify.SPEED_S", 0.01)
+    checks = verify(write_bundle(cached, tmp_path / "cached"))
+    assert [c.name for c in checks] == ["files", "network", "parity", "speed"]
+    assert "ddim-4+cache-block-0.5" in checks[1].found and checks[-1].numbers["steps"] == 4
