@@ -104,6 +104,7 @@ class Lab:
         make = FIXED.get(self.args.experiment)
         if make is None:
             rows = pay(self.choice, self.found, self.args.tolerance)
+            wanted = ["full", *wanted] if wanted else []  # what candidates are picked by
         else:
             rows = make(self.choice)
         return (row for row in rows if not wanted or row.method in wanted)

@@ -41,7 +41,7 @@ SHAPES = ("6655442211", "6655441122", "6655112244", "6611224455")
 #: Tenths of t that are light, one at a time, and the share of the blocks that run there.
 MIXED = (1, 3, 5, 7, 9)
 LIGHT = 1 / 3
-THRESHOLDS = ("0.1", "0.2", "0.3", "0.4")
+THRESHOLDS = ("0.05", "0.1", "0.2", "0.3")
 #: Behind a sampler's name: methods that need no schedule. What a sampler refuses is left out.
 ADDED = {
     "cache": tuple(f"+cache-{part}-{x}" for part in ("attn", "mlp", "block") for x in THRESHOLDS),
