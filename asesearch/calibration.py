@@ -8,6 +8,7 @@ from typing import Any
 
 from asesearch.backbones.acceleration import Acceleration
 from asesearch.backbones.caching import Caching, Recorder, reuse_of
+from asesearch.backbones.merging import Merging
 from asesearch.errors import ConfigError
 from asesearch.sampler import acceleration_of
 
@@ -25,12 +26,14 @@ def calibrated(name: str, num_calls: int, look: Look) -> Acceleration:
     Args:
         name: see `asesearch.sampler.acceleration_of`.
         num_calls: network calls of the sampler.
-        look: samples the full network, once.
+        look: samples the full network; called only where something is to be measured.
 
     Raises:
         ConfigError: an unknown name, or a network that it does not fit.
     """
     kind, amount = acceleration_of(name)
+    if kind == "merge":
+        return Merging(amount)
     part = kind.removeprefix("cache-")
     recorder = Recorder(part, num_calls)
     look(recorder)
@@ -43,7 +46,10 @@ def read_acceleration(data: dict[str, Any]) -> Acceleration:
     Raises:
         ConfigError: plain data of another kind.
     """
-    readers: dict[Any, Callable[[dict[str, Any]], Acceleration]] = {"cache": Caching.from_dict}
+    readers: dict[Any, Callable[[dict[str, Any]], Acceleration]] = {
+        "cache": Caching.from_dict,
+        "merge": Merging.from_dict,
+    }
     kind = data.get("kind")
     if kind not in readers:
         raise ConfigError(

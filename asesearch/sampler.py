@@ -11,9 +11,11 @@ from asesearch.errors import ConfigError
 MAX_STEPS = 999_999
 _NAME = re.compile(r"([a-z][a-z0-9.+-]*)-([1-9][0-9]*)")
 #: Ways to make the calls of a sampler cheaper, other than an exit schedule, behind "+" in its name.
-ACCELERATIONS = ("cache-attn", "cache-mlp", "cache-block")
+ACCELERATIONS = ("cache-attn", "cache-mlp", "cache-block", "merge")
+#: The largest amount of those that have one below 100.
+LIMITS = {"merge": 0.5}
 #: Their names with an amount in its shortest form: "cache-attn-0.1".
-ACCELERATION = (
+_ACCELERATION = (
     rf"(?:{'|'.join(ACCELERATIONS)})"
     r"-(?:0|(?:0|[1-9][0-9]?)\.[0-9]{0,5}[1-9]|[1-9][0-9]?)"
 )
@@ -40,14 +42,19 @@ def acceleration_of(name: str) -> tuple[str, float]:
     """What an acceleration does and how much of it: "cache-attn-0.1" is ("cache-attn", 0.1).
 
     Raises:
-        ConfigError: a name of another form.
+        ConfigError: a name of another form, or too large an amount.
     """
-    if re.fullmatch(ACCELERATION, name) is None:
+    if re.fullmatch(_ACCELERATION, name) is None:
         raise ConfigError(
             f"an acceleration is written {', '.join(ACCELERATIONS)}, each with -AMOUNT in its "
             f'shortest form (below 100); got {name!r}; write for example "cache-attn-0.1"'
         )
     kind, _, amount = name.rpartition("-")
+    if float(amount) > LIMITS.get(kind, 100):
+        raise ConfigError(
+            f"{kind} takes an amount from 0 to {LIMITS[kind]:g}; got {name!r}; write for example "
+            f'"{kind}-{LIMITS[kind]:g}"'
+        )
     return kind, float(amount)
 
 

@@ -79,6 +79,8 @@ def test_a_file_that_is_no_study_is_told_why(tmp_path, content, reason):
         ("search", 'warm_start = "full"', "(got 'full': write an array in square brackets)"),
         ("search", "warm_start = [1]", "search.warm_start.0: .* string"),
         ("search", f'samplers = ["ddim-{"9" * 300}"]', "search.samplers.0"),
+        ("search", 'samplers = ["ddim-4+merge-0.6"]', "search.samplers.0: merge takes"),
+        ("search", 'samplers = ["ddim-4+fly-1"]', "search.samplers.0: an acceleration is"),
     ],
 )
 def test_types_are_strict(tmp_path, section, line, said):

@@ -11,7 +11,14 @@ from asesearch.point import Point
 from asesearch.sampler import Sampler
 from asesearch.schedule import ExitSchedule
 
-ACCELERATED = ["", "cache-attn-0", "cache-mlp-0.05", "cache-block-1.5", "cache-attn-12"]
+ACCELERATED = [
+    "",
+    "cache-attn-0",
+    "cache-mlp-0.05",
+    "cache-block-1.5",
+    "cache-attn-12",
+    "merge-0.5",
+]
 SAMPLERS = st.builds(
     Sampler,
     st.sampled_from(["ddim", "ddpm", "dpm++2m", "dpm++2m-quadratic", "euler-maruyama"]),
@@ -38,7 +45,14 @@ def test_what_is_no_sampler_is_refused(text):
 @pytest.mark.parametrize(
     "name",
     ["cache-attn", "cache-attn-", "cache-attn-0.10", "cache-attn-.1", "cache-attn-1e-3"]
-    + ["cache-head-0.1", "cache-attn--1", "cache-attn-0.1-0.2", "cache-attn-100", "cache-attn-00"],
+    + [
+        "merge-0.50",
+        "cache-head-0.1",
+        "cache-attn--1",
+        "cache-attn-0.1-0.2",
+        "cache-attn-100",
+        "cache-attn-00",
+    ],
 )
 def test_an_acceleration_has_one_spelling(name):
     with pytest.raises(ConfigError, match="acceleration|SOLVER-STEPS"):

@@ -18,8 +18,9 @@ from pydantic import (
 )
 
 from asesearch.config.explaining import explain
+from asesearch.config.names import SamplerName, SolverName
 from asesearch.errors import ConfigError
-from asesearch.sampler import ACCELERATION, GRID, Sampler
+from asesearch.sampler import Sampler
 
 #: Integers that JSON carries exactly; larger ones are slips.
 PositiveInt = Annotated[int, Field(gt=0, lt=2**53)]
@@ -215,34 +216,6 @@ class DataConfig(_Section):
     skip_damaged: bool = False
     num_workers: NonNegativeInt = 0
     download: bool = False
-
-
-#: The solvers: those with any grid of timesteps, and those with one.
-_SOLVER = rf"(?:(?:ddim|dpm\+\+2m)(?:{GRID})?|unipc{GRID}|ddpm|euler-maruyama)"
-
-
-def _fully(pattern: str, example: str) -> AfterValidator:
-    """Refuses text that does not match as a whole."""
-
-    def check(text: str) -> str:
-        if re.fullmatch(pattern, text) is None:
-            raise ValueError(
-                "should be ddpm, euler-maruyama, ddim, dpm++2m or unipc, with -quadratic or "
-                "-powerX (X from 0.1 to 4, shortest form) behind unipc, and maybe behind ddim "
-                f"and dpm++2m; write for example {example}"
-            )
-        return text
-
-    return AfterValidator(check)
-
-
-SolverName = Annotated[str, _fully(_SOLVER, '"unipc-quadratic"')]
-
-#: A way to sample as "SOLVER-STEPS" or "SOLVER-STEPS+ACCELERATION".
-SamplerName = Annotated[
-    str,
-    _fully(rf"{_SOLVER}-[1-9][0-9]{{0,5}}(?:\+{ACCELERATION})?", '"unipc-quadratic-6"'),
-]
 
 
 class SamplingConfig(_Section):

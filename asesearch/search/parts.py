@@ -36,7 +36,7 @@ from asesearch.files import write_json
 from asesearch.finetuning import check_fit
 from asesearch.point import Point
 from asesearch.sampler import Sampler
-from asesearch.sampling import SampleResult, check_sampling, sample
+from asesearch.sampling import SampleResult, check_acceleration, check_sampling, sample
 from asesearch.schedule import ExitSchedule
 from asesearch.score import EvaluationResult, Protocol
 from asesearch.search.opening import (
@@ -100,7 +100,10 @@ class Parts:
         self._try_parts()
         for sampler in self.samplers:
             if sampler.acceleration:
-                self.accelerations[sampler] = self._accelerated(sampler)
+                found = self._accelerated(sampler)
+                check_acceleration(found, len(self.samplers[sampler]), how.compile)
+                with found.attached(self.backbone):  # what does not fit is refused here
+                    self.accelerations[sampler] = found
         # may take long: after all that may be refused
         self.reference = open_reference(config, self.data, self.extractor)
         channels = known_channels(config, self.backbone.guided_channels, run_dir)

@@ -6,59 +6,25 @@ from contextlib import contextmanager
 import numpy as np
 import pytest
 import torch
-from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
-from asesearch.backbones import DiT, UViT
-from asesearch.backbones.acceleration import led
 from asesearch.backbones.caching import Caching, Recorder, reuse_of
-from asesearch.calibration import calibrated, read_acceleration
-from asesearch.diffusion import Diffusion
-from asesearch.errors import ConfigError, ScheduleError
-from asesearch.evaluation.cost import flops_table, mixed_cost
-from asesearch.sampling import sample
-from asesearch.schedule import ExitSchedule
-
-PARTS = ("attn", "mlp", "block")
-CALLS = 5
-SCHEDULE = ExitSchedule.from_string("4 3 3 1", 4)
-
-
-def dit():
-    torch.manual_seed(0)
-    net = DiT(input_size=8, patch_size=4, in_channels=1, hidden_size=16, depth=4, num_heads=2)
-    for parameter in net.parameters():
-        parameter.data += 0.1 * torch.randn_like(parameter)  # its gates are zero at first
-    return net.eval()
+from asesearch.calibration import read_acceleration
+from asesearch.errors import ConfigError
+from tests.backbones.accelerated import (
+    CALLS,
+    NETWORKS,
+    PARTS,
+    SCHEDULE,
+    calibrate,
+    dit,
+    make,
+    some_flags,
+)
 
 
-def uvit():
-    torch.manual_seed(0)
-    net = UViT(img_size=8, patch_size=4, in_chans=1, embed_dim=16, depth=8, num_heads=2)
-    for parameter in net.parameters():
-        parameter.data += 0.1 * torch.randn_like(parameter)
-    return net.eval()
-
-
-@pytest.fixture(scope="module", params=[dit, uvit], ids=["DiT", "U-ViT"])
+@pytest.fixture(scope="module", params=NETWORKS)
 def net(request):
-    return request.param()
-
-
-def make(net, acceleration=None, schedule=SCHEDULE, **options):
-    seeds = range(3)
-    y = torch.tensor([1, 2, 3]) if net.num_classes else None
-    options = {"diffusion": Diffusion(), "num_steps": CALLS, "y": y, "batch_size": 2, **options}
-    return sample(net, "ddim", schedule, seeds=seeds, acceleration=acceleration, **options)
-
-
-def calibrate(net, name, schedule=SCHEDULE):
-    return calibrated(name, CALLS, lambda recorder: make(net, recorder, schedule))
-
-
-def some_flags(net, seed=0):
-    flags = np.random.default_rng(seed).random((CALLS, len(net.transformer_blocks()))) < 0.6
-    flags[0] = False
-    return flags
+    return NETWORKS[request.param]()
 
 
 @contextmanager
@@ -77,10 +43,8 @@ def counted(net, part):
 
 
 @pytest.mark.parametrize("part", PARTS)
-def test_a_threshold_of_zero_changes_no_bit(net, part):
-    acceleration = calibrate(net, f"cache-{part}-0")
-    assert not acceleration.reuse.any()
-    assert torch.equal(make(net, acceleration).images, make(net).images)
+def test_a_threshold_of_zero_reuses_nothing(net, part):
+    assert not calibrate(net, f"cache-{part}-0").reuse.any()
 
 
 @pytest.mark.parametrize("part", PARTS)
@@ -142,21 +106,6 @@ def test_reused_output_is_that_of_the_call_before(part):
         assert (block(later, c) - expected).abs().max() > 1e-3  # the control: nothing is attached
 
 
-def test_a_batch_sees_nothing_of_the_one_before(net):
-    acceleration = Caching("block", some_flags(net))
-    whole = make(net, acceleration, batch_size=3).images
-    torch.testing.assert_close(make(net, acceleration, batch_size=1).images, whole)
-
-
-def test_guidance_and_caching_go_together():
-    net = dit()
-    acceleration = Caching("attn", some_flags(net))
-    plain = make(net, cfg_scale=1.5).images
-    assert (make(net, acceleration, cfg_scale=1.5).images - plain).abs().max() > 1e-4
-    none = Caching("attn", np.zeros((CALLS, 4), dtype=bool))
-    assert torch.equal(make(net, none, cfg_scale=1.5).images, plain)
-
-
 def test_changes_are_relative_to_the_call_before():
     """A network whose output doubles from call to call changes by half of it."""
     net = dit()
@@ -185,28 +134,6 @@ def test_a_higher_threshold_reuses_more():
     assert shares == sorted(shares) and shares[0] < shares[-1] == (CALLS - 1) / CALLS
 
 
-@pytest.mark.parametrize("part", PARTS)
-def test_flops_are_those_counted_in_a_real_sampling(net, part):
-    acceleration = Caching(part, some_flags(net))
-    # torch does not count a CPU's attention by itself
-    attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-    mapping = {attention: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v)}
-    counter = FlopCounterMode(display=False, custom_mapping=mapping)
-    with counter:
-        result = make(net, acceleration)
-    mixes = acceleration.mix(net, SCHEDULE.exit_depth_at(result.timesteps).tolist())
-    predicted = mixed_cost(mixes, flops_table(net), flops_table(net, None, acceleration))
-    assert counter.get_total_flops() == pytest.approx(3 * predicted, rel=1e-9)
-
-
-@pytest.mark.parametrize("part", PARTS)
-def test_it_reads_back(net, part):
-    acceleration = Caching(part, some_flags(net))
-    found = read_acceleration(acceleration.to_dict())
-    assert isinstance(found, Caching) and found.part == part
-    assert (found.reuse == acceleration.reuse).all()
-
-
 @pytest.mark.parametrize(
     "data",
     [
@@ -224,30 +151,6 @@ def test_damaged_data_is_refused(data):
         read_acceleration(data)
 
 
-def test_what_does_not_fit_is_refused(net):
-    with pytest.raises(ConfigError, match="4 network calls"):
-        make(net, Caching("attn", some_flags(net)[:4]))
+def test_another_number_of_blocks_is_refused(net):
     with pytest.raises(ConfigError, match="calibrated for 1 blocks"):
         make(net, Caching("attn", np.zeros((CALLS, 1), dtype=bool)))
-    with pytest.raises(ConfigError, match="compiled blocks"):
-        make(net, Caching("attn", some_flags(net)), compile=True)
-    block = net.transformer_blocks()[0]
-    mlp = block.mlp
-    del block.mlp
-    with pytest.raises(ConfigError, match="DiT or U-ViT"):
-        make(net, Caching("attn", some_flags(net)))
-    block.mlp = mlp
-
-
-def test_modules_are_left_as_they_were(net):
-    mlp = net.transformer_blocks()[0].mlp
-    with pytest.raises(ScheduleError), Caching("mlp", some_flags(net)).attached(net):
-        assert "forward" in vars(mlp)
-        with (
-            pytest.raises(ConfigError, match="one acceleration at a time"),
-            led({mlp: lambda x: x}),
-        ):
-            pass
-        assert "forward" in vars(mlp)
-        raise ScheduleError("stop")
-    assert "forward" not in vars(mlp)

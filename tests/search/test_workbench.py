@@ -273,7 +273,8 @@ def test_a_cached_point_is_sampled_and_costed_as_such(make_bench):
     assert spent[0] / spent[1] == pytest.approx(flops)
 
 
-def test_an_acceleration_is_refused_with_compiled_blocks(make_bench):
+@pytest.mark.parametrize("sampler", [CACHED, "ddim-4+merge-0.5"])
+def test_an_acceleration_is_refused_with_compiled_blocks(make_bench, sampler):
     sampling = {"solver": "ddim", "num_steps": 4, "batch_size": 40, "compile": True}
     with pytest.raises(ConfigError, match="leave compile or the acceleration out"):
-        make_bench(sampling=sampling, search={"samplers": [CACHED]})
+        make_bench(sampling=sampling, search={"samplers": [sampler]})

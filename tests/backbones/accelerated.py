@@ -1,0 +1,65 @@
+"""Small networks and accelerations of every kind, for the tests of both."""
+
+import numpy as np
+import torch
+
+from asesearch.backbones import DiT, UViT
+from asesearch.backbones.caching import Caching
+from asesearch.backbones.merging import Merging
+from asesearch.calibration import calibrated
+from asesearch.diffusion import Diffusion
+from asesearch.sampling import sample
+from asesearch.schedule import ExitSchedule
+
+PARTS = ("attn", "mlp", "block")
+CALLS = 5
+FULL = ExitSchedule.full(4)
+SCHEDULE = ExitSchedule.from_string("4 3 3 1", 4)
+
+
+def awake(net):
+    """Not what a new network is, whose gates are zero."""
+    for parameter in net.parameters():
+        parameter.data += 0.1 * torch.randn_like(parameter)
+    return net.eval()
+
+
+def dit():
+    torch.manual_seed(0)
+    return awake(
+        DiT(input_size=8, patch_size=2, in_channels=1, hidden_size=16, depth=4, num_heads=2)
+    )
+
+
+def uvit():
+    torch.manual_seed(0)
+    return awake(UViT(img_size=8, patch_size=2, in_chans=1, embed_dim=16, depth=8, num_heads=2))
+
+
+NETWORKS = {"DiT": dit, "U-ViT": uvit}
+
+
+def make(net, acceleration=None, schedule=SCHEDULE, **options):
+    seeds = range(3)
+    y = torch.tensor([1, 2, 3]) if net.num_classes else None
+    options = {"diffusion": Diffusion(), "num_steps": CALLS, "y": y, "batch_size": 2, **options}
+    return sample(net, "ddim", schedule, seeds=seeds, acceleration=acceleration, **options)
+
+
+def calibrate(net, name):
+    return calibrated(name, CALLS, lambda recorder: make(net, recorder, FULL))
+
+
+def some_flags(net, seed=0):
+    flags = np.random.default_rng(seed).random((CALLS, len(net.transformer_blocks()))) < 0.6
+    flags[0] = False
+    return flags
+
+
+#: Of each kind one that changes images: its class is that of all of the kind.
+STRONG = {
+    "cache-attn": lambda net: Caching("attn", some_flags(net)),
+    "cache-mlp": lambda net: Caching("mlp", some_flags(net)),
+    "cache-block": lambda net: Caching("block", some_flags(net)),
+    "merge": lambda net: Merging(0.5),
+}

@@ -1,0 +1,135 @@
+"""The contract of an acceleration, over all of them."""
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
+
+from asesearch.backbones import DiT
+from asesearch.backbones.acceleration import led
+from asesearch.calibration import calibrated, read_acceleration
+from asesearch.errors import ConfigError, ScheduleError
+from asesearch.evaluation.cost import flops_table, mixed_cost
+from asesearch.sampler import ACCELERATIONS, LIMITS
+from asesearch.schedule import ExitSchedule
+from tests.backbones.accelerated import (
+    CALLS,
+    NETWORKS,
+    SCHEDULE,
+    STRONG,
+    awake,
+    calibrate,
+    make,
+)
+
+
+@pytest.fixture(scope="module", params=NETWORKS)
+def net(request):
+    return NETWORKS[request.param]()
+
+
+@pytest.fixture(params=ACCELERATIONS)
+def strong(request, net):
+    return STRONG[request.param](net)
+
+
+def flops_of(call):
+    """FLOPs that torch counts, and what the call gives."""
+    # torch does not count a CPU's attention by itself
+    attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    mapping = {attention: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v)}
+    with FlopCounterMode(display=False, custom_mapping=mapping) as counter:
+        result = call()
+    return counter.get_total_flops(), result
+
+
+@pytest.mark.parametrize("kind", ACCELERATIONS)
+def test_none_of_it_changes_no_bit(net, kind):
+    plain = make(net).images
+    assert torch.equal(make(net, calibrate(net, f"{kind}-0")).images, plain)
+    assert (make(net, STRONG[kind](net)).images - plain).abs().max() > 1e-3  # the control
+
+
+def test_a_batch_sees_nothing_of_the_one_before(net, strong):
+    whole = make(net, strong, batch_size=3).images
+    torch.testing.assert_close(make(net, strong, batch_size=1).images, whole)
+
+
+def test_flops_are_those_counted_in_a_real_sampling(net, strong):
+    flops, result = flops_of(lambda: make(net, strong))
+    depths = SCHEDULE.exit_depth_at(result.timesteps).tolist()
+    mixes = strong.mix(net, depths)
+    assert all(sum(w for w, *_ in mix) == pytest.approx(1) for mix in mixes)
+    plain = flops_table(net)
+    predicted = mixed_cost(mixes, plain, flops_table(net, None, strong))
+    assert flops == pytest.approx(3 * predicted, rel=1e-9)
+    assert predicted < sum(plain[d - 1] for d in depths)
+
+
+def test_it_reads_back(net, strong):
+    again = read_acceleration(strong.to_dict())
+    assert type(again) is type(strong) and again.to_dict() == strong.to_dict()
+    assert torch.equal(make(net, again).images, make(net, strong).images)
+
+
+@pytest.mark.parametrize("kind", ACCELERATIONS)
+def test_guidance_goes_with_it(kind):
+    net = NETWORKS["DiT"]()
+    plain = make(net, cfg_scale=1.5).images
+    accelerated = make(net, STRONG[kind](net), cfg_scale=1.5).images
+    assert (accelerated - plain).abs().max() > 1e-4
+    assert (accelerated - make(net, STRONG[kind](net)).images).abs().max() > 1e-4
+
+
+def test_surplus_data_is_refused(strong):
+    with pytest.raises(ConfigError, match="has the keys"):
+        read_acceleration(strong.to_dict() | {"more": 1})
+
+
+def test_what_does_not_fit_is_refused(net, strong):
+    with pytest.raises(ConfigError, match="compiled blocks"):
+        make(net, strong, compile=True)
+    if strong.num_calls is not None:
+        with pytest.raises(ConfigError, match=f"made for {CALLS} network calls"):
+            make(net, strong, num_steps=CALLS + 1)
+    block = net.transformer_blocks()[0]
+    mlp = block.mlp
+    del block.mlp
+    with pytest.raises(ConfigError, match="DiT or U-ViT"):
+        make(net, strong)
+    block.mlp = mlp
+
+
+def test_modules_are_left_as_they_were(net, strong):
+    with pytest.raises(ScheduleError), strong.attached(net):
+        changed = [module for module in net.modules() if "forward" in vars(module)]
+        assert changed
+        with (
+            pytest.raises(ConfigError, match="one acceleration at a time"),
+            led({changed[0]: lambda x: x}),
+        ):
+            pass
+        assert "forward" in vars(changed[0])
+        raise ScheduleError("stop")
+    assert not any("forward" in vars(module) for module in net.modules())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ACCELERATIONS)
+def test_the_true_shape(kind):
+    """28 blocks, 256 tokens, 1,000 classes and guidance; narrow, so that a CPU has time for it."""
+    torch.manual_seed(0)
+    net = awake(DiT(hidden_size=32, depth=28, num_heads=2))
+    schedule = ExitSchedule.from_string("D3-DiT", 28)
+    options = {"cfg_scale": 1.5, "y": torch.tensor([0, 500, 999]), "num_steps": 10}
+
+    def look(recorder):
+        return make(net, recorder, ExitSchedule.full(28), **options)
+
+    amount = LIMITS.get(kind, 1) / 2
+    found = read_acceleration(calibrated(f"{kind}-{amount:g}", 10, look).to_dict())
+    result = make(net, found, schedule, **options)
+    assert result.images.isfinite().all() and result.images.shape == (3, 4, 32, 32)
+    assert not torch.equal(result.images, make(net, None, schedule, **options).images)
+    depths = schedule.exit_depth_at(result.timesteps).tolist()
+    fewer = flops_table(net, None, found)
+    assert mixed_cost(found.mix(net, depths), flops_table(net), fewer) < 10 * flops_table(net)[-1]
