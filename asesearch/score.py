@@ -189,6 +189,24 @@ class EvaluationResult:
 
 
 @dataclass(frozen=True)
+class PrecisionRecall:
+    """How good and how varied a generator's images are, beside a score that mixes both.
+
+    Attributes:
+        precision: share of its images that could be of the reference, one value a repeat.
+        recall: share of the reference that could be of its images, one value a repeat.
+    """
+
+    precision: tuple[float, ...]
+    recall: tuple[float, ...]
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> PrecisionRecall:
+        """Inverse of `dataclasses.asdict`."""
+        return cls(tuple(data["precision"]), tuple(data["recall"]))
+
+
+@dataclass(frozen=True)
 class TrainedScore:
     """Scores of one point under several training seeds, on the same images.
 

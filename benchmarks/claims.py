@@ -279,7 +279,9 @@ def _half_range(values: Sequence[float]) -> float:
     return (max(values) - min(values)) / 2
 
 
-def _std_error(values: Sequence[float]) -> float:
+def _std_error(*given: Any) -> float:
+    """Of a list, or of several numbers."""
+    values = given[0] if len(given) == 1 else given
     return statistics.stdev(values) / math.sqrt(len(values))
 
 

@@ -1,6 +1,7 @@
-"""Fréchet and kernel distance of features, by torch-fidelity.
+"""Fréchet and kernel distance of features, and their precision and recall, by torch-fidelity.
 
-Source: Heusel et al. 2017 (FID), Bińkowski et al. 2018 (KID); the arithmetic is torch-fidelity's.
+Source: Heusel et al. 2017 (FID), Bińkowski et al. 2018 (KID), Kynkäänniemi et al. 2019 (improved
+precision and recall); the arithmetic is torch-fidelity's.
 """
 
 from __future__ import annotations
@@ -11,6 +12,11 @@ import torch
 from torch_fidelity import KEY_METRIC_FID, KEY_METRIC_KID_MEAN, KEY_METRIC_KID_STD
 from torch_fidelity.metric_fid import fid_statistics_to_metric
 from torch_fidelity.metric_kid import kid_features_to_metric
+from torch_fidelity.metric_prc import (
+    KEY_METRIC_PRECISION,
+    KEY_METRIC_RECALL,
+    prc_features_to_metric,
+)
 
 from asesearch.errors import EvaluationError
 from asesearch.evaluation.features import Floats
@@ -18,6 +24,8 @@ from asesearch.evaluation.references import KID_SEED, ReferenceStats
 
 KID_SUBSETS = 100
 KID_SUBSET_SIZE = 1000
+NEIGHBOURS = 3  # the k of precision and recall
+ROWS = 1000  # whose distances are in memory at once
 
 
 def frechet_distance(mean1: Floats, cov1: Floats, mean2: Floats, cov2: Floats) -> float:
@@ -89,3 +97,39 @@ def kernel_distance(features1: npt.ArrayLike, features2: npt.ArrayLike) -> tuple
         *tensors, kid_subsets=KID_SUBSETS, kid_subset_size=size, rng_seed=KID_SEED, verbose=False
     )
     return float(found[KEY_METRIC_KID_MEAN]), float(found[KEY_METRIC_KID_STD])
+
+
+def precision_recall(features: npt.ArrayLike, reference: npt.ArrayLike) -> tuple[float, float]:
+    """Share of generated images within the manifold of the reference (precision: fidelity), and of
+    reference images within the manifold of the generated ones (recall: variety).
+
+    A manifold is the union of balls about its images, each as wide as its third nearest neighbour
+    is far. As both shares depend on the numbers of images, equally many of both are taken: the
+    first of the generated ones, and a fixed random subset of the reference.
+
+    Args:
+        features: (N, D), of generated images.
+        reference: (M, D).
+
+    Raises:
+        EvaluationError: too few rows for a neighbourhood, or not finite.
+
+    Source: Kynkäänniemi et al. 2019, equations 1 and 2, k = 3.
+    """
+    ours, theirs = (np.asarray(f, dtype=np.float64) for f in (features, reference))
+    size = min(len(ours), len(theirs))
+    if size <= NEIGHBOURS or not all(np.isfinite(f).all() for f in (ours, theirs)):
+        raise EvaluationError(
+            f"precision and recall need more than {NEIGHBOURS} finite features on each side; got "
+            f"{ours.shape} and {theirs.shape}; generate more images, and check that they are finite"
+        )
+    rows = np.random.default_rng(KID_SEED).permutation(len(theirs))[:size]
+    found = prc_features_to_metric(
+        torch.from_numpy(ours[:size]),
+        torch.from_numpy(theirs[rows]),
+        prc_neighborhood=NEIGHBOURS,
+        prc_batch_size=ROWS,
+        save_cpu_ram=True,
+        verbose=False,
+    )
+    return float(found[KEY_METRIC_PRECISION]), float(found[KEY_METRIC_RECALL])

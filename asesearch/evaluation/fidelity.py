@@ -175,7 +175,10 @@ def evaluate(
 
 
 def evaluate_in(
-    make_images: Callable[[range], Tensor], spaces: Sequence[Space], chunk: int = 1000
+    make_images: Callable[[range], Tensor],
+    spaces: Sequence[Space],
+    chunk: int = 1000,
+    on_features: Callable[[Floats], None] | None = None,
 ) -> tuple[EvaluationResult, ...]:
     """Scores of one generator in several feature spaces, of the same images.
 
@@ -183,6 +186,7 @@ def evaluate_in(
         make_images: gives the images (len(seeds), C, H, W) uint8 of a range of image seeds; called
             in turn for the seeds of each repeat, at most `chunk` at a time.
         spaces: whose protocols have the same image seeds.
+        on_features: called with each repeat's features (num_samples, D) in the first space.
 
     Raises:
         EvaluationError: images of another type or number, a score that is not finite, or protocols
@@ -202,10 +206,13 @@ def evaluate_in(
                     f"one image a seed is needed; got {len(images)} for {len(seeds)} seeds; "
                     "make_images must give them all"
                 )
-            for space, features in zip(spaces, parts, strict=True):
-                features.append(extract_features(space.extractor, images))
-        for space, features, found in zip(spaces, parts, values, strict=True):
-            found.append(_distance(space.protocol, np.concatenate(features), space.reference))
+            for space, part in zip(spaces, parts, strict=True):
+                part.append(extract_features(space.extractor, images))
+        whole = [np.concatenate(part) for part in parts]
+        for space, features, found in zip(spaces, whole, values, strict=True):
+            found.append(_distance(space.protocol, features, space.reference))
+        if on_features is not None:
+            on_features(whole[0])
     return tuple(
         EvaluationResult(space.protocol, tuple(found))
         for space, found in zip(spaces, values, strict=True)

@@ -97,11 +97,14 @@ def _difference(row: pd.Series) -> str:
 
 
 def confirmation_grid(results: StudyResults) -> Grid:
+    table = tables.confirmation(results)
+    both = bool(len(table)) and bool(table["precision"].notna().any())
     head = (
         "schedule",
         "search",
         "confirmed",
         "selection bias",
+        *(("precision", "recall") if both else ()),
         "time predicted",
         "time measured",
         "speed-up",
@@ -114,11 +117,15 @@ def confirmation_grid(results: StudyResults) -> Grid:
             "–"
             if math.isnan(row["selection_bias"])
             else f"{row['selection_bias']:+.3g}".replace("-", "−"),
+            *(
+                plus_minus(row[name], row[f"{name}_se"])
+                for name in (("precision", "recall") if both else ())
+            ),
             relative(row["predicted_time_frac"]),
             relative(row["measured_time_frac"], row["measured_time_spread"]),
             speed_up(row["measured_time_frac"]),
         )
-        for _, row in tables.confirmation(results).iterrows()
+        for _, row in table.iterrows()
     ]
     return Grid(head, rows)
 

@@ -349,9 +349,24 @@ def confirmation(results: StudyResults) -> pd.DataFrame:
                 "difference_margin": row["difference_margin"],
                 "confidence": row["confidence"],
                 "verdict": row["verdict"],
+                **_precision_recall(c),
             }
         )
     return pd.DataFrame(rows)
+
+
+def _precision_recall(confirmed: Confirmation) -> dict[str, float]:
+    """Mean over the repeats and its standard error, each; NaN where they were not measured."""
+    found = confirmed.precision_recall
+    out = {}
+    for name in ("precision", "recall"):
+        values = np.array(() if found is None else getattr(found, name))
+        spread = len(values) > 1
+        out[name] = float(values.mean()) if len(values) else math.nan
+        out[f"{name}_se"] = (
+            float(values.std(ddof=1) / math.sqrt(len(values))) if spread else math.nan
+        )
+    return out
 
 
 def _selection_bias(search: EvaluationResult, confirmed: Confirmation) -> float:

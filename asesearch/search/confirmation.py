@@ -182,7 +182,7 @@ class _Confirming:
     def _measure(self, record: TrialRecord, full: TrialRecord) -> Confirmation:
         begun = time.perf_counter()
         net = _network(self.study, record, self.bench)
-        quality, also = self.bench.confirmed(net, record.point)
+        quality, also, found = self.bench.confirmed(net, record.point)
         ratio = 1.0
         spread = 0.0
         if record.number != full.number:
@@ -191,7 +191,9 @@ class _Confirming:
             ratio = measured.median
             spread = measured.spread
         took = time.perf_counter() - begun
-        return Confirmation(record.number, quality, ratio, spread, took, also=also)
+        return Confirmation(
+            record.number, quality, ratio, spread, took, also=also, precision_recall=found
+        )
 
     def _wait(self, searching: list[str], left: list[TrialRecord]) -> None:
         if not self._said:

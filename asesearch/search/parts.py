@@ -5,7 +5,7 @@ reference, protocols.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,8 +24,9 @@ from asesearch.data import open_data
 from asesearch.diffusion import make_diffusion
 from asesearch.errors import ConfigError, EvaluationError
 from asesearch.evaluation.cost import TimeRatio, compare_sampling_time
+from asesearch.evaluation.distances import NEIGHBOURS, precision_recall
 from asesearch.evaluation.extractors import make_extractor
-from asesearch.evaluation.features import to_uint8
+from asesearch.evaluation.features import Floats, to_uint8
 from asesearch.evaluation.fidelity import (
     Space,
     build_protocol,
@@ -38,7 +39,7 @@ from asesearch.point import Point
 from asesearch.sampler import Sampler
 from asesearch.sampling import SampleResult, check_acceleration, check_sampling, sample
 from asesearch.schedule import ExitSchedule
-from asesearch.score import EvaluationResult, Protocol
+from asesearch.score import EvaluationResult, PrecisionRecall, Protocol
 from asesearch.search.opening import (
     check_evaluation,
     conditioning_for,
@@ -260,12 +261,23 @@ class Parts:
 
     def confirmed(
         self, backbone: Backbone, point: Point
-    ) -> tuple[EvaluationResult, tuple[EvaluationResult, ...]]:
-        """Score under the confirmation protocol, and in the further feature spaces of
-        `confirm.also`, of the same images."""
+    ) -> tuple[EvaluationResult, tuple[EvaluationResult, ...], PrecisionRecall | None]:
+        """Score under the confirmation protocol, in the further feature spaces of `confirm.also`,
+        and precision and recall (None of too few images), all of the same images."""
         own = Space(self.protocols.confirmation, self.extractor, self.reference)
-        (quality, *others), _ = self._scores(backbone, point, [own, *self.also])
-        return quality, tuple(others)
+        reference = self.reference.features
+        pairs: list[tuple[float, float]] = []
+        enough = min(own.protocol.num_samples, len(reference)) > NEIGHBOURS
+        (quality, *others), _ = self._scores(
+            backbone,
+            point,
+            [own, *self.also],
+            on_features=lambda found: (
+                pairs.append(precision_recall(found, reference)) if enough else None
+            ),
+        )
+        both = PrecisionRecall(*zip(*pairs, strict=True)) if pairs else None
+        return quality, tuple(others), both
 
     def _scores(
         self,
@@ -273,6 +285,7 @@ class Parts:
         point: Point,
         spaces: Sequence[Space],
         shown: list[Tensor] | None = None,
+        on_features: Callable[[Floats], None] | None = None,
     ) -> tuple[tuple[EvaluationResult, ...], dict[str, float]]:
         """Scores in these spaces, and what `evaluate` tells of time."""
         seconds = {"sample": 0.0}
@@ -298,7 +311,7 @@ class Parts:
 
         # decoded images and prompts take much memory
         chunk = self.batch_size if self.decoder is not None else 1000
-        found = evaluate_in(make_images, spaces, chunk)
+        found = evaluate_in(make_images, spaces, chunk, on_features)
         seconds["evaluate"] = time.perf_counter() - begun - sum(seconds.values())
         return found, seconds
 

@@ -14,7 +14,7 @@ import numpy as np
 from asesearch.point import Point
 from asesearch.sampler import Sampler
 from asesearch.schedule import ExitSchedule
-from asesearch.score import EvaluationResult, TrainedScore
+from asesearch.score import EvaluationResult, PrecisionRecall, TrainedScore
 from asesearch.study.difficulty import DifficultyMap
 from asesearch.study.front import non_dominated
 from asesearch.study.importance import Importance
@@ -176,6 +176,8 @@ class Confirmation:
         retrained: the same point fine-tuned under further seeds, one score each, under the protocol
             of `quality`.
         also: the same images in further feature spaces.
+        precision_recall: of the same images in the space of `quality`; None in a record of a
+            release that did not measure it, or of too few images.
     """
 
     number: int
@@ -185,6 +187,7 @@ class Confirmation:
     seconds: float = 0.0
     retrained: tuple[EvaluationResult, ...] = ()
     also: tuple[EvaluationResult, ...] = ()
+    precision_recall: PrecisionRecall | None = None
 
     @property
     def trained(self) -> TrainedScore:
@@ -201,13 +204,16 @@ class Confirmation:
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Confirmation:
-        """Inverse of `to_dict`; of a release without training seeds and further spaces too."""
+        """Inverse of `to_dict`; of a release without training seeds, further spaces or precision
+        and recall too."""
         several = {
             name: tuple(map(EvaluationResult.from_dict, data.get(name, ())))
             for name in ("retrained", "also")
         }
         quality = EvaluationResult.from_dict(data["quality"])
-        return cls(**{**data, "quality": quality, **several})
+        found = data.get("precision_recall")
+        both = None if found is None else PrecisionRecall.from_dict(found)
+        return cls(**{**data, "quality": quality, **several, "precision_recall": both})
 
 
 @dataclass(frozen=True)

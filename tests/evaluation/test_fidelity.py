@@ -15,7 +15,11 @@ from asesearch.config import EvaluationConfig, SamplingConfig
 from asesearch.data import ImageArray, ImageFolder, fashion_mnist
 from asesearch.errors import DataError, EvaluationError
 from asesearch.evaluation import distances, references
-from asesearch.evaluation.distances import frechet_distance, kernel_distance
+from asesearch.evaluation.distances import (
+    frechet_distance,
+    kernel_distance,
+    precision_recall,
+)
 from asesearch.evaluation.features import extract_features, to_uint8
 from asesearch.evaluation.fidelity import build_protocol, evaluate
 from asesearch.evaluation.references import (
@@ -133,6 +137,46 @@ def test_kernel_distance_is_unbiased_near_zero(monkeypatch):
         kernel_distance(rng.normal(size=(40, 4)), rng.normal(1, 1, size=(40, 4)))[0]
         > 10 * standard_error
     )
+
+
+def balls(points):
+    """Squared radii about each point: to its third nearest neighbour but itself."""
+    return np.sort(((points[:, None] - points[None]) ** 2).sum(-1), axis=1)[:, 3]
+
+
+def test_precision_and_recall_are_shares_of_images_in_the_others_balls():
+    rng = np.random.default_rng(5)
+    ours, theirs = rng.normal(0, 1, (60, 3)), rng.normal(0.7, 1.3, (60, 3))
+    away = ((ours[:, None] - theirs[None]) ** 2).sum(-1)  # (ours, theirs)
+    precision = (away <= balls(theirs)[None]).any(1).mean()
+    recall = (away <= balls(ours)[:, None]).any(0).mean()
+    assert 0.2 < precision < 1 and 0.2 < recall < 1 and abs(precision - recall) > 0.1
+    assert precision_recall(ours, theirs) == pytest.approx((precision, recall))
+    assert precision_recall(theirs, ours) == pytest.approx((recall, precision))
+
+
+def test_a_lost_mode_costs_recall_and_bad_images_cost_precision():
+    rng = np.random.default_rng(6)
+    near, far = rng.normal(0, 1, (200, 4)), rng.normal(30, 1, (200, 4))
+    reference = rng.permutation(np.concatenate([near, far]))
+    again = rng.permutation(np.concatenate([near, far]) + rng.normal(0, 0.1, (400, 4)))
+    lost = np.concatenate([near, near + rng.normal(0, 0.1, (200, 4))])
+    bad = rng.permutation(np.concatenate([again[:200], rng.normal(-90, 1, (200, 4))]))
+    whole, one, mixed = (precision_recall(f, reference) for f in (again, lost, bad))
+    assert min(whole) > 0.95
+    assert one[0] > 0.95 and one[1] == pytest.approx(0.5, abs=0.05)
+    assert mixed[0] == pytest.approx(0.5, abs=0.05) and mixed[1] > 0.9
+
+
+def test_precision_and_recall_take_equally_many_of_both():
+    rng = np.random.default_rng(7)
+    ours, theirs = rng.normal(size=(40, 3)), rng.normal(size=(900, 3))
+    rows = np.random.default_rng(references.KID_SEED).permutation(900)[:40]
+    assert precision_recall(ours, theirs) == precision_recall(ours, theirs[np.sort(rows)])
+    assert precision_recall(theirs, ours) == precision_recall(theirs[:40], ours)
+    for few in (ours[:3], ours * np.nan):
+        with pytest.raises(EvaluationError, match="more than 3 finite features"):
+            precision_recall(few, theirs)
 
 
 def test_a_biased_kernel_distance_would_be_caught():

@@ -1,5 +1,6 @@
 """Tables: against brute force, and never across protocols."""
 
+import json
 import math
 from dataclasses import replace
 
@@ -10,12 +11,12 @@ import scipy.stats
 from asesearch.errors import EvaluationError, StudyError
 from asesearch.point import Point
 from asesearch.report import exhibits, opinions, tables
-from asesearch.report.grids import retrained_grid, spaces_grid
+from asesearch.report.grids import confirmation_grid, retrained_grid, spaces_grid
 from asesearch.report.wording import headline, number, percent, plus_minus
 from asesearch.schedule import ExitSchedule
-from asesearch.score import EvaluationResult
+from asesearch.score import EvaluationResult, PrecisionRecall
 from asesearch.study.front import hypervolume_2d
-from asesearch.study.records import shortened
+from asesearch.study.records import Confirmation, shortened
 from tests.report.conftest import OWN
 
 
@@ -127,6 +128,27 @@ def test_confirmation_puts_both_figures_side_by_side(study):
             record.time_frac,
             c.measured_time_frac,
         )
+
+
+def test_precision_and_recall_stand_beside_a_confirmed_score_where_they_were_measured(study):
+    results = study(confirm=True)
+    assert "precision" not in confirmation_grid(results).head
+    first, *rest = results.confirmations
+    found = replace(first, precision_recall=PrecisionRecall((0.6, 0.7, 0.8), (0.4, 0.5, 0.6)))
+    kept = json.loads(json.dumps(found.to_dict()))
+    assert Confirmation.from_dict(kept) == found
+    del kept["precision_recall"]  # as earlier releases wrote it
+    assert Confirmation.from_dict(kept) == first
+    results = replace(results, confirmations=(found, *rest))
+    row = tables.confirmation(results).set_index("number").loc[first.number]
+    assert row["precision"] == pytest.approx(0.7) and row["recall"] == pytest.approx(0.5)
+    assert row["precision_se"] == pytest.approx(0.1 / math.sqrt(3)) == row["recall_se"]
+    grid = confirmation_grid(results)
+    at = grid.head.index("precision")
+    shown = {line[0]: line[at : at + 2] for line in grid.rows}
+    assert grid.head[at + 1] == "recall"
+    assert shown.pop("full network") == ("0.700 ± 0.058", "0.500 ± 0.058")
+    assert set(shown.values()) == {("–", "–")}
 
 
 def test_training_seeds_have_an_error_and_a_verdict_of_their_own(study):

@@ -117,7 +117,7 @@ class FakeBench:
     also = ()
 
     def confirmed(self, net, point):
-        return self.evaluate(net, point, self.protocols.confirmation)[0], ()
+        return self.evaluate(net, point, self.protocols.confirmation)[0], (), None
 
     def measured_time(self, net, point, full_net):
         return TimeRatio(self.fracs(point)[0], 0.01, ())

@@ -11,7 +11,7 @@ from asesearch.backbones.checkpoints import save_backbone
 from asesearch.config import parse_study
 from asesearch.errors import ConfigError, EvaluationError
 from asesearch.evaluation.cost import LatencyTable
-from asesearch.evaluation.distances import frechet_distance
+from asesearch.evaluation.distances import frechet_distance, precision_recall
 from asesearch.evaluation.fashion_cnn import FASHION_CNN_WEIGHTS
 from asesearch.evaluation.features import extract_features, to_uint8
 from asesearch.point import Point
@@ -192,12 +192,15 @@ def test_confirmed_images_are_scored_in_further_feature_spaces(make_bench, secon
     evaluation = {"extractor": "fashion-cnn", "num_samples": 70}
     bench = make_bench(confirm=confirm, evaluation=evaluation)
     point = Point(bench.full, bench.own_sampler)
-    quality, (other,) = bench.confirmed(bench.backbone, point)
+    quality, (other,), found = bench.confirmed(bench.backbone, point)
     assert quality == bench.evaluate(bench.backbone, point, bench.protocols.confirmation)[0]
     assert other.protocol.seeds == quality.protocol.seeds and other.protocol != quality.protocol
     [space] = bench.also
-    for first, value in zip(other.protocol.seeds, other.values, strict=True):
+    for i, (first, value) in enumerate(zip(other.protocol.seeds, other.values, strict=True)):
         images = bench.sample(bench.backbone, point, range(first, first + 80)).images
+        own = extract_features(bench.extractor, to_uint8(images))
+        both = precision_recall(own, bench.reference.features)
+        assert (found.precision[i], found.recall[i]) == both
         features = extract_features(space.extractor, to_uint8(images))
         moments = features.mean(0), np.cov(features, rowvar=False)
         assert features.shape == (80, 16)
