@@ -29,13 +29,14 @@ from asesearch.report.style import (
 #: Name, colour and mark of each method.
 METHODS = {
     "full": ("full network", "black", "*"),
-    "exits": ("early exits, noise-easy", VERMILION, "o"),
-    "data-easy": ("early exits, data-easy", PURPLE, "v"),
+    "exits": ("early exits", VERMILION, "o"),
+    "data-easy": ("the same, data-easy", PURPLE, "v"),
     "static": ("one depth everywhere", ORANGE, "s"),
     "steps": ("fewer steps", BLUE, "D"),
     "cache": ("caching", GREEN, "P"),
     "merge": ("token merging", SKY, "X"),
     "deediff": ("uncertainty exits", GREY, "h"),
+    "exits+cache": ("early exits with caching", BLUE, "d"),
 }
 SOLVERS = {"ddim": BLUE, "ddpm": ORANGE, "dpm++2m": GREEN}
 

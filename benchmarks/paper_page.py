@@ -69,9 +69,10 @@ def table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
 def cells(experiment: Experiment, shown: Shown) -> tuple[str, ...]:
     """A row's line."""
     row = shown.row
-    name = METHODS.get(row.method, (row.method,))[0]
-    label = row.label if row.method in ("full", "ablation", "shape", "mixed") else ""
-    start = (label or f"{name}: {row.label}", row.schedule)
+    name = METHODS[row.method][0] if row.method in METHODS else ""
+    plain = not name or row.method == "full"
+    label = row.label.removeprefix(row.schedule).removeprefix(", ")
+    start = (row.label if plain else f"{name}: {label}".removesuffix(": "), row.schedule)
     if not shown.measured:
         return (*start, NONE, *("–" for _ in HEAD[3:]))
     own, warm = shown.tuning_tflop
@@ -98,6 +99,8 @@ def _nan(value: float | None) -> float:
 def _signed(value: float, margin: float) -> str:
     if math.isnan(value):
         return "–"
+    if value == margin == 0:
+        return "0 (the same images)"
     sign = "+" if value > 0 else ""
     return f"{sign}{plus_minus(value, margin)}"
 
@@ -134,27 +137,29 @@ def answers(experiment: Experiment) -> str:
 
 
 def verdicts(experiment: Experiment) -> Iterator[str]:
-    """A sentence for each sampler, from its rows alone."""
+    """A sentence for each row on fresh seeds, from what is on record alone."""
     for sampler in experiment.samplers:
-        found = [s for s in experiment.rows(sampler) if s.measured and s.row.method != "full"]
-        for shown in found:
-            difference, margin = experiment.difference(shown)
-            saved = 100 * (1 - shown.get("time_frac"))
-            text = f"{sampler}, {shown.row.method} ({shown.row.label}): {saved:.0f} % of the time "
-            text += "saved" if saved >= 0 else "(more, not less)"
-            if math.isnan(difference):
-                yield f"{text}; there is no full network to compare with."
-            elif math.isnan(margin):
-                yield f"{text}, score {_signed(difference, margin)}; its spread is unknown."
-            else:
-                worse = "worse than" if difference > margin else "better than"
-                clear = abs(difference) > margin
-                verdict = worse if clear else "no difference shown from"
-                seeds = "" if len(shown.lines) > 1 else " (one training seed)"
-                yield (
-                    f"{text}, score {_signed(difference, margin)}: {verdict} the better full "
-                    f"network{seeds}."
-                )
+        for shown in experiment.rows(sampler):
+            if shown.measured and shown.row.method != "full":
+                yield f"{sampler}, {shown.row.label}: {verdict(experiment, shown)}."
+
+
+def verdict(experiment: Experiment, shown: Shown) -> str:
+    """Time saved, and whether the score differs from the better full network's."""
+    frac = shown.get("time_frac")
+    percent = f"{abs(100 * (1 - frac)):.0f}\N{NO-BREAK SPACE}%"
+    time = f"{percent} of the time saved" if frac <= 1 else f"{percent} more time"
+    difference, margin = experiment.difference(shown)
+    if math.isnan(difference):
+        return f"{time}; no full network is measured to compare with"
+    if difference == margin == 0:
+        return f"{time}; the same images as the full network's, so nothing was skipped"
+    if math.isnan(margin):
+        return f"{time}, score {_signed(difference, margin)} (spread unknown)"
+    clear = "better than" if difference < 0 else "worse than"
+    found = clear if abs(difference) > margin else "no difference shown from"
+    once = " (one training seed)" if shown.row.trained and len(shown.lines) == 1 else ""
+    return f"{time}, score {_signed(difference, margin)}: {found} the better full network{once}"
 
 
 def section(experiment: Experiment, folder: Path, source: Path) -> str:
@@ -176,7 +181,8 @@ def section(experiment: Experiment, folder: Path, source: Path) -> str:
             f'src="data:image/svg+xml;base64,{svg}"><figcaption>{drawing.caption}</figcaption>'
             "</figure>"
         )
-    parts.append(f'<div class="figures">{"".join(pictures)}{sheets(experiment, source)}</div>')
+    for group in ("".join(pictures), sheets(experiment, source)):
+        parts.append(f'<div class="figures">{group}</div>')
     for sampler in experiment.samplers:
         mine = experiment.rows(sampler)
         if any(shown.measured for shown in mine):

@@ -228,7 +228,7 @@ def test_the_page_tells_both_errors_and_what_is_not_measured(tmp_path):
     assert difference == pytest.approx(3.0) and margin == pytest.approx(12.706, rel=1e-3)
     page = paper_page.write_page(tmp_path, tmp_path / "page").read_text()
     assert "13.10 ± 0.10" in page and "1.0 (2)" in page and "+3 ± 13" in page
-    assert "40 % of the time saved" in page and "no difference shown" in page
+    assert "40\N{NO-BREAK SPACE}% of the time saved" in page and "no difference shown" in page
     assert page.count("Not measured yet") == 6 and page.count("<i>not measured</i>") == 6 * 5 + 2
     assert (tmp_path / "page" / "pay.csv").is_file()
 
@@ -239,4 +239,8 @@ def test_a_clear_difference_is_said(tmp_path):
     lines = [line_of(full, [10.0, 10.2, 10.1], None), line_of(exits, [12.0, 12.3, 12.1], 0)]
     (tmp_path / "pay.jsonl").write_text("\n".join(map(json.dumps, lines)))
     (said,) = paper_page.verdicts(Experiment("pay", tmp_path))
-    assert "worse than the better full network (one training seed)" in said
+    assert "worse than the better full network (one training seed)." in said
+    lines[1]["values"] = lines[0]["values"]
+    (tmp_path / "pay.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    (said,) = paper_page.verdicts(Experiment("pay", tmp_path))
+    assert said.endswith("the same images as the full network's, so nothing was skipped.")
