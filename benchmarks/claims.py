@@ -10,6 +10,7 @@ from __future__ import annotations
 import ast
 import contextlib
 import csv
+import functools
 import json
 import math
 import operator
@@ -208,7 +209,8 @@ def looked_up(root: Path, file: str, steps: Sequence[Any]) -> Any:
     if not path.is_file():
         raise ConfigError(f"a source is a committed file; there is no {file}; correct its path")
     try:
-        return _number(_walk(_content(path), list(steps)))
+        content = _content(path.suffix, path.read_text(encoding="utf-8"))
+        return _number(_walk(content, list(steps)))
     except (KeyError, IndexError, ValueError, TypeError) as error:
         raise ConfigError(
             f"{file} has to hold what a number is read from; {list(steps)} finds nothing there "
@@ -216,15 +218,15 @@ def looked_up(root: Path, file: str, steps: Sequence[Any]) -> Any:
         ) from error
 
 
-def _content(path: Path) -> Any:
-    text = path.read_text(encoding="utf-8")
-    if path.suffix == ".csv":
+@functools.cache
+def _content(suffix: str, text: str) -> Any:
+    if suffix == ".csv":
         return list(csv.DictReader(text.splitlines()))
-    if path.suffix == ".toml":
+    if suffix == ".toml":
         return tomllib.loads(text)
-    if path.suffix == ".jsonl":
+    if suffix == ".jsonl":
         return [json.loads(line) for line in text.splitlines()]
-    if path.suffix == ".py":
+    if suffix == ".py":
         return _constants(ast.parse(text))
     return json.loads(text)
 
