@@ -89,7 +89,11 @@ class Lab:
             },
             "train": config.train.model_dump(mode="json", exclude={"checkpoint_every"}),
             "data": self.bench.data.digest,
-            "time": {"images": args.time_images, "repeats": args.time_repeats},
+            "time": {
+                "images": args.time_images,
+                "repeats": args.time_repeats,
+                "batch": min(args.time_images, args.sample_batch),
+            },
             "device": device_name(self.bench.device),
             "tiny": args.tiny,
         }

@@ -129,10 +129,9 @@ def answers(experiment: Experiment) -> str:
     columns = [*PAY, *(s for s in experiment.samplers if s not in PAY)]
     rows = []
     for name, belongs in ANSWERS.items():
-        found = (
-            next((s for s in experiment.rows(sampler) if belongs(s)), None) for sampler in columns
-        )
-        rows.append((name, *(answer_cell(experiment, shown) for shown in found)))
+        found = ([s for s in experiment.rows(sampler) if belongs(s)] for sampler in columns)
+        # the last: picked with most candidates
+        rows.append((name, *(answer_cell(experiment, s[-1] if s else None) for s in found)))
     return table(("", *columns), rows)
 
 

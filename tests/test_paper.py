@@ -1,20 +1,25 @@
 """The rows of the paper's figures: what they are, and that a killed run goes on and mixes
 nothing."""
 
+import copy
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 
-from asesearch.config import DiffusionConfig
+from asesearch.config import DiffusionConfig, LossWeight, TrainConfig
 from asesearch.diffusion import make_diffusion
+from asesearch.finetuning import Batch
 from asesearch.schedule import ExitSchedule
 from asesearch.score import Protocol
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
 import paper  # noqa: E402
+import paper_networks  # noqa: E402
 import paper_options  # noqa: E402
 import paper_page  # noqa: E402
 import paper_rows  # noqa: E402
@@ -22,6 +27,7 @@ from paper_record import Record, read_lines  # noqa: E402
 from paper_rows import Choice  # noqa: E402
 from paper_shown import Experiment  # noqa: E402
 
+FLAT = LossWeight(shape="none")
 FEW = ["figure1", "--tiny", "--samplers", "ddim-5", "--methods", "full", "data-easy"]
 
 
@@ -161,6 +167,52 @@ def test_pay_picks_the_cheapest_that_is_good_enough(monkeypatch):
     assert all(r.stage == "pick" for r in rows[: -len(final)])
     strict = list(paper_rows.pay(Choice(samplers=("ddim-25",)), found, -0.5))
     assert strict[-3].label == "16"  # none is good enough: the best score
+
+
+# -- networks ------------------------------------------------------------------------------------
+
+
+def tuning_of(recipe):
+    """What D3's fine-tuning starts from, and the fields in which it differs from `own`."""
+    base = TrainConfig(**{**paper_options.TRAIN, "num_steps": 200, "loss_weight": FLAT})
+    parts = SimpleNamespace(
+        config=SimpleNamespace(train=base, elastic=SimpleNamespace(num_steps=1500)),
+        backbone="pretrained",
+        trials=SimpleNamespace(start="elastic"),
+        costs=None,
+    )
+    trials = paper_networks.Recipe(parts, paper_rows.RECIPES[recipe])
+    start, config = trials.tuning(Choice().read("D3-DiT"))
+    own = base.model_dump()
+    return start, {k: v for k, v in config.model_dump().items() if v != own[k]}
+
+
+def test_each_recipe_changes_one_thing():
+    assert tuning_of("own") == ("elastic", {})
+    assert tuning_of("four times the steps") == ("elastic", {"num_steps": 800})
+    assert tuning_of("no warm-up, equal compute") == ("pretrained", {"num_steps": 1700})
+    for recipe in paper_rows.RECIPES:
+        assert len(tuning_of(recipe)[1]) == (recipe != "own"), recipe
+
+
+def test_an_expert_sees_its_tenth_alone_and_is_asked_there_alone(tiny_dit, monkeypatch):
+    trainer = object.__new__(paper_networks.TenthTrainer)
+    trainer.diffusion = make_diffusion(DiffusionConfig())
+    trainer.tenth = 3
+    monkeypatch.setattr(paper_networks.Trainer, "train_step", lambda _, batch: batch.t)
+    t = trainer.train_step(Batch(None, None, torch.arange(1000), None, None))
+    assert t.unique(return_counts=True)[1].tolist() == [10] * 100
+    assert (t.min(), t.max()) == (300, 399)
+
+    other = copy.deepcopy(tiny_dit)
+    other.final_layer.linear.bias.data += 1
+    nets = [other if tenth == 3 else tiny_dit for tenth in range(10)]
+    experts = paper_networks.Experts(nets, 1000).eval()
+    x, y = torch.zeros(2, 1, 8, 8), torch.zeros(2, dtype=torch.long)
+    for time, net in ((299, tiny_dit), (300, other), (399, other), (400, tiny_dit)):
+        at = torch.full((2,), time)
+        assert torch.equal(experts(x, at, y, exit_depth=2), net(x, at, y, exit_depth=2))
+    assert not torch.equal(tiny_dit(x, at, y), other(x, at, y)) and experts.depth == 4
 
 
 @pytest.mark.slow
