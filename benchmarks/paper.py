@@ -59,7 +59,11 @@ class Lab:
     def __init__(self, args: argparse.Namespace) -> None:
         self.args = args
         self.choice = Choice(
-            depth_of(args), tuple(args.samplers), tuple(args.schedules), args.rivals_from
+            depth_of(args),
+            tuple(args.samplers),
+            tuple(args.schedules),
+            args.rivals_from,
+            not args.no_equal_compute,
         )
         self.bench = Workbench(study_of(args, samplers_of(args, self.choice)), args.out)
         elastic = BackboneConfig(kind="dit", checkpoint=str(args.elastic))

@@ -140,6 +140,11 @@ def options() -> argparse.ArgumentParser:
         "methods without training: as it is, or after equal-compute fine-tuning",
     )
     parser.add_argument(
+        "--no-equal-compute",
+        action="store_true",
+        help="leave the fine-tuned full network for later; the page says that it is not measured",
+    )
+    parser.add_argument(
         "--own-steps", type=int, default=200, help="of a schedule (default %(default)s)"
     )
     parser.add_argument(

@@ -112,12 +112,14 @@ class Choice:
         samplers: in place of the experiment's own; empty keeps those.
         schedules: further exit schedules, searched ones for example.
         rivals_from: recipe of the full network that training-free methods run on.
+        equal_compute: whether the full network is also fine-tuned for as much as the others.
     """
 
     depth: int = 18
     samplers: tuple[str, ...] = ()
     schedules: tuple[str, ...] = ()
     rivals_from: str = PRETRAINED
+    equal_compute: bool = True
 
     def read(self, text: str) -> ExitSchedule:
         """A schedule by name or depths."""
@@ -135,8 +137,9 @@ def offered(name: str) -> bool:
 def full_rows(sampler: str, choice: Choice) -> Iterator[Row]:
     """The full network as it is, and after equal-compute fine-tuning."""
     full = str(choice.read("full"))
-    for recipe, label in ((PRETRAINED, "full, as it is"), (OWN, "full, equal compute")):
-        yield Row("full", label, full, sampler, sampler, recipe)
+    yield Row("full", "full, as it is", full, sampler, sampler, PRETRAINED)
+    if choice.equal_compute:
+        yield Row("full", "full, equal compute", full, sampler, sampler, OWN)
 
 
 def static_depth(schedule: ExitSchedule) -> ExitSchedule:

@@ -165,6 +165,8 @@ def test_pay_picks_the_cheapest_that_is_good_enough(monkeypatch):
     ]
     assert final[3].recipe == "pretrained" and final[4].recipe == "own"
     assert all(r.stage == "pick" for r in rows[: -len(final)])
+    quick = Choice(samplers=("ddim-25",), equal_compute=False)
+    assert len(list(paper_rows.pay(quick, found, 0.05))) == len(rows) - 2
     strict = list(paper_rows.pay(Choice(samplers=("ddim-25",)), found, -0.5))
     assert strict[-3].label == "16"  # none is good enough: the best score
 
