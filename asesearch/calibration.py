@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from asesearch.backbones.acceleration import Acceleration
+from asesearch.backbones.adjusting import fitted
 from asesearch.backbones.caching import Caching, Recorder, reuse_of
 from asesearch.backbones.merging import Merging
 from asesearch.errors import ConfigError
@@ -34,10 +35,11 @@ def calibrated(name: str, num_calls: int, look: Look) -> Acceleration:
     kind, amount = acceleration_of(name)
     if kind == "merge":
         return Merging(amount)
-    part = kind.removeprefix("cache-")
+    _, part, *adjusted = kind.split("-")
     recorder = Recorder(part, num_calls)
     look(recorder)
-    return Caching(part, reuse_of(recorder.changes, amount))
+    reuse = reuse_of(recorder.changes, amount)
+    return fitted(part, reuse, look) if adjusted else Caching(part, reuse)
 
 
 def read_acceleration(data: dict[str, Any]) -> Acceleration:

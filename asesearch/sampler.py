@@ -11,7 +11,11 @@ from asesearch.errors import ConfigError
 MAX_STEPS = 999_999
 _NAME = re.compile(r"([a-z][a-z0-9.+-]*)-([1-9][0-9]*)")
 #: Ways to make the calls of a sampler cheaper, other than an exit schedule, behind "+" in its name.
-ACCELERATIONS = ("cache-attn", "cache-mlp", "cache-block", "merge")
+ACCELERATIONS = (
+    *("cache-attn", "cache-mlp", "cache-block"),
+    *("cache-attn-adjusted", "cache-mlp-adjusted", "cache-block-adjusted"),
+    "merge",
+)
 #: The largest amount of those that have one below 100.
 LIMITS = {"merge": 0.5}
 #: Their names with an amount in its shortest form: "cache-attn-0.1".

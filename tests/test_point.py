@@ -17,6 +17,7 @@ ACCELERATED = [
     "cache-mlp-0.05",
     "cache-block-1.5",
     "cache-attn-12",
+    "cache-mlp-adjusted-0.2",
     "merge-0.5",
 ]
 SAMPLERS = st.builds(
@@ -47,6 +48,7 @@ def test_what_is_no_sampler_is_refused(text):
     ["cache-attn", "cache-attn-", "cache-attn-0.10", "cache-attn-.1", "cache-attn-1e-3"]
     + [
         "merge-0.50",
+        "cache-adjusted-0.1",
         "cache-head-0.1",
         "cache-attn--1",
         "cache-attn-0.1-0.2",

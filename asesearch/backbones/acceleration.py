@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from typing import Any, Protocol
+from typing import Any, Protocol, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -48,6 +48,29 @@ class Acceleration(Protocol):
         """What each call of a sampling costs, as parts of unchanged calls and of calls changed in
         full, for these exit depths of the calls."""
         ...
+
+
+class Looking:
+    """Base of what is attached to measure: an acceleration in form, which makes nothing cheaper.
+
+    Args:
+        num_calls: of the sampling.
+
+    Attributes:
+        num_calls: of the sampling.
+    """
+
+    def __init__(self, num_calls: int) -> None:
+        self.num_calls = num_calls
+
+    def most(self, net: Backbone) -> Self:
+        return self
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"kind": type(self).__name__}
+
+    def mix(self, net: Backbone, exit_depths: Sequence[int]) -> list[Mix]:
+        return [((1.0, depth, False),) for depth in exit_depths]
 
 
 @contextmanager

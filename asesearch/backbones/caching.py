@@ -10,8 +10,9 @@ U-ViT's attention, perceptron or whole block (its residual) alike.
 
 from __future__ import annotations
 
+import base64
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +24,7 @@ from torch import Tensor, nn
 from asesearch.backbones.acceleration import (
     PARTS,
     Begin,
+    Looking,
     Mix,
     as_tokens,
     led,
@@ -34,6 +36,9 @@ from asesearch.errors import ConfigError
 
 Flags = npt.NDArray[np.bool_]
 Array = npt.NDArray[np.float64]
+Half = npt.NDArray[np.float16]
+#: What is reused, given the number of its flag, what was kept, and a way to compute it after all.
+Adjust = Callable[[int, Tensor, Callable[[], Tensor]], Tensor]
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,13 +51,17 @@ class Caching:
     Attributes:
         part: "attn", "mlp", or "block" for a whole block's residual.
         reuse: (calls, blocks) whether a block reuses at a call, over `transformer_blocks`.
+        adjustment: (flags that are set, 2, D) for each in the order of `reuse`, by channel: what
+            is reused has its scale raised by the first and the second added; None leaves it as it
+            is.
 
     Raises:
-        ConfigError: an unknown part, or flags of another shape.
+        ConfigError: an unknown part, or flags or an adjustment of another shape.
     """
 
     part: str
     reuse: Flags
+    adjustment: Half | None = None
 
     def __post_init__(self) -> None:
         if self.part not in PARTS or self.reuse.ndim != 2 or self.reuse.dtype != np.bool_:
@@ -60,13 +69,26 @@ class Caching:
                 f"caching takes a part of {', '.join(PARTS)} and flags (calls, blocks); got "
                 f"{self.part!r} and {self.reuse.dtype} of shape {self.reuse.shape}; calibrate it"
             )
+        if self.adjustment is not None and self.adjustment.shape[:-1] != (self.reuse.sum(), 2):
+            raise ConfigError(
+                f"an adjustment has two rows for each of {self.reuse.sum()} reused outputs; got "
+                f"shape {self.adjustment.shape}; calibrate it"
+            )
 
     @property
     def num_calls(self) -> int:
         return len(self.reuse)
 
+    def attached(self, net: Backbone) -> AbstractContextManager[Begin]:
+        if self.adjustment is None:
+            return self.leading(net, lambda number, kept, compute: kept)
+        device = next(net.parameters()).device
+        table = torch.from_numpy(self.adjustment.astype(np.float32)).to(device)
+        return self.leading(net, lambda number, kept, compute: adjusted(kept, table[number]))
+
     @contextmanager
-    def attached(self, net: Backbone) -> Iterator[Begin]:
+    def leading(self, net: Backbone, adjust: Adjust) -> Iterator[Begin]:
+        """As `attached`, with what is reused as `adjust` makes it."""
         modules = _modules(net, self.part)
         if len(modules) != self.reuse.shape[1]:
             raise ConfigError(
@@ -77,6 +99,7 @@ class Caching:
         at = [0]
         later = np.zeros_like(self.reuse)  # whether what is computed here is read again
         later[:-1] = np.logical_or.accumulate(self.reuse[::-1])[::-1][1:]
+        numbers = self.reuse.cumsum().reshape(self.reuse.shape) - 1
 
         def begin(call: int) -> None:
             if call == 0:
@@ -88,10 +111,17 @@ class Caching:
             whole = self.part == "block"
 
             def call(x: Tensor, *args: Any) -> Tensor:
-                if self.reuse[at[0], index] and index in kept:
-                    return x + kept[index] if whole else kept[index]
+                place = (at[0], index)
+                if self.reuse[place] and index in kept:
+
+                    def compute() -> Tensor:
+                        out = as_tokens(forward(x, *args))
+                        return out - x if whole else out
+
+                    value = adjust(int(numbers[place]), kept[index], compute)
+                    return x + value if whole else value
                 out = as_tokens(forward(x, *args))
-                if later[at[0], index]:
+                if later[place]:
                     kept[index] = out - x if whole else out
                 return out
 
@@ -102,32 +132,42 @@ class Caching:
 
     def to_dict(self) -> dict[str, Any]:
         rows = ["".join(map(str, row)) for row in self.reuse.astype(int)]
-        return {"kind": "cache", "part": self.part, "reuse": rows}
+        out = {"kind": "cache", "part": self.part, "reuse": rows}
+        if self.adjustment is not None:
+            little = self.adjustment.astype("<f2").tobytes()
+            out["adjustment"] = base64.b64encode(little).decode("ascii")
+        return out
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Caching:
         """Inverse of `to_dict`.
 
         Raises:
-            ConfigError: a missing or unknown key, or flags that are not rows of 0 and 1 of one
-                length.
+            ConfigError: a missing or unknown key, flags that are not rows of 0 and 1 of one length,
+                or an adjustment that is not that of so many flags.
         """
         rows = data.get("reuse")
         ok = isinstance(rows, list) and bool(rows)
         ok = ok and all(isinstance(row, str) and set(row) <= {"0", "1"} for row in rows or ())
-        if not ok or len({*map(len, rows or ())}) != 1 or set(data) != {"kind", "part", "reuse"}:
+        keys = {"kind", "part", "reuse"}
+        if not ok or len({*map(len, rows or ())}) != 1 or set(data) - {"adjustment"} != keys:
             raise ConfigError(
-                f"caching has the keys kind, part and reuse, rows of 0 and 1; got {str(data)[:80]}"
-                "; calibrate it again"
+                "caching has the keys kind, part and reuse, rows of 0 and 1, and maybe adjustment; "
+                f"got {str(data)[:80]}; calibrate it again"
             )
         assert rows is not None
         flags = np.array([[c == "1" for c in row] for row in rows], dtype=np.bool_)
-        return cls(data["part"], flags)
+        if "adjustment" not in data:
+            return cls(data["part"], flags)
+        return cls(data["part"], flags, _adjustment(data["adjustment"], int(flags.sum())))
 
     def most(self, net: Backbone) -> Caching:
         flags = np.zeros((2, len(plain_blocks(net))), dtype=np.bool_)
         flags[1] = True
-        return Caching(self.part, flags)
+        if self.adjustment is None:
+            return Caching(self.part, flags)
+        none = np.zeros((flags.shape[1], 2, self.adjustment.shape[-1]), dtype=np.float16)
+        return Caching(self.part, flags, none)
 
     def mix(self, net: Backbone, exit_depths: Sequence[int]) -> list[Mix]:
         seen = np.zeros(self.reuse.shape[1], dtype=np.bool_)
@@ -140,20 +180,17 @@ class Caching:
         return out
 
 
-class Recorder:
+class Recorder(Looking):
     """Not an acceleration but the measure of one: how much each part changes from call to call.
 
     Args:
         part: see `Caching`.
         num_calls: of the sampling.
-
-    Attributes:
-        num_calls: of the sampling.
     """
 
     def __init__(self, part: str, num_calls: int) -> None:
+        super().__init__(num_calls)
         self.part = part
-        self.num_calls = num_calls
         self._change: Array = np.zeros((0, 0))
         self._size: Array = np.zeros((0, 0))
 
@@ -197,14 +234,28 @@ class Recorder:
         with led({m: through(i, m) for i, m in enumerate(modules)}), torch.no_grad():
             yield begin
 
-    def most(self, net: Backbone) -> Recorder:
-        return self
 
-    def to_dict(self) -> dict[str, Any]:
-        return {"kind": "recorder", "part": self.part, "changes": self.changes.tolist()}
+def adjusted(kept: Tensor, adjustment: Tensor) -> Tensor:
+    """Kept output (N, L, D) scaled and shifted: (2, D), of which the first is over a scale of 1."""
+    scale, shift = adjustment.to(kept)
+    return kept + torch.addcmul(shift, kept, scale)
 
-    def mix(self, net: Backbone, exit_depths: Sequence[int]) -> list[Mix]:
-        return [((1.0, depth, False),) for depth in exit_depths]
+
+def _adjustment(text: object, count: int) -> Half:
+    """What `Caching.to_dict` wrote of so many flags.
+
+    Raises:
+        ConfigError: something else.
+    """
+    try:
+        raw = base64.b64decode(str(text).encode("ascii"), validate=True)
+        values: Half = np.frombuffer(raw, "<f2").astype(np.float16)
+        return values.reshape(count, 2, -1 if raw else 1)
+    except ValueError as error:
+        raise ConfigError(
+            f"an adjustment is two rows of float16 for each of {count} reused outputs, as base64; "
+            f"got {str(text)[:40]!r}; calibrate it again"
+        ) from error
 
 
 def reuse_of(changes: Array, threshold: float) -> Flags:

@@ -46,8 +46,8 @@ def make(net, acceleration=None, schedule=SCHEDULE, **options):
     return sample(net, "ddim", schedule, seeds=seeds, acceleration=acceleration, **options)
 
 
-def calibrate(net, name):
-    return calibrated(name, CALLS, lambda recorder: make(net, recorder, FULL))
+def calibrate(net, name, **options):
+    return calibrated(name, CALLS, lambda looking: make(net, looking, FULL, **options))
 
 
 def some_flags(net, seed=0):
@@ -56,10 +56,20 @@ def some_flags(net, seed=0):
     return flags
 
 
+def some_adjustment(net, part):
+    flags = some_flags(net)
+    rng = np.random.default_rng(1)
+    values = 0.1 * rng.standard_normal((flags.sum(), 2, 16))
+    return Caching(part, flags, values.astype(np.float16))
+
+
 #: Of each kind one that changes images: its class is that of all of the kind.
 STRONG = {
     "cache-attn": lambda net: Caching("attn", some_flags(net)),
     "cache-mlp": lambda net: Caching("mlp", some_flags(net)),
     "cache-block": lambda net: Caching("block", some_flags(net)),
+    "cache-attn-adjusted": lambda net: some_adjustment(net, "attn"),
+    "cache-mlp-adjusted": lambda net: some_adjustment(net, "mlp"),
+    "cache-block-adjusted": lambda net: some_adjustment(net, "block"),
     "merge": lambda net: Merging(0.5),
 }
