@@ -24,8 +24,8 @@ from typing import Any
 from measuring import machine, say
 from paper_networks import Made, Networks
 from paper_options import command_of, complete, depth_of, options, samplers_of, study_of
-from paper_record import Line, Record, score_of, sheet_of
-from paper_rows import FIXED, Choice, Row, pay
+from paper_record import Line, Record, kind_of, score_of, sheet_of
+from paper_rows import FIXED, OWN, PRETRAINED, Choice, Row, pay
 
 from asesearch.backbones.checkpoints import load_backbone
 from asesearch.backbones.digests import weights_fingerprint
@@ -79,12 +79,10 @@ class Lab:
         self.record = Record(args.out / f"{args.experiment}.jsonl", self._settings())
 
     def _settings(self) -> dict[str, Line]:
-        """What a row depends on besides itself, by stage."""
+        """What a row depends on besides itself, by `kind_of`."""
         args = self.args
         config = self.bench.config
-        shared = {
-            "network": Path(args.network).name,
-            "weights": weights_fingerprint(self.bench.backbone),
+        tuned = {
             "elastic_weights": weights_fingerprint(self.bench.trials.start),
             "warm_up": {
                 "steps": args.elastic_steps,
@@ -92,6 +90,10 @@ class Lab:
                 "full_frac": args.elastic_full_frac,
             },
             "train": config.train.model_dump(mode="json", exclude={"checkpoint_every"}),
+        }
+        shared = {
+            "network": Path(args.network).name,
+            "weights": weights_fingerprint(self.bench.backbone),
             "data": self.bench.data.digest,
             "time": {
                 "images": args.time_images,
@@ -101,10 +103,11 @@ class Lab:
             "device": device_name(self.bench.device),
             "tiny": args.tiny,
         }
-        return {
-            stage: {**shared, "protocol": protocol.to_dict()}
-            for stage, protocol in self.protocols.items()
-        }
+        found = {}
+        for stage, protocol in self.protocols.items():
+            found[kind_of(stage, PRETRAINED)] = {**shared, "protocol": protocol.to_dict()}
+            found[kind_of(stage, OWN)] = {**found[kind_of(stage, PRETRAINED)], **tuned}
+        return found
 
     def rows(self) -> Iterator[Row]:
         """The experiment's, those of `pay` as they are picked."""
@@ -169,7 +172,7 @@ class Lab:
             "machine": {**machine(), "load": os.getloadavg()[0]},
             "date": datetime.now(UTC).strftime("%Y-%m-%d"),
             "command": command_of(self.args),
-            "settings": self.record.settings[row.stage],
+            "settings": self.record.settings[kind_of(row.stage, row.recipe)],
         }
 
     def point(self, row: Row) -> Point:

@@ -228,16 +228,21 @@ def facts(experiment: Experiment) -> Iterator[str]:
     if confirmed:
         protocol = confirmed[0].score.protocol
     settings = lines[0]["settings"]
-    warm = settings["warm_up"]
-    train = settings["train"]
+    tuned = next((line["settings"] for line in lines if "train" in line["settings"]), None)
+    trained_as = "Nothing is fine-tuned."
+    if tuned is not None:
+        warm = tuned["warm_up"]
+        train = tuned["train"]
+        trained_as = (
+            f"Own steps: {train['num_steps']} of {train['batch_size']} images from one elastic "
+            f"warm-up of {warm['steps']:,} steps of {warm['batch_size']}; the full network is "
+            "fine-tuned for both together."
+        )
     seeds = 1 + max(line["training_seed"] or 0 for line in lines)
     yield html.escape(
         f"{protocol.metric_name}, {protocol.num_samples:,} images for each of "
         f"{len(protocol.seeds)} seed sets (from {protocol.seeds[0]} on), {seeds} training "
-        f"seed{'s' if seeds > 1 else ''} of own steps; {settings['network']}. Own steps: "
-        f"{train['num_steps']} of {train['batch_size']} images from one elastic warm-up of "
-        f"{warm['steps']:,} steps of {warm['batch_size']}; the full network is fine-tuned for both "
-        "together."
+        f"seed{'s' if seeds > 1 else ''} of own steps; {settings['network']}. {trained_as}"
     )
     commands = dict.fromkeys(line["command"] for line in lines)
     yield "<br>".join(f"<code>{html.escape(command)}</code>" for command in commands)

@@ -9,7 +9,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from paper_rows import Row
+from paper_rows import PRETRAINED, Row
 
 from asesearch.errors import StudyError
 from asesearch.score import EvaluationResult
@@ -58,12 +58,18 @@ def sheet_of(row: dict[str, str]) -> str:
     return f"sheets/{re.sub('[^a-z0-9]+', '-', words)}.png"
 
 
+def kind_of(stage: str, recipe: str) -> str:
+    """Rows of one kind depend on the same settings; those of the network as it is on none of its
+    fine-tuning."""
+    return f"{stage}, untrained" if recipe == PRETRAINED else stage
+
+
 class Record:
     """An experiment's rows.
 
     Args:
         path: the file, there or not; other experiments' are beside it.
-        settings: what a row depends on besides itself, by stage.
+        settings: what a row depends on besides itself, by `kind_of`.
 
     Raises:
         StudyError: the file has rows under other settings, or can't be read.
@@ -85,7 +91,7 @@ class Record:
             return self.lines[key]
         for path in sorted(self.path.parent.glob("*.jsonl")):
             for line in read_lines(path) if path != self.path else ():
-                same = line["settings"] == self.settings[row.stage]
+                same = line["settings"] == self.settings[kind_of(row.stage, row.recipe)]
                 if same and key_of(line["row"], line["training_seed"]) == key:
                     taken = line.get("taken_from", path.stem)
                     self.add({**line, "row": row.to_dict(), "taken_from": taken})
@@ -107,8 +113,8 @@ class Record:
         self.lines[key_of(line["row"], line["training_seed"])] = line
 
     def _require_same(self, line: Line) -> None:
-        stage = line["row"]["stage"]
-        now = _flat(self.settings.get(stage, {}))
+        kind = kind_of(line["row"]["stage"], line["row"]["recipe"])
+        now = _flat(self.settings.get(kind, {}))
         then = _flat(line["settings"])
         differ = [
             f"{name}: {then.get(name)!r} there and {now.get(name)!r} now"

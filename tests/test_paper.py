@@ -66,6 +66,10 @@ def test_a_row_tells_all_it_depends_on(measured):
     assert tuned["training_seed"] == 0 and tuned["block_frac"] == tuned["time_frac"] == 1
     assert len(tuned["values"]) == 2 and tuned["num_samples"] == 70
     assert tuned["settings"]["protocol"]["solver"] is None  # part of the row
+    fine_tuning = {"elastic_weights", "warm_up", "train"}
+    # so that the network as it is can stand beside any fine-tuning
+    assert tuned["settings"].keys() - pretrained["settings"].keys() == fine_tuning
+    assert pretrained["settings"].items() <= tuned["settings"].items()
     assert tuned["score"] == sum(tuned["values"]) / 2
     assert "/" not in tuned["command"].split(" ", 2)[2]
 
