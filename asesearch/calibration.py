@@ -10,6 +10,7 @@ from asesearch.backbones.acceleration import Acceleration
 from asesearch.backbones.adjusting import fitted
 from asesearch.backbones.caching import Caching, Recorder, reuse_of
 from asesearch.backbones.merging import Merging
+from asesearch.backbones.uncertainty import DeeDiff, learned
 from asesearch.errors import ConfigError
 from asesearch.sampler import acceleration_of
 
@@ -35,6 +36,8 @@ def calibrated(name: str, num_calls: int, look: Look) -> Acceleration:
     kind, amount = acceleration_of(name)
     if kind == "merge":
         return Merging(amount)
+    if kind == "deediff":
+        return learned(amount, num_calls, look)
     _, part, *adjusted = kind.split("-")
     recorder = Recorder(part, num_calls)
     look(recorder)
@@ -51,6 +54,7 @@ def read_acceleration(data: dict[str, Any]) -> Acceleration:
     readers: dict[Any, Callable[[dict[str, Any]], Acceleration]] = {
         "cache": Caching.from_dict,
         "merge": Merging.from_dict,
+        "deediff": DeeDiff.from_dict,
     }
     kind = data.get("kind")
     if kind not in readers:

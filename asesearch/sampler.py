@@ -15,9 +15,10 @@ ACCELERATIONS = (
     *("cache-attn", "cache-mlp", "cache-block"),
     *("cache-attn-adjusted", "cache-mlp-adjusted", "cache-block-adjusted"),
     "merge",
+    "deediff",
 )
 #: The largest amount of those that have one below 100.
-LIMITS = {"merge": 0.5}
+LIMITS = {"merge": 0.5, "deediff": 1.0}
 #: Their names with an amount in its shortest form: "cache-attn-0.1".
 _ACCELERATION = (
     rf"(?:{'|'.join(ACCELERATIONS)})"

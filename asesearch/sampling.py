@@ -32,7 +32,8 @@ class SampleResult:
         images: (N, C, H, W) float32 on the CPU, not clamped, in the order of the seeds.
         timesteps: where the network was called, descending.
         nfe: network calls per image; guidance makes two of each.
-        block_calls: droppable blocks run an image.
+        block_calls: droppable blocks an image that the schedule has run; an acceleration may leave
+            some of them out.
         seconds: time spent making all the images, noise included, the device synchronised.
     """
 

@@ -19,6 +19,7 @@ ACCELERATED = [
     "cache-attn-12",
     "cache-mlp-adjusted-0.2",
     "merge-0.5",
+    "deediff-0.05",
 ]
 SAMPLERS = st.builds(
     Sampler,

@@ -6,6 +6,7 @@ import torch
 from asesearch.backbones import DiT, UViT
 from asesearch.backbones.caching import Caching
 from asesearch.backbones.merging import Merging
+from asesearch.backbones.uncertainty import TIME_CHANNELS, DeeDiff, counted
 from asesearch.calibration import calibrated
 from asesearch.diffusion import Diffusion
 from asesearch.sampling import sample
@@ -63,6 +64,16 @@ def some_adjustment(net, part):
     return Caching(part, flags, values.astype(np.float16))
 
 
+def some_exits(net, schedule=SCHEDULE):
+    """Images leave where random estimators say, as counted under the schedule."""
+    weights = np.random.default_rng(2).standard_normal((3, 16 + TIME_CHANNELS + 1))
+    weights[:, :16] *= 20
+    weights[:, 16:] /= 10
+    none = np.tile([0, 0, 0, 1], (CALLS, 1))
+    made = DeeDiff(0.4, weights.astype(np.float32), none)
+    return counted(made, lambda looking: make(net, looking, schedule))
+
+
 #: Of each kind one that changes images: its class is that of all of the kind.
 STRONG = {
     "cache-attn": lambda net: Caching("attn", some_flags(net)),
@@ -72,4 +83,5 @@ STRONG = {
     "cache-mlp-adjusted": lambda net: some_adjustment(net, "mlp"),
     "cache-block-adjusted": lambda net: some_adjustment(net, "block"),
     "merge": lambda net: Merging(0.5),
+    "deediff": some_exits,
 }

@@ -242,13 +242,26 @@ def test_a_further_space_is_refused_before_anything_is_paid(
 CACHED = "ddim-4+cache-block-0.5"
 
 
-def test_a_samplers_cache_is_calibrated_once_and_read_again(make_bench, tmp_path, monkeypatch):
-    first = make_bench(run_dir=tmp_path / "run", search={"samplers": [CACHED]})
-    sampler = Sampler.from_string(CACHED)
+@pytest.mark.parametrize("kind", ["cache-block-0.5", "cache-attn-adjusted-0.5", "deediff-0.1"])
+def test_a_samplers_acceleration_is_calibrated_once_and_read_again(
+    make_bench, tmp_path, monkeypatch, kind
+):
+    sampler = Sampler("ddim", 4, kind)
+    first = make_bench(run_dir=tmp_path / "run", search={"samplers": [str(sampler)]})
     assert (tmp_path / "run" / f"acceleration_{sampler}.json").is_file()
     monkeypatch.setattr("asesearch.search.parts.calibrated", None)
-    again = make_bench(run_dir=tmp_path / "run", search={"samplers": [CACHED]})
-    assert (again.accelerations[sampler].reuse == first.accelerations[sampler].reuse).all()
+    again = make_bench(run_dir=tmp_path / "run", search={"samplers": [str(sampler)]})
+    found = again.accelerations[sampler].to_dict()
+    assert found == first.accelerations[sampler].to_dict()
+
+
+def test_exits_that_images_choose_are_costed_as_they_were_counted(make_bench):
+    sampler = Sampler.from_string("ddim-4+deediff-1")
+    bench = make_bench(search={"samplers": [str(sampler)]})
+    flops = bench.costs.flops
+    time, found, blocks = bench.costs.fracs(Point(bench.full, sampler))
+    assert found == pytest.approx(flops[0] / flops[-1]) and blocks == pytest.approx(1 / 3)
+    assert time > 0
 
 
 def test_a_cached_point_is_sampled_and_costed_as_such(make_bench):
