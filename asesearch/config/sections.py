@@ -289,9 +289,12 @@ class SearchConfig(_Section):
 
     `cost` is the second objective, as a fraction of the full network's: `time` (latency measured
     once per study), or `flops` (the same on every run, so that a study repeats trial by trial).
-    `samplers` are other ways to sample that compete with the schedules on one front, as
-    "SOLVER-STEPS" ("ddim-10"): each trial has one of them or the study's own. Time is counted over
-    the full network's under the study's own. `budget` ("90m", "2h", "1d") ends the search when the
+    `interval_power` makes a schedule's intervals unequal: interval i ends at
+    num_train_timesteps·(i/num_intervals)^interval_power, so that 2 gives each call of a quadratic
+    grid an interval of its own. `samplers` are other ways to sample that compete with the schedules
+    on one front, as "SOLVER-STEPS" ("ddim-10") or "SOLVER-STEPS+ACCELERATION": each trial has one
+    of them or the study's own. Time is counted over the full network's under the study's own.
+    `budget` ("90m", "2h", "1d") ends the search when the
     wall time in which any worker was at work, and what is still to be confirmed, reach it.
     `proposer`: `difficulty` (ours) needs the difficulty map, which is measured once per study; the
     others are Optuna's.
@@ -301,6 +304,7 @@ class SearchConfig(_Section):
     num_trials: PositiveInt = 20
     budget: str | None = Field(default=None, pattern=r"^[0-9]+(\.[0-9]+)?[smhd]$")
     num_intervals: int = Field(default=10, ge=1, lt=2**53)
+    interval_power: float = Field(default=1.0, ge=0.1, le=4.0)
     noise_easy: bool = True
     min_exit_depth: PositiveInt | None = None
     warm_start: Annotated[tuple[str, ...], _Array] = ("full",)

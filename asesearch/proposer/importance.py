@@ -10,7 +10,6 @@ from asesearch.point import Point
 from asesearch.proposer.belief import one_thread
 from asesearch.proposer.problem import Problem
 from asesearch.proposer.quality_model import QualityModel
-from asesearch.schedule import ExitSchedule
 from asesearch.study.importance import Importance
 from asesearch.study.records import TrialRecord
 
@@ -41,8 +40,7 @@ def importance(problem: Problem, records: Sequence[TrialRecord]) -> Importance |
     for i in range(space.num_intervals):
         depths = [space.depth] * space.num_intervals
         depths[i] = exit_depth
-        schedule = ExitSchedule.uniform_intervals(depths, space.depth, space.num_train_timesteps)
-        points.append(Point(schedule, own))
+        points.append(Point(space.schedule(depths), own))
     with one_thread():
         mean, cov = QualityModel(problem.encoder, observations).posterior(points)
     variance = np.diag(cov)[1:] + cov[0, 0] - 2 * cov[0, 1:]

@@ -57,9 +57,7 @@ class Problem:
     @cached_property
     def boundaries(self) -> tuple[int, ...]:
         """Of the space's intervals."""
-        count = self.space.num_intervals
-        end = self.space.num_train_timesteps
-        return tuple(i * end // count for i in range(count + 1))
+        return self.space.boundaries
 
     @cached_property
     def calls(self) -> npt.NDArray[np.int64]:

@@ -29,7 +29,6 @@ from asesearch.proposer.problem import Problem
 from asesearch.proposer.quality_model import Level, QualityModel
 from asesearch.proposer.space import Space
 from asesearch.sampler import Sampler
-from asesearch.schedule import ExitSchedule
 from asesearch.study.records import (
     EXPLORATIONS,
     EXPLORES,
@@ -130,8 +129,7 @@ class DifficultySampler(optuna.samplers.BaseSampler):
         if row is None:
             return {}
         space = self.problem.space
-        schedule = ExitSchedule.uniform_intervals(row[1:], space.depth, space.num_train_timesteps)
-        return space.encode(Point(schedule, space.samplers[row[0]]))
+        return space.encode(Point(space.schedule(row[1:]), space.samplers[row[0]]))
 
     def sample_independent(
         self,

@@ -2,7 +2,7 @@
 
 Noise-easy space: `depth at data`, `depth at noise` and, for the intervals between, how far up from
 the one at noise to the one at data (`between 1`, `between 2`, …, in [0, 1], sorted on reading).
-Every noise-easy schedule over equal intervals has parameters, no combination is invalid,
+Every noise-easy schedule over the space's intervals has parameters, no combination is invalid,
 and budgets are covered evenly, which independent sorted depths would not do (their mean hardly
 varies). Free-form space: one depth per interval (`depth t 0-100`, …). Where several samplers
 compete, the parameter `sampler` names one. Studies of earlier releases go on with the short names
@@ -11,6 +11,7 @@ that these had: `high`, `low`, `u1`, …, and `d0`, `d1`, ….
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -51,13 +52,15 @@ class Space:
         depth: blocks of the network.
         samplers: the study's own first; at least one.
         num_train_timesteps: number of diffusion timesteps.
-        num_intervals: of a schedule, all of the same length.
+        num_intervals: of a schedule.
         noise_easy: whether depths may only fall towards noise.
         min_exit_depth: fewest blocks of any interval.
+        interval_power: interval i ends at num_train_timesteps·(i/num_intervals)^interval_power: 1
+            makes equal intervals, 2 short ones near data, where the calls of a quadratic grid lie.
         short_names: whether parameters have the names of earlier releases; see `has_short_names`.
 
     Raises:
-        ScheduleError: an empty range of depths, or no sampler.
+        ScheduleError: an empty range of depths, no sampler, or an interval without a timestep.
     """
 
     depth: int
@@ -67,6 +70,7 @@ class Space:
     noise_easy: bool = True
     min_exit_depth: int = 1
     short_names: bool = False
+    interval_power: float = 1.0
 
     def __post_init__(self) -> None:
         if not self.samplers:
@@ -82,6 +86,27 @@ class Space:
                 f"num_intervals must be at most {self.num_train_timesteps}; got "
                 f"{self.num_intervals}; lower it"
             )
+        if any(a >= b for a, b in pairwise(self.boundaries)):
+            raise ScheduleError(
+                f"each of {self.num_intervals} intervals must have a timestep; got "
+                f"interval_power {self.interval_power:g}, which leaves one without; lower it, or "
+                "num_intervals"
+            )
+
+    @property
+    def boundaries(self) -> tuple[int, ...]:
+        """Of the intervals, from 0 to num_train_timesteps."""
+        count = self.num_intervals
+        end = self.num_train_timesteps
+        if self.interval_power == 1.0:
+            return tuple(i * end // count for i in range(count + 1))
+        return tuple(round(end * (i / count) ** self.interval_power) for i in range(count + 1))
+
+    def schedule(self, exit_depths: Sequence[int]) -> ExitSchedule:
+        """The schedule of one depth per interval, data side first."""
+        return ExitSchedule(
+            self.depth, self.num_train_timesteps, self.boundaries, tuple(exit_depths)
+        )
 
     @property
     def _ends(self) -> tuple[str, str]:
@@ -99,15 +124,7 @@ class Space:
         """Parameters of the intervals of a free-form space."""
         if self.short_names:
             return [f"d{i}" for i in range(self.num_intervals)]
-        starts = [*self._starts, self.num_train_timesteps]
-        return [f"depth t {a}-{b}" for a, b in pairwise(starts)]
-
-    @property
-    def _starts(self) -> list[int]:
-        """First timestep of each interval."""
-        return [
-            i * self.num_train_timesteps // self.num_intervals for i in range(self.num_intervals)
-        ]
+        return [f"depth t {a}-{b}" for a, b in pairwise(self.boundaries)]
 
     def distributions(self) -> dict[str, BaseDistribution]:
         """Optuna's distribution of each parameter, in the order they are suggested."""
@@ -139,8 +156,7 @@ class Space:
         sampler = self.samplers[0]
         if len(self.samplers) > 1:
             sampler = Sampler.from_string(params[SAMPLER])
-        schedule = ExitSchedule.uniform_intervals(depths, self.depth, self.num_train_timesteps)
-        return Point(schedule, sampler)
+        return Point(self.schedule(depths), sampler)
 
     def encode(self, point: Point) -> dict[str, Any]:
         """Parameters of a point: `decode(encode(point)) == point`.
@@ -160,12 +176,14 @@ class Space:
                 f"got {schedule.depth} and {schedule.num_train_timesteps}; use "
                 f"rescaled({self.depth})"
             )
-        depths = [int(d) for d in schedule.exit_depth_at(self._starts)]
-        same = ExitSchedule.uniform_intervals(depths, self.depth, self.num_train_timesteps)
-        if Point(same, point.sampler) != point:
+        depths = [int(d) for d in schedule.exit_depth_at(self.boundaries[:-1])]
+        if Point(self.schedule(depths), point.sampler) != point:
+            own = f"{self.num_intervals} equal intervals"
+            if self.interval_power != 1.0:
+                own = f"intervals between {', '.join(map(str, self.boundaries))}"
             raise ScheduleError(
-                f"the space has {self.num_intervals} equal intervals; got boundaries "
-                f"{schedule.boundaries}; set num_intervals"
+                f"the space has {own}; got boundaries {schedule.boundaries}; set num_intervals and "
+                "interval_power, or leave the schedule out"
             )
         if min(depths) < self.min_exit_depth:
             raise ScheduleError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from functools import cached_property
 
@@ -41,7 +42,7 @@ class Costs:
     def __init__(self, parts: Parts) -> None:
         self.parts = parts
         self._latency: LatencyTable | None = None
-        # by the name of an acceleration
+        # by `_kind`
         self._changed: dict[str, LatencyTable] = {}
         self._fewer: dict[str, tuple[float, ...]] = {}
 
@@ -89,11 +90,15 @@ class Costs:
             )
         return replace(table, precision=now.precision, guided=now.guided)
 
+    def _kind(self, acceleration: Acceleration) -> str:
+        """Equal for accelerations that cost the same at their most, as caches of one part do."""
+        return json.dumps(acceleration.most(self.parts.backbone).to_dict(), sort_keys=True)
+
     def _changed_ms(self, sampler: Sampler) -> tuple[float, ...]:
         """Latency of calls changed in full by a sampler's acceleration, at exit depths 1…depth."""
-        name = sampler.acceleration
+        acceleration = self.parts.accelerations[sampler]
+        name = self._kind(acceleration)
         if name not in self._changed:
-            acceleration = self.parts.accelerations[sampler]
             run_dir = self.parts.run_dir
 
             def measure() -> LatencyTable:
@@ -108,10 +113,10 @@ class Costs:
 
     def _changed_flops(self, sampler: Sampler) -> tuple[float, ...]:
         """As `flops`, of calls changed in full by a sampler's acceleration."""
-        name = sampler.acceleration
+        acceleration = self.parts.accelerations[sampler]
+        name = self._kind(acceleration)
         if name not in self._fewer:
             y = conditioning_for(self.parts.backbone, self.parts.data, range(1))
-            acceleration = self.parts.accelerations[sampler]
             self._fewer[name] = flops_table(self.parts.backbone, y, acceleration)
         return self._fewer[name]
 

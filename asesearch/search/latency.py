@@ -88,7 +88,7 @@ def changed_table(
     Args:
         run_dir: the study directory.
         now: of this worker.
-        name: of the acceleration.
+        name: of the acceleration at its most.
         measure: makes the table.
     """
     key = hashlib.sha256(f"{now} {name}".encode()).hexdigest()[:8]

@@ -41,6 +41,7 @@ def make_space(config: StudyConfig, bench: Workbench) -> Space:
         search.num_intervals,
         search.noise_easy,
         bench.min_exit_depth,
+        interval_power=search.interval_power,
     )
 
 

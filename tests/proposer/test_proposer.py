@@ -218,6 +218,18 @@ def test_workers_that_start_at_once_spread_out():
     assert np.diff(sorted(costs)).min() > 0.05
 
 
+def test_proposals_over_unequal_intervals_stay_in_the_space():
+    space = Space(DEPTH, (A,), CHAIN, 10, interval_power=2.0)
+    problem = make_problem(space=space)
+    study = optuna.create_study(directions=["minimize", "minimize"], sampler=make_sampler(problem))
+    points = [space.suggest(study.ask()) for _ in range(3)]
+    assert all(p.schedule.boundaries == space.boundaries for p in points)
+    # costs of candidates are those of the points
+    pool = Candidates(problem, set())
+    pool.extend([problem.row(p) for p in points])
+    assert pool.costs() == pytest.approx([problem.cost_frac(p) for p in points])
+
+
 @pytest.mark.parametrize("noise_easy", [True, False])
 def test_an_exhausted_space_gives_repeats(noise_easy):
     space = Space(2, (A,), CHAIN, 2, noise_easy)

@@ -1,11 +1,13 @@
 """The search space: every schedule it can hold has parameters, and every set of parameters is a
 schedule in it."""
 
+import numpy as np
 import optuna
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from asesearch.diffusion import Diffusion
 from asesearch.errors import ScheduleError
 from asesearch.point import Point
 from asesearch.proposer.space import Space, has_short_names
@@ -37,6 +39,33 @@ def test_round_trip(data, noise_easy, num_intervals, depth, several):
         dist._contains(dist.to_internal_repr(params[name]))
         for name, dist in space.distributions().items()
     )
+
+
+@given(st.floats(0.1, 3.0), st.integers(1, 10), st.booleans(), st.data())
+def test_round_trip_over_unequal_intervals(power, num_intervals, noise_easy, data):
+    space = Space(12, (OWN,), 10_000, num_intervals, noise_easy, interval_power=power)
+    depths = st.lists(st.integers(1, 12), min_size=num_intervals, max_size=num_intervals)
+    point = Point(space.schedule(sorted(data.draw(depths), reverse=True)), OWN)
+    assert space.decode(space.encode(point)) == point
+    assert point.schedule.boundaries == space.boundaries
+
+
+def test_every_call_of_a_quadratic_grid_can_have_a_depth_of_its_own():
+    steps = Diffusion().timesteps(6, 2.0)
+
+    def own_depths(power):
+        edges = Space(18, (OWN,), interval_power=power).boundaries[1:-1]
+        return len(set(np.searchsorted(edges, steps, side="right").tolist()))
+
+    assert (own_depths(2.0), own_depths(1.0)) == (6, 5)  # 40 and 0 share one
+
+
+def test_an_interval_without_a_timestep_is_refused():
+    with pytest.raises(ScheduleError, match="leaves one without; lower it"):
+        Space(4, (OWN,), 100, 20, interval_power=4.0)
+    with pytest.raises(ScheduleError, match="intervals between 0, 10, 40"):
+        published = ExitSchedule.from_string("D3-DiT", 12)
+        Space(12, (OWN,), interval_power=2.0).encode(Point(published, OWN))
 
 
 @given(st.integers(1, 28), st.integers(1, 12), st.integers(0, 2**31))

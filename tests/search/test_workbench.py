@@ -289,6 +289,14 @@ def test_a_cached_point_is_sampled_and_costed_as_such(make_bench):
     assert spent[0] / spent[1] == pytest.approx(flops)
 
 
+def test_caches_of_one_part_share_a_latency_table(make_bench, tmp_path):
+    names = ["ddim-4+cache-block-0.5", "ddim-4+cache-block-0.1", "dpm++2m-2+cache-mlp-0.1"]
+    bench = make_bench(run_dir=tmp_path / "run", search={"samplers": names})
+    for sampler in bench.samplers:
+        bench.costs.fracs(Point(bench.full, sampler))
+    assert len(list((tmp_path / "run").glob("latency-*.json"))) == 2
+
+
 @pytest.mark.parametrize("sampler", [CACHED, "ddim-4+merge-0.5"])
 def test_an_acceleration_is_refused_with_compiled_blocks(make_bench, sampler):
     sampling = {"solver": "ddim", "num_steps": 4, "batch_size": 40, "compile": True}
