@@ -52,17 +52,17 @@ class Fitting(Looking):
         sums = torch.stack([x.sum(0), y.sum(0), (x * x).sum(0), (x * y).sum(0)])  # (4, D)
         self._sums[number] = self._sums.get(number, 0) + sums
         self._count[number] = self._count.get(number, 0) + len(x)
-        return adjusted(kept, self._fit(number).float())
+        return adjusted(kept, self._fit(number))
 
     def _fit(self, number: int) -> Tensor:
-        """(2, D) float16: what the scale is more than 1, and the shift."""
+        """(2, D) what the scale is more than 1, and the shift: float32 that float16 holds."""
         mean_x, mean_y, square, product = self._sums[number] / self._count[number]
         variance = square - mean_x**2
         slope = (product - mean_x * mean_y) / variance - 1
         varies = variance > _CONSTANT * square
-        slope = torch.where(varies, slope, torch.zeros_like(slope)).half()
+        slope = torch.where(varies, slope, torch.zeros_like(slope)).half().float()
         # the shift makes the means right for the slope as it is kept
-        shift = (mean_y - mean_x - slope.double() * mean_x).half()
+        shift = (mean_y - mean_x - slope.double() * mean_x).half().float()
         fit = torch.stack([slope, shift])
         return torch.where(fit.isfinite().all(dim=0), fit, torch.zeros_like(fit))
 

@@ -169,8 +169,8 @@ class DeeDiff:
         return cls(threshold, estimators, exits.astype(np.int64))
 
     def most(self, net: Backbone) -> DeeDiff:
-        """At a threshold of 0: every block estimates, and no image leaves."""
-        return DeeDiff(0.0, self.estimators, _all_full(2, net.depth))
+        """Every block estimates, and no image leaves: the same for all calibrations."""
+        return DeeDiff(0.0, np.zeros_like(self.estimators), _all_full(2, net.depth))
 
     def mix(self, net: Backbone, exit_depths: Sequence[int]) -> list[Mix]:
         """In expectation: as often as the calibration's images left."""

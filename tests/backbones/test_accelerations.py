@@ -80,6 +80,16 @@ def test_guidance_goes_with_it(kind):
     assert (accelerated - make(net, STRONG[kind](net)).images).abs().max() > 1e-4
 
 
+@pytest.mark.parametrize("kind", ACCELERATIONS)
+def test_bfloat16_goes_with_it(kind):
+    net = NETWORKS["DiT"]()
+    amount = LIMITS.get(kind, 4) / 2
+    found = calibrate(net, f"{kind}-{amount:g}", precision="bf16")
+    images = make(net, found, precision="bf16").images
+    assert images.isfinite().all()
+    assert (images - make(net, precision="bf16").images).abs().max() > 1e-3
+
+
 def test_surplus_data_is_refused(strong):
     with pytest.raises(ConfigError, match="has the keys"):
         read_acceleration(strong.to_dict() | {"more": 1})

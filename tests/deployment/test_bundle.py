@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from asesearch.backbones import DiT, UViT
 from asesearch.backbones.caching import Caching
+from asesearch.calibration import calibrated
 from asesearch.config import DiffusionConfig, SamplingConfig
 from asesearch.deployment import formats
 from asesearch.deployment.bundle import Bundle
@@ -266,6 +267,20 @@ def test_a_bundle_keeps_its_cache(bundle, cached, tmp_path):
         loaded.sample(range(3), compile=True)
     plain = write_bundle(bundle, tmp_path / "plain") / "bundle.json"
     assert "acceleration" not in json.loads(plain.read_text())  # as earlier releases read it
+
+
+@pytest.mark.parametrize("name", ["cache-attn-adjusted-2", "merge-0.5", "deediff-0.1"])
+def test_a_bundle_keeps_any_acceleration(bundle, tmp_path, name):
+    full = replace(bundle, schedule=ExitSchedule.full(4))
+
+    def look(looking):
+        return replace(full, acceleration=looking).sample(range(3))
+
+    made = replace(full, acceleration=calibrated(name, 4, look), acceleration_name=name)
+    loaded = load_bundle(write_bundle(made, tmp_path / "bundle"))
+    images = loaded.sample(range(3)).images
+    assert torch.equal(images, made.sample(range(3)).images)
+    assert not torch.equal(images, full.sample(range(3)).images)
 
 
 @pytest.mark.parametrize(
