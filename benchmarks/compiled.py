@@ -17,7 +17,7 @@ from measuring import Figure, gpu_or_cpu, options, parse, publish, say, wake
 
 from asesearch.backbones import DiT
 from asesearch.diffusion import Diffusion
-from asesearch.evaluation.cost import compare_sampling_time
+from asesearch.evaluation.clock import compare_sampling_time
 from asesearch.sampling import SampleResult, sample
 from asesearch.schedule import ExitSchedule
 

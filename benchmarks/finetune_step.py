@@ -21,7 +21,8 @@ from asesearch.backbones.base import ExitDepth
 from asesearch.config import TrainConfig
 from asesearch.data import fashion_mnist
 from asesearch.diffusion import Diffusion
-from asesearch.evaluation.cost import compare_sampling_time, measure_latency
+from asesearch.evaluation.clock import compare_sampling_time
+from asesearch.evaluation.cost import measure_latency
 from asesearch.finetuning import Trainer, draw_batch
 from asesearch.sampling import sample
 from asesearch.schedule import ExitSchedule

@@ -37,7 +37,8 @@ from asesearch.errors import (
     StudyError,
     TrainingDiverged,
 )
-from asesearch.evaluation.cost import compare_sampling_time, device_name
+from asesearch.evaluation.clock import compare_sampling_time
+from asesearch.evaluation.cost import device_name
 from asesearch.evaluation.features import to_uint8
 from asesearch.point import Point
 from asesearch.sampler import Sampler

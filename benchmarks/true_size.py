@@ -21,12 +21,8 @@ from torch import Tensor, nn
 
 from asesearch.backbones import Backbone, DiT, UViT
 from asesearch.backbones.conversion import dit_to_diffusers
-from asesearch.evaluation.cost import (
-    LatencyTable,
-    call_timer,
-    compare_sampling_time,
-    measure_latency,
-)
+from asesearch.evaluation.clock import call_timer, compare_sampling_time
+from asesearch.evaluation.cost import LatencyTable, measure_latency
 from asesearch.schedule import ExitSchedule
 
 #: Model -> class, its published schedules, and what --tiny changes (not the depth: the schedules

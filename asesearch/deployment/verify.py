@@ -22,7 +22,7 @@ from asesearch.deployment import bundle, onnx_runtime, parity
 from asesearch.deployment.manifest import check_files, check_format, check_names, read_manifest
 from asesearch.deployment.reading import open_bundle
 from asesearch.errors import AseSearchError, CheckpointError
-from asesearch.evaluation.cost import compare_sampling_time
+from asesearch.evaluation.clock import compare_sampling_time
 from asesearch.schedule import ExitSchedule
 
 SPEED_S = 20.0  # that timing takes, about

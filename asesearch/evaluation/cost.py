@@ -3,13 +3,12 @@ set.
 
 Three numbers, each a fraction of the full network's and none of them the others:
 `ExitSchedule.block_frac` counts block calls only; `LatencyTable.bound_frac` adds the part of a call
-that no schedule can drop; `LatencyTable.time_frac` sums what was measured. `compare_sampling_time`
-then times whole samplings.
+that no schedule can drop; `LatencyTable.time_frac` sums what was measured.
+`clock.compare_sampling_time` then times whole samplings.
 """
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
@@ -28,9 +27,8 @@ from asesearch.backbones.base import Backbone
 from asesearch.backbones.compiled import compiled
 from asesearch.backbones.conditioning import Conditioning
 from asesearch.errors import EvaluationError, ScheduleError
+from asesearch.evaluation.clock import Timer, call_timer, half_iqr
 from asesearch.schedule import ExitSchedule
-
-Timer = Callable[[Callable[[], object]], float]  # runs a call, gives its milliseconds
 
 
 def _cost_frac(
@@ -52,11 +50,6 @@ def _cost_frac(
             "timesteps must not be empty; got none; give the timesteps the sampler calls at"
         )
     return float(table[depths - 1].sum() / (table[-1] * depths.size))
-
-
-def _half_iqr(values: npt.ArrayLike, axis: int | None = None) -> Any:
-    low, high = np.quantile(np.asarray(values), [0.25, 0.75], axis=axis)
-    return (high - low) / 2
 
 
 # -- latency -------------------------------------------------------------------------------------
@@ -164,27 +157,6 @@ def device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
-def call_timer(device: torch.device) -> Timer:
-    """CUDA events between synchronisations on a GPU, the wall clock elsewhere."""
-
-    def wall(call: Callable[[], object]) -> float:
-        start = time.perf_counter()
-        call()
-        return (time.perf_counter() - start) * 1e3
-
-    def events(call: Callable[[], object]) -> float:
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
-        with torch.cuda.device(device):
-            torch.cuda.synchronize()
-            start.record()
-            call()
-            end.record()
-            end.synchronize()
-        return float(start.elapsed_time(end))
-
-    return events if device.type == "cuda" else wall
-
-
 def _inputs(
     backbone: Backbone,
     batch_size: int,
@@ -265,76 +237,10 @@ def measure_latency(
         threads=torch.get_num_threads(),
         dtype=str(dtype).removeprefix("torch."),
         median_ms=tuple(np.median(timed, axis=1).tolist()),
-        spread_ms=tuple(_half_iqr(timed, axis=1).tolist()),
+        spread_ms=tuple(half_iqr(timed, axis=1).tolist()),
         repeats=repeats,
         compile=compile,
     )
-
-
-@dataclass(frozen=True)
-class TimeRatio:
-    """How long A takes over how long B takes.
-
-    Attributes:
-        median: of the pairs' ratios.
-        spread: half-IQR of the ratios.
-        pairs: (A, B) in seconds, in the order measured.
-    """
-
-    median: float
-    spread: float
-    pairs: tuple[tuple[float, float], ...]
-
-
-def compare_sampling_time(
-    run_a: Callable[[], object],
-    run_b: Callable[[], object],
-    repeats: int = 5,
-    timer: Timer | None = None,
-    *,
-    warm: bool = False,
-) -> TimeRatio:
-    """Time two samplings in turn, A B, B A, A B, …, after one untimed run of each.
-
-    Args:
-        run_a: makes a number of images.
-        run_b: makes the same number.
-        repeats: pairs.
-        timer: runs a call and gives its milliseconds; by default the wall clock, with the GPU
-            synchronised.
-        warm: nothing is left that only a first run does: leave the untimed ones out.
-
-    Raises:
-        EvaluationError: no repeats.
-    """
-    if repeats < 1:
-        raise EvaluationError(f"repeats must be at least 1; got {repeats}; 5 give a spread")
-    clock = timer or _synchronised_wall
-    if not warm:
-        run_a()
-        run_b()
-    pairs = []
-    for repeat in range(repeats):
-        if repeat % 2 == 0:
-            a = clock(run_a)
-            b = clock(run_b)
-        else:
-            b = clock(run_b)
-            a = clock(run_a)
-        pairs.append((a / 1e3, b / 1e3))
-    ratios = [a / b for a, b in pairs]
-    return TimeRatio(float(np.median(ratios)), float(_half_iqr(ratios)), tuple(pairs))
-
-
-def _synchronised_wall(call: Callable[[], object]) -> float:
-    on_gpu = torch.cuda.is_available()
-    if on_gpu:
-        torch.cuda.synchronize()
-    start = time.perf_counter()
-    call()
-    if on_gpu:
-        torch.cuda.synchronize()
-    return (time.perf_counter() - start) * 1e3
 
 
 # -- FLOPs ---------------------------------------------------------------------------------------

@@ -23,7 +23,7 @@ from asesearch.config import StudyConfig
 from asesearch.data import open_data
 from asesearch.diffusion import make_diffusion
 from asesearch.errors import ConfigError, EvaluationError
-from asesearch.evaluation.cost import TimeRatio, compare_sampling_time
+from asesearch.evaluation.clock import TimeRatio, compare_sampling_time
 from asesearch.evaluation.distances import NEIGHBOURS, precision_recall
 from asesearch.evaluation.extractors import make_extractor
 from asesearch.evaluation.features import Floats, to_uint8

@@ -8,9 +8,9 @@ import torch
 
 from asesearch.backbones import Backbone, DiT
 from asesearch.errors import EvaluationError, ScheduleError
+from asesearch.evaluation.clock import compare_sampling_time
 from asesearch.evaluation.cost import (
     LatencyTable,
-    compare_sampling_time,
     count_flops,
     flops_frac,
     flops_table,

@@ -11,7 +11,8 @@ import numpy as np
 
 from asesearch.config import parse_study
 from asesearch.errors import TrainingDiverged
-from asesearch.evaluation.cost import LatencyTable, TimeRatio
+from asesearch.evaluation.clock import TimeRatio
+from asesearch.evaluation.cost import LatencyTable
 from asesearch.sampler import Sampler
 from asesearch.score import EvaluationResult, Protocol
 from asesearch.search import confirmation

@@ -81,7 +81,7 @@ def test_measured_time_is_the_points_over_the_full_networks(make_bench, monkeypa
         return now[0] - start
 
     monkeypatch.setattr(bench, "sample", sample)
-    monkeypatch.setattr("asesearch.evaluation.cost._synchronised_wall", timer)
+    monkeypatch.setattr("asesearch.evaluation.clock._synchronised_wall", timer)
     found = bench.measured_time(net, Point(schedule, FAST), full_net)
     assert found.median == 0.25 and found.spread == 0.0 and len(found.pairs) == 3
     # each under its own weights and sampler, the same seeds
