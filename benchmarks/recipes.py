@@ -11,6 +11,7 @@ the control with equal compute. A GPU runs several calls beside each other.
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import time
 from pathlib import Path
@@ -18,12 +19,13 @@ from typing import Any
 
 import numpy as np
 import torch
+from measuring import machine
 from torch import Tensor, nn
 
-from asesearch.backbones import save_backbone
+from asesearch.backbones import load_backbone, save_backbone
 from asesearch.backbones.base import Backbone
 from asesearch.backbones.dit import DiT
-from asesearch.config import ElasticConfig, LossWeight, TrainConfig, parse_study
+from asesearch.config import BackboneConfig, ElasticConfig, LossWeight, TrainConfig, parse_study
 from asesearch.diffusion import Process
 from asesearch.evaluation.fidelity import build_protocol
 from asesearch.files import write_json
@@ -172,8 +174,11 @@ class Lab:
         return self.bench.own_sampler
 
     def elastic(self) -> Backbone:
-        """The network after the warm-up of the recipe."""
+        """The network after the warm-up of the recipe, or that of an earlier call."""
         net = self.bench.backbone
+        if self.args.elastic is not None:
+            kept = BackboneConfig(kind=self.args.kind, checkpoint=str(self.args.elastic))
+            return load_backbone(kept).to(self.bench.device).eval()
         if self.args.recipe == "none":
             return net
         values = COMMON | RECIPES[self.args.recipe]
@@ -194,6 +199,15 @@ class Lab:
         return finetune(
             net, self.bench.data, self.diffusion, depths, config, teacher=self.bench.backbone
         ).backbone
+
+    def mean(self, net: Backbone, share: float) -> Backbone:
+        """The mean of the pretrained weights and a network's, whose share is given."""
+        out = copy.deepcopy(net)
+        with torch.no_grad():
+            pairs = zip(out.parameters(), self.bench.backbone.parameters(), strict=True)
+            for ours, theirs in pairs:
+                ours.lerp_(theirs, 1 - share)
+        return out
 
     def tuned(self, net: Backbone, schedule: ExitSchedule, distill_frac: float) -> Backbone:
         """After own steps under a schedule."""
@@ -229,11 +243,15 @@ def cost_of(lab: Lab, found: dict[str, Any]) -> dict[str, Any]:
 def measured(lab: Lab) -> dict[str, Any]:
     """Everything of one recipe and seed."""
     start = time.perf_counter()
-    found: dict[str, Any] = {"settings": {k: str(v) for k, v in vars(lab.args).items()}}
+    told = {k: v.name if isinstance(v, Path) else str(v) for k, v in vars(lab.args).items()}
+    found: dict[str, Any] = {"settings": told, "environment": machine()}
     net = lab.elastic()
     found["seconds"] = {"elastic": time.perf_counter() - start}
     found["elastic"] = lab.scores(net)
     write_json(lab.args.out, found)
+    for share in lab.args.means:
+        found.setdefault("means", {})[str(share)] = lab.scores(lab.mean(net, share))
+        write_json(lab.args.out, found)
     if lab.args.keep is not None and not isinstance(net, AdaptedDiT):
         save_backbone(net, lab.args.keep, {"warm_up": json.dumps(cost_of(lab, found))})
     for name, schedule in lab.schedules.items():
@@ -262,6 +280,10 @@ def main() -> None:
     parser.add_argument("--schedules", nargs="*", help="names or depths; default full D3 D7")
     parser.add_argument("--targets", nargs="*", choices=["teacher", "noise"], default=["teacher"])
     parser.add_argument("--keep", type=Path, help="write the elastic weights here")
+    parser.add_argument("--elastic", type=Path, help="weights kept before, instead of a warm-up")
+    parser.add_argument(
+        "--means", nargs="*", type=float, default=[], help="also means with the pretrained weights"
+    )
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
     print(measured(Lab(args)))
