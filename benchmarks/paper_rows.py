@@ -44,9 +44,12 @@ LIGHT = 1 / 3
 THRESHOLDS = ("0.05", "0.1", "0.2", "0.3")
 #: Behind a sampler's name: methods that need no schedule. What a sampler refuses is left out.
 ADDED = {
-    "cache": tuple(f"+cache-{part}-{x}" for part in ("attn", "mlp", "block") for x in THRESHOLDS),
+    "cache": (
+        *(f"+cache-{part}-{x}" for part in ("attn", "mlp", "block") for x in THRESHOLDS),
+        *(f"+cache-{part}-adjusted-{x}" for part in ("attn", "block") for x in THRESHOLDS[1:3]),
+    ),
     "merge": ("+merge-0.1", "+merge-0.2", "+merge-0.4"),
-    "deediff": ("+deediff-0.05", "+deediff-0.1"),
+    "deediff": ("+deediff-0.1", "+deediff-0.15"),
 }
 PRETRAINED = "pretrained"  # recipe: the network as it is
 OWN = "own"  # recipe: `Trials.tuning`, which for the full network is equal-compute fine-tuning
