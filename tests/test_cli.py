@@ -910,7 +910,7 @@ INTERRUPTED = [
         "kept in l",
     ),
     (
-        "asesearch.evaluation.fashion_cnn.train_extractor",
+        "asesearch.evaluation.classifiers.train_extractor",
         ("train-extractor", "-o", "e.safetensors"),
         "no weights were written",
     ),

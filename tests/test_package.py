@@ -80,6 +80,7 @@ def test_a_wheel_holds_the_assets_and_the_licences(tmp_path):
     for wanted in (
         "py.typed",
         "assets/fashion-cnn.safetensors",
+        "assets/fashion-vit.safetensors",
         "assets/fashion-mnist/LICENSE",
         "report/vendor/plotly-basic.min.js",
         "report/vendor/plotly.LICENSE",

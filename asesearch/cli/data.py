@@ -101,20 +101,28 @@ def _encoded(out: Path, flips: bool, verify: bool) -> dict[str, Any]:
 
 def train_extractor_(
     out: Annotated[Path, typer.Option("--out", "-o", help="Weights to write (.safetensors).")],
+    name: Annotated[
+        str, typer.Option(help="Which of the shipped ones: fashion-cnn or fashion-vit.")
+    ] = "fashion-cnn",
     data: Annotated[
         Path | None,
         typer.Option(help="Folder of the Fashion-MNIST IDX files, if not found by itself."),
     ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Seed of weights and batches.")] = 0,
 ) -> None:
-    """Train the small classifier whose features measure grey images (the shipped `fashion-cnn` was
-    made so)."""
+    """Train a small classifier whose features measure grey images (the shipped `fashion-cnn` and
+    `fashion-vit` were made so)."""
     from asesearch.data import fashion_mnist
-    from asesearch.evaluation.fashion_cnn import train_extractor
+    from asesearch.evaluation.classifiers import train_extractor
+    from asesearch.evaluation.extractors import SHIPPED_CLASSIFIERS
     from asesearch.files import check_weights_file
 
+    if name not in SHIPPED_CLASSIFIERS:
+        raise ConfigError(f"--name must be one of {', '.join(SHIPPED_CLASSIFIERS)}; got {name!r}")
     check_weights_file(out)
     images = fashion_mnist("train", data)
     with interruptible(f"no weights were written to {out}; the same command begins again"):
-        accuracy = train_extractor(images, out, test=fashion_mnist("test"), seed=seed)
+        accuracy = train_extractor(
+            SHIPPED_CLASSIFIERS[name], images, out, test=fashion_mnist("test"), seed=seed
+        )
     print_json({"weights": str(out), "test_accuracy": accuracy})

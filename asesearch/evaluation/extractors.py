@@ -2,8 +2,8 @@
 kind.
 
 The registry is torch-fidelity's own, so every extractor it knows works here by name, and ours work
-in `torch_fidelity.calculate_metrics`. Ours: `fashion-cnn`, a small classifier for Fashion-MNIST
-that travels in the package.
+in `torch_fidelity.calculate_metrics`. Ours: `fashion-cnn` and `fashion-vit`, small classifiers of
+Fashion-MNIST that travel in the package.
 """
 
 from __future__ import annotations
@@ -29,7 +29,8 @@ from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY
 
 from asesearch.backbones.digests import weights_digest
 from asesearch.errors import EvaluationError
-from asesearch.evaluation.fashion_cnn import FASHION_CNN, FashionCNN
+from asesearch.evaluation.fashion_cnn import FashionCNN
+from asesearch.evaluation.fashion_vit import FashionViT
 from asesearch.files import file_sha256
 
 INCEPTION = "inception-v3-compat"
@@ -115,7 +116,10 @@ def register_extractor(name: str, cls: type[FeatureExtractorBase]) -> None:
         ) from error
 
 
-register_extractor(FASHION_CNN, FashionCNN)
+#: Classifiers of Fashion-MNIST that travel in the package, by name.
+SHIPPED_CLASSIFIERS = {cls.extractor: cls for cls in (FashionCNN, FashionViT)}
+for _name, _cls in SHIPPED_CLASSIFIERS.items():
+    register_extractor(_name, _cls)
 
 
 def make_extractor(
@@ -124,9 +128,10 @@ def make_extractor(
     """Load a registered extractor.
 
     Args:
-        name: `inception-v3-compat` (2048 features; the score is FID), `fashion-cnn` (64 features,
-            28×28 grey), another of torch-fidelity's, one from `register_extractor`, or
-            `module:Class`, a class that is imported and registered under that name.
+        name: `inception-v3-compat` (2048 features; the score is FID), `fashion-cnn` or
+            `fashion-vit` (64 features, 28×28 grey), another of torch-fidelity's, one from
+            `register_extractor`, or `module:Class`, a class that is imported and registered under
+            that name.
         weights: file with the weights; by default the shipped ones, or torch-fidelity's download.
         device: where to run it.
 

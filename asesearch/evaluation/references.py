@@ -37,7 +37,7 @@ RECIPE = {
     "kept": KID_REFERENCE_SIZE,
     "seed": KID_SEED,
 }
-#: Data whose references travel in the package (for `fashion-cnn`): name -> digest.
+#: Data whose references travel in the package (for the extractors that do): name -> digest.
 SHIPPED = {
     "fashion-mnist/train": "cd81caa324de06d7582cc6fb4039dae3f6b0b0dd74936f4f1ea599df9436f943"
 }

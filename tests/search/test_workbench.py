@@ -12,7 +12,7 @@ from asesearch.config import parse_study
 from asesearch.errors import ConfigError, EvaluationError
 from asesearch.evaluation.cost import LatencyTable
 from asesearch.evaluation.distances import frechet_distance, precision_recall
-from asesearch.evaluation.fashion_cnn import FASHION_CNN_WEIGHTS
+from asesearch.evaluation.fashion_cnn import FashionCNN
 from asesearch.evaluation.features import extract_features, to_uint8
 from asesearch.point import Point
 from asesearch.sampler import Sampler
@@ -211,7 +211,7 @@ def test_confirmed_images_are_scored_in_further_feature_spaces(make_bench, secon
 
 def test_a_further_space_takes_weights_from_a_table(make_bench, second_space, tmp_path):
     evaluation = {"extractor": "fashion-cnn", "num_samples": 70}
-    state = load_file(FASHION_CNN_WEIGHTS)
+    state = load_file(FashionCNN.shipped())
     save_file(state | {"head.bias": state["head.bias"] + 1}, tmp_path / "own.safetensors")
     made = [
         make_bench(confirm={"num_samples": 80, "also": also}, evaluation=evaluation).also[0]
