@@ -3,12 +3,13 @@ measured by sampling it a little."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from asesearch.backbones.acceleration import Acceleration
 from asesearch.backbones.adjusting import fitted
 from asesearch.backbones.caching import Caching, Recorder, reuse_of
+from asesearch.backbones.guidance import GuidanceInterval
 from asesearch.backbones.merging import Merging
 from asesearch.backbones.uncertainty import DeeDiff, learned
 from asesearch.errors import ConfigError
@@ -22,24 +23,28 @@ SEEDS = range(2**32 - 2 * NUM_IMAGES, 2**32 - NUM_IMAGES)
 Look = Callable[[Acceleration], object]
 
 
-def calibrated(name: str, num_calls: int, look: Look) -> Acceleration:
+def calibrated(name: str, timesteps: Sequence[float], look: Look) -> Acceleration:
     """The acceleration of a name for a sampler.
 
     Args:
         name: see `asesearch.sampler.acceleration_of`.
-        num_calls: network calls of the sampler.
+        timesteps: of the sampler's network calls.
         look: samples the full network; called only where something is to be measured.
 
     Raises:
         ConfigError: an unknown name, or a network that it does not fit.
     """
-    kind, amount = acceleration_of(name)
+    kind, amounts = acceleration_of(name)
+    if kind == "guide":
+        low, high = amounts
+        return GuidanceInterval.between(low, high, timesteps)
+    (amount,) = amounts
     if kind == "merge":
         return Merging(amount)
     if kind == "deediff":
-        return learned(amount, num_calls, look)
+        return learned(amount, len(timesteps), look)
     _, part, *adjusted = kind.split("-")
-    recorder = Recorder(part, num_calls)
+    recorder = Recorder(part, len(timesteps))
     look(recorder)
     reuse = reuse_of(recorder.changes, amount)
     return fitted(part, reuse, look) if adjusted else Caching(part, reuse)
@@ -55,6 +60,7 @@ def read_acceleration(data: dict[str, Any]) -> Acceleration:
         "cache": Caching.from_dict,
         "merge": Merging.from_dict,
         "deediff": DeeDiff.from_dict,
+        "guide": GuidanceInterval.from_dict,
     }
     kind = data.get("kind")
     if kind not in readers:

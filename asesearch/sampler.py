@@ -16,13 +16,16 @@ ACCELERATIONS = (
     *("cache-attn-adjusted", "cache-mlp-adjusted", "cache-block-adjusted"),
     "merge",
     "deediff",
+    "guide",
 )
 #: The largest amount of those that have one below 100.
 LIMITS = {"merge": 0.5, "deediff": 1.0}
-#: Their names with an amount in its shortest form: "cache-attn-0.1".
+_AMOUNTS = ACCELERATIONS[:-1]
+#: Their names with an amount in its shortest form, "cache-attn-0.1", or with an interval of
+#: timesteps, "guide-100-700".
 _ACCELERATION = (
-    rf"(?:{'|'.join(ACCELERATIONS)})"
-    r"-(?:0|(?:0|[1-9][0-9]?)\.[0-9]{0,5}[1-9]|[1-9][0-9]?)"
+    rf"(?:{'|'.join(_AMOUNTS)})-(?:0|(?:0|[1-9][0-9]?)\.[0-9]{{0,5}}[1-9]|[1-9][0-9]?)"
+    r"|guide-(0|[1-9][0-9]{0,5})-([1-9][0-9]{0,5})"
 )
 #: How the timesteps of a solver are spaced, behind its name: t grows with the step's number to this
 #: power. Written one way each, so that equal samplers have equal names.
@@ -43,24 +46,35 @@ def grid_of(solver: str) -> tuple[str, float]:
     return found[1], 2.0 if name == "quadratic" else float(name.removeprefix("power"))
 
 
-def acceleration_of(name: str) -> tuple[str, float]:
-    """What an acceleration does and how much of it: "cache-attn-0.1" is ("cache-attn", 0.1).
+def acceleration_of(name: str) -> tuple[str, tuple[float, ...]]:
+    """What an acceleration does and how much of it: "cache-attn-0.1" is ("cache-attn", (0.1,)), and
+    "guide-100-700" is ("guide", (100, 700)).
 
     Raises:
-        ConfigError: a name of another form, or too large an amount.
+        ConfigError: a name of another form, too large an amount, or an empty interval.
     """
-    if re.fullmatch(_ACCELERATION, name) is None:
+    found = re.fullmatch(_ACCELERATION, name)
+    if found is None:
         raise ConfigError(
-            f"an acceleration is written {', '.join(ACCELERATIONS)}, each with -AMOUNT in its "
-            f'shortest form (below 100); got {name!r}; write for example "cache-attn-0.1"'
+            f"an acceleration is written {', '.join(_AMOUNTS)}, each with -AMOUNT in its "
+            f"shortest form (below 100), or guide-LO-HI with two timesteps; got {name!r}; write "
+            'for example "cache-attn-0.1"'
         )
+    if found[1] is not None:
+        low, high = int(found[1]), int(found[2])
+        if low >= high:
+            raise ConfigError(
+                f"the acceleration guide-LO-HI holds timesteps LO ≤ t < HI; got {name!r}; write "
+                'for example "guide-100-700"'
+            )
+        return "guide", (low, high)
     kind, _, amount = name.rpartition("-")
     if float(amount) > LIMITS.get(kind, 100):
         raise ConfigError(
             f"{kind} takes an amount from 0 to {LIMITS[kind]:g}; got {name!r}; write for example "
             f'"{kind}-{LIMITS[kind]:g}"'
         )
-    return kind, float(amount)
+    return kind, (float(amount),)
 
 
 @dataclass(frozen=True, order=True)

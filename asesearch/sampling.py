@@ -18,6 +18,7 @@ from asesearch.backbones.acceleration import Acceleration, Begin
 from asesearch.backbones.base import Backbone, check_schedule
 from asesearch.backbones.compiled import compiled
 from asesearch.backbones.conditioning import Conditioning, labels_of
+from asesearch.backbones.guidance import GuidanceInterval, check_guided
 from asesearch.diffusion import Process
 from asesearch.errors import ConfigError
 from asesearch.schedule import ExitSchedule
@@ -32,8 +33,8 @@ class SampleResult:
         images: (N, C, H, W) float32 on the CPU, not clamped, in the order of the seeds.
         timesteps: where the network was called, descending.
         nfe: network calls per image; guidance makes two of each.
-        block_calls: droppable blocks an image that the schedule has run; an acceleration may leave
-            some of them out.
+        block_calls: droppable blocks an image that the schedule has run. An acceleration may leave
+            some of them out, and a guidance interval some calls of `nfe`.
         seconds: time spent making all the images, noise included, the device synchronised.
     """
 
@@ -184,7 +185,7 @@ def sample(
     solver, timesteps = check_sampling(backbone, solver, diffusion, num_steps, cfg_scale)
     check_images(backbone, seeds, y, batch_size)
     check_schedule(backbone, diffusion.num_train_timesteps, schedule)
-    check_acceleration(acceleration, len(timesteps), compile)
+    check_acceleration(acceleration, len(timesteps), compile, cfg_scale)
     pairs = list(pairwise((*timesteps, diffusion.t_clean)))
     place = torch.device(device or next(backbone.parameters(), torch.empty(0)).device)
     shape = (backbone.in_channels, backbone.input_size, backbone.input_size)
@@ -253,19 +254,24 @@ def check_sampling(
     return solver, diffusion.timesteps(num_steps, solver.power)
 
 
-def check_acceleration(acceleration: Acceleration | None, num_calls: int, compile: bool) -> None:
+def check_acceleration(
+    acceleration: Acceleration | None, num_calls: int, compile: bool, cfg_scale: float
+) -> None:
     """Refuse an acceleration that does not go with the rest.
 
     Raises:
-        ConfigError: one made for another number of network calls, or beside compiled blocks.
+        ConfigError: one made for another number of network calls, beside compiled blocks, or of
+            guidance where there is none.
     """
     if acceleration is None:
         return
     if compile:
         raise ConfigError(
-            "an acceleration leads calls inside the blocks elsewhere, which compiled blocks can't "
-            "follow; got compile with one; leave compile or the acceleration out"
+            "an acceleration leads calls of the network or of its blocks elsewhere, which compiled "
+            "blocks are not made for; got compile with one; leave compile or the acceleration out"
         )
+    if isinstance(acceleration, GuidanceInterval):
+        check_guided(cfg_scale)
     if acceleration.num_calls not in (None, num_calls):
         raise ConfigError(
             f"the acceleration was made for {acceleration.num_calls} network calls; got a sampler "

@@ -55,6 +55,15 @@ def test_what_is_no_sampler_is_refused(text):
         "cache-attn-0.1-0.2",
         "cache-attn-100",
         "cache-attn-00",
+        "guide",
+        "guide-100",
+        "guide-0100-700",
+        "guide-100-0700",
+        "guide-700-700",
+        "guide-00-700",
+        "guide-100-700.5",
+        "guide-100-700-900",
+        "guide--1-700",
     ],
 )
 def test_an_acceleration_has_one_spelling(name):

@@ -132,7 +132,7 @@ class Bundle:
         _, timesteps = check_sampling(
             self.backbone, how.solver, diffusion, how.num_steps, how.cfg_scale
         )
-        check_acceleration(self.acceleration, len(timesteps), how.compile)
+        check_acceleration(self.acceleration, len(timesteps), how.compile, how.cfg_scale)
         return how, timesteps
 
     def labels(self, label: int, count: int) -> Tensor:

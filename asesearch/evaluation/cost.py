@@ -288,8 +288,10 @@ def flops_table(
 ) -> tuple[float, ...]:
     """`count_flops` at exit depths 1…depth (index 0 = depth 1), `y` for one image; depths below the
     least have its number."""
+    images = 1 if acceleration is None else 2  # what it changes may be a half of guidance
+    y = None if y is None else conditioning.repeat(y, images)
     return tuple(
-        count_flops(backbone, max(d, backbone.min_exit_depth), 1, y, acceleration)
+        count_flops(backbone, max(d, backbone.min_exit_depth), images, y, acceleration)
         for d in range(1, backbone.depth + 1)
     )
 

@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from asesearch.backbones.acceleration import Acceleration, Mix
+from asesearch.backbones.guidance import GuidanceInterval
 from asesearch.config import TrainConfig
 from asesearch.evaluation.cost import (
     LatencyTable,
@@ -146,7 +147,8 @@ class Costs:
     def _changed_fracs(self, point: Point, own_calls: int) -> tuple[float, float, float]:
         """`fracs` where a sampler has an acceleration.
 
-        What it saves of a block's FLOPs counts as that part of a block call saved.
+        What it saves of a block's FLOPs counts as that part of a block call saved. A guidance
+        interval saves whole calls, and so all their blocks.
         """
         sampler = point.sampler
         mixes = self._mixes(point)
@@ -155,6 +157,8 @@ class Costs:
         per_block = self.flops[-1] / depth if depth == 1 else self.flops[-1] - self.flops[-2]
         blocks = np.arange(1.0, depth + 1)
         fewer_blocks = blocks - (np.asarray(self.flops) - np.asarray(fewer)) / per_block
+        if isinstance(self.parts.accelerations[sampler], GuidanceInterval):
+            fewer_blocks = blocks / 2  # and what is beside the blocks halves too
         tables = (
             (self.latency.median_ms, self._changed_ms(sampler)),
             (self.flops, fewer),

@@ -18,6 +18,7 @@ from asesearch.backbones.base import Backbone
 from asesearch.backbones.checkpoints import load_backbone
 from asesearch.backbones.device import default_device
 from asesearch.backbones.digests import weights_fingerprint
+from asesearch.backbones.guidance import check_guided
 from asesearch.calibration import SEEDS, calibrated, read_acceleration
 from asesearch.config import StudyConfig
 from asesearch.data import open_data
@@ -102,7 +103,8 @@ class Parts:
         for sampler in self.samplers:
             if sampler.acceleration:
                 found = self._accelerated(sampler)
-                check_acceleration(found, len(self.samplers[sampler]), how.compile)
+                num_calls = len(self.samplers[sampler])
+                check_acceleration(found, num_calls, how.compile, how.cfg_scale)
                 with found.attached(self.backbone):  # what does not fit is refused here
                     self.accelerations[sampler] = found
         # may take long: after all that may be refused
@@ -117,6 +119,8 @@ class Parts:
         found = {}
         for sampler in self.config.samplers:
             how = self.config.sampling.under(sampler)
+            if sampler.acceleration.startswith("guide-"):  # before others are calibrated
+                check_guided(how.cfg_scale)
             _, found[sampler] = check_sampling(
                 net, how.solver, self.diffusion, how.num_steps, how.cfg_scale
             )
@@ -130,13 +134,12 @@ class Parts:
             ConfigError: a network that it does not fit, or compiled blocks.
         """
         point = Point(self.full, sampler.plain)
-        num_calls = len(self.samplers[sampler])
 
         def look(recorder: Acceleration) -> object:
             return self.sample(self.backbone, point, SEEDS, acceleration=recorder)
 
         def make() -> Acceleration:
-            return calibrated(sampler.acceleration, num_calls, look)
+            return calibrated(sampler.acceleration, self.samplers[sampler], look)
 
         if self.run_dir is None:
             return make()

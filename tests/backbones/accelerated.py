@@ -1,14 +1,20 @@
 """Small networks and accelerations of every kind, for the tests of both."""
 
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
 import numpy as np
 import torch
 
 from asesearch.backbones import DiT, UViT
 from asesearch.backbones.caching import Caching
+from asesearch.backbones.guidance import GuidanceInterval
 from asesearch.backbones.merging import Merging
 from asesearch.backbones.uncertainty import TIME_CHANNELS, DeeDiff, counted
 from asesearch.calibration import calibrated
 from asesearch.diffusion import Diffusion
+from asesearch.sampler import LIMITS
 from asesearch.sampling import sample
 from asesearch.schedule import ExitSchedule
 
@@ -32,9 +38,10 @@ def dit():
     )
 
 
-def uvit():
+def uvit(num_classes=-1):
     torch.manual_seed(0)
-    return awake(UViT(img_size=8, patch_size=2, in_chans=1, embed_dim=16, depth=8, num_heads=2))
+    shape = {"img_size": 8, "patch_size": 2, "in_chans": 1, "embed_dim": 16, "num_heads": 2}
+    return awake(UViT(depth=8, num_classes=num_classes, **shape))
 
 
 NETWORKS = {"DiT": dit, "U-ViT": uvit}
@@ -48,7 +55,8 @@ def make(net, acceleration=None, schedule=SCHEDULE, **options):
 
 
 def calibrate(net, name, **options):
-    return calibrated(name, CALLS, lambda looking: make(net, looking, FULL, **options))
+    timesteps = Diffusion().timesteps(CALLS)
+    return calibrated(name, timesteps, lambda looking: make(net, looking, FULL, **options))
 
 
 def some_flags(net, seed=0):
@@ -84,4 +92,38 @@ STRONG = {
     "cache-block-adjusted": lambda net: some_adjustment(net, "block"),
     "merge": lambda net: Merging(0.5),
     "deediff": some_exits,
+    "guide": lambda net: GuidanceInterval(np.array([False, True, False, True, False])),
 }
+#: Of each kind with what it changes nothing.
+WEAK = {kind: "guide-0-1000" if kind == "guide" else f"{kind}-0" for kind in STRONG}
+#: Of each kind with half of the most that it does.
+MIDDLE = {kind: f"{kind}-{LIMITS.get(kind, 4) / 2:g}" for kind in STRONG}
+MIDDLE["guide"] = "guide-300-700"
+
+
+@dataclass
+class Case:
+    """A network and a strong acceleration, sampled with guidance where that is about it."""
+
+    kind: str
+    net: Any
+    strong: Any
+    options: dict[str, Any]
+
+    def make(self, acceleration=None, **options):
+        return make(self.net, acceleration, **{**self.options, **options})
+
+    def calibrate(self, name):
+        return calibrate(self.net, name, **self.options)
+
+    @property
+    def passes(self):
+        """Network calls of one image at one step."""
+        return 2 if "cfg_scale" in self.options else 1
+
+
+def case(name, kind):
+    guided = kind == "guide"
+    networks = NETWORKS | {"U-ViT": partial(uvit, 5)} if guided else NETWORKS
+    net = networks[name]()
+    return Case(kind, net, STRONG[kind](net), {"cfg_scale": 1.5} if guided else {})

@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from asesearch.backbones import DiT, UViT
 from asesearch.backbones.caching import Caching
+from asesearch.backbones.guidance import GuidanceInterval
 from asesearch.calibration import calibrated
 from asesearch.config import DiffusionConfig, SamplingConfig
 from asesearch.deployment import formats
@@ -26,6 +27,7 @@ from asesearch.sampling import sample
 from asesearch.schedule import ExitSchedule
 
 SCHEDULE = ExitSchedule.from_string("4 4 2 1", 4)
+TIMESTEPS = Diffusion().timesteps(4)
 
 
 @pytest.fixture
@@ -269,18 +271,31 @@ def test_a_bundle_keeps_its_cache(bundle, cached, tmp_path):
     assert "acceleration" not in json.loads(plain.read_text())  # as earlier releases read it
 
 
-@pytest.mark.parametrize("name", ["cache-attn-adjusted-2", "merge-0.5", "deediff-0.1"])
+@pytest.mark.parametrize(
+    "name", ["cache-attn-adjusted-2", "merge-0.5", "deediff-0.1", "guide-300-700"]
+)
 def test_a_bundle_keeps_any_acceleration(bundle, tmp_path, name):
     full = replace(bundle, schedule=ExitSchedule.full(4))
 
     def look(looking):
         return replace(full, acceleration=looking).sample(range(3))
 
-    made = replace(full, acceleration=calibrated(name, 4, look), acceleration_name=name)
+    made = replace(full, acceleration=calibrated(name, TIMESTEPS, look), acceleration_name=name)
     loaded = load_bundle(write_bundle(made, tmp_path / "bundle"))
     images = loaded.sample(range(3)).images
     assert torch.equal(images, made.sample(range(3)).images)
     assert not torch.equal(images, full.sample(range(3)).images)
+
+
+def test_an_interval_of_a_bundle_without_guidance_is_refused(bundle, tmp_path):
+    inside = GuidanceInterval(np.ones(4, dtype=bool))
+    guide = replace(bundle, acceleration=inside, acceleration_name="guide-0-1000")
+    path = write_bundle(guide, tmp_path / "guide") / "bundle.json"
+    data = json.loads(path.read_text())
+    data["sampling"]["cfg_scale"] = 1.0
+    path.write_text(json.dumps(data))
+    with pytest.raises(CheckpointError, match="got cfg_scale 1"):
+        load_bundle(path.parent)
 
 
 @pytest.mark.parametrize(

@@ -297,6 +297,44 @@ def test_caches_of_one_part_share_a_latency_table(make_bench, tmp_path):
     assert len(list((tmp_path / "run").glob("latency-*.json"))) == 2
 
 
+GUIDED = {"solver": "ddim", "num_steps": 4, "batch_size": 40, "cfg_scale": 1.5}
+
+
+def test_calls_outside_the_guidance_interval_cost_half(make_bench, tmp_path):
+    names = ["ddim-4+guide-0-500", "ddim-4+guide-0-1000", "dpm++2m-2+guide-0-500"]
+    run_dir = tmp_path / "run"
+    bench = make_bench(run_dir=run_dir, sampling=GUIDED, search={"samplers": names})
+    half, whole, two = (Point(bench.full, Sampler.from_string(name)) for name in names)
+    own = Point(bench.full, bench.own_sampler)
+    for parameter in bench.backbone.parameters():
+        parameter.data += 0.1 * torch.randn_like(parameter)
+    plain = bench.sample(bench.backbone, own, range(3)).images
+    assert torch.equal(bench.sample(bench.backbone, whole, range(3)).images, plain)
+    assert not torch.equal(bench.sample(bench.backbone, half, range(3)).images, plain)
+    # calls at 999, 666, 333, 0: two of them are halved
+    assert bench.costs.fracs(half)[1:] == pytest.approx((0.75, 0.75))
+    assert bench.costs.fracs(two)[1:] == pytest.approx((0.375, 0.375))
+    assert bench.costs.fracs(whole) == (1.0, 1.0, 1.0)
+    short = Point(ExitSchedule.from_string("3 1", 3), half.sampler)
+    assert bench.costs.fracs(short)[2] == pytest.approx((2 * 3 + 2 * 1 / 2) / 12)
+    calls = bench.costs.of_calls(half.sampler)
+    assert calls[:, -1].sum() / (4 * bench.costs.latency.median_ms[-1]) == pytest.approx(
+        bench.costs.fracs(half)[0]
+    )
+    assert len(list(run_dir.glob("latency-*.json"))) == 1  # of all intervals
+    spent = [bench.costs.sampling_gflops(p, bench.protocols.search) for p in (half, own)]
+    assert spent[0] / spent[1] == pytest.approx(0.75)
+
+
+def test_an_interval_is_refused_without_guidance_before_anything_is_measured(
+    make_bench, monkeypatch
+):
+    for name in ("calibrated", "sample"):
+        monkeypatch.setattr(f"asesearch.search.parts.{name}", None)
+    with pytest.raises(ConfigError, match="got cfg_scale 1, which is none"):
+        make_bench(search={"samplers": [CACHED, "ddim-4+guide-0-500"]})
+
+
 @pytest.mark.parametrize("sampler", [CACHED, "ddim-4+merge-0.5"])
 def test_an_acceleration_is_refused_with_compiled_blocks(make_bench, sampler):
     sampling = {"solver": "ddim", "num_steps": 4, "batch_size": 40, "compile": True}
