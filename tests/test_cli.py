@@ -691,6 +691,12 @@ def test_the_extractors_weights_are_safetensors(tmp_path, monkeypatch, capsys, n
     assert code == 1 and "written as .safetensors" in said.err
 
 
+def test_an_extractor_that_is_not_shipped_can_t_be_trained(tmp_path, monkeypatch, capsys):
+    args = ("train-extractor", "--name", "inception-v3-compat", "--out", tmp_path / "x.safetensors")
+    code, said = as_program(monkeypatch, capsys, *args)
+    assert code == 1 and "one of fashion-cnn, fashion-vit; got 'inception-v3-compat'" in said.err
+
+
 # -- options that would be ignored -----------------------------------------------------------------
 
 IGNORED = [

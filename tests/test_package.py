@@ -61,6 +61,11 @@ def test_what_is_imported_is_declared():
                 )
 
 
+def test_the_assets_stay_small():
+    files = [p for p in (ROOT / "asesearch/assets").rglob("*") if p.is_file()]
+    assert sum(p.stat().st_size for p in files) < 16e6
+
+
 @pytest.mark.slow
 def test_a_wheel_holds_the_assets_and_the_licences(tmp_path):
     command = [
