@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 import numpy as np
@@ -186,7 +186,6 @@ def measure_latency(
     y: Conditioning | None = None,
     timer: Timer | None = None,
     compile: bool = False,
-    acceleration: Acceleration | None = None,
 ) -> LatencyTable:
     """Time one network call at every exit depth, the depths in a new random order each round.
 
@@ -202,7 +201,6 @@ def measure_latency(
         timer: runs a call and gives its milliseconds; by default `call_timer(device)`.
         compile: run the network's blocks as compiled code, see `backbones.compiled`; the round
             thrown away pays for it.
-        acceleration: time calls that it changes in full.
 
     Raises:
         EvaluationError: no repeats or no images.
@@ -220,11 +218,7 @@ def measure_latency(
     times = np.zeros((backbone.depth, repeats + 1))
     order = np.arange(backbone.depth)
     rng = np.random.default_rng(0)
-    with (
-        torch.no_grad(),
-        compiled(backbone, compile),
-        _changed(backbone, acceleration, lambda: backbone(x_t, t, y)),
-    ):
+    with torch.no_grad(), compiled(backbone, compile):
         for repeat in range(repeats + 1):
             rng.shuffle(order)
             for i in order:
@@ -240,6 +234,55 @@ def measure_latency(
         spread_ms=tuple(half_iqr(timed, axis=1).tolist()),
         repeats=repeats,
         compile=compile,
+    )
+
+
+def measure_changed(
+    backbone: Backbone,
+    plain: LatencyTable,
+    acceleration: Acceleration,
+    repeats: int = 7,
+    y: Conditioning | None = None,
+    timer: Timer | None = None,
+) -> LatencyTable:
+    """The latency table of calls that an acceleration changes in full.
+
+    Each is timed right after an unchanged call of its depth, and their ratio taken times the
+    unchanged table's: so a machine that was busier at one time than at another lends neither an
+    advantage. One round is run first and thrown away.
+
+    Args:
+        backbone: in eval mode, where `plain` was measured.
+        plain: table of unchanged calls.
+        acceleration: what changes them.
+        repeats: rounds.
+        y: conditioning of the batch, where the network takes more than class labels.
+        timer: see `measure_latency`.
+    """
+    parameter = next(backbone.parameters())
+    timer = timer or call_timer(parameter.device)
+    x_t, t, y = _inputs(backbone, plain.batch_size, parameter.device, parameter.dtype, y)
+    ratios = np.zeros((backbone.depth, repeats + 1))
+    order = np.arange(backbone.depth)
+    rng = np.random.default_rng(0)
+    with torch.no_grad():
+        for repeat in range(repeats + 1):
+            rng.shuffle(order)
+            for i in order:
+                depth = max(int(i) + 1, backbone.min_exit_depth)
+
+                def call(depth: int = depth) -> Tensor:
+                    return backbone(x_t, t, y, exit_depth=depth)  # type: ignore[no-any-return]
+
+                unchanged = timer(call)
+                with _changed(backbone, acceleration, call):
+                    ratios[i, repeat] = timer(call) / unchanged
+    timed = ratios[:, 1:] * np.asarray(plain.median_ms)[:, None]
+    return replace(
+        plain,
+        median_ms=tuple(np.median(timed, axis=1).tolist()),
+        spread_ms=tuple(half_iqr(timed, axis=1).tolist()),
+        repeats=repeats,
     )
 
 

@@ -17,6 +17,7 @@ from asesearch.evaluation.cost import (
     device_name,
     flops_frac,
     flops_table,
+    measure_changed,
     measure_latency,
     mixed_cost,
 )
@@ -31,6 +32,7 @@ from asesearch.search.opening import conditioning_for
 from asesearch.search.parts import Parts
 
 LATENCY_REPEATS = 15
+CHANGED_REPEATS = 7  # of three calls each
 
 
 class Costs:
@@ -76,18 +78,16 @@ class Costs:
         return Conditions(name, size, how.precision, guided, how.compile)
 
     def _measure(self, acceleration: Acceleration | None = None) -> LatencyTable:
-        """A latency table; `acceleration` as in `measure_latency`."""
+        """A latency table; of calls that an acceleration changes, where one is given."""
         now = self._conditions
-        y = conditioning_for(self.parts.backbone, self.parts.data, range(now.batch_size))
+        net = self.parts.backbone
+        plain = None if acceleration is None else self.latency
+        y = conditioning_for(net, self.parts.data, range(now.batch_size))
         with arithmetic(now.precision, self.parts.device):
+            if plain is not None and acceleration is not None:
+                return measure_changed(net, plain, acceleration, CHANGED_REPEATS, y)
             table = measure_latency(
-                self.parts.backbone,
-                now.batch_size,
-                LATENCY_REPEATS,
-                self.parts.device,
-                y,
-                compile=now.compile,
-                acceleration=acceleration,
+                net, now.batch_size, LATENCY_REPEATS, self.parts.device, y, compile=now.compile
             )
         return replace(table, precision=now.precision, guided=now.guided)
 
@@ -101,6 +101,7 @@ class Costs:
         name = self._kind(acceleration)
         if name not in self._changed:
             run_dir = self.parts.run_dir
+            _ = self.latency  # before the lock that it takes too
 
             def measure() -> LatencyTable:
                 return self._measure(acceleration)

@@ -1,6 +1,7 @@
 """Cost on a clock of our own: a network whose every block takes a known time."""
 
 import json
+from contextlib import contextmanager
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from asesearch.evaluation.cost import (
     count_flops,
     flops_frac,
     flops_table,
+    measure_changed,
     measure_latency,
 )
 from asesearch.schedule import ExitSchedule
@@ -312,3 +314,32 @@ def test_the_spread_of_a_call_is_half_the_distance_between_its_quartiles():
     rounds = iter(np.repeat([99.0, 10.0, 11.0, 12.0, 13.0, 140.0], DEPTH).tolist())
     table = measure_latency(ClockedNet(), 4, 5, timer=lambda call: next(rounds))
     assert table.median_ms == (12.0,) * DEPTH and table.spread_ms == (1.0,) * DEPTH
+
+
+class Half:
+    """An acceleration under which a `ClockedNet`'s calls take half as long."""
+
+    def most(self, net):
+        return self
+
+    @contextmanager
+    def attached(self, net):
+        net.pace = 0.5
+        yield lambda call: None
+        net.pace = 1.0
+
+
+def test_changed_calls_are_timed_beside_unchanged_ones():
+    """A machine that is ten times slower than when the plain table was measured, and ever slower:
+    only the ratio counts."""
+    net = ClockedNet()
+    net.pace = 1.0
+    slowness = iter(10.0 + i // 2 for i in range(1000))
+
+    def timer(call):
+        return net.timer(call) * net.pace * next(slowness)
+
+    plain = measure_latency(net, 4, 3, timer=net.timer)
+    table = measure_changed(net, plain, Half(), 3, timer=timer)
+    assert table.median_ms == pytest.approx([m / 2 for m in plain.median_ms], rel=1e-9)
+    assert (table.batch_size, table.repeats) == (4, 3) and max(table.spread_ms) < 1e-9

@@ -97,7 +97,7 @@ def test_a_guided_call_is_timed_with_both_of_its_halves(make_bench, monkeypatch,
     )
     rows = []
 
-    def measure(backbone, batch_size, repeats, device, y, compile, acceleration):
+    def measure(backbone, batch_size, repeats, device, y, compile):
         rows.append((batch_size, len(y)))
         return table
 
