@@ -56,9 +56,9 @@ def acceleration_of(name: str) -> tuple[str, tuple[float, ...]]:
     found = re.fullmatch(_ACCELERATION, name)
     if found is None:
         raise ConfigError(
-            f"an acceleration is written {', '.join(_AMOUNTS)}, each with -AMOUNT in its "
-            f"shortest form (below 100), or guide-LO-HI with two timesteps; got {name!r}; write "
-            'for example "cache-attn-0.1"'
+            "an acceleration is cache-PART or cache-PART-adjusted (PART attn, mlp or block), merge "
+            "or deediff with -AMOUNT in its shortest form, or guide-LO-HI with two timesteps; got "
+            f'{name!r}; write for example "cache-attn-0.1"'
         )
     if found[1] is not None:
         low, high = int(found[1]), int(found[2])

@@ -196,8 +196,8 @@ def test_the_readmes_study_passes_the_preflight(place):
     )
     assert "search protocol: Fréchet distance (wide-2048), 3 x 5000 images" in checked
     assert (
-        "warm starts: full, D2-DiT, D3-DiT, D7-DiT, full unipc-quadratic-10, full unipc-quadratic-7"
-        in checked
+        "warm starts: full, D2-DiT, D3-DiT, D7-DiT, full unipc-quadratic-7, "
+        "full ddim-50+cache-block-0.1" in checked
     )
 
 
