@@ -20,7 +20,8 @@ from scipy.stats import spearmanr
 from torch import Tensor
 
 from asesearch.backbones.base import Backbone
-from asesearch.backbones.checkpoints import load_backbone, save_backbone
+from asesearch.backbones.checkpoints import load_backbone
+from asesearch.backbones.saving import save_backbone
 from asesearch.config import (
     BackboneConfig,
     ElasticConfig,

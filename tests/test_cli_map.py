@@ -9,7 +9,7 @@ import torch
 from typer.testing import CliRunner
 
 from asesearch.backbones import DiT
-from asesearch.backbones.checkpoints import save_backbone
+from asesearch.backbones.saving import save_backbone
 from asesearch.cli import app
 from asesearch.errors import CheckpointError, ConfigError, DataError, WriteError
 from asesearch.study.difficulty import DifficultyMap

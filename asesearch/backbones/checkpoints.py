@@ -2,7 +2,7 @@
 
 Read: facebookresearch/DiT `.pt` (weights, or a whole training state), baofff/U-ViT `.pth`,
 safetensors, diffusers folders; what training programs wrap around weights and names is taken off.
-Written: safetensors that carry their own architecture.
+What we write ourselves: `saving`.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ from functools import cache
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
@@ -33,7 +32,6 @@ from asesearch.backbones.shapes import Architecture, from_shapes, uvit_preset
 from asesearch.backbones.uvit import UViT
 from asesearch.config import BackboneConfig
 from asesearch.errors import CheckpointError, ConfigError
-from asesearch.files import replacing
 
 VERSION = "1"
 NULL = "null_condition."  # begins the names of a null condition's tensors in the files we write
@@ -368,48 +366,3 @@ def _float32(name: str, value: Tensor, where: str) -> Tensor:
             "weights from before the quantisation"
         )
     return value.float()
-
-
-def save_backbone(
-    backbone: Backbone, path: str | os.PathLike[str], extra: Mapping[str, str] | None = None
-) -> None:
-    """Write a safetensors file that `load_backbone` needs no preset or args for.
-
-    Args:
-        backbone: a DiT, U-ViT or diffusers network; its null condition goes into the file too.
-        path: written atomically; folders are made.
-        extra: text to keep with the weights; `inspect_checkpoint` gives it back.
-
-    Raises:
-        ConfigError: another network, or a reserved key in `extra`.
-    """
-    kind = next((k for k, cls in BACKBONES.items() if type(backbone) is cls), None)
-    # as `DiffusersBackbone`, without importing diffusers
-    if kind is None and backbone.config.keys() == {"transformer"}:
-        kind = "diffusers"
-    if kind is None:
-        raise ConfigError(
-            f"only DiT, U-ViT and diffusers networks can be saved; got {type(backbone).__name__}; "
-            "use one"
-        )
-    taken = set(RESERVED) & (extra or {}).keys()
-    if taken:
-        raise ConfigError(
-            f"extra must not use the keys {', '.join(RESERVED)}; got {', '.join(sorted(taken))}; "
-            "rename it"
-        )
-    own = {
-        "format": FORMAT,
-        "version": VERSION,
-        "kind": kind,
-        "config": json.dumps(backbone.config),
-    }
-    tensors = backbone.state_dict() | {
-        f"{NULL}{k}": v for k, v in (backbone.null_condition or {}).items()
-    }
-    with replacing(path) as part:
-        save_file(
-            {k: v.detach().cpu().contiguous() for k, v in tensors.items()},
-            part,
-            {**own, **(extra or {})},
-        )

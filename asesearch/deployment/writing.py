@@ -13,7 +13,7 @@ from typing import Any
 from safetensors.torch import save_file
 
 from asesearch.backbones.base import check_schedule
-from asesearch.backbones.checkpoints import save_backbone
+from asesearch.backbones.saving import save_backbone
 from asesearch.deployment.bundle import FILES, FORMAT, VERSION, Bundle
 from asesearch.deployment.manifest import MANIFEST, file_entries
 from asesearch.deployment.parity import make_parity, parity_count

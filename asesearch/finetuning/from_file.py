@@ -7,7 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from asesearch.backbones.checkpoints import load_backbone, save_backbone
+from asesearch.backbones.checkpoints import load_backbone
+from asesearch.backbones.saving import save_backbone
 from asesearch.config import StudyConfig
 from asesearch.data import check_readable, open_data
 from asesearch.diffusion import make_diffusion

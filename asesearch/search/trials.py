@@ -12,7 +12,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from asesearch.backbones.base import Backbone, check_schedule
-from asesearch.backbones.checkpoints import inspect_checkpoint, load_backbone, save_backbone
+from asesearch.backbones.checkpoints import inspect_checkpoint, load_backbone
+from asesearch.backbones.saving import save_backbone
 from asesearch.config import BackboneConfig, TrainConfig
 from asesearch.data import save_images
 from asesearch.files import replacing

@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from asesearch.backbones.base import Backbone
-from asesearch.backbones.checkpoints import load_backbone, save_backbone
+from asesearch.backbones.checkpoints import load_backbone
+from asesearch.backbones.saving import save_backbone
 from asesearch.config import BackboneConfig
 from asesearch.data import open_data
 from asesearch.files import write_json

@@ -14,8 +14,9 @@ from diffusers import (
 from safetensors.torch import load_file, save_file
 
 from asesearch.backbones.block_exits import SPECS
-from asesearch.backbones.checkpoints import load_backbone, save_backbone
+from asesearch.backbones.checkpoints import load_backbone
 from asesearch.backbones.diffusers_adapter import DiffusersBackbone, load_diffusers
+from asesearch.backbones.saving import save_backbone
 from asesearch.config import BackboneConfig
 from asesearch.errors import CheckpointError, ConfigError, ScheduleError
 

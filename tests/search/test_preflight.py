@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from asesearch.backbones import DiT
-from asesearch.backbones.checkpoints import save_backbone
+from asesearch.backbones.saving import save_backbone
 from asesearch.config import parse_study
 from asesearch.errors import (
     AseSearchError,

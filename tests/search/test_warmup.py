@@ -11,7 +11,7 @@ import torch
 from filelock import FileLock, Timeout
 
 from asesearch.backbones import DiT
-from asesearch.backbones.checkpoints import save_backbone
+from asesearch.backbones.saving import save_backbone
 from asesearch.config import parse_study
 from asesearch.evaluation.cost import LatencyTable
 from asesearch.point import Point

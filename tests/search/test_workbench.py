@@ -7,7 +7,7 @@ from safetensors.torch import load_file, save_file
 
 from asesearch.backbones import DiT
 from asesearch.backbones.caching import Caching
-from asesearch.backbones.checkpoints import save_backbone
+from asesearch.backbones.saving import save_backbone
 from asesearch.config import parse_study
 from asesearch.errors import ConfigError, EvaluationError
 from asesearch.evaluation.cost import LatencyTable
