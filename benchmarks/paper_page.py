@@ -194,7 +194,8 @@ def section(experiment: Experiment, folder: Path, source: Path) -> str:
         what = "Candidates, on the images they were picked by"
         parts.append(f"<details><summary>{what}</summary>{table(HEAD, picks)}</details>")
     experiment.table().to_csv(folder / f"{experiment.name}.csv", index=False, lineterminator="\n")
-    shutil.copyfile(experiment.path, folder / experiment.path.name)
+    if experiment.path.parent.resolve() != folder.resolve():
+        shutil.copyfile(experiment.path, folder / experiment.path.name)
     parts.append(
         f'<p><a href="{experiment.name}.csv">Table</a> · '
         f'<a href="{experiment.path.name}">all that is on record</a></p>'
