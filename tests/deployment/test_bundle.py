@@ -302,7 +302,7 @@ def test_an_interval_of_a_bundle_without_guidance_is_refused(bundle, tmp_path):
     ("change", "words"),
     [
         ({"name": "cache-block-0.50"}, "shortest form"),
-        ({"name": "magic"}, "acceleration is written"),
+        ({"name": "magic"}, "acceleration is cache-PART"),
         ({"more": 1}, "must have a name and a calibration"),
         ({"calibration": {"kind": "cache", "part": "block", "reuse": ["0000"]}}, "network calls"),
         ({"calibration": {"kind": "cache", "part": "block", "reuse": ["000"] * 4}}, "3 blocks"),
