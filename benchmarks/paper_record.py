@@ -11,6 +11,7 @@ from typing import Any
 
 from paper_rows import PRETRAINED, Row
 
+from asesearch.config.changes import flat
 from asesearch.errors import StudyError
 from asesearch.score import EvaluationResult
 
@@ -114,8 +115,8 @@ class Record:
 
     def _require_same(self, line: Line) -> None:
         kind = kind_of(line["row"]["stage"], line["row"]["recipe"])
-        now = _flat(self.settings.get(kind, {}))
-        then = _flat(line["settings"])
+        now = flat(self.settings.get(kind, {}))
+        then = flat(line["settings"])
         differ = [
             f"{name}: {then.get(name)!r} there and {now.get(name)!r} now"
             for name in sorted(then.keys() | now.keys())
@@ -126,14 +127,3 @@ class Record:
                 f"the rows of one file are measured alike; {self.path} has rows with "
                 f"{'; '.join(differ)}; give the same options, or another --out"
             )
-
-
-def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    out: dict[str, Any] = {}
-    for name, value in tree.items():
-        out |= (
-            _flat(value, f"{prefix}{name}.")
-            if isinstance(value, dict)
-            else {f"{prefix}{name}": value}
-        )
-    return out

@@ -41,17 +41,18 @@ def changed_fields(old: StudyConfig, new: StudyConfig) -> list[str]:
 
     `confirm` may change as a whole: confirmed points are confirmed again.
     """
-    a = _flat(old.model_dump(exclude={"confirm"}))
-    b = _flat(new.model_dump(exclude={"confirm"}))
+    a = flat(old.model_dump(exclude={"confirm"}))
+    b = flat(new.model_dump(exclude={"confirm"}))
     keys = [k for k in {**a, **b} if k not in MAY_CHANGE and a.get(k) != b.get(k)]
     return [f"{k}: {a.get(k)!r} -> {b.get(k)!r}" for k in sorted(keys)]
 
 
-def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """A tree of tables as one, its keys joined by dots."""
     out: dict[str, Any] = {}
     for key, value in tree.items():
         if isinstance(value, dict):
-            out |= _flat(value, f"{prefix}{key}.")
+            out |= flat(value, f"{prefix}{key}.")
         else:
             out[prefix + key] = value
     return out
