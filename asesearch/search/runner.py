@@ -12,13 +12,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from typing import Literal
 
 import optuna
 from optuna.trial import FrozenTrial
 
-from asesearch.errors import StudyError
+from asesearch.errors import StudyError, TrainingDiverged
 from asesearch.files import write_json
 from asesearch.point import Point
 from asesearch.proposer.importance import importance
@@ -29,7 +30,7 @@ from asesearch.search.fleet import Fleet
 from asesearch.search.ledger import Ledger
 from asesearch.search.promotion import run_trial
 from asesearch.search.setup import make_problem, make_space, warm_starts
-from asesearch.search.warmup import warm_up
+from asesearch.search.warmup import is_being_made, warm_up
 from asesearch.search.workbench import Workbench
 from asesearch.study import directory
 from asesearch.study.environment import environment
@@ -104,12 +105,26 @@ class Runner:
         """Search until the study has enough; see `run_trials`."""
         # refused here, before anything is paid for, where it is another device's
         _ = self.bench.costs.latency
+        self._tune_full_meanwhile()
         made = warm_up(self.bench, self.study.run_dir, on_warm_up)
         if made.difficulty_map is not None:
             self.asker.problem = make_problem(self.fleet.space, self.bench, made.difficulty_map)
         with storage_errors(self.study.shown_storage):
             self._search()
             self._weigh_intervals()
+
+    def _tune_full_meanwhile(self) -> None:
+        """While another worker makes the elastic weights, fine-tune the full network, which needs
+        none of them; its trial finds the weights."""
+        full = self.asker.warm["full"]
+        known = any(r.point == full for r in self.study.records())
+        if known or not is_being_made(self.bench, self.study.run_dir):
+            return
+        with self.fleet.claim(full.schedule) as mine:
+            if mine:
+                # where it diverges: the trial does so again, and puts it on record
+                with suppress(TrainingDiverged):
+                    self.bench.trials.tuned(full.schedule, self.study.trial_dir(full.schedule))
 
     def _weigh_intervals(self) -> None:
         """Put on record what each interval is worth, by all trials that have ended."""

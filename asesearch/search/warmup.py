@@ -1,8 +1,9 @@
 """What a study makes once and all its workers share: the elastic weights that serve every schedule,
 and the difficulty map.
 
-One worker makes it, the others wait for it (a lock that a dying process gives back); killed, it
-goes on from its checkpoint.
+One worker makes it, the others wait for it (a lock that a dying process gives back), the first of
+them after it has fine-tuned the full network, which needs nothing of it; killed, it goes on from
+its checkpoint.
 """
 
 from __future__ import annotations
@@ -28,8 +29,9 @@ from asesearch.study import directory
 from asesearch.study.difficulty import DifficultyMap
 from asesearch.study.directory import read_state
 from asesearch.study.records import shortened
-from asesearch.study.workers import waited_lock
+from asesearch.study.workers import try_lock, waited_lock
 
+LOCK = "warm-up.lock"
 
 @dataclass
 class WarmUp:
@@ -55,6 +57,14 @@ def needs_map(bench: Workbench) -> bool:
     return bench.config.search.proposer == "difficulty" or bench.config.promotion is not None
 
 
+def is_being_made(bench: Workbench, run_dir: Path) -> bool:
+    """Whether another worker is at the study's elastic weights."""
+    if bench.config.elastic is None or (run_dir / directory.ELASTIC_WEIGHTS).exists():
+        return False
+    with try_lock(run_dir / LOCK) as free:
+        return not free
+
+
 def warm_up(
     bench: Workbench, run_dir: Path, on_step: Callable[[int, float], None] | None = None
 ) -> WarmUp:
@@ -69,7 +79,7 @@ def warm_up(
     if bench.config.elastic is None and not needs_map(bench):
         return made
     run_dir.mkdir(parents=True, exist_ok=True)
-    with waited_lock(run_dir / "warm-up.lock", "makes the warm-up"):
+    with waited_lock(run_dir / LOCK, "makes the warm-up"):
         _read_cost(made, run_dir / directory.WARM_UP)
         if bench.config.elastic is not None:
             made.start = _elastic(bench, run_dir, made, on_step)

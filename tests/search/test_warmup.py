@@ -4,6 +4,7 @@ make of it."""
 import json
 import os
 import signal
+import time
 
 import numpy as np
 import pytest
@@ -133,6 +134,38 @@ def test_other_workers_wait_for_the_first(study, tmp_path):
 
     warm_up(Workbench(study, tmp_path / "run"), tmp_path / "run", try_lock)
     assert taken
+
+
+def search(study, run_dir):
+    run_trials(Study(study, run_dir), Workbench(study, run_dir))
+
+
+def test_a_worker_that_would_wait_tunes_the_full_network_first(study, tmp_path):
+    """And the trial of the full network, whoever makes it, takes that."""
+    here = Workbench(study, tmp_path / "run")
+    record = Study(study, tmp_path / "run")
+    weights = record.trial_dir(here.full) / directory.WEIGHTS
+    begun = []
+    there = []
+
+    def wait(step, loss):
+        if not begun:
+            begun.append(Child(search, study, tmp_path / "run"))
+            deadline = time.monotonic() + 60
+            while not weights.exists() and begun[0].is_alive() and time.monotonic() < deadline:
+                time.sleep(0.05)
+        there.append(weights.exists())
+
+    run_trials(record, here, on_warm_up=wait)
+    code, _, err = begun[0].ended()
+    assert code == 0, err
+    assert all(there)
+    full = record.results().full
+    assert full is not None and full.state == "complete" and full.seconds["finetune"] > 0
+    # the same as of one worker alone
+    search(study, tmp_path / "alone")
+    alone = Study(study, tmp_path / "alone").results().full
+    assert full.quality == alone.quality and full.gflops == alone.gflops
 
 
 def test_nothing_is_made_where_nothing_needs_it(study, tmp_path):
