@@ -130,7 +130,7 @@ def check_make(words):
     for word in words:
         name, is_setting, value = word.partition("=")
         if is_setting:
-            assert name in ("STUDY", "PYTHON"), word
+            assert name in ("STUDY", "WORKERS", "PYTHON"), word
             assert name != "STUDY" or value in EXAMPLES or (ROOT / value).is_file(), word
         else:
             assert name in targets, f"no target {name!r}"

@@ -1,6 +1,7 @@
 """`make` as a new user meets it, with stand-ins for asesearch, pip and apt-get that note what they
 are asked."""
 
+import importlib.util
 import os
 import shutil
 import signal
@@ -26,14 +27,17 @@ esac
 exec {sys.executable} "$@"
 """
 ASESEARCH = """
-import json, pathlib, sys, time, tomllib
+import json, os, pathlib, sys, time, tomllib
 args = sys.argv[1:]
 with open("calls.txt", "a") as log:
-    print(*args, sep="|", file=log)
+    print("|".join(args) + "\\n", file=log, end="")
+with open("threads.txt", "a") as log:
+    print(args[0] + " " + os.environ.get("OMP_NUM_THREADS", "all") + "\\n", file=log, end="")
 fail = pathlib.Path("fail-" + args[0])
 if "--dry-run" in args:
     expected = json.loads(pathlib.Path("seconds.json").read_text())[args[1]]
-    print(json.dumps({"plan": {"expected_s": expected}}))
+    parts = {"elastic_s": 60.0, "map_s": 2.0, "full_s": 100.0}
+    print(json.dumps({"plan": {"expected_s": expected, **parts}}))
 elif args[0] == "search":
     name = tomllib.loads(pathlib.Path(args[1]).read_text())["name"]
     run = pathlib.Path("runs") / name
@@ -41,13 +45,16 @@ elif args[0] == "search":
     (run / "study.json").write_text("{}")
     if fail.exists():
         sys.exit("error: as asked")
+    further = os.fstat(2).st_nlink == 0  # what it says goes to a file without a name
+    if further and pathlib.Path("fail-further").exists():
+        sys.exit("waiting\\nerror: the second")
     if pathlib.Path("long").exists():
         try:
-            pathlib.Path("began").touch()
+            pathlib.Path("began-further" if further else "began").touch()
             time.sleep(60)
         except KeyboardInterrupt:
             time.sleep(0.5)
-            pathlib.Path("ended-itself").touch()
+            pathlib.Path("further-ended" if further else "ended-itself").touch()
             sys.exit(130)
     print(json.dumps({"study": str(run), "report": f"reports/{name}/index.html"}))
 elif args[0] == "export":
@@ -84,21 +91,22 @@ def clone(tmp_path):
     return folder
 
 
-def environment():
-    """This process's environment without what the tests' own Python and make put there."""
-    own = ("MAKE", "PYTHON", "STUDY", "MFLAGS")
+def environment(**more):
+    """This process's environment without what the tests' own Python and make put there, for one
+    worker."""
+    own = ("MAKE", "PYTHON", "STUDY", "WORKERS", "MFLAGS")
     kept = {k: v for k, v in os.environ.items() if not k.startswith(own)}
-    return kept | {"HOME": "/proc"}  # where nobody can write
+    return kept | {"HOME": "/proc", "WORKERS": "1"} | more  # a home where nobody can write
 
 
-def begin(clone, *args):
+def begin(clone, *args, **env):
     """Start make as the leader of a process group, with Ctrl-C heeded even where these tests run in
     the background."""
     with (clone / "said.txt").open("w") as said:
         return subprocess.Popen(
             ["make", *args],
             cwd=clone,
-            env=environment(),
+            env=environment(**env),
             start_new_session=True,
             preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
             stdout=said,
@@ -118,7 +126,7 @@ def make(clone, *args, code=0, timeout=60, **env):
     done = subprocess.run(
         ["make", *args],
         cwd=clone,
-        env=environment() | env,
+        env=environment(**env),
         capture_output=True,
         text=True,
         timeout=timeout,
@@ -202,16 +210,93 @@ def test_a_failed_search_ends_make_and_the_next_goes_on(clone):
     assert calls(clone)[2:] == [f"search {QUICK}", *after_search("fashion-mnist-quick")]
 
 
-def test_ctrl_c_lets_the_search_end_itself(clone):
+@pytest.mark.parametrize("workers", [1, 2])
+def test_ctrl_c_lets_the_search_end_itself(clone, workers):
     (clone / "long").touch()
     make(clone, "setup")
-    begun = begin(clone, "search", f"STUDY={QUICK}")
-    wait_for(clone / "began", begun, 30)
+    begun = begin(clone, "search", f"STUDY={QUICK}", WORKERS=str(workers))
+    for name in ("began", "began-further")[:workers]:
+        wait_for(clone / name, begun, 30)
     os.killpg(begun.pid, signal.SIGINT)
     begun.wait(timeout=30)
+    assert (clone / "further-ended").exists() == (workers > 1)
     said = (clone / "said.txt").read_text()
     assert begun.returncode != 0 and "Traceback" not in said
-    assert (clone / "ended-itself").exists() and calls(clone) == [f"search {QUICK}"]
+    assert (clone / "ended-itself").exists() and set(calls(clone)) == {f"search {QUICK}"}
+
+
+# -- several workers -----------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def program_of_make():
+    """studies/make_search.py as a module."""
+    spec = importlib.util.spec_from_file_location("make_search", ROOT / "studies/make_search.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize(
+    ("cores", "gpu", "workers", "threads"), [(1, False, 1, 0), (2, True, 1, 0), (5, False, 2, 2)]
+)
+def test_two_workers_where_the_cpu_has_cores_for_them(
+    program_of_make, monkeypatch, tmp_path, cores, gpu, workers, threads
+):
+    monkeypatch.setattr(program_of_make, "num_cores", lambda: cores)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    if gpu:
+        program(tmp_path / "nvidia-smi", "")
+    assert program_of_make.default_workers() == workers
+    assert program_of_make.threads_each(workers) == threads
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # what is given is not exceeded
+    assert program_of_make.threads_each(workers) == min(1, threads)
+
+
+def test_two_workers_share_the_quick_study(clone, program_of_make):
+    """Each has its part of the cores; how long they will take is measured by both at once."""
+    (clone / "seconds.json").write_text(f'{{"{QUICK}": 2262.0}}')
+    said = make(clone, "search", WORKERS="2", OMP_NUM_THREADS="")
+    exported, sampled = after_search("fashion-mnist-quick")
+    assert sorted(calls(clone)) == sorted(
+        [f"search {QUICK} --dry-run"] * 2 + [f"search {QUICK}"] * 2 + [exported, sampled]
+    )
+    # the full network beside the warm-up, and half of the rest
+    assert f"searching {QUICK}: about {(100 + (2262 - 162) / 2) / 60:.0f} minutes" in said
+    threads = max(1, program_of_make.num_cores() // 2)
+    lines = (clone / "threads.txt").read_text().splitlines()
+    assert sorted(lines) == sorted([f"search {threads}"] * 4 + ["export ", "sample "])
+    assert "The bundle: runs/fashion-mnist-quick/bundle" in said and "exit code" not in said
+
+
+def test_a_further_worker_that_fails_is_named_and_the_first_goes_on(clone):
+    (clone / "fail-further").touch()
+    said = make(clone, "search", f"STUDY={QUICK}", WORKERS="2")
+    assert "a further worker ended with exit code 1: error: the second" in said
+    assert calls(clone)[-2:] == after_search("fashion-mnist-quick")
+
+
+def test_a_failed_search_of_two_workers_is_said_once(clone):
+    (clone / "fail-search").touch()
+    said = make(clone, "search", f"STUDY={QUICK}", WORKERS="2", code=2)
+    assert said.count("error: as asked") == 1 and "Traceback" not in said
+    assert set(calls(clone)) == {f"search {QUICK}"}
+
+
+def test_another_study_has_one_worker(clone):
+    (clone / "other.toml").write_text('name = "other"\n[data]\n')
+    make(clone, "search", "STUDY=other.toml", WORKERS="")
+    assert calls(clone).count("search other.toml") == 1
+
+
+@pytest.mark.parametrize("workers", ["0", "two"])
+def test_a_number_of_workers_that_is_none(clone, workers):
+    said = make(clone, "search", WORKERS=workers, code=2)
+    assert f"WORKERS must be a positive integer; got '{workers}'" in said
+
+
+# -- setting up ----------------------------------------------------------------------------------
 
 
 def test_installed_once_and_again_when_something_changed(clone):

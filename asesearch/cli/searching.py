@@ -102,7 +102,7 @@ def _shown(run: SearchRun) -> StudyResults:
         while_searching.enter_context(logging_redirect_tqdm())  # lines about waiting go above it
 
         def on_trial(record: TrialRecord) -> None:
-            bar.update()
+            bar.update(len(run.study.records()) - bar.n)  # other workers' too
             bar.write(_trial_line(record), file=sys.stderr)
 
         def on_searched() -> None:

@@ -206,25 +206,10 @@ def measure_latency(
         EvaluationError: no repeats or no images.
         ConfigError: blocks that can't be compiled here.
     """
-    if repeats < 1 or batch_size < 1:
-        raise EvaluationError(
-            f"repeats and batch_size must be at least 1; got {repeats} and {batch_size}; 15 "
-            "repeats do"
-        )
     device = torch.device(device)
-    timer = timer or call_timer(device)
+    depths = range(1, backbone.depth + 1)
+    timed = _timed(backbone, depths, batch_size, repeats, device, y, timer, compile)
     dtype = next(p.dtype for p in backbone.parameters())
-    x_t, t, y = _inputs(backbone, batch_size, device, dtype, y)
-    times = np.zeros((backbone.depth, repeats + 1))
-    order = np.arange(backbone.depth)
-    rng = np.random.default_rng(0)
-    with torch.no_grad(), compiled(backbone, compile):
-        for repeat in range(repeats + 1):
-            rng.shuffle(order)
-            for i in order:
-                depth = max(int(i) + 1, backbone.min_exit_depth)
-                times[i, repeat] = timer(lambda d=depth: backbone(x_t, t, y, exit_depth=d))  # type: ignore[misc]
-    timed = times[:, 1:]
     return LatencyTable(
         batch_size=batch_size,
         device=device_name(device),
@@ -235,6 +220,54 @@ def measure_latency(
         repeats=repeats,
         compile=compile,
     )
+
+
+def full_call_ms(
+    backbone: Backbone,
+    batch_size: int,
+    repeats: int = 15,
+    device: str | torch.device = "cpu",
+    y: Conditioning | None = None,
+    timer: Timer | None = None,
+    compile: bool = False,
+) -> float:
+    """The last entry of the latency table alone, for a fraction of the table's time; see
+    `measure_latency`."""
+    device = torch.device(device)
+    depths = [backbone.depth]
+    timed = _timed(backbone, depths, batch_size, repeats, device, y, timer, compile)
+    return float(np.median(timed))
+
+
+def _timed(
+    backbone: Backbone,
+    depths: Sequence[int],
+    batch_size: int,
+    repeats: int,
+    device: torch.device,
+    y: Conditioning | None,
+    timer: Timer | None,
+    compile: bool,
+) -> npt.NDArray[np.float64]:
+    """(depths, repeats) milliseconds of calls at these exit depths; see `measure_latency`."""
+    if repeats < 1 or batch_size < 1:
+        raise EvaluationError(
+            f"repeats and batch_size must be at least 1; got {repeats} and {batch_size}; 15 "
+            "repeats do"
+        )
+    timer = timer or call_timer(device)
+    dtype = next(p.dtype for p in backbone.parameters())
+    x_t, t, y = _inputs(backbone, batch_size, device, dtype, y)
+    times = np.zeros((len(depths), repeats + 1))
+    order = np.arange(len(depths))
+    rng = np.random.default_rng(0)
+    with torch.no_grad(), compiled(backbone, compile):
+        for repeat in range(repeats + 1):
+            rng.shuffle(order)
+            for i in order:
+                depth = max(depths[int(i)], backbone.min_exit_depth)
+                times[i, repeat] = timer(lambda d=depth: backbone(x_t, t, y, exit_depth=d))  # type: ignore[misc]
+    return times[:, 1:]
 
 
 def measure_changed(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import jinja2
@@ -73,10 +74,11 @@ def write_folder(out_dir: Path, what: str, write: Callable[[Path], None]) -> Pat
         with tempfile.TemporaryDirectory(
             prefix=f".{out_dir.name}.", dir=out_dir.parent
         ) as temporary:
+            made = Path(temporary) / "page"
             for name in _SUBFOLDERS:
-                (Path(temporary) / name).mkdir()
-            write(Path(temporary))
-            _move(Path(temporary), out_dir)
+                (made / name).mkdir(parents=True)
+            write(made)
+            _move(made, out_dir)
     except OSError as error:
         raise StudyError(
             f"can't write the {what} to {out_dir}: {error}; choose a folder you may write to"
@@ -85,8 +87,12 @@ def write_folder(out_dir: Path, what: str, write: Callable[[Path], None]) -> Pat
 
 
 def _move(source: Path, target: Path) -> None:
-    """Each file over its predecessor, the page last, then what an earlier page left over is
-    removed."""
+    """The whole folder at once where none is there, so that nobody finds a part of it; else each
+    file over its predecessor, the page last, then what an earlier page left over is removed."""
+    if not target.exists():
+        with suppress(OSError):  # of another worker, at this moment
+            os.rename(source, target)
+            return
     names = sorted(
         p.relative_to(source) for p in source.rglob("*") if p.is_file() and p.name != "index.html"
     )

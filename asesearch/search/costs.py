@@ -17,6 +17,7 @@ from asesearch.evaluation.cost import (
     device_name,
     flops_frac,
     flops_table,
+    full_call_ms,
     measure_changed,
     measure_latency,
     mixed_cost,
@@ -68,6 +69,24 @@ class Costs:
                 one_only=self.parts.config.search.cost == "time",
             )
         return self._latency
+
+    @cached_property
+    def full_call_ms(self) -> float:
+        """Time of one network call at full depth: the latency table's, or, where a study keeps none
+        (a dry run), measured alone.
+
+        Raises:
+            StudyError: see `latency`.
+        """
+        if self._latency is not None or self.parts.run_dir is not None:
+            return self.latency.median_ms[-1]
+        now = self._conditions
+        net = self.parts.backbone
+        y = conditioning_for(net, self.parts.data, range(now.batch_size))
+        with arithmetic(now.precision, self.parts.device):
+            return full_call_ms(
+                net, now.batch_size, LATENCY_REPEATS, self.parts.device, y, compile=now.compile
+            )
 
     @property
     def _conditions(self) -> Conditions:

@@ -155,7 +155,7 @@ def _rates(bench: Workbench) -> _Rates:
     rung = config.promotion
     calls = len(next(iter(bench.samplers.values())))
     return _Rates(
-        image_s=calls * bench.costs.latency.median_ms[-1] / 1000 / bench.batch_size,
+        image_s=calls * bench.costs.full_call_ms / 1000 / bench.batch_size,
         decode_s=_decode_s(bench),
         step_s=_step_s(bench, bench.full, config.train),
         steps=config.train.num_steps,

@@ -33,6 +33,7 @@ from asesearch.study.workers import try_lock, waited_lock
 
 LOCK = "warm-up.lock"
 
+
 @dataclass
 class WarmUp:
     """What the warm-up gave.

@@ -15,6 +15,7 @@ from asesearch.evaluation.cost import (
     count_flops,
     flops_frac,
     flops_table,
+    full_call_ms,
     measure_changed,
     measure_latency,
 )
@@ -314,6 +315,12 @@ def test_the_spread_of_a_call_is_half_the_distance_between_its_quartiles():
     rounds = iter(np.repeat([99.0, 10.0, 11.0, 12.0, 13.0, 140.0], DEPTH).tolist())
     table = measure_latency(ClockedNet(), 4, 5, timer=lambda call: next(rounds))
     assert table.median_ms == (12.0,) * DEPTH and table.spread_ms == (1.0,) * DEPTH
+
+
+def test_full_depth_can_be_timed_alone():
+    net = ClockedNet()
+    assert full_call_ms(net, 4, 3, timer=net.timer) == measured(ClockedNet()).median_ms[-1]
+    assert net.ran == [DEPTH] * 4  # one of them thrown away
 
 
 class Half:

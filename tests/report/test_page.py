@@ -2,6 +2,7 @@
 in the odd cases."""
 
 import base64
+import os
 import re
 import tomllib
 from dataclasses import replace
@@ -339,6 +340,27 @@ def test_a_report_that_dies_leaves_the_old_one_whole(results, folder, monkeypatc
     with pytest.raises(KeyboardInterrupt):
         write_report(results, folder)
     assert files(folder) == before and [p.name for p in folder.parent.iterdir()] == ["report"]
+
+
+def test_workers_that_end_together_all_write_the_page(tmp_path, monkeypatch):
+    """One moves its own while another draws; where nothing was, nobody finds a part of a page."""
+    mark = folder_of_page.MARK.format(what="report")
+    target = tmp_path / "report"
+
+    def draw(folder):
+        (folder / "figures/front.svg").write_text("drawn")
+        (folder / "index.html").write_text(mark)
+
+    def draw_slowly(folder):
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "replace", lambda *_: pytest.fail("file by file"))
+            folder_of_page.write_folder(target, "report", draw)
+        assert sorted(files(target)) == ["figures/front.svg", "index.html"]
+        draw(folder)
+
+    page = folder_of_page.write_folder(target, "report", draw_slowly)
+    assert page.read_text() == mark
+    assert [p.name for p in tmp_path.iterdir()] == ["report"]
 
 
 @pytest.mark.parametrize(

@@ -41,7 +41,7 @@ def bench(monkeypatch):
         samplers={Sampler("ddim", 10): range(10), Sampler("unipc", 5): range(5)},
         decoder=None,
         batch_size=10,
-        costs=SimpleNamespace(latency=SimpleNamespace(median_ms=(200.0, 1000.0))),
+        costs=SimpleNamespace(full_call_ms=1000.0),
         full=None,
         trials=SimpleNamespace(tuning=lambda _: tuning),
         backbone=None,

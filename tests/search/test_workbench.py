@@ -18,6 +18,7 @@ from asesearch.point import Point
 from asesearch.sampler import Sampler
 from asesearch.schedule import ExitSchedule
 from asesearch.search import costs, opening
+from asesearch.search.plan import make_plan
 from asesearch.search.protocols import FRESH_SEEDS
 from asesearch.search.workbench import Workbench
 from tests.shapes import SHAPE
@@ -112,6 +113,13 @@ def test_a_guided_call_is_timed_with_both_of_its_halves(make_bench, monkeypatch,
     )
     monkeypatch.setattr(costs, "measure_latency", measure)
     assert bench.costs.latency.median_ms == table.median_ms and rows == [(images, images)]
+    assert bench.costs.full_call_ms == 3.0
+
+
+def test_a_plan_alone_times_full_depth_alone(make_bench, monkeypatch):
+    bench = make_bench()
+    monkeypatch.setattr(costs, "measure_latency", lambda *_, **__: pytest.fail("a whole table"))
+    assert make_plan(bench).image_s > 0
 
 
 def test_confirmation_has_seeds_that_no_trial_has_seen(make_bench):
