@@ -10,6 +10,7 @@ import torch
 
 from asesearch.backbones import DiT, compiled
 from asesearch.data import ImageArray, images
+from tests.processes import poll_often
 
 # files that take longest; first, so that two processes that share the files out end together
 LONG = ("test_study.py", "test_cli.py", "test_workers.py", "test_studies.py")
@@ -83,6 +84,14 @@ def _latency_in_one_repeat():
     """Tests of the latency table say themselves how often it is to be measured."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("asesearch.search.costs.LATENCY_REPEATS", 1)
+        yield
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _quick_polls():
+    """Workers look at each other often: what they wait for takes a moment here."""
+    with pytest.MonkeyPatch.context() as patch:
+        poll_often(patch.setattr)
         yield
 
 

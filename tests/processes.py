@@ -4,6 +4,7 @@ They are real processes, to be killed, stopped or interrupted; but importing PyT
 which each process that is started on its own would spend again.
 """
 
+import importlib
 import multiprocessing
 import os
 import shutil
@@ -15,6 +16,9 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 IMPORTED = ["asesearch.cli.program", "tests.search.fake_search"]
+
+#: Modules that wait with a `POLL_S` of their own.
+POLLING = ("asesearch.study.workers", "asesearch.search.fleet", "asesearch.search.confirmation")
 
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(IMPORTED)
@@ -56,7 +60,14 @@ class Child:
         return self._process.exitcode, *(p.read_text() for p in self._streams)
 
 
+def poll_often(setattr=setattr):
+    """Let workers of studies look at each other ten times a second."""
+    for name in POLLING:
+        setattr(importlib.import_module(name), "POLL_S", 0.1)
+
+
 def _call(streams, function, args):
+    poll_often()
     for number, path in enumerate(streams, 1):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
     function(*args)

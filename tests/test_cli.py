@@ -394,7 +394,17 @@ def test_evaluate_check_fails_for_other_weights(tmp_path, change):
     not."""
     study = tmp_path / "shipped.toml"
     text = STUDY.format(backbone='checkpoint = "shipped:fashion-mnist-dit"')
-    study.write_text(text.replace("repeats = 2", "repeats = 1").replace("_steps = 3", "_steps = 2"))
+    for old, new in (
+        ("repeats = 2", "repeats = 1"),
+        ("num_steps = 3", "num_steps = 2"),
+        ("num_steps = 4", "num_steps = 1"),
+        ("batch_size = 8", "batch_size = 2"),
+        ("batch_size = 40", "batch_size = 24"),
+        ("num_samples = 80", "num_samples = 70"),
+    ):
+        assert old in text
+        text = text.replace(old, new)
+    study.write_text(text)
     run = tmp_path / "run"
     call("search", study, "--out", run, "--report", tmp_path / "report", "--trials", 1)
     (path,) = run.rglob("weights.safetensors")

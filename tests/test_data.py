@@ -122,6 +122,12 @@ def test_shipped_fashion_mnist_is_the_published_one():
     )
 
 
+def test_fashion_mnist_is_read_once_in_a_process(monkeypatch):
+    digest = fashion_mnist("test").digest
+    monkeypatch.setattr(data, "_content", lambda path: pytest.fail(f"read {path} again"))
+    assert fashion_mnist("test").digest == digest
+
+
 def test_fashion_mnist_with_one_pixel_changed_is_refused(tmp_path):
     source = data.resources.files("asesearch") / "assets" / "fashion-mnist"
     labels = bytearray(gzip.decompress((source / "t10k-labels-idx1-ubyte.gz").read_bytes()))

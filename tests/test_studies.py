@@ -126,39 +126,47 @@ def run(config, folder):
     assert [r.origin for r in results.complete] == list(config.search.warm_start[:3]), [
         r.failure for r in results.records
     ]
+    report(results, folder / "report")
+    return exported(results, folder)
+
+
+def exported(results, folder):
+    """The bundle of the last point that is confirmed."""
     assert results.confirmations[0].number == 0 and results.samples[0].shape == (
         14,
         3,
         PIXELS,
         PIXELS,
     )
-    report(results, folder / "report")
     study = Study.open(folder / "run")
     return export(study, study.record(results.confirmations[-1].number), folder / "bundle")
 
 
-def climb(config, folder, figures=False):
-    """The same study as far as the proposals, with one warm start and one further sampler."""
+def climb(config, folder, figures=False, warm_starts=1):
+    """The same study as far as the proposals, with so many warm starts and one further sampler."""
     data = config.model_dump()
+    first = list(config.search.warm_start[:warm_starts])
     data["search"] |= {
-        "warm_start": ["full"],
+        "warm_start": first,
         "samplers": ["ddim-2"],
-        "num_trials": 4,
+        "num_trials": warm_starts + 3,
     }
-    results = search(parse_study(data, "climb"), folder)
+    results = search(parse_study(data, "climb"), folder / "run")
     assert results.difficulty_map is not None and results.difficulty_map.num_bins == 2
     assert [r.origin for r in results.records] == [
-        "full",
+        *first,
         "full ddim-2",
         "difficulty",
         "difficulty",
     ]
+    assert {*first, "full ddim-2"} <= {r.origin for r in results.complete}
     assert (
         all(r.low_fidelity is not None for r in results.records)
         and results.warm_up["gflops"]["elastic"] > 0
     )
     assert results.confirmations
     report(results, folder / "report", figures)
+    return results
 
 
 @pytest.fixture(autouse=True)
@@ -196,12 +204,10 @@ def celeba_study(place):
 
 
 def test_celeba(tmp_path):
-    config = celeba_study(tmp_path)
-    bundle = run(config, tmp_path)
+    bundle = exported(climb(celeba_study(tmp_path), tmp_path, warm_starts=3), tmp_path)
     assert load_bundle(bundle).sample([0, 1]).images.shape == (2, 3, PIXELS, PIXELS)
     call("sample", bundle, "--num", 3, "-o", tmp_path / "x.png")
     assert (tmp_path / "x.png").is_file()
-    climb(config, tmp_path / "ladder")
 
 
 @pytest.mark.slow

@@ -9,6 +9,7 @@ import os
 import struct
 import urllib.request
 import zlib
+from functools import lru_cache
 from importlib import resources
 from pathlib import Path
 
@@ -44,13 +45,22 @@ def read_idx(path: str | os.PathLike[str]) -> npt.NDArray[np.uint8]:
         DataError: missing, not IDX, not bytes, truncated, or with bytes left over.
     """
     path = Path(path)
+    return _array_in(_content(path), path)
+
+
+def _content(path: Path) -> bytes:
+    """What a file holds, uncompressed."""
     try:
         raw = path.read_bytes()
-        data = gzip.decompress(raw) if raw[:2] == b"\x1f\x8b" else raw
+        return gzip.decompress(raw) if raw[:2] == b"\x1f\x8b" else raw
     except (OSError, EOFError, zlib.error) as error:
         raise DataError(
             f"can't read the IDX file {path}: {error}; check the path or fetch the file again"
         ) from error
+
+
+def _array_in(data: bytes, path: Path) -> npt.NDArray[np.uint8]:
+    """The array, read-only, that an IDX file of this content holds."""
     if len(data) < 4 or data[:3] != b"\x00\x00\x08" or len(data) < 4 + 4 * data[3]:
         raise DataError(
             f"{path} is not an IDX file of unsigned bytes; MNIST's and Fashion-MNIST's files are"
@@ -118,9 +128,16 @@ def fashion_mnist(
 
 
 def _checked_idx(path: Path, name: str) -> npt.NDArray[np.uint8]:
-    array = read_idx(path)
-    raw = path.read_bytes()
-    content = gzip.decompress(raw) if raw[:2] == b"\x1f\x8b" else raw
+    """The array of one of Fashion-MNIST's files; read-only, and read once per process as long as
+    the file stays as it is."""
+    status = path.stat()
+    return _checked_content(path, name, status.st_mtime_ns, status.st_size)
+
+
+@lru_cache(maxsize=4)
+def _checked_content(path: Path, name: str, _mtime_ns: int, _size: int) -> npt.NDArray[np.uint8]:
+    content = _content(path)
+    array = _array_in(content, path)
     if hashlib.sha256(content).hexdigest() != FASHION_MNIST_SHA256[name]:
         raise DataError(
             f"{path} is a readable IDX file but not Fashion-MNIST's {name} (SHA-256 differs); "

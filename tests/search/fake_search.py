@@ -125,8 +125,8 @@ class FakeBench:
 
 
 class SharedBench(FakeBench):
-    """With a latency table that the workers of a study directory share; measuring it takes half a
-    second."""
+    """With a latency table that the workers of a study directory share; measuring it takes a
+    while."""
 
     def __init__(self, run_dir, **how):
         self.run_dir = run_dir
@@ -144,7 +144,7 @@ class SharedBench(FakeBench):
 
     def measure(self):
         self.pay("latency")
-        time.sleep(0.5)
+        time.sleep(0.2)
         return LatencyTable(
             10, "cpu", 1, "float32", (1.0,) * DEPTH, (0.1,) * DEPTH, 3, "float32", False
         )

@@ -73,7 +73,7 @@ def search_in_threads(config, run_dir, count, until=None):
                 and not until()
                 and time.monotonic() < begun + 60
             ):
-                time.sleep(0.1)
+                time.sleep(0.02)
             return super().try_point(point, folder)
 
     def work():
@@ -342,7 +342,7 @@ def test_locks_without_effect_are_noticed(tmp_path, monkeypatch):
 
 
 def test_who_waits_for_a_lock_says_so_once(tmp_path, caplog, monkeypatch):
-    monkeypatch.setattr(workers, "SAY_S", 0.3)
+    monkeypatch.setattr(workers, "SAY_S", 0.2)
     got = []
 
     def wait():
@@ -353,7 +353,7 @@ def test_who_waits_for_a_lock_says_so_once(tmp_path, caplog, monkeypatch):
     with try_lock(tmp_path / "a.lock") as mine:
         assert mine
         thread.start()
-        time.sleep(1.0)
+        time.sleep(0.6)
         assert got == []
     thread.join()
     assert got == [1] and caplog.text.count("waiting for another worker, which makes tea") == 1
@@ -366,7 +366,7 @@ def test_who_waits_for_a_lock_says_so_once(tmp_path, caplog, monkeypatch):
 def test_exactly_as_many_proposals_look_around_as_the_study_says(tmp_path):
     class Slow(SharedBench):
         def try_low_fidelity(self, point):
-            time.sleep(0.3)
+            time.sleep(0.1)
             return super().try_low_fidelity(point)
 
     config = make_config(LADDER, proposer="difficulty", num_trials=12)
@@ -627,7 +627,7 @@ def test_all_workers_have_one_latency_table(tmp_path):
     got = []
 
     def measure():
-        time.sleep(0.5)
+        time.sleep(0.2)
         made.append(1)
         return table(median_ms=(1.0, 2.0 + len(made)))
 
@@ -745,7 +745,7 @@ class Timed(FakeBench):
         return replace(super().try_point(point, folder), seconds={"finetune": 0.1})
 
 
-@pytest.mark.parametrize("num_workers", [1, 2])
+@pytest.mark.parametrize("num_workers", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_a_budget_is_of_wall_time_and_leaves_room_for_the_confirmation(tmp_path, num_workers):
     """An image takes a thousandth of a second, so that 2,000 timed ones of a point and of the full
     network take 2.3 to 4 s.

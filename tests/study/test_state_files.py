@@ -47,8 +47,15 @@ def place(tmp_path_factory):
     (folder / "tiny.toml").write_text(
         text.replace("num_trials = 3", 'num_trials = 2\nkeep_weights = "all"')
     )
-    call("search", folder / "tiny.toml", "--out", folder / "run", "--report", folder / "report")
+    with pytest.MonkeyPatch.context() as patch:
+        without_figures(patch)
+        call("search", folder / "tiny.toml", "--out", folder / "run", "--report", folder / "report")
     return folder
+
+
+def without_figures(monkeypatch):
+    """Drawing takes seconds, and nothing of the study."""
+    monkeypatch.setattr("asesearch.report.page.drawings", lambda results: [])
 
 
 def empty(path):
@@ -159,7 +166,8 @@ def test_what_is_made_again_is_whole(place, tmp_path):
     call("report", run, "--out", tmp_path / "report")
 
 
-def test_reading_commands_change_nothing(place, tmp_path):
+def test_reading_commands_change_nothing(place, tmp_path, monkeypatch):
+    without_figures(monkeypatch)
     run = tmp_path / "study" / "run"
     shutil.copytree(place / "run", run)
     shutil.rmtree(run / "locks")

@@ -69,7 +69,7 @@ def check_fresh(tmp_path, urls):
         assert identities(case[0][1]) == found and len(set(found.values())) == 2
 
 
-ROUNDS = [2, pytest.param(10, marks=pytest.mark.slow)]
+ROUNDS = [1, pytest.param(10, marks=pytest.mark.slow)]
 
 
 @pytest.mark.parametrize("rounds", ROUNDS)
