@@ -50,6 +50,14 @@ def calibrated(name: str, timesteps: Sequence[float], look: Look) -> Acceleratio
     return fitted(part, reuse, look) if adjusted else Caching(part, reuse)
 
 
+def num_looks(name: str) -> int:
+    """Samplings that calibrating an acceleration takes, of `NUM_IMAGES` images each, at most."""
+    kind, _ = acceleration_of(name)
+    if kind in ("guide", "merge"):
+        return 0
+    return 2 if kind == "deediff" or kind.endswith("-adjusted") else 1
+
+
 def read_acceleration(data: dict[str, Any]) -> Acceleration:
     """Inverse of an acceleration's `to_dict`.
 

@@ -55,11 +55,7 @@ def acceleration_of(name: str) -> tuple[str, tuple[float, ...]]:
     """
     found = re.fullmatch(_ACCELERATION, name)
     if found is None:
-        raise ConfigError(
-            "an acceleration is cache-PART or cache-PART-adjusted (PART attn, mlp or block), merge "
-            "or deediff with -AMOUNT in its shortest form, or guide-LO-HI with two timesteps; got "
-            f'{name!r}; write for example "cache-attn-0.1"'
-        )
+        raise ConfigError(_no_acceleration(name))
     if found[1] is not None:
         low, high = int(found[1]), int(found[2])
         if low >= high:
@@ -75,6 +71,28 @@ def acceleration_of(name: str) -> tuple[str, tuple[float, ...]]:
             f'"{kind}-{LIMITS[kind]:g}"'
         )
     return kind, (float(amount),)
+
+
+def _no_acceleration(name: str) -> str:
+    """Why a name is none of an acceleration."""
+    if "+" in name.strip("+"):
+        return f"a sampler has one acceleration at most; got {name!r}; leave the others out"
+    begun = re.match(rf"({'|'.join(sorted(ACCELERATIONS, key=len, reverse=True))})-", name)
+    if begun is None:
+        return (
+            "an acceleration is cache-PART-AMOUNT or cache-PART-adjusted-AMOUNT (PART attn, mlp or "
+            f"block), merge-AMOUNT, deediff-AMOUNT or guide-LO-HI; got {name!r}; write for example "
+            '"cache-attn-0.1"'
+        )
+    if begun[1] == "guide":
+        return (
+            "the acceleration guide-LO-HI has two timesteps, integers from 0 to 999999; got "
+            f'{name!r}; write for example "guide-100-700"'
+        )
+    return (
+        f"the acceleration {begun[1]} takes an amount below 100 in its shortest form, with at most "
+        f'six digits behind the point; got {name!r}; write for example "{begun[1]}-0.1"'
+    )
 
 
 @dataclass(frozen=True, order=True)

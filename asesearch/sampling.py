@@ -265,17 +265,26 @@ def check_acceleration(
     """
     if acceleration is None:
         return
-    if compile:
-        raise ConfigError(
-            "an acceleration leads calls of the network or of its blocks elsewhere, which compiled "
-            "blocks are not made for; got compile with one; leave compile or the acceleration out"
-        )
+    check_eager(compile)
     if isinstance(acceleration, GuidanceInterval):
         check_guided(cfg_scale)
     if acceleration.num_calls not in (None, num_calls):
         raise ConfigError(
             f"the acceleration was made for {acceleration.num_calls} network calls; got a sampler "
             f"of {num_calls}; calibrate it for this sampler"
+        )
+
+
+def check_eager(compile: bool) -> None:
+    """Refuse compiled blocks, where there is an acceleration.
+
+    Raises:
+        ConfigError: `compile`.
+    """
+    if compile:
+        raise ConfigError(
+            "an acceleration leads calls of the network or of its blocks elsewhere, which compiled "
+            "blocks are not made for; got compile with one; leave compile or the acceleration out"
         )
 
 

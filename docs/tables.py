@@ -48,8 +48,9 @@ def _limits(schema: dict[str, Any]) -> str:
     """The range of a number, with a space before it; empty without one."""
     signs = {"exclusiveMinimum": ">", "minimum": "≥", "exclusiveMaximum": "<", "maximum": "≤"}
     given = {sign: schema[key] for key, sign in signs.items() if key in schema}
-    # a float's limit of 1 is written as 1.0
-    parts = [f"{sign} {v:.0f}" for sign, v in given.items() if (sign, v) != ("<", INFINITE)]
+    given = {sign: v for sign, v in given.items() if (sign, v) != ("<", INFINITE)}
+    # a float's limit of 1 is 1.0 in the schema
+    parts = [f"{sign} {int(v) if v == int(v) else v}" for sign, v in given.items()]
     return f" {', '.join(parts)}" if parts else ""
 
 

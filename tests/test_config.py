@@ -18,11 +18,16 @@ kind = "fashion-mnist"
 {train}
 [search]
 {search}
+[sampling]
+{sampling}
+[confirm]
+{confirm}
 """
+SECTIONS = ("data", "train", "search", "sampling", "confirm")
 
 
 def study(tmp_path, encoding="utf-8", name="tiny", **sections):
-    text = BASE.format(**{"data": "", "train": "", "search": "", **sections})
+    text = BASE.format(**{**dict.fromkeys(SECTIONS, ""), **sections})
     path = tmp_path / "study.toml"
     path.write_bytes(text.replace("tiny", name).encode(encoding))
     return path
@@ -81,6 +86,19 @@ def test_a_file_that_is_no_study_is_told_why(tmp_path, content, reason):
         ("search", f'samplers = ["ddim-{"9" * 300}"]', "search.samplers.0"),
         ("search", 'samplers = ["ddim-4+merge-0.6"]', "search.samplers.0: merge takes"),
         ("search", 'samplers = ["ddim-4+fly-1"]', "search.samplers.0: an acceleration is"),
+        ("search", 'samplers = ["ddim+merge-0.3"]', "search.samplers.0: should be SOLVER-STEPS"),
+        ("search", 'samplers = ["ddim-4+merge-0.1+merge-0.2"]', "one acceleration at most"),
+        ("search", 'samplers = ["ddim-4+merge-0.10"]', "in its shortest form .* merge-0.1"),
+        (
+            "search",
+            'samplers = ["ddim-4+cache-attn-adjusted-100"]',
+            "adjusted takes an amount below 100",
+        ),
+        ("search", 'samplers = ["ddim-4+guide-0.1-0.5"]', "has two timesteps, integers"),
+        ("sampling", 'solver = "ddim+merge-0.3"', "an acceleration into search.samplers"),
+        ("confirm", 'also = "x"', "confirm.also: Input should be a valid array (got 'x': write"),
+        ("confirm", "also = { x = 3 }", "confirm.also.x: Input should be a valid string (got 3)"),
+        ("confirm", 'also = ["x", 3]', "confirm.also.1: Input should be a valid string (got 3)"),
     ],
 )
 def test_types_are_strict(tmp_path, section, line, said):
@@ -89,7 +107,7 @@ def test_types_are_strict(tmp_path, section, line, said):
     text = str(caught.value)
     for part in said.split(" .* "):
         assert part in text
-    assert len(text) < 400 and "\n" not in text
+    assert len(text) < 450 and "\n" not in text
 
 
 def test_an_integer_is_a_float_and_an_array_a_tuple_and_both_survive_json(tmp_path):

@@ -104,7 +104,7 @@ def plain_blocks(net: Backbone) -> list[nn.Module]:
         raise ConfigError(
             "caching, merging and uncertainty need the blocks of a DiT or U-ViT; got "
             f"{type(net).__name__} with blocks of {type(blocks[0]).__name__}; leave the "
-            "acceleration out, or convert the network with kind 'dit'"
+            "acceleration out, or read a diffusers folder of a DiT with backbone.kind = 'dit'"
         )
     return blocks
 

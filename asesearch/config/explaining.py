@@ -2,27 +2,53 @@
 
 from __future__ import annotations
 
-from pydantic import (
-    ValidationError,
-)
+import re
+from collections.abc import Iterator, Sequence
+
+from pydantic import ValidationError
+from pydantic_core import ErrorDetails
+
+#: How pydantic writes the kind of a value that may be of several: "tuple[str, ...]".
+_KIND = re.compile(r"(tuple|dict)\[")
 
 
 def explain(error: ValidationError, where: str) -> str:
     """One line for a pydantic error: each field, the rule it breaks and the value got."""
     parts = []
-    for item in error.errors():
-        field = ".".join(map(str, item["loc"]))[:80] or "file"
+    for loc, item in _told(error.errors()):
+        field = ".".join(loc)[:80] or "file"
         if item["type"] == "extra_forbidden":
             parts.append(f"unknown key {field}")
         elif item["type"] == "missing":
             parts.append(f"{field} is missing")
         else:
-            rule = item["msg"].removeprefix("Value error, ")
+            rule = item["msg"].removeprefix("Value error, ").replace("valid tuple", "valid array")
             parts.append(
                 f"{field}: {rule} (got {_shown(item['input'])}{_fix(item['input'], rule)})"
             )
     more = [f"and {len(parts) - 8} more"] if len(parts) > 8 else []
     return f"{where}: {'; '.join(parts[:8] + more)}"
+
+
+def _told(errors: Sequence[ErrorDetails]) -> Iterator[tuple[list[str], ErrorDetails]]:
+    """Each field by its names, and what is wrong with it.
+
+    Of a value that may be of several kinds each kind complains, under its own name; told is what
+    the kind says that got furthest into it.
+    """
+    best: dict[tuple[str, ...], tuple[int, str]] = {}
+    found = []
+    for item in errors:
+        names = [str(part) for part in item["loc"]]
+        at = next((i for i, name in enumerate(names) if _KIND.match(name)), None)
+        field = tuple(names[:at])
+        kind = "" if at is None else names.pop(at)
+        if kind and len(names) > best.get(field, (-1, ""))[0]:
+            best[field] = len(names), kind
+        found.append((field, kind, names, item))
+    for field, kind, names, item in found:
+        if not kind or best[field][1] == kind:
+            yield names, item
 
 
 def _shown(value: object) -> str:
@@ -45,6 +71,6 @@ def _fix(value: object, rule: str) -> str:
         return f": write {int(value)}" if value.is_integer() else ": write it without a point"
     if "valid boolean" in rule:
         return ": write true or false, without quotes"
-    if "valid tuple" in rule:
+    if "valid array" in rule:
         return ": write an array in square brackets"
     return ""

@@ -14,22 +14,31 @@ from asesearch.sampler import GRID, acceleration_of
 _SOLVER = rf"(?:(?:ddim|dpm\+\+2m)(?:{GRID})?|unipc{GRID}|ddpm|euler-maruyama)"
 
 
-def _fully(pattern: str, example: str) -> AfterValidator:
+_SOLVERS = (
+    "ddpm, euler-maruyama, ddim, dpm++2m or unipc, with -quadratic or -powerX (X from 0.1 to 4, "
+    "shortest form) behind unipc and maybe ddim and dpm++2m"
+)
+
+
+def _fully(pattern: str, rule: str) -> AfterValidator:
     """Refuses text that does not match as a whole."""
 
     def check(text: str) -> str:
         if re.fullmatch(pattern, text) is None:
-            raise ValueError(
-                "should be ddpm, euler-maruyama, ddim, dpm++2m or unipc, with -quadratic or "
-                "-powerX (X from 0.1 to 4, shortest form) behind unipc, and maybe behind ddim "
-                f"and dpm++2m; write for example {example}"
-            )
+            raise ValueError(rule)
         return text
 
     return AfterValidator(check)
 
 
-SolverName = Annotated[str, _fully(_SOLVER, '"unipc-quadratic"')]
+SolverName = Annotated[
+    str,
+    _fully(
+        _SOLVER,
+        f'should be {_SOLVERS}; write for example "unipc-quadratic" (steps go into num_steps, an '
+        "acceleration into search.samplers)",
+    ),
+]
 
 
 def _with_acceleration(text: str) -> str:
@@ -46,6 +55,10 @@ def _with_acceleration(text: str) -> str:
 #: A way to sample as "SOLVER-STEPS" or "SOLVER-STEPS+ACCELERATION".
 SamplerName = Annotated[
     str,
-    _fully(rf"{_SOLVER}-[1-9][0-9]{{0,5}}(?:\+.+)?", '"unipc-quadratic-6"'),
+    _fully(
+        rf"{_SOLVER}-[1-9][0-9]{{0,5}}(?:\+.+)?",
+        "should be SOLVER-STEPS or SOLVER-STEPS+ACCELERATION, 1 to 999999 steps; a solver is "
+        f'{_SOLVERS}; write for example "unipc-quadratic-6"',
+    ),
     AfterValidator(_with_acceleration),
 ]

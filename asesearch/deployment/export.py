@@ -11,19 +11,18 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from asesearch.backbones.acceleration import Acceleration
-from asesearch.calibration import read_acceleration
 from asesearch.data import check_readable
 from asesearch.deployment import formats
 from asesearch.deployment.bundle import Bundle
 from asesearch.deployment.writing import check_bundle_dir
-from asesearch.errors import ConfigError, StudyError
+from asesearch.errors import StudyError
 from asesearch.files import check_writable
 from asesearch.finetuning import CHECKPOINT, finetune
+from asesearch.search.accelerating import recorded_acceleration
 from asesearch.search.confirmation import load_trial, trial_weights
 from asesearch.search.warmup import warm_up
 from asesearch.search.workbench import Workbench
-from asesearch.study.directory import INPUTS, PROMPTS, acceleration_file, read_json
+from asesearch.study.directory import INPUTS, PROMPTS, read_json
 from asesearch.study.environment import environment
 from asesearch.study.records import TrialRecord
 from asesearch.study.study import Study
@@ -96,7 +95,9 @@ def export(
         },
         prompts=_prompts(study.trial_dir(record.schedule) / PROMPTS) if net.takes_prompt else None,
         latents=latents,
-        acceleration=_acceleration(study, record),
+        acceleration=recorded_acceleration(study.run_dir, record.sampler)
+        if record.sampler.acceleration
+        else None,
         acceleration_name=record.sampler.acceleration,
     )
     return formats.write(bundle, folder, format, **options)
@@ -155,21 +156,6 @@ def plan_export(
         "format": format,
         "out": str(folder),
     }
-
-
-def _acceleration(study: Study, record: TrialRecord) -> Acceleration | None:
-    """That of the trial's sampler, as the study calibrated it.
-
-    Raises:
-        StudyError: its file is missing or damaged.
-    """
-    if not record.sampler.acceleration:
-        return None
-    path = study.run_dir / acceleration_file(record.sampler)
-    try:
-        return read_acceleration(read_json(path, "search once more, which calibrates it again"))
-    except ConfigError as error:
-        raise StudyError(f"can't read {path}: {error}") from error
 
 
 def _prompts(path: Path) -> dict[str, Tensor]:

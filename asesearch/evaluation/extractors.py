@@ -9,7 +9,6 @@ Fashion-MNIST that travel in the package.
 from __future__ import annotations
 
 import os
-import pickle
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,7 +16,6 @@ from importlib import import_module
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 from torch_fidelity import (
     FeatureExtractorBase,
@@ -28,7 +26,7 @@ from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3
 from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY
 
 from asesearch.backbones.digests import weights_digest
-from asesearch.errors import EvaluationError
+from asesearch.errors import AseSearchError, EvaluationError
 from asesearch.evaluation.fashion_cnn import FashionCNN
 from asesearch.evaluation.fashion_vit import FashionViT
 from asesearch.files import file_sha256
@@ -76,7 +74,8 @@ class Extractor:
         """Features of images: (N, C, H, W) uint8 -> (N, D) float64 on the CPU.
 
         Raises:
-            EvaluationError: not uint8 of four axes, or another number of channels.
+            EvaluationError: not uint8 of four axes, another number of channels, or a network that
+                fails or gives something else than D finite features of each.
         """
         if images.dtype != torch.uint8 or images.ndim != 4:
             raise EvaluationError(
@@ -85,12 +84,59 @@ class Extractor:
             )
         self.check_shape(images.shape[1], "this batch")
         images = images.to(self.device).expand(-1, self.channels, -1, -1)  # (N, channels, H, W)
-        # TF32 would make a GPU's features differ from the shipped reference's in the third digit
-        exact = torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False)
+        return _features(self.name, self.net, images, self.dim)
+
+
+def _features(
+    name: str, net: FeatureExtractorBase, images: Tensor, dim: int | None = None
+) -> Tensor:
+    """(N, D) float64 on the CPU; `dim` is D where it is known.
+
+    Raises:
+        EvaluationError: the network fails, or gives something else.
+    """
+    # TF32 would make a GPU's features differ from the shipped reference's in the third digit
+    exact = torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False)
+    try:
         with torch.no_grad(), exact:
-            (features,) = self.net(images)
-        out: Tensor = features.double().cpu()  # (N, D)
-        return out
+            found = net(images)
+    except (AseSearchError, torch.cuda.OutOfMemoryError):
+        raise
+    except (Exception, SystemExit) as error:  # whatever a class of one's own raises
+        raise EvaluationError(
+            f"the extractor {name} fails on {_in_words(images)}: {_reason(error)}; correct its "
+            "class, or choose another"
+        ) from error
+    one = found[0] if isinstance(found, tuple | list) and len(found) == 1 else None
+    wanted = f"({len(images)}, {dim or 'D'})"
+    ok = isinstance(one, Tensor) and one.ndim == 2 and len(one) == len(images) and one.shape[1] > 0
+    if not ok or (dim is not None and one.shape[1] != dim):
+        raise EvaluationError(
+            f"an extractor must give one tensor of features, {wanted} for {len(images)} images, in "
+            f"a tuple; got {_in_words(found)} from {name}; correct its class"
+        )
+    out: Tensor = one.double().cpu()
+    if not bool(out.isfinite().all()):
+        bad = int((~out.isfinite().all(dim=1)).sum())
+        raise EvaluationError(
+            f"features must be finite; got NaN or infinity from the extractor {name} for {bad} of "
+            f"{len(images)} images; correct its class or weights, or choose another"
+        )
+    return out
+
+
+def _in_words(value: object) -> str:
+    """A tensor by type and shape, and what holds some."""
+    if isinstance(value, Tensor):
+        return f"{str(value.dtype).removeprefix('torch.')} {tuple(value.shape)}"
+    if isinstance(value, tuple | list):
+        return f"a {type(value).__name__} of {', '.join(map(_in_words, value)) or 'nothing'}"
+    return f"a {type(value).__name__}"
+
+
+def _reason(error: BaseException) -> str:
+    """What was raised, in one line."""
+    return f"{type(error).__name__}: {(str(error) or repr(error)).splitlines()[0]}"
 
 
 def register_extractor(name: str, cls: type[FeatureExtractorBase]) -> None:
@@ -148,13 +194,14 @@ def make_extractor(
             "or register it with register_extractor"
         )
     cls = FEATURE_EXTRACTORS_REGISTRY[name]
-    layer = cls.get_default_feature_layer_for_metric("fid")
     path = None if weights is None else Path(weights)
     if path is not None and not path.is_file():
         raise EvaluationError(
-            f"the weights of the extractor {name} must be a file; got {path}; check the path"
+            f"the weights of the extractor {name} must be a file; got {weights!s:.200}; check the "
+            "path"
         )
     with _one_line_errors(name, path):
+        layer = cls.get_default_feature_layer_for_metric("fid")
         if issubclass(cls, FeatureExtractorInceptionV3):
             path = _inception_weights(name, path)
         where = None if path is None else str(path)
@@ -165,7 +212,17 @@ def make_extractor(
         )
         channels = int(getattr(cls, "channels", 3))
         dummy = net.get_dummy_input_for_compile()
-        dim = int(net(dummy)[0].shape[1])
+    if channels < 1:
+        raise EvaluationError(
+            f"an extractor takes images of 1 channel or more; got {channels} from {name}; correct "
+            "the class attribute channels"
+        )
+    dim = _features(name, net, dummy).shape[1]
+    if ":" in name and not torch.equal(*(_features(name, net, dummy, dim) for _ in range(2))):
+        raise EvaluationError(
+            f"an extractor must give the same features of the same images; got others from {name} "
+            "at a second call; leave out what is random in it"
+        )
     return Extractor(name, weights_digest(net), channels, dim, net.to(device), torch.device(device))
 
 
@@ -183,34 +240,26 @@ def _imported(name: str) -> type[FeatureExtractorBase]:
         raise EvaluationError(
             f"an extractor of your own is named module:Class; got {name}: {error}; check the name"
         ) from error
-    except Exception as error:  # whatever the module raises, in one line
-        reason = (str(error) or repr(error)).splitlines()[0]
+    except (Exception, SystemExit) as error:  # whatever the module raises
         raise EvaluationError(
-            f"can't import the extractor {name}: {type(error).__name__}: {reason}; correct its "
-            "module"
+            f"can't import the extractor {name}: {_reason(error)}; correct its module"
         ) from error
     return found
 
 
 @contextmanager
 def _one_line_errors(name: str, path: Path | None) -> Iterator[None]:
+    """Errors of a network's making, for one of torch-fidelity's or of one's own."""
     try:
         yield
-    except EvaluationError:
+    except (AseSearchError, torch.cuda.OutOfMemoryError):
         raise
-    except (
-        OSError,
-        RuntimeError,
-        ValueError,
-        KeyError,
-        EOFError,
-        pickle.UnpicklingError,
-        SafetensorError,
-    ) as error:
-        reason = (str(error) or repr(error)).splitlines()[0]
-        source = "its download" if path is None else str(path)
+    except (Exception, SystemExit) as error:  # whatever a class of one's own raises
+        own = ":" in name
+        source = "" if own and path is None else f" from {'its download' if path is None else path}"
+        fix = "correct its class, or " if own else ""
         raise EvaluationError(
-            f"can't load the extractor {name} from {source}: {reason}; give a file with its "
+            f"can't load the extractor {name}{source}: {_reason(error)}; {fix}give a file with its "
             "weights as extractor_weights (of confirm.also: in a table, name = file)"
         ) from error
 

@@ -157,6 +157,11 @@ def _make_reference(
         mean = mean + step * (size / (count + size))
         kept.append(batch[kept_rows[count : count + size]].astype(np.float32))
         count += size
+    if not np.trace(scatter) > 0:
+        raise EvaluationError(
+            f"features of a reference must differ; the extractor {extractor.name} gives the same "
+            f"for all {count} images of {source.name}; choose another extractor or reference"
+        )
     return ReferenceStats(
         source.name,
         count,

@@ -110,13 +110,19 @@ class Costs:
             )
         return replace(table, precision=now.precision, guided=now.guided)
 
+    def _acceleration(self, sampler: Sampler) -> Acceleration:
+        """Of a sampler that has one."""
+        found = self.parts.acceleration(sampler)
+        assert found is not None
+        return found
+
     def _kind(self, acceleration: Acceleration) -> str:
         """Equal for accelerations that cost the same at their most, as caches of one part do."""
         return json.dumps(acceleration.most(self.parts.backbone).to_dict(), sort_keys=True)
 
     def _changed_ms(self, sampler: Sampler) -> tuple[float, ...]:
         """Latency of calls changed in full by a sampler's acceleration, at exit depths 1…depth."""
-        acceleration = self.parts.accelerations[sampler]
+        acceleration = self._acceleration(sampler)
         name = self._kind(acceleration)
         if name not in self._changed:
             run_dir = self.parts.run_dir
@@ -134,7 +140,7 @@ class Costs:
 
     def _changed_flops(self, sampler: Sampler) -> tuple[float, ...]:
         """As `flops`, of calls changed in full by a sampler's acceleration."""
-        acceleration = self.parts.accelerations[sampler]
+        acceleration = self._acceleration(sampler)
         name = self._kind(acceleration)
         if name not in self._fewer:
             y = conditioning_for(self.parts.backbone, self.parts.data, range(1))
@@ -177,7 +183,7 @@ class Costs:
         per_block = self.flops[-1] / depth if depth == 1 else self.flops[-1] - self.flops[-2]
         blocks = np.arange(1.0, depth + 1)
         fewer_blocks = blocks - (np.asarray(self.flops) - np.asarray(fewer)) / per_block
-        if isinstance(self.parts.accelerations[sampler], GuidanceInterval):
+        if isinstance(self._acceleration(sampler), GuidanceInterval):
             fewer_blocks = blocks / 2  # and what is beside the blocks halves too
         tables = (
             (self.latency.median_ms, self._changed_ms(sampler)),
@@ -192,7 +198,7 @@ class Costs:
     def _mixes(self, point: Point) -> list[Mix]:
         """What each network call of a point is made of, cost by cost."""
         depths = point.schedule.exit_depth_at(self.parts.samplers[point.sampler]).tolist()
-        return self.parts.accelerations[point.sampler].mix(self.parts.backbone, depths)
+        return self._acceleration(point.sampler).mix(self.parts.backbone, depths)
 
     def of_calls(self, sampler: Sampler) -> npt.NDArray[np.float64]:
         """(calls, depth) cost of each network call of a sampler at exit depths 1…depth, in the
@@ -208,7 +214,7 @@ class Costs:
             return np.tile(np.asarray(plain), (count, 1))
         changed = self._changed_ms(sampler) if timed else self._changed_flops(sampler)
         net = self.parts.backbone
-        acceleration = self.parts.accelerations[sampler]
+        acceleration = self._acceleration(sampler)
         columns = [
             [mixed_cost([mix], plain, changed) for mix in acceleration.mix(net, [d] * count)]
             for d in range(1, net.depth + 1)

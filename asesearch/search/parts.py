@@ -19,7 +19,7 @@ from asesearch.backbones.checkpoints import load_backbone
 from asesearch.backbones.device import default_device
 from asesearch.backbones.digests import weights_fingerprint
 from asesearch.backbones.guidance import check_guided
-from asesearch.calibration import SEEDS, calibrated, read_acceleration
+from asesearch.calibration import SEEDS, calibrated
 from asesearch.config import StudyConfig
 from asesearch.data import open_data
 from asesearch.diffusion import make_diffusion
@@ -34,13 +34,13 @@ from asesearch.evaluation.fidelity import (
     check_sample_counts,
     evaluate_in,
 )
-from asesearch.files import write_json
 from asesearch.finetuning import check_fit
 from asesearch.point import Point
 from asesearch.sampler import Sampler
-from asesearch.sampling import SampleResult, check_acceleration, check_sampling, sample
+from asesearch.sampling import SampleResult, check_eager, check_sampling, sample
 from asesearch.schedule import ExitSchedule
 from asesearch.score import EvaluationResult, PrecisionRecall, Protocol
+from asesearch.search.accelerating import kept_acceleration
 from asesearch.search.opening import (
     check_evaluation,
     conditioning_for,
@@ -49,8 +49,6 @@ from asesearch.search.opening import (
     open_reference,
 )
 from asesearch.search.protocols import confirming, known_channels, make_protocols
-from asesearch.study import directory
-from asesearch.study.workers import waited_lock
 
 SHOWN_IMAGES = 40  # images kept of each trial for the report
 TRIED_STEPS = 3  # solver steps of the one image that goes through everything first
@@ -98,15 +96,8 @@ class Parts:
             1, self.backbone.min_exit_depth, config.search.min_exit_depth or 1
         )
         self.samplers = self._samplers()
-        self.accelerations: dict[Sampler, Acceleration] = {}
+        self._accelerations: dict[Sampler, Acceleration] = {}
         self._try_parts()
-        for sampler in self.samplers:
-            if sampler.acceleration:
-                found = self._accelerated(sampler)
-                num_calls = len(self.samplers[sampler])
-                check_acceleration(found, num_calls, how.compile, how.cfg_scale)
-                with found.attached(self.backbone):  # what does not fit is refused here
-                    self.accelerations[sampler] = found
         # may take long: after all that may be refused
         self.reference = open_reference(config, self.data, self.extractor)
         channels = known_channels(config, self.backbone.guided_channels, run_dir)
@@ -119,37 +110,61 @@ class Parts:
         found = {}
         for sampler in self.config.samplers:
             how = self.config.sampling.under(sampler)
-            if sampler.acceleration.startswith("guide-"):  # before others are calibrated
+            if sampler.acceleration:  # before anything is compiled or calibrated
+                check_eager(how.compile)
+            if sampler.acceleration.startswith("guide-"):
                 check_guided(how.cfg_scale)
             _, found[sampler] = check_sampling(
                 net, how.solver, self.diffusion, how.num_steps, how.cfg_scale
             )
         return found
 
-    def _accelerated(self, sampler: Sampler) -> Acceleration:
-        """The acceleration of a sampler: calibrated by the pretrained network at full depth, once a
-        study.
+    def acceleration(self, sampler: Sampler) -> Acceleration | None:
+        """That of a sampler, if it has one: calibrated by the pretrained network at full depth on
+        first use, once a study."""
+        if sampler.acceleration and sampler not in self._accelerations:
+            self._accelerations[sampler] = (
+                self._calibrated(sampler, SEEDS)
+                if self.run_dir is None
+                else kept_acceleration(
+                    self.run_dir,
+                    sampler,
+                    self._calibrated_for(sampler),
+                    lambda: self._calibrated(sampler, SEEDS),
+                )
+            )
+        return self._accelerations.get(sampler)
 
-        Raises:
-            ConfigError: a network that it does not fit, or compiled blocks.
-        """
+    def calibrate(self) -> None:
+        """Calibrate the samplers that need it, before anything depends on them."""
+        for sampler in self.samplers:
+            self.acceleration(sampler)
+
+    def _calibrated(
+        self, sampler: Sampler, seeds: Sequence[int], num_steps: int | None = None
+    ) -> Acceleration:
+        """A sampler's acceleration, calibrated on images of these seeds, for another number of
+        steps where one is given."""
+        steps = num_steps or sampler.num_steps
+        how = self.config.sampling.under(sampler)
+        _, calls = check_sampling(self.backbone, how.solver, self.diffusion, steps, how.cfg_scale)
         point = Point(self.full, sampler.plain)
 
         def look(recorder: Acceleration) -> object:
-            return self.sample(self.backbone, point, SEEDS, acceleration=recorder)
+            return self.sample(self.backbone, point, seeds, num_steps, recorder)
 
-        def make() -> Acceleration:
-            return calibrated(sampler.acceleration, self.samplers[sampler], look)
+        return calibrated(sampler.acceleration, calls, look)
 
-        if self.run_dir is None:
-            return make()
-        path = self.run_dir / directory.acceleration_file(sampler)
-        with waited_lock(self.run_dir / directory.LOCKS / "acceleration.lock", "calibrates"):
-            found = directory.read_state(path, read_acceleration, "it is calibrated again")
-            if found is None:
-                found = make()
-                write_json(path, found.to_dict())
-            return found
+    def _calibrated_for(self, sampler: Sampler) -> dict[str, Any]:
+        """What a calibration follows from."""
+        how = self.config.sampling
+        return {
+            "sampler": str(sampler),
+            "weights": weights_fingerprint(self.backbone),
+            "diffusion": self.config.diffusion.model_dump(mode="json"),
+            "cfg_scale": how.cfg_scale,
+            "precision": how.precision,
+        }
 
     def _space(self, name: str) -> Space:
         """A further feature space of the confirmation.
@@ -182,15 +197,19 @@ class Parts:
         return next(iter(self.samplers))
 
     def _try_parts(self) -> None:
-        """One image through every sampler (a few of its steps), the decoder and the extractor.
+        """One image through every sampler (a few of its steps, its acceleration calibrated on that
+        image), the decoder and the extractor.
 
         Raises:
+            ConfigError: an acceleration that the network does not take.
             EvaluationError: images that are not finite, or that the extractor does not take.
         """
         how = self.config.sampling
         for sampler in self.samplers:
             few = min(sampler.num_steps, TRIED_STEPS)
-            made = self.sample(self.backbone, Point(self.full, sampler), [0], few).images
+            tried = self._calibrated(sampler, [0], few) if sampler.acceleration else None
+            point = Point(self.full, sampler)
+            made = self.sample(self.backbone, point, [0], few, tried).images
             if not bool(torch.isfinite(made).all()):
                 raise EvaluationError(
                     f"the pretrained network gives images that are not finite under {sampler} with "
@@ -228,7 +247,7 @@ class Parts:
         """
         how = self.config.sampling.under(point.sampler)
         if acceleration is None and num_steps is None:
-            acceleration = self.accelerations.get(point.sampler)
+            acceleration = self.acceleration(point.sampler)
         return sample(
             backbone,
             how.solver,

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from asesearch.calibration import NUM_IMAGES, num_looks
 from asesearch.config import TrainConfig
 from asesearch.finetuning import Depths, Trainer, seconds_per_step
 from asesearch.search.budget import MARGIN, confirmation_s
@@ -34,6 +35,7 @@ class Plan:
         image_s: sampling one image at full depth with the study's own sampler.
         decode_s: turning one latent into an image; 0 where the network makes images.
         calls_an_image: network calls.
+        calibrate_s: calibrating the accelerations of samplers; 0 where none needs it.
         elastic_s, map_s: the warm-up; 0 where the study has none.
         full_s: tuning and evaluating the full network, which all others are compared with.
         low_fidelity_s: the low-fidelity rung of one trial; 0 without promotion.
@@ -55,6 +57,7 @@ class Plan:
     image_s: float
     decode_s: float
     calls_an_image: int
+    calibrate_s: float
     elastic_s: float
     map_s: float
     full_s: float
@@ -75,7 +78,7 @@ class Plan:
         """The whole study in one line, for one worker; what is on record is counted as if it were
         to be done."""
         trials = f"{self.num_trials} {'trial' if self.num_trials == 1 else 'trials'}"
-        warm_up_s = self.elastic_s + self.map_s
+        warm_up_s = self.calibrate_s + self.elastic_s + self.map_s
         parts = f"warm-up {_in_words(warm_up_s)}, " if warm_up_s else ""
         parts += f"full network {_in_words(self.full_s)}, {trials} {_in_words(self.search_s)}"
         parts += f", confirmation {_in_words(self.confirm_s)}"
@@ -181,7 +184,8 @@ def make_plan(bench: Workbench) -> Plan:
     map_s = mapped * rates.image_s / calls if needs_map(bench) else 0.0
     full_s = bench.trials.tuning(bench.full)[1].num_steps * rates.step_s
     full_s += (rates.images + rates.low_fidelity_images) * made_s
-    begun_s = elastic_s + map_s + full_s
+    calibrate_s = _calibrate_s(bench, rates)
+    begun_s = calibrate_s + elastic_s + map_s + full_s
     share = 1.0 if budget_s is None else TYPICAL_FRAC
     low_fidelity_s = rates.low_fidelity_s(share)
     trial_s = rates.trial_s(share, share)
@@ -202,6 +206,7 @@ def make_plan(bench: Workbench) -> Plan:
         image_s=rates.image_s,
         decode_s=rates.decode_s,
         calls_an_image=calls * (2 if config.sampling.cfg_scale != 1 else 1),
+        calibrate_s=calibrate_s,
         elastic_s=elastic_s,
         map_s=map_s,
         full_s=full_s,
@@ -216,6 +221,17 @@ def make_plan(bench: Workbench) -> Plan:
         else total_s,
         budget_s=budget_s,
     )
+
+
+def _calibrate_s(bench: Workbench, rates: _Rates) -> float:
+    """Samplings of the full network under each sampler, as many as its calibration takes."""
+    own, *_ = map(len, bench.samplers.values())
+    looks = (
+        num_looks(sampler.acceleration) * len(calls) / own
+        for sampler, calls in bench.samplers.items()
+        if sampler.acceleration
+    )
+    return sum(looks) * NUM_IMAGES * rates.image_s
 
 
 def _expected_s(bench: Workbench, rates: _Rates, trials: int, points: int) -> float:

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from asesearch.config import TrainConfig
+from asesearch.config import StudyConfig, TrainConfig
 from asesearch.data import check_readable, open_data
 from asesearch.errors import AseSearchError, ConfigError, EvaluationError
 from asesearch.finetuning import Depths, Trainer, draw_batch
@@ -67,6 +67,7 @@ def preflight(bench: Workbench, run_dir: Path | None = None) -> Preflight:
     for name, protocol in bench.protocols.named.items():
         images = f"{len(protocol.seeds)} x {protocol.num_samples} images"
         checked.append(f"{name} protocol: {protocol.metric_name}, {images}")
+    check_training_seeds(bench.config)
     if run_dir is not None:
         check_study_dir(run_dir, bench.config.search.storage)
         checked.append(f"{run_dir} can be written")
@@ -78,6 +79,21 @@ def preflight(bench: Workbench, run_dir: Path | None = None) -> Preflight:
         checked.append(_try_map(bench))
     checked += _try_training(bench)
     return Preflight(tuple(checked), time.perf_counter() - begun)
+
+
+def check_training_seeds(config: StudyConfig) -> None:
+    """Refuse further training seeds where points are not trained: no score would move.
+
+    Raises:
+        ConfigError: as said.
+    """
+    seeds = config.confirm.training_seeds
+    if seeds > 1 and config.train.num_steps == 0:
+        raise ConfigError(
+            "confirm.training_seeds above 1 fine-tunes each point again under other seeds, for "
+            f"which train.num_steps must be above 0; got {seeds} with train.num_steps 0; set "
+            "training_seeds = 1, or train"
+        )
 
 
 def _try_map(bench: Workbench) -> str:

@@ -105,6 +105,7 @@ class Runner:
         """Search until the study has enough; see `run_trials`."""
         # refused here, before anything is paid for, where it is another device's
         _ = self.bench.costs.latency
+        self.bench.calibrate()
         self._tune_full_meanwhile()
         made = warm_up(self.bench, self.study.run_dir, on_warm_up)
         if made.difficulty_map is not None:

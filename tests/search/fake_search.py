@@ -60,6 +60,9 @@ class FakeBench:
         self.latency = SimpleNamespace(median_ms=(1.0,))
         self.batch_size = 10
 
+    def calibrate(self):
+        pass
+
     def of_calls(self, sampler):
         return np.tile(np.arange(1.0, DEPTH + 1), (len(self.samplers[sampler]), 1))
 

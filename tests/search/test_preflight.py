@@ -123,6 +123,11 @@ WRONG = [
         "promotion.num_samples must .*promotion.metric = 'auto'",
     ),
     (
+        {"confirm": {"training_seeds": 2}, "train": {"num_steps": 0}},
+        ConfigError,
+        "got 2 with train.num_steps 0; set training_seeds = 1, or train",
+    ),
+    (
         {"evaluation": {"seed": 999_999_900}},
         EvaluationError,
         r"confirmation has image seeds of its own.*search|low-fid",
@@ -322,6 +327,7 @@ def plan(**changes):
         "image_s": 1.0,
         "decode_s": 0.0,
         "calls_an_image": 4,
+        "calibrate_s": 0.0,
         "elastic_s": 300.0,
         "map_s": 60.0,
         "full_s": 7200.0,

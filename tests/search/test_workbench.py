@@ -9,7 +9,7 @@ from asesearch.backbones import DiT
 from asesearch.backbones.caching import Caching
 from asesearch.backbones.saving import save_backbone
 from asesearch.config import parse_study
-from asesearch.errors import ConfigError, EvaluationError
+from asesearch.errors import ConfigError, EvaluationError, StudyError
 from asesearch.evaluation.cost import LatencyTable
 from asesearch.evaluation.distances import frechet_distance, precision_recall
 from asesearch.evaluation.fashion_cnn import FashionCNN
@@ -18,6 +18,7 @@ from asesearch.point import Point
 from asesearch.sampler import Sampler
 from asesearch.schedule import ExitSchedule
 from asesearch.search import costs, opening
+from asesearch.search.accelerating import recorded_acceleration
 from asesearch.search.plan import make_plan
 from asesearch.search.protocols import FRESH_SEEDS
 from asesearch.search.workbench import Workbench
@@ -255,12 +256,51 @@ def test_a_samplers_acceleration_is_calibrated_once_and_read_again(
     make_bench, tmp_path, monkeypatch, kind
 ):
     sampler = Sampler("ddim", 4, kind)
-    first = make_bench(run_dir=tmp_path / "run", search={"samplers": [str(sampler)]})
-    assert (tmp_path / "run" / f"acceleration_{sampler}.json").is_file()
+    path = tmp_path / "run" / f"acceleration_{sampler}.json"
+    how = {"run_dir": tmp_path / "run", "search": {"samplers": [str(sampler)]}}
+    first = make_bench(**how)
+    assert not path.exists()  # nothing is measured before it is needed
+    first.calibrate()
+    written = path.read_bytes()
+    (tmp_path / "run" / "locks" / "acceleration.lock").unlink()
+    again = make_bench(**how)
     monkeypatch.setattr("asesearch.search.parts.calibrated", None)
-    again = make_bench(run_dir=tmp_path / "run", search={"samplers": [str(sampler)]})
-    found = again.accelerations[sampler].to_dict()
-    assert found == first.accelerations[sampler].to_dict()
+    found = again.acceleration(sampler)
+    assert found.to_dict() == first.acceleration(sampler).to_dict()
+    # reading takes no lock, so that it works where nothing can be written
+    assert path.read_bytes() == written and not list((tmp_path / "run" / "locks").iterdir())
+    assert recorded_acceleration(tmp_path / "run", sampler).to_dict() == found.to_dict()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"sampling": {"solver": "ddim", "num_steps": 4, "batch_size": 40, "cfg_scale": 1.5}},
+        {"diffusion": {"beta_schedule": "scaled_linear"}},
+    ],
+)
+def test_a_calibration_that_was_made_for_something_else_is_made_again(
+    make_bench, tmp_path, caplog, change
+):
+    how = {"run_dir": tmp_path / "run", "search": {"samplers": [CACHED]}}
+    make_bench(**how).calibrate()
+    make_bench(**how, **change).calibrate()
+    assert "was made for another network or sampling: it is calibrated again" in caplog.text
+    caplog.clear()
+    make_bench(**how, **change).calibrate()
+    assert not caplog.text
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"made_for": 1, "acceleration": {}}'])
+def test_a_damaged_calibration_is_made_again(make_bench, tmp_path, caplog, content):
+    sampler = Sampler("ddim", 4, "merge-0.5")
+    path = tmp_path / f"acceleration_{sampler}.json"
+    path.write_text(content)
+    with pytest.raises(StudyError, match="search once more, which calibrates it again"):
+        recorded_acceleration(tmp_path, sampler)
+    make_bench(run_dir=tmp_path, search={"samplers": [str(sampler)]}).calibrate()
+    assert "damaged" in caplog.text
+    assert recorded_acceleration(tmp_path, sampler).to_dict() == {"kind": "merge", "ratio": 0.5}
 
 
 def test_exits_that_images_choose_are_costed_as_they_were_counted(make_bench):
@@ -283,7 +323,7 @@ def test_a_cached_point_is_sampled_and_costed_as_such(make_bench):
     assert torch.equal(bench.sample(bench.backbone, none, range(3)).images, plain)
     reuse = np.zeros((4, 3), dtype=bool)
     reuse[1::2] = True  # half of all block calls
-    bench.accelerations[cached.sampler] = Caching("block", reuse)
+    bench._accelerations[cached.sampler] = Caching("block", reuse)
     assert not torch.equal(bench.sample(bench.backbone, cached, range(3)).images, plain)
     assert bench.costs.fracs(none)[1:] == (1.0, 1.0)
     time, flops, blocks = bench.costs.fracs(cached)
