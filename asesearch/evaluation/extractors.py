@@ -108,14 +108,14 @@ def _features(
             "class, or choose another"
         ) from error
     one = found[0] if isinstance(found, tuple | list) and len(found) == 1 else None
-    wanted = f"({len(images)}, {dim or 'D'})"
-    ok = isinstance(one, Tensor) and one.ndim == 2 and len(one) == len(images) and one.shape[1] > 0
-    if not ok or (dim is not None and one.shape[1] != dim):
+    out = one.double().cpu() if isinstance(one, Tensor) and one.ndim == 2 else torch.empty(0, 0)
+    wanted = (len(images), dim or max(1, out.shape[1]))
+    if out.shape != wanted:
         raise EvaluationError(
-            f"an extractor must give one tensor of features, {wanted} for {len(images)} images, in "
-            f"a tuple; got {_in_words(found)} from {name}; correct its class"
+            f"an extractor must give one tensor of features, ({len(images)}, {dim or 'D'}) for "
+            f"{len(images)} images, in a tuple; got {_in_words(found)} from {name}; correct its "
+            "class"
         )
-    out: Tensor = one.double().cpu()
     if not bool(out.isfinite().all()):
         bad = int((~out.isfinite().all(dim=1)).sum())
         raise EvaluationError(
