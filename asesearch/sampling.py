@@ -11,7 +11,7 @@ from itertools import pairwise
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from asesearch.backbones import conditioning
 from asesearch.backbones.acceleration import Acceleration, Begin
@@ -32,16 +32,17 @@ class SampleResult:
     Attributes:
         images: (N, C, H, W) float32 on the CPU, not clamped, in the order of the seeds.
         timesteps: where the network was called, descending.
-        nfe: network calls per image; guidance makes two of each.
-        block_calls: droppable blocks an image that the schedule has run. An acceleration may leave
-            some of them out, and a guidance interval some calls of `nfe`.
+        nfe: network calls per image; guidance makes two of each, where it acts.
+        block_calls: droppable blocks an image that really ran, in the mean over the images, of
+            which each may have its own exits. A block of which a part is reused, or that sees
+            merged tokens, has run.
         seconds: time spent making all the images, noise included, the device synchronised.
     """
 
     images: Tensor
     timesteps: tuple[float, ...]
     nfe: int
-    block_calls: int
+    block_calls: float
     seconds: float
 
 
@@ -86,6 +87,7 @@ class _ScheduledModel:
         diffusion: Process,
         y: Conditioning | None,
         cfg_scale: float,
+        acceleration: Acceleration | None = None,
         begin: Begin | None = None,
     ) -> None:
         self.backbone = backbone
@@ -93,17 +95,21 @@ class _ScheduledModel:
         self.diffusion = diffusion
         self.y = y
         self.cfg_scale = cfg_scale
+        self.acceleration = acceleration
         self.begin = begin
         self.timesteps: list[float] = []
         self.nfe = self.block_calls = 0
 
     def __call__(self, x: Tensor, t_cur: float) -> Tensor:
         exit_depth = int(self.schedule.exit_depth_at(t_cur))
+        call = len(self.timesteps)
         if self.begin is not None:
-            self.begin(len(self.timesteps))
+            self.begin(call)
         t = torch.full(x.shape[:1], t_cur, dtype=self.diffusion.time_dtype, device=x.device)
         output = guided(self.backbone, x, t, self.y, self.cfg_scale, exit_depth)
-        passes = 1 if self.cfg_scale == 1.0 else 2
+        how = self.acceleration
+        alone = isinstance(how, GuidanceInterval) and not how.inside[call]
+        passes = 1 if self.cfg_scale == 1.0 or alone else 2
         self.timesteps.append(t_cur)
         self.nfe += passes
         self.block_calls += passes * exit_depth
@@ -196,18 +202,44 @@ def sample(
         arithmetic(precision, place),
         compiled(backbone, compile),
         nullcontext() if acceleration is None else acceleration.attached(backbone) as begin,
+        _counting(backbone, acceleration) as counted,
     ):
         for first in range(0, len(seeds), batch_size):
             part = slice(first, min(first + batch_size, len(seeds)))
             start = _now(place)
             own = conditioning.to(conditioning.take(y, part), place)
-            model = _ScheduledModel(backbone, schedule, diffusion, own, cfg_scale, begin)
+            model = _ScheduledModel(
+                backbone, schedule, diffusion, own, cfg_scale, acceleration, begin
+            )
             noise = image_noise(seeds[part], shape, place)
             images[part] = solver.integrate(model, noise(), pairs, diffusion, noise).cpu()
             seconds += _now(place) - start
             if on_batch is not None:
                 on_batch(part.stop, len(seeds))
-    return SampleResult(images, tuple(model.timesteps), model.nfe, model.block_calls, seconds)
+    calls = model.block_calls if acceleration is None else counted[0] / len(seeds)
+    return SampleResult(images, tuple(model.timesteps), model.nfe, calls, seconds)
+
+
+@contextmanager
+def _counting(backbone: Backbone, acceleration: Acceleration | None) -> Iterator[list[int]]:
+    """Inside, droppable blocks that run under an acceleration are counted, once an image each."""
+    counted = [0]
+
+    def count(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        counted[0] += len(args[0])
+
+    blocks = [] if acceleration is None else backbone.transformer_blocks()[-backbone.depth :]
+    # a block that is led elsewhere as a whole is called all the same, what is in it is not
+    whole = isinstance(acceleration, GuidanceInterval)
+    hooks = [
+        (block if whole else block.get_submodule("attn")).register_forward_pre_hook(count)
+        for block in blocks
+    ]
+    try:
+        yield counted
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 @contextmanager

@@ -254,7 +254,12 @@ def sample(
         Path,
         typer.Option("--out", "-o", help="Picture grid (.png), or all images as an array (.npz)."),
     ],
-    num: Annotated[int, typer.Option(min=1, help="Number of images.")] = 64,
+    num: Annotated[
+        int,
+        typer.Option(
+            min=1, help="Number of images; of fewer than classes, those of the first classes."
+        ),
+    ] = 64,
     seed: Annotated[
         int, typer.Option(min=0, help="Seed of the first image; the others count up.")
     ] = 0,
@@ -326,6 +331,14 @@ def verify(
         bool,
         typer.Option("--speed/--no-speed", help="Time it against the full network; about 20 s."),
     ] = True,
+    compile: Annotated[
+        bool | None,
+        typer.Option(
+            "--compile/--no-compile",
+            help="Of a bundle, run the network's blocks as compiled code, or not; default as the "
+            "bundle says.",
+        ),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
     """Check an exported folder on this machine: file hashes, network, outputs against those on
@@ -336,7 +349,7 @@ def verify(
     from asesearch.deployment.verify import verify as look
 
     with interruptible("nothing was changed"):
-        checks = look(bundle, speed=speed)
+        checks = look(bundle, speed=speed, compile=compile)
     if as_json:
         print_json([check.to_dict() for check in checks])
     else:

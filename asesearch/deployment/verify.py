@@ -21,8 +21,9 @@ from asesearch.config import SamplingConfig, parse_section
 from asesearch.deployment import bundle, onnx_runtime, parity
 from asesearch.deployment.manifest import check_files, check_format, check_names, read_manifest
 from asesearch.deployment.reading import open_bundle
-from asesearch.errors import AseSearchError, CheckpointError
+from asesearch.errors import AseSearchError, CheckpointError, ConfigError
 from asesearch.evaluation.clock import compare_sampling_time
+from asesearch.sampling import check_eager
 from asesearch.schedule import ExitSchedule
 
 SPEED_S = 20.0  # that timing takes, about
@@ -86,10 +87,15 @@ class Opened:
     acceleration: str = ""
 
 
-def _bundle(folder: Path, data: Mapping[str, Any]) -> Opened:
+def _bundle(folder: Path, data: Mapping[str, Any], compile: bool | None = None) -> Opened:
     check_format(folder, data, bundle.FORMAT, bundle.VERSION)
     check_names(folder, data, bundle.FILES)
-    return _of_bundle(*open_bundle(folder, data, default_device()))
+    made, recorded = open_bundle(folder, data, default_device())
+    if compile is not None:
+        if made.acceleration is not None:
+            check_eager(compile)
+        made = replace(made, sampling=made.sampling.model_copy(update={"compile": compile}))
+    return _of_bundle(made, recorded)
 
 
 def _aoti(folder: Path, data: Mapping[str, Any]) -> Opened:
@@ -188,7 +194,9 @@ FORMATS: dict[str, Callable[[Path, Mapping[str, Any]], Opened]] = {
 }
 
 
-def verify(folder: str | os.PathLike[str], *, speed: bool = True) -> list[Check]:
+def verify(
+    folder: str | os.PathLike[str], *, speed: bool = True, compile: bool | None = None
+) -> list[Check]:
     """Look at an exported folder: the hashes of its files, its network, its outputs against those
     on record, and its measured speed on this machine beside what its blocks promise.
 
@@ -197,6 +205,8 @@ def verify(folder: str | os.PathLike[str], *, speed: bool = True) -> list[Check]
     Args:
         folder: that `asesearch export` wrote, in any format.
         speed: time it, which takes about 20 s more.
+        compile: of the format bundle, run the network's blocks as compiled code, or not; None as it
+            says.
     """
     folder = Path(folder)
     checks: list[Check] = []
@@ -205,7 +215,7 @@ def verify(folder: str | os.PathLike[str], *, speed: bool = True) -> list[Check]
         data = read_manifest(folder)
         checks.append(_files(folder, data))
         name = "network"
-        opened = _open(folder, data)
+        opened = _open(folder, data, compile)
         checks.append(Check(name, True, opened.what, {"schedule": str(opened.schedule)}))
         name = "parity"
         checks.append(_parity(opened))
@@ -217,13 +227,20 @@ def verify(folder: str | os.PathLike[str], *, speed: bool = True) -> list[Check]
     return checks
 
 
-def _open(folder: Path, data: Mapping[str, Any]) -> Opened:
+def _open(folder: Path, data: Mapping[str, Any], compile: bool | None) -> Opened:
     if data["format"] not in FORMATS:
         raise CheckpointError(
             f"{folder} must be of the format {' or '.join(FORMATS)}; got {data['format'][:40]!r}; "
             "update asesearch"
         )
-    return FORMATS[data["format"]](folder, data)
+    if compile is None:
+        return FORMATS[data["format"]](folder, data)
+    if data["format"] != bundle.FORMAT:
+        raise ConfigError(
+            f"a choice of compiled blocks is for the format {bundle.FORMAT}; got {data['format']}; "
+            "leave it out"
+        )
+    return _bundle(folder, data, compile)
 
 
 def _files(folder: Path, data: Mapping[str, Any]) -> Check:

@@ -33,6 +33,7 @@ from asesearch.report.style import (
 )
 from asesearch.report.wording import number, percent, relative
 from asesearch.study.records import StudyResults
+from asesearch.study.timing import UNEXPLAINED
 
 COLOURS = (BLUE, VERMILION, GREEN, PURPLE, ORANGE, SKY, GREY)
 MARKS = "osD^vPX"
@@ -155,6 +156,8 @@ def drawings(comparison: Comparison) -> list[Drawing]:
             "reaches from the best to the worst."
         )
     points = comparison.points
+    if (points["time_frac"] > points["measured_frac"]).any():
+        caption += f" A time that was measured {UNEXPLAINED}, stands at the bound of those calls."
     out = [
         Drawing(
             "fronts", "Fronts", caption, points, lambda: draw_fronts(points, comparison.attained)

@@ -17,6 +17,7 @@ from asesearch.errors import ConfigError, EvaluationError, StudyError
 from asesearch.report import attainment, tables
 from asesearch.report.wording import percent
 from asesearch.score import EvaluationResult, Protocol
+from asesearch.study.front import non_dominated
 from asesearch.study.records import REFERENCE_QUALITY, REFERENCE_TIME, StudyResults
 
 Array = npt.NDArray[np.float64]
@@ -36,7 +37,7 @@ class Member:
         name: as it is shown; a study's name, and its place where several share it.
         group: repeats of one method share a group.
         results: of the study.
-        points: see `asesearch.report.tables.points`.
+        points: see `claimed`.
     """
 
     name: str
@@ -78,7 +79,7 @@ class Comparison:
             its `share` of the area that all studies together dominate.
         groups: one row a group: number of studies, mean, least and largest hypervolume, and the
             part of the time axis on which it `wins`.
-        points: every point of every study.
+        points: every point of every study, see `claimed`.
         attained: see `asesearch.report.attainment.surfaces`, for groups of two studies or more.
         wins: stretches of the time axis (budgets): who reaches the lowest score within it, if that
             is more than noise, else an empty `winner`; the lead of the lowest over the next; and
@@ -122,6 +123,21 @@ class Comparison:
         return "\n".join(lines)
 
 
+def claimed(points: pd.DataFrame) -> pd.DataFrame:
+    """Points of `asesearch.report.tables.points` at the times that may be claimed of them.
+
+    `time_frac` is the bound of the block calls where the measured time is better than they can
+    explain, and `measured_frac` what was measured; `on_front` follows.
+    """
+    out = points.rename(columns={"time_frac": "measured_frac"})
+    out.insert(list(points.columns).index("time_frac"), "time_frac", points["credited_frac"])
+    out["speed_up"] = 1 / out["time_frac"]
+    out = out.sort_values(["time_frac", "number"], ignore_index=True)
+    front = set(non_dominated(list(zip(out["time_frac"], out["quality"], strict=True))))
+    out["on_front"] = [i in front for i in range(len(out))]
+    return out
+
+
 def compare_results(
     results: Sequence[StudyResults], groups: Sequence[str] | None = None
 ) -> Comparison:
@@ -148,7 +164,7 @@ def compare_results(
     names = _names(results)
     protocol = _one_protocol(results, names, kind)
     members = tuple(
-        Member(name, group, one, tables.points(one, kind))
+        Member(name, group, one, claimed(tables.points(one, kind)))
         for name, group, one in zip(
             names, groups or [r.name for r in results], results, strict=True
         )

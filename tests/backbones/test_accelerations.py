@@ -1,5 +1,6 @@
 """The contract of an acceleration, over all of them."""
 
+import numpy as np
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
@@ -73,6 +74,36 @@ def test_flops_are_those_counted_in_a_real_sampling(each):
     predicted = mixed_cost(mixes, plain, flops_table(net, None, strong))
     assert flops == pytest.approx(3 * each.passes * predicted, rel=1e-9)
     assert predicted < sum(plain[d - 1] for d in depths)
+
+
+def test_calls_are_those_that_ran(each):
+    """As the acceleration's own expectation has them: exits here were counted on these images."""
+    net, strong = each.net, each.strong
+    plain = each.make()
+    result = each.make(strong)
+    depths = SCHEDULE.exit_depth_at(result.timesteps).tolist()
+    mixes = strong.mix(net, depths)
+    assert (plain.nfe, plain.block_calls) == (each.passes * CALLS, each.passes * sum(depths))
+    if each.kind == "guide":
+        alone = [mix[0][2] for mix in mixes]
+        assert result.nfe == sum(1 if one else 2 for one in alone) < plain.nfe
+        counted = sum(d if one else 2 * d for one, d in zip(alone, depths, strict=True))
+    elif each.kind == "deediff":
+        counted = sum(w * d for mix in mixes for w, d, _ in mix)
+    elif each.kind.startswith("cache-block"):
+        fixed = len(net.transformer_blocks()) - net.depth
+        flags = strong.reuse[:, fixed:]
+        seen = np.zeros(net.depth, dtype=bool)
+        counted = 0
+        for row, depth in zip(flags, depths, strict=True):
+            runs = np.arange(net.depth) < depth
+            counted += int((runs & ~(row & seen)).sum())
+            seen |= runs
+    else:
+        counted = sum(depths)
+    assert result.block_calls == pytest.approx(counted)
+    saves_blocks = each.kind in ("guide", "deediff") or each.kind.startswith("cache-block")
+    assert (result.block_calls < plain.block_calls) == saves_blocks
 
 
 def test_it_reads_back(each):

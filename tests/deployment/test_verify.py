@@ -1,6 +1,7 @@
 """`verify`: what is right passes, and each kind of wrong fails its own check."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 import asesearch
+from asesearch.backbones.merging import Merging
 from asesearch.cli import app
 from asesearch.config import DiffusionConfig, SamplingConfig
 from asesearch.deployment import verify as module
@@ -15,6 +17,7 @@ from asesearch.deployment.bundle import Bundle
 from asesearch.deployment.manifest import file_entries
 from asesearch.deployment.verify import Opened, verify
 from asesearch.deployment.writing import write_bundle
+from asesearch.errors import ConfigError
 from asesearch.schedule import ExitSchedule
 
 SCHEDULE = ExitSchedule.from_string("4 4 2 1", 4)
@@ -76,6 +79,27 @@ def test_a_bundle_of_compiled_blocks_is_verified_as_such(tiny_dit, tmp_path, onl
     checks = verify(write_bundle(made, tmp_path / "bundle"), speed=False)
     assert all(c.passed for c in checks) and checks[1].found.endswith("ddim-4, compiled blocks")
     assert only_traced() == 1
+
+
+def test_compiled_blocks_are_a_choice_of_a_plain_bundle(folder, tiny_dit, tmp_path, only_traced):
+    checks = verify(folder, speed=False, compile=True)
+    assert all(c.passed for c in checks) and checks[1].found.endswith("ddim-4, compiled blocks")
+    assert only_traced() == 1
+    how = SamplingConfig(solver="ddim", num_steps=4, compile=True)
+    made = Bundle(tiny_dit, SCHEDULE, "dit", DiffusionConfig(), how, {}, {})
+    eager = verify(write_bundle(made, tmp_path / "eager"), speed=False, compile=False)
+    assert eager[1].found.endswith("ddim-4") and only_traced() == 1
+    merging = replace(
+        made, sampling=how.model_copy(update={"compile": False}), acceleration=Merging(0.5)
+    )
+    merging = replace(merging, acceleration_name="merge-0.5")
+    merged = write_bundle(merging, tmp_path / "merged")
+    assert verify(merged, speed=False, compile=False)[-1].passed
+    last = verify(merged, speed=False, compile=True)[-1]
+    assert not last.passed and "leave compile or the acceleration out" in last.found
+    manifest = json.loads((folder / "bundle.json").read_text())
+    with pytest.raises(ConfigError, match="for the format asesearch.bundle; got asesearch.onnx"):
+        module._open(folder, {**manifest, "format": "asesearch.onnx"}, True)
 
 
 def test_a_slow_network_is_timed_in_few_calls(monkeypatch):

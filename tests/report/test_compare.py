@@ -12,6 +12,7 @@ import pytest
 import asesearch
 from asesearch.errors import ConfigError, EvaluationError, StudyError
 from asesearch.report import attainment, compare, comparison
+from asesearch.report.compare import drawings
 from asesearch.report.comparison import compare_results
 from asesearch.score import EvaluationResult
 
@@ -85,6 +86,32 @@ def test_the_better_of_two_studies_wins_wherever_it_is_no_noise(three):
     # negative control: equal studies have no winner
     equal = compare_results([three[0], replace(three[0], name="other")])
     assert set(equal.wins["winner"]) == {""} and set(equal.groups["wins"]) == {0}
+
+
+def test_a_time_that_block_calls_cannot_explain_wins_nothing(three):
+    """The same scores, and a machine that held up the full network's runs of one study."""
+    sound = three[0]
+    full = sound.full.number
+    disturbed = replace(
+        sound,
+        name="disturbed",
+        confirmations=tuple(
+            c if c.number == full else replace(c, measured_time_frac=0.3 * c.measured_time_frac)
+            for c in sound.confirmations
+        ),
+    )
+    found = compare_results([sound, disturbed])
+    points = found.points[found.points["study"] == "disturbed"].set_index("number")
+    others = points.drop(full)
+    assert len(others) and (others["time_frac"] == others["block_frac"]).all()
+    assert (others["measured_frac"] < 0.5 * others["block_frac"]).all()
+    assert points.loc[full, "time_frac"] == points.loc[full, "measured_frac"] == 1
+    own = found.points[found.points["study"] == "demo"].set_index("number")
+    assert (own["time_frac"] == own["measured_frac"]).all()  # the control
+    fronts = [d for d in drawings(found) if d.name == "fronts"]
+    assert "stands at the bound of those calls" in fronts[0].caption
+    again = compare_results([sound, replace(sound, name="again")])
+    assert "stands at the bound" not in drawings(again)[0].caption
 
 
 def test_one_repeat_of_the_evaluation_names_no_winner(study):
