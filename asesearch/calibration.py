@@ -71,8 +71,31 @@ def read_acceleration(data: dict[str, Any]) -> Acceleration:
         "guide": GuidanceInterval.from_dict,
     }
     kind = data.get("kind")
-    if kind not in readers:
+    if not isinstance(kind, str) or kind not in readers:
         raise ConfigError(
             f"an acceleration is of kind {', '.join(readers)}; got {kind!r}; calibrate it again"
         )
     return readers[kind](data)
+
+
+def check_named(acceleration: Acceleration, name: str) -> None:
+    """Refuse an acceleration that is not what its name says, as far as it tells.
+
+    Raises:
+        ConfigError: an unknown name, or that of another.
+    """
+    kind, amounts = acceleration_of(name)
+    told = acceleration.to_dict()
+    own: tuple[object, ...] = (told["kind"],)
+    wanted: tuple[object, ...] = (kind,)
+    if kind.startswith("cache-"):
+        own = (told["kind"], told.get("part"), "adjustment" in told)
+        wanted = ("cache", kind.split("-")[1], kind.endswith("-adjusted"))
+    elif kind != "guide":
+        own = (told["kind"], told.get("ratio", told.get("threshold")))
+        wanted = (kind, *amounts)
+    if own != wanted:
+        raise ConfigError(
+            f"a calibration is that of the acceleration's name, {name}; got one of "
+            f"{' '.join(map(str, own))}; calibrate it again"
+        )

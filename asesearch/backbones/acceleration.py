@@ -109,6 +109,20 @@ def plain_blocks(net: Backbone) -> list[nn.Module]:
     return blocks
 
 
+def check_width(net: Backbone, width: int) -> None:
+    """Refuse channels of another network than of one with `plain_blocks`.
+
+    Raises:
+        ConfigError: as said.
+    """
+    own = plain_blocks(net)[0].get_submodule("attn.proj").out_features
+    if width != own:
+        raise ConfigError(
+            f"this acceleration was calibrated for {width} channels; got a network of {own}; "
+            "calibrate it for this one"
+        )
+
+
 PARTS = ("attn", "mlp", "block")
 
 

@@ -27,6 +27,7 @@ from asesearch.backbones.acceleration import (
     Looking,
     Mix,
     as_tokens,
+    check_width,
     led,
     plain_blocks,
     run_at,
@@ -82,6 +83,8 @@ class Caching:
     def attached(self, net: Backbone) -> AbstractContextManager[Begin]:
         if self.adjustment is None:
             return self.leading(net, lambda number, kept, compute: kept)
+        if (width := self.adjustment.shape[-1]) > 1:  # one stands for all, where nothing is reused
+            check_width(net, width)
         device = next(net.parameters()).device
         table = torch.from_numpy(self.adjustment.astype(np.float32)).to(device)
         return self.leading(net, lambda number, kept, compute: adjusted(kept, table[number]))

@@ -29,6 +29,7 @@ from asesearch.backbones.acceleration import (
     Looking,
     Mix,
     as_tokens,
+    check_width,
     led,
     plain_blocks,
 )
@@ -105,6 +106,8 @@ class DeeDiff:
                 f"these exits were calibrated for {self.exits.shape[1]} droppable blocks; got a "
                 f"network of {len(blocks)}; calibrate them for this one"
             )
+        if len(self.estimators):
+            check_width(net, self.estimators.shape[1] - TIME_CHANNELS - 1)
         weights = torch.from_numpy(self.estimators).to(next(net.parameters()).device)
         now = _Call(self.threshold)
         at = [0]

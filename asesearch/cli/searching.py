@@ -294,7 +294,7 @@ def recheck(
     if dry_run:
         print_json({"trials": [r.number for r in records]})
         return
-    bench = Workbench(study.config, run_dir)
+    bench = Workbench(study.config, run_dir, reading=True)
     with (
         interruptible("nothing is kept of a check; the same command begins again"),
         tqdm(total=len(records), desc="recheck", file=sys.stderr, dynamic_ncols=True) as bar,

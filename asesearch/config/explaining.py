@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 from pydantic import ValidationError
-from pydantic_core import ErrorDetails
 
 #: How pydantic writes the kind of a value that may be of several: "tuple[str, ...]".
 _KIND = re.compile(r"(tuple|dict)\[")
@@ -30,7 +30,7 @@ def explain(error: ValidationError, where: str) -> str:
     return f"{where}: {'; '.join(parts[:8] + more)}"
 
 
-def _told(errors: Sequence[ErrorDetails]) -> Iterator[tuple[list[str], ErrorDetails]]:
+def _told(errors: Sequence[Any]) -> Iterator[tuple[list[str], Any]]:
     """Each field by its names, and what is wrong with it.
 
     Of a value that may be of several kinds each kind complains, under its own name; told is what

@@ -24,7 +24,7 @@ from asesearch.backbones.base import Backbone, check_schedule
 from asesearch.backbones.checkpoints import VERSION as WEIGHTS_VERSION
 from asesearch.backbones.checkpoints import load_backbone
 from asesearch.backbones.files import FORMAT as WEIGHTS
-from asesearch.calibration import read_acceleration
+from asesearch.calibration import check_named, read_acceleration
 from asesearch.config import BackboneConfig, DiffusionConfig, SamplingConfig, parse_section
 from asesearch.deployment.bundle import FILES, FORMAT, VERSION, Bundle
 from asesearch.deployment.manifest import (
@@ -198,7 +198,9 @@ def _acceleration(path: Path, data: object) -> tuple[Acceleration | None, str]:
         )
     assert isinstance(name, str) and isinstance(calibration, dict)
     acceleration_of(name)
-    return read_acceleration(calibration), name
+    found = read_acceleration(calibration)
+    check_named(found, name)
+    return found, name
 
 
 # -- its files ---------------------------------------------------------------------------------

@@ -17,22 +17,30 @@ from asesearch.study.workers import waited_lock
 
 
 def kept_acceleration(
-    run_dir: Path, sampler: Sampler, made_for: dict[str, Any], make: Callable[[], Acceleration]
+    run_dir: Path | None,
+    sampler: Sampler,
+    made_for: dict[str, Any],
+    make: Callable[[], Acceleration],
+    *,
+    reading: bool = False,
 ) -> Acceleration:
     """The acceleration of a sampler: read where it is on record, else calibrated, by one worker
-    while the others wait. Reading writes nothing.
+    while the others wait.
 
     Args:
-        run_dir: the study directory.
+        run_dir: the study directory; None for none.
         sampler: with the acceleration.
         made_for: what the calibration follows from, as plain data; one that was made for something
             else is made again.
         make: calibrates it.
+        reading: nothing is written.
     """
+    if run_dir is None:
+        return make()
     path = run_dir / directory.acceleration_file(sampler)
     found = _on_record(path, made_for)
-    if found is not None:
-        return found
+    if found is not None or reading:
+        return found or make()
     with waited_lock(run_dir / directory.LOCKS / "acceleration.lock", "calibrates a sampler"):
         found = _on_record(path, made_for)
         if found is None:

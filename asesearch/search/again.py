@@ -49,7 +49,7 @@ class PointEvaluation:
                 f"a trial has its own schedule; got --trial {trial} with --schedule; leave one out"
             )
         study = Study.open(run_dir, storage)
-        self.bench = Workbench(study.config, run_dir)
+        self.bench = Workbench(study.config, run_dir, reading=True)
         self.protocol: Protocol = self.bench.protocols.search
         self.record = None if trial is None else study.record(trial)
         if self.record is None:

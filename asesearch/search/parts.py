@@ -61,13 +61,17 @@ class Parts:
         config: the study file.
         run_dir: the study directory; the latency table is kept there, so that all trials share one.
             None keeps nothing.
+        reading: nothing is written to the study directory; what is missing there is made for this
+            process alone.
 
     Raises:
         ConfigError, DataError, ScheduleError, CheckpointError, EvaluationError: parts that are
             missing, unreadable or do not fit each other, before anything expensive.
     """
 
-    def __init__(self, config: StudyConfig, run_dir: Path | None = None) -> None:
+    def __init__(
+        self, config: StudyConfig, run_dir: Path | None = None, *, reading: bool = False
+    ) -> None:
         if config.backbone.checkpoint is None:
             raise ConfigError(
                 "a search needs pretrained weights; got no backbone.checkpoint; give a path or "
@@ -76,6 +80,7 @@ class Parts:
         check_evaluation(config)
         self.config = config
         self.run_dir = run_dir
+        self.reading = reading
         self.device = default_device()
         self.data = open_data(config.data)
         null = getattr(self.data, "null_condition", None)
@@ -123,15 +128,12 @@ class Parts:
         """That of a sampler, if it has one: calibrated by the pretrained network at full depth on
         first use, once a study."""
         if sampler.acceleration and sampler not in self._accelerations:
-            self._accelerations[sampler] = (
-                self._calibrated(sampler, SEEDS)
-                if self.run_dir is None
-                else kept_acceleration(
-                    self.run_dir,
-                    sampler,
-                    self._calibrated_for(sampler),
-                    lambda: self._calibrated(sampler, SEEDS),
-                )
+            self._accelerations[sampler] = kept_acceleration(
+                self.run_dir,
+                sampler,
+                self._calibrated_for(sampler),
+                lambda: self._calibrated(sampler, SEEDS),
+                reading=self.reading,
             )
         return self._accelerations.get(sampler)
 

@@ -18,7 +18,9 @@ class Workbench(Parts):
         trials: the work of a trial.
     """
 
-    def __init__(self, config: StudyConfig, run_dir: Path | None = None) -> None:
-        super().__init__(config, run_dir)
+    def __init__(
+        self, config: StudyConfig, run_dir: Path | None = None, *, reading: bool = False
+    ) -> None:
+        super().__init__(config, run_dir, reading=reading)
         self.costs = Costs(self)
         self.trials = Trials(self, self.costs)

@@ -1,5 +1,6 @@
 """Bundles: the same images anywhere, and no damaged or foreign file accepted."""
 
+import base64
 import hashlib
 import json
 import os
@@ -307,6 +308,29 @@ def test_an_interval_of_a_bundle_without_guidance_is_refused(bundle, tmp_path):
         ({"calibration": {"kind": "cache", "part": "block", "reuse": ["0000"]}}, "network calls"),
         ({"calibration": {"kind": "cache", "part": "block", "reuse": ["000"] * 4}}, "3 blocks"),
         ({"calibration": {"kind": "cache", "part": "block", "reuse": ["00x0"] * 4}}, "rows of 0"),
+        ({"calibration": {"kind": ["cache"]}}, "is of kind cache, merge"),
+        ({"calibration": {"kind": "merge", "ratio": 0.5}}, "of the acceleration's name"),
+        ({"name": "cache-attn-0.5"}, "cache-attn-0.5; got one of cache block False"),
+        ({"name": "cache-block-adjusted-0.5"}, "got one of cache block False"),
+        (
+            {
+                "name": "merge-0.3",
+                "calibration": {"kind": "merge", "ratio": 0.5},
+            },
+            "merge-0.3; got one of merge 0.5",
+        ),
+        (
+            {
+                "name": "cache-block-adjusted-0.5",
+                "calibration": {
+                    "kind": "cache",
+                    "part": "block",
+                    "reuse": ["0000", "0001", "0000", "0000"],
+                    "adjustment": base64.b64encode(bytes(2 * 2 * 3)).decode(),
+                },
+            },
+            "calibrated for 3 channels; got a network of 16",
+        ),
     ],
 )
 def test_a_cache_that_does_not_fit_is_refused(cached, tmp_path, change, words):

@@ -33,7 +33,7 @@ def make_bench(tmp_path):
     torch.manual_seed(0)
     save_backbone(DiT(**SHAPE), tmp_path / "net.safetensors", {})
 
-    def make(run_dir=None, **sections):
+    def make(run_dir=None, reading=False, **sections):
         study = {
             "name": "tiny",
             "backbone": {"kind": "dit", "checkpoint": str(tmp_path / "net.safetensors")},
@@ -47,7 +47,8 @@ def make_bench(tmp_path):
             },
             "confirm": {"num_samples": 80, "repeats": 3, "time_images": 4, "time_repeats": 3},
         }
-        return Workbench(parse_study({**study, **sections}, "test"), run_dir)
+        config = parse_study({**study, **sections}, "test")
+        return Workbench(config, run_dir, reading=reading)
 
     return make
 
@@ -269,6 +270,11 @@ def test_a_samplers_acceleration_is_calibrated_once_and_read_again(
     assert found.to_dict() == first.acceleration(sampler).to_dict()
     # reading takes no lock, so that it works where nothing can be written
     assert path.read_bytes() == written and not list((tmp_path / "run" / "locks").iterdir())
+    monkeypatch.undo()
+    path.unlink()
+    alone = make_bench(**how, reading=True).acceleration(sampler)
+    assert alone.to_dict() == found.to_dict() and not path.exists()
+    path.write_bytes(written)
     assert recorded_acceleration(tmp_path / "run", sampler).to_dict() == found.to_dict()
 
 
