@@ -303,7 +303,7 @@ def check_acceleration(
     if acceleration.num_calls not in (None, num_calls):
         raise ConfigError(
             f"the acceleration was made for {acceleration.num_calls} network calls; got a sampler "
-            f"of {num_calls}; calibrate it for this sampler"
+            f"of {num_calls}; keep the number of steps, or calibrate it for this sampler"
         )
 
 
