@@ -5,13 +5,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from measuring import machine
-from paper_rows import EXPERTS, PRETRAINED, RECIPES, Row
+from paper_rows import EXPERTS, JOINED, OWN, PRETRAINED, RECIPES, Row
 from torch import Tensor, nn
 
 from asesearch.backbones import save_backbone
@@ -91,22 +92,39 @@ class TenthTrainer(Trainer):
         return super().train_step(replace(batch, t=t))
 
 
-class Experts(Backbone):
-    """A network of its own for each tenth of the timesteps; all images of a call share one."""
+class Several(Backbone):
+    """Several networks in the place of one; all images of a call share one.
 
-    def __init__(self, nets: list[Backbone], num_train_timesteps: int) -> None:
+    Args:
+        nets: of one shape.
+        choose: number of the network that makes the call at a timestep and an exit depth.
+    """
+
+    def __init__(self, nets: Sequence[Backbone], choose: Callable[[int, int], int]) -> None:
         super().__init__()
         for name in Backbone.__annotations__:
             if hasattr(nets[0], name):
                 setattr(self, name, getattr(nets[0], name))
         self.nets = nn.ModuleList(nets)
-        self.whole = num_train_timesteps
+        self.choose = choose
 
     def forward(
         self, x_t: Tensor, t: Tensor, y: Tensor | None = None, *, exit_depth: ExitDepth = None
     ) -> Tensor:
-        net = self.nets[int(t[0]) * TENTHS // self.whole]
+        depth = self.depth if exit_depth is None else exit_depth
+        assert isinstance(depth, int)
+        net = self.nets[self.choose(int(t[0]), depth)]
         return net(x_t, t, y, exit_depth=exit_depth)  # type: ignore[no-any-return]
+
+
+def experts(nets: Sequence[Backbone], num_train_timesteps: int) -> Several:
+    """A network of its own for each tenth of the timesteps."""
+    return Several(nets, lambda t, depth: t * TENTHS // num_train_timesteps).eval()
+
+
+def joined(pretrained: Backbone, tuned: Backbone) -> Several:
+    """The pretrained network at full depth, the fine-tuned one at all others."""
+    return Several([pretrained, tuned], lambda t, depth: int(depth < pretrained.depth)).eval()
 
 
 class Networks:
@@ -130,6 +148,9 @@ class Networks:
         bench = self.bench
         if row.recipe == PRETRAINED:
             return Made(bench.backbone)
+        if row.recipe == JOINED:
+            own = self.of(replace(row, recipe=OWN), training_seed)
+            return replace(own, net=joined(bench.backbone, own.net))
         trials = Recipe(bench, RECIPES.get(row.recipe, {}))
         schedule = ExitSchedule.from_string(row.schedule, bench.backbone.depth)
         start, config = trials.tuning(schedule, training_seed)
@@ -190,4 +211,4 @@ class Networks:
             seconds += json.loads(took.read_text(encoding="utf-8"))["seconds"]
             kind = BackboneConfig(kind=bench.config.backbone.kind, checkpoint=str(path))
             nets.append(load_backbone(kind).to(bench.device).eval())
-        return Experts(nets, bench.full.num_train_timesteps).eval(), seconds
+        return experts(nets, bench.full.num_train_timesteps), seconds

@@ -53,6 +53,8 @@ ADDED = {
 }
 PRETRAINED = "pretrained"  # recipe: the network as it is
 OWN = "own"  # recipe: `Trials.tuning`, which for the full network is equal-compute fine-tuning
+#: Recipe: `OWN`, and the pretrained network in all calls at full depth: two sets of weights.
+JOINED = "pretrained at full depth"
 EXPERTS = "experts"  # recipe: a network of its own for each tenth of t, in equal compute
 
 #: Changes of `OWN`, each alone. `times` is of the number of steps; `start` of the weights.
@@ -84,7 +86,8 @@ class Row:
         schedule: as `str` of an `ExitSchedule` writes it.
         sampler: as `str` of a `Sampler` writes it.
         against: sampler of the full network over whose costs its own are counted.
-        recipe: how its weights are made: `PRETRAINED`, `EXPERTS` or a key of `RECIPES`.
+        recipe: how its weights are made: `PRETRAINED`, `JOINED`, `EXPERTS` or a key of
+            `RECIPES`.
         stage: "pick" for candidates on few images, "confirm" for all else.
     """
 
@@ -255,7 +258,7 @@ def ablations(choice: Choice) -> Iterator[Row]:
     for sampler in choice.samplers or (DDIM,):
         yield from full_rows(sampler, choice)
         schedule = str(choice.read("D3-DiT"))
-        for recipe in RECIPES:
+        for recipe in (*RECIPES, JOINED):
             method = "exits" if recipe == OWN else "ablation"
             label = "D3-DiT" if recipe == OWN else recipe
             yield Row(method, label, schedule, sampler, sampler, recipe)
