@@ -30,6 +30,7 @@ from asesearch.report.style import (
 METHODS = {
     "full": ("full network", "black", "*"),
     "exits": ("early exits", VERMILION, "o"),
+    "joined": ("early exits, pretrained at full depth", VERMILION, "^"),
     "data-easy": ("the same, data-easy", PURPLE, "v"),
     "static": ("one depth everywhere", ORANGE, "s"),
     "steps": ("fewer steps", BLUE, "D"),

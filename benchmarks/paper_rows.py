@@ -81,7 +81,7 @@ class Row:
     """What is measured.
 
     Attributes:
-        method: "full", "exits", "static", "data-easy", "steps", "cache", …
+        method: "full", "exits", "joined", "static", "data-easy", "steps", "cache", …
         label: what a page calls it.
         schedule: as `str` of an `ExitSchedule` writes it.
         sampler: as `str` of a `Sampler` writes it.
@@ -159,10 +159,12 @@ def data_easy(schedule: ExitSchedule) -> ExitSchedule:
     return ExitSchedule.uniform_intervals(schedule.exit_depths[::-1], schedule.depth)
 
 
-def exit_rows(sampler: str, choice: Choice) -> Iterator[Row]:
-    """The published schedules and the further ones."""
+def exit_rows(sampler: str, choice: Choice, method: str = "exits") -> Iterator[Row]:
+    """The published schedules and the further ones, as `OWN` or as `JOINED` makes their weights."""
     for name in (*PUBLISHED, *choice.schedules):
-        yield Row("exits", name, str(choice.read(name)), sampler, sampler)
+        schedule = str(choice.read(name))
+        recipe = JOINED if method == "joined" else OWN
+        yield Row(method, name, schedule, sampler, sampler, recipe)
 
 
 def added_rows(method: str, sampler: str, choice: Choice, schedule: str = "full") -> Iterator[Row]:
@@ -204,6 +206,7 @@ def figure3(choice: Choice) -> Iterator[Row]:
     for sampler in choice.samplers or (DDIM, DPM):
         yield from full_rows(sampler, choice)
         yield from exit_rows(sampler, choice)
+        yield from exit_rows(sampler, choice, "joined")
         yield from step_rows(sampler, choice)
         for method in ADDED:
             yield from added_rows(method, sampler, choice)
@@ -259,7 +262,7 @@ def ablations(choice: Choice) -> Iterator[Row]:
         yield from full_rows(sampler, choice)
         schedule = str(choice.read("D3-DiT"))
         for recipe in (*RECIPES, JOINED):
-            method = "exits" if recipe == OWN else "ablation"
+            method = {OWN: "exits", JOINED: "joined"}.get(recipe, "ablation")
             label = "D3-DiT" if recipe == OWN else recipe
             yield Row(method, label, schedule, sampler, sampler, recipe)
 
