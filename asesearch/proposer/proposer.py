@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import numpy as np
@@ -29,6 +29,7 @@ from asesearch.proposer.problem import Problem
 from asesearch.proposer.quality_model import Level, QualityModel
 from asesearch.proposer.space import Space
 from asesearch.sampler import Sampler
+from asesearch.schedule import ExitSchedule
 from asesearch.study.records import (
     EXPLORATIONS,
     EXPLORES,
@@ -87,6 +88,7 @@ class DifficultySampler(optuna.samplers.BaseSampler):
         num_draws: see `FrontBelief`.
         explore: so many proposals first follow the front of low-fidelity scores; see
             `config.PromotionConfig`.
+        busy: schedules that another worker is at without a trial in flight.
     """
 
     def __init__(
@@ -100,11 +102,13 @@ class DifficultySampler(optuna.samplers.BaseSampler):
         seed: int = 0,
         num_draws: int = 64,
         explore: int = 0,
+        busy: Collection[ExitSchedule] = (),
     ) -> None:
         self.problem = Problem(space, samplers, call_costs, full_cost, difficulty_map)
         self.seed = seed
         self.num_draws = num_draws
         self.explore = explore
+        self.busy = busy
         self.explores = False  # whether the last proposal belongs to the exploration phase
 
     # -- what Optuna asks ------------------------------------------------------------------------
@@ -191,8 +195,8 @@ class DifficultySampler(optuna.samplers.BaseSampler):
         gone = self._rows(records, lambda r: r.state == "failed")
         # a schedule in flight is another worker's under every sampler
         busy = {
-            self.problem.row(Point(p.schedule, sampler))
-            for p in pending
+            self.problem.row(Point(schedule, sampler))
+            for schedule in (*(p.schedule for p in pending), *self.busy)
             for sampler in self.problem.samplers
         }
         left_out = {self.problem.key(p) for p in belief.known} | self._keys(gone) | self._keys(busy)

@@ -100,6 +100,7 @@ class Asker:
                 problem.difficulty_map,
                 seed=seed,
                 explore=num_explored(self.config),
+                busy=self.fleet.refused,
             )
         else:
             self.study.optuna.sampler = make_proposer(self.config.search, seed)

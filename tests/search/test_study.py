@@ -18,7 +18,8 @@ from asesearch.sampler import Sampler
 from asesearch.schedule import ExitSchedule
 from asesearch.search.promotion import num_explored
 from asesearch.search.runner import Runner, run_trials
-from asesearch.search.setup import make_space, warm_starts
+from asesearch.search.setup import make_problem, make_space, warm_starts
+from asesearch.search.warmup import warm_up
 from asesearch.study.difficulty import DifficultyMap
 from asesearch.study.front import non_dominated
 from asesearch.study.records import RECORD, REPEAT, TrialRecord
@@ -363,6 +364,27 @@ def ready(run_dir):
 LADDER = {
     "promotion": {"num_samples": 20, "repeats": 2, "always": 2, "threshold": 0.5, "explore": 0}
 }
+
+
+def test_a_schedule_that_is_held_without_a_trial_is_proposed_once(tmp_path):
+    """As the full network's is while a worker tunes it during the warm-up; by the formula it is the
+    best there is under any sampler."""
+    config = make_config(
+        {"promotion": {**LADDER["promotion"], "explore": 5}},
+        proposer="difficulty",
+        num_trials=14,
+        samplers=["dpm++2m-5"],
+    )
+    study = Study(config, ready(tmp_path))
+    bench = FakeBench(config=config)
+    here = Runner(study, bench)
+    made = warm_up(bench, tmp_path)
+    here.asker.problem = make_problem(here.fleet.space, bench, made.difficulty_map)
+    other = Runner(Study(config, tmp_path), bench)
+    with other.fleet.claim(ExitSchedule.full(6)) as mine:
+        outcomes = [here._one_trial() for _ in range(12)]
+    assert mine and outcomes == ["taken", *["tried"] * 11]
+    assert not any(s.is_full for s in (*bench.tried, *bench.low_tried))
 
 
 def test_difficulty_proposer_resumes_and_repeats_like_any_other(tmp_path):
