@@ -42,7 +42,7 @@ setup:  ## only install what `make search` needs
 
 setup-dev:  ## only install what tests, linters and documentation need
 	@$(call installed,installed-dev) || { \
-	  $(MAKE) --no-print-directory install WHAT='.[dev,docs,text,postgresql,onnx,dashboard]' STAMPS='installed-dev installed' && \
+	  $(MAKE) --no-print-directory install WHAT='.[dev,docs,text,postgresql,onnx,dashboard,rivals]' STAMPS='installed-dev installed' && \
 	  { $(BIN)/python -m compileall -qq -j 0 $(VENV)/lib || true; }; }
 
 # Bytecode of all that is installed takes pip a minute of one core. A search compiles what it needs when it

@@ -9,8 +9,10 @@ from typing import Any
 from asesearch.backbones.acceleration import Acceleration
 from asesearch.backbones.adjusting import fitted
 from asesearch.backbones.caching import Caching, Recorder, reuse_of
+from asesearch.backbones.dbcache import DBCache, decided
 from asesearch.backbones.guidance import GuidanceInterval
 from asesearch.backbones.merging import Merging
+from asesearch.backbones.smoothcache import SmoothCache, smoothed
 from asesearch.backbones.uncertainty import DeeDiff, learned
 from asesearch.errors import ConfigError
 from asesearch.sampler import acceleration_of
@@ -21,6 +23,12 @@ NUM_IMAGES = 16
 SEEDS = range(2**32 - 2 * NUM_IMAGES, 2**32 - NUM_IMAGES)
 #: Samples the full network for `SEEDS`, under an acceleration that only looks on.
 Look = Callable[[Acceleration], object]
+#: Accelerations of an amount, a number of calls and what samples.
+LEARNED: dict[str, Callable[[float, int, Look], Acceleration]] = {
+    "deediff": learned,
+    "dbcache": decided,
+    "smoothcache": smoothed,
+}
 
 
 def calibrated(name: str, timesteps: Sequence[float], look: Look) -> Acceleration:
@@ -41,8 +49,8 @@ def calibrated(name: str, timesteps: Sequence[float], look: Look) -> Acceleratio
     (amount,) = amounts
     if kind == "merge":
         return Merging(amount)
-    if kind == "deediff":
-        return learned(amount, len(timesteps), look)
+    if kind in LEARNED:
+        return LEARNED[kind](amount, len(timesteps), look)
     _, part, *adjusted = kind.split("-")
     recorder = Recorder(part, len(timesteps))
     look(recorder)
@@ -68,6 +76,8 @@ def read_acceleration(data: dict[str, Any]) -> Acceleration:
         "cache": Caching.from_dict,
         "merge": Merging.from_dict,
         "deediff": DeeDiff.from_dict,
+        "dbcache": DBCache.from_dict,
+        "smoothcache": SmoothCache.from_dict,
         "guide": GuidanceInterval.from_dict,
     }
     kind = data.get("kind")
@@ -91,7 +101,7 @@ def check_named(acceleration: Acceleration, name: str) -> None:
     if kind.startswith("cache-"):
         own = (told["kind"], told.get("part"), "adjustment" in told)
         wanted = ("cache", kind.split("-")[1], kind.endswith("-adjusted"))
-    elif kind != "guide":
+    elif kind in ("merge", "deediff"):
         own = (told["kind"], told.get("ratio", told.get("threshold")))
         wanted = (kind, *amounts)
     if own != wanted:

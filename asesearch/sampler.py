@@ -16,10 +16,11 @@ ACCELERATIONS = (
     *("cache-attn-adjusted", "cache-mlp-adjusted", "cache-block-adjusted"),
     "merge",
     "deediff",
+    *("dbcache", "smoothcache"),
     "guide",
 )
 #: The largest amount of those that have one below 100.
-LIMITS = {"merge": 0.5, "deediff": 1.0}
+LIMITS = {"merge": 0.5, "deediff": 1.0, "dbcache": 1.0}
 _AMOUNTS = ACCELERATIONS[:-1]
 #: Their names with an amount in its shortest form, "cache-attn-0.1", or with an interval of
 #: timesteps, "guide-100-700".
@@ -81,8 +82,8 @@ def _no_acceleration(name: str) -> str:
     if begun is None:
         return (
             "an acceleration is cache-PART-AMOUNT or cache-PART-adjusted-AMOUNT (PART attn, mlp or "
-            f"block), merge-AMOUNT, deediff-AMOUNT or guide-LO-HI; got {name!r}; write for example "
-            '"cache-attn-0.1"'
+            "block), merge-AMOUNT, deediff-AMOUNT, dbcache-AMOUNT, smoothcache-AMOUNT or "
+            f'guide-LO-HI; got {name!r}; write for example "cache-attn-0.1"'
         )
     if begun[1] == "guide":
         return (

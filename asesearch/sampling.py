@@ -231,10 +231,11 @@ def _counting(backbone: Backbone, acceleration: Acceleration | None) -> Iterator
     blocks = [] if acceleration is None else backbone.transformer_blocks()[-backbone.depth :]
     # a block that is led elsewhere as a whole is called all the same, what is in it is not
     whole = isinstance(acceleration, GuidanceInterval)
-    hooks = [
-        (block if whole else block.get_submodule("attn")).register_forward_pre_hook(count)
+    places = [
+        block if whole else getattr(block, "attn1" if hasattr(block, "attn1") else "attn")
         for block in blocks
     ]
+    hooks = [place.register_forward_pre_hook(count) for place in places]
     try:
         yield counted
     finally:

@@ -7,14 +7,16 @@ elsewhere.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, redirect_stdout
+from importlib import import_module
+from io import StringIO
 from typing import Any, Protocol, Self
 
 import numpy as np
 import numpy.typing as npt
 from torch import Tensor, nn
 
-from asesearch.backbones.base import Backbone
+from asesearch.backbones.base import Backbone, ExitDepth
 from asesearch.errors import ConfigError
 
 #: Begins a network call, by its number in the sampling of one batch, from 0.
@@ -136,3 +138,55 @@ def as_tokens(value: Any) -> Tensor:
     """A block's tokens (N, L, D)."""
     assert isinstance(value, Tensor)
     return value
+
+
+def one_depth(what: str, exit_depth: ExitDepth) -> int | None:
+    """The exit depth of a call.
+
+    Raises:
+        ConfigError: one for each image.
+    """
+    if isinstance(exit_depth, Tensor):
+        raise ConfigError(
+            f"{what} one exit depth for the batch; got one for each image; pass an integer"
+        )
+    return exit_depth
+
+
+# -- those of other packages -----------------------------------------------------------------------
+
+#: diffusers' transformers that predict noise, as sampling here needs.
+_TRANSFORMERS = ("DiTTransformer2DModel", "PixArtTransformer2DModel")
+
+
+def library(module: str, package: str, kind: str) -> Any:
+    """A package that an acceleration is, imported; what it prints meanwhile is dropped.
+
+    Raises:
+        ConfigError: it is not installed, or can't be imported.
+    """
+    try:
+        with redirect_stdout(StringIO()):
+            return import_module(module)
+    except ImportError as error:
+        raise ConfigError(
+            f"the acceleration {kind} needs the package {package}; got {error}; "
+            "pip install 'asesearch[rivals]'"
+        ) from error
+
+
+def diffusers_transformer(net: Backbone, kind: str) -> Any:
+    """The diffusers transformer of a network.
+
+    Raises:
+        ConfigError: another network.
+    """
+    transformer = getattr(net, "transformer", None)
+    names = [cls.__name__ for cls in type(transformer).__mro__]
+    if not set(_TRANSFORMERS) & set(names):
+        got = type(net).__name__ if transformer is None else names[0]
+        raise ConfigError(
+            f"{kind} acts on networks of kind 'diffusers': {' or '.join(_TRANSFORMERS)}; got "
+            f"{got}; leave the acceleration out, or take cache-block or cache-attn"
+        )
+    return transformer

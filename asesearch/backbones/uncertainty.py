@@ -31,6 +31,7 @@ from asesearch.backbones.acceleration import (
     as_tokens,
     check_width,
     led,
+    one_depth,
     plain_blocks,
 )
 from asesearch.backbones.base import Backbone, ExitDepth
@@ -116,12 +117,8 @@ class DeeDiff:
             at[0] = call
 
         def whole(x_t: Tensor, t: Tensor, y: Any = None, *, exit_depth: ExitDepth = None) -> Tensor:
-            if isinstance(exit_depth, Tensor):
-                raise ConfigError(
-                    "uncertainty-based exits take one exit depth for the batch; got one for each "
-                    "image; pass an integer"
-                )
-            now.begin(t, net.depth if exit_depth is None else exit_depth)
+            depth = one_depth("uncertainty-based exits take", exit_depth)
+            now.begin(t, net.depth if depth is None else depth)
             out: Tensor = forward(x_t, t, y, exit_depth=exit_depth)
             if on_exits is not None:
                 on_exits(at[0], now.depths)

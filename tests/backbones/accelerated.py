@@ -6,11 +6,15 @@ from typing import Any
 
 import numpy as np
 import torch
+from diffusers import DiTTransformer2DModel, PixArtTransformer2DModel
 
 from asesearch.backbones import DiT, UViT
 from asesearch.backbones.caching import Caching
+from asesearch.backbones.dbcache import DBCache
+from asesearch.backbones.diffusers_adapter import DiffusersBackbone
 from asesearch.backbones.guidance import GuidanceInterval
 from asesearch.backbones.merging import Merging
+from asesearch.backbones.smoothcache import Measuring, SmoothCache
 from asesearch.backbones.uncertainty import TIME_CHANNELS, DeeDiff, counted
 from asesearch.calibration import calibrated
 from asesearch.diffusion import Diffusion
@@ -44,12 +48,57 @@ def uvit(num_classes=-1):
     return awake(UViT(depth=8, num_classes=num_classes, **shape))
 
 
+def tame(model, last):
+    """With outputs of the size of noise, so that rounding stays small."""
+    for parameter in getattr(model, last).parameters():
+        parameter.data *= 0.1
+    return model
+
+
+def diffusers_dit(width=16, **sizes):
+    torch.manual_seed(0)
+    sizes = {
+        "num_layers": 4,
+        "sample_size": 8,
+        "num_embeds_ada_norm": 10,
+        "in_channels": 1,
+        **sizes,
+    }
+    heads = {"num_attention_heads": 2, "attention_head_dim": width // 2}
+    model = DiTTransformer2DModel(**heads, **sizes)
+    return DiffusersBackbone(tame(awake(model), "proj_out_2"))
+
+
+def pixart():
+    torch.manual_seed(0)
+    sizes = {"num_layers": 4, "sample_size": 8, "cross_attention_dim": 16, "caption_channels": 12}
+    heads = {"num_attention_heads": 2, "attention_head_dim": 8}
+    model = PixArtTransformer2DModel(**heads, in_channels=1, out_channels=1, **sizes)
+    return DiffusersBackbone(
+        tame(awake(model), "proj_out"), {"encoder_hidden_states": torch.randn(1, 3, 12)}
+    )
+
+
 NETWORKS = {"DiT": dit, "U-ViT": uvit}
+#: Of other packages: they act on these networks.
+RIVALS = ("dbcache", "smoothcache")
+DIFFUSERS = {"diffusers DiT": diffusers_dit, "PixArt": pixart}
+
+
+def networks(kind):
+    return DIFFUSERS if kind in RIVALS else NETWORKS
+
+
+def prompts(net, count):
+    """Of so many images, where the network takes any."""
+    if not net.takes_prompt:
+        return None
+    return {"encoder_hidden_states": torch.randn(count, 3, 12, generator=torch.Generator())}
 
 
 def make(net, acceleration=None, schedule=SCHEDULE, **options):
     seeds = range(3)
-    y = torch.tensor([1, 2, 3]) if net.num_classes else None
+    y = torch.tensor([1, 2, 3]) if net.num_classes else prompts(net, 3)
     options = {"diffusion": Diffusion(), "num_steps": CALLS, "y": y, "batch_size": 2, **options}
     return sample(net, "ddim", schedule, seeds=seeds, acceleration=acceleration, **options)
 
@@ -82,6 +131,15 @@ def some_exits(net, schedule=SCHEDULE):
     return counted(made, lambda looking: make(net, looking, schedule))
 
 
+def some_layers(net):
+    """Layers of each kind reuse at calls of their own."""
+    measuring = Measuring(CALLS)
+    make(net, measuring, FULL)
+    rows = zip(measuring.shares, ("01101", "00110", "01010"), strict=False)
+    reuse = {name: np.array(list(row)) == "1" for name, row in rows}
+    return SmoothCache(reuse, measuring.shares)
+
+
 #: Of each kind one that changes images: its class is that of all of the kind.
 STRONG = {
     "cache-attn": lambda net: Caching("attn", some_flags(net)),
@@ -92,6 +150,8 @@ STRONG = {
     "cache-block-adjusted": lambda net: some_adjustment(net, "block"),
     "merge": lambda net: Merging(0.5),
     "deediff": some_exits,
+    "dbcache": lambda net: DBCache(np.array([False, True, False, True, True])),
+    "smoothcache": some_layers,
     "guide": lambda net: GuidanceInterval(np.array([False, True, False, True, False])),
 }
 #: Of each kind with what it changes nothing.
@@ -124,6 +184,6 @@ class Case:
 
 def case(name, kind):
     guided = kind == "guide"
-    networks = NETWORKS | {"U-ViT": partial(uvit, 5)} if guided else NETWORKS
-    net = networks[name]()
+    made = NETWORKS | {"U-ViT": partial(uvit, 5)} if guided else networks(kind)
+    net = made[name]()
     return Case(kind, net, STRONG[kind](net), {"cfg_scale": 1.5} if guided else {})

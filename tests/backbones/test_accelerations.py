@@ -17,16 +17,29 @@ from tests.backbones.accelerated import (
     CALLS,
     MIDDLE,
     NETWORKS,
+    RIVALS,
     SCHEDULE,
     STRONG,
     WEAK,
     awake,
     case,
+    diffusers_dit,
     make,
+    networks,
+    prompts,
 )
 
 
-@pytest.fixture(params=[(name, kind) for name in NETWORKS for kind in ACCELERATIONS], ids=str)
+def marked(kind, *more):
+    """cache-dit takes seconds to import; of the other package's networks one is enough."""
+    marks = [pytest.mark.slow] if kind == "dbcache" or more == ("PixArt",) else []
+    return pytest.param((*more, kind) if more else kind, marks=marks, id="-".join((*more, kind)))
+
+
+every_kind = pytest.mark.parametrize("kind", [marked(kind) for kind in ACCELERATIONS])
+
+
+@pytest.fixture(params=[marked(kind, name) for kind in ACCELERATIONS for name in networks(kind)])
 def each(request):
     return case(*request.param)
 
@@ -38,8 +51,12 @@ def plain_flops(net):
     """The table of a network as it is, counted once for each shape."""
     shape = type(net), net.num_classes
     if shape not in PLAIN:
-        PLAIN[shape] = flops_table(net)
+        PLAIN[shape] = flops_table(net, prompts(net, 1))
     return PLAIN[shape]
+
+
+def first_network(kind):
+    return next(iter(networks(kind).values()))()
 
 
 def flops_of(call):
@@ -71,7 +88,7 @@ def test_flops_are_those_counted_in_a_real_sampling(each):
     mixes = strong.mix(net, depths)
     assert all(sum(w for w, *_ in mix) == pytest.approx(1) for mix in mixes)
     plain = plain_flops(net)
-    predicted = mixed_cost(mixes, plain, flops_table(net, None, strong))
+    predicted = mixed_cost(mixes, plain, flops_table(net, prompts(net, 1), strong))
     assert flops == pytest.approx(3 * each.passes * predicted, rel=1e-9)
     assert predicted < sum(plain[d - 1] for d in depths)
 
@@ -88,6 +105,8 @@ def test_calls_are_those_that_ran(each):
         alone = [mix[0][2] for mix in mixes]
         assert result.nfe == sum(1 if one else 2 for one in alone) < plain.nfe
         counted = sum(d if one else 2 * d for one, d in zip(alone, depths, strict=True))
+    elif each.kind == "dbcache":
+        counted = sum(1 if mix[0][2] else mix[0][1] for mix in mixes)
     elif each.kind == "deediff":
         counted = sum(w * d for mix in mixes for w, d, _ in mix)
     elif each.kind.startswith("cache-block"):
@@ -102,7 +121,7 @@ def test_calls_are_those_that_ran(each):
     else:
         counted = sum(depths)
     assert result.block_calls == pytest.approx(counted)
-    saves_blocks = each.kind in ("guide", "deediff") or each.kind.startswith("cache-block")
+    saves_blocks = each.kind in ("guide", "deediff", "dbcache") or each.kind.startswith("cache-block")
     assert (result.block_calls < plain.block_calls) == saves_blocks
 
 
@@ -113,9 +132,9 @@ def test_it_reads_back(each):
     assert torch.equal(each.make(again).images, each.make(strong).images)
 
 
-@pytest.mark.parametrize("kind", ACCELERATIONS)
+@every_kind
 def test_guidance_goes_with_it(kind):
-    net = NETWORKS["DiT"]()
+    net = first_network(kind)
     plain = make(net, cfg_scale=1.5).images
     accelerated = make(net, STRONG[kind](net), cfg_scale=1.5).images
     assert (accelerated - plain).abs().max() > 1e-4
@@ -123,9 +142,9 @@ def test_guidance_goes_with_it(kind):
     assert (accelerated - unguided).abs().max() > 1e-4
 
 
-@pytest.mark.parametrize("kind", ACCELERATIONS)
+@every_kind
 def test_bfloat16_goes_with_it(kind):
-    each = case("DiT", kind)
+    each = case(next(iter(networks(kind))), kind)
     each.options["precision"] = "bf16"
     images = each.make(each.calibrate(MIDDLE[kind])).images
     assert images.isfinite().all()
@@ -145,6 +164,10 @@ def test_what_does_not_fit_is_refused(each):
         with pytest.raises(ConfigError, match=f"made for {CALLS} network calls"):
             each.make(strong, num_steps=CALLS + 1)
     if each.kind == "guide":  # goes with any network
+        return
+    if each.kind in RIVALS:
+        with pytest.raises(ConfigError, match="acts on networks of kind 'diffusers'.*got DiT;"):
+            make(NETWORKS["DiT"](), strong)
         return
     del each.net.transformer_blocks()[0].mlp
     with pytest.raises(ConfigError, match="DiT or U-ViT"):
@@ -171,7 +194,11 @@ def test_modules_are_left_as_they_were(each):
 def test_the_true_shape(kind):
     """28 blocks, 256 tokens, 1,000 classes and guidance; narrow, so that a CPU has time for it."""
     torch.manual_seed(0)
-    net = awake(DiT(hidden_size=32, depth=28, num_heads=2))
+    if kind in RIVALS:
+        sizes = {"in_channels": 4, "sample_size": 32, "num_embeds_ada_norm": 1000}
+        net = diffusers_dit(32, num_layers=28, **sizes)
+    else:
+        net = awake(DiT(hidden_size=32, depth=28, num_heads=2))
     schedule = ExitSchedule.from_string("D3-DiT", 28)
     options = {"cfg_scale": 1.5, "y": torch.tensor([0, 500, 999]), "num_steps": 10}
 
