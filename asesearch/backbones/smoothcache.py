@@ -16,14 +16,11 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
-from unittest import mock
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
 from asesearch.backbones.acceleration import (
     Acceleration,
@@ -95,18 +92,23 @@ class SmoothCache:
             schedule={name: (~flags).astype(int).tolist() for name, flags in self.reuse.items()},
         )
 
+        at = [0]
+
         def begin(call: int) -> None:
             if call == 0:
                 helper.reset_state()
-            # the helper counts calls of each layer, and a schedule leaves some of them out
-            helper.current_steps = dict.fromkeys(helper.original_forwards, call)
+            at[0] = call
 
-        # it prints a line for each layer of each call
-        silent = mock.patch.object(
-            sys.modules[type(helper).__module__], "print", lambda *_: None, create=True
-        )
+        def whole(x_t: Tensor, t: Tensor, y: Any = None, *, exit_depth: ExitDepth = None) -> Tensor:
+            depth = one_depth("SmoothCache takes", exit_depth)
+            # the helper counts calls of each layer, and a schedule leaves some of them out
+            helper.current_steps = dict.fromkeys(helper.original_forwards, at[0])
+            out: Tensor = forward(x_t, t, y, exit_depth=depth)
+            return out
+
+        forward = net.forward
         wrapped = [module for group in modules.values() for module in group]
-        with led(_whole(net)), _led_by(helper, wrapped), silent:
+        with led({net: whole}), _led_by(helper, wrapped):
             yield begin
 
     def most(self, net: Backbone) -> SmoothCache:
@@ -267,29 +269,23 @@ def _layers(net: Backbone) -> dict[str, list[nn.Module]]:
     return {k: [m for m in v if m is not None] for k, v in found.items() if None not in v}
 
 
-def _whole(net: Backbone) -> dict[nn.Module, Callable[..., Any]]:
-    """For `led`: the network, called with one exit depth for the batch."""
-    forward = net.forward
-
-    def whole(x_t: Tensor, t: Tensor, y: Any = None, *, exit_depth: ExitDepth = None) -> Tensor:
-        out: Tensor = forward(x_t, t, y, exit_depth=one_depth("SmoothCache takes", exit_depth))
-        return out
-
-    return {net: whole}
-
-
 @contextmanager
 def _led_by(helper: Any, modules: Sequence[nn.Module]) -> Iterator[None]:
-    """Inside, the helper is enabled; behind, no module has a forward of its own."""
+    """Inside, the helper is enabled, without the line that it prints for each layer of each call;
+    behind, no module has a forward of its own."""
     if taken := [module for module in modules if "forward" in vars(module)]:
         raise ConfigError(
             f"a {type(taken[0]).__name__} of the network is led elsewhere already; attach one "
             "acceleration at a time"
         )
+    names = vars(sys.modules[type(helper).__module__])
+    before = names.get("print", print)
     try:
+        names["print"] = lambda *_: None
         helper.enable()
         yield
     finally:
+        names["print"] = before
         helper.disable()
         for module in modules:
             vars(module).pop("forward", None)
@@ -297,6 +293,10 @@ def _led_by(helper: Any, modules: Sequence[nn.Module]) -> Iterator[None]:
 
 def _flops(forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> float:
     """Of one call, counted with attention as plain products: not every fused one is counted."""
+    # not at module level: bundles load without them
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+    from torch.utils.flop_counter import FlopCounterMode
+
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         forward(*args, **kwargs)
     return float(counter.get_total_flops())

@@ -193,3 +193,20 @@ def test_an_exit_before_a_reused_call_is_passed_on():
     both = make(net, DBCache(FLAGS)).images
     assert (both - make(net).images).abs().max() > 1e-3
     assert (both - make(net, DBCache(FLAGS), FULL).images).abs().max() > 1e-3
+
+
+@pytest.mark.slow
+def test_a_call_can_be_made_again_under_its_number():
+    """As clocks do: it reuses each time."""
+    net = diffusers_dit()
+    x_t = torch.randn(2, 1, 8, 8)
+    y = torch.tensor([1, 2])
+    t = torch.tensor([500, 500])
+    with torch.no_grad(), DBCache(FLAGS).most(net).attached(net) as begin:
+        begin(0)
+        net(x_t, t, y)
+        begin(1)
+        once, again = (net(x_t + 1, t + 100, y) for _ in range(2))
+        assert torch.equal(once, again)
+        begin(0)
+        assert not torch.equal(net(x_t + 1, t + 100, y), once)  # the control
