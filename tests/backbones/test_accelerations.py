@@ -121,7 +121,9 @@ def test_calls_are_those_that_ran(each):
     else:
         counted = sum(depths)
     assert result.block_calls == pytest.approx(counted)
-    saves_blocks = each.kind in ("guide", "deediff", "dbcache") or each.kind.startswith("cache-block")
+    saves_blocks = each.kind in ("guide", "deediff", "dbcache") or each.kind.startswith(
+        "cache-block"
+    )
     assert (result.block_calls < plain.block_calls) == saves_blocks
 
 
