@@ -163,8 +163,10 @@ def exit_rows(sampler: str, choice: Choice, method: str = "exits") -> Iterator[R
     """The published schedules and the further ones, as `OWN` or as `JOINED` makes their weights."""
     for name in (*PUBLISHED, *choice.schedules):
         schedule = str(choice.read(name))
-        recipe = JOINED if method == "joined" else OWN
-        yield Row(method, name, schedule, sampler, sampler, recipe)
+        if method == "joined":
+            yield Row(method, f"{name}, joined", schedule, sampler, sampler, JOINED)
+        else:
+            yield Row(method, name, schedule, sampler, sampler)
 
 
 def added_rows(method: str, sampler: str, choice: Choice, schedule: str = "full") -> Iterator[Row]:
