@@ -772,8 +772,10 @@ def test_a_budget_is_of_wall_time_and_leaves_room_for_the_confirmation(tmp_path,
     for thread in threads:
         thread.join()
     took = time.monotonic() - begun
-    assert 3.3 < took < 6.9
-    assert len(Study.open(tmp_path).records()) >= 5
+    records = Study.open(tmp_path).records()
+    longest_s = max(sum(r.seconds.values()) for r in records)  # long on a busy machine
+    assert 3.3 < took < 6.8 + longest_s
+    assert len(records) >= 5
     again = Timed(config=config)
     run_trials(Study(config, tmp_path), again)
     assert again.tried == []
