@@ -259,15 +259,20 @@ def _timed(
     dtype = next(p.dtype for p in backbone.parameters())
     x_t, t, y = _inputs(backbone, batch_size, device, dtype, y)
     times = np.zeros((len(depths), repeats + 1))
-    order = np.arange(len(depths))
-    rng = np.random.default_rng(0)
     with torch.no_grad(), compiled(backbone, compile):
-        for repeat in range(repeats + 1):
-            rng.shuffle(order)
-            for i in order:
-                depth = max(depths[int(i)], backbone.min_exit_depth)
-                times[i, repeat] = timer(lambda d=depth: backbone(x_t, t, y, exit_depth=d))  # type: ignore[misc]
+        for repeat, i in _rounds(len(depths), repeats + 1):
+            depth = max(depths[i], backbone.min_exit_depth)
+            times[i, repeat] = timer(lambda d=depth: backbone(x_t, t, y, exit_depth=d))  # type: ignore[misc]
     return times[:, 1:]
+
+
+def _rounds(num_depths: int, count: int) -> Iterator[tuple[int, int]]:
+    """(round, index of a depth): each round has all of them in a new random order."""
+    order = np.arange(num_depths)
+    rng = np.random.default_rng(0)
+    for number in range(count):
+        rng.shuffle(order)
+        yield from ((number, int(i)) for i in order)
 
 
 def measure_changed(
@@ -296,20 +301,16 @@ def measure_changed(
     timer = timer or call_timer(parameter.device)
     x_t, t, y = _inputs(backbone, plain.batch_size, parameter.device, parameter.dtype, y)
     ratios = np.zeros((backbone.depth, repeats + 1))
-    order = np.arange(backbone.depth)
-    rng = np.random.default_rng(0)
     with torch.no_grad():
-        for repeat in range(repeats + 1):
-            rng.shuffle(order)
-            for i in order:
-                depth = max(int(i) + 1, backbone.min_exit_depth)
+        for repeat, i in _rounds(backbone.depth, repeats + 1):
+            depth = max(i + 1, backbone.min_exit_depth)
 
-                def call(depth: int = depth) -> Tensor:
-                    return backbone(x_t, t, y, exit_depth=depth)  # type: ignore[no-any-return]
+            def call(depth: int = depth) -> Tensor:
+                return backbone(x_t, t, y, exit_depth=depth)  # type: ignore[no-any-return]
 
-                unchanged = timer(call)
-                with _changed(backbone, acceleration, call):
-                    ratios[i, repeat] = timer(call) / unchanged
+            unchanged = timer(call)
+            with _changed(backbone, acceleration, call):
+                ratios[i, repeat] = timer(call) / unchanged
     timed = ratios[:, 1:] * np.asarray(plain.median_ms)[:, None]
     return replace(
         plain,
