@@ -187,3 +187,18 @@ def case(name, kind):
     made = NETWORKS | {"U-ViT": partial(uvit, 5)} if guided else networks(kind)
     net = made[name]()
     return Case(kind, net, STRONG[kind](net), {"cfg_scale": 1.5} if guided else {})
+
+
+def check_again_under_its_number(net, acceleration):
+    """A reused call reuses again under its number, and does not under number 0."""
+    x_t = torch.randn(2, 1, 8, 8)
+    y = torch.tensor([1, 2])
+    t = torch.tensor([500, 500])
+    with torch.no_grad(), acceleration.most(net).attached(net) as begin:
+        begin(0)
+        net(x_t, t, y)
+        begin(1)
+        once, again = (net(x_t + 1, t + 100, y) for _ in range(2))
+        assert torch.equal(once, again)
+        begin(0)
+        assert not torch.equal(net(x_t + 1, t + 100, y), once)  # the control

@@ -17,6 +17,7 @@ from tests.backbones.accelerated import (
     FULL,
     SCHEDULE,
     calibrate,
+    check_again_under_its_number,
     diffusers_dit,
     make,
     some_layers,
@@ -137,14 +138,4 @@ def test_layers_of_another_network_are_refused():
 def test_a_call_can_be_made_again_under_its_number():
     """As clocks do: it reuses each time."""
     net = diffusers_dit()
-    x_t = torch.randn(2, 1, 8, 8)
-    y = torch.tensor([1, 2])
-    t = torch.tensor([500, 500])
-    with torch.no_grad(), some_layers(net).most(net).attached(net) as begin:
-        begin(0)
-        net(x_t, t, y)
-        begin(1)
-        once, again = (net(x_t + 1, t + 100, y) for _ in range(2))
-        assert torch.equal(once, again)
-        begin(0)
-        assert not torch.equal(net(x_t + 1, t + 100, y), once)  # the control
+    check_again_under_its_number(net, some_layers(net))
