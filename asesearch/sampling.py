@@ -228,7 +228,7 @@ def _counting(backbone: Backbone, acceleration: Acceleration | None) -> Iterator
     def count(module: nn.Module, args: tuple[Tensor, ...]) -> None:
         counted[0] += len(args[0])
 
-    blocks = [] if acceleration is None else backbone.transformer_blocks()[-backbone.depth :]
+    blocks = [] if acceleration is None else backbone.droppable_blocks()
     # a block that is led elsewhere as a whole is called all the same, what is in it is not
     whole = isinstance(acceleration, GuidanceInterval)
     places = [

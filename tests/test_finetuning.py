@@ -270,7 +270,7 @@ def test_not_a_number_is_caught_and_not_saved(tiny_dit, tiny_images, tmp_path, m
     import asesearch.finetuning.trainer as module
 
     def poisoned(*args):
-        for step, batch in zip(args[-1], batches(*args), strict=True):
+        for step, batch in zip(args[5], batches(*args), strict=True):
             if step == 7:
                 values = {**vars(batch)}
                 values[poison] = values[poison] * math.nan

@@ -119,6 +119,10 @@ class Backbone(nn.Module):
         """All transformer blocks, also those that can't be dropped."""
         return [self.block_at(i) for i in range(self.depth)]
 
+    def droppable_blocks(self) -> list[nn.Module]:
+        """All blocks that may be dropped, of every set of weights."""
+        return [self.block_at(i) for i in range(self.depth)]
+
     def null_labels(self, y: Conditioning) -> Conditioning:
         """What takes the place of `y` in the unconditional half of classifier-free guidance, of the
         same kind and N.

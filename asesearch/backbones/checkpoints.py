@@ -11,7 +11,7 @@ import inspect
 import json
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
@@ -25,6 +25,7 @@ from asesearch.backbones.base import Backbone
 from asesearch.backbones.block_exits import SPECS
 from asesearch.backbones.conversion import diffusers_dit_args, diffusers_to_dit, refuse_mismatch
 from asesearch.backbones.dit import DiT
+from asesearch.backbones.exit_weights import EXITS, ExitWeights, share
 from asesearch.backbones.files import FORMAT, Contents, read_checkpoint, resolve
 from asesearch.backbones.finite import refuse_not_finite
 from asesearch.backbones.folders import class_name
@@ -100,6 +101,8 @@ def _describe(found: Architecture, contents: Contents) -> CheckpointInfo:
     metadata = {} if contents.config is not None else contents.metadata
     extra = {k: v for k, v in metadata.items() if k not in RESERVED}
     notes = (*contents.notes, *found.assumed)
+    if any(k.startswith(EXITS) for k in contents.state):
+        notes = (*notes, "early exits have weights of their own beside those for full depth")
     name = _model_name(kind, args)
     if kind == "dit":
         size = args["input_size"]
@@ -270,9 +273,12 @@ def load_backbone(
             f"the weights of {info.model} in {contents.path} don't tell the number of attention "
             "heads; set args.num_heads in [backbone] to that of their training"
         )
-    with torch.device("meta"), _NothingDrawn():
-        net = cls(**args)
-    _fill(net, state, f"{contents.path} ({info.model})")
+
+    def empty() -> Backbone:
+        with torch.device("meta"), _NothingDrawn():
+            return cls(**args)
+
+    net = _filled(empty, state, f"{contents.path} ({info.model})")
     for note in notes:
         _say_once(note)
     return net
@@ -333,13 +339,26 @@ def _load_diffusers(
         return load_diffusers(path, null_condition)
     contents, info, _ = _open(config, {})
     own = {k.removeprefix(NULL): v for k, v in contents.state.items() if k.startswith(NULL)}
-    net = DiffusersBackbone(**info.args, null_condition=null_condition or own)
-    _fill(
-        net,
-        {k: v for k, v in contents.state.items() if not k.startswith(NULL)},
-        f"{path} ({info.model})",
-    )
-    return net
+
+    def empty() -> Backbone:
+        return DiffusersBackbone(**info.args, null_condition=null_condition or own)
+
+    state = {k: v for k, v in contents.state.items() if not k.startswith(NULL)}
+    return _filled(empty, state, f"{path} ({info.model})")
+
+
+def _filled(empty: Callable[[], Backbone], state: dict[str, Tensor], where: str) -> Backbone:
+    """A network with its weights; where the file has second ones for early exits, with both."""
+    first = {k: v for k, v in state.items() if not k.startswith(EXITS)}
+    second = {k.removeprefix(EXITS): v for k, v in state.items() if k.startswith(EXITS)}
+    net = empty()
+    _fill(net, first, where)
+    if not second:
+        return net
+    exits = empty()
+    _fill(exits, {**first, **second}, f"{where}, early exits")
+    share(exits, net, {k for k, _ in exits.named_parameters() if k not in second})
+    return ExitWeights(net, exits)
 
 
 def _fill(net: Backbone, state: dict[str, Tensor], where: str) -> None:

@@ -88,7 +88,14 @@ class LossWeight(_Section):
 
 
 class TrainConfig(_Section):
-    """One training run: from scratch, a brief fine-tuning, or a full one."""
+    """One training run: from scratch, a brief fine-tuning, or a full one.
+
+    `min_snr_gamma` weights the loss of the predicted noise by min(SNR, γ) / SNR, so that timesteps
+    near data, which are many times as easy, don't outweigh the others (Hang et al. 2023).
+    `truncated_snr` weights it by max(1, 1 / SNR), so that near noise it is the error of the clean
+    image that counts (Salimans & Ho 2022). There the prediction is divided by a small alpha, and
+    the solver's first steps take over errors that the loss of the noise does not show.
+    """
 
     num_steps: NonNegativeInt = 200
     batch_size: PositiveInt = 64
@@ -101,6 +108,7 @@ class TrainConfig(_Section):
     freeze_time_embedder: bool = False
     class_dropout_prob: float = Field(default=0.1, ge=0.0, le=1.0)
     min_snr_gamma: PositiveFloat | None = None
+    truncated_snr: bool = False
     loss_weight: LossWeight = LossWeight()
     distill_frac: float = Field(default=0.0, ge=0.0, le=1.0)
     mixed_precision: Literal["no", "bf16", "fp16"] = "no"
@@ -116,7 +124,8 @@ class ElasticConfig(TrainConfig):
     `depth_distribution`: `uniform` draws depths evenly at every noise level; `noise-easy` deeper
     near data and shallower near noise, as the schedules it will serve: with u uniform and τ = t /
     T, min + (depth - min + 1) u^(1/2 + 3τ/2), rounded down. `full_frac` of the samples run all
-    blocks whatever the distribution, so that the full network is not forgotten.
+    blocks whatever the distribution, so that the full network is not forgotten; none do where
+    `search.full_depth` is `pretrained`, as nothing can be forgotten there.
     """
 
     num_steps: PositiveInt = 500
@@ -296,6 +305,9 @@ class SearchConfig(_Section):
     of them or the study's own. Time is counted over the full network's under the study's own.
     `budget` ("90m", "2h", "1d") ends the search when the
     wall time in which any worker was at work, and what is still to be confirmed, reach it.
+    `full_depth`: whose weights make a schedule's calls at full depth: the `tuned` ones, as all
+    others, or the `pretrained` ones. Then fine-tuning goes to the early exits alone and takes
+    nothing from the other calls, for the memory of the weights that early exits use.
     `proposer`: `difficulty` (ours) needs the difficulty map, which is measured once per study; the
     others are Optuna's.
     """
@@ -307,6 +319,7 @@ class SearchConfig(_Section):
     interval_power: float = Field(default=1.0, ge=0.1, le=4.0)
     noise_easy: bool = True
     min_exit_depth: PositiveInt | None = None
+    full_depth: Literal["tuned", "pretrained"] = "tuned"
     warm_start: Annotated[tuple[str, ...], _Array] = ("full",)
     samplers: Annotated[tuple[SamplerName, ...], _Array] = ()
     cost: Literal["time", "flops"] = "time"

@@ -121,7 +121,10 @@ def check_export(
         StudyError: the trial has no weights, where those of the trial are exported.
         WriteError: the folder, or the trial's for the checkpoint, can't be written.
     """
-    formats.check_format(format, study.config.backbone.kind, vae, record.sampler.acceleration)
+    config = study.config
+    own_exits = config.search.full_depth == "pretrained" and not record.schedule.is_full
+    kind = config.backbone.kind
+    formats.check_format(format, kind, vae, record.sampler.acceleration, own_exits)
     check_bundle_dir(folder, overwrite=overwrite)
     if finetune_steps is None:
         trial_weights(study, record)

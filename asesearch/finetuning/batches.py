@@ -5,12 +5,13 @@ Timesteps are stratified over the batch, which the released code of Moon et al. 
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import partial
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -20,6 +21,9 @@ from asesearch.backbones.conditioning import Conditioning
 from asesearch.config import TrainConfig
 from asesearch.data import DataSource, read_ahead, workers_of
 from asesearch.diffusion import Process
+from asesearch.errors import ScheduleError
+
+DepthAt = Callable[[npt.NDArray[np.float64]], npt.NDArray[np.int64]]
 
 
 def seeded_generator(*key: int) -> torch.Generator:
@@ -47,14 +51,39 @@ def draw_batch(
     diffusion: Process,
     step: int,
     part: tuple[int, int],
+    strata: Tensor | None = None,
 ) -> Batch:
     """The batch of step `step`, or the share of process `part` = (rank, number of processes) of it.
 
     Images are drawn without replacement within an epoch; timesteps are stratified (one in each of
     batch_size equal strata of the diffusion timesteps, shuffled); labels are dropped with
-    `class_dropout_prob` where the network has a null label.
+    `class_dropout_prob` where the network has a null label. `strata` keeps the timesteps to some of
+    their range, see `strata_below`.
     """
-    return _labelled(_drawn(data, config, diffusion, part, step), backbone)
+    return _labelled(_drawn(data, config, diffusion, part, strata, step), backbone)
+
+
+def strata_below(depth: int, diffusion: Process, exit_depth_at: DepthAt) -> Tensor:
+    """The timesteps at which fewer than `depth` blocks run, as numbers of the strata of one
+    timestep each that uniform draws fall in: (K,).
+
+    Args:
+        depth: that is not to be reached.
+        diffusion: forward process.
+        exit_depth_at: blocks to run at timesteps (N,).
+
+    Raises:
+        ScheduleError: there are none.
+    """
+    count = diffusion.num_train_timesteps
+    t = diffusion.draw_t((torch.arange(count, dtype=torch.float64) + 0.5) / count)
+    found = torch.from_numpy(exit_depth_at(t.numpy()) < depth).nonzero()[:, 0]
+    if not len(found):
+        raise ScheduleError(
+            f"training for early exits alone needs timesteps with fewer than {depth} blocks; got a "
+            "schedule that runs all blocks everywhere; train the whole network"
+        )
+    return found
 
 
 def batches(
@@ -64,16 +93,22 @@ def batches(
     diffusion: Process,
     part: tuple[int, int],
     steps: range,
+    strata: Tensor | None = None,
 ) -> Generator[Batch, None, None]:
     """The batches of many steps, each as `draw_batch` gives it, read ahead: see `read_ahead`."""
-    draw = partial(_drawn, data, config, diffusion, part)
+    draw = partial(_drawn, data, config, diffusion, part, strata)
     with closing(read_ahead(draw, steps, workers_of(data))) as drawn:
         for batch, dropped in drawn:
             yield _labelled((batch, dropped), backbone)
 
 
 def _drawn(
-    data: DataSource, config: TrainConfig, diffusion: Process, part: tuple[int, int], step: int
+    data: DataSource,
+    config: TrainConfig,
+    diffusion: Process,
+    part: tuple[int, int],
+    strata: Tensor | None,
+    step: int,
 ) -> tuple[Batch, Tensor]:
     """A batch with the data's own labels, and which of these are to be dropped (N,): what needs no
     network, and so can be drawn in another process."""
@@ -81,9 +116,11 @@ def _drawn(
     size = config.batch_size
     gen = seeded_generator(config.seed, step, 1)
     indices = _epoch_indices(len(data), size, step, config.seed)
-    t = diffusion.draw_t(
-        (torch.randperm(size, generator=gen) + torch.rand(size, generator=gen)) / size
-    )
+    place = (torch.randperm(size, generator=gen) + torch.rand(size, generator=gen)) / size
+    if strata is not None:
+        place = place.double() * len(strata)
+        place = (strata[place.long()] + place.frac()) / diffusion.num_train_timesteps
+    t = diffusion.draw_t(place)
     noise = torch.randn(size, *data.shape, generator=gen)
     dropped = torch.rand(size, generator=gen) < config.class_dropout_prob
     mine = slice(rank * size // world, (rank + 1) * size // world)

@@ -160,10 +160,13 @@ class TrainingStep:
         with self.accelerator.autocast():
             output = self.model(x_t, td, y, exit_depth=exit_depth)
         mse, vb = self.diffusion.hybrid_loss(output, x_start, x_t, td, noise, target)
+        snr = self.diffusion.snr(t)
         # Hang et al. 2023, for a network that predicts eps
         if self.config.min_snr_gamma is not None:
-            snr = self.diffusion.snr(t)
             mse = mse * (snr.clamp(max=self.config.min_snr_gamma) / snr).to(mse)
+        # Salimans & Ho 2022, section 4, for the same
+        if self.config.truncated_snr:
+            mse = mse * (1 / snr).clamp(min=1.0).to(mse)
         loss = mse + vb  # (N,)
         short = (dropped > 0).to(device)
         stats = torch.stack(

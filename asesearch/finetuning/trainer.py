@@ -7,7 +7,7 @@ import statistics
 import time
 from collections.abc import Callable
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,17 +15,20 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
+from asesearch.backbones import conditioning
 from asesearch.backbones.base import Backbone
 from asesearch.backbones.digests import weights_fingerprint
+from asesearch.backbones.exit_weights import ExitWeights
 from asesearch.config import TrainConfig
 from asesearch.data import DataSource
 from asesearch.diffusion import Process
 from asesearch.errors import TrainingDiverged
 from asesearch.finetuning.annealing import SYNC_EVERY, Depths
-from asesearch.finetuning.batches import batches, draw_batch
+from asesearch.finetuning.batches import batches, draw_batch, strata_below
 from asesearch.finetuning.checkpoint import CHECKPOINT, read_checkpoint, write_checkpoint
 from asesearch.finetuning.fit import check_fit
 from asesearch.finetuning.step import TrainingStep
+from asesearch.schedule import ExitSchedule
 
 #: Steps in a row that fp16's loss scaler may skip: each halves its scale, which begins at 2^16, so
 #: that it is 1/16 after them.
@@ -63,6 +66,7 @@ class Trainer(TrainingStep):
             In eval mode on the device it is used as it is, so don't change it during the run; else
             it is copied.
         accelerator: for several processes or devices; by default one is made.
+        exits_only: timesteps at which the schedule runs all blocks are not trained on.
 
     Raises:
         ConfigError, DataError, ScheduleError: parts that do not fit each other.
@@ -79,11 +83,15 @@ class Trainer(TrainingStep):
         run_dir: Path | None = None,
         teacher: Backbone | None = None,
         accelerator: Accelerator | None = None,
+        exits_only: bool = False,
     ) -> None:
         check_fit(backbone, data, diffusion, schedule)
         self.fingerprint = weights_fingerprint(backbone)
         super().__init__(backbone, diffusion, schedule, config, teacher, accelerator)
         self.data = data
+        self.strata: Tensor | None = None
+        if exits_only and isinstance(schedule, ExitSchedule):
+            self.strata = strata_below(schedule.depth, diffusion, schedule.exit_depth_at)
         self.run_dir = None if run_dir is None else Path(run_dir)
         self.seconds = 0.0
         self.skipped = 0
@@ -142,6 +150,7 @@ class Trainer(TrainingStep):
             self.diffusion,
             self.part,
             range(self.step, total),
+            self.strata,
         )
         with closing(read):
             for batch in read:
@@ -174,6 +183,7 @@ class Trainer(TrainingStep):
             "schedule": self.schedule.to_dict(),
             "backbone": [type(self.backbone).__name__, self.backbone.config],
             "initial weights": self.fingerprint,
+            **({} if self.strata is None else {"exits only": True}),
             "data": self.data.digest,
             "betas": [self.diffusion.beta_schedule, self.diffusion.num_train_timesteps],
         }
@@ -227,8 +237,30 @@ def finetune(
 
     See `Trainer` for arguments and errors, `Trainer.run` for `on_step`. With `run_dir`, a killed
     run goes on where its last checkpoint was, and gives the same result as one that was not killed.
+
+    Of a network with weights of its own for early exits these are trained, on the timesteps of
+    early exits alone, with the weights for full depth as the default teacher.
     """
-    return Trainer(backbone, data, diffusion, schedule, config, run_dir, teacher).run(on_step)
+    if not isinstance(backbone, ExitWeights):
+        return Trainer(backbone, data, diffusion, schedule, config, run_dir, teacher).run(on_step)
+    trainer = Trainer(
+        backbone.exits,
+        data,
+        diffusion,
+        schedule,
+        config,
+        run_dir,
+        teacher or backbone.full,
+        exits_only=True,
+    )
+    result = trainer.run(on_step)
+    tuned = ExitWeights(backbone.full, result.backbone).eval()
+    device = trainer.accelerator.device
+    batch = draw_batch(data, tuned, config, diffusion, 0, (0, config.batch_size))
+    deepest = max(d for d in schedule.exit_depths if d < schedule.depth)
+    y = conditioning.to(batch.y, device)
+    tuned.share_unused(batch.x_start.to(device), batch.t.to(device), y, deepest)
+    return replace(result, backbone=tuned)
 
 
 def seconds_per_step(trainer: Trainer, steps: int = 3) -> float:
@@ -238,7 +270,13 @@ def seconds_per_step(trainer: Trainer, steps: int = 3) -> float:
     for step in range(steps + 1):
         start = time.perf_counter()
         batch = draw_batch(
-            trainer.data, trainer.backbone, trainer.config, trainer.diffusion, step, trainer.part
+            trainer.data,
+            trainer.backbone,
+            trainer.config,
+            trainer.diffusion,
+            step,
+            trainer.part,
+            trainer.strata,
         )
         trainer.train_step(batch).cpu()
         times.append(time.perf_counter() - start)

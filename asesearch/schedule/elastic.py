@@ -20,6 +20,7 @@ class ElasticDepths:
         min_exit_depth: fewest blocks drawn.
         distribution: `uniform` or `noise-easy`, see `config.ElasticConfig`.
         full_frac: part of the samples that run all blocks.
+        max_exit_depth: most blocks that the others draw; None for all.
 
     Raises:
         ScheduleError: a least depth outside 1…depth.
@@ -30,15 +31,25 @@ class ElasticDepths:
     min_exit_depth: int = 1
     distribution: str = "uniform"
     full_frac: float = 0.5
+    max_exit_depth: int | None = None
 
     def __post_init__(self) -> None:
         ok = 1 <= self.min_exit_depth <= self.depth
         require(ok, f"min_exit_depth must lie in 1…{self.depth}", self.min_exit_depth, "lower it")
+        low = self.min_exit_depth
+        ok = low <= self._top <= self.depth
+        rule = f"max_exit_depth must lie in {low}…{self.depth}"
+        require(ok, rule, self._top, "a network needs a block that may be left out")
 
     @property
     def exit_depths(self) -> tuple[int, int]:
         """Least and largest depth drawn."""
-        return self.min_exit_depth, self.depth
+        return self.min_exit_depth, self.depth if self.full_frac > 0 else self._top
+
+    @property
+    def _top(self) -> int:
+        """Most blocks that the distribution draws."""
+        return self.depth if self.max_exit_depth is None else self.max_exit_depth
 
     @property
     def is_full(self) -> bool:
@@ -58,12 +69,14 @@ class ElasticDepths:
         power: float | npt.NDArray[np.float64] = 1.0
         if self.distribution != "uniform":
             power = 0.5 + 1.5 * times / self.num_train_timesteps
-        span = self.depth - self.min_exit_depth + 1
-        drawn = np.minimum(self.min_exit_depth + (span * part**power).astype(np.int64), self.depth)
+        span = self._top - self.min_exit_depth + 1
+        drawn = np.minimum(self.min_exit_depth + (span * part**power).astype(np.int64), self._top)
         return np.where(drops, drawn, self.depth)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON."""
         values = dict(vars(self))
         values["law"] = values.pop("distribution")  # its name in files since the first release
+        if self.max_exit_depth is None:
+            values.pop("max_exit_depth")  # files of releases that did not know it
         return {"format": "asesearch.elastic_depths", "version": VERSION, **values}

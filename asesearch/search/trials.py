@@ -13,6 +13,7 @@ from torch import Tensor
 
 from asesearch.backbones.base import Backbone, check_schedule
 from asesearch.backbones.checkpoints import inspect_checkpoint, load_backbone
+from asesearch.backbones.exit_weights import ExitWeights
 from asesearch.backbones.saving import save_backbone
 from asesearch.config import BackboneConfig, TrainConfig
 from asesearch.data import save_images
@@ -45,6 +46,14 @@ class Outcome:
     gflops: dict[str, float]
 
 
+def first_start(parts: Parts) -> Backbone:
+    """What the elastic warm-up, or a trial of a study without one, starts from: the pretrained
+    weights, which stay what makes the calls at full depth where the study says so."""
+    if parts.config.search.full_depth == "tuned":
+        return parts.backbone
+    return ExitWeights(parts.backbone, parts.backbone)
+
+
 class Trials:
     """Tries points from one start.
 
@@ -61,7 +70,7 @@ class Trials:
     def __init__(self, parts: Parts, costs: Costs) -> None:
         self.parts = parts
         self.costs = costs
-        self.start: Backbone = parts.backbone
+        self.start: Backbone = first_start(parts)
         self.on_step: Callable[[int, float], None] | None = None
 
     def tuning(

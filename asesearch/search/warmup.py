@@ -24,6 +24,7 @@ from asesearch.files import write_json
 from asesearch.finetuning import CHECKPOINT, finetune
 from asesearch.schedule import ElasticDepths
 from asesearch.search.mapping import measure_map
+from asesearch.search.trials import first_start
 from asesearch.search.workbench import Workbench
 from asesearch.study import directory
 from asesearch.study.difficulty import DifficultyMap
@@ -76,7 +77,7 @@ def warm_up(
         TrainingDiverged: the warm-up; nothing can be searched then.
         StudyError: files of an earlier warm-up that can't be read.
     """
-    made = WarmUp(bench.backbone)
+    made = WarmUp(first_start(bench))
     if bench.config.elastic is None and not needs_map(bench):
         return made
     run_dir.mkdir(parents=True, exist_ok=True)
@@ -101,14 +102,20 @@ def _read_cost(made: WarmUp, path: Path) -> None:
 
 
 def elastic_depths(bench: Workbench) -> ElasticDepths:
-    """The exit-depth distribution of the study's elastic warm-up."""
+    """The exit-depth distribution of the study's elastic warm-up.
+
+    Raises:
+        ScheduleError: nothing may be dropped.
+    """
     config = bench.config.elastic
     low = bench.min_exit_depth
     assert config is not None
     num_timesteps = bench.full.num_train_timesteps
-    return ElasticDepths(
-        bench.backbone.depth, num_timesteps, low, config.depth_distribution, config.full_frac
-    )
+    depth = bench.backbone.depth
+    shape = config.depth_distribution
+    if bench.config.search.full_depth == "pretrained":
+        return ElasticDepths(depth, num_timesteps, low, shape, 0.0, depth - 1)
+    return ElasticDepths(depth, num_timesteps, low, shape, config.full_frac)
 
 
 def _elastic(
@@ -121,8 +128,9 @@ def _elastic(
         depths = elastic_depths(bench)
         folder = run_dir / directory.ELASTIC
         teacher = bench.backbone if config.distill_frac > 0 else None
+        start = first_start(bench)
         tuned = finetune(
-            bench.backbone, bench.data, bench.diffusion, depths, config, folder, teacher, on_step
+            start, bench.data, bench.diffusion, depths, config, folder, teacher, on_step
         )
         made.seconds["elastic"] = tuned.seconds
         made.losses = shortened(tuned.losses)

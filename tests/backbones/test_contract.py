@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from asesearch.backbones import Backbone, DiT, UViT
+from asesearch.backbones.exit_weights import ExitWeights
 from asesearch.errors import AseSearchError, ConfigError, ScheduleError
 
 UVIT = {"img_size": 8, "patch_size": 4, "in_chans": 2, "embed_dim": 16, "depth": 8, "num_heads": 2}
@@ -24,6 +25,8 @@ NETWORKS = {
     "uvit-options": lambda: UViT(
         **UVIT, num_classes=3, has_null_label=False, qkv_bias=True, qk_scale=0.2, skip=False
     ),
+    "exit-weights": lambda: ExitWeights(NETWORKS["dit"](), NETWORKS["dit"]()),
+    "uvit-exit-weights": lambda: ExitWeights(NETWORKS["uvit"](), NETWORKS["uvit"]()),
     "uvit-recompute": lambda: UViT(**UVIT, use_checkpoint=True),
 }
 N = 6
@@ -45,6 +48,11 @@ def batch(net: Backbone, n: int = N):
     x_t = torch.randn(n, net.in_channels, net.input_size, net.input_size, generator=gen)
     t = torch.randint(1000, (n,), generator=gen)
     return x_t, t, torch.randint(net.num_classes, (n,), generator=gen) if net.num_classes else None
+
+
+def idle_of(net: Backbone) -> int | None:
+    """The droppable block that no call runs: the last of weights for early exits alone."""
+    return 2 * net.depth - 1 if isinstance(net, ExitWeights) else None
 
 
 def take(args, rows):
@@ -82,12 +90,12 @@ def test_all_exits_are_those_of_forward_to_the_last_bit_and_run_each_block_once(
     depths = range(net.min_exit_depth, net.depth + 1)
     outs = [net(*args, exit_depth=k) for k in depths]
     calls = []
-    for i in range(net.depth):
-        net.block_at(i).register_forward_hook(lambda *_, i=i: calls.append(i))
+    for i, block in enumerate(net.droppable_blocks()):
+        block.register_forward_hook(lambda *_, i=i: calls.append(i))
     found = list(net.all_exits(*args))
     assert len(found) == len(depths)
     assert all(torch.equal(a, b) for a, b in zip(found, outs, strict=True))
-    assert calls == list(range(net.depth))
+    assert sorted(calls) == [i for i in range(len(net.droppable_blocks())) if i != idle_of(net)]
     calls.clear()
     next(net.all_exits(*args))
     assert len(calls) == net.min_exit_depth  # nothing is computed before it is asked for
@@ -119,12 +127,11 @@ def test_order_within_the_batch_does_not_matter(net) -> None:
 @torch.no_grad()
 def test_a_sample_that_is_done_costs_nothing_in_later_blocks(net) -> None:
     rows: list[int] = []
-    for i in range(net.depth):
-        net.block_at(i).register_forward_hook(
-            lambda _m, inputs, _out: rows.append(inputs[0].shape[0])
-        )
+    for block in net.droppable_blocks():
+        block.register_forward_hook(lambda _m, inputs, _out: rows.append(inputs[0].shape[0]))
     net(*batch(net), exit_depth=MIXED)
-    assert rows == [6, 4, 3, 2]
+    assert sum(rows) == 6 + 4 + 3 + 2
+    assert isinstance(net, ExitWeights) or rows == [6, 4, 3, 2]
     rows.clear()
     net(*batch(net), exit_depth=3)
     assert rows == [6, 6, 6]
@@ -168,8 +175,10 @@ def test_gradients_equal_those_of_each_depth_computed_apart(net) -> None:
 
 def test_a_block_that_never_runs_gets_no_gradient(net) -> None:
     net(*batch(net), exit_depth=torch.tensor([1, 2, 2, 1, 1, 2])).square().sum().backward()
+    early = net.exits if isinstance(net, ExitWeights) else net
     for i in range(net.depth):
-        body = [p for n, p in net.block_at(i).named_parameters() if not n.startswith("skip_linear")]
+        named = early.block_at(i).named_parameters()
+        body = [p for n, p in named if not n.startswith("skip_linear")]
         assert all(
             (p.grad is not None and p.grad.abs().max() > 0) == (i < 2) for p in body if p.ndim > 1
         )
@@ -227,6 +236,7 @@ def test_the_null_label_has_an_embedding_of_its_own(net) -> None:
 
 
 def test_config_makes_the_same_network(net) -> None:
+    net = net.full if isinstance(net, ExitWeights) else net
     other = type(net)(**net.config)
     assert other.config == net.config
     assert [(k, v.shape) for k, v in other.state_dict().items()] == [
