@@ -19,6 +19,7 @@ from asesearch.backbones import save_backbone
 from asesearch.backbones.base import Backbone, ExitDepth
 from asesearch.backbones.checkpoints import load_backbone
 from asesearch.backbones.digests import weights_fingerprint
+from asesearch.backbones.exit_weights import ExitWeights
 from asesearch.config import BackboneConfig, TrainConfig
 from asesearch.files import write_json
 from asesearch.finetuning import CHECKPOINT, Batch, Trainer
@@ -97,10 +98,10 @@ class Several(Backbone):
 
     Args:
         nets: of one shape.
-        choose: number of the network that makes the call at a timestep and an exit depth.
+        choose: number of the network that makes the call at a timestep.
     """
 
-    def __init__(self, nets: Sequence[Backbone], choose: Callable[[int, int], int]) -> None:
+    def __init__(self, nets: Sequence[Backbone], choose: Callable[[int], int]) -> None:
         super().__init__()
         for name in Backbone.__annotations__:
             if hasattr(nets[0], name):
@@ -111,20 +112,13 @@ class Several(Backbone):
     def forward(
         self, x_t: Tensor, t: Tensor, y: Tensor | None = None, *, exit_depth: ExitDepth = None
     ) -> Tensor:
-        depth = self.depth if exit_depth is None else exit_depth
-        assert isinstance(depth, int)
-        net = self.nets[self.choose(int(t[0]), depth)]
+        net = self.nets[self.choose(int(t[0]))]
         return net(x_t, t, y, exit_depth=exit_depth)  # type: ignore[no-any-return]
 
 
 def experts(nets: Sequence[Backbone], num_train_timesteps: int) -> Several:
     """A network of its own for each tenth of the timesteps."""
-    return Several(nets, lambda t, depth: t * TENTHS // num_train_timesteps).eval()
-
-
-def joined(pretrained: Backbone, tuned: Backbone) -> Several:
-    """The pretrained network at full depth, the fine-tuned one at all others."""
-    return Several([pretrained, tuned], lambda t, depth: int(depth < pretrained.depth)).eval()
+    return Several(nets, lambda t: t * TENTHS // num_train_timesteps).eval()
 
 
 class Networks:
@@ -150,7 +144,7 @@ class Networks:
             return Made(bench.backbone)
         if row.recipe == JOINED:
             own = self.of(replace(row, recipe=OWN), training_seed)
-            return replace(own, net=joined(bench.backbone, own.net))
+            return replace(own, net=ExitWeights(bench.backbone, own.net).eval())
         trials = Recipe(bench, RECIPES.get(row.recipe, {}))
         schedule = ExitSchedule.from_string(row.schedule, bench.backbone.depth)
         start, config = trials.tuning(schedule, training_seed)
@@ -184,7 +178,7 @@ class Networks:
             "start": weights_fingerprint(start),
             "teacher": None if teacher is None else weights_fingerprint(teacher),
             "schedule": schedule.merged().to_dict(),
-            "config": config.model_dump(mode="json", exclude={"checkpoint_every", "compile"}),
+            "config": config.result_fields,
             "data": self.bench.data.digest,
             "experts": TENTHS if experts else None,
         }

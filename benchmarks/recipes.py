@@ -3,7 +3,9 @@
 One call measures one recipe and seed: the network after the
 warm-up at full depth and under a few schedules, and the same after a brief fine-tuning of their
 own (distilled from the same teacher). `--recipe none` fine-tunes from the network itself, which is
-the control with equal compute. A GPU runs several calls beside each other.
+the control with equal compute. `--full-depth pretrained` leaves the calls at full depth to the
+pretrained network, `--truncated-snr` has the loss count the clean image near noise. A GPU runs
+several calls beside each other.
 
     python benchmarks/recipes.py shipped:fashion-mnist-dit --recipe half-full --seed 0 --out a.json
 """
@@ -25,6 +27,7 @@ from torch import Tensor, nn
 from asesearch.backbones import load_backbone, save_backbone
 from asesearch.backbones.base import Backbone
 from asesearch.backbones.dit import DiT
+from asesearch.backbones.exit_weights import ExitWeights
 from asesearch.config import BackboneConfig, ElasticConfig, LossWeight, TrainConfig, parse_study
 from asesearch.diffusion import Process
 from asesearch.evaluation.fidelity import build_protocol
@@ -36,6 +39,7 @@ from asesearch.schedule import ElasticDepths, ExitSchedule
 from asesearch.search import Workbench
 
 FLAT = LossWeight(shape="none")
+ERRORS_AT = (999, 900, 800, 640, 360)
 #: Each lead alone; `common` is what all share unless they say otherwise.
 COMMON: dict[str, Any] = {
     "lr": 1e-3,
@@ -136,11 +140,19 @@ class Lab:
                     "data": {"kind": "fashion-mnist", "split": "train"},
                     "sampling": {
                         "solver": "unipc-quadratic",
-                        "num_steps": 6,
+                        "num_steps": args.steps_of_sampler,
                         "batch_size": args.sample_batch,
                     },
-                    "evaluation": {"extractor": "fashion-cnn", "num_samples": args.num_samples},
-                    "search": {"min_exit_depth": 2, "cost": "flops"},
+                    "evaluation": {
+                        "extractor": "fashion-cnn",
+                        "num_samples": args.num_samples,
+                        "repeats": args.repeats,
+                    },
+                    "search": {
+                        "min_exit_depth": 2,
+                        "cost": "flops",
+                        "full_depth": args.full_depth,
+                    },
                 },
                 "recipes",
             )
@@ -150,8 +162,9 @@ class Lab:
         self.schedules = {s: ExitSchedule.from_string(s, depth=depth) for s in shapes}
         self.diffusion: Process = self.bench.diffusion
 
-    def score(self, net: Backbone, schedule: ExitSchedule, sampler: Sampler) -> float:
-        """Fréchet distance of `num_samples` images, on seeds that depend on nothing."""
+    def score(self, net: Backbone, schedule: ExitSchedule, sampler: Sampler) -> float | list[float]:
+        """Fréchet distance of `num_samples` images, on seeds that depend on nothing; of each
+        repeat, where there are several."""
         how = self.bench.config.sampling.under(sampler)
         protocol = build_protocol(
             self.bench.config.evaluation,
@@ -160,9 +173,10 @@ class Lab:
             self.bench.reference,
             guided_channels=net.guided_channels,
         )
-        return self.bench.evaluate(net, Point(schedule, sampler), protocol)[0].value
+        found = self.bench.evaluate(net, Point(schedule, sampler), protocol)[0]
+        return found.value if self.args.repeats == 1 else list(found.values)
 
-    def scores(self, net: Backbone) -> dict[str, float]:
+    def scores(self, net: Backbone) -> dict[str, float | list[float]]:
         """Under every schedule."""
         return {
             s: self.score(net, schedule, self.sampler) for s, schedule in self.schedules.items()
@@ -194,11 +208,37 @@ class Lab:
             num_steps=self.args.steps,
             batch_size=self.args.batch,
             seed=self.args.seed,
+            truncated_snr=self.args.truncated_snr,
         )
-        depths = kind(net.depth, 1000, 2, config.depth_distribution, config.full_frac)
+        limits = (config.full_frac, None)
+        if self.args.full_depth == "pretrained":
+            limits = (0.0, net.depth - 1)
+            net = ExitWeights(net, net)
+        depths = kind(net.depth, 1000, 2, config.depth_distribution, *limits)
         return finetune(
             net, self.bench.data, self.diffusion, depths, config, teacher=self.bench.backbone
         ).backbone
+
+    @torch.no_grad()
+    def errors(self, net: Backbone, schedule: ExitSchedule) -> dict[str, dict[str, float]]:
+        """By timestep, how far a network is from the pretrained one at full depth on 100 noised
+        images: the root mean square of the difference of the noise that both predict, and of the
+        clean image that follows from it."""
+        data = self.bench.data
+        x_start, y = data.batch(list(range(100)))
+        found = {}
+        for t in ERRORS_AT:
+            generator = torch.Generator().manual_seed(t)
+            at = torch.full((len(x_start),), t)
+            noise = torch.randn(x_start.shape, generator=generator)
+            x_t = self.diffusion.q_sample(x_start, at, noise).to(self.bench.device)
+            where = (x_t, at.to(x_t.device), None if y is None else y.to(x_t.device))
+            depth = int(schedule.exit_depth_at(at[:1].numpy())[0])
+            ours = net(*where, exit_depth=depth)[:, : x_t.shape[1]]
+            apart = float((ours - self.bench.backbone(*where)[:, : x_t.shape[1]]).square().mean())
+            scale = float(1 / self.diffusion.snr(at[:1]))
+            found[str(t)] = {"noise": apart**0.5, "image": (scale * apart) ** 0.5}
+        return found
 
     def mean(self, net: Backbone, share: float) -> Backbone:
         """The mean of the pretrained weights and a network's, whose share is given."""
@@ -221,9 +261,14 @@ class Lab:
             distill_frac=distill_frac,
             loss_weight=FLAT,
             seed=self.args.seed,
+            truncated_snr=self.args.truncated_snr,
         )
         data = self.bench.data
         teacher = self.bench.backbone
+        if schedule.is_full and self.args.full_depth == "pretrained":
+            return teacher
+        if self.args.full_depth == "pretrained" and not isinstance(net, ExitWeights):
+            net = ExitWeights(teacher, net)
         return finetune(net, data, self.diffusion, schedule, config, teacher=teacher).backbone
 
 
@@ -259,6 +304,7 @@ def measured(lab: Lab) -> dict[str, Any]:
             tuned = lab.tuned(net, schedule, float(target == "teacher"))
             key = f"{name}, {lab.args.own_steps} own steps, {target}"
             found.setdefault("tuned", {})[key] = lab.score(tuned, schedule, lab.sampler)
+            found.setdefault("errors", {})[key] = lab.errors(tuned, schedule)
             write_json(lab.args.out, found)
     found["seconds"]["all"] = time.perf_counter() - start
     write_json(lab.args.out, found)
@@ -276,7 +322,11 @@ def main() -> None:
     parser.add_argument("--own-batch", type=int, default=64)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--num-samples", type=int, default=5000)
+    parser.add_argument("--repeats", type=int, default=1)
     parser.add_argument("--sample-batch", type=int, default=500)
+    parser.add_argument("--steps-of-sampler", type=int, default=6, help="of UniPC, quadratic grid")
+    parser.add_argument("--full-depth", choices=["tuned", "pretrained"], default="tuned")
+    parser.add_argument("--truncated-snr", action="store_true")
     parser.add_argument("--schedules", nargs="*", help="names or depths; default full D3 D7")
     parser.add_argument("--targets", nargs="*", choices=["teacher", "noise"], default=["teacher"])
     parser.add_argument("--keep", type=Path, help="write the elastic weights here")

@@ -221,17 +221,6 @@ def test_an_expert_sees_its_tenth_alone_and_is_asked_there_alone(tiny_dit, monke
     assert not torch.equal(tiny_dit(x, at, y), other(x, at, y)) and experts.depth == 4
 
 
-def test_joined_is_the_pretrained_network_at_full_depth_alone(tiny_dit):
-    other = copy.deepcopy(tiny_dit)
-    other.final_layer.linear.bias.data += 1
-    net = paper_networks.joined(tiny_dit, other)
-    x, y, t = torch.zeros(2, 1, 8, 8), torch.zeros(2, dtype=torch.long), torch.full((2,), 3)
-    for depth, made_by in ((None, tiny_dit), (4, tiny_dit), (3, other), (1, other)):
-        expected = made_by(x, t, y, exit_depth=depth)
-        assert torch.equal(net(x, t, y, exit_depth=depth), expected)
-    assert not torch.equal(tiny_dit(x, t, y), other(x, t, y))
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("experiment", paper_rows.EXPERIMENTS)
 def test_every_experiment_runs(experiment, tmp_path):

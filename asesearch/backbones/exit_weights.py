@@ -109,6 +109,12 @@ class ExitWeights(Backbone):
         share(self.exits, self.full, unused)
 
 
+def weight_sets(net: Backbone) -> tuple[Backbone, ...]:
+    """The networks that a network is made of: itself, or that for full depth and that for early
+    exits."""
+    return (net.full, net.exits) if isinstance(net, ExitWeights) else (net,)
+
+
 def share(net: nn.Module, other: nn.Module, names: Collection[str]) -> None:
     """Let a network's parameters of these names be the other's, who has the same names."""
     for name in names:

@@ -116,6 +116,13 @@ class TrainConfig(_Section):
     checkpoint_every: PositiveInt = 500
     seed: NonNegativeInt = 0
 
+    @property
+    def result_fields(self) -> dict[str, Any]:
+        """What the weights that it gives depend on, as plain data; without what releases before
+        `truncated_snr` did not know, where it is off."""
+        data = self.model_dump(mode="json", exclude={"checkpoint_every", "compile"})
+        return {k: v for k, v in data.items() if k != "truncated_snr" or v}
+
 
 class ElasticConfig(TrainConfig):
     """The elastic warm-up: one fine-tuning in which every sample draws its own exit depth, so that

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from asesearch.backbones.base import Backbone, check_schedule
+from asesearch.backbones.exit_weights import weight_sets
 from asesearch.deployment.bundle import FILES as BUNDLE_FILES
 from asesearch.deployment.bundle import Bundle
 from asesearch.deployment.manifest import (
@@ -58,7 +59,7 @@ def write_aoti(bundle: Bundle, folder: Path, *, overwrite: bool = False) -> Path
     folder = Path(folder)
     check_schedule(bundle.backbone, bundle.diffusion.num_train_timesteps, bundle.schedule)
     net = bundle.backbone.cpu()
-    parts = cut(net)
+    parts = cut(weight_sets(net)[0])
     with torch.no_grad():
         out = parts.before.compute(*parts.inputs.values())
     tokens = (out if isinstance(out, tuple) else (out,))[: 1 + parts.num_fixed]
@@ -160,7 +161,7 @@ def open_aoti(folder: Path, data: Mapping[str, Any]) -> tuple[Bundle, dict[str, 
 
 def _use(net: Backbone, code: Code) -> None:
     """Let every block of a network run the compiled one with its own weights."""
-    for block in cut(net).blocks:
+    for block in (block for own in weight_sets(net) for block in cut(own).blocks):
         module: Any = block.module
         module._compiled_call_impl = _Call(code, list(block.weights().values()))
 

@@ -48,7 +48,7 @@ NEEDS = {"onnx": (("onnx", "onnxscript", "onnxruntime"), "onnx")}
 KINDS = {"diffusers": ("dit",), "onnx": ("dit", "uvit"), "aoti": ("dit", "uvit")}
 
 #: Formats that take a network with weights of its own for early exits.
-OWN_EXITS = ("bundle",)
+OWN_EXITS = ("bundle", "onnx", "aoti")
 
 
 def check_format(
@@ -87,7 +87,7 @@ def check_format(
     if own_exits and name not in OWN_EXITS:
         raise ConfigError(
             "a network with weights of its own for early exits (search.full_depth = "
-            f"'pretrained') goes into the formats {' and '.join(OWN_EXITS)}; got {name}; choose "
+            f"'pretrained') goes into the formats {', '.join(OWN_EXITS)}; got {name}; choose "
             "another format"
         )
     if vae is not None and name != "diffusers":

@@ -3,7 +3,8 @@ file beside it.
 
 The parts of the network (`asesearch.deployment.parts`) are exported once each, as ONNX functions of
 their weights; the graph calls the block's function once for each block. So the graph does not grow
-with the weights, and no weight is stored twice, whatever depths a schedule uses.
+with the weights, and no weight is stored twice, whatever depths a schedule uses. Where early exits
+have weights of their own, one more `If` chooses between them and those for full depth.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from asesearch.backbones.base import Backbone, check_schedule
+from asesearch.backbones.exit_weights import EXITS, weight_sets
 from asesearch.deployment.bundle import Bundle
 from asesearch.deployment.onnx_runtime import (
     EXIT_DEPTH,
@@ -141,7 +143,7 @@ def write_onnx(bundle: Bundle, folder: Path, *, overwrite: bool = False) -> Path
     diffusion = make_diffusion(bundle.diffusion)
     check_schedule(bundle.backbone, diffusion.num_train_timesteps, bundle.schedule)
     net = bundle.backbone.cpu()
-    parts = cut(net, diffusion.time_dtype)
+    parts = [cut(own, diffusion.time_dtype) for own in weight_sets(net)]
     with whole_folder(folder, overwrite=overwrite) as part:
         write_graph(parts, part)
         tensors = make_parity(net, bundle.schedule, diffusion.num_train_timesteps, bundle.prompts)
@@ -159,7 +161,7 @@ def write_onnx(bundle: Bundle, folder: Path, *, overwrite: bool = False) -> Path
 def network_of(net: Backbone) -> Network:
     """What a sampler without torch must know of a network."""
     return Network(
-        name=type(net).__name__,
+        name=type(weight_sets(net)[0]).__name__,
         parameters=sum(p.numel() for p in net.parameters()),
         depth=net.depth,
         min_exit_depth=net.min_exit_depth,
@@ -172,12 +174,14 @@ def network_of(net: Backbone) -> Network:
     )
 
 
-def write_graph(parts: Parts, folder: Path) -> None:
-    """Write `GRAPH` and `WEIGHTS` into a folder.
+def write_graph(sets: Sequence[Parts], folder: Path) -> None:
+    """Write `GRAPH` and `WEIGHTS` of a network, or of the two for full depth and for early exits,
+    into a folder.
 
     Inputs are those of the parts, and `exit_depth`, an int64 without dimensions; the output is
     `output` (N, C or 2·C, H, W) float32.
     """
+    parts = sets[0]
     with torch.no_grad():
         first = _example(parts.before, list(parts.inputs.values()))
     x, fixed = first[0], first[1 : 1 + parts.num_fixed]
@@ -189,7 +193,7 @@ def write_graph(parts: Parts, folder: Path) -> None:
     if parts.merges:
         used["Merge"] = export_part(parts.merges[0], "Merge", [x, x.clone()])
     builder = _Builder(folder, used)
-    nodes = _nodes(parts, builder)
+    nodes = _nodes(parts, builder) if len(sets) == 1 else _choosing(sets, builder)
     builder.close()
     inputs = [
         helper.make_tensor_value_info(name, _TYPES[value.dtype], ["N", *value.shape[1:]])
@@ -222,7 +226,8 @@ class _Builder:
     def __init__(self, folder: Path, used: dict[str, Exported]) -> None:
         self.used = used
         self.initializers: list[Any] = []
-        self._known: set[str] = set()
+        self.prefix = ""  # of the names of weights
+        self._known: dict[tuple[int, bool], str] = {}  # by place in memory and whether turned
         self._file = (folder / WEIGHTS).open("wb")
 
     def call(self, name: str, part: Part, inputs: Sequence[str], outputs: Sequence[str]) -> Any:
@@ -230,17 +235,18 @@ class _Builder:
         exported = self.used[name]
         weights = part.weights()
         given = [
-            self._store(part.prefix + key, weights[key], key in exported.turned)
+            self._store(self.prefix + part.prefix + key, weights[key], key in exported.turned)
             for key in exported.weights
         ]
         return helper.make_node(name, [*inputs, *given], list(outputs), domain=DOMAIN)
 
     def _store(self, name: str, value: Tensor, turned: bool) -> str:
         """Write a weight, once; its name in the graph."""
+        place = (value.data_ptr(), turned)
+        if place in self._known:
+            return self._known[place]
         name += ".T" * turned
-        if name in self._known:
-            return name
-        self._known.add(name)
+        self._known[place] = name
         array = (value.T if turned else value).cpu().contiguous().numpy()
         offset = -(-self._file.tell() // ALIGNMENT) * ALIGNMENT
         self._file.write(b"\0" * (offset - self._file.tell()))
@@ -261,7 +267,26 @@ class _Builder:
         self._file.close()
 
 
-def _nodes(parts: Parts, builder: _Builder) -> list[Any]:
+def _choosing(sets: Sequence[Parts], builder: _Builder) -> list[Any]:
+    """The network for full depth, or that for early exits, as the exit depth says."""
+    branches: list[Any] = []
+    for parts, prefix in zip(sets, ("", EXITS), strict=True):
+        builder.prefix = prefix
+        output = f"{OUTPUT}_{len(branches)}"
+        made = helper.make_tensor_value_info(output, TensorProto.FLOAT, None)
+        nodes = _nodes(parts, builder, output)
+        branches.append(helper.make_graph(nodes, f"network_{len(branches)}", [], [made]))
+    last = numpy_helper.from_array(np.array(len(sets[0].blocks) - 1, dtype=np.int64), "last")
+    return [
+        helper.make_node("Constant", [], ["last"], value=last),
+        helper.make_node("Greater", [EXIT_DEPTH, "last"], ["is_full"]),
+        helper.make_node(
+            "If", ["is_full"], [OUTPUT], then_branch=branches[0], else_branch=branches[1]
+        ),
+    ]
+
+
+def _nodes(parts: Parts, builder: _Builder, output: str = OUTPUT) -> list[Any]:
     """Before, the blocks each behind an `If`, after."""
     fixed = [f"fixed_{i}" for i in range(parts.num_fixed)]
     skips = [f"skip_{i}" for i in range(len(parts.merges))]
@@ -286,7 +311,7 @@ def _nodes(parts: Parts, builder: _Builder) -> list[Any]:
             )
         )
         x = f"x_{i + 1}"
-    nodes.append(builder.call("After", parts.after, [x, *fixed], [OUTPUT]))
+    nodes.append(builder.call("After", parts.after, [x, *fixed], [output]))
     return nodes
 
 

@@ -17,6 +17,7 @@ import torch
 
 from asesearch.backbones.compiled import compiled
 from asesearch.backbones.device import default_device
+from asesearch.backbones.exit_weights import weight_sets
 from asesearch.config import SamplingConfig, parse_section
 from asesearch.deployment import bundle, onnx_runtime, parity
 from asesearch.deployment.manifest import check_files, check_format, check_names, read_manifest
@@ -118,10 +119,12 @@ def _of_bundle(made: bundle.Bundle, recorded: Mapping[str, torch.Tensor]) -> Ope
 
     net = made.backbone
     code = ", compiled blocks" * made.sampling.compile
-    count = sum(p.numel() for p in net.parameters())
+    first = weight_sets(net)[0]
+    count, whole = (sum(p.numel() for p in own.parameters()) for own in (net, first))
+    own = f", {(count - whole) / 1e6:.3g} M of them weights of their own for early exits"
     return Opened(
-        what=f"{type(net).__name__} of {net.depth} blocks, {count / 1e6:.3g} M parameters; "
-        f"schedule {made.schedule}, {made.sampler}{code}",
+        what=f"{type(first).__name__} of {net.depth} blocks, {count / 1e6:.3g} M parameters"
+        f"{own * (first is not net)}; schedule {made.schedule}, {made.sampler}{code}",
         schedule=made.schedule,
         num_steps=made.sampling.num_steps,
         batch_size=made.sampling.batch_size,

@@ -57,11 +57,11 @@ def read_checkpoint(
             f"can't resume from {path}: {error}; delete it to begin again"
         ) from error
     ours = json.loads(json.dumps(identity))
-    for name in ours:
-        if theirs.get(name) != ours[name]:
+    for name in {**theirs, **ours}:
+        if theirs.get(name) != ours.get(name):
             raise CheckpointError(
                 f"{path} belongs to a run with another {name}; delete it to begin again, or "
-                f"undo the change: {_difference(theirs.get(name), ours[name])}"
+                f"undo the change: {_difference(theirs.get(name), ours.get(name))}"
             )
     return tensors, progress
 

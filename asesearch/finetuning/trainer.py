@@ -179,7 +179,7 @@ class Trainer(TrainingStep):
     def _identity(self) -> dict[str, Any]:
         """What must agree for a checkpoint to be continued."""
         return {
-            "config": self.config.model_dump(exclude={"checkpoint_every", "compile"}),
+            "config": self.config.result_fields,
             "schedule": self.schedule.to_dict(),
             "backbone": [type(self.backbone).__name__, self.backbone.config],
             "initial weights": self.fingerprint,

@@ -2,11 +2,13 @@
 depth."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 
 from asesearch.backbones import DiT, UViT
+from asesearch.backbones.exit_weights import ExitWeights
 from asesearch.deployment import aoti, formats
 from asesearch.deployment.aoti import load_aoti
 from asesearch.deployment.manifest import file_entries
@@ -62,6 +64,18 @@ def test_its_weights_are_those_of_each_block(bundle, folder):
     for block, call in zip(loaded.backbone.blocks, reversed(calls), strict=True):
         block._compiled_call_impl = call
     assert gap(loaded.sample([5]).images, bundle.sample([5]).images) > 1e-2
+
+
+def test_early_exits_with_weights_of_their_own(bundle, tmp_path):
+    net = ExitWeights(bundle.backbone, randomised(DiT(**TINY_DIT), 0.15)).eval()
+    made = replace(bundle, backbone=net)
+    loaded = load_aoti(formats.write(made, tmp_path / "made", "aoti"))
+    own = loaded.backbone
+    assert isinstance(own, ExitWeights)
+    codes = {block._compiled_call_impl._code for block in own.droppable_blocks()}
+    assert len(codes) == 1 and len(own.droppable_blocks()) == 8
+    assert gap(loaded.sample([5, 2]).images, made.sample([5, 2]).images) < 1e-4
+    assert gap(loaded.sample([5, 2]).images, bundle.sample([5, 2]).images) > 1e-2
 
 
 def test_u_vit(tmp_path):

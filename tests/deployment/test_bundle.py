@@ -1,6 +1,7 @@
 """Bundles: the same images anywhere, and no damaged or foreign file accepted."""
 
 import base64
+import copy
 import hashlib
 import json
 import os
@@ -13,10 +14,12 @@ from safetensors.torch import load_file, save_file
 
 from asesearch.backbones import DiT, UViT
 from asesearch.backbones.caching import Caching
+from asesearch.backbones.exit_weights import ExitWeights
 from asesearch.backbones.guidance import GuidanceInterval
 from asesearch.calibration import calibrated
 from asesearch.config import DiffusionConfig, SamplingConfig
 from asesearch.deployment import formats
+from asesearch.deployment import verify as verify_module
 from asesearch.deployment.bundle import Bundle
 from asesearch.deployment.diffusers_hook import apply_exit_schedule
 from asesearch.deployment.reading import load_bundle
@@ -73,6 +76,28 @@ def test_round_trip_gives_identical_images(bundle, folder):
     )
     again = loaded.sample(seeds)
     assert torch.equal(again.images, expected.images) and again.block_calls == expected.block_calls
+
+
+def test_early_exits_with_weights_of_their_own(bundle, tmp_path, monkeypatch):
+    gen = torch.Generator().manual_seed(1)
+    exits = copy.deepcopy(bundle.backbone)
+    for p in exits.parameters():
+        p.data += torch.randn(p.shape, generator=gen) * 0.02
+    made = replace(bundle, backbone=ExitWeights(bundle.backbone, exits).eval())
+    folder = write_bundle(made, tmp_path / "two")
+    loaded = load_bundle(folder)
+    assert isinstance(loaded.backbone, ExitWeights)
+    images = loaded.sample([3, 4]).images
+    assert torch.equal(images, made.sample([3, 4]).images)
+    assert not torch.equal(images, bundle.sample([3, 4]).images)
+    whole = replace(loaded, schedule=ExitSchedule.full(4)).sample([3, 4]).images
+    assert torch.equal(whole, replace(bundle, schedule=ExitSchedule.full(4)).sample([3, 4]).images)
+    monkeypatch.setattr(verify_module, "SPEED_S", 0.5)
+    checks = verify(folder)
+    assert all(check.passed for check in checks[:3])
+    assert "weights of their own" in checks[1].found
+    with pytest.raises(ConfigError, match="into the formats bundle, onnx, aoti; got diffusers"):
+        formats.write(made, tmp_path / "other", "diffusers")
 
 
 def test_a_bundle_of_a_compiled_study_samples_compiled(bundle, tmp_path, only_traced):

@@ -12,6 +12,7 @@ import torch
 from onnx import numpy_helper
 
 from asesearch.backbones import DiT, UViT
+from asesearch.backbones.exit_weights import ExitWeights
 from asesearch.config import DiffusionConfig, SamplingConfig
 from asesearch.deployment import formats
 from asesearch.deployment.bundle import Bundle
@@ -27,6 +28,10 @@ from tests.conftest import TINY_DIT
 
 DEPTH = 4
 SCHEDULE = ExitSchedule.from_string("4 4 2 1", DEPTH)
+NETWORKS = {
+    "dit": lambda: DiT(**TINY_DIT),
+    "uvit": lambda: UViT(img_size=8, patch_size=4, embed_dim=16, depth=4, num_heads=2, in_chans=1),
+}
 SOLVERS = ["ddpm", "ddim", "dpm++2m", "dpm++2m-quadratic", "unipc-quadratic"]
 
 
@@ -70,6 +75,29 @@ def test_the_images_are_torchs(bundle, folder, solver):
     assert gap(made.images, expected.images) < 1e-5
     assert made.images.dtype == np.float32 and made.timesteps == expected.timesteps
     assert (made.nfe, made.block_calls) == (expected.nfe, expected.block_calls)
+
+
+@pytest.mark.parametrize("kind", ["dit", "uvit"])
+def test_early_exits_with_weights_of_their_own(tmp_path, kind):
+    full, exits = (randomised(NETWORKS[kind](), scale) for scale in (0.1, 0.15))
+    net = ExitWeights(full, exits).eval()
+    schedule = ExitSchedule.from_string("2 1", 2) if kind == "uvit" else SCHEDULE
+    deepest = max(d for d in schedule.exit_depths if d < net.depth)
+    image = (torch.zeros(1, 1, 8, 8), torch.zeros(1, dtype=torch.long))
+    net.share_unused(*image, torch.zeros(1, dtype=torch.long) if kind == "dit" else None, deepest)
+    guided = {"cfg_scale": 1.5 if kind == "dit" else 1.0}
+    two = bundle_of(net, kind, schedule, **guided)
+    loaded = load_onnx(formats.write(two, tmp_path / "made", "onnx"))
+    expected = two.sample([5, 2])
+    assert gap(loaded.sample([5, 2]).images, expected.images) < 1e-5
+    whole = ExitSchedule.full(net.depth)
+    plain = bundle_of(full, kind, whole, **guided).sample([5, 2]).images
+    assert gap(loaded.sample([5, 2], schedule=whole).images, plain) < 1e-5
+    one = bundle_of(exits, kind, schedule, **guided).sample([5, 2]).images
+    assert gap(loaded.sample([5, 2]).images, one) > 1e-4  # the calls at full depth are not its
+    stored = (tmp_path / "made" / WEIGHTS).stat().st_size / 4
+    assert stored < 1.1 * sum(p.numel() for p in net.parameters())
+    assert all(check.passed for check in verify(tmp_path / "made")[:3])
 
 
 def test_another_schedule_gives_other_images(bundle, folder):

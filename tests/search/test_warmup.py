@@ -12,12 +12,18 @@ import torch
 from filelock import FileLock, Timeout
 
 from asesearch.backbones import DiT
+from asesearch.backbones.digests import weights_digest
+from asesearch.backbones.exit_weights import ExitWeights
 from asesearch.backbones.saving import save_backbone
 from asesearch.config import parse_study
+from asesearch.deployment.export import export
+from asesearch.deployment.reading import load_bundle
+from asesearch.errors import ConfigError
 from asesearch.evaluation.cost import LatencyTable
 from asesearch.point import Point
 from asesearch.sampler import Sampler
 from asesearch.schedule import ExitSchedule
+from asesearch.search import search as whole_search
 from asesearch.search.runner import run_trials
 from asesearch.search.warmup import warm_up
 from asesearch.search.workbench import Workbench
@@ -281,11 +287,7 @@ def test_protocol_leaves_competing_samplers_out(study, tmp_path):
 
 
 def test_a_whole_search_on_the_ladder(study, tmp_path):
-    from asesearch.deployment.export import export
-    from asesearch.deployment.reading import load_bundle
-    from asesearch.search import search
-
-    results = search(study, tmp_path / "run")
+    results = whole_search(study, tmp_path / "run")
     assert [r.origin for r in results.records[:2]] == ["full", "full dpm++2m-2"] and len(
         results.records
     ) == 4
@@ -315,6 +317,46 @@ def test_a_whole_search_on_the_ladder(study, tmp_path):
         <= 1
     )
     assert json.loads((folder / "bundle.json").read_text())["sampling"]["num_steps"] == 2
+
+
+def test_a_search_with_the_pretrained_weights_at_full_depth(study, tmp_path):
+    """Elastic weights, map, trials and export: full depth is the pretrained network's everywhere
+    but in the baseline, and early exits are trained on their own timesteps alone."""
+    how = {"full_depth": "pretrained", "warm_start": ("full", "3 3 2 1"), "num_trials": 4}
+    search_config = study.search.model_copy(update=how)
+    train = study.train.model_copy(update={"truncated_snr": True})
+    changed = study.model_copy(update={"search": search_config, "train": train})
+    bench = Workbench(changed, tmp_path / "run")
+    results = whole_search(changed, tmp_path / "run")
+    start = warm_up(bench, tmp_path / "run").start
+    assert isinstance(start, ExitWeights)
+    assert weights_digest(start.full) == weights_digest(bench.backbone)
+    assert any(k.startswith("blocks.1.") for k in start.own_tensors())
+    assert not any(k.startswith("blocks.2.") for k in start.own_tensors())
+    assert max(row[-1] for row in results.difficulty_map.error_full) == 0
+    opened = Study.open(tmp_path / "run")
+    record = next(r for r in results.records if r.origin == "3 3 2 1")
+    assert record.state == "complete"
+    shallow = bench.costs.flops[1] + bench.costs.flops[0]
+    assert record.gflops["finetune"] == pytest.approx(3 * 8 * 3 * shallow / 2 / 1e9)
+    bundle = load_bundle(export(opened, record, tmp_path / "bundle"))
+    assert isinstance(bundle.backbone, ExitWeights)
+    assert weights_digest(bundle.backbone.full) == weights_digest(bench.backbone)
+    further = export(opened, record, tmp_path / "further", finetune_steps=2)
+    tuned = load_bundle(further).backbone
+    assert weights_digest(tuned.full) == weights_digest(bench.backbone)
+    assert weights_digest(tuned.exits) != weights_digest(bundle.backbone.exits)
+    with pytest.raises(ConfigError, match="goes into the formats bundle, onnx, aoti; got diff"):
+        export(opened, record, tmp_path / "no", format="diffusers")
+    full = load_bundle(export(opened, results.full, tmp_path / "full")).backbone
+    assert type(full) is DiT and weights_digest(full) != weights_digest(bench.backbone)
+
+
+def test_an_acceleration_does_not_go_with_two_sets_of_weights(study):
+    how = {"full_depth": "pretrained", "samplers": ("ddim-4+cache-block-0.1",)}
+    changed = study.model_copy(update={"search": study.search.model_copy(update=how)})
+    with pytest.raises(ConfigError, match=r"acts on one set of weights.*cache-block-0\.1"):
+        Workbench(changed)
 
 
 def search_until_killed(config, run_dir):
