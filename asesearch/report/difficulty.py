@@ -8,6 +8,7 @@ import tempfile
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -19,9 +20,11 @@ from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
 
+from asesearch.config import DiffusionConfig
 from asesearch.errors import WriteError
 from asesearch.files import write_json
 from asesearch.report.style import HEIGHT, SMALL, Drawing, axes
+from asesearch.solvers import make_levels
 from asesearch.study.difficulty import TABLES, DifficultyMap
 
 Array = npt.NDArray[np.float64]
@@ -29,6 +32,12 @@ CAPTION = (
     "Mean square error of the predicted noise against {against} full-depth prediction, by noise "
     "level and blocks run. From a line upwards the error is at most the number on it: where the "
     "line is low, a schedule may be shallow."
+)
+
+IMAGE_CAPTION = (
+    "The same as a mean square error of the clean image (or latent) that follows from the "
+    "predicted noise: (σ / α)² times as large, at the middle of each noise level. This is what the "
+    "solver's steps pass on: near noise a small error of the noise is a large one of the image."
 )
 
 
@@ -51,11 +60,11 @@ def table(difficulty_map: DifficultyMap) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def draw(data: pd.DataFrame) -> Figure:
-    """Heat map of `error_full`, and for a few round numbers a line above which it is no larger:
-    `table`."""
+def draw(data: pd.DataFrame, column: str = "error_full") -> Figure:
+    """Heat map of a column of `table`, and for a few round numbers a line above which it is no
+    larger."""
     # (depth, bins)
-    errors = data.pivot(index="exit_depth", columns="t_from", values="error_full").to_numpy()
+    errors = data.pivot(index="exit_depth", columns="t_from", values=column).to_numpy()
     edges = [*sorted(set(data["t_from"])), int(data["t_to"].max())]
     positive = errors[errors > 0]
     high = float(positive.max()) if positive.size else 1.0
@@ -195,6 +204,29 @@ def drawing(difficulty_map: DifficultyMap | None) -> Drawing | None:
     )
     return Drawing(
         "difficulty", "Difficulty", CAPTION.format(against=against), data, lambda: draw(data)
+    )
+
+
+def image_drawing(
+    difficulty_map: DifficultyMap | None, diffusion: dict[str, Any] | None
+) -> Drawing | None:
+    """The map's errors as errors of the clean image, under a study file's process; None without a
+    map or a process."""
+    if difficulty_map is None or diffusion is None:
+        return None
+    levels = make_levels(DiffusionConfig.model_validate(diffusion))
+    data = table(difficulty_map)
+    middle = (data["t_from"] + data["t_to"] - 1) / 2
+    if levels.kind == "discrete":
+        middle = middle.astype(int)
+    scale = [(sigma / alpha) ** 2 for alpha, sigma in map(levels.level, middle)]
+    data["error_image"] = data["error_full"] * scale
+    return Drawing(
+        "difficulty-image",
+        "Difficulty, as an error of the image",
+        IMAGE_CAPTION,
+        data[["t_from", "t_to", "exit_depth", "error_image"]],
+        lambda: draw(data, "error_image"),
     )
 
 

@@ -126,6 +126,7 @@ def render_page(results: StudyResults, shown: list[tuple[Drawing, bytes]]) -> st
             learned=results.importance,
             data=embedded(results, answer.chosen) if results.complete else None,
             **scripts(),
+            two_weights=results.config.get("search", {}).get("full_depth") == "pretrained",
             toml=study_toml(results.config),
             one_repeat=used is not None and len(used.seeds) == 1,
             unknown=UNKNOWN,

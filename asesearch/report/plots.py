@@ -59,8 +59,12 @@ def drawings(results: StudyResults) -> list[Drawing]:
     evidence.add_attainment(add, results)
     caption = "Blocks run at each noise level, fastest schedule on top."
     add("schedules", "Schedules", caption, exhibits.schedule_matrix(results), draw_schedules)
-    if (drawn := difficulty.drawing(results.difficulty_map)) is not None:
-        out.append(drawn)
+    found = results.difficulty_map
+    maps = (
+        difficulty.drawing(found),
+        difficulty.image_drawing(found, results.config.get("diffusion")),
+    )
+    out += [drawn for drawn in maps if drawn is not None]
     evidence.add_importance(add, results)
     caption = "The same seeds and labels in every row, fastest schedule on top."
     add(

@@ -8,14 +8,25 @@ import matplotlib
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_rgba
 from matplotlib.patches import StepPatch
 from matplotlib.text import Text
 
+from asesearch.config import DiffusionConfig
+from asesearch.diffusion import make_diffusion
 from asesearch.errors import WriteError
 from asesearch.report import plots
-from asesearch.report.difficulty import draw, drawing, table, thresholds, too_shallow, write_map
+from asesearch.report.difficulty import (
+    draw,
+    drawing,
+    image_drawing,
+    table,
+    thresholds,
+    too_shallow,
+    write_map,
+)
 from asesearch.report.page import render_page
 from asesearch.report.style import SMALL, STYLE
 from asesearch.study.difficulty import TABLES, DifficultyMap
@@ -50,6 +61,31 @@ def test_the_table_is_the_map_in_long_form():
     row = data.iloc[2 * DEPTH + 3]
     assert (row["t_from"], row["t_to"], row["exit_depth"]) == (400, 600, 4)
     assert [row[name] for name in TABLES] == [getattr(found, name)[2][3] for name in TABLES]
+
+
+@pytest.mark.parametrize("process", ["discrete", "vp-sde"])
+def test_the_same_as_an_error_of_the_image(process):
+    """What the loss of the noise hides near noise: the same prediction, in two units."""
+    config = DiffusionConfig(process=process)
+    shown = image_drawing(make(), config.model_dump())
+    diffusion = make_diffusion(config)
+    data = shown.data.set_index(["t_from", "exit_depth"])["error_image"]
+    noise = table(make()).set_index(["t_from", "exit_depth"])["error_full"]
+    for t_from in (0, 400, 800):
+        t = torch.tensor([t_from + 99], dtype=diffusion.time_dtype)
+        t = t if process == "discrete" else t + 0.5
+        eps = torch.zeros(1, 1, 1, 1, dtype=torch.float64)
+        wrong = eps + float(noise[t_from, 2]) ** 0.5
+        x_t = torch.ones(1, 1, 1, 1, dtype=torch.float64)
+        images = [
+            (x_t - diffusion.sigma(t).item() * e) / diffusion.alpha(t).item() for e in (eps, wrong)
+        ]
+        expected = float((images[0] - images[1]).square())
+        assert data[t_from, 2] == pytest.approx(expected, rel=1e-6)
+    assert data[800, 2] > data[400, 2] > noise[400, 2] and "near noise" in shown.caption
+    (mesh,) = shown.draw().axes[0].collections
+    assert mesh.get_array().max() == pytest.approx(data.max())
+    assert image_drawing(None, config.model_dump()) is None and image_drawing(make(), None) is None
 
 
 def test_the_figure_shows_the_errors_and_its_lines_bound_them():

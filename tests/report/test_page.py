@@ -225,6 +225,13 @@ def test_page_says_how_it_was_measured(html, results):
     assert results.records[7].failure == SCRIPT and 'id="failed"' in html
 
 
+def test_the_page_says_whose_weights_make_the_calls_at_full_depth(html, results):
+    search = {**results.config["search"], "full_depth": "pretrained"}
+    two = replace(results, config={**results.config, "search": search})
+    line = "the pretrained ones make its calls at full depth"
+    assert line not in html and line in page.render_page(two, [])
+
+
 def test_other_extractors_are_never_called_fid(study):
     results = study(8, extractor="fashion-cnn")
     html = page.render_page(results, [])
