@@ -11,6 +11,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from asesearch.backbones.base import Backbone
 from asesearch.data import check_readable
 from asesearch.deployment import formats
 from asesearch.deployment.bundle import Bundle
@@ -63,17 +64,7 @@ def export(
         net = load_trial(study, record, torch.device("cpu"))
     else:
         bench = bench or Workbench(config, study.run_dir)
-        check_readable(bench.data)
-        warm_up(bench, study.run_dir)
-        start, train = bench.trials.tuning(record.schedule)
-        train = train.model_copy(update={"num_steps": finetune_steps})
-        teacher = bench.backbone if train.distill_frac > 0 else None
-        if start.takes_prompt:
-            _prompts(study.trial_dir(record.schedule) / PROMPTS)  # before the hours, not after
-        where = study.trial_dir(record.schedule) / f"finetune-{finetune_steps}"
-        net = finetune(
-            start, bench.data, bench.diffusion, record.schedule, train, where, teacher, on_step
-        ).backbone
+        net = _finetuned(study, record, bench, finetune_steps, on_step)
         quality, _ = bench.evaluate(net, record.point, bench.protocols.confirmation)
         evaluation["after_full_finetuning"] = {
             "num_steps": finetune_steps,
@@ -101,6 +92,28 @@ def export(
         acceleration_name=record.sampler.acceleration,
     )
     return formats.write(bundle, folder, format, **options)
+
+
+def _finetuned(
+    study: Study,
+    record: TrialRecord,
+    bench: Workbench,
+    num_steps: int,
+    on_step: Callable[[int, float], None] | None,
+) -> Backbone:
+    """The network of a point after a full fine-tuning, see `export`."""
+    check_readable(bench.data)
+    warm_up(bench, study.run_dir)
+    start, train = bench.trials.tuning(record.schedule)
+    train = train.model_copy(update={"num_steps": num_steps})
+    teacher = bench.backbone if train.distill_frac > 0 else None
+    folder = study.trial_dir(record.schedule)
+    if start.takes_prompt:
+        _prompts(folder / PROMPTS)  # before the hours, not after
+    where = folder / f"finetune-{num_steps}"
+    return finetune(
+        start, bench.data, bench.diffusion, record.schedule, train, where, teacher, on_step
+    ).backbone
 
 
 def check_export(
