@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from asesearch.backbones.block_exits import SPECS
 from asesearch.backbones.checkpoints import load_backbone
 from asesearch.backbones.diffusers_adapter import DiffusersBackbone, load_diffusers
+from asesearch.backbones.exit_weights import ExitWeights
 from asesearch.backbones.saving import save_backbone
 from asesearch.config import BackboneConfig
 from asesearch.errors import CheckpointError, ConfigError, ScheduleError
@@ -658,3 +659,27 @@ def test_the_table_names_real_arguments():
             "timestep",
         } <= arguments
         assert not spec.added or "added_cond_kwargs" in arguments
+
+
+def test_early_exits_with_weights_of_their_own_for_prompts(tmp_path):
+    model, x_t, t, y = case("pixart")
+    second = randomised(pixart(), seed=1)
+    two = ExitWeights(DiffusersBackbone(model), DiffusersBackbone(second)).eval()
+    with torch.no_grad():
+        want = [two(x_t, t, y, exit_depth=d) for d in (2, DEPTH)]
+        mixed = two(x_t, t, y, exit_depth=torch.tensor(EXITS))
+        for i, depth in enumerate(EXITS):
+            row = {k: v[i : i + 1] for k, v in y.items()}
+            alone = two(x_t[i : i + 1], t[i : i + 1], row, exit_depth=depth)
+            torch.testing.assert_close(mixed[i : i + 1], alone, rtol=1e-3, atol=1e-4)
+    two.share_unused(x_t[:1], t[:1], {k: v[:1] for k, v in y.items()}, 2)
+    save_backbone(two, tmp_path / "two.safetensors")
+    own = BackboneConfig(kind="diffusers", checkpoint=str(tmp_path / "two.safetensors"))
+    read = load_backbone(own).eval()
+    assert isinstance(read, ExitWeights)
+    with torch.no_grad():
+        assert torch.equal(read(x_t, t, y, exit_depth=2), want[0])
+        assert torch.equal(read(x_t, t, y), want[1])
+    names = load_file(tmp_path / "two.safetensors")
+    assert not any(k.startswith("exits.transformer.transformer_blocks.2") for k in names)
+    assert any(k.startswith("exits.transformer.transformer_blocks.1") for k in names)
