@@ -314,7 +314,8 @@ class SearchConfig(_Section):
     wall time in which any worker was at work, and what is still to be confirmed, reach it.
     `full_depth`: whose weights make a schedule's calls at full depth: the `tuned` ones, as all
     others, or the `pretrained` ones. Then fine-tuning goes to the early exits alone and takes
-    nothing from the other calls, for the memory of the weights that early exits use.
+    nothing from the other calls, for the memory of the weights that early exits use; the full
+    network, which all is compared with, is the pretrained one as it is.
     `proposer`: `difficulty` (ours) needs the difficulty map, which is measured once per study; the
     others are Optuna's.
     """

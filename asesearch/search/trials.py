@@ -83,6 +83,7 @@ class Trials:
         The full network, which all others are compared with, gets equal-compute fine-tuning: from
         its pretrained weights, for the steps of the elastic warm-up and of the brief fine-tuning
         together. It learns noise targets: from a teacher that it equals it would learn nothing.
+        Where the pretrained weights make all calls at full depth it is the pretrained network.
         """
         config = self.parts.config.train
         config = config.model_copy(update={"seed": config.seed + training_seed})
@@ -90,6 +91,8 @@ class Trials:
         if not schedule.is_full:
             return self.start, config
         steps = config.num_steps + (0 if elastic is None else elastic.num_steps)
+        if self.parts.config.search.full_depth == "pretrained":
+            steps = 0
         return self.parts.backbone, config.model_copy(
             update={"num_steps": steps, "distill_frac": 0.0}
         )

@@ -325,7 +325,8 @@ def test_a_search_with_the_pretrained_weights_at_full_depth(study, tmp_path):
     how = {"full_depth": "pretrained", "warm_start": ("full", "3 3 2 1"), "num_trials": 4}
     search_config = study.search.model_copy(update=how)
     train = study.train.model_copy(update={"truncated_snr": True})
-    changed = study.model_copy(update={"search": search_config, "train": train})
+    seeds = study.confirm.model_copy(update={"training_seeds": 2, "max_points": 4})
+    changed = study.model_copy(update={"search": search_config, "train": train, "confirm": seeds})
     bench = Workbench(changed, tmp_path / "run")
     results = whole_search(changed, tmp_path / "run")
     start = warm_up(bench, tmp_path / "run").start
@@ -349,7 +350,15 @@ def test_a_search_with_the_pretrained_weights_at_full_depth(study, tmp_path):
     with pytest.raises(ConfigError, match="goes into the formats bundle, onnx, aoti; got diff"):
         export(opened, record, tmp_path / "no", format="diffusers")
     full = load_bundle(export(opened, results.full, tmp_path / "full")).backbone
-    assert type(full) is DiT and weights_digest(full) != weights_digest(bench.backbone)
+    assert type(full) is DiT and weights_digest(full) == weights_digest(bench.backbone)
+    assert "finetune" not in results.full.gflops
+    confirmed = {c.number: c for c in results.confirmations}
+    (same,) = confirmed[results.full.number].retrained
+    assert same == confirmed[results.full.number].quality  # it is not trained, so nor again
+    others = [c for number, c in confirmed.items() if number != results.full.number]
+    schedules = {r.number: r.schedule for r in results.records}
+    again = [c for c in others if not schedules[c.number].is_full]
+    assert again and all(c.retrained[0].values != c.quality.values for c in again)
 
 
 def test_an_acceleration_does_not_go_with_two_sets_of_weights(study):
