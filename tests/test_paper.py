@@ -181,8 +181,13 @@ def test_pay_picks_the_cheapest_that_is_good_enough(monkeypatch):
 def tuning_of(recipe):
     """What D3's fine-tuning starts from, and the fields in which it differs from `own`."""
     base = TrainConfig(**{**paper_options.TRAIN, "num_steps": 200, "loss_weight": FLAT})
+    config = SimpleNamespace(
+        train=base,
+        elastic=SimpleNamespace(num_steps=1500),
+        search=SimpleNamespace(full_depth="tuned"),
+    )
     parts = SimpleNamespace(
-        config=SimpleNamespace(train=base, elastic=SimpleNamespace(num_steps=1500)),
+        config=config,
         backbone="pretrained",
         trials=SimpleNamespace(start="elastic"),
         costs=None,

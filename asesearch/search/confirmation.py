@@ -158,8 +158,8 @@ class _Confirming:
         """
         begun = time.perf_counter()
         seed = 1 + len(made.retrained)
-        if self.bench.trials.tuning(record.schedule)[1].num_steps == 0:
-            return replace(made, retrained=(*made.retrained, made.quality))  # the same network
+        if record.schedule.is_full and self.study.config.search.full_depth == "pretrained":
+            return replace(made, retrained=(*made.retrained, made.quality))  # it is not trained
         folder = self.study.trial_dir(record.schedule) / f"{directory.RETRAINED}{seed}"
         warm_up(self.bench, self.study.run_dir)
         lock = self.study.run_dir / directory.LOCKS / f"{folder.parent.name}-{seed}.lock"
