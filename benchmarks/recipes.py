@@ -139,8 +139,8 @@ class Lab:
                     "backbone": {"kind": args.kind, "checkpoint": args.network},
                     "data": {"kind": "fashion-mnist", "split": "train"},
                     "sampling": {
-                        "solver": "unipc-quadratic",
-                        "num_steps": args.steps_of_sampler,
+                        "solver": args.sampler.solver,
+                        "num_steps": args.sampler.num_steps,
                         "batch_size": args.sample_batch,
                     },
                     "evaluation": {
@@ -302,6 +302,8 @@ def measured(lab: Lab) -> dict[str, Any]:
     for name, schedule in lab.schedules.items():
         for target in lab.args.targets if lab.args.own_steps else ():
             tuned = lab.tuned(net, schedule, float(target == "teacher"))
+            if tuned is lab.bench.backbone:
+                continue  # not tuned at all
             key = f"{name}, {lab.args.own_steps} own steps, {target}"
             found.setdefault("tuned", {})[key] = lab.score(tuned, schedule, lab.sampler)
             found.setdefault("errors", {})[key] = lab.errors(tuned, schedule)
@@ -324,7 +326,7 @@ def main() -> None:
     parser.add_argument("--num-samples", type=int, default=5000)
     parser.add_argument("--repeats", type=int, default=1)
     parser.add_argument("--sample-batch", type=int, default=500)
-    parser.add_argument("--steps-of-sampler", type=int, default=6, help="of UniPC, quadratic grid")
+    parser.add_argument("--sampler", type=Sampler.from_string, default="unipc-quadratic-6")
     parser.add_argument("--full-depth", choices=["tuned", "pretrained"], default="tuned")
     parser.add_argument("--truncated-snr", action="store_true")
     parser.add_argument("--schedules", nargs="*", help="names or depths; default full D3 D7")
