@@ -206,7 +206,7 @@ def test_the_average_of_weights_keeps_no_more_than_its_decay(
 
 
 @pytest.mark.parametrize("t", [10, 50, 100, 400, 900])
-def test_min_snr_lowers_the_weight_near_data_and_nowhere_else(tiny_images, t):
+def test_min_snr_acts_near_data_and_truncated_snr_near_noise_and_nowhere_else(tiny_images, t):
     torch.manual_seed(0)
     net = DiT(
         8, 4, in_channels=1, hidden_size=16, depth=4, num_heads=2, num_classes=3, learn_sigma=False
@@ -220,6 +220,9 @@ def test_min_snr_lowers_the_weight_near_data_and_nowhere_else(tiny_images, t):
     snr = signal / (1 - signal)
     assert (snr > 5) == (t <= 100)
     assert weighted / plain == pytest.approx(5 / snr if snr > 5 else 1.0, rel=1e-4)
+    weighted = trainer_of(net, tiny_images, truncated_snr=True)._loss(batch)[0].item()
+    assert (snr < 1) == (t >= 400)
+    assert weighted / plain == pytest.approx(1 / snr if snr < 1 else 1.0, rel=1e-4)
 
 
 # -- batches ---------------------------------------------------------------------------------------
