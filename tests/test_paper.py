@@ -184,7 +184,7 @@ def tuning_of(recipe):
     config = SimpleNamespace(
         train=base,
         elastic=SimpleNamespace(num_steps=1500),
-        search=SimpleNamespace(full_depth="tuned"),
+        search=SimpleNamespace(own_exits=False),
     )
     parts = SimpleNamespace(
         config=config,

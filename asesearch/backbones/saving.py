@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 
 from asesearch.backbones.base import Backbone
 from asesearch.backbones.checkpoints import BACKBONES, NULL, RESERVED, VERSION
-from asesearch.backbones.exit_weights import EXITS, ExitWeights
+from asesearch.backbones.exit_weights import EXITS, ExitWeights, weight_sets
 from asesearch.backbones.files import FORMAT
 from asesearch.errors import ConfigError
 from asesearch.files import replacing
@@ -30,7 +30,7 @@ def save_backbone(
     Raises:
         ConfigError: another network, or a reserved key in `extra`.
     """
-    full = backbone.full if isinstance(backbone, ExitWeights) else backbone
+    full = weight_sets(backbone)[0]
     kind = next((k for k, cls in BACKBONES.items() if type(full) is cls), None)
     # as `DiffusersBackbone`, without importing diffusers
     if kind is None and backbone.config.keys() == {"transformer"}:

@@ -336,6 +336,11 @@ class SearchConfig(_Section):
     keep_weights: Literal["all", "front"] = "front"
 
     @property
+    def own_exits(self) -> bool:
+        """Whether early exits have weights of their own beside the pretrained ones."""
+        return self.full_depth == "pretrained"
+
+    @property
     def budget_s(self) -> float | None:
         """`budget` in seconds."""
         if self.budget is None:

@@ -135,7 +135,7 @@ def check_export(
         WriteError: the folder, or the trial's for the checkpoint, can't be written.
     """
     config = study.config
-    own_exits = config.search.full_depth == "pretrained" and not record.schedule.is_full
+    own_exits = config.search.own_exits and not record.schedule.is_full
     kind = config.backbone.kind
     formats.check_format(format, kind, vae, record.sampler.acceleration, own_exits)
     check_bundle_dir(folder, overwrite=overwrite)

@@ -158,7 +158,7 @@ class _Confirming:
         """
         begun = time.perf_counter()
         seed = 1 + len(made.retrained)
-        if record.schedule.is_full and self.study.config.search.full_depth == "pretrained":
+        if record.schedule.is_full and self.study.config.search.own_exits:
             return replace(made, retrained=(*made.retrained, made.quality))  # it is not trained
         folder = self.study.trial_dir(record.schedule) / f"{directory.RETRAINED}{seed}"
         warm_up(self.bench, self.study.run_dir)

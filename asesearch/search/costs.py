@@ -242,7 +242,7 @@ class Costs:
             drawn = depths.draw(np.repeat(t, 64), np.tile(u, num_timesteps))
         else:
             drawn = depths.exit_depth_at(t)
-            if self.parts.config.search.full_depth == "pretrained" and not depths.is_full:
+            if self.parts.config.search.own_exits and not depths.is_full:
                 drawn = drawn[drawn < depths.depth]  # see `finetuning.finetune`
         call = float(np.asarray(self.flops)[drawn - 1].mean())
         teacher = self.flops[-1] if config.distill_frac > 0 else 0.0

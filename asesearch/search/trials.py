@@ -49,9 +49,9 @@ class Outcome:
 def first_start(parts: Parts) -> Backbone:
     """What the elastic warm-up, or a trial of a study without one, starts from: the pretrained
     weights, which stay what makes the calls at full depth where the study says so."""
-    if parts.config.search.full_depth == "tuned":
-        return parts.backbone
-    return ExitWeights(parts.backbone, parts.backbone)
+    if parts.config.search.own_exits:
+        return ExitWeights(parts.backbone, parts.backbone)
+    return parts.backbone
 
 
 class Trials:
@@ -91,7 +91,7 @@ class Trials:
         if not schedule.is_full:
             return self.start, config
         steps = config.num_steps + (0 if elastic is None else elastic.num_steps)
-        if self.parts.config.search.full_depth == "pretrained":
+        if self.parts.config.search.own_exits:
             steps = 0
         return self.parts.backbone, config.model_copy(
             update={"num_steps": steps, "distill_frac": 0.0}
