@@ -18,6 +18,7 @@ from asesearch.backbones.acceleration import Acceleration, Begin
 from asesearch.backbones.base import Backbone, check_schedule
 from asesearch.backbones.compiled import compiled
 from asesearch.backbones.conditioning import Conditioning, labels_of
+from asesearch.backbones.exit_weights import attached
 from asesearch.backbones.guidance import GuidanceInterval, check_guided
 from asesearch.diffusion import Process
 from asesearch.errors import ConfigError
@@ -201,7 +202,7 @@ def sample(
         _evaluating(backbone.to(place)),
         arithmetic(precision, place),
         compiled(backbone, compile),
-        nullcontext() if acceleration is None else acceleration.attached(backbone) as begin,
+        nullcontext() if acceleration is None else attached(acceleration, backbone) as begin,
         _counting(backbone, acceleration) as counted,
     ):
         for first in range(0, len(seeds), batch_size):

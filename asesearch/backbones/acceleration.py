@@ -46,9 +46,10 @@ class Acceleration(Protocol):
         """Plain data for JSON."""
         ...
 
-    def mix(self, net: Backbone, exit_depths: Sequence[int]) -> list[Mix]:
+    def mix(self, net: Backbone, exit_depths: Sequence[int], apart: bool = False) -> list[Mix]:
         """What each call of a sampling costs, as parts of unchanged calls and of calls changed in
-        full, for these exit depths of the calls."""
+        full, for these exit depths of the calls; `apart` where early exits have weights of their
+        own, so that calls at full depth and others keep nothing for each other."""
         ...
 
 
@@ -71,7 +72,7 @@ class Looking:
     def to_dict(self) -> dict[str, Any]:
         return {"kind": type(self).__name__}
 
-    def mix(self, net: Backbone, exit_depths: Sequence[int]) -> list[Mix]:
+    def mix(self, net: Backbone, exit_depths: Sequence[int], apart: bool = False) -> list[Mix]:
         return [((1.0, depth, False),) for depth in exit_depths]
 
 

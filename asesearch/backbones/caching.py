@@ -172,11 +172,12 @@ class Caching:
         none = np.zeros((flags.shape[1], 2, self.adjustment.shape[-1]), dtype=np.float16)
         return Caching(self.part, flags, none)
 
-    def mix(self, net: Backbone, exit_depths: Sequence[int]) -> list[Mix]:
-        seen = np.zeros(self.reuse.shape[1], dtype=np.bool_)
+    def mix(self, net: Backbone, exit_depths: Sequence[int], apart: bool = False) -> list[Mix]:
+        kept = np.zeros((2, self.reuse.shape[1]), dtype=np.bool_)
         out: list[Mix] = []
         for flags, depth in zip(self.reuse, exit_depths, strict=True):
             runs = run_at(net, depth)
+            seen = kept[int(apart and depth == net.depth)]
             reused = float((flags & seen & runs).sum() / max(1, runs.sum()))
             seen |= runs
             out.append(((1 - reused, depth, False), (reused, depth, True)))

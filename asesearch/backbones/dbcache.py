@@ -90,9 +90,14 @@ class DBCache:
             )
         return cls(np.array([c == "1" for c in str(row)], dtype=np.bool_))
 
-    def mix(self, net: Backbone, exit_depths: Sequence[int]) -> list[Mix]:
-        pairs = zip(self.reuse, exit_depths, strict=True)
-        return [((1.0, depth, bool(reused)),) for reused, depth in pairs]
+    def mix(self, net: Backbone, exit_depths: Sequence[int], apart: bool = False) -> list[Mix]:
+        seen = set()
+        out: list[Mix] = []
+        for reused, depth in zip(self.reuse, exit_depths, strict=True):
+            own = apart and depth == net.depth  # of the weights that make the call
+            out.append(((1.0, depth, bool(reused and (own in seen))),))
+            seen.add(own)
+        return out
 
 
 class Deciding(Looking):

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator
+from contextlib import ExitStack, contextmanager
 
 import torch
 from torch import Tensor, nn
 
 from asesearch.backbones import conditioning
+from asesearch.backbones.acceleration import Acceleration, Begin
 from asesearch.backbones.base import Backbone, ExitDepth
 from asesearch.backbones.conditioning import Conditioning
 
@@ -113,6 +115,21 @@ def weight_sets(net: Backbone) -> tuple[Backbone, ...]:
     """The networks that a network is made of: itself, or that for full depth and that for early
     exits."""
     return (net.full, net.exits) if isinstance(net, ExitWeights) else (net,)
+
+
+@contextmanager
+def attached(acceleration: Acceleration, net: Backbone) -> Iterator[Begin]:
+    """Inside, an acceleration acts on each set of weights apart: neither reuses what the other
+    computed. Calls are announced as to `Acceleration.attached`."""
+    with ExitStack() as stack:
+        sets = dict.fromkeys(weight_sets(net))
+        begins = [stack.enter_context(acceleration.attached(own)) for own in sets]
+
+        def begin(call: int) -> None:
+            for each in begins:
+                each(call)
+
+        yield begin
 
 
 def share(net: nn.Module, other: nn.Module, names: Collection[str]) -> None:

@@ -99,7 +99,7 @@ class GuidanceInterval:
             )
         return cls(np.array([c == "1" for c in str(row)], dtype=np.bool_))
 
-    def mix(self, net: Backbone, exit_depths: Sequence[int]) -> list[Mix]:
+    def mix(self, net: Backbone, exit_depths: Sequence[int], apart: bool = False) -> list[Mix]:
         pairs = zip(self.inside, exit_depths, strict=True)
         return [((1.0, depth, not on),) for on, depth in pairs]
 

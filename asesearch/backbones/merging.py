@@ -98,7 +98,7 @@ class Merging:
             )
         return cls(float(data["ratio"]))
 
-    def mix(self, net: Backbone, exit_depths: Sequence[int]) -> list[Mix]:
+    def mix(self, net: Backbone, exit_depths: Sequence[int], apart: bool = False) -> list[Mix]:
         return [((1.0, depth, True),) for depth in exit_depths]
 
 

@@ -138,18 +138,19 @@ class SmoothCache:
         flags = {k: np.array([c == "1" for c in row], dtype=np.bool_) for k, row in rows.items()}
         return cls(flags, {name: float(share) for name, share in shares.items()})
 
-    def mix(self, net: Backbone, exit_depths: Sequence[int]) -> list[Mix]:
+    def mix(self, net: Backbone, exit_depths: Sequence[int], apart: bool = False) -> list[Mix]:
         """A call that reuses some kinds of layers counts as so much of one that reuses all, by
         their FLOPs."""
-        seen = {name: np.zeros(net.depth, dtype=np.bool_) for name in self.reuse}
+        kept = {name: np.zeros((2, net.depth), dtype=np.bool_) for name in self.reuse}
         out: list[Mix] = []
         for call, depth in enumerate(exit_depths):
             runs = run_at(net, depth)
             reused = 0.0
             for name, flags in self.reuse.items():
-                again = seen[name] & runs & flags[call]
+                seen = kept[name][int(apart and depth == net.depth)]
+                again = seen & runs & flags[call]
                 reused += self.shares[name] * float(again.sum() / max(1, runs.sum()))
-                seen[name] |= runs
+                seen |= runs
             out.append(((1 - reused, depth, False), (reused, depth, True)))
         return out
 

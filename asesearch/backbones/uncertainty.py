@@ -172,7 +172,7 @@ class DeeDiff:
         """Every block estimates, and no image leaves: the same for all calibrations."""
         return DeeDiff(0.0, np.zeros_like(self.estimators), _all_full(2, net.depth))
 
-    def mix(self, net: Backbone, exit_depths: Sequence[int]) -> list[Mix]:
+    def mix(self, net: Backbone, exit_depths: Sequence[int], apart: bool = False) -> list[Mix]:
         """In expectation: as often as the calibration's images left."""
         out: list[Mix] = []
         for counts, depth in zip(self.exits, exit_depths, strict=True):

@@ -23,6 +23,7 @@ from asesearch.backbones.acceleration import Acceleration
 from asesearch.backbones.base import Backbone, check_schedule
 from asesearch.backbones.checkpoints import VERSION as WEIGHTS_VERSION
 from asesearch.backbones.checkpoints import load_backbone
+from asesearch.backbones.exit_weights import attached
 from asesearch.backbones.files import FORMAT as WEIGHTS
 from asesearch.calibration import check_named, read_acceleration
 from asesearch.config import BackboneConfig, DiffusionConfig, SamplingConfig, parse_section
@@ -271,7 +272,7 @@ def _check_together(folder: Path, net: Backbone, told: _Told) -> None:
         _, steps = check_sampling(net, how.solver, diffusion, how.num_steps, how.cfg_scale)
         check_acceleration(told.acceleration, len(steps), how.compile, how.cfg_scale)
         if told.acceleration is not None:
-            with told.acceleration.attached(net):
+            with attached(told.acceleration, net):
                 pass  # it fits the blocks
     except (ConfigError, ScheduleError) as error:
         raise _unfit(folder, error) from error

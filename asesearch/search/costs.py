@@ -198,7 +198,8 @@ class Costs:
     def _mixes(self, point: Point) -> list[Mix]:
         """What each network call of a point is made of, cost by cost."""
         depths = point.schedule.exit_depth_at(self.parts.samplers[point.sampler]).tolist()
-        return self._acceleration(point.sampler).mix(self.parts.backbone, depths)
+        own_exits = self.parts.config.search.own_exits
+        return self._acceleration(point.sampler).mix(self.parts.backbone, depths, own_exits)
 
     def of_calls(self, sampler: Sampler) -> npt.NDArray[np.float64]:
         """(calls, depth) cost of each network call of a sampler at exit depths 1…depth, in the

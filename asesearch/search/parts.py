@@ -119,12 +119,6 @@ class Parts:
                 check_eager(how.compile)
             if sampler.acceleration.startswith("guide-"):
                 check_guided(how.cfg_scale)
-            elif sampler.acceleration and self.config.search.own_exits:
-                raise ConfigError(
-                    "an acceleration acts on one set of weights, and search.full_depth = "
-                    f"'pretrained' makes a schedule's calls by two; got {sampler}; set full_depth "
-                    "= 'tuned', or leave the acceleration out"
-                )
             _, found[sampler] = check_sampling(
                 net, how.solver, self.diffusion, how.num_steps, how.cfg_scale
             )

@@ -1,5 +1,7 @@
 """The contract of an acceleration, over all of them."""
 
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -7,6 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from asesearch.backbones import DiT
 from asesearch.backbones.acceleration import led
+from asesearch.backbones.exit_weights import ExitWeights
 from asesearch.calibration import calibrated, read_acceleration
 from asesearch.diffusion import Diffusion
 from asesearch.errors import ConfigError, ScheduleError
@@ -22,6 +25,7 @@ from tests.backbones.accelerated import (
     STRONG,
     WEAK,
     awake,
+    calibrate,
     case,
     diffusers_dit,
     make,
@@ -45,6 +49,7 @@ def each(request):
 
 
 PLAIN = {}
+SHALLOW = ExitSchedule.from_string("3 2 2 1", 4)
 
 
 def plain_flops(net):
@@ -91,6 +96,36 @@ def test_flops_are_those_counted_in_a_real_sampling(each):
     predicted = mixed_cost(mixes, plain, flops_table(net, prompts(net, 1), strong))
     assert flops == pytest.approx(3 * each.passes * predicted, rel=1e-9)
     assert predicted < sum(plain[d - 1] for d in depths)
+
+
+@pytest.fixture(params=[marked(kind, next(iter(networks(kind)))) for kind in ACCELERATIONS])
+def two_sets(request):
+    """A case whose early exits have weights of their own."""
+    found = case(*request.param)
+    exits = copy.deepcopy(found.net)
+    for parameter in exits.parameters():
+        parameter.data *= 1.01
+    found.net = ExitWeights(found.net, exits).eval()
+    return found
+
+
+def test_two_sets_of_weights_keep_nothing_for_each_other(two_sets):
+    net, strong = two_sets.net, two_sets.strong
+    plain = two_sets.make().images
+    weak = calibrate(net.full, WEAK[two_sets.kind], **two_sets.options)
+    assert torch.equal(two_sets.make(weak).images, plain)
+    flops, result = flops_of(lambda: two_sets.make(strong, batch_size=3))
+    assert (result.images - plain).abs().max() > 1e-3
+    depths = SCHEDULE.exit_depth_at(result.timesteps).tolist()
+    changed = flops_table(net.full, prompts(net.full, 1), strong)
+    mixes = strong.mix(net.full, depths, apart=True)
+    predicted = mixed_cost(mixes, plain_flops(net.full), changed)
+    assert flops == pytest.approx(3 * two_sets.passes * predicted, rel=1e-9)
+    assert not any("forward" in vars(module) for module in net.modules())
+    # a schedule of early exits alone, or of none, is that of one set
+    for schedule, own in ((ExitSchedule.full(4), net.full), (SHALLOW, net.exits)):
+        alone = make(own, strong, schedule, **two_sets.options).images
+        assert torch.equal(two_sets.make(strong, schedule=schedule).images, alone)
 
 
 def test_calls_are_those_that_ran(each):

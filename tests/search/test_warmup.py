@@ -5,6 +5,7 @@ import json
 import os
 import signal
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -361,11 +362,32 @@ def test_a_search_with_the_pretrained_weights_at_full_depth(study, tmp_path):
     assert again and all(c.retrained[0].values != c.quality.values for c in again)
 
 
-def test_an_acceleration_does_not_go_with_two_sets_of_weights(study):
-    how = {"full_depth": "pretrained", "samplers": ("ddim-4+cache-block-0.1",)}
-    changed = study.model_copy(update={"search": study.search.model_copy(update=how)})
-    with pytest.raises(ConfigError, match=r"acts on one set of weights.*cache-block-0\.1"):
-        Workbench(changed)
+def test_caching_goes_with_two_sets_of_weights(study, tmp_path):
+    """On one front, and into the bundle: what is cached there is what the trial sampled."""
+    name = "ddim-4+cache-block-4"
+    how = {"full_depth": "pretrained", "samplers": (name,), "num_trials": 6, "proposer": "random"}
+    searched = study.search.model_copy(update={**how, "keep_weights": "all"})
+    changed = study.model_copy(update={"search": searched, "promotion": None})
+    results = whole_search(changed, tmp_path / "run")
+    both = [
+        r
+        for r in results.records
+        if r.sampler.acceleration and not r.schedule.is_full and r.state == "complete"
+    ]
+    assert both
+    bench = Workbench(changed, tmp_path / "run")
+    for record in both:
+        alone = bench.costs.fracs(Point(record.schedule, bench.config.samplers[0]))
+        assert record.flops_frac < alone[1]
+    opened = Study.open(tmp_path / "run")
+    bundle = load_bundle(export(opened, both[0], tmp_path / "bundle"))
+    assert isinstance(bundle.backbone, ExitWeights)
+    shown = np.load(next(opened.trial_dir(both[0].schedule).glob("samples_*cache*.npz")))["images"]
+    found = bundle.sample(range(4)).images
+    found = (found * 127.5 + 128).clamp(0, 255).to(torch.uint8).numpy().astype(int)
+    assert np.abs(found - shown[:4].astype(int)).max() <= 1
+    plain = replace(bundle, acceleration=None, acceleration_name="").sample(range(4)).images
+    assert not torch.equal(plain, bundle.sample(range(4)).images)  # the control
 
 
 def search_until_killed(config, run_dir):
