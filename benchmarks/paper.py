@@ -25,14 +25,17 @@ from measuring import machine, say
 from paper_networks import Made, Networks
 from paper_options import command_of, complete, depth_of, options, samplers_of, study_of
 from paper_record import Line, Record, kind_of, score_of, sheet_of
-from paper_rows import FIXED, OWN, PRETRAINED, Choice, Row, pay
+from paper_rows import ADDED, FIXED, OWN, PRETRAINED, Choice, Row, pay
 
+from asesearch.backbones.base import Backbone
 from asesearch.backbones.checkpoints import load_backbone
 from asesearch.backbones.digests import weights_fingerprint
+from asesearch.backbones.exit_weights import ExitWeights
 from asesearch.config import BackboneConfig
 from asesearch.data import save_images
 from asesearch.errors import (
     AseSearchError,
+    ConfigError,
     EvaluationError,
     StudyError,
     TrainingDiverged,
@@ -65,10 +68,13 @@ class Lab:
             tuple(args.schedules),
             args.rivals_from,
             not args.no_equal_compute,
+            not args.no_published,
+            tuple(f"+cache-{name}" for name in args.caches) or ADDED["cache"],
         )
         self.bench = Workbench(study_of(args, samplers_of(args, self.choice)), args.out)
         elastic = BackboneConfig(kind="dit", checkpoint=str(args.elastic))
-        self.bench.trials.start = load_backbone(elastic).to(self.bench.device).eval()
+        start = load_backbone(elastic).to(self.bench.device).eval()
+        self.bench.trials.start = self._start(start)
         self.networks = Networks(self.bench, args.out / "networks")
         protocols = self.bench.protocols
         stages = {"pick": protocols.search, "confirm": protocols.confirmation}
@@ -78,6 +84,19 @@ class Lab:
             for stage, protocol in stages.items()
         }
         self.record = Record(args.out / f"{args.experiment}.jsonl", self._settings())
+
+    def _start(self, net: Backbone) -> Backbone:
+        """What own steps start from: the elastic weights, beside the pretrained ones where early
+        exits have weights of their own."""
+        if self.bench.config.search.own_exits:
+            exits = net.exits if isinstance(net, ExitWeights) else net
+            return ExitWeights(self.bench.backbone, exits).eval()
+        if isinstance(net, ExitWeights):
+            raise ConfigError(
+                "these elastic weights make early exits alone; got --full-depth tuned; give "
+                "--full-depth pretrained, or weights of a warm-up with full_depth = 'tuned'"
+            )
+        return net
 
     def _settings(self) -> dict[str, Line]:
         """What a row depends on besides itself, by `kind_of`."""
@@ -92,6 +111,8 @@ class Lab:
             },
             "train": config.train.model_dump(mode="json", exclude={"checkpoint_every"}),
         }
+        if config.search.own_exits:
+            tuned["full_depth"] = config.search.full_depth
         shared = {
             "network": Path(args.network).name,
             "weights": weights_fingerprint(self.bench.backbone),

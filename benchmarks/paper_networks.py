@@ -26,6 +26,7 @@ from asesearch.finetuning import CHECKPOINT, Batch, Trainer
 from asesearch.schedule import ExitSchedule
 from asesearch.search import Workbench
 from asesearch.search.trials import Trials
+from asesearch.search.warmup import elastic_depths
 from asesearch.study import directory
 from asesearch.study.workers import waited_lock
 
@@ -61,6 +62,7 @@ class Recipe(Trials):
 
     def __init__(self, bench: Workbench, changes: dict[str, Any]) -> None:
         super().__init__(bench, bench.costs)
+        self.bench = bench
         self.start = bench.trials.start
         self.changes = changes
 
@@ -70,6 +72,8 @@ class Recipe(Trials):
         start, config = super().tuning(schedule, training_seed)
         changes = dict(self.changes)
         steps = config.num_steps
+        if schedule.is_full and self.bench.config.search.own_exits:
+            steps = self._equal_compute(config)
         elastic = self.parts.config.elastic
         if changes.pop("start", "") == PRETRAINED:
             start = self.parts.backbone
@@ -77,6 +81,16 @@ class Recipe(Trials):
         steps = round(changes.pop("times", 1.0) * steps)
         fields = {**config.model_dump(), **changes, "num_steps": steps}
         return start, TrainConfig.model_validate(fields)
+
+    def _equal_compute(self, config: TrainConfig) -> int:
+        """Steps of the full network that take the compute of a warm-up of early exits alone, and as
+        many more as a schedule's own, each of which takes less."""
+        own = self.bench.config.train.num_steps
+        elastic = self.bench.config.elastic
+        assert elastic is not None
+        once = config.model_copy(update={"num_steps": 1})
+        warm = self.costs.training_gflops(elastic_depths(self.bench), elastic)
+        return own + round(warm / self.costs.training_gflops(self.bench.full, once))
 
 
 class TenthTrainer(Trainer):
@@ -144,6 +158,8 @@ class Networks:
             return Made(bench.backbone)
         if row.recipe == JOINED:
             own = self.of(replace(row, recipe=OWN), training_seed)
+            if isinstance(own.net, ExitWeights):  # with --full-depth pretrained all are joined
+                return own
             return replace(own, net=ExitWeights(bench.backbone, own.net).eval())
         trials = Recipe(bench, RECIPES.get(row.recipe, {}))
         schedule = ExitSchedule.from_string(row.schedule, bench.backbone.depth)

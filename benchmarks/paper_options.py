@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from measuring import wake
-from paper_rows import ADDED, EXPERIMENTS, FIXED, OWN, PAY, PRETRAINED, Choice, offered
+from paper_rows import EXPERIMENTS, FIXED, OWN, PAY, PRETRAINED, Choice, offered
 
 from asesearch.backbones import DiT, save_backbone
 from asesearch.backbones.checkpoints import inspect_checkpoint, load_backbone
@@ -61,7 +61,7 @@ def samplers_of(args: argparse.Namespace, choice: Choice) -> list[str]:
     if args.experiment in FIXED:
         rows = FIXED[args.experiment](choice)
         return list(dict.fromkeys(name for row in rows for name in (row.against, row.sampler)))
-    added = ("", *ADDED["cache"])
+    added = ("", *choice.caches)
     names = [base + suffix for base in choice.samplers or PAY for suffix in added]
     return list(filter(offered, names))
 
@@ -95,7 +95,12 @@ def study_of(args: argparse.Namespace, samplers: list[str]) -> StudyConfig:
                 "reference": {"kind": "fashion-mnist", "split": "train"},
             },
             "confirm": {"num_samples": args.num_samples, "repeats": args.repeats},
-            "search": {"samplers": samplers[1:], "cost": "flops", "min_exit_depth": 2},
+            "search": {
+                "samplers": samplers[1:],
+                "cost": "flops",
+                "min_exit_depth": 2,
+                "full_depth": args.full_depth,
+            },
         },
         "paper",
     )
@@ -143,6 +148,21 @@ def options() -> argparse.ArgumentParser:
         "--no-equal-compute",
         action="store_true",
         help="leave the fine-tuned full network for later; the page says that it is not measured",
+    )
+    parser.add_argument(
+        "--no-published", action="store_true", help="`pay`: try the schedules of --schedules alone"
+    )
+    parser.add_argument(
+        "--caches",
+        nargs="*",
+        default=[],
+        help="`pay`: try these alone, for example block-0.05 block-adjusted-0.1",
+    )
+    parser.add_argument(
+        "--full-depth",
+        choices=["tuned", "pretrained"],
+        default="tuned",
+        help="pretrained: weights of their own for early exits, as search.full_depth has it",
     )
     parser.add_argument(
         "--own-steps", type=int, default=200, help="of a schedule (default %(default)s)"

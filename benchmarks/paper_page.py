@@ -235,10 +235,16 @@ def facts(experiment: Experiment) -> Iterator[str]:
         warm = tuned["warm_up"]
         train = tuned["train"]
         trained_as = (
-            f"Own steps: {train['num_steps']} of {train['batch_size']} images from one elastic "
+            f"Own steps: {train['num_steps']:,} of {train['batch_size']} images from one elastic "
             f"warm-up of {warm['steps']:,} steps of {warm['batch_size']}; the full network is "
             "fine-tuned for both together."
         )
+        if tuned.get("full_depth") == "pretrained":
+            trained_as += (
+                " Early exits have weights of their own, and the pretrained network makes the "
+                "calls at full depth: no sample of the warm-up is at full depth, and the full "
+                "network is fine-tuned in its compute."
+            )
     seeds = 1 + max(line["training_seed"] or 0 for line in lines)
     yield html.escape(
         f"{protocol.metric_name}, {protocol.num_samples:,} images for each of "

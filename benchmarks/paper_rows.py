@@ -119,6 +119,8 @@ class Choice:
         schedules: further exit schedules, searched ones for example.
         rivals_from: recipe of the full network that training-free methods run on.
         equal_compute: whether the full network is also fine-tuned for as much as the others.
+        published: whether `pay` tries other schedules than the further ones.
+        caches: what `pay` tries of `ADDED["cache"]`.
     """
 
     depth: int = 18
@@ -126,6 +128,8 @@ class Choice:
     schedules: tuple[str, ...] = ()
     rivals_from: str = PRETRAINED
     equal_compute: bool = True
+    published: bool = True
+    caches: tuple[str, ...] = ADDED["cache"]
 
     def read(self, text: str) -> ExitSchedule:
         """A schedule by name or depths."""
@@ -172,7 +176,7 @@ def exit_rows(sampler: str, choice: Choice, method: str = "exits") -> Iterator[R
 def added_rows(method: str, sampler: str, choice: Choice, schedule: str = "full") -> Iterator[Row]:
     """Methods that are part of a sampler's name, on the full network or under a schedule."""
     exits = schedule != "full"
-    for suffix in ADDED[method]:
+    for suffix in choice.caches if method == "cache" else ADDED[method]:
         if offered(sampler + suffix):
             label = suffix.removeprefix("+")
             yield Row(
@@ -300,6 +304,8 @@ def best(rows: Iterable[Row], found: Found, limit: float) -> Row | None:
     """The cheapest row whose score is within the limit; if there is none, the one with the lowest
     score."""
     rows = list(rows)
+    if len(rows) == 1:  # nothing to pick
+        return rows[0]
     good = [row for row in rows if found(row)[0] <= limit]
     if good:
         return min(good, key=lambda row: found(row)[::-1])
@@ -310,8 +316,8 @@ def pay(choice: Choice, found: Found, tolerance: float) -> Iterator[Row]:
     """Do exits still pay? For each sampler the full network, the best exits, the best cache, and
     exits with a cache.
 
-    Candidates are measured first; a row that has been given is measured before the next is asked
-    for. The best are measured again on fresh seeds.
+    Candidates are measured first, where there are several; a row that has been given is measured
+    before the next is asked for. The best are measured again on fresh seeds.
 
     Args:
         choice: see `Choice`; a cache runs on the full network that scores better.
@@ -321,23 +327,28 @@ def pay(choice: Choice, found: Found, tolerance: float) -> Iterator[Row]:
     for sampler in choice.samplers or PAY:
         full = list(map(candidate, full_rows(sampler, choice)))
         exits = list(map(candidate, pay_exits(sampler, choice)))
-        yield from (*full, *exits)
+        yield from full
+        yield from exits if len(exits) > 1 else ()
         reference = min(full, key=found)
         limit = (1 + tolerance) * found(reference)[0]
         better = replace(choice, rivals_from=reference.recipe)
         caches = list(map(candidate, added_rows("cache", sampler, better)))
-        yield from caches
+        yield from caches if len(caches) > 1 else ()
         chosen = best(exits, found, limit)
         assert chosen is not None
         both = list(map(candidate, added_rows("cache", sampler, choice, chosen.label)))
-        yield from both
+        yield from both if len(both) > 1 else ()
         picked = (chosen, best(caches, found, limit), best(both, found, limit))
         yield from map(confirmed, (*full, *(row for row in picked if row is not None)))
 
 
 def pay_exits(sampler: str, choice: Choice) -> Iterator[Row]:
     """Candidates: the published and further schedules, and one depth everywhere, which drops least
-    where all calls are near data."""
+    where all calls are near data; or the further schedules alone."""
+    if not choice.published:
+        for text in choice.schedules:
+            yield Row("exits", text, str(choice.read(text)), sampler, sampler)
+        return
     yield from exit_rows(sampler, choice)
     for count in (choice.depth - 2, choice.depth - 4, choice.depth - 6):
         flat = str(ExitSchedule.uniform_intervals([max(1, count)], choice.depth))

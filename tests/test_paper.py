@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from asesearch.config import DiffusionConfig, LossWeight, TrainConfig
 from asesearch.diffusion import make_diffusion
@@ -147,9 +148,11 @@ def test_samplers_that_are_not_there_are_left_out():
     assert not paper_rows.offered("ddim-50+nothing-4") and not paper_rows.offered("ddim50")
 
 
+CACHES = ("+cache-a", "+cache-b")
+
+
 def test_pay_picks_the_cheapest_that_is_good_enough(monkeypatch):
     """16 blocks score within 5 % of the full network, 14 do not; no cache does."""
-    monkeypatch.setitem(paper_rows.ADDED, "cache", ("+cache-a", "+cache-b"))
     monkeypatch.setattr(paper_rows, "offered", lambda name: True)
 
     def found(row):
@@ -158,7 +161,7 @@ def test_pay_picks_the_cheapest_that_is_good_enough(monkeypatch):
         score = 10 + 30 * (1 - cost) ** 2 + {"a": 3, "b": 2}.get(row.sampler[-1], 0)
         return score + 0.1 * (row.recipe == "own"), cost
 
-    rows = list(paper_rows.pay(Choice(samplers=("ddim-25",)), found, 0.05))
+    rows = list(paper_rows.pay(Choice(samplers=("ddim-25",), caches=CACHES), found, 0.05))
     final = [r for r in rows if r.stage == "confirm"]
     assert [(r.method, r.label) for r in final] == [
         ("full", "full, as it is"),
@@ -169,9 +172,9 @@ def test_pay_picks_the_cheapest_that_is_good_enough(monkeypatch):
     ]
     assert final[3].recipe == "pretrained" and final[4].recipe == "own"
     assert all(r.stage == "pick" for r in rows[: -len(final)])
-    quick = Choice(samplers=("ddim-25",), equal_compute=False)
+    quick = Choice(samplers=("ddim-25",), equal_compute=False, caches=CACHES)
     assert len(list(paper_rows.pay(quick, found, 0.05))) == len(rows) - 2
-    strict = list(paper_rows.pay(Choice(samplers=("ddim-25",)), found, -0.5))
+    strict = list(paper_rows.pay(Choice(samplers=("ddim-25",), caches=CACHES), found, -0.5))
     assert strict[-3].label == "16"  # none is good enough: the best score
 
 
@@ -204,6 +207,36 @@ def test_each_recipe_changes_one_thing():
     assert tuning_of("no warm-up, equal compute") == ("pretrained", {"num_steps": 1700})
     for recipe in paper_rows.RECIPES:
         assert len(tuning_of(recipe)[1]) == (recipe != "own"), recipe
+
+
+def test_exits_with_weights_of_their_own(tmp_path):
+    """One candidate each is not picked; the full network is tuned in the warm-up's compute."""
+    schedule = "18 18 18 18 18 18 18 18 2 2"
+    argv = ["pay", "--tiny", "--full-depth", "pretrained", "--samplers", "ddim-5", "--no-published"]
+    argv += ["--schedules", schedule, "--caches", "block-4", "--out", str(tmp_path)]
+    paper.main(argv)
+    lines = read_lines(tmp_path / "pay.jsonl")
+    assert [(line["row"]["method"], line["row"]["stage"]) for line in lines] == [
+        ("full", "pick"),
+        ("full", "pick"),
+        ("full", "confirm"),
+        ("full", "confirm"),
+        ("exits", "confirm"),
+        ("cache", "confirm"),
+        ("exits+cache", "confirm"),
+    ]
+    exits, _, both = lines[4:]
+    assert both["flops_frac"] == exits["flops_frac"] < 1  # as if no cache reused: see the fixture
+    assert exits["settings"]["full_depth"] == "pretrained"
+    (made,) = tmp_path.glob("networks/18-2_*/weights.safetensors")
+    assert any(name.startswith("exits.") for name in load_file(made))
+    (full,) = (p for p in tmp_path.glob("networks/*/recipe.json") if "at" not in p.parent.name)
+    steps = json.loads(full.read_text())["identity"]["config"]["num_steps"]
+    assert 1 < steps < 1 + 9  # a step of early exits takes less
+    argv = ["figure1", "--elastic", str(made), "--elastic-steps", "9", "--elastic-batch", "8"]
+    argv += ["--network", str(tmp_path / "tiny.safetensors"), "--out", str(tmp_path / "no")]
+    with pytest.raises(SystemExit, match="make early exits alone; got --full-depth tuned"):
+        paper.main(argv)
 
 
 def test_an_expert_sees_its_tenth_alone_and_is_asked_there_alone(tiny_dit, monkeypatch):
