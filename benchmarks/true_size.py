@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict
 from multiprocessing import get_context
@@ -21,8 +21,12 @@ from torch import Tensor, nn
 
 from asesearch.backbones import Backbone, DiT, UViT
 from asesearch.backbones.conversion import dit_to_diffusers
+from asesearch.backbones.exit_weights import ExitWeights
+from asesearch.config import LossWeight, TrainConfig
+from asesearch.diffusion import Diffusion
 from asesearch.evaluation.clock import call_timer, compare_sampling_time
 from asesearch.evaluation.cost import LatencyTable, measure_latency
+from asesearch.finetuning import finetune
 from asesearch.schedule import ExitSchedule
 
 #: Model -> class, its published schedules, and what --tiny changes (not the depth: the schedules
@@ -39,7 +43,7 @@ MODELS: dict[str, tuple[type[DiT] | type[UViT], tuple[str, ...], dict[str, Any]]
         {"img_size": 16, "embed_dim": 32, "num_heads": 2},
     ),
 }
-PARTS = ("memory", "latency", "schedules", "diffusers")
+PARTS = ("memory", "tuning", "latency", "schedules", "diffusers")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 # the middles of the ten intervals: every interval counts alike
 TIMESTEPS = tuple(range(50, 1000, 100))
@@ -77,29 +81,104 @@ def inputs(net: Backbone, args: argparse.Namespace) -> tuple[Tensor, Tensor | No
 # -- memory --------------------------------------------------------------------------------------
 
 
-def peak_memory_mb(args: argparse.Namespace, exit_depth: int) -> float:
-    """High-water mark of one forward in a process of its own, weights included: allocated on a GPU,
-    resident on Linux."""
-    net = build(args)
-    on_device(net, args)
-    x_t, y = inputs(net, args)
-    t = torch.full((args.batch,), TIMESTEPS[-1], device=x_t.device)
-    if x_t.is_cuda:
+def high_water_mb(work: Callable[[], object]) -> float:
+    """The most memory of this process from now until the work is done: allocated on a GPU, resident
+    on Linux."""
+    if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
     else:
         Path("/proc/self/clear_refs").write_text("5")  # sets the mark back to what is resident now
-    with torch.no_grad():
-        net(x_t, t, y, exit_depth=exit_depth)
-    if x_t.is_cuda:
+    work()
+    if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**20
     status = Path("/proc/self/status").read_text()
     # getrusage's mark is inherited from the parent
     return int(status.split("VmHWM:")[1].split()[0]) / 2**10
 
 
+def peak_memory_mb(args: argparse.Namespace, exit_depth: int) -> float:
+    """Of one forward in a process of its own, weights included."""
+    net = build(args)
+    on_device(net, args)
+    x_t, y = inputs(net, args)
+    t = torch.full((args.batch,), TIMESTEPS[-1], device=x_t.device)
+    with torch.no_grad():
+        return high_water_mb(lambda: net(x_t, t, y, exit_depth=exit_depth))
+
+
+class RandomImages:
+    """Images (C, H, W) of normal noise, and a label for each, as a trainer takes them."""
+
+    digest = "noise"
+
+    def __init__(self, net: Backbone, seed: int) -> None:
+        self.num_classes = net.num_classes
+        self.shape = (net.in_channels, net.input_size, net.input_size)
+        self.seed = seed
+
+    def __len__(self) -> int:
+        return 1000
+
+    def batch(
+        self, indices: Sequence[int], generator: torch.Generator | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        gen = torch.Generator().manual_seed(self.seed + int(indices[0]))
+        labels = torch.tensor(list(indices)) % self.num_classes if self.num_classes else None
+        return torch.randn(len(indices), *self.shape, generator=gen), labels
+
+
+def tuning_memory_mb(args: argparse.Namespace, own_exits: bool) -> tuple[float, float]:
+    """Of two steps of distillation in a process of its own, the pretrained network included; and
+    the parameters of the result, in millions."""
+    net = build(args).to(gpu_or_cpu()).requires_grad_(True)
+    schedule = own_schedule(net.depth)
+    config = TrainConfig(
+        num_steps=2, batch_size=args.batch, distill_frac=1.0, loss_weight=LossWeight(shape="none")
+    )
+    start = ExitWeights(net, net) if own_exits else net
+    data: Any = RandomImages(net, args.seed)
+    made: list[Backbone] = []
+    mb = high_water_mb(
+        lambda: made.append(
+            finetune(start, data, Diffusion(), schedule, config, teacher=net).backbone
+        )
+    )
+    return mb, sum(p.numel() for p in made[0].parameters()) / 1e6
+
+
+def own_schedule(depth: int) -> ExitSchedule:
+    """A fifth of the blocks for the noisiest 30 % of t."""
+    return ExitSchedule.uniform_intervals([depth] * 7 + [depth // 5 + 1] * 3, depth)
+
+
+def tuning(args: argparse.Namespace) -> list[Figure]:
+    """What fine-tuning one set of weights, or early exits' own, takes."""
+    if not measurable("tuning"):
+        return []
+    found = []
+    for own_exits in (False, True):
+        say(f"tuning: two steps, weights of their own for early exits: {own_exits}")
+        with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+            found.append(pool.submit(tuning_memory_mb, args, own_exits).result())
+    (one, params), (own, more) = found
+    return [
+        Figure("peak memory of fine-tuning, one set of weights", one, "MiB"),
+        Figure("peak memory of fine-tuning, early exits' own weights", own, "MiB"),
+        Figure("early exits' own / one set", own / one, goal="<= 1.001"),
+        Figure("parameters, early exits' own / one set", more / params),
+    ]
+
+
+def measurable(part: str) -> bool:
+    """Whether this machine tells a process's peak memory."""
+    able = torch.cuda.is_available() or os.access("/proc/self/clear_refs", os.W_OK)
+    if not able:
+        say(f"{part}: left out, it needs a GPU or Linux")
+    return able
+
+
 def memory(args: argparse.Namespace) -> list[Figure]:
-    if not (torch.cuda.is_available() or os.access("/proc/self/clear_refs", os.W_OK)):
-        say("memory: left out, it needs a GPU or Linux")
+    if not measurable("memory"):
         return []
     schedules = [ExitSchedule.published(name) for name in MODELS[args.model][1]]
     depths = {"early exit": min(min(s.exit_depths) for s in schedules), "full": schedules[0].depth}
@@ -269,6 +348,7 @@ def main() -> None:
     )
     args = parse(parser)
     figures = memory(args) if "memory" in args.only else []
+    figures += tuning(args) if "tuning" in args.only else []
     raw = {}
     net = build(args)
     theirs = as_diffusers(net) if "diffusers" in args.only and isinstance(net, DiT) else None

@@ -111,7 +111,7 @@ def headline(results: StudyResults) -> Headline:
     protocol = tables.protocol_of(results, kind)
     notes = (TWO_REPEATS,) if protocol is not None and len(protocol.seeds) == 2 else found.details
     compared = _compared(others, baseline.iloc[0], found.chosen)
-    details = (compared, *_disturbed(others), status, counts)
+    details = (compared, *_beside(others, found.chosen), *_disturbed(others), status, counts)
     return Headline(found.answer, (*notes, *details), found.success, found.chosen)
 
 
@@ -133,6 +133,25 @@ def _takes(row: pd.Series) -> str:
         )
     verb = "is predicted to take" if row["kind"] == "search" else "takes"
     return f"{verb} {relative(time)} the time ({speed_up(time)} as fast)"
+
+
+def _beside(others: pd.DataFrame, chosen: int | None) -> tuple[str, ...]:
+    """The best score among the measured times that can't be told apart from the chosen one's, if it
+    is better than the chosen one's."""
+    row = others[others["number"] == chosen].iloc[0]
+    apart = (others["time_frac"] - row["time_frac"]).abs()
+    tied = others[apart <= others["time_spread"] + row["time_spread"]]  # not where it is predicted
+    tied = tied[tied["quality"] < row["quality"]]
+    if tied.empty:
+        return ()
+    best = tied.iloc[int(tied["quality"].to_numpy().argmin())]
+    score = plus_minus(best["quality"], best["std_error"])
+    time = relative(best["time_frac"], best["time_spread"])
+    chosen_time = relative(row["time_frac"], row["time_spread"])
+    return (
+        f"At a time that can't be told apart from that ({time} beside {chosen_time}) {_name(best)} "
+        f"has a better {best['metric']}: {score}.",
+    )
 
 
 def _disturbed(others: pd.DataFrame) -> tuple[str, ...]:

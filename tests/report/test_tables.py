@@ -462,6 +462,27 @@ def test_a_time_that_block_calls_cannot_explain_is_no_claim_and_no_success(study
         assert not any("can explain" in d for d in (sound.answer, *sound.details))
 
 
+def test_a_better_score_at_a_time_that_cannot_be_told_apart_is_said(study):
+    results = study(24)
+    full, first, second, *_ = results.confirmations
+    better = replace(full.quality, values=tuple(v - 1 for v in full.quality.values))
+
+    def found(spread):
+        changed = measured(results, [(0.60, spread), (0.62, spread)])
+        confirmed = [
+            replace(c, quality=better) if c.number == second.number else c
+            for c in changed.confirmations[:3]
+        ]
+        answer = headline(replace(changed, confirmations=tuple(confirmed)))
+        assert answer.chosen == first.number
+        return [d for d in answer.details if "can't be told apart from that" in d]
+
+    (said,) = found(0.02)
+    assert "(0.620 ± 0.020× beside 0.600 ± 0.020×)" in said
+    assert f"has a better FID: {plus_minus(better.value, better.std_error)}." in said
+    assert found(0.005) == []
+
+
 def test_a_sound_time_is_claimed_before_one_that_cannot_be_explained(study):
     results = study(24)
     first, second = (results.records[c.number] for c in results.confirmations[1:3])
