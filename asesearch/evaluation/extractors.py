@@ -22,6 +22,7 @@ from torch_fidelity import (
     FeatureExtractorInceptionV3,
     register_feature_extractor,
 )
+from torch_fidelity.feature_extractor_dinov2 import MODEL_METADATA as DINOV2
 from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3
 from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY
 
@@ -200,6 +201,11 @@ def make_extractor(
             f"the weights of the extractor {name} must be a file; got {weights!s:.200}; check the "
             "path"
         )
+    if name in DINOV2 and path is not None:
+        raise EvaluationError(
+            f"torch-fidelity takes {name} from torch hub and from no file; got {path}; name it "
+            f"without a file, and {_from_hub(name)}"
+        )
     with _one_line_errors(name, path):
         layer = cls.get_default_feature_layer_for_metric("fid")
         if issubclass(cls, FeatureExtractorInceptionV3):
@@ -258,10 +264,22 @@ def _one_line_errors(name: str, path: Path | None) -> Iterator[None]:
         own = ":" in name
         source = "" if own and path is None else f" from {'its download' if path is None else path}"
         fix = "correct its class, or " if own else ""
+        fix += "give a file with its weights as extractor_weights (of confirm.also: in a table, "
+        fix += "name = file)"
+        if name in DINOV2:
+            fix = _from_hub(name)
         raise EvaluationError(
-            f"can't load the extractor {name}{source}: {_reason(error)}; {fix}give a file with its "
-            "weights as extractor_weights (of confirm.also: in a table, name = file)"
+            f"can't load the extractor {name}{source}: {_reason(error)}; {fix}"
         ) from error
+
+
+def _from_hub(name: str) -> str:
+    """Where DINOv2's code and weights come from where there is no internet."""
+    call = f"torch.hub.load('facebookresearch/dinov2', '{DINOV2[name]}')"
+    return (
+        f"where there is no internet, run {call} elsewhere and copy the folder that it fills, "
+        f"torch.hub.get_dir(), to {torch.hub.get_dir()}"
+    )
 
 
 def _inception_weights(name: str, path: Path | None) -> Path:

@@ -3,12 +3,14 @@
 import email.message
 import io
 import urllib.error
+import warnings
 
 import numpy as np
 import pytest
 import torch
 import torch_fidelity
 from safetensors.torch import load_file, save_file
+from torch_fidelity.feature_extractor_clip import CLIPVisual
 
 from asesearch.data import ImageArray
 from asesearch.errors import AseSearchError, DataError, EvaluationError
@@ -419,3 +421,69 @@ def test_inception_in_torch_fidelitys_format(tmp_path, monkeypatch, own_cache, s
         and np.isfinite(reference.cov).all()
         and reference.cov.any()
     )
+
+
+HUBCONF = """
+import torch
+
+dependencies = ["torch"]
+
+
+class Net(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.patches = torch.nn.Conv2d(3, 384, 14, 14)
+
+    def forward(self, x):
+        return self.patches(x).mean(dim=(2, 3))
+
+
+def dinov2_vits14(pretrained=True):
+    return Net()
+"""
+
+
+def no_internet(*_, **__):
+    raise urllib.error.URLError("no internet")
+
+
+def test_dinov2_comes_from_torch_hubs_folder(hub, tmp_path, monkeypatch):
+    monkeypatch.setattr("torch.hub.urlopen", no_internet)
+    with pytest.raises(EvaluationError, match=r"run torch\.hub\.load\(.*dinov2_vits14.*copy the"):
+        make_extractor("dinov2-vit-s-14")
+    (tmp_path / "w.pth").touch()
+    with pytest.raises(EvaluationError, match="from torch hub and from no file"):
+        make_extractor("dinov2-vit-s-14", tmp_path / "w.pth")
+    repo = hub / "facebookresearch_dinov2_main"
+    repo.mkdir(parents=True)
+    (repo / "hubconf.py").write_text(HUBCONF)
+    found = make_extractor("dinov2-vit-s-14")
+    images = torch.randint(256, (3, 1, 28, 28), dtype=torch.uint8)
+    assert found.dim == 384 and found(images).shape == (3, 384)
+
+
+def test_clip_comes_from_openais_file(tmp_path):
+    """As OpenAI publishes it, a TorchScript archive with the text model's weights beside."""
+
+    class Node(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x
+
+    root = Node()
+    weights = CLIPVisual(512, 64, 1, 64, 32).state_dict()
+    more = {"text_projection": (4, 512), "transformer.x": (1,), "logit_scale": ()}
+    values = {k: torch.randn(v.shape) / 20 for k, v in weights.items()}
+    for name, value in {**values, **{k: torch.zeros(v) for k, v in more.items()}}.items():
+        *path, last = name.split(".")
+        at = root
+        for part in path:
+            if not hasattr(at, part):
+                at.add_module(part, Node())
+            at = getattr(at, part)
+        setattr(at, last, torch.nn.Parameter(value.half(), requires_grad=False))
+    with warnings.catch_warnings(category=FutureWarning, action="ignore"):
+        torch.jit.script(root).save(tmp_path / "clip.pt")
+        found = make_extractor("clip-vit-b-32", tmp_path / "clip.pt")
+    images = torch.randint(256, (3, 3, 40, 40), dtype=torch.uint8)
+    assert found.dim == 512 and found(images).isfinite().all()
