@@ -7,7 +7,9 @@ import hashlib
 import io
 import json
 import logging
+import math
 import os
+import sys
 import zipfile
 import zlib
 from dataclasses import dataclass
@@ -18,6 +20,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from tqdm import tqdm
 
 from asesearch.data import DataSource, cache_dir, check_readable
 from asesearch.errors import EvaluationError, WriteError
@@ -147,7 +150,17 @@ def _make_reference(
     mean = np.zeros(extractor.dim)
     scatter = np.zeros((extractor.dim, extractor.dim))
     kept = []
-    for batch in feature_batches(extractor, source, batch_size):
+    bar = tqdm(  # of a large network or data set it takes minutes to hours, once
+        feature_batches(extractor, source, batch_size),
+        f"{extractor.name} features of {source.name}, kept for next time",
+        math.ceil(len(source) / batch_size),
+        file=sys.stderr,
+        dynamic_ncols=True,
+        leave=False,
+        delay=1.0,
+        unit="batch",
+    )
+    for batch in bar:
         size = len(batch)
         centre = batch.mean(0)
         step = centre - mean
