@@ -17,8 +17,9 @@ from diffusers.optimization import get_scheduler
 from PIL import Image
 from safetensors.torch import load_file
 
-from asesearch.backbones import DiT, UViT
-from asesearch.config import LossWeight, TrainConfig
+from asesearch.backbones import DiT, UViT, load_backbone
+from asesearch.backbones.exit_weights import EXITS
+from asesearch.config import LossWeight, TrainConfig, parse_study
 from asesearch.data import ImageArray, ImageFolder
 from asesearch.diffusion import Diffusion
 from asesearch.errors import (
@@ -41,7 +42,9 @@ from asesearch.finetuning import (
     make_accelerator,
     seeded_generator,
 )
+from asesearch.finetuning.from_file import StudyTraining
 from asesearch.schedule import ElasticDepths, ExitSchedule
+from tests.shapes import SHAPE
 
 SCHEDULE = ExitSchedule.from_string("4 3 2 1", 4)
 CONFIG = TrainConfig(
@@ -507,13 +510,14 @@ def test_parts_that_do_not_fit_are_refused(tiny_dit, tiny_images):
 
 
 @pytest.mark.slow
-def test_two_processes_give_the_result_of_one(tmp_path):
+@pytest.mark.parametrize("full_depth", ["tuned", "pretrained"])
+def test_two_processes_give_the_result_of_one(full_depth, tmp_path):
     """Real processes and real gradient reduction: only the order of summation differs."""
     study = tmp_path / "study.toml"
     study.write_text(
         'name = "two"\n[backbone]\nkind = "dit"\ncheckpoint = "shipped:fashion-mnist-dit"\n'
         '[data]\nkind = "fashion-mnist"\nsplit = "test"\n[train]\nnum_steps = 6\nbatch_size = '
-        "16\ncheckpoint_every = 3\n"
+        f"16\ncheckpoint_every = 3\n[search]\nfull_depth = '{full_depth}'\n"
     )
     states = []
     for processes in (1, 2):
@@ -543,6 +547,45 @@ def test_two_processes_give_the_result_of_one(tmp_path):
         states.append(load_file(out))
     largest = max(float((states[0][k] - states[1][k]).abs().max()) for k in states[0])
     assert 0 < largest < 1e-4  # 0 would mean that no gradient was reduced
+    assert any(k.startswith(EXITS) for k in states[0]) == (full_depth == "pretrained")
+
+
+def test_a_study_files_full_depth_is_kept_to(tmp_path):
+    """With the pretrained weights at full depth only early exits' own are trained, from a network
+    or from such weights; under all blocks the network is."""
+    text = {
+        "name": "own",
+        "backbone": {"kind": "dit", "checkpoint": "shipped:fashion-mnist-dit"},
+        "data": {"kind": "fashion-mnist", "split": "test"},
+        "train": {"num_steps": 2, "batch_size": 4, "distill_frac": 1.0},
+        "search": {"full_depth": "pretrained"},
+    }
+    config = parse_study(text, "own.toml")
+    pretrained = load_backbone(config.backbone)
+    out = tmp_path / "own.safetensors"
+    training = StudyTraining(config, "12 12 3", out, tmp_path / "1")
+    training.write(training.run())
+    found = load_file(out)
+    assert any(k.startswith(f"{EXITS}blocks.2.") for k in found)
+    assert not any(k.startswith(f"{EXITS}blocks.3.") for k in found)  # nothing reads it
+    assert all(torch.equal(found[k], v) for k, v in pretrained.state_dict().items())
+
+    text["backbone"]["checkpoint"] = str(out)
+    again = parse_study(text, "own.toml")
+    with pytest.raises(ScheduleError, match="trained under early exits; got a schedule that runs"):
+        StudyTraining(again, "full", tmp_path / "no.safetensors", tmp_path / "2")
+    training = StudyTraining(again, "12 12 3", out, tmp_path / "3")
+    training.write(training.run())
+    further = load_file(out)
+    name = f"{EXITS}blocks.0.mlp.fc1.weight"
+    assert not torch.equal(further[name], found[name])
+    assert all(torch.equal(further[k], v) for k, v in pretrained.state_dict().items())
+
+    del text["backbone"]["checkpoint"]
+    plain = {**text, "backbone": {"kind": "dit", "args": SHAPE}}
+    training = StudyTraining(parse_study(plain, "t"), "full", out, tmp_path / "4")
+    training.write(training.run())
+    assert not any(k.startswith(EXITS) for k in load_file(out))
 
 
 def test_progress_is_plain_json(tiny_dit, tiny_images, tmp_path):

@@ -111,6 +111,11 @@ class ExitWeights(Backbone):
         share(self.exits, self.full, unused)
 
 
+def own_exits(net: Backbone) -> ExitWeights:
+    """A network whose early exits are to have weights of their own, which begin as what it has."""
+    return net if isinstance(net, ExitWeights) else ExitWeights(net, net)
+
+
 def weight_sets(net: Backbone) -> tuple[Backbone, ...]:
     """The networks that a network is made of: itself, or that for full depth and that for early
     exits."""

@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from asesearch.backbones.checkpoints import load_backbone
+from asesearch.backbones.exit_weights import own_exits
 from asesearch.backbones.saving import save_backbone
 from asesearch.config import StudyConfig
 from asesearch.data import check_readable, open_data
 from asesearch.diffusion import make_diffusion
 from asesearch.files import check_weights_file, check_writable
 from asesearch.finetuning.checkpoint import CHECKPOINT
-from asesearch.finetuning.trainer import Trainer, TrainResult, seconds_per_step
+from asesearch.finetuning.trainer import TrainResult, seconds_per_step, trainer_of, whole
 from asesearch.schedule import schedule_from_text
 
 
@@ -22,7 +23,7 @@ class StudyTraining:
     """A training that is to be run; everything is checked when it is made.
 
     Args:
-        config: the study file; its `train` settings are used.
+        config: the study file; its `train` settings are used, and `search.full_depth`.
         schedule: as `schedule_from_text` takes it; "full" trains all blocks.
         out: weights to write, .safetensors.
         run_dir: folder of the checkpoint, from which a killed run resumes.
@@ -46,7 +47,9 @@ class StudyTraining:
         self.backbone = load_backbone(config.backbone, config.train.seed, null)
         num_timesteps = config.diffusion.num_train_timesteps
         self.schedule = schedule_from_text(schedule, self.backbone.depth, num_timesteps)
-        self.trainer = Trainer(
+        if config.search.own_exits and not self.schedule.is_full:
+            self.backbone = own_exits(self.backbone)
+        self.trainer = trainer_of(
             self.backbone,
             data,
             make_diffusion(config.diffusion),
@@ -74,7 +77,7 @@ class StudyTraining:
 
     def run(self, on_step: Callable[[int, float], None] | None = None) -> TrainResult:
         """Train to the end; see `Trainer.run`."""
-        return self.trainer.run(on_step)
+        return whole(self.trainer.run(on_step), self.trainer, self.backbone)
 
     def write(self, result: TrainResult) -> None:
         """Write the weights and how they were made; on the main process only.

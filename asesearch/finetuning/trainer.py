@@ -22,7 +22,7 @@ from asesearch.backbones.exit_weights import ExitWeights
 from asesearch.config import TrainConfig
 from asesearch.data import DataSource
 from asesearch.diffusion import Process
-from asesearch.errors import TrainingDiverged
+from asesearch.errors import ScheduleError, TrainingDiverged
 from asesearch.finetuning.annealing import SYNC_EVERY, Depths
 from asesearch.finetuning.batches import batches, draw_batch, strata_below
 from asesearch.finetuning.checkpoint import CHECKPOINT, read_checkpoint, write_checkpoint
@@ -241,22 +241,48 @@ def finetune(
     Of a network with weights of its own for early exits these are trained, on the timesteps of
     early exits alone, with the weights for full depth as the default teacher.
     """
+    trainer = trainer_of(backbone, data, diffusion, schedule, config, run_dir, teacher)
+    return whole(trainer.run(on_step), trainer, backbone)
+
+
+def trainer_of(
+    backbone: Backbone,
+    data: DataSource,
+    diffusion: Process,
+    schedule: Depths,
+    config: TrainConfig,
+    run_dir: Path | None = None,
+    teacher: Backbone | None = None,
+) -> Trainer:
+    """The trainer of `finetune`: of a network, or of its weights for early exits.
+
+    Raises:
+        ScheduleError: such weights, and a schedule without an early exit.
+    """
     if not isinstance(backbone, ExitWeights):
-        return Trainer(backbone, data, diffusion, schedule, config, run_dir, teacher).run(on_step)
-    trainer = Trainer(
-        backbone.exits,
-        data,
-        diffusion,
-        schedule,
-        config,
-        run_dir,
-        teacher or backbone.full,
-        exits_only=True,
+        return Trainer(backbone, data, diffusion, schedule, config, run_dir, teacher)
+    if schedule.is_full:
+        raise ScheduleError(
+            "weights of their own for early exits are trained under early exits; got a schedule "
+            f"that runs all {schedule.depth} blocks everywhere; give one that leaves some out"
+        )
+    teacher = teacher or backbone.full
+    return Trainer(
+        backbone.exits, data, diffusion, schedule, config, run_dir, teacher, exits_only=True
     )
-    result = trainer.run(on_step)
-    tuned = ExitWeights(backbone.full, result.backbone).eval()
+
+
+def whole(result: TrainResult, trainer: Trainer, backbone: Backbone) -> TrainResult:
+    """The result of `trainer_of` with the network that it is part of: beside the weights for early
+    exits those for full depth."""
+    if not isinstance(backbone, ExitWeights):
+        return result
+    full = backbone.full.to(trainer.accelerator.device)
+    tuned = ExitWeights(full, result.backbone).eval()
+    config = trainer.config
     device = trainer.accelerator.device
-    batch = draw_batch(data, tuned, config, diffusion, 0, (0, config.batch_size))
+    batch = draw_batch(trainer.data, tuned, config, trainer.diffusion, 0, (0, config.batch_size))
+    schedule = trainer.schedule
     deepest = max(d for d in schedule.exit_depths if d < schedule.depth)
     y = conditioning.to(batch.y, device)
     tuned.share_unused(batch.x_start.to(device), batch.t.to(device), y, deepest)

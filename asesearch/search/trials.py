@@ -13,7 +13,7 @@ from torch import Tensor
 
 from asesearch.backbones.base import Backbone, check_schedule
 from asesearch.backbones.checkpoints import inspect_checkpoint, load_backbone
-from asesearch.backbones.exit_weights import ExitWeights
+from asesearch.backbones.exit_weights import own_exits
 from asesearch.backbones.saving import save_backbone
 from asesearch.config import BackboneConfig, TrainConfig
 from asesearch.data import save_images
@@ -50,7 +50,7 @@ def first_start(parts: Parts) -> Backbone:
     """What the elastic warm-up, or a trial of a study without one, starts from: the pretrained
     weights, which stay what makes the calls at full depth where the study says so."""
     if parts.config.search.own_exits:
-        return ExitWeights(parts.backbone, parts.backbone)
+        return own_exits(parts.backbone)
     return parts.backbone
 
 
