@@ -21,6 +21,7 @@ from asesearch.report.style import (
     GREY,
     HEIGHT,
     ORANGE,
+    PURPLE,
     SKY,
     SMALL,
     VERMILION,
@@ -32,6 +33,7 @@ from asesearch.study.records import StudyResults
 
 #: Part of the time on record -> what to call it, and its colour.
 PARTS = {
+    "calibrate": ("calibrating accelerations", PURPLE),
     "elastic": ("elastic warm-up", BLUE),
     "map": ("difficulty map", SKY),
     "low_fidelity": ("low-fidelity scores", GREEN),

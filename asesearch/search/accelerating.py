@@ -3,6 +3,7 @@ directory."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -44,8 +45,11 @@ def kept_acceleration(
     with waited_lock(run_dir / directory.LOCKS / "acceleration.lock", "calibrates a sampler"):
         found = _on_record(path, made_for)
         if found is None:
+            begun = time.perf_counter()
             found = make()
-            write_json(path, {"made_for": made_for, "acceleration": found.to_dict()})
+            seconds = time.perf_counter() - begun
+            told = {"made_for": made_for, "acceleration": found.to_dict(), "seconds": seconds}
+            write_json(path, told)
     return found
 
 

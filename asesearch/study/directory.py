@@ -31,6 +31,7 @@ ELASTIC = "elastic"  # folder of the elastic warm-up's checkpoint
 MAP = "map.json"
 IMPORTANCE = "importance.json"  # of each interval, once the trials have ended
 WARM_UP = "warm-up.json"  # what the warm-up took
+ACCELERATIONS = "acceleration_*.json"  # calibrated, one a sampler
 CONFIRMATIONS = "confirmations"  # a file for each point, TRIAL.json
 OLD_CONFIRMATIONS = "confirmations.json"  # of all points, as releases before wrote it
 WORKERS = "workers"  # a lock and a file of each: when it was at work
@@ -86,7 +87,7 @@ def samples_file(sampler: Sampler, own: Sampler) -> str:
 
 def acceleration_file(sampler: Sampler) -> str:
     """Name of the file with what a sampler's acceleration was calibrated to."""
-    return f"acceleration_{sampler}.json"
+    return ACCELERATIONS.replace("*", str(sampler))
 
 
 def read_json(path: Path, fix: str = "is this a study directory, and is it whole?") -> Any:

@@ -232,7 +232,7 @@ class StudyResults:
             trial.
         difficulty_map: of the weights that trials started from; None where the search used none.
         warm_up: "seconds" and "gflops" of "elastic" and "map", and the "losses" of the elastic
-            warm-up; empty without one.
+            warm-up; "seconds" of "calibrate", the samplers' accelerations. Empty without any.
         importance: of each interval; None where the search had no difficulty map, or is of a
             release that did not keep it.
     """

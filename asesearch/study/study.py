@@ -158,12 +158,24 @@ class Study:
             or environment(),
             samples,
             read_state(run_dir / directory.MAP, DifficultyMap.from_dict, "the report goes without"),
-            read_state(run_dir / directory.WARM_UP, dict, "what the warm-up took counts as nothing")
-            or {},
+            self._warm_up(),
             read_state(
                 run_dir / directory.IMPORTANCE, Importance.from_dict, "the report goes without"
             ),
         )
+
+    def _warm_up(self) -> dict[str, Any]:
+        """What the warm-up took, and calibrating the samplers' accelerations before it."""
+        nothing = "what the warm-up took counts as nothing"
+        found = read_state(self.run_dir / directory.WARM_UP, dict, nothing) or {}
+        files = self.run_dir.glob(directory.ACCELERATIONS)
+        took = [
+            read_state(path, lambda data: float(data.get("seconds", 0.0)), "it counts as nothing")
+            for path in files
+        ]
+        if any(took):
+            found["seconds"] = {"calibrate": sum(filter(None, took)), **found.get("seconds", {})}
+        return found
 
     # -- searching -------------------------------------------------------------------------------
 

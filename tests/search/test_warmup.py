@@ -22,6 +22,7 @@ from asesearch.deployment.reading import load_bundle
 from asesearch.errors import ConfigError
 from asesearch.evaluation.cost import LatencyTable
 from asesearch.point import Point
+from asesearch.report.ladder import spending
 from asesearch.sampler import Sampler
 from asesearch.schedule import ExitSchedule
 from asesearch.search import search as whole_search
@@ -388,6 +389,11 @@ def test_caching_goes_with_two_sets_of_weights(study, tmp_path):
     assert np.abs(found - shown[:4].astype(int)).max() <= 1
     plain = replace(bundle, acceleration=None, acceleration_name="").sample(range(4)).images
     assert not torch.equal(plain, bundle.sample(range(4)).images)  # the control
+    # what calibrating took is counted
+    (file,) = (tmp_path / "run").glob("acceleration_*.json")
+    took = json.loads(file.read_text())["seconds"]
+    assert 0 < took == results.warm_up["seconds"]["calibrate"]
+    assert spending(results).set_index("part").loc["calibrate", "seconds"] == took
 
 
 def search_until_killed(config, run_dir):
