@@ -234,16 +234,17 @@ def facts(experiment: Experiment) -> Iterator[str]:
     if tuned is not None:
         warm = tuned["warm_up"]
         train = tuned["train"]
+        own = tuned.get("full_depth") == "pretrained"
+        compute = "in the compute of both" if own else "for both together"
         trained_as = (
             f"Own steps: {train['num_steps']:,} of {train['batch_size']} images from one elastic "
-            f"warm-up of {warm['steps']:,} steps of {warm['batch_size']}; the full network is "
-            "fine-tuned for both together."
+            f"warm-up of {warm['steps']:,} steps of {warm['batch_size']}; equal compute: the full "
+            f"network is fine-tuned {compute}."
         )
-        if tuned.get("full_depth") == "pretrained":
+        if own:
             trained_as += (
                 " Early exits have weights of their own, and the pretrained network makes the "
-                "calls at full depth: no sample of the warm-up is at full depth, and the full "
-                "network is fine-tuned in its compute."
+                "calls at full depth, of which the warm-up has none."
             )
     seeds = 1 + max(line["training_seed"] or 0 for line in lines)
     yield html.escape(
