@@ -70,6 +70,7 @@ class Lab:
             not args.no_equal_compute,
             not args.no_published,
             tuple(f"+cache-{name}" for name in args.caches) or ADDED["cache"],
+            tuple(args.fewer),
         )
         self.bench = Workbench(study_of(args, samplers_of(args, self.choice)), args.out)
         elastic = BackboneConfig(kind="dit", checkpoint=str(args.elastic))

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from measuring import wake
-from paper_rows import EXPERIMENTS, FIXED, OWN, PAY, PRETRAINED, Choice, offered
+from paper_rows import EXPERIMENTS, FIXED, OWN, PAY, PRETRAINED, Choice, offered, rows_of_steps
 
 from asesearch.backbones import DiT, save_backbone
 from asesearch.backbones.checkpoints import inspect_checkpoint, load_backbone
@@ -62,8 +62,10 @@ def samplers_of(args: argparse.Namespace, choice: Choice) -> list[str]:
         rows = FIXED[args.experiment](choice)
         return list(dict.fromkeys(name for row in rows for name in (row.against, row.sampler)))
     added = ("", *choice.caches)
-    names = [base + suffix for base in choice.samplers or PAY for suffix in added]
-    return list(filter(offered, names))
+    bases = choice.samplers or PAY
+    names = [base + suffix for base in bases for suffix in added]
+    few = [row.sampler for base in bases for row in rows_of_steps(base, choice, choice.fewer)]
+    return list(dict.fromkeys(filter(offered, (*names, *few))))
 
 
 def study_of(args: argparse.Namespace, samplers: list[str]) -> StudyConfig:
@@ -157,6 +159,13 @@ def options() -> argparse.ArgumentParser:
         nargs="*",
         default=[],
         help="`pay`: try these alone, for example block-0.05 block-adjusted-0.1",
+    )
+    parser.add_argument(
+        "--fewer",
+        nargs="*",
+        type=int,
+        default=[],
+        help="`pay`: numbers of steps to measure the full network in, besides",
     )
     parser.add_argument(
         "--full-depth",

@@ -50,6 +50,7 @@ ANSWERS = {
     "best exits": lambda s: s.row.method == "exits",
     "best cache": lambda s: s.row.method == "cache",
     "exits with cache": lambda s: s.row.method == "exits+cache",
+    "fewer steps": lambda s: s.row.method == "steps",
 }
 NONE = "not measured"
 

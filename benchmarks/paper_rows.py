@@ -121,6 +121,7 @@ class Choice:
         equal_compute: whether the full network is also fine-tuned for as much as the others.
         published: whether `pay` tries other schedules than the further ones.
         caches: what `pay` tries of `ADDED["cache"]`.
+        fewer: numbers of steps that `pay` measures the full network in, besides.
     """
 
     depth: int = 18
@@ -130,6 +131,7 @@ class Choice:
     equal_compute: bool = True
     published: bool = True
     caches: tuple[str, ...] = ADDED["cache"]
+    fewer: tuple[int, ...] = ()
 
     def read(self, text: str) -> ExitSchedule:
         """A schedule by name or depths."""
@@ -223,9 +225,15 @@ def figure3(choice: Choice) -> Iterator[Row]:
 def step_rows(sampler: str, choice: Choice) -> Iterator[Row]:
     """The full network in fewer steps: as many calls as a published schedule's blocks pay for,
     and half."""
-    own = Sampler.from_string(sampler)
+    steps = Sampler.from_string(sampler).num_steps
     shares = [choice.read(name).block_frac() for name in PUBLISHED]
-    counts = dict.fromkeys(max(1, round(own.num_steps * share)) for share in (*shares, 0.5))
+    counts = dict.fromkeys(max(1, round(steps * share)) for share in (*shares, 0.5))
+    yield from rows_of_steps(sampler, choice, counts)
+
+
+def rows_of_steps(sampler: str, choice: Choice, counts: Iterable[int]) -> Iterator[Row]:
+    """The full network in so many steps."""
+    own = Sampler.from_string(sampler)
     for count in counts:
         few = str(Sampler(own.solver, count))
         full = str(choice.read("full"))
@@ -313,8 +321,8 @@ def best(rows: Iterable[Row], found: Found, limit: float) -> Row | None:
 
 
 def pay(choice: Choice, found: Found, tolerance: float) -> Iterator[Row]:
-    """Do exits still pay? For each sampler the full network, the best exits, the best cache, and
-    exits with a cache.
+    """Do exits still pay? For each sampler the full network, the best exits, the best cache, exits
+    with a cache, and fewer steps.
 
     Candidates are measured first, where there are several; a row that has been given is measured
     before the next is asked for. The best are measured again on fresh seeds.
@@ -340,6 +348,7 @@ def pay(choice: Choice, found: Found, tolerance: float) -> Iterator[Row]:
         yield from both if len(both) > 1 else ()
         picked = (chosen, best(caches, found, limit), best(both, found, limit))
         yield from map(confirmed, (*full, *(row for row in picked if row is not None)))
+        yield from rows_of_steps(sampler, better, choice.fewer)
 
 
 def pay_exits(sampler: str, choice: Choice) -> Iterator[Row]:

@@ -213,7 +213,7 @@ def test_exits_with_weights_of_their_own(tmp_path):
     """One candidate each is not picked; the full network is tuned in the warm-up's compute."""
     schedule = "18 18 18 18 18 18 18 18 2 2"
     argv = ["pay", "--tiny", "--full-depth", "pretrained", "--samplers", "ddim-5", "--no-published"]
-    argv += ["--schedules", schedule, "--caches", "block-4", "--out", str(tmp_path)]
+    argv += ["--schedules", schedule, "--caches", "block-4", "--fewer", "4", "--out", str(tmp_path)]
     paper.main(argv)
     lines = read_lines(tmp_path / "pay.jsonl")
     assert [(line["row"]["method"], line["row"]["stage"]) for line in lines] == [
@@ -224,8 +224,10 @@ def test_exits_with_weights_of_their_own(tmp_path):
         ("exits", "confirm"),
         ("cache", "confirm"),
         ("exits+cache", "confirm"),
+        ("steps", "confirm"),
     ]
-    exits, _, both = lines[4:]
+    exits, _, both, steps = lines[4:]
+    assert (steps["row"]["sampler"], steps["block_frac"]) == ("ddim-4", 0.8)
     assert both["flops_frac"] == exits["flops_frac"] < 1  # as if no cache reused: see the fixture
     assert exits["settings"]["full_depth"] == "pretrained"
     (made,) = tmp_path.glob("networks/18-2_*/weights.safetensors")
@@ -325,7 +327,7 @@ def test_the_page_tells_both_errors_and_what_is_not_measured(tmp_path):
     page = paper_page.write_page(tmp_path, tmp_path / "page").read_text()
     assert "13.10 ± 0.10" in page and "1.0 (2)" in page and "+3 ± 13" in page
     assert "40\N{NO-BREAK SPACE}% of the time saved" in page and "no difference shown" in page
-    assert page.count("Not measured yet") == 6 and page.count("<i>not measured</i>") == 6 * 5 + 2
+    assert page.count("Not measured yet") == 6 and page.count("<i>not measured</i>") == 6 * 6 + 3
     assert (tmp_path / "page" / "pay.csv").is_file()
 
 
