@@ -47,8 +47,8 @@ HEAD = (
 ANSWERS = {
     "full, as it is": lambda s: s.row.method == "full" and not s.row.trained,
     "full, equal compute": lambda s: s.row.method == "full" and s.row.trained,
-    "best exits": lambda s: s.row.method == "exits",
-    "best cache": lambda s: s.row.method == "cache",
+    "exits": lambda s: s.row.method == "exits",
+    "cache": lambda s: s.row.method == "cache",
     "exits with cache": lambda s: s.row.method == "exits+cache",
     "fewer steps": lambda s: s.row.method == "steps",
 }
@@ -106,10 +106,8 @@ def _signed(value: float, margin: float) -> str:
     return f"{sign}{plus_minus(value, margin)}"
 
 
-def answer_cell(experiment: Experiment, shown: Shown | None) -> str:
+def answer_cell(experiment: Experiment, shown: Shown) -> str:
     """Score, time, block calls and tuning cost, one under the other."""
-    if shown is None or not shown.measured:
-        return f"<i>{NONE}</i>"
     own, warm = shown.tuning_tflop
     difference, margin = experiment.difference(shown)
     lines = [
@@ -120,9 +118,12 @@ def answer_cell(experiment: Experiment, shown: Shown | None) -> str:
     ]
     if not math.isnan(difference):
         lines.insert(1, f"{_signed(difference, margin)} from full")
+    if len(shown.lines) > 1:
+        error = _nan(shown.trained.std_error)
+        lines.insert(1, f"± {number(error, error)} over {len(shown.lines)} trainings")
     if shown.row.method != "full":
         lines.append(html.escape(shown.row.label))
-    return f"<div>{'<br>'.join(lines)}</div>"
+    return f"<p>{'<br>'.join(lines)}</p>"
 
 
 def answers(experiment: Experiment) -> str:
@@ -130,9 +131,13 @@ def answers(experiment: Experiment) -> str:
     columns = [*PAY, *(s for s in experiment.samplers if s not in PAY)]
     rows = []
     for name, belongs in ANSWERS.items():
-        found = ([s for s in experiment.rows(sampler) if belongs(s)] for sampler in columns)
-        # the last: picked with most candidates
-        rows.append((name, *(answer_cell(experiment, s[-1] if s else None) for s in found)))
+        cells = []
+        for sampler in columns:
+            mine = [s for s in experiment.rows(sampler) if belongs(s) and s.measured]
+            mine.sort(key=lambda s: s.get("time_frac"), reverse=True)
+            texts = [answer_cell(experiment, s) for s in mine]
+            cells.append(f"<div>{''.join(texts)}</div>" if texts else f"<i>{NONE}</i>")
+        rows.append((name, *cells))
     return table(("", *columns), rows)
 
 
@@ -168,7 +173,7 @@ def section(experiment: Experiment, folder: Path, source: Path) -> str:
     if not experiment.lines:
         command = f"python benchmarks/paper.py {experiment.name} --elastic W.safetensors --out DIR"
         return "".join([*parts, f"<p>Not measured yet: <code>{command}</code></p>"])
-    parts += [f"<p>{line}</p>" for line in facts(experiment)]
+    parts += [f"<div>{line}</div>" for line in facts(experiment)]
     if experiment.name == "pay":
         parts.append(answers(experiment))
         parts.append("<ul>" + "".join(f"<li>{html.escape(v)}</li>" for v in verdicts(experiment)))
@@ -254,7 +259,8 @@ def facts(experiment: Experiment) -> Iterator[str]:
         f"seed{'s' if seeds > 1 else ''} of own steps; {settings['network']}. {trained_as}"
     )
     commands = dict.fromkeys(line["command"] for line in lines)
-    yield "<br>".join(f"<code>{html.escape(command)}</code>" for command in commands)
+    text = "<br>".join(f"<code>{html.escape(command)}</code>" for command in commands)
+    yield f"<details><summary>Commands ({len(commands)})</summary>{text}</details>"
     machines = dict.fromkeys(
         f"{m['gpu'] or m['cpu']}, {m['threads']} threads, torch {m['versions']['torch']}"
         for m in (line["machine"] for line in lines)
@@ -292,6 +298,7 @@ h3 { font-size: 1.05rem; }
 figcaption { font-size: .9rem; color: #555; }
 code { font-size: .85rem; overflow-wrap: anywhere; }
 .scroll { overflow-x: auto; }
+td p { margin: 0 0 .6rem; }
 table { border-collapse: collapse; font-size: .9rem; }
 th, td { text-align: left; vertical-align: top; padding: .3rem .6rem;
   border-bottom: 1px solid #ddd; white-space: nowrap; }
