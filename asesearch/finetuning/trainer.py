@@ -277,10 +277,9 @@ def whole(result: TrainResult, trainer: Trainer, backbone: Backbone) -> TrainRes
     exits those for full depth."""
     if not isinstance(backbone, ExitWeights):
         return result
-    full = backbone.full.to(trainer.accelerator.device)
-    tuned = ExitWeights(full, result.backbone).eval()
-    config = trainer.config
     device = trainer.accelerator.device
+    tuned = ExitWeights(backbone.full.to(device), result.backbone).eval()
+    config = trainer.config
     batch = draw_batch(trainer.data, tuned, config, trainer.diffusion, 0, (0, config.batch_size))
     schedule = trainer.schedule
     deepest = max(d for d in schedule.exit_depths if d < schedule.depth)
