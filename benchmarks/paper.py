@@ -43,12 +43,12 @@ from asesearch.errors import (
 from asesearch.evaluation.clock import compare_sampling_time
 from asesearch.evaluation.cost import device_name
 from asesearch.evaluation.features import to_uint8
+from asesearch.locks import try_lock
 from asesearch.point import Point
 from asesearch.sampler import Sampler
 from asesearch.schedule import ExitSchedule
 from asesearch.search import Workbench
 from asesearch.search.warmup import elastic_depths
-from asesearch.study.workers import try_lock
 
 SHEET = 100  # images of a sheet
 

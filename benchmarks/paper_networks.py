@@ -23,12 +23,12 @@ from asesearch.backbones.exit_weights import ExitWeights
 from asesearch.config import BackboneConfig, TrainConfig
 from asesearch.files import write_json
 from asesearch.finetuning import CHECKPOINT, Batch, Trainer
+from asesearch.locks import waited_lock
 from asesearch.schedule import ExitSchedule
 from asesearch.search import Workbench
 from asesearch.search.trials import Trials
 from asesearch.search.warmup import elastic_depths
 from asesearch.study import directory
-from asesearch.study.workers import waited_lock
 
 TENTHS = 10
 

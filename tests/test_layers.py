@@ -11,6 +11,7 @@ ROOT = Path(__file__).parent.parent / "asesearch"
 LEVELS = {
     "errors": 0,
     "files": 1,
+    "locks": 1,
     "schedule": 2,
     "sampler": 2,
     "score": 2,
@@ -37,6 +38,7 @@ LEVELS = {
 NO_TORCH = [
     "errors",
     "files",
+    "locks",
     "schedule",
     "sampler",
     "score",

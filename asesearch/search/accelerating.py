@@ -12,9 +12,9 @@ from asesearch.backbones.acceleration import Acceleration
 from asesearch.calibration import read_acceleration
 from asesearch.errors import ConfigError, StudyError
 from asesearch.files import write_json
+from asesearch.locks import waited_lock
 from asesearch.sampler import Sampler
 from asesearch.study import directory
-from asesearch.study.workers import waited_lock
 
 
 def kept_acceleration(

@@ -22,6 +22,7 @@ from asesearch.backbones.checkpoints import load_backbone
 from asesearch.config import BackboneConfig
 from asesearch.errors import StudyError
 from asesearch.files import write_json
+from asesearch.locks import try_lock, waited_lock
 from asesearch.search.warmup import warm_up
 from asesearch.search.workbench import Workbench
 from asesearch.study import directory
@@ -29,7 +30,7 @@ from asesearch.study.confirmed import confirmation_files, confirmations_on_recor
 from asesearch.study.directory import is_whole
 from asesearch.study.records import Confirmation, TrialRecord, select
 from asesearch.study.study import Study
-from asesearch.study.workers import CONFIRMING, POLL_S, SEARCHING, Others, try_lock, waited_lock
+from asesearch.study.workers import CONFIRMING, POLL_S, SEARCHING, Others
 
 _log = logging.getLogger(__name__)
 

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 import optuna
 from optuna.trial import FrozenTrial, TrialState
 
+from asesearch.locks import try_lock
 from asesearch.point import Point
 from asesearch.proposer.space import Space
 from asesearch.schedule import ExitSchedule
@@ -18,7 +19,7 @@ from asesearch.study import directory
 from asesearch.study.records import RECORD
 from asesearch.study.storage import experimental
 from asesearch.study.study import Study
-from asesearch.study.workers import POLL_S, Others, try_lock
+from asesearch.study.workers import POLL_S, Others
 
 # user attribute: the mark of the worker that runs the trial; "host:pid" in earlier releases
 WORKER = "worker"

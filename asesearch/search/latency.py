@@ -12,8 +12,8 @@ from typing import Any
 from asesearch.errors import EvaluationError, StudyError
 from asesearch.evaluation.cost import LatencyTable
 from asesearch.files import write_json
+from asesearch.locks import waited_lock
 from asesearch.study import directory
-from asesearch.study.workers import waited_lock
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,7 @@ from asesearch.config import BackboneConfig
 from asesearch.data import open_data
 from asesearch.files import write_json
 from asesearch.finetuning import CHECKPOINT, finetune
+from asesearch.locks import try_lock, waited_lock
 from asesearch.schedule import ElasticDepths
 from asesearch.search.mapping import measure_map
 from asesearch.search.trials import first_start
@@ -30,7 +31,6 @@ from asesearch.study import directory
 from asesearch.study.difficulty import DifficultyMap
 from asesearch.study.directory import read_state
 from asesearch.study.records import shortened
-from asesearch.study.workers import try_lock, waited_lock
 
 LOCK = "warm-up.lock"
 

@@ -20,6 +20,7 @@ from sqlalchemy.engine import URL
 from asesearch.config import StudyConfig, changed_fields, parse_study
 from asesearch.errors import StudyError
 from asesearch.files import write_json
+from asesearch.locks import try_lock, waited_lock
 from asesearch.study import directory
 from asesearch.study.directory import read_json, say_once
 from asesearch.study.records import RECORD
@@ -34,7 +35,6 @@ from asesearch.study.storage import (
     storage_errors,
 )
 from asesearch.study.urls import parse_url, raw_url, shown, without_password
-from asesearch.study.workers import try_lock, waited_lock
 
 FORMAT_VERSION = 2  # 1 knew no identity
 _OPENING = "study.lock"

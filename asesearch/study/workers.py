@@ -8,9 +8,7 @@ then. Process ids tell nothing: another namespace, or another boot, has the same
 
 from __future__ import annotations
 
-import errno
 import json
-import logging
 import os
 import socket
 import threading
@@ -22,10 +20,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from filelock import BaseFileLock, FileLock, SoftFileLock, Timeout
-
-from asesearch.errors import StudyError, WriteError
+from asesearch.errors import WriteError
 from asesearch.files import write_json
+from asesearch.locks import check_locks, try_lock
 from asesearch.study.directory import WORKERS
 from asesearch.study.storage import HEARTBEAT_S
 
@@ -36,105 +33,6 @@ PAUSE_S = 60.0  # a longer gap between two signs is no time at work: the process
 GRACE_S = 2.0 * HEARTBEAT_S  # a worker elsewhere that gives no sign for so long is taken for dead
 OLD_S = 3600.0  # signs so old need not be watched; clocks of machines differ by less
 POLL_S = 1.0
-SAY_S = 2.0  # a wait for a lock that is longer is said
-_NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL}
-
-_log = logging.getLogger(__name__)
-
-
-# -- locks ---------------------------------------------------------------------------------------
-
-
-@contextmanager
-def try_lock(path: Path) -> Iterator[bool]:
-    """Hold a file lock if it is free now; a process that dies gives its own back.
-
-    Yields:
-        Whether it is held.
-
-    Raises:
-        StudyError: the folder's file system has no locks.
-        WriteError: the folder can't be written.
-    """
-    lock = _acquired(path)
-    try:
-        yield lock is not None
-    finally:
-        if lock is not None:
-            lock.release()
-
-
-@contextmanager
-def waited_lock(path: Path, what: str) -> Iterator[None]:
-    """Hold a file lock, waiting for it as long as another process does; says once that it waits.
-
-    Args:
-        path: of the lock's file.
-        what: what the other does, for the message.
-
-    Raises:
-        StudyError, WriteError: see `try_lock`.
-    """
-    begun = time.monotonic()
-    said = False
-    while (lock := _acquired(path)) is None:
-        if not said and time.monotonic() - begun > SAY_S:
-            _log.warning("waiting for another worker, which %s", what)
-            said = True
-        time.sleep(POLL_S / 10)
-    try:
-        yield
-    finally:
-        lock.release()
-
-
-def check_locks(folder: Path) -> None:
-    """Find out whether file locks work in a folder.
-
-    Raises:
-        StudyError: they do not.
-        WriteError: the folder can't be written.
-    """
-    path = folder / f"{uuid.uuid4().hex}.try"
-    try:
-        with try_lock(path), try_lock(path) as twice:
-            if twice:
-                raise _no_locks(folder, "a lock held by one is given to a second")
-    finally:
-        with suppress(OSError):
-            path.unlink(missing_ok=True)
-
-
-def _acquired(path: Path) -> BaseFileLock | None:
-    """The lock, held; None where another holds it."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        lock: BaseFileLock = FileLock(path, timeout=0)
-        lock.acquire()
-    except Timeout:
-        return None
-    except (NotImplementedError, UserWarning) as error:
-        raise _no_locks(path.parent, str(error)) from error
-    except OSError as error:
-        reason = error.strerror or str(error)
-        if error.errno in _NO_LOCKS:
-            raise _no_locks(path.parent, reason) from error
-        raise WriteError(
-            f"can't write to {path.parent}: {reason}; choose a folder you may write to"
-        ) from error
-    # a mark in its place, which a process that dies leaves behind
-    if isinstance(lock, SoftFileLock):
-        lock.release()
-        raise _no_locks(path.parent, "flock is not supported")
-    return lock
-
-
-def _no_locks(folder: Path, reason: str) -> StudyError:
-    return StudyError(
-        f"workers of a study need file locks in its directory; can't lock a file in {folder} "
-        f"({reason}); choose a directory on a file system that has them"
-    )
-
 
 # -- this worker ---------------------------------------------------------------------------------
 

@@ -15,9 +15,11 @@ import optuna
 import pytest
 from optuna.trial import TrialState
 
+from asesearch import locks
 from asesearch.errors import StudyError, TrainingDiverged
 from asesearch.evaluation.cost import LatencyTable
 from asesearch.files import write_json
+from asesearch.locks import try_lock, waited_lock
 from asesearch.proposer.proposer import num_exploring
 from asesearch.schedule import ExitSchedule
 from asesearch.search import confirmation
@@ -28,7 +30,7 @@ from asesearch.search.runner import Runner, run_trials
 from asesearch.study import workers
 from asesearch.study.records import EXPLORATION, EXPLORES, RECORD, select
 from asesearch.study.study import Study
-from asesearch.study.workers import Others, Worker, try_lock, waited_lock, worked_s
+from asesearch.study.workers import Others, Worker, worked_s
 from tests.processes import Child
 from tests.search.fake_search import OWN, FakeBench, SharedBench, make_config, work
 from tests.search.test_study import ready
@@ -342,7 +344,7 @@ def test_locks_without_effect_are_noticed(tmp_path, monkeypatch):
 
 
 def test_who_waits_for_a_lock_says_so_once(tmp_path, caplog, monkeypatch):
-    monkeypatch.setattr(workers, "SAY_S", 0.2)
+    monkeypatch.setattr(locks, "SAY_S", 0.2)
     got = []
 
     def wait():
