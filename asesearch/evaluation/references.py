@@ -12,6 +12,7 @@ import os
 import sys
 import zipfile
 import zlib
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from functools import cached_property
 from importlib import resources
@@ -23,10 +24,11 @@ import numpy.typing as npt
 from tqdm import tqdm
 
 from asesearch.data import DataSource, cache_dir, check_readable
-from asesearch.errors import EvaluationError, WriteError
+from asesearch.errors import EvaluationError, StudyError, WriteError
 from asesearch.evaluation.extractors import Extractor
 from asesearch.evaluation.features import Floats, feature_batches
 from asesearch.files import replacing
+from asesearch.locks import waited_lock
 
 KID_SEED = 2020
 #: References keep the features of so many of their images (chosen with KID_SEED) for the kernel
@@ -90,8 +92,8 @@ def reference_statistics(
 ) -> ReferenceStats:
     """Moments and kept features of a reference data set.
 
-    Looked for in the package, then in `cache_dir()/references`; else computed, and kept there if
-    `cache`. A cached file that is damaged is made again.
+    Looked for in the package, then in `cache_dir()/references`; else computed, by one process while
+    others wait, and kept there if `cache`. A cached file that is damaged is made again.
 
     Args:
         source: the data set, or the name of one in `SHIPPED`, which need not be on this machine.
@@ -110,19 +112,20 @@ def reference_statistics(
     else:
         extractor.check_shape(source.shape[0], source.name)
         digest = source.digest
+    found = _read_reference(reference_path(SHIPPED_DIR, extractor, digest), extractor, digest)
+    if found is not None:
+        return found
+    if not cache:
+        return _make_reference(source, extractor)
     cached = reference_path(cache_dir() / "references", extractor, digest)
-    stored = [reference_path(SHIPPED_DIR, extractor, digest), *([cached] if cache else [])]
-    for path in stored:
-        found = _read_reference(path, extractor, digest)
+    with ExitStack() as held:
+        with suppress(StudyError, WriteError):  # without locks, each makes its own
+            lock = cached.with_suffix(".lock")
+            held.enter_context(waited_lock(lock, f"makes a reference in {cached.parent}"))
+        found = _read_reference(cached, extractor, digest)
         if found is not None:
             return found
-    if isinstance(source, str):
-        raise EvaluationError(
-            f"no reference of {source} is stored for the extractor {extractor.name} with weights "
-            f"{extractor.digest[:8]}…; give the data set itself once"
-        )
-    made = _make_reference(source, extractor)
-    if cache:
+        made = _make_reference(source, extractor)
         try:
             write_reference(cached, made)
         except WriteError as error:  # the statistics are there all the same
@@ -131,13 +134,18 @@ def reference_statistics(
                 "folder",
                 error,
             )
-    return made
+        return made
 
 
 def _make_reference(
-    source: DataSource, extractor: Extractor, batch_size: int = 200
+    source: DataSource | str, extractor: Extractor, batch_size: int = 200
 ) -> ReferenceStats:
     """Moments in one pass, so that a large data set's features need not fit in memory."""
+    if isinstance(source, str):
+        raise EvaluationError(
+            f"no reference of {source} is stored for the extractor {extractor.name} with weights "
+            f"{extractor.digest[:8]}…; give the data set itself once"
+        )
     if len(source) < 2:
         raise EvaluationError(
             f"a reference needs at least 2 images; got {len(source)} in {source.name}; give more"

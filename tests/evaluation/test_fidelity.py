@@ -1,7 +1,11 @@
 """Distances against closed forms, references against recomputation, the protocol against abuse."""
 
 import dataclasses
+import errno
+import fcntl
 import logging
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -261,7 +265,34 @@ def test_a_reference_is_made_once(extractor, source, own_cache, monkeypatch):
     again = reference_statistics(source, extractor)
     assert np.array_equal(first.mean, again.mean) and np.array_equal(first.cov, again.cov)
     assert np.array_equal(first.features, again.features)
-    assert [p.suffix for p in (own_cache / "references").iterdir()] == [".npz"]
+    assert {p.suffix for p in (own_cache / "references").iterdir()} <= {".npz", ".lock"}
+
+
+def test_who_comes_while_a_reference_is_made_waits_for_it(
+    extractor, source, own_cache, monkeypatch
+):
+    make, made = references._make_reference, []
+
+    def slowly(*args):
+        made.append(args)
+        time.sleep(0.3)
+        return make(*args)
+
+    monkeypatch.setattr(references, "_make_reference", slowly)
+    with ThreadPoolExecutor(3) as pool:
+        found = list(pool.map(lambda _: reference_statistics(source, extractor), range(3)))
+    assert len(made) == 1
+    assert all(np.array_equal(one.cov, found[0].cov) for one in found)
+
+
+def test_without_locks_each_makes_its_own(extractor, source, own_cache, monkeypatch):
+    def none(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", none)
+    first = reference_statistics(source, extractor)
+    assert reference_path(own_cache / "references", extractor, source.digest).is_file()
+    assert np.array_equal(reference_statistics(source, extractor).mean, first.mean)
 
 
 def test_its_name_covers_all_it_depends_on(extractor, tmp_path, monkeypatch):
