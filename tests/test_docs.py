@@ -2,19 +2,26 @@
 every table is compared, and every message is one of the program's."""
 
 import ast
+import copy
 import csv
 import os
 import re
 import subprocess
 import sys
 import tomllib
+from pathlib import Path
 
 import pytest
 import torch
 
 import asesearch
 from asesearch.backbones import DiT, save_backbone
-from asesearch.config import parse_study
+from asesearch.backbones.diffusers_adapter import DiffusersBackbone
+from asesearch.backbones.exit_weights import ExitWeights
+from asesearch.config import DiffusionConfig, SamplingConfig, parse_study
+from asesearch.deployment.bundle import Bundle
+from asesearch.deployment.writing import write_bundle
+from asesearch.schedule import ExitSchedule
 from tests import test_layers
 from tests.documents import (
     FENCE,
@@ -402,7 +409,20 @@ def tiny_pipeline():
     )
     pipeline = FewSteps(net.eval(), vae.eval(), DDIMScheduler())
     pipeline.set_progress_bar_config(disable=True)
+    write_own_exits(net, "my-dit-bundle")
     return pipeline
+
+
+def write_own_exits(transformer, folder):
+    """A bundle of such a transformer whose early exits have weights of their own."""
+    nets = [DiffusersBackbone(copy.deepcopy(transformer)) for _ in range(2)]
+    with torch.no_grad():
+        for p in nets[1].parameters():
+            p += 0.1
+    how = SamplingConfig(solver="ddim", num_steps=5)
+    schedule = ExitSchedule.from_string("D3-DiT", 28)
+    about = (schedule, "diffusers", DiffusionConfig(), how, {}, {})
+    write_bundle(Bundle(ExitWeights(*nets), *about), Path(folder), overwrite=True)
 
 
 SLOW_SNIPPETS = ("onnx", "aoti")  # words of those that take long

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,9 +16,18 @@ from safetensors.torch import load_file, save_file
 from asesearch.backbones.conversion import dit_to_diffusers
 from asesearch.backbones.diffusers_adapter import DiffusersBackbone
 from asesearch.backbones.dit import DiT
+from asesearch.backbones.exit_weights import ExitWeights, weight_sets
 from asesearch.deployment import parity
 from asesearch.deployment.bundle import Bundle
-from asesearch.deployment.diffusers_pipeline import FORMAT, VERSION, as_exported, scheduler_for
+from asesearch.deployment.diffusers_exits import EXITS_FILE, exits_of, recorded_exits
+from asesearch.deployment.diffusers_pipeline import (
+    FORMAT,
+    POSITIONS,
+    VERSION,
+    as_exported,
+    rounded,
+    scheduler_for,
+)
 from asesearch.deployment.images import decoder_of
 from asesearch.deployment.manifest import MANIFEST, check_format
 from asesearch.deployment.writing import whole_folder, write_manifest
@@ -33,8 +43,8 @@ TOLERANCE = 1e-3  # of the largest output
 def write_diffusers(
     bundle: Bundle, folder: Path, *, vae: Path | None = None, overwrite: bool = False
 ) -> Path:
-    """Write a bundle's DiT as a diffusers pipeline with its schedule beside; the folder appears
-    whole or not at all.
+    """Write a bundle's DiT as a diffusers pipeline with its schedule beside, and the weights that
+    early exits have of their own; the folder appears whole or not at all.
 
     Args:
         bundle: of a DiT in discrete time.
@@ -51,7 +61,7 @@ def write_diffusers(
         DataError: a VAE that scales latents otherwise.
     """
     folder = Path(folder)
-    net = bundle.backbone
+    net = weight_sets(bundle.backbone)[0]
     if not isinstance(net, DiT) or bundle.diffusion.process != "discrete":
         raise ConfigError(
             "diffusers' DiT pipeline is for a DiT in discrete time; got a "
@@ -65,8 +75,14 @@ def write_diffusers(
         parts["vae"] = _vae(vae)
     with whole_folder(folder, overwrite=overwrite) as part:
         _save(parts, part)
+        exits = exits_of(bundle.backbone, bundle.schedule)
+        if exits:
+            save_file(exits, part / EXITS_FILE)
         tensors = parity.make_parity(
-            net.cpu(), bundle.schedule, bundle.diffusion.num_train_timesteps, bundle.prompts
+            bundle.backbone.cpu(),
+            bundle.schedule,
+            bundle.diffusion.num_train_timesteps,
+            bundle.prompts,
         )
         save_file(tensors, part / PARITY)
         names = sorted(p.relative_to(part).as_posix() for p in part.rglob("*") if p.is_file())
@@ -75,6 +91,7 @@ def write_diffusers(
             "version": VERSION,
             "frequency_shift": net.t_embedder.frequency_shift,
             "guided_channels": net.guided_channels,
+            "positions": _precision(net, parts["transformer"]),
         }
         write_manifest(part, own, bundle, names)
     return folder
@@ -99,6 +116,13 @@ def _transformer(net: DiT) -> Any:
     transformer = cls(**config)
     transformer.load_state_dict(state, strict=False)  # but the fixed positions, which it makes
     return transformer.eval()
+
+
+def _precision(net: DiT, transformer: Any) -> str:
+    """What the network's positions, which diffusers makes anew, were rounded to."""
+    exact = transformer.pos_embed.pos_embed
+    gaps = {name: float((rounded(exact, name) - net.pos_embed.cpu()).abs().max()) for name in POSITIONS}
+    return min(gaps, key=lambda name: gaps[name])
 
 
 def _vae(path: Path) -> Any:
@@ -162,9 +186,13 @@ def parity_errors(pipeline: Any, folder: Path, data: Mapping[str, Any]) -> dict[
     except (OSError, ValueError, SafetensorError) as error:
         raise CheckpointError(f"can't read {folder / PARITY}: {error}; export it again") from error
     restore = as_exported(pipeline.transformer, data)
+    own = recorded_exits(folder, data)
+    second = copy.deepcopy(pipeline.transformer)
+    second.load_state_dict(own, strict=False)
     net = DiffusersBackbone(pipeline.transformer)
     try:
-        return parity.parity_errors(net, recorded)
+        both = ExitWeights(net, DiffusersBackbone(second)) if own else net
+        return parity.parity_errors(both, recorded)
     finally:
         net.detach()
         if restore is not None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol
@@ -10,12 +12,21 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from asesearch.backbones.block_exits import PIPELINE_SPECS, BlockExits, argument_names
+from asesearch.backbones.exit_weights import EXITS
 from asesearch.deployment import bundle, diffusers_pipeline
+from asesearch.deployment.diffusers_exits import (
+    ExitsInPlace,
+    exits_of,
+    other_weights,
+    recorded_exits,
+)
 from asesearch.deployment.diffusers_pipeline import Restored, as_exported
 from asesearch.deployment.manifest import MANIFEST, check_format, read_manifest
+from asesearch.deployment.reading import load_bundle
 from asesearch.errors import CheckpointError, ConfigError, ScheduleError
 from asesearch.schedule import ExitSchedule
 
@@ -30,6 +41,9 @@ GROUP_CACHES = (
     "sea_cache_leader_block",
     "sea_cache_block",
 )
+
+
+_log = logging.getLogger(__name__)
 
 
 class Scheduled(Protocol):
@@ -49,14 +63,13 @@ class ScheduleHandle:
         block_calls: blocks really run in these calls, whatever the size of the batch.
     """
 
-    def __init__(
-        self, transformer: nn.Module, schedule: ExitSchedule, restored: Restored | None = None
-    ) -> None:
+    def __init__(self, transformer: nn.Module, schedule: ExitSchedule) -> None:
         self.schedule = schedule
         self.nfe = 0
         self.block_calls = 0
         self._exits = BlockExits(transformer, PIPELINE_SPECS)
-        self._restored = restored
+        self._own: ExitsInPlace | None = None
+        self._restored: Restored | None = None
         if schedule.depth != len(self._exits.blocks):
             raise ScheduleError(
                 f"the schedule must be for a network of {len(self._exits.blocks)} blocks; got one "
@@ -74,6 +87,8 @@ class ScheduleHandle:
         for hook in self._hooks:
             hook.remove()
         self._exits.detach()
+        if self._own is not None:
+            self._own.take()
         if self._restored is not None:
             self._restored()
             self._restored = None
@@ -106,8 +121,21 @@ class ScheduleHandle:
                 f"timestep must be one number or one per sample ({batch}); got {len(depths)}; "
                 f"expand it to ({batch},)"
             )
+        if self._own is not None:
+            self._put(self._own, depths)
         self._exits.begin(depths if len(set(depths)) > 1 else depths[0])
         self.nfe += 1
+
+    def _put(self, own: ExitsInPlace, depths: list[int]) -> None:
+        early = [depth < self.schedule.depth for depth in depths]
+        if any(early) and not all(early):
+            raise ConfigError(
+                "early exits have weights of their own, so one call is at full depth or leaves "
+                f"blocks out for all its samples; got blocks {min(depths)} to {max(depths)} in one "
+                "call; call the transformer once for each"
+            )
+        if early[0]:
+            own.put()
 
     def _refuse_group_caches(self) -> None:
         """Refuse a cache that was enabled before or after the schedule."""
@@ -142,6 +170,8 @@ class ScheduleHandle:
 
     def _after(self, module: nn.Module, args: tuple[Any, ...], output: object) -> None:
         self.block_calls += self._exits.end()
+        if self._own is not None:
+            self._own.take()
 
 
 def apply_exit_schedule(
@@ -153,22 +183,24 @@ def apply_exit_schedule(
 
     The timestep is read from the call itself, so the pipeline, its scheduler and its number of
     steps stay as they are. From a folder of the format `diffusers`, its DiT also samples as the
-    exported network did, see `asesearch.deployment.diffusers_pipeline`.
+    exported network did, see `asesearch.deployment.diffusers_pipeline`. Where early exits have
+    weights of their own (`search.full_depth = "pretrained"`), calls that leave blocks out run with
+    those, and the transformer's own weights make the calls at full depth.
 
     Args:
         pipeline_or_transformer: a diffusers pipeline with a `transformer`, or the transformer.
         schedule: for the transformer's depth and, where a pipeline is given, its scheduler's
             timesteps; or what has one: a bundle, or an exported folder, of which only the manifest
-            is read.
+            is read and the weights that early exits have of their own.
 
     Returns:
         A handle that counts, and removes it; also a context manager.
 
     Raises:
         ScheduleError: a schedule for another depth or number of timesteps.
-        ConfigError: no transformer, an unsupported one, one compiled as a whole, or one under a
-            schedule already.
-        CheckpointError: no exported folder.
+        ConfigError: no transformer, an unsupported one, one compiled as a whole, one under a
+            schedule already, or one that the weights of early exits do not fit.
+        CheckpointError: no exported folder, or one that is damaged.
     """
     transformer = getattr(pipeline_or_transformer, "transformer", pipeline_or_transformer)
     if not isinstance(transformer, nn.Module):
@@ -177,6 +209,7 @@ def apply_exit_schedule(
             f"{type(pipeline_or_transformer).__name__}; pass pipeline.transformer"
         )
     data: dict[str, Any] = {}
+    source = schedule
     if isinstance(schedule, (str, os.PathLike)):
         data = read_manifest(Path(schedule))
         own = data["format"] if data["format"] in FORMATS else bundle.FORMAT
@@ -189,11 +222,46 @@ def apply_exit_schedule(
     _check_timesteps(getattr(pipeline_or_transformer, "scheduler", None), schedule)
     handle = ScheduleHandle(transformer, schedule)
     try:
+        handle._own = _own_exits(source, data, transformer)
         handle._restored = as_exported(pipeline_or_transformer, data)
     except BaseException:
         handle.remove()
         raise
     return handle
+
+
+def _own_exits(
+    source: object, data: Mapping[str, Any], transformer: nn.Module
+) -> ExitsInPlace | None:
+    """What puts in place the weights that early exits have of their own; says where the
+    transformer's are not the bundle's."""
+    if data.get("format") == diffusers_pipeline.FORMAT:
+        values = recorded_exits(Path(str(source)), data)
+        return ExitsInPlace(transformer, values) if values else None
+    if data and _has_own_exits(Path(str(source))):
+        source = load_bundle(Path(str(source)), check_parity=False)
+    if not isinstance(source, bundle.Bundle):
+        return None
+    values = exits_of(source.backbone, source.schedule)
+    own = ExitsInPlace(transformer, values) if values else None
+    odd = other_weights(transformer, source.backbone)
+    if odd:
+        _log.warning(
+            "the transformer has other weights than the bundle's network (%d of its parameters, %s "
+            "for example), which the schedule was fine-tuned for; load the bundle's",
+            len(odd),
+            odd[0],
+        )
+    return own
+
+
+def _has_own_exits(folder: Path) -> bool:
+    """Whether a bundle's weights are two sets; damage is told by who reads them."""
+    try:
+        with safe_open(folder / bundle.FILES[0], "pt") as file:
+            return any(name.startswith(EXITS) for name in file.keys())  # noqa: SIM118
+    except (OSError, SafetensorError):
+        return False
 
 
 def _refuse_acceleration(found: object, what: object) -> None:

@@ -2,7 +2,8 @@
 exported network does it.
 
 diffusers' DiT spaces the timestep frequencies over one step more than the official code
-(`downscale_freq_shift`, which is in no config), and its pipeline knows ImageNet's 1000 classes
+(`downscale_freq_shift`, which is in no config), makes its positions anew where weights in half
+precision hold rounded ones, and its pipeline knows ImageNet's 1000 classes
 alone, guides every channel, spaces timesteps its own way and always has a VAE.
 """
 
@@ -32,6 +33,8 @@ SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {
     "dpm++2m": ("DPMSolverMultistepScheduler", {"final_sigmas_type": "zero"}),
     "unipc": ("UniPCMultistepScheduler", {"final_sigmas_type": "zero"}),
 }
+#: Precisions that the fixed positions of exported weights may have been rounded to.
+POSITIONS = ("float32", "float16", "bfloat16")
 Restored = Callable[[], None]
 
 
@@ -186,6 +189,7 @@ def as_exported(pipeline: Any, data: Mapping[str, Any]) -> Restored | None:
             "DiffusionPipeline.from_pretrained"
         )
     _check_settings(data, transformer)
+    positions = transformer.pos_embed.pos_embed
     frequencies = [block.norm1.emb.time_proj for block in transformer.transformer_blocks]
     before = [each.downscale_freq_shift for each in frequencies]
     if pipeline is not transformer:
@@ -193,8 +197,10 @@ def as_exported(pipeline: Any, data: Mapping[str, Any]) -> Restored | None:
         pipeline.exported = dict(data)
     for each in frequencies:
         each.downscale_freq_shift = data["frequency_shift"]
+    transformer.pos_embed.pos_embed = rounded(positions, data.get("positions", POSITIONS[0]))
 
     def restore() -> None:
+        transformer.pos_embed.pos_embed = positions.to(transformer.pos_embed.pos_embed)
         for each, shift in zip(frequencies, before, strict=True):
             each.downscale_freq_shift = shift
         if pipeline is not transformer:
@@ -202,6 +208,11 @@ def as_exported(pipeline: Any, data: Mapping[str, Any]) -> Restored | None:
             del pipeline.exported
 
     return restore
+
+
+def rounded(positions: Tensor, precision: str) -> Tensor:
+    """Positions as weights of such a precision hold them."""
+    return positions.to(getattr(torch, precision)).to(positions.dtype)
 
 
 def _check_settings(data: Mapping[str, Any], transformer: Any) -> None:
@@ -214,6 +225,7 @@ def _check_settings(data: Mapping[str, Any], transformer: Any) -> None:
             name
             for name, right in (
                 ("frequency_shift", data["frequency_shift"] in (0, 1)),
+                ("positions", data.get("positions", POSITIONS[0]) in POSITIONS),
                 ("guided_channels", data["guided_channels"] in range(1, channels + 1)),
                 (
                     "latents",

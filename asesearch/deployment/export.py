@@ -135,9 +135,8 @@ def check_export(
         WriteError: the folder, or the trial's for the checkpoint, can't be written.
     """
     config = study.config
-    own_exits = config.search.own_exits and not record.schedule.is_full
     kind = config.backbone.kind
-    formats.check_format(format, kind, vae, record.sampler.acceleration, own_exits)
+    formats.check_format(format, kind, vae, record.sampler.acceleration)
     check_bundle_dir(folder, overwrite=overwrite)
     if finetune_steps is None:
         trial_weights(study, record)

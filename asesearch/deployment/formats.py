@@ -7,7 +7,6 @@ from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 
-from asesearch.backbones.exit_weights import ExitWeights
 from asesearch.deployment.bundle import Bundle
 from asesearch.deployment.writing import write_bundle
 from asesearch.errors import ConfigError
@@ -47,17 +46,8 @@ NEEDS = {"onnx": (("onnx", "onnxscript", "onnxruntime"), "onnx")}
 #: Kinds of network that a format takes, where not all.
 KINDS = {"diffusers": ("dit",), "onnx": ("dit", "uvit"), "aoti": ("dit", "uvit")}
 
-#: Formats that take a network with weights of its own for early exits.
-OWN_EXITS = ("bundle", "onnx", "aoti")
 
-
-def check_format(
-    name: str,
-    kind: str,
-    vae: Path | None = None,
-    acceleration: str = "",
-    own_exits: bool = False,
-) -> None:
+def check_format(name: str, kind: str, vae: Path | None = None, acceleration: str = "") -> None:
     """Refuse a format that a network can't be written in here, before anything is paid for.
 
     Args:
@@ -65,7 +55,6 @@ def check_format(
         kind: of the network, as in `BackboneConfig`.
         vae: folder of a VAE to write with it.
         acceleration: of the sampler, see `Sampler`.
-        own_exits: the network has weights of its own for early exits.
 
     Raises:
         ConfigError: an unknown format, a package that is missing, or a network, acceleration or VAE
@@ -83,12 +72,6 @@ def check_format(
         raise ConfigError(
             f"an acceleration goes into the format bundle only; got {acceleration} for {name}; "
             "export it as a bundle, or choose a point of a plain sampler"
-        )
-    if own_exits and name not in OWN_EXITS:
-        raise ConfigError(
-            "a network with weights of its own for early exits (search.full_depth = "
-            f"'pretrained') goes into the formats {', '.join(OWN_EXITS)}; got {name}; choose "
-            "another format"
         )
     if vae is not None and name != "diffusers":
         raise ConfigError(
@@ -124,6 +107,5 @@ def write(
         ConfigError: see `check_format`.
         CheckpointError, WriteError: see `asesearch.deployment.writing.check_bundle_dir`.
     """
-    own_exits = isinstance(bundle.backbone, ExitWeights)
-    check_format(name, bundle.kind, vae, bundle.acceleration_name, own_exits)
+    check_format(name, bundle.kind, vae, bundle.acceleration_name)
     return FORMATS[name](bundle, Path(folder), overwrite, vae)

@@ -126,7 +126,7 @@ def check_files(folder: Path, data: Mapping[str, Any]) -> None:
     for name in data["files"]:
         _check_name(folder, name)
     for name, entry in data["files"].items():
-        _check_file(folder, name, entry)
+        check_file(folder, name, entry)
 
 
 def _check_name(folder: Path, name: str) -> None:
@@ -146,7 +146,12 @@ def _check_name(folder: Path, name: str) -> None:
             )
 
 
-def _check_file(folder: Path, name: str, entry: object) -> None:
+def check_file(folder: Path, name: str, entry: object) -> None:
+    """Compare one file of the folder with its size and hash on record.
+
+    Raises:
+        CheckpointError: missing or damaged, or no such record.
+    """
     path = folder / name
     if not path.is_file():
         raise CheckpointError(f"{path} is missing; {_COPY}")

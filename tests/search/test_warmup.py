@@ -19,7 +19,7 @@ from asesearch.backbones.saving import save_backbone
 from asesearch.config import parse_study
 from asesearch.deployment.export import export
 from asesearch.deployment.reading import load_bundle
-from asesearch.errors import ConfigError
+from asesearch.deployment.verify import verify
 from asesearch.evaluation.cost import LatencyTable
 from asesearch.point import Point
 from asesearch.report.ladder import spending
@@ -349,8 +349,8 @@ def test_a_search_with_the_pretrained_weights_at_full_depth(study, tmp_path):
     tuned = load_bundle(further).backbone
     assert weights_digest(tuned.full) == weights_digest(bench.backbone)
     assert weights_digest(tuned.exits) != weights_digest(bundle.backbone.exits)
-    with pytest.raises(ConfigError, match="goes into the formats bundle, onnx, aoti; got diff"):
-        export(opened, record, tmp_path / "no", format="diffusers")
+    pipeline = export(opened, record, tmp_path / "pipeline", format="diffusers")
+    assert [c.passed for c in verify(pipeline, speed=False)] == [True] * 3
     full = load_bundle(export(opened, results.full, tmp_path / "full")).backbone
     assert type(full) is DiT and weights_digest(full) == weights_digest(bench.backbone)
     assert "finetune" not in results.full.gflops

@@ -1,0 +1,174 @@
+"""The weights of their own that early exits have, in a diffusers transformer.
+
+The transformer keeps the weights that make the calls at full depth, which are the pretrained ones.
+For a call that leaves blocks out, others are put in the place of those that differ, and taken out
+again when it ends; nothing is copied where both lie on one device in one precision.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from asesearch.backbones.base import Backbone
+from asesearch.backbones.conversion import dit_to_diffusers
+from asesearch.backbones.diffusers_adapter import DiffusersBackbone
+from asesearch.backbones.dit import DiT
+from asesearch.backbones.exit_weights import ExitWeights, weight_sets
+from asesearch.deployment.manifest import check_file
+from asesearch.errors import CheckpointError, ConfigError
+from asesearch.schedule import ExitSchedule
+
+#: In an exported folder: the weights that early exits have of their own, by their names in the
+#: transformer.
+EXITS_FILE = "exits.safetensors"
+_GROUPS = "group_offloading"
+
+
+def state_of(net: Backbone) -> dict[str, Tensor]:
+    """A network's tensors by their names in a diffusers transformer.
+
+    Raises:
+        ConfigError: a network that diffusers does not have.
+    """
+    if isinstance(net, DiffusersBackbone):
+        return dict(net.transformer.state_dict())
+    if isinstance(net, DiT):
+        return dit_to_diffusers(net.state_dict(), net.config)[0]
+    raise ConfigError(
+        f"a diffusers pipeline runs a DiT or a network of diffusers; got a {type(net).__name__}; "
+        "sample its bundle with asesearch"
+    )
+
+
+def exits_of(net: Backbone, schedule: ExitSchedule) -> dict[str, Tensor]:
+    """What the early exits of a schedule have of their own, by names in a diffusers transformer;
+    empty for a network of one set of weights.
+
+    Raises:
+        ConfigError: see `state_of`.
+    """
+    if not isinstance(net, ExitWeights):
+        return {}
+    full = state_of(net.full)
+    deepest = max((d for d in schedule.exit_depths if d < schedule.depth), default=0)
+    unread = tuple(f"transformer_blocks.{i}." for i in range(deepest, schedule.depth))
+    return {
+        name: value.contiguous().clone()
+        for name, value in state_of(net.exits).items()
+        if not name.startswith(unread) and not torch.equal(value, full[name].to(value))
+    }
+
+
+def recorded_exits(folder: Path, data: Mapping[str, Any]) -> dict[str, Tensor]:
+    """What the early exits of an exported folder of the format diffusers have of their own; empty
+    for nothing.
+
+    Args:
+        folder: exported.
+        data: of its manifest.
+
+    Raises:
+        CheckpointError: a file that is missing or damaged.
+    """
+    if EXITS_FILE not in data["files"]:
+        return {}
+    check_file(folder, EXITS_FILE, data["files"][EXITS_FILE])
+    try:
+        return load_file(folder / EXITS_FILE)
+    except (OSError, ValueError, SafetensorError) as error:
+        raise CheckpointError(
+            f"can't read {folder / EXITS_FILE}: {error}; export it again"
+        ) from error
+
+
+def other_weights(transformer: nn.Module, net: Backbone) -> list[str]:
+    """Names of a transformer's parameters that differ from a network's by more than precision;
+    those on no device, quantised or wrapped by an adapter are left out."""
+    found = dict(transformer.named_parameters())
+    odd = []
+    for name, value in state_of(weight_sets(net)[0]).items():
+        own = found.get(name)
+        if own is None or own.is_meta or own.shape != value.shape or not own.is_floating_point():
+            continue
+        want = value.to(own.device, own.dtype)
+        if not torch.allclose(own, want, rtol=1e-2, atol=1e-3 * float(want.abs().max())):
+            odd.append(name)
+    return odd
+
+
+class ExitsInPlace:
+    """Puts weights in the place of a transformer's own for single calls, one at a time.
+
+    Args:
+        transformer: whose weights make the calls at full depth.
+        values: those of early exits, by name.
+
+    Raises:
+        ConfigError: names or shapes that the transformer does not have.
+    """
+
+    def __init__(self, transformer: nn.Module, values: Mapping[str, Tensor]) -> None:
+        self.transformer = transformer
+        own = dict(transformer.named_parameters())
+        unknown = [name for name in values if name not in own]
+        odd = [n for n, v in values.items() if n in own and own[n].shape != v.shape]
+        if unknown or odd:
+            raise ConfigError(
+                "the early exits have weights of their own for parameters that the transformer "
+                f"lacks or has in another shape, {(unknown + odd)[0]} for example; apply them to "
+                "the transformer they were fine-tuned from, before adapters and quantisation"
+            )
+        self._others = dict(values)
+        # modules stay what they are where an adapter wraps them, names do not
+        self._places = {
+            name: (transformer.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2])
+            for name in values
+        }
+        self._in = False
+
+    def put(self) -> None:
+        """Let the next call run with them.
+
+        Raises:
+            ConfigError: weights that are elsewhere between calls.
+        """
+        self._refuse_offloaded()
+        self._swap()
+        self._in = True
+
+    def take(self) -> None:
+        """Make the transformer what it was; does nothing if they are not in place."""
+        if self._in:
+            self._swap()
+            self._in = False
+
+    def _swap(self) -> None:
+        for name, other in self._others.items():
+            own = self._parameter(name)
+            self._others[name] = own.data
+            own.data = other.to(own.device, own.dtype)
+
+    def _parameter(self, name: str) -> nn.Parameter:
+        module, last = self._places[name]
+        return module.get_parameter(last)
+
+    def _refuse_offloaded(self) -> None:
+        first = self._parameter(next(iter(self._others)))
+        hooks = {
+            name
+            for module in self.transformer.modules()
+            for name in getattr(getattr(module, "_diffusers_hook", None), "hooks", ())
+        }
+        if first.is_meta or _GROUPS in hooks:
+            raise ConfigError(
+                "early exits with weights of their own can't be combined with offloading in parts; "
+                f"got {'group' if _GROUPS in hooks else 'sequential'} offloading; use "
+                "pipeline.enable_model_cpu_offload()"
+            )
