@@ -63,8 +63,9 @@ SAVED = (
     "one standard error of resampling, and half-IQR of the time. Down and right is better."
 )
 STEPS = (
-    "Solid: D3; dashed: the full network after equal-compute fine-tuning; dotted: the full network "
-    "as it is. Bars: one standard error of resampling."
+    "Solid: early exits, by the schedule in the tables below; dashed: the full network after "
+    "equal-compute fine-tuning; dotted: the full network as it is. Bars: one standard error of "
+    "resampling."
 )
 
 

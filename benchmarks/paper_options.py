@@ -152,7 +152,9 @@ def options() -> argparse.ArgumentParser:
         help="leave the fine-tuned full network for later; the page says that it is not measured",
     )
     parser.add_argument(
-        "--no-published", action="store_true", help="`pay`: try the schedules of --schedules alone"
+        "--no-published",
+        action="store_true",
+        help="`pay` and `figure4`: take the schedules of --schedules alone",
     )
     parser.add_argument(
         "--caches",

@@ -119,7 +119,7 @@ class Choice:
         schedules: further exit schedules, searched ones for example.
         rivals_from: recipe of the full network that training-free methods run on.
         equal_compute: whether the full network is also fine-tuned for as much as the others.
-        published: whether `pay` tries other schedules than the further ones.
+        published: whether `pay` and `figure4` take other schedules than the further ones.
         caches: what `pay` tries of `ADDED["cache"]`.
         fewer: numbers of steps that `pay` measures the full network in, besides.
     """
@@ -244,7 +244,8 @@ def figure4(choice: Choice) -> Iterator[Row]:
     """One schedule at many numbers of steps."""
     for sampler in choice.samplers or CURVES:
         yield from full_rows(sampler, choice)
-        yield Row("exits", "D3-DiT", str(choice.read("D3-DiT")), sampler, sampler)
+        for name in (*(("D3-DiT",) if choice.published else ()), *choice.schedules):
+            yield Row("exits", name, str(choice.read(name)), sampler, sampler)
 
 
 def table3(choice: Choice) -> Iterator[Row]:

@@ -70,7 +70,10 @@ class Experiment:
         self.name = name
         self.path = folder / f"{name}.jsonl"
         self.lines = read_lines(self.path)
-        planned = FIXED[name](Choice()) if name in FIXED and self.lines else ()
+        choice = Choice(
+            published=not any("--no-published" in line["command"] for line in self.lines)
+        )
+        planned = FIXED[name](choice) if name in FIXED and self.lines else ()
         rows = {key_of(row.to_dict(), None): row for row in planned}
         lines: dict[tuple[Any, ...], list[Line]] = {}
         for line in self.lines:
