@@ -116,6 +116,7 @@ class ExitsInPlace:
 
     def __init__(self, transformer: nn.Module, values: Mapping[str, Tensor]) -> None:
         self.transformer = transformer
+        self._first_block: nn.Module = transformer.get_submodule("transformer_blocks.0")
         own = dict(transformer.named_parameters())
         unknown = [name for name in values if name not in own]
         odd = [n for n, v in values.items() if n in own and own[n].shape != v.shape]
@@ -125,12 +126,13 @@ class ExitsInPlace:
                 f"lacks or has in another shape, {(unknown + odd)[0]} for example; apply them to "
                 "the transformer they were fine-tuned from, before adapters and quantisation"
             )
-        self._others = dict(values)
         # modules stay what they are where an adapter wraps them, names do not
-        self._places = {
-            name: (transformer.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2])
-            for name in values
-        }
+        self._places: list[tuple[dict[str, Any], str]] = []
+        self._others: list[nn.Parameter] = []
+        for name, value in values.items():
+            module, _, last = name.rpartition(".")
+            self._places.append((transformer.get_submodule(module)._parameters, last))
+            self._others.append(nn.Parameter(value, requires_grad=False))
         self._in = False
 
     def put(self) -> None:
@@ -140,6 +142,10 @@ class ExitsInPlace:
             ConfigError: weights that are elsewhere between calls.
         """
         self._refuse_offloaded()
+        for i, (held, name) in enumerate(self._places):
+            own, other = held[name], self._others[i]
+            if own.dtype is not other.dtype or own.device != other.device:
+                self._others[i] = nn.Parameter(other.to(own), requires_grad=False)
         self._swap()
         self._in = True
 
@@ -150,23 +156,17 @@ class ExitsInPlace:
             self._in = False
 
     def _swap(self) -> None:
-        for name, other in self._others.items():
-            own = self._parameter(name)
-            self._others[name] = own.data
-            own.data = other.to(own.device, own.dtype)
-
-    def _parameter(self, name: str) -> nn.Parameter:
-        module, last = self._places[name]
-        return module.get_parameter(last)
+        for i, (held, name) in enumerate(self._places):
+            held[name], self._others[i] = self._others[i], held[name]
 
     def _refuse_offloaded(self) -> None:
-        first = self._parameter(next(iter(self._others)))
+        held, name = self._places[0]
         hooks = {
-            name
-            for module in self.transformer.modules()
-            for name in getattr(getattr(module, "_diffusers_hook", None), "hooks", ())
+            hook
+            for module in (self.transformer, *self._first_block.modules())
+            for hook in getattr(getattr(module, "_diffusers_hook", None), "hooks", ())
         }
-        if first.is_meta or _GROUPS in hooks:
+        if held[name].is_meta or _GROUPS in hooks:
             raise ConfigError(
                 "early exits with weights of their own can't be combined with offloading in parts; "
                 f"got {'group' if _GROUPS in hooks else 'sequential'} offloading; use "

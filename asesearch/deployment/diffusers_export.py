@@ -121,8 +121,8 @@ def _transformer(net: DiT) -> Any:
 def _precision(net: DiT, transformer: Any) -> str:
     """What the network's positions, which diffusers makes anew, were rounded to."""
     exact = transformer.pos_embed.pos_embed
-    gaps = {name: float((rounded(exact, name) - net.pos_embed.cpu()).abs().max()) for name in POSITIONS}
-    return min(gaps, key=lambda name: gaps[name])
+    own = net.pos_embed.cpu()
+    return min(POSITIONS, key=lambda name: float((rounded(exact, name) - own).abs().max()))
 
 
 def _vae(path: Path) -> Any:

@@ -152,7 +152,7 @@ def test_a_failed_call_leaves_the_first_weights():
 @pytest.mark.parametrize("first", ["offload", "schedule"])
 def test_offloading_in_parts_is_refused(first):
     """Weights that come in with each block would come in place of those of the early exits."""
-    for how in (sequential, groups):
+    for how in (sequential, groups, leaves):
         pipeline = MAKERS["dit"]()
         if first == "offload":
             how(pipeline.transformer)
@@ -168,7 +168,12 @@ def sequential(transformer):
 
 
 def groups(transformer):
-    apply_group_offloading(transformer, onload_device=torch.device("cpu"), num_blocks_per_group=1)
+    apply_group_offloading(transformer, onload_device=torch.device("cpu"), num_blocks_per_group=3)
+
+
+def leaves(transformer):
+    device = torch.device("cpu")
+    apply_group_offloading(transformer, onload_device=device, offload_type="leaf_level")
 
 
 def test_another_transformer_is_refused_or_named(caplog):
