@@ -98,7 +98,8 @@ def other_weights(transformer: nn.Module, net: Backbone) -> list[str]:
         if own is None or own.is_meta or own.shape != value.shape or not own.is_floating_point():
             continue
         want = value.to(own.device, own.dtype)
-        if not torch.allclose(own, want, rtol=1e-2, atol=1e-3 * float(want.abs().max())):
+        near = 4 * max(torch.finfo(own.dtype).eps, torch.finfo(value.dtype).eps)
+        if not torch.allclose(own, want, rtol=near, atol=near * float(want.abs().max())):
             odd.append(name)
     return odd
 
