@@ -112,7 +112,7 @@ def study_table(section: str, before: str) -> str:
 def _default(parameter: Any) -> str:
     if parameter.required:
         return "**required**"
-    if parameter.default in (None, False):
+    if parameter.default is None or parameter.default is False:
         return "–"
     return f"`{str(parameter.default).lower()}`"
 

@@ -25,9 +25,7 @@ Storage = Annotated[
 ]
 DryRun = Annotated[
     bool,
-    typer.Option(
-        "--dry-run", help="Print the resolved plan with its cost estimate as JSON, and stop."
-    ),
+    typer.Option("--dry-run", help="Check everything, print as JSON what would be done, and stop."),
 ]
 Format = Annotated[
     str,

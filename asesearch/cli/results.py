@@ -228,7 +228,9 @@ def _export(
 
 
 def convert(
-    bundle: Annotated[Path, typer.Argument(help="Bundle that `asesearch export` wrote.")],
+    bundle: Annotated[
+        Path, typer.Argument(help="Bundle that `asesearch export` wrote, of the format bundle.")
+    ],
     format: Format,
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder to write.")],
     vae: ExportedVae = None,
@@ -241,6 +243,11 @@ def convert(
     from asesearch.deployment.reading import load_bundle
     from asesearch.deployment.writing import check_bundle_dir
 
+    if out.resolve() == bundle.resolve():
+        raise ConfigError(
+            f"a bundle in another format is another folder; got {out} for both, which would take "
+            "the bundle's place; change --out"
+        )
     check_bundle_dir(out, overwrite=overwrite)
     loaded = load_bundle(bundle)
     with interruptible(f"nothing was written to {out}"):
@@ -249,7 +256,9 @@ def convert(
 
 
 def sample(
-    bundle: Annotated[Path, typer.Argument(help="Bundle that `asesearch export` wrote.")],
+    bundle: Annotated[
+        Path, typer.Argument(help="Bundle that `asesearch export` wrote, of the format bundle.")
+    ],
     out: Annotated[
         Path,
         typer.Option("--out", "-o", help="Picture grid (.png), or all images as an array (.npz)."),

@@ -21,6 +21,7 @@ MAY_CHANGE = frozenset(
         "promotion.always",
         "promotion.explore",
         "sampling.batch_size",
+        "backbone.checkpoint",
         "data.path",
         "data.vae",
         "data.num_workers",

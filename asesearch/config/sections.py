@@ -131,8 +131,9 @@ class ElasticConfig(TrainConfig):
     `depth_distribution`: `uniform` draws depths evenly at every noise level; `noise-easy` deeper
     near data and shallower near noise, as the schedules it will serve: with u uniform and τ = t /
     T, min + (depth - min + 1) u^(1/2 + 3τ/2), rounded down. `full_frac` of the samples run all
-    blocks whatever the distribution, so that the full network is not forgotten; none do where
-    `search.full_depth` is `pretrained`, as nothing can be forgotten there.
+    blocks whatever the distribution, so that the full network is not forgotten. Where
+    `search.full_depth` is `pretrained` nothing can be forgotten, and they keep the weights of deep
+    exits near the pretrained ones.
     """
 
     num_steps: PositiveInt = 500
@@ -192,7 +193,7 @@ class BackboneConfig(_Section):
     `checkpoint`.
 
     `checkpoint` is a path, or `shipped:NAME` for a network that travels in the package. Without one
-    the network starts from random weights, which only `asesearch train` allows.
+    the network starts from random weights, which only `asesearch train` and `asesearch map` allow.
     """
 
     kind: Literal["dit", "uvit", "diffusers"] = "dit"

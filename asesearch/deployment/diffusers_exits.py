@@ -57,8 +57,7 @@ def exits_of(net: Backbone, schedule: ExitSchedule) -> dict[str, Tensor]:
     if not isinstance(net, ExitWeights):
         return {}
     full = state_of(net.full)
-    deepest = max((d for d in schedule.exit_depths if d < schedule.depth), default=0)
-    unread = tuple(f"transformer_blocks.{i}." for i in range(deepest, schedule.depth))
+    unread = tuple(f"transformer_blocks.{i}." for i in range(schedule.deepest_exit, schedule.depth))
     return {
         name: value.contiguous().clone()
         for name, value in state_of(net.exits).items()

@@ -281,9 +281,8 @@ def whole(result: TrainResult, trainer: Trainer, backbone: Backbone) -> TrainRes
     tuned = ExitWeights(backbone.full.to(device), result.backbone).eval()
     config = trainer.config
     batch = draw_batch(trainer.data, tuned, config, trainer.diffusion, 0, (0, config.batch_size))
-    schedule = trainer.schedule
-    deepest = max(d for d in schedule.exit_depths if d < schedule.depth)
     y = conditioning.to(batch.y, device)
+    deepest = trainer.schedule.deepest_exit
     tuned.share_unused(batch.x_start.to(device), batch.t.to(device), y, deepest)
     return replace(result, backbone=tuned)
 

@@ -47,6 +47,11 @@ class ElasticDepths:
         return self.min_exit_depth, self.depth if self.full_frac > 0 else self._top
 
     @property
+    def deepest_exit(self) -> int:
+        """Most blocks of a draw that leaves some out."""
+        return min(self._top, self.depth - 1)
+
+    @property
     def _top(self) -> int:
         """Most blocks that the distribution draws."""
         return self.depth if self.max_exit_depth is None else self.max_exit_depth

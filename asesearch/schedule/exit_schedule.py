@@ -160,6 +160,11 @@ class ExitSchedule:
         return all(a >= b for a, b in pairwise(self.exit_depths))
 
     @property
+    def deepest_exit(self) -> int:
+        """Most blocks that run where some are left out; 0 if none ever are."""
+        return max((d for d in self.exit_depths if d < self.depth), default=0)
+
+    @property
     def is_full(self) -> bool:
         """True if every block runs at every noise level."""
         return all(d == self.depth for d in self.exit_depths)

@@ -113,9 +113,8 @@ def elastic_depths(bench: Workbench) -> ElasticDepths:
     num_timesteps = bench.full.num_train_timesteps
     depth = bench.backbone.depth
     shape = config.depth_distribution
-    if bench.config.search.own_exits:
-        return ElasticDepths(depth, num_timesteps, low, shape, 0.0, depth - 1)
-    return ElasticDepths(depth, num_timesteps, low, shape, config.full_frac)
+    top = depth - 1 if bench.config.search.own_exits else None
+    return ElasticDepths(depth, num_timesteps, low, shape, config.full_frac, top)
 
 
 def _elastic(

@@ -15,6 +15,7 @@ from asesearch.search.preflight import preflight
 from asesearch.search.runner import run_trials
 from asesearch.search.workbench import Workbench
 from asesearch.study.directory import check_study_dir
+from asesearch.study.identity import check_to_search, other_inputs
 from asesearch.study.records import Confirmation, StudyResults, TrialRecord
 from asesearch.study.study import Study
 from asesearch.study.urls import parse_url
@@ -35,7 +36,7 @@ class SearchRun:
         page: the report, once it is written.
 
     Raises:
-        AseSearchError: see `check_outputs`, `Workbench` and `preflight`.
+        AseSearchError: see `check_outputs`, `check_to_search`, `Workbench` and `preflight`.
     """
 
     def __init__(
@@ -47,10 +48,13 @@ class SearchRun:
         dry_run: bool = False,
     ) -> None:
         check_outputs(config, run_dir, report_dir)
+        begun = check_to_search(config, run_dir)
         self.config = config
         self.run_dir = run_dir
         self.report_dir = report_dir
         self.bench = Workbench(config, None if dry_run else run_dir)
+        if begun is not None:
+            other_inputs(begun, run_dir, self.bench.identity)
         self.found = preflight(self.bench, run_dir)
         self.page: Path | None = None
 

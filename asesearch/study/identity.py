@@ -176,6 +176,59 @@ def open_to_search(config: StudyConfig, run_dir: Path) -> Opened:
     return Opened(file.config, where, study)
 
 
+def check_to_search(config: StudyConfig, run_dir: Path) -> optuna.Study | None:
+    """Refuse what `open_to_search` would refuse, before anything is paid for; nothing is written or
+    created.
+
+    Returns:
+        The study, to be read, if it has begun.
+
+    Raises:
+        StudyError: see `open_to_search`.
+    """
+    known = StudyFile.read(run_dir)
+    url = _chosen(config, run_dir, known)
+    name = config.name if known is None else known.config.name
+    where = shown(url)
+    with storage_errors(where, url, _advice(url, config)):
+        held = look(url, name, read_only=True)
+        _check(known, held, url, run_dir, name)
+        if known is None or held.study_id is None:
+            return None
+        study = open_to_read(url, name)
+        _refuse_changes(study, run_dir, changed_fields(known.config, config))
+        return study
+
+
+def other_inputs(study: optuna.Study, run_dir: Path, identity: dict[str, Any]) -> list[str]:
+    """What a study was begun with whose content is another now: weights, data, decoder.
+
+    Args:
+        study: with its trials.
+        run_dir: its directory.
+        identity: fingerprints of what the scores depend on and the study file only names.
+
+    Raises:
+        StudyError: any, where something is on record.
+    """
+    path = run_dir / directory.INPUTS
+    if not path.exists():
+        return []
+    stored = read_json(
+        path,
+        "it tells whether network and data are still those of the trials on record; if they are, "
+        "remove it",
+    )
+    differ = [k for k in identity if not isinstance(stored, dict) or stored.get(k) != identity[k]]
+    if differ and is_on_record(study, run_dir):
+        raise StudyError(
+            f"the study in {run_dir} was begun with other {', '.join(differ)} (their content "
+            "differs), so its trials could not be compared with new ones; restore them, or search "
+            "in another directory"
+        )
+    return differ
+
+
 def open_to_report(run_dir: Path, storage: str | None = None) -> Opened:
     """What a study directory and its storage hold; nothing is written.
 
@@ -321,6 +374,20 @@ def start_over(run_dir: Path, why: str) -> None:
     shutil.rmtree(run_dir / directory.TRIALS, ignore_errors=True)
 
 
+def _refuse_changes(study: optuna.Study, run_dir: Path, changed: list[str]) -> None:
+    """Refuse changed settings where something is on record.
+
+    Raises:
+        StudyError: naming them.
+    """
+    if changed and is_on_record(study, run_dir):
+        raise StudyError(
+            f"the study in {run_dir} was begun with other settings, so its trials could not be "
+            f"compared with new ones ({'; '.join(changed)}); undo the change, or choose another "
+            "name or directory"
+        )
+
+
 def _rebased(
     study: optuna.Study,
     url: URL,
@@ -334,12 +401,7 @@ def _rebased(
     Raises:
         StudyError: something is on record, or another worker is at it.
     """
-    if is_on_record(study, run_dir):
-        raise StudyError(
-            f"the study in {run_dir} was begun with other settings, so its trials could not be "
-            f"compared with new ones ({'; '.join(changed)}); undo the change, or choose another "
-            "name or directory"
-        )
+    _refuse_changes(study, run_dir, changed)
     if config.name != file.config.name:
         held = look(url, config.name, read_only=False)
         if held.identity is not None or held.has_trials:

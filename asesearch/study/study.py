@@ -25,13 +25,13 @@ from asesearch.schedule import ExitSchedule
 from asesearch.study import directory
 from asesearch.study.confirmed import confirmations_on_record
 from asesearch.study.difficulty import DifficultyMap
-from asesearch.study.directory import read_images, read_json, read_state
+from asesearch.study.directory import read_images, read_state
 from asesearch.study.environment import environment
 from asesearch.study.identity import (
     Opened,
-    is_on_record,
     open_to_report,
     open_to_search,
+    other_inputs,
     start_over,
 )
 from asesearch.study.importance import Importance
@@ -193,23 +193,7 @@ class Study:
         Raises:
             StudyError: naming what changed.
         """
-        path = self.run_dir / directory.INPUTS
-        stored = identity
-        if path.exists():
-            fix = (
-                "it tells whether network and data are still those of the trials on record; if "
-                "they are, remove it"
-            )
-            stored = read_json(path, fix)
-        differ = [
-            k for k in identity if not isinstance(stored, dict) or stored.get(k) != identity[k]
-        ]
-        if differ and is_on_record(self.optuna, self.run_dir):
-            raise StudyError(
-                f"the study in {self.run_dir} was begun with other {', '.join(differ)} (their "
-                "content differs), so its trials could not be compared with new ones; restore "
-                "them, or search in another directory"
-            )
+        differ = other_inputs(self.optuna, self.run_dir, identity)
         if differ:
             start_over(self.run_dir, f"with other {', '.join(differ)}")
-        write_json(path, identity)
+        write_json(self.run_dir / directory.INPUTS, identity)

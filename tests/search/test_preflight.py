@@ -9,22 +9,23 @@ import pytest
 import torch
 from PIL import Image
 
-from asesearch.backbones import DiT
+from asesearch.backbones import DiT, load_backbone
 from asesearch.backbones.saving import save_backbone
-from asesearch.config import parse_study
+from asesearch.config import BackboneConfig, parse_study
 from asesearch.errors import (
     AseSearchError,
     ConfigError,
     DataError,
     EvaluationError,
     ScheduleError,
+    StudyError,
     WriteError,
 )
 from asesearch.finetuning import Trainer
 from asesearch.search import Workbench, opening, parts, preflight, search
 from asesearch.search.plan import Plan, make_plan
 from asesearch.search.runner import run_trials
-from asesearch.study import Study
+from asesearch.study import Study, directory
 from tests.shapes import SHAPE
 from tests.test_cli import call
 
@@ -316,6 +317,53 @@ def test_a_dry_run_names_what_is_missing(study, unpaid, tmp_path, changes):
         }
     with pytest.raises(AseSearchError, match="is-not-here"):
         dry_run(study(**changes), tmp_path)
+
+
+@pytest.fixture
+def begun(study, unpaid, tmp_path):
+    """A study with its warm-up on record."""
+    config = study()
+    opened = Study(config, tmp_path / "run")
+    opened.check_inputs(Workbench(config).identity)
+    (tmp_path / "run" / directory.ELASTIC_WEIGHTS).touch()
+    return config
+
+
+def test_a_dry_run_refuses_a_study_that_can_not_go_on(begun, study, tmp_path):
+    def files():
+        return {p: p.read_bytes() for p in (tmp_path / "run").rglob("*") if p.is_file()}
+
+    before = files()
+    dry_run(begun, tmp_path)
+    for changes, message in (
+        ({"sampling": {**begun.sampling.model_dump(), "num_steps": 5}}, "sampling.num_steps: 4 ->"),
+        ({"search": {"storage": f"sqlite:///{tmp_path}/other.db"}}, "other.db does not hold them"),
+        ({"search": {"storage": "postgresql://a@127.0.0.1:1/b"}}, "check that the server runs"),
+    ):
+        changed = begun.model_dump(exclude_none=True)
+        for section, values in changes.items():
+            changed[section] = {**changed[section], **values}
+        with pytest.raises(StudyError, match=message):
+            dry_run(parse_study(changed, "changed"), tmp_path)
+    assert files() == before and not (tmp_path / "other.db").exists()
+    (tmp_path / "run" / directory.STUDY).unlink()
+    other = Study(study(name="tiny"), tmp_path / "elsewhere")
+    storage = {"storage": f"sqlite:///{other.run_dir / directory.DATABASE}"}
+    changed = begun.model_dump(exclude_none=True)
+    with pytest.raises(StudyError, match="holds another study named 'tiny'"):
+        dry_run(parse_study({**changed, "search": {**changed["search"], **storage}}, "x"), tmp_path)
+
+
+def test_a_dry_run_knows_the_weights_by_their_content(begun, weights, tmp_path):
+    copy = tmp_path / "copy.safetensors"
+    copy.write_bytes(weights.read_bytes())
+    config = begun.model_copy(update={"backbone": BackboneConfig(checkpoint=str(copy))})
+    dry_run(config, tmp_path)
+    net = load_backbone(config.backbone)
+    net.final_layer.linear.bias.data += 1
+    save_backbone(net, copy, {})
+    with pytest.raises(StudyError, match="begun with other weights"):
+        dry_run(config, tmp_path)
 
 
 # -- how long it will take -----------------------------------------------------------------------

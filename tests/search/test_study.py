@@ -193,7 +193,7 @@ def test_an_exhausted_space_ends_the_search(tmp_path, monkeypatch):
         ("evaluation", "num_samples", 77),
         ("search", "num_intervals", 5),
         ("data", "kind", "image-folder"),
-        ("backbone", "checkpoint", "other"),
+        ("backbone", "kind", "uvit"),
     ],
 )
 def test_a_change_that_breaks_comparability_is_refused_by_name(tmp_path, section, field, value):
