@@ -240,10 +240,12 @@ def facts(experiment: Experiment) -> Iterator[str]:
     if tuned is not None:
         warm = tuned["warm_up"]
         train = tuned["train"]
+        trains = [line["settings"]["train"] for line in lines if "train" in line["settings"]]
+        steps = " or ".join(dict.fromkeys(f"{each['num_steps']:,}" for each in trains))
         own = tuned.get("full_depth") == "pretrained"
         compute = "in the compute of both" if own else "for both together"
         trained_as = (
-            f"Own steps: {train['num_steps']:,} of {train['batch_size']} images from one elastic "
+            f"Own steps: {steps} of {train['batch_size']} images from one elastic "
             f"warm-up of {warm['steps']:,} steps of {warm['batch_size']}; equal compute: the full "
             f"network is fine-tuned {compute}."
         )
