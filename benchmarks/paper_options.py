@@ -224,7 +224,11 @@ def complete(args: argparse.Namespace) -> argparse.Namespace:
             "schedules are fine-tuned from elastic weights; got none; make some with `python "
             "benchmarks/recipes.py … --keep W.safetensors` and give --elastic W.safetensors"
         )
-    told = json.loads(inspect_checkpoint(args.elastic).metadata.get("warm_up", "{}"))
+    metadata = inspect_checkpoint(
+        args.elastic
+    ).metadata  # recipes.py writes the one, a study the other
+    told = json.loads(metadata.get("elastic_depths", "{}"))
+    told |= json.loads(metadata.get("warm_up", "{}"))
     fields = {"steps": "num_steps", "batch": "batch_size", "full_frac": "full_frac"}
     for option, field in {**fields, "seconds": "seconds"}.items():
         name = f"elastic_{option}"

@@ -214,6 +214,7 @@ def test_exits_with_weights_of_their_own(tmp_path):
     schedule = "18 18 18 18 18 18 18 18 2 2"
     argv = ["pay", "--tiny", "--full-depth", "pretrained", "--samplers", "ddim-5", "--no-published"]
     argv += ["--schedules", schedule, "--caches", "block-4", "--fewer", "4", "--out", str(tmp_path)]
+    argv += ["--elastic-full-frac", "0"]
     paper.main(argv)
     lines = read_lines(tmp_path / "pay.jsonl")
     assert [(line["row"]["method"], line["row"]["stage"]) for line in lines] == [
