@@ -131,6 +131,9 @@ def check_outputs(config: StudyConfig, run_dir: Path, report_dir: Path | None = 
     """
     if config.search.storage is not None:
         parse_url(config.search.storage)
+    for out, option in ((run_dir, "--out"), (report_dir, "--report")):
+        if out is not None:
+            _refuse_inside_images(config, out, option)
     check_study_dir(run_dir, config.search.storage)
     if report_dir is None:
         return
@@ -142,6 +145,24 @@ def check_outputs(config: StudyConfig, run_dir: Path, report_dir: Path | None = 
     from asesearch.report.page import check_report_dir  # which draws: not for every search
 
     check_report_dir(report_dir)
+
+
+def _refuse_inside_images(config: StudyConfig, out: Path, option: str) -> None:
+    """Refuse an output among the images of a study, whose class folders and files it would be.
+
+    Raises:
+        ConfigError: naming the folder of images.
+    """
+    mapped = None if config.map is None else config.map.data
+    for data in (config.data, config.evaluation.reference, mapped):
+        if data is None or data.kind != "image-folder" or data.path is None:
+            continue
+        images = Path(data.path).resolve()
+        if images in (out.resolve(), *out.resolve().parents):
+            raise ConfigError(
+                f"outputs go beside the images of a study, not among them; got {out} in "
+                f"{data.path}; change {option}"
+            )
 
 
 def search(

@@ -229,6 +229,18 @@ def test_a_study_directory_that_can_not_be_written(study, unpaid, tmp_path):
         search(study(), tmp_path / "file" / "run")
 
 
+def test_outputs_among_the_images_are_refused(study, unpaid, tmp_path):
+    images = {"kind": "image-folder", "path": str(tmp_path), "image_size": 28, "channels": 1}
+    for changes in ({"data": images}, {"map": {"num_bins": 4, "num_images": 4, "data": images}}):
+        config = study(**changes)
+        for out, option in ((tmp_path, "--out"), (tmp_path / "a" / "run", "--out")):
+            with pytest.raises(ConfigError, match=f"not among them; got .*; change {option}"):
+                search(config, out)
+        with pytest.raises(ConfigError, match="change --report"):
+            search(config, tmp_path.parent / "run", report_dir=tmp_path / "report")
+        assert not list(tmp_path.iterdir())
+
+
 # -- a dry run -----------------------------------------------------------------------------------
 
 
@@ -312,7 +324,7 @@ def test_a_dry_run_names_what_is_missing(study, unpaid, tmp_path, changes):
     if changes.get("evaluation", {}).get("reference") == "folder":
         changes["evaluation"]["reference"] = {
             "kind": "image-folder",
-            "path": str(tmp_path),
+            "path": str(tmp_path / "images"),
             "image_size": 28,
         }
     with pytest.raises(AseSearchError, match="is-not-here"):
