@@ -169,6 +169,18 @@ _MARKS = (
 )
 
 
+def loads(text: str | bytes, **how: Any) -> Any:
+    """`json.loads`, for which a text nested too deep is a ValueError like any other that is none.
+
+    Raises:
+        ValueError: no JSON.
+    """
+    try:
+        return json.loads(text, **how)
+    except RecursionError as error:
+        raise ValueError("it is nested too deep") from error
+
+
 def write_json(path: Path, data: Any) -> None:
     """Write JSON.
 

@@ -9,6 +9,7 @@ from functools import cached_property
 from typing import Any
 
 from asesearch.errors import AseSearchError, ScheduleError
+from asesearch.files import loads
 from asesearch.sampler import Sampler
 from asesearch.schedule import ExitSchedule
 
@@ -132,7 +133,7 @@ class Point:
             ScheduleError: not JSON, or see `from_dict`.
         """
         try:
-            data = json.loads(text)
+            data = loads(text)
         except (ValueError, RecursionError) as error:
             raise ScheduleError(
                 f"a point must be JSON; got {text[:80]!r}; write it with Point.to_json"

@@ -204,6 +204,17 @@ def test_finetune_under_a_schedule(place, tmp_path):
     assert json.loads(out)["steps"] == 2 and (tmp_path / "w.safetensors").is_file()
 
 
+def test_a_report_goes_into_the_working_directory(place, tmp_path, monkeypatch):
+    from asesearch.errors import StudyError
+
+    monkeypatch.chdir(tmp_path)
+    for _ in range(2):  # and over itself
+        call("report", place / "runs" / "tiny", "--out", ".")
+        assert Path("index.html").is_file() and Path("tables/trials.csv").is_file()
+    with pytest.raises(StudyError, match="goes into a folder of its own; got /; give another"):
+        call("report", place / "runs" / "tiny", "--out", "/")
+
+
 def test_report_alone(place, tmp_path):
     assert (
         json.loads(call("report", place / "runs/tiny", "--out", tmp_path / "r", "--dry-run")[0])[
@@ -518,6 +529,8 @@ WRONG = [
     (("search", "value.toml"), 1, "train.lr"),
     (("search", "broken.toml"), 1, "is not valid TOML"),
     (("report", "nowhere"), 1, "no study in nowhere"),
+    (("report", "x" * 5000), 1, "File name too long; check the path"),
+    (("sample", "x" * 5000, "-o", "x.png"), 1, "File name too long"),
     (("sample", "nowhere", "-o", "x.png"), 1, "can't read nowhere/bundle.json"),
     (("sample", "nowhere", "-o", "x.jpg"), 1, "written as .png or .npz"),
     (("train", "tiny.toml", "-o", "x.pt"), 1, "written as .safetensors"),

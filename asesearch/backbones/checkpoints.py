@@ -8,7 +8,6 @@ What we write ourselves: `saving`.
 from __future__ import annotations
 
 import inspect
-import json
 import logging
 import os
 from collections.abc import Callable, Mapping
@@ -33,8 +32,10 @@ from asesearch.backbones.shapes import Architecture, from_shapes, uvit_preset
 from asesearch.backbones.uvit import UViT
 from asesearch.config import BackboneConfig
 from asesearch.errors import CheckpointError, ConfigError
+from asesearch.files import loads
 
 VERSION = "1"
+MOST = 1000.0  # of a number among a constructor's arguments
 NULL = "null_condition."  # begins the names of a null condition's tensors in the files we write
 RESERVED = ("format", "version", "kind", "config")
 BACKBONES: dict[str, type[DiT] | type[UViT]] = {"dit": DiT, "uvit": UViT}
@@ -149,7 +150,7 @@ def _own_config(contents: Contents) -> tuple[str, dict[str, Any]]:
         )
     try:
         kind = meta["kind"]
-        given = json.loads(meta["config"])
+        given = loads(meta["config"])
         if kind == "diffusers":
             return kind, {"transformer": dict(given["transformer"])}
         cls = BACKBONES[kind]
@@ -222,6 +223,8 @@ def check_args(cls: type[Backbone], args: Mapping[str, Any]) -> None:
             else (int, float)
         )
         fits = type(value) in types or (value is None and default is None)
+        if fits and type(default) is float and not 0 <= value <= MOST:  # not so for NaN
+            fits = False
         if not fits or (type(default) is int and default > 0 and value < 1):
             rule = (
                 "true or false"
@@ -229,6 +232,8 @@ def check_args(cls: type[Backbone], args: Mapping[str, Any]) -> None:
                 else "a positive integer"
                 if types == (int,)
                 else "a number"
+                if default is None
+                else f"a number from 0 to {MOST:g}"
             )
             raise ConfigError(
                 f"{cls.__name__}'s {name} must be {rule}; got {value!r}; correct the study file"

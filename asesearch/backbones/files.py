@@ -195,6 +195,13 @@ def _unwrapped(path: Path, data: object, metadata: dict[str, str]) -> Contents:
         found = find_weights(data)
     except NoWeightsError as error:
         raise CheckpointError(f"{path} {error}") from error
+    for name, value in found.state.items():
+        if value.is_meta or value.layout is not torch.strided or value.is_quantized:
+            kind = "meta" if value.is_meta else "quantized" if value.is_quantized else "sparse"
+            raise CheckpointError(
+                f"{path} must hold plain tensors; got a {kind} one, {name}; save the weights "
+                "themselves, dense and in float32 or half precision"
+            )
     options = training_options(data)
     return Contents(path, found.state, found.source, metadata, notes=found.notes, options=options)
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import re
 import tarfile
 import zipfile
 from pathlib import Path
+
+from asesearch.files import loads
 
 _HEAD = 4096  # bytes that are looked at
 _LFS = b"version https://git-lfs.github.com/spec/"
@@ -114,7 +115,7 @@ def _text(path: Path, head: bytes, size: int, plain_text: bool) -> str | None:
 
 def _is_json(path: Path) -> bool:
     try:
-        json.loads(path.read_text(encoding="utf-8-sig"))
+        loads(path.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError):
         return False
     return True

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from contextlib import suppress
 from typing import Annotated, Any
@@ -14,6 +15,8 @@ from asesearch.cli import data, results, searching, training
 from asesearch.cli.interruption import NOT_BEGUN, interruptible
 from asesearch.cli.printing import say
 from asesearch.errors import AseSearchError
+
+LONGEST = 120  # characters of a path in an error
 
 
 class _Program(TyperGroup):
@@ -83,12 +86,23 @@ app.command("train-extractor")(data.train_extractor_)
 
 
 def run() -> None:
-    """Run the command that was given; asesearch's own errors become one line and exit code 1."""
+    """Run the command that was given; asesearch's own errors, and the system's about a path, become
+    one line and exit code 1."""
     try:
         app()
-    except AseSearchError as error:
-        if "--debug" in sys.argv:
+    except (AseSearchError, OSError) as error:
+        known = isinstance(error, AseSearchError) or error.filename is not None
+        if "--debug" in sys.argv or not known:
             raise
         with suppress(BrokenPipeError):
-            say(f"error: {error}")
+            say(f"error: {_told(error)}")
         sys.exit(1)
+
+
+def _told(error: AseSearchError | OSError) -> str:
+    """The line of an error; of a path that the system refuses to look at, what it says of it."""
+    if isinstance(error, AseSearchError):
+        return str(error)
+    path = os.fsdecode(error.filename) if isinstance(error.filename, (str, bytes)) else ""
+    shown = path if len(path) <= LONGEST else f"{path[:LONGEST]}… ({len(path)} characters)"
+    return f"can't use {shown}: {error.strerror or error}; check the path and who may read it"

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from asesearch.errors import DataError
+from asesearch.files import loads
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".ppm")
 CLASSES_FILE = "classes.json"
@@ -277,7 +278,7 @@ def _read_classes(path: Path) -> ClassMap:
         return dict(items)
 
     try:
-        data = json.loads(path.read_text(encoding="utf-8-sig"), object_pairs_hook=pairs)
+        data = loads(path.read_text(encoding="utf-8-sig"), object_pairs_hook=pairs)
     except (OSError, ValueError, RecursionError) as error:
         raise DataError(f"can't read {printable(path)}: {error}; it must hold {FORMS}") from error
     if isinstance(data, dict) or (

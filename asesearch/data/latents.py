@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -29,7 +30,7 @@ import torch
 from torch import Tensor
 
 from asesearch.errors import DataError
-from asesearch.files import file_sha256, replacing, write_json
+from asesearch.files import file_sha256, loads, replacing, write_json
 
 INDEX = "index.json"
 FORMAT_VERSION = 1
@@ -79,9 +80,9 @@ class Index:
         """
         path = folder / INDEX
         try:
-            data = json.loads(path.read_text(encoding="utf-8"))
+            data = loads(path.read_text(encoding="utf-8"))
             if data["version"] == FORMAT_VERSION:
-                return cls(**data)
+                return cls(**data)._checked()
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise DataError(
                 f"can't read the index of latents {path}: {error}; check data.path, or encode again"
@@ -91,9 +92,62 @@ class Index:
             "the images again"
         )
 
+    def _checked(self) -> Index:
+        """Itself.
+
+        Raises:
+            ValueError: naming a field that no release has written so.
+        """
+        numbers = [*_list(self.shift), *_list(self.scale)]
+        channels = self.shape[0] if _list(self.shape) else 0
+        entries = [entry for shard in _list(self.shards) for entry in _dict(shard).values()]
+        right = {
+            "count": _whole(self.count, 1),
+            "shape": len(_list(self.shape)) == 3 and all(_whole(n, 1) for n in self.shape),
+            "num_classes": _whole(self.num_classes, 0),
+            "shift": len(_list(self.shift)) == channels,
+            "scale": len(_list(self.scale)) == channels and all(_list(self.scale)),
+            "shift or scale": all(type(v) in (int, float) and math.isfinite(v) for v in numbers),
+            "identity": _whole(_dict(self.identity).get("shard_size"), 1)
+            and {"flips", "max_length"} <= _dict(self.identity).keys(),
+            "null_prompt": self.null_prompt is None or _is_entry(self.null_prompt),
+            "shards": isinstance(self.shards, list)
+            and all(isinstance(shard, dict) and "latents" in shard for shard in self.shards)
+            and all(map(_is_entry, entries)),
+            "classes": isinstance(self.classes, dict),
+        }
+        wrong = [name for name, ok in right.items() if not ok]
+        if wrong:
+            raise ValueError(f"its {wrong[0]} is not what an encoding writes")
+        return self
+
     def write(self, folder: Path) -> None:
         """Atomically."""
         write_json(folder / INDEX, asdict(self))
+
+
+def _list(value: object) -> list[Any]:
+    return value if isinstance(value, list) else []
+
+
+def _dict(value: object) -> dict[str, Any]:
+    return value if isinstance(value, dict) else {}
+
+
+def _whole(value: object, least: int) -> bool:
+    return type(value) is int and least <= value < 2**53
+
+
+def _is_entry(value: object) -> bool:
+    entry = _dict(value)
+    name = entry.get("file")
+    return (
+        isinstance(name, str)
+        and bool(name)
+        and name == Path(name).name
+        and all(isinstance(entry.get(key), str) for key in ("sha256", "dtype"))
+        and isinstance(entry.get("shape"), list)
+    )
 
 
 def write_array(path: Path, array: Array) -> Entry:
@@ -197,6 +251,13 @@ class LatentShards:
             self._labels = torch.from_numpy(
                 np.concatenate([shard["labels"] for shard in self._shards])
             )
+            for shard, entries in zip(self._shards, index.shards, strict=True):
+                low, high = int(shard["labels"].min()), int(shard["labels"].max())
+                if not 0 <= low <= high < index.num_classes:
+                    raise DataError(
+                        f"{folder / entries['labels']['file']} must hold labels in "
+                        f"0…{index.num_classes - 1}; got {low} to {high}; {AGAIN}"
+                    )
         null = index.null_prompt
         self.null_condition = (
             None

@@ -8,7 +8,6 @@ few real ones, which `Bundle.sample` takes by default.
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -38,6 +37,7 @@ from asesearch.deployment.manifest import (
 from asesearch.deployment.parity import check_tensors, parity_errors, prompts_of, refuse_errors
 from asesearch.diffusion import make_diffusion
 from asesearch.errors import CheckpointError, ConfigError, ScheduleError
+from asesearch.files import loads
 from asesearch.sampler import acceleration_of
 from asesearch.sampling import check_acceleration, check_sampling
 from asesearch.schedule import ExitSchedule
@@ -227,7 +227,7 @@ def _check_weights(path: Path, told: _Told) -> None:
             f"{str(head[0])[:40]}, version {str(head[1])[:40]}; {_EXPORT}, or update asesearch"
         )
     try:
-        config = json.loads(about.get("config", ""))
+        config = loads(about.get("config", ""))
     except (ValueError, RecursionError):
         config = None
     own = {"kind": about.get("kind"), **(config if isinstance(config, dict) else {})}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path, PurePosixPath
 
@@ -13,6 +12,7 @@ from asesearch.data import ImageFolder
 from asesearch.encoding.encoding import EncodingPlan, encode_latents
 from asesearch.encoding.networks import PathLike
 from asesearch.errors import ConfigError, DataError
+from asesearch.files import loads
 
 
 def read_captions(path: PathLike, images: ImageFolder) -> list[str]:
@@ -37,7 +37,7 @@ def read_captions(path: PathLike, images: ImageFolder) -> list[str]:
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
+            row = loads(line)
             name = PurePosixPath(row["file_name"]).as_posix()
             text = row["text"]
         except (ValueError, KeyError, TypeError) as error:

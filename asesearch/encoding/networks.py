@@ -105,12 +105,20 @@ class Vae(Network):
         super().__init__(load_whole(AutoencoderKL, folder, "AutoencoderKL").float(), saved)
         self.device = torch.device(device)
         config = self.net.config
-        stds = config.latents_std or [1.0] * config.latent_channels
-        self.scale = [float(config.scaling_factor / std) for std in stds]
-        self.shift = [
-            float(s)
-            for s in config.latents_mean or [config.shift_factor or 0.0] * config.latent_channels
-        ]
+        try:
+            stds = config.latents_std or [1.0] * config.latent_channels
+            self.scale = [float(config.scaling_factor / std) for std in stds]
+            means = config.latents_mean or [config.shift_factor or 0.0] * config.latent_channels
+            self.shift = [float(mean) for mean in means]
+        except (TypeError, ValueError, ZeroDivisionError):
+            self.scale = self.shift = []
+        lengths = {len(self.scale), len(self.shift)}
+        if lengths != {config.latent_channels} or not np.isfinite(self.scale + self.shift).all():
+            raise CheckpointError(
+                f"the config.json of {folder} must scale each latent channel by numbers "
+                "(scaling_factor, shift_factor, latents_mean, latents_std); got others; fetch it "
+                "again"
+            )
         self.factor: int = 2 ** (len(config.block_out_channels) - 1)
         self.channels: int = config.in_channels
         self.net.to(self.device)
@@ -261,7 +269,8 @@ def _load_tokenizer(folder: Path) -> Any:
         )
     try:
         return AutoTokenizer.from_pretrained(place, local_files_only=True)
-    except (OSError, ValueError, ImportError) as error:
+    except Exception as error:  # of damaged files it raises anything
+        reason = " ".join(str(error).split())[:300]
         raise CheckpointError(
-            f"can't load the tokenizer {place}: {error}; fetch it again; is sentencepiece there?"
+            f"can't load the tokenizer {place}: {reason}; fetch it again; is sentencepiece there?"
         ) from error

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from asesearch.errors import CheckpointError
-from asesearch.files import replacing
+from asesearch.files import loads, replacing
 
 CHECKPOINT = "training.safetensors"
 
@@ -50,8 +50,8 @@ def read_checkpoint(
         with safe_open(path, "pt", device=str(device)) as file:
             metadata = file.metadata() or {}
             tensors = {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118 (not a dict)
-        theirs = json.loads(metadata["identity"])
-        progress: dict[str, Any] = json.loads(metadata["progress"])
+        theirs = loads(metadata["identity"])
+        progress: dict[str, Any] = loads(metadata["progress"])
     except (SafetensorError, KeyError, ValueError, OSError) as error:
         raise CheckpointError(
             f"can't resume from {path}: {error}; delete it to begin again"

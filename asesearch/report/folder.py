@@ -40,16 +40,17 @@ def check_folder(out_dir: Path, what: str) -> None:
         StudyError: it holds something else.
         WriteError: it can't be written.
     """
+    given, out_dir = out_dir, _named(out_dir, what)
     # a temporary folder beside it comes first
     check_writable(
-        out_dir.with_name(f".{out_dir.name}.{'0' * 8}"), "tables/confirmation.csv", named=out_dir
+        out_dir.with_name(f".{out_dir.name}.{'0' * 8}"), "tables/confirmation.csv", named=given
     )
     page = out_dir / "index.html"
     mark = MARK.format(what=what)
     ours = page.is_file() and mark in page.read_text(encoding="utf-8", errors="replace")
     if out_dir.exists() and not ours and (not out_dir.is_dir() or any(out_dir.iterdir())):
         raise StudyError(
-            f"a {what} goes into an empty folder or over an earlier {what}; got {out_dir}; give "
+            f"a {what} goes into an empty folder or over an earlier {what}; got {given}; give "
             "another folder"
         )
     check_writable(out_dir, "tables/confirmation.csv")
@@ -69,6 +70,7 @@ def write_folder(out_dir: Path, what: str, write: Callable[[Path], None]) -> Pat
         StudyError, WriteError: see `check_folder`; or the folder can't be written.
     """
     check_folder(out_dir, what)
+    given, out_dir = out_dir, _named(out_dir, what)
     try:
         out_dir.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(
@@ -83,7 +85,19 @@ def write_folder(out_dir: Path, what: str, write: Callable[[Path], None]) -> Pat
         raise StudyError(
             f"can't write the {what} to {out_dir}: {error}; choose a folder you may write to"
         ) from error
-    return out_dir / "index.html"
+    return given / "index.html"
+
+
+def _named(out_dir: Path, what: str) -> Path:
+    """The folder by a path that ends in its name.
+
+    Raises:
+        StudyError: it has none.
+    """
+    found = Path(os.path.abspath(out_dir))
+    if not found.name:
+        raise StudyError(f"a {what} goes into a folder of its own; got {out_dir}; give another")
+    return found
 
 
 def _move(source: Path, target: Path) -> None:

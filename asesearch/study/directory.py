@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import struct
@@ -17,7 +16,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from asesearch.errors import StudyError, WriteError
-from asesearch.files import check_writable
+from asesearch.files import check_writable, loads
 from asesearch.sampler import Sampler
 from asesearch.schedule import SLUG_BYTES
 
@@ -101,7 +100,7 @@ def read_json(path: Path, fix: str = "is this a study directory, and is it whole
         StudyError: missing, unreadable or not JSON.
     """
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise StudyError(f"can't read {path}: {_reason(path, error)}; {fix}") from error
 
@@ -121,7 +120,7 @@ def read_state(path: Path, parse: Callable[[Any], T], otherwise: str) -> T | Non
         StudyError: something is there that can't be opened.
     """
     try:
-        return parse(json.loads(path.read_text(encoding="utf-8")))
+        return parse(loads(path.read_text(encoding="utf-8")))
     except (FileNotFoundError, NotADirectoryError):
         return None
     except OSError as error:

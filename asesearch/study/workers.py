@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from asesearch.errors import WriteError
-from asesearch.files import write_json
+from asesearch.files import loads, write_json
 from asesearch.locks import check_locks, try_lock
 from asesearch.study.directory import WORKERS
 from asesearch.study.storage import HEARTBEAT_S
@@ -225,7 +225,7 @@ def has_record(run_dir: Path) -> bool:
 def _read(path: Path) -> dict[str, Any] | None:
     """A worker's file; None where it is missing or damaged."""
     try:
-        state = json.loads(path.read_text(encoding="utf-8"))
+        state = loads(path.read_text(encoding="utf-8"))
         _ = state["host"], state["pid"], state["boot"], state["doing"], state["earlier_s"]
         return state if all(len(pair) == 2 for pair in state["times"]) and state["times"] else None
     except (OSError, ValueError, KeyError, TypeError):

@@ -143,6 +143,9 @@ def test_preset_and_args_make_a_new_network_from_its_seed() -> None:
         ("dit", {"args": {"depth": True}}, "depth must be a positive integer; got True"),
         ("dit", {"args": {"learn_sigma": 1}}, "learn_sigma must be true or false; got 1"),
         ("uvit", {"args": {"qk_scale": "x"}}, "qk_scale must be a number; got 'x'"),
+        ("dit", {"args": {"mlp_ratio": -1.0}}, "mlp_ratio must be a number from 0 to 1000; got -1"),
+        ("dit", {"args": {"mlp_ratio": float("nan")}}, "mlp_ratio must be a number from 0 to 1000"),
+        ("uvit", {"args": {"mlp_ratio": 1e300}}, "mlp_ratio must be a number from 0 to 1000"),
         ("diffusers", {}, "needs a checkpoint folder"),
         ("diffusers", {"checkpoint": "x", "args": {"depth": 3}}, "takes neither preset nor args"),
         ("dit", {"checkpoint": "shipped:nothing"}, "no shipped network is called 'nothing'"),
@@ -151,6 +154,17 @@ def test_preset_and_args_make_a_new_network_from_its_seed() -> None:
 def test_a_wrong_study_section_is_refused(kind: str, fields: dict, rule: str) -> None:
     with pytest.raises(ConfigError, match=rule):
         load_backbone(BackboneConfig(kind=kind, **fields))
+
+
+@pytest.mark.parametrize("kind", ["meta", "sparse"])
+def test_tensors_that_are_no_plain_ones_are_refused(tmp_path, kind) -> None:
+    state = DiT(**DIT).state_dict()
+    name = "blocks.0.mlp.fc1.weight"
+    state[name] = state[name].to("meta") if kind == "meta" else state[name].to_sparse()
+    torch.save(state, tmp_path / "net.pt")
+    config = BackboneConfig(checkpoint=str(tmp_path / "net.pt"), args={"num_heads": 2})
+    with pytest.raises(CheckpointError, match=f"must hold plain tensors; got a {kind} one, {name}"):
+        load_backbone(config)
 
 
 def test_entries_that_do_not_fit_are_named(tmp_path) -> None:
