@@ -148,6 +148,19 @@ def dit_to_diffusers(
     }
 
 
+def check_eps(config: Mapping[str, Any]) -> None:
+    """Refuse a diffusers config whose norms can't be computed.
+
+    Raises:
+        CheckpointError: no number between 0 and 1.
+    """
+    eps = config.get("norm_eps", 1e-5)
+    if type(eps) not in (int, float) or not 0 < eps < 1:
+        raise CheckpointError(
+            f"norm_eps must be a number between 0 and 1; got {eps!r} in config.json; fetch it again"
+        )
+
+
 def diffusers_dit_args(config: Mapping[str, Any]) -> dict[str, Any]:
     """Constructor arguments of our DiT for a diffusers `config.json`.
 
@@ -170,6 +183,7 @@ def diffusers_dit_args(config: Mapping[str, Any]) -> dict[str, Any]:
             f"config.json must give a DiT's sizes as positive integers; got {', '.join(bad)}; "
             "fetch it again"
         )
+    check_eps(config)
     channels = config["in_channels"]
     out_channels = config.get("out_channels") or channels
     if out_channels not in (channels, 2 * channels):

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from asesearch.backbones.base import Backbone, ExitDepth, check_labels
 from asesearch.backbones.block_exits import SPECS, BlockExits
 from asesearch.backbones.conditioning import Conditioning, prompt_of, repeat
+from asesearch.backbones.conversion import check_eps
 from asesearch.backbones.files import read_checkpoint
 from asesearch.backbones.finite import refuse_not_finite
 from asesearch.backbones.folders import (
@@ -252,6 +253,7 @@ def load_diffusers(
     """
     folder = find_folder(path, "transformer")
     name = _supported_class(folder)
+    check_eps(read_config(folder))
     if weight_files(folder)[0].endswith(".bin"):
         model = _without_weights(folder, name)
         bad = {"weights": ["of other names or shapes"]}

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from safetensors import safe_open
 from torch import nn
 
 from asesearch.backbones.foreign import foreign
@@ -121,6 +122,23 @@ def _shards(index: Path) -> list[str]:
     return names
 
 
+def _refuse_quantised(folder: Path) -> None:
+    """Refuse weights in integers of eight bits, which would be read as the numbers that they are.
+
+    Raises:
+        CheckpointError: naming one.
+    """
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, "pt") as file:
+            for name in file.keys():  # noqa: SIM118 (not a dict)
+                kind = file.get_slice(name).get_dtype()
+                if kind in ("I8", "U8"):
+                    raise CheckpointError(
+                        f"{path} must hold floating-point weights; got {name} of {kind}, as "
+                        "quantised networks have; give the weights from before the quantisation"
+                    )
+
+
 def load_pretrained(
     cls: Any, folder: Path, what: str, **options: Any
 ) -> tuple[nn.Module, dict[str, list[str]]]:
@@ -150,5 +168,6 @@ def load_pretrained(
             f"{folder} must hold a readable {what} with its weights in safetensors; got {reason}; "
             "fetch it again, or save it with save_pretrained"
         ) from error
+    _refuse_quantised(folder)
     keys = ("missing_keys", "unexpected_keys", "mismatched_keys")
     return net, {key: sorted(map(str, info[key])) for key in keys if info[key]}

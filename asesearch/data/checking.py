@@ -91,7 +91,8 @@ def _read_known(path: Path) -> npt.NDArray[np.uint64]:
         keys = np.load(path, allow_pickle=False)
     except (OSError, ValueError, EOFError):
         return none
-    return keys if keys.ndim == 1 and keys.dtype == np.uint64 else none
+    whole = isinstance(keys, np.ndarray) and keys.ndim == 1 and keys.dtype == np.uint64
+    return keys if whole else none
 
 
 def _keep(path: Path, keys: npt.NDArray[np.uint64]) -> None:

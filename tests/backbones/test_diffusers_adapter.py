@@ -511,6 +511,22 @@ def test_sharded_weights_in_a_pipeline_folder_load(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["dit", "pixart"])
+def test_quantised_weights_and_impossible_norms_are_refused(name, tmp_path):
+    """Integers would be read as the numbers that they are."""
+    case(name)[0].save_pretrained(tmp_path)
+    edit_config(tmp_path, norm_eps="x")
+    with pytest.raises(CheckpointError, match="norm_eps must be a number between 0 and 1; got 'x'"):
+        load_diffusers(tmp_path)
+    edit_config(tmp_path, norm_eps=1e-6)
+    (path,) = tmp_path.glob("*.safetensors")
+    state = load_file(path)
+    changed = next(iter(state))
+    save_file({**state, changed: state[changed].to(torch.int8)}, path)
+    with pytest.raises(CheckpointError, match=f"got {changed} of I8, as quantised networks have"):
+        load_diffusers(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["dit", "pixart"])
 def test_folders_that_name_the_legacy_class_load(name, tmp_path):
     model, x_t, t, y = case(name)
     model.save_pretrained(tmp_path)
