@@ -215,6 +215,27 @@ def test_a_report_goes_into_the_working_directory(place, tmp_path, monkeypatch):
         call("report", place / "runs" / "tiny", "--out", "/")
 
 
+def test_a_notebooks_backend_does_not_matter(place, tmp_path):
+    """IPython sets MPLBACKEND for the commands that a cell runs."""
+    environment = {**os.environ, "MPLBACKEND": "module://not_installed.backend"}
+    words = [sys.executable, "-m", "asesearch", "report", place / "runs/tiny", "--out", "r"]
+    ended = subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert ended.returncode == 0 and (tmp_path / "r/index.html").is_file(), ended.stderr
+
+
+@pytest.mark.parametrize(
+    ("command", "words"),
+    [("evaluate", ("--schedule", "", "--dry-run")), ("export", ("--pick", "", "--out", "b"))],
+)
+def test_an_unset_variable_is_no_choice(place, tmp_path, monkeypatch, command, words):
+    from asesearch.errors import AseSearchError
+
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(AseSearchError):
+        call(command, place / "runs/tiny", *words)
+    assert not list(tmp_path.iterdir())
+
+
 def test_report_alone(place, tmp_path):
     assert (
         json.loads(call("report", place / "runs/tiny", "--out", tmp_path / "r", "--dry-run")[0])[

@@ -223,8 +223,9 @@ def check_args(cls: type[Backbone], args: Mapping[str, Any]) -> None:
             else (int, float)
         )
         fits = type(value) in types or (value is None and default is None)
-        if fits and type(default) is float and not 0 <= value <= MOST:  # not so for NaN
-            fits = False
+        most = 1 if "prob" in name else MOST
+        if fits and type(default) is float:
+            fits = 0 <= value <= most  # not so for NaN
         if not fits or (type(default) is int and default > 0 and value < 1):
             rule = (
                 "true or false"
@@ -233,7 +234,7 @@ def check_args(cls: type[Backbone], args: Mapping[str, Any]) -> None:
                 if types == (int,)
                 else "a number"
                 if default is None
-                else f"a number from 0 to {MOST:g}"
+                else f"a number from 0 to {most:g}"
             )
             raise ConfigError(
                 f"{cls.__name__}'s {name} must be {rule}; got {value!r}; correct the study file"

@@ -88,6 +88,8 @@ app.command("train-extractor")(data.train_extractor_)
 def run() -> None:
     """Run the command that was given; asesearch's own errors, and the system's about a path, become
     one line and exit code 1."""
+    # nothing is shown; a notebook's own backend, which its commands inherit, may not be here
+    os.environ["MPLBACKEND"] = "agg"
     try:
         app()
     except (AseSearchError, OSError) as error:

@@ -203,7 +203,7 @@ def _picked(
     from asesearch.study import pick_nearest
 
     rule, quality, time = asked
-    rule = rule or "best-quality"
+    rule = "best-quality" if rule is None else rule
     if not or_nearest:
         return pick_point(results, rule, quality, time, early_exit=early_exit)
     record, shortfall = pick_nearest(results, rule, quality, time, early_exit=early_exit)

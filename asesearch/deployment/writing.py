@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from asesearch.backbones.base import check_schedule
@@ -58,9 +59,10 @@ def whole_folder(folder: Path, *, overwrite: bool = False) -> Iterator[Path]:
             shutil.rmtree(old)
         else:
             os.replace(part, folder)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         raise CheckpointError(
-            f"can't write the bundle {folder}: {error}; choose a folder you may write to"
+            f"can't write the bundle {folder}: {error}; choose a folder you may write to, with "
+            "room in it"
         ) from error
     finally:
         shutil.rmtree(part, ignore_errors=True)

@@ -54,7 +54,8 @@ class PointEvaluation:
         self.record = None if trial is None else study.record(trial)
         if self.record is None:
             self.net = self.bench.backbone
-            self.point = Point(self._schedule(schedule or "full"), self.bench.own_sampler)
+            chosen = self._schedule("full" if schedule is None else schedule)
+            self.point = Point(chosen, self.bench.own_sampler)
         else:
             self.net = load_trial(study, self.record, self.bench.device)
             self.point = self.record.point

@@ -219,11 +219,11 @@ class _Confirming:
 
 def _network(study: Study, record: TrialRecord, bench: Workbench) -> Backbone:
     """A point's network; fine-tuned again from the same start with the same seeds, where its file
-    is damaged."""
+    is damaged or gone."""
     folder = study.trial_dir(record.schedule)
     path = folder / directory.WEIGHTS
     again = "the schedule is fine-tuned again"
-    if path.is_file() and not is_whole(path, again):
+    if not is_whole(path, again):
         warm_up(bench, study.run_dir)
         with waited_lock(
             study.run_dir / directory.LOCKS / f"{folder.name}.lock", "fine-tunes a schedule again"

@@ -144,6 +144,11 @@ def test_preset_and_args_make_a_new_network_from_its_seed() -> None:
         ("dit", {"args": {"learn_sigma": 1}}, "learn_sigma must be true or false; got 1"),
         ("uvit", {"args": {"qk_scale": "x"}}, "qk_scale must be a number; got 'x'"),
         ("dit", {"args": {"mlp_ratio": -1.0}}, "mlp_ratio must be a number from 0 to 1000; got -1"),
+        (
+            "dit",
+            {"args": {"class_dropout_prob": 5.0}},
+            "dropout_prob must be a number from 0 to 1;",
+        ),
         ("dit", {"args": {"mlp_ratio": float("nan")}}, "mlp_ratio must be a number from 0 to 1000"),
         ("uvit", {"args": {"mlp_ratio": 1e300}}, "mlp_ratio must be a number from 0 to 1000"),
         ("diffusers", {}, "needs a checkpoint folder"),
