@@ -4,10 +4,11 @@ their config.json says, and which files hold the weights. Nothing here imports t
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from asesearch.backbones.foreign import foreign
@@ -129,7 +130,8 @@ def _refuse_quantised(folder: Path) -> None:
         CheckpointError: naming one.
     """
     for path in sorted(folder.glob("*.safetensors")):
-        with safe_open(path, "pt") as file:
+        # what is no such file beside the weights, as a Mac's "._…", was not read
+        with suppress(SafetensorError), safe_open(path, "pt") as file:
             for name in file.keys():  # noqa: SIM118 (not a dict)
                 kind = file.get_slice(name).get_dtype()
                 if kind in ("I8", "U8"):
