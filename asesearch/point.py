@@ -134,7 +134,7 @@ class Point:
         """
         try:
             data = loads(text)
-        except (ValueError, RecursionError) as error:
+        except ValueError as error:
             raise ScheduleError(
                 f"a point must be JSON; got {text[:80]!r}; write it with Point.to_json"
             ) from error

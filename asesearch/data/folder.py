@@ -279,7 +279,7 @@ def _read_classes(path: Path) -> ClassMap:
 
     try:
         data = loads(path.read_text(encoding="utf-8-sig"), object_pairs_hook=pairs)
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, ValueError) as error:
         raise DataError(f"can't read {printable(path)}: {error}; it must hold {FORMS}") from error
     if isinstance(data, dict) or (
         isinstance(data, list) and all(isinstance(name, str) for name in data)

@@ -228,7 +228,7 @@ def _check_weights(path: Path, told: _Told) -> None:
         )
     try:
         config = loads(about.get("config", ""))
-    except (ValueError, RecursionError):
+    except ValueError:
         config = None
     own = {"kind": about.get("kind"), **(config if isinstance(config, dict) else {})}
     theirs = {"kind": told.kind, **told.config}
