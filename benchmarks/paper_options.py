@@ -72,7 +72,13 @@ def study_of(args: argparse.Namespace, samplers: list[str]) -> StudyConfig:
     """The study whose parts an experiment uses."""
     first = Sampler.from_string(samplers[0])
     images = args.elastic_steps * args.elastic_batch
-    tuning = {**TRAIN, "batch_size": args.own_batch, "lr": args.own_lr}
+    tuning = {
+        **TRAIN,
+        "batch_size": args.own_batch,
+        "lr": args.own_lr,
+        "mixed_precision": args.mixed_precision,
+        "compile": args.compile,
+    }
     warm_up = {
         "num_steps": max(1, round(images / args.own_batch)),  # the same images in own batches
         "full_frac": args.elastic_full_frac,
@@ -200,6 +206,10 @@ def options() -> argparse.ArgumentParser:
         "--sample-batch", type=int, default=100, help="images at a time (default %(default)s)"
     )
     parser.add_argument("--precision", choices=["float32", "tf32", "bf16"], default="float32")
+    parser.add_argument(
+        "--mixed-precision", choices=["no", "bf16"], default="no", help="of own steps"
+    )
+    parser.add_argument("--compile", action="store_true", help="the blocks in own steps")
     parser.add_argument(
         "--split", choices=["train", "test"], default="train", help="images to fine-tune on"
     )

@@ -21,6 +21,7 @@ from measuring import Figure, parse, publish, say
 from asesearch.backbones.base import Backbone
 from asesearch.config import StudyConfig, TrainConfig, parse_study
 from asesearch.files import write_json
+from asesearch.locks import waited_lock
 from asesearch.point import Point
 from asesearch.schedule import ExitSchedule
 from asesearch.score import EvaluationResult, Protocol
@@ -48,8 +49,13 @@ TRAIN: dict[str, Any] = {
 
 
 def study_of(method: str, repeat: int, args: argparse.Namespace) -> StudyConfig:
-    """The study of one method: all but the way of searching is the same."""
+    """The study of one method: all but the way of searching is the same.
+
+    Where early exits have weights of their own, all methods distil them from the pretrained
+    network: that recipe is no part of the search. Where not, the baselines learn from images.
+    """
     ours = method == OURS
+    own_exits = args.full_depth == "pretrained"
     tiny = args.tiny
     evaluation = {
         "extractor": "fashion-cnn",
@@ -59,7 +65,7 @@ def study_of(method: str, repeat: int, args: argparse.Namespace) -> StudyConfig:
     }
     data: dict[str, Any] = {
         "name": f"{method}-{repeat}",
-        "backbone": {"kind": "dit", "checkpoint": "shipped:fashion-mnist-dit"},
+        "backbone": {"kind": "dit", "checkpoint": args.network},
         "data": {"kind": "fashion-mnist", "split": "test"},
         "train": {**TRAIN, "num_steps": args.own_steps if ours else args.steps, "seed": repeat},
         "sampling": {"solver": "dpm++2m-quadratic", "num_steps": 8},
@@ -71,16 +77,20 @@ def study_of(method: str, repeat: int, args: argparse.Namespace) -> StudyConfig:
             "min_exit_depth": 2,
             "seed": repeat,
             "cost": "flops",
+            "full_depth": args.full_depth,
             "keep_weights": "front",
             "warm_start": ["full", *PUBLISHED],
         },
     }
+    if own_exits:
+        data["train"]["distill_frac"] = 1.0
     if ours:
         elastic = {
             "num_steps": args.elastic_steps,
             "lr": 1e-3,
             "ema_decay": 0.98,
             "distill_frac": 1.0,
+            "full_frac": 0.8 if own_exits else 0.5,
             "seed": repeat,
         }
         data["elastic"] = {
@@ -102,27 +112,30 @@ def study_of(method: str, repeat: int, args: argparse.Namespace) -> StudyConfig:
 
 class SharedTrials(Trials):
     """Trials that the baselines of one repeat share, with a full network that is tuned alike for
-    all."""
+    all; where early exits have weights of their own it is not tuned."""
 
     def __init__(self, bench: Workbench, shared: Path | None, full_train: TrainConfig) -> None:
         super().__init__(bench, bench.costs)
         self.shared = shared
         self.full_train = full_train
 
-    def tuning(self, schedule: ExitSchedule) -> tuple[Backbone, TrainConfig]:
-        return (
-            (self.parts.backbone, self.full_train) if schedule.is_full else super().tuning(schedule)
-        )
+    def tuning(
+        self, schedule: ExitSchedule, training_seed: int = 0
+    ) -> tuple[Backbone, TrainConfig]:
+        if schedule.is_full and not self.parts.config.search.own_exits:
+            return self.parts.backbone, self.full_train
+        return super().tuning(schedule, training_seed)
 
     def try_point(self, point: Point, folder: Path) -> Outcome:
         if self.shared is None:
             return super().try_point(point, folder)
         path = self.shared / folder.name
-        if not (path / "outcome.json").is_file():
-            outcome = super().try_point(point, path)
-            write_json(
-                path / "outcome.json", {**vars(outcome), "quality": outcome.quality.to_dict()}
-            )
+        with waited_lock(path / "trying.lock", f"tries {point}"):
+            if not (path / "outcome.json").is_file():
+                outcome = super().try_point(point, path)
+                write_json(
+                    path / "outcome.json", {**vars(outcome), "quality": outcome.quality.to_dict()}
+                )
         shutil.copytree(path, folder, dirs_exist_ok=True)
         stored = json.loads((path / "outcome.json").read_text())
         return Outcome(**{**stored, "quality": EvaluationResult.from_dict(stored["quality"])})
@@ -345,6 +358,17 @@ def main() -> None:
     )
     parser.add_argument(
         "--elastic-steps", type=int, default=300, help="of the warm-up (default %(default)s)"
+    )
+    parser.add_argument(
+        "--network",
+        default="shipped:fashion-mnist-dit",
+        help="pretrained weights (default %(default)s)",
+    )
+    parser.add_argument(
+        "--full-depth",
+        choices=["tuned", "pretrained"],
+        default="tuned",
+        help="pretrained: weights of their own for early exits, as search.full_depth has it",
     )
     parser.add_argument(
         "--methods", nargs="+", choices=METHODS, default=METHODS, help="run these studies alone"
