@@ -26,7 +26,7 @@ from asesearch.finetuning import CHECKPOINT, Batch, Trainer
 from asesearch.locks import waited_lock
 from asesearch.schedule import ExitSchedule
 from asesearch.search import Workbench
-from asesearch.search.trials import Trials
+from asesearch.search.trials import Trials, first_start
 from asesearch.search.warmup import elastic_depths
 from asesearch.study import directory
 
@@ -76,7 +76,7 @@ class Recipe(Trials):
             steps = self._equal_compute(config)
         elastic = self.parts.config.elastic
         if changes.pop("start", "") == PRETRAINED:
-            start = self.parts.backbone
+            start = first_start(self.parts)
             steps += 0 if elastic is None else elastic.num_steps
         steps = round(changes.pop("times", 1.0) * steps)
         fields = {**config.model_dump(), **changes, "num_steps": steps}
