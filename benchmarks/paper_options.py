@@ -96,6 +96,7 @@ def study_of(args: argparse.Namespace, samplers: list[str]) -> StudyConfig:
                 "num_steps": first.num_steps,
                 "batch_size": args.sample_batch,
                 "precision": args.precision,
+                "compile": args.compile_sampling,
             },
             "evaluation": {
                 "extractor": "fashion-cnn",
@@ -210,6 +211,9 @@ def options() -> argparse.ArgumentParser:
         "--mixed-precision", choices=["no", "bf16"], default="no", help="of own steps"
     )
     parser.add_argument("--compile", action="store_true", help="the blocks in own steps")
+    parser.add_argument(
+        "--compile-sampling", action="store_true", help="the blocks in sampling; no caches then"
+    )
     parser.add_argument(
         "--split", choices=["train", "test"], default="train", help="images to fine-tune on"
     )

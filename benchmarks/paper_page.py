@@ -252,7 +252,8 @@ def facts(experiment: Experiment) -> Iterator[str]:
         if own:
             trained_as += (
                 " Early exits have weights of their own, and the pretrained network makes the "
-                "calls at full depth, of which the warm-up has none."
+                f"calls at full depth, where {warm['full_frac'] or 'none'} of the warm-up's "
+                "samples are."
             )
     seeds = 1 + max(line["training_seed"] or 0 for line in lines)
     yield html.escape(

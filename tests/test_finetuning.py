@@ -192,6 +192,15 @@ def test_timesteps_are_stratified_and_labels_dropped(tiny_dit, tiny_images):
     assert abs(dropped - 0.3) < 5 * math.sqrt(0.3 * 0.7 / 2000)
 
 
+def test_batches_for_early_exits_alone_survive_rounding(tiny_dit, tiny_images):
+    """In float32 the last of 1,024 equal parts of [0, 1) rounds up to 1 at this step."""
+    config = with_(CONFIG, batch_size=1024, seed=0)
+    strata = torch.arange(580, 1000)
+    batch = draw_batch(tiny_images, tiny_dit, config, Diffusion(), 92, (0, 1), strata)
+    assert batch.t.min() == 580 and batch.t.max() == 999
+    assert torch.bincount(batch.t - 580).max() <= 4 and batch.u.max() < 1
+
+
 def test_an_early_exit_step_runs_only_the_blocks_it_needs(tiny_dit, tiny_images):
     rows = [0] * 4
     trainer = Trainer(tiny_dit, tiny_images, Diffusion(), SCHEDULE, with_(CONFIG, batch_size=40))

@@ -86,8 +86,8 @@ def _call(code: Callable[..., Any], block: nn.Module, /, *args: Any, **kwargs: A
             raise
         reason = str(error).strip().splitlines()[0][:200]
         raise ConfigError(
-            f"the blocks can't be compiled here ({reason}); leave compile out, or set "
-            "sampling.compile = false"
+            f"the blocks can't be compiled here ({reason}); leave --compile out, or set "
+            "compile = false in the study file"
         ) from error
 
 

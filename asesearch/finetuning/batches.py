@@ -116,7 +116,7 @@ def _drawn(
     size = config.batch_size
     gen = seeded_generator(config.seed, step, 1)
     indices = _epoch_indices(len(data), size, step, config.seed)
-    place = (torch.randperm(size, generator=gen) + torch.rand(size, generator=gen)) / size
+    place = _spread(size, gen)
     if strata is not None:
         place = place.double() * len(strata)
         place = (strata[place.long()] + place.frac()) / diffusion.num_train_timesteps
@@ -126,8 +126,15 @@ def _drawn(
     mine = slice(rank * size // world, (rank + 1) * size // world)
     x_start, y = data.batch(indices[mine], seeded_generator(config.seed, step, 2, rank))
     depth_gen = seeded_generator(config.seed, step, 4)
-    u = (torch.randperm(size, generator=depth_gen) + torch.rand(size, generator=depth_gen)) / size
+    u = _spread(size, depth_gen)
     return Batch(x_start, y, t[mine], noise[mine], u[mine]), dropped[mine]
+
+
+def _spread(size: int, generator: torch.Generator) -> Tensor:
+    """A uniform number in each of as many equal parts of [0, 1), in random order: (N,)."""
+    order = torch.randperm(size, generator=generator)
+    found = (order + torch.rand(size, generator=generator)) / size
+    return found.clamp_(max=1 - torch.finfo(found.dtype).eps / 2)  # float32 may round up to 1
 
 
 def _labelled(drawn: tuple[Batch, Tensor], backbone: Backbone) -> Batch:

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from asesearch.backbones.base import Backbone
+from asesearch.backbones.compiled import compiled
 from asesearch.config import TrainConfig
 from asesearch.diffusion import Process
 from asesearch.errors import ConfigError
@@ -154,7 +155,8 @@ class TrainingStep:
         x_t = self.diffusion.q_sample(x_start, td, noise)
         target = noise
         if self.teacher is not None:
-            with torch.no_grad(), self.accelerator.autocast():
+            teaching = compiled(self.teacher, self.config.compile)
+            with torch.no_grad(), self.accelerator.autocast(), teaching:
                 eps = self.teacher(x_t, td, y)[:, : noise.shape[1]].float()
             target = torch.lerp(noise, eps, self.config.distill_frac)
         with self.accelerator.autocast():

@@ -2,6 +2,7 @@
 
 import copy
 
+import numpy as np
 import pytest
 import torch
 
@@ -9,7 +10,12 @@ from asesearch.backbones import DiT, UViT
 from asesearch.backbones import compiled as module
 from asesearch.backbones.compiled import TOLERANCE, compiled
 from asesearch.backbones.diffusers_adapter import DiffusersBackbone
+from asesearch.config import TrainConfig
+from asesearch.data import ImageArray
+from asesearch.diffusion import Diffusion
 from asesearch.errors import ConfigError
+from asesearch.finetuning import finetune
+from asesearch.schedule import ExitSchedule
 from tests.conftest import TINY_DIT
 
 UVIT = {"img_size": 8, "patch_size": 4, "in_chans": 1, "embed_dim": 16, "depth": 4, "num_heads": 2}
@@ -207,3 +213,20 @@ def test_graphs_follow_weights(num_graphs):
 
 def _eager(net, given):
     return copy.deepcopy(net)(*given)
+
+
+def test_training_runs_the_teachers_blocks_compiled_too(only_traced, monkeypatch):
+    """And leaves them as they were. The student's are compiled by torch alone."""
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda _self: None)
+    net = random_net(DiT, **TINY_DIT)
+    images = ImageArray(
+        np.arange(12 * 64, dtype=np.uint8).reshape(12, 1, 8, 8), np.zeros(12, int), "grey"
+    )
+    losses = {}
+    for on in (False, True):
+        config = TrainConfig(num_steps=2, batch_size=4, distill_frac=1.0, compile=on)
+        early = ExitSchedule.uniform_intervals([net.depth, 1], net.depth)
+        trained = finetune(net, images, Diffusion(), early, config, teacher=net)
+        losses[on] = trained.losses
+    assert only_traced() > 0 and losses[True] == pytest.approx(losses[False])
+    assert not any(part._compiled_call_impl for part in net.modules())
