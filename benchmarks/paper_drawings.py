@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 
 import pandas as pd
 from matplotlib.axes import Axes
@@ -51,17 +52,28 @@ def drawings(experiment: Experiment) -> Iterator[Drawing]:
     if experiment.name == "figure4":
         yield Drawing("figure4", "Score over steps", STEPS, table, lambda: draw_steps(table))
     for sampler in experiment.samplers if experiment.name in ("figure1", "figure3") else ():
-        mine = table[(table["against"] == sampler) & table["time_frac"].notna()].copy()
+        mine = table[table["against"] == sampler].copy()
+        cost = "block_frac" if mine["time_frac"].isna().any() else "time_frac"
         if len(mine) > 1:
-            title = f"Score against time saved, {sampler}"
+            title = f"Score against {SAVED[cost][0]}, {sampler}"
             name = f"{experiment.name}-{sampler.replace('+', 'p')}"
-            yield Drawing(name, title, SAVED, mine, lambda mine=mine: draw_saved(mine))
+            draw = partial(draw_saved, mine, cost)
+            yield Drawing(name, title, f"{SAVED[cost][1]} {BARS}", mine, draw)
 
 
-SAVED = (
-    "Measured sampling time saved, interleaved with the full network under the same sampler. Bars: "
-    "one standard error of resampling, and half-IQR of the time. Down and right is better."
-)
+#: What a figure may set the score against: its name, and how it was measured.
+SAVED = {
+    "time_frac": (
+        "time saved",
+        "Measured sampling time saved, interleaved with the full network under the same sampler.",
+    ),
+    "block_frac": (
+        "block calls saved",
+        "Block calls saved over the full network under the same sampler; the time of some rows is "
+        "not measured.",
+    ),
+}
+BARS = "Bars: one standard error of resampling, and half-IQR of the time. Down and right is better."
 STEPS = (
     "Solid: early exits, by the schedule in the tables below; dashed: the full network after "
     "equal-compute fine-tuning; dotted: the full network as it is. Bars: one standard error of "
@@ -69,9 +81,9 @@ STEPS = (
 )
 
 
-def draw_saved(data: pd.DataFrame) -> Figure:
-    """Score against measured time saved."""
-    data["saved"] = 100 * (1 - data["time_frac"])
+def draw_saved(data: pd.DataFrame, cost: str) -> Figure:
+    """Score against what is saved of a cost."""
+    data["saved"] = 100 * (1 - data[cost])
     figure, ax = axes(4.4)
     for method, (name, colour, mark) in METHODS.items():
         mine = data[data["method"] == method]
@@ -79,7 +91,7 @@ def draw_saved(data: pd.DataFrame) -> Figure:
             ax.errorbar(
                 mine["saved"],
                 mine["score"],
-                xerr=100 * mine["time_spread"].fillna(0.0),
+                xerr=100 * mine["time_spread"].fillna(0.0) if cost == "time_frac" else None,
                 yerr=mine["resampling"].fillna(0.0),
                 fmt=mark,
                 color=colour,
@@ -87,7 +99,7 @@ def draw_saved(data: pd.DataFrame) -> Figure:
                 elinewidth=1,
                 label=name,
             )
-    ax.set_xlabel("measured time saved, %")
+    ax.set_xlabel(f"{SAVED[cost][0]}, %")
     _scores(ax, data)
     ax.margins(0.1)
     ax.legend(frameon=False, loc="upper center", bbox_to_anchor=(0.45, 1.25), ncols=2)

@@ -99,10 +99,13 @@ def relative_axis(axis: Axis) -> None:
 
 
 def log_axis(ax: Axes) -> None:
-    """A logarithmic vertical axis with plain numbers."""
+    """A logarithmic vertical axis with plain numbers, more of them where it spans less."""
+
+    def between(value: float, _: int) -> str:
+        low, high = ax.get_ylim()
+        return f"{value:g}" if f"{value:e}"[0] in ("25" if high > 5 * low else "23468") else ""
+
     ax.set_yscale("log")
     plain = FuncFormatter(lambda v, _: f"{v:g}")
     ax.yaxis.set_major_formatter(plain)
-    ax.yaxis.set_minor_formatter(
-        FuncFormatter(lambda v, _: f"{v:g}" if f"{v:e}"[0] in "25" else "")
-    )
+    ax.yaxis.set_minor_formatter(FuncFormatter(between))
