@@ -14,7 +14,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerFast, T5Config, T5EncoderModel
 
 from asesearch.config import DataConfig
-from asesearch.data import ImageArray, ImageFolder, open_data
+from asesearch.data import ImageArray, ImageFolder, check_readable, latents, open_data
 from asesearch.data.latents import LatentShards
 from asesearch.encoding import LatentDecoder, encode_folder, encode_latents, read_captions
 from asesearch.errors import CheckpointError, ConfigError, DataError
@@ -280,6 +280,36 @@ def test_a_finished_encoding_is_left_alone(encoded, images, vae_path, tmp_path, 
     assert content(out) == before
 
 
+def test_latents_are_read_through_once(encoded, tmp_path, own_cache, monkeypatch):
+    out = shutil.copytree(encoded, tmp_path / "out")
+    reads = []
+    digest = latents.file_sha256
+    monkeypatch.setattr(latents, "file_sha256", lambda p: reads.append(p.name) or digest(p))
+    for _ in range(2):
+        check_readable(LatentShards(out))
+    assert sorted(reads) == sorted(p.name for p in out.glob("*.npy"))
+    changed = bytearray((out / "latents-00001.npy").read_bytes())
+    changed[-1] ^= 1
+    (out / "latents-00001.npy").write_bytes(changed)
+    with pytest.raises(DataError, match=r"latents-00001\.npy must have the SHA-256"):
+        check_readable(LatentShards(out))
+    assert reads[4:] == ["latents-00001.npy"]
+
+
+def test_latents_that_are_not_finite_are_named(encoded, tmp_path):
+    out = shutil.copytree(encoded, tmp_path / "out")
+    index = json.loads((out / "index.json").read_text())
+    array = np.load(out / "latents-00001.npy")
+    array[-1, 0, 0, 0, 0, 0] = np.nan
+    index["shards"][1]["latents"] = latents.write_array(out / "latents-00001.npy", array)
+    (out / "index.json").write_text(json.dumps(index))
+    shards = LatentShards(out)
+    assert shards.batch([0, 3])[0].isfinite().all()
+    for use in (lambda: check_readable(shards), lambda: shards.batch([0, 4])):
+        with pytest.raises(DataError, match=r"latents-00001\.npy must hold finite numbers"):
+            use()
+
+
 @pytest.mark.parametrize("damage", ["missing", "truncated", "one bit"])
 @pytest.mark.parametrize("name", ["latents-00000.npy", "labels-00001.npy"])
 def test_damage_is_noticed_and_mended(encoded, images, vae_path, tmp_path, name, damage):
@@ -293,7 +323,9 @@ def test_damage_is_noticed_and_mended(encoded, images, vae_path, tmp_path, name,
     with pytest.raises(DataError, match=f"{name}.*encode into this folder again"):
         LatentShards(out, verify=damage == "one bit")
     if damage == "one bit" and "labels" not in name:
-        LatentShards(out)  # only `verify` reads everything
+        shards = LatentShards(out)  # which does not read everything
+        with pytest.raises(DataError, match=f"{name} must have the SHA-256"):
+            check_readable(shards)
     encode_latents(images, vae_path, out, **SETTINGS)
     assert content(out) == content(encoded)
 

@@ -1,4 +1,4 @@
-"""Finding damaged images once, before anything is paid for."""
+"""Finding damaged files of a data set once, before anything is paid for."""
 
 from __future__ import annotations
 
@@ -6,9 +6,10 @@ import hashlib
 import logging
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -21,19 +22,34 @@ from asesearch.errors import WriteError
 from asesearch.files import replacing
 
 READERS = 16  # threads, at most
-KEEP_EVERY = 20_000  # images between writes of what is known
+KEEP_EVERY = 20_000  # files between writes of what is known
 VERSION = 1  # of what `check_image` finds
 
+Fault = TypeVar("Fault")
 _log = logging.getLogger(__name__)
 # what this process has found, wherever it could be kept
 _known: dict[Path, npt.NDArray[np.uint64]] = {}
 
 
 def find_unreadable(root: Path, files: Sequence[ImageFile]) -> dict[str, UnreadableImage]:
-    """The images that can't be read, by name, with the reason.
+    """The images that can't be read, by name, with the reason; every image is decoded once, see
+    `find_faults`."""
+    return find_faults(root, files, lambda file: _fault(root / file.name), "images")
 
-    Every image is decoded, by several threads. Those that were found whole are known again by name,
-    size and time of change, from a file in `cache_dir()`, and are not decoded a second time.
+
+def find_faults(
+    root: Path, files: Sequence[ImageFile], check: Callable[[ImageFile], Fault | None], what: str
+) -> dict[str, Fault]:
+    """What `check` finds wrong with files, by name; it runs in several threads.
+
+    Files that were found whole are known again by name, size, time of change and mark, from a file
+    in `cache_dir()`, and are not checked a second time.
+
+    Args:
+        root: the folder that the files' names begin in.
+        files: of the data set.
+        check: gives None for a file that is whole.
+        what: the files are, for messages.
     """
     keys = np.array([_key(f) for f in files], dtype=np.uint64)
     path = (
@@ -43,11 +59,11 @@ def find_unreadable(root: Path, files: Sequence[ImageFile]) -> dict[str, Unreada
     )
     whole = np.isin(keys, _read_known(path))
     todo = np.flatnonzero(~whole)
-    faults: dict[str, UnreadableImage] = {}
+    faults: dict[str, Fault] = {}
     threads = min(os.cpu_count() or 1, READERS)
     bar = tqdm(
         total=len(todo),
-        desc="check images",
+        desc=f"check {what}",
         file=sys.stderr,
         dynamic_ncols=True,
         leave=False,
@@ -56,19 +72,17 @@ def find_unreadable(root: Path, files: Sequence[ImageFile]) -> dict[str, Unreada
     with bar, ThreadPoolExecutor(threads) as pool:
         for first in range(0, len(todo), KEEP_EVERY):
             part = todo[first : first + KEEP_EVERY].tolist()
-            for i, fault in zip(
-                part, pool.map(_fault, [root / files[i].name for i in part]), strict=True
-            ):
+            for i, fault in zip(part, pool.map(check, [files[i] for i in part]), strict=True):
                 bar.update()
                 whole[i] = fault is None
                 if fault is not None:
                     faults[files[i].name] = fault
-            _keep(path, np.unique(keys[whole]))
+            _keep(path, np.unique(keys[whole]), what)
     return faults
 
 
 def _key(file: ImageFile) -> int:
-    text = f"{VERSION} {file.name} {file.size} {file.mtime_ns}"
+    text = f"{VERSION} {file.name} {file.size} {file.mtime_ns}{file.mark}"
     return int.from_bytes(
         hashlib.blake2b(text.encode("utf-8", "surrogateescape"), digest_size=8).digest(), "big"
     )
@@ -83,7 +97,7 @@ def _fault(path: Path) -> UnreadableImage | None:
 
 
 def _read_known(path: Path) -> npt.NDArray[np.uint64]:
-    """Keys of images that were found whole; none where the file is missing or damaged."""
+    """Keys of files that were found whole; none where the file is missing or damaged."""
     none = np.zeros(0, dtype=np.uint64)
     if path in _known:
         return _known[path]
@@ -95,7 +109,7 @@ def _read_known(path: Path) -> npt.NDArray[np.uint64]:
     return keys if whole else none
 
 
-def _keep(path: Path, keys: npt.NDArray[np.uint64]) -> None:
+def _keep(path: Path, keys: npt.NDArray[np.uint64], what: str) -> None:
     _known[path] = keys
     try:
         with replacing(path, shared=True) as part, part.open("wb") as file:
@@ -103,8 +117,9 @@ def _keep(path: Path, keys: npt.NDArray[np.uint64]) -> None:
     except WriteError as error:
         reason = getattr(error.__cause__, "strerror", None) or error.__cause__
         _log.warning(
-            "images will be checked again by the next run, as what was found can't be kept in %s: "
+            "%s will be checked again by the next run, as what was found can't be kept in %s: "
             "%s; set ASESEARCH_CACHE to a folder you may write to",
+            what,
             printable(path.parent),
             reason,
         )

@@ -57,12 +57,13 @@ def some(names: Sequence[str]) -> str:
 
 @dataclass(frozen=True, slots=True)
 class ImageFile:
-    """One image: its path in the folder (with slashes), size in bytes, and time of change in
-    nanoseconds."""
+    """One file, mostly an image: its path in the folder (with slashes), size in bytes, time of
+    change in nanoseconds, and what else it is known by."""
 
     name: str
     size: int
     mtime_ns: int
+    mark: str = ""
 
 
 @dataclass

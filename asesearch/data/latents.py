@@ -29,6 +29,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from asesearch.data.checking import find_faults
+from asesearch.data.folder import ImageFile
 from asesearch.errors import DataError
 from asesearch.files import file_sha256, loads, replacing, write_json
 
@@ -169,7 +171,7 @@ def open_array(folder: Path, entry: Entry, verify: bool) -> Array:
 
     Raises:
         DataError: missing, truncated, of another shape or type, or, with `verify`, of another
-            SHA-256.
+            SHA-256 or with numbers that are not finite.
     """
     path = folder / entry["file"]
     try:
@@ -186,7 +188,13 @@ def open_array(folder: Path, entry: Entry, verify: bool) -> Array:
             f"{path} must have the SHA-256 {entry['sha256']} of {INDEX}; got another, so it is "
             f"damaged; {AGAIN}"
         )
+    if verify and array.dtype.kind == "f" and not bool(np.isfinite(array).all()):
+        raise _not_finite(path)
     return array
+
+
+def _not_finite(path: Path) -> DataError:
+    return DataError(f"{path} must hold finite numbers; got NaN or infinity; {AGAIN}")
 
 
 class LatentShards:
@@ -199,7 +207,8 @@ class LatentShards:
     Args:
         path: a folder made by `encode_latents`.
         flip: take the mirror image's latents half of the time, where a generator is passed.
-        verify: read all files and compare their SHA-256 with the index's.
+        verify: read all files now and compare their SHA-256 with the index's; `check` does so
+            once for each file.
 
     Attributes:
         null_condition: the empty prompt's y with N = 1, None without captions.
@@ -217,6 +226,7 @@ class LatentShards:
     ) -> None:
         folder = Path(path)
         index = Index.read(folder)
+        self.folder = folder
         self._shard_size: int = index.identity["shard_size"]
         done = min(len(index.shards) * self._shard_size, index.count)
         if done < index.count:
@@ -264,12 +274,44 @@ class LatentShards:
             if null is None
             else pad_prompts([open_array(folder, null, verify)], self._max_length)
         )
+        self._paths = [folder / shard["latents"]["file"] for shard in index.shards]
+        self._entries = [entry for shard in index.shards for entry in shard.values()]
+        self._entries += [] if null is None else [null]
         content = [[entry["sha256"] for entry in shard.values()] for shard in index.shards]
         text = json.dumps([index.identity, index.shift, index.scale, content, flip], sort_keys=True)
         self.digest = hashlib.sha256(text.encode()).hexdigest()
 
     def __len__(self) -> int:
         return self._count
+
+    def check(self) -> None:
+        """Find files that changed since they were encoded, before anything is paid for; each is
+        read once, see `find_faults`.
+
+        Raises:
+            DataError: there are some; how many, and what is wrong with the first.
+        """
+        entries = {entry["file"]: entry for entry in self._entries}
+
+        def fault(file: ImageFile) -> DataError | None:
+            try:
+                open_array(self.folder, entries[file.name], verify=True)
+            except DataError as error:
+                return error
+            return None
+
+        files = [self._listed(name, entry["sha256"]) for name, entry in entries.items()]
+        faults = list(find_faults(self.folder, files, fault, "latents").values())
+        if faults:
+            many = f" ({len(faults):,} of {len(files):,} files of these latents are so)"
+            raise DataError(f"{faults[0]}{many if len(faults) > 1 else ''}")
+
+    def _listed(self, name: str, sha256: str) -> ImageFile:
+        try:
+            facts = (self.folder / name).stat()
+        except OSError:  # said by `open_array`
+            return ImageFile(name, 0, 0, sha256)
+        return ImageFile(name, facts.st_size, facts.st_mtime_ns, sha256)
 
     def batch(
         self, indices: Sequence[int], generator: torch.Generator | None = None
@@ -282,7 +324,11 @@ class LatentShards:
             self._shards[s]["latents"][i, m]
             for (s, i), m in zip(where, mirrored.tolist(), strict=True)
         ]
-        z, std = torch.from_numpy(np.stack(picked)).float().unbind(1)  # (N, C, h, w) each
+        moments = torch.from_numpy(np.stack(picked)).float()  # (N, 2, C, h, w)
+        finite = moments.isfinite().flatten(1).all(1).tolist()
+        if not all(finite):
+            raise _not_finite(self._paths[where[finite.index(False)][0]])
+        z, std = moments.unbind(1)  # (N, C, h, w) each
         if generator is not None:
             z = z + std * torch.randn(z.shape, generator=generator)
         shift, scale = self.scaling

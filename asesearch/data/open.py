@@ -56,11 +56,12 @@ def open_data(config: DataConfig) -> DataSource:
 
 
 def check_readable(source: DataSource) -> None:
-    """Find images that can't be read before anything is paid for; sources that are not image files
-    have none.
+    """Find images that can't be read, and latents that changed, before anything is paid for; other
+    sources lie in memory.
 
     Raises:
-        DataError: see `ImageFolder.check`.
+        DataError: see `ImageFolder.check` and `LatentShards.check`.
     """
-    if isinstance(source, ImageFolder):
-        source.check()
+    check = getattr(source, "check", None)
+    if check is not None:
+        check()

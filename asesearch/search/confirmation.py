@@ -219,16 +219,16 @@ class _Confirming:
 
 def _network(study: Study, record: TrialRecord, bench: Workbench) -> Backbone:
     """A point's network; fine-tuned again from the same start with the same seeds, where its file
-    is damaged or gone."""
+    is damaged, gone or another schedule's."""
     folder = study.trial_dir(record.schedule)
     path = folder / directory.WEIGHTS
     again = "the schedule is fine-tuned again"
-    if not is_whole(path, again):
+    if not is_whole(path, again, record.schedule):
         warm_up(bench, study.run_dir)
         with waited_lock(
             study.run_dir / directory.LOCKS / f"{folder.name}.lock", "fine-tunes a schedule again"
         ):
-            if not is_whole(path, again):  # another worker may have been quicker
+            if not is_whole(path, again, record.schedule):  # another worker may have been quicker
                 bench.trials.tuned(record.schedule, folder)
     return load_trial(study, record, bench.device)
 
@@ -238,7 +238,7 @@ def trial_weights(study: Study, record: TrialRecord) -> Path:
 
     Raises:
         StudyError: the trial failed, the weights were deleted, as `keep_weights = "front"` does off
-            the front, or they are damaged.
+            the front, or they are damaged or another schedule's.
     """
     if record.state != "complete":
         why = record.failure or "its low-fidelity score did not promote it"
@@ -246,12 +246,13 @@ def trial_weights(study: Study, record: TrialRecord) -> Path:
             f"trial {record.number} {record.state}, so it has no weights ({why}); choose another"
         )
     path = study.trial_dir(record.schedule) / directory.WEIGHTS
-    if is_whole(path, f"trial {record.number} has no weights now"):
+    if is_whole(path, f"trial {record.number} has no weights now", record.schedule):
         return path
     if path.exists():
         raise StudyError(
-            f"the weights of trial {record.number} in {path} are damaged; `asesearch search` makes "
-            "those of points to be confirmed again; choose another trial, or restore the file"
+            f"the weights of trial {record.number} in {path} are damaged, or another schedule's; "
+            "`asesearch search` makes those of points to be confirmed again; choose another trial, "
+            "or restore the file"
         )
     raise StudyError(
         f"trial {record.number} has no weights in {path.parent}: weights off the front are "
@@ -264,7 +265,7 @@ def load_trial(study: Study, record: TrialRecord, device: torch.device) -> Backb
     """A trial's network, in eval mode.
 
     Raises:
-        StudyError: its weights were deleted, or are damaged.
+        StudyError: see `trial_weights`.
     """
     config = BackboneConfig(
         kind=study.config.backbone.kind, checkpoint=str(trial_weights(study, record))

@@ -104,7 +104,7 @@ class Trials:
         record: the file keeps what the fine-tuning took.
         """
         path = folder / directory.WEIGHTS
-        if directory.is_whole(path, "the schedule is fine-tuned again"):
+        if directory.is_whole(path, "the schedule is fine-tuned again", schedule):
             own = BackboneConfig(kind=self.parts.config.backbone.kind, checkpoint=str(path))
             net = load_backbone(own).to(self.parts.device).eval()
             took = json.loads(inspect_checkpoint(path).metadata.get(TOOK, "null")) or {
@@ -125,9 +125,8 @@ class Trials:
             self.on_step,
         )
         took = {"seconds": tuned.seconds, "losses": shortened(tuned.losses)}
-        save_backbone(
-            tuned.backbone, path, {"exit_schedule": schedule.to_json(), TOOK: json.dumps(took)}
-        )
+        extra = {directory.TUNED_FOR: schedule.to_json(), TOOK: json.dumps(took)}
+        save_backbone(tuned.backbone, path, extra)
         (folder / CHECKPOINT).unlink(missing_ok=True)
         return tuned
 

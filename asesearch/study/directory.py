@@ -15,10 +15,10 @@ from typing import Any, TypeVar
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from asesearch.errors import StudyError, WriteError
+from asesearch.errors import ScheduleError, StudyError, WriteError
 from asesearch.files import check_writable, loads
 from asesearch.sampler import Sampler
-from asesearch.schedule import SLUG_BYTES
+from asesearch.schedule import SLUG_BYTES, ExitSchedule
 
 STUDY = "study.json"  # settings, identity and storage
 DATABASE = "study.db"  # the storage, where no other is given
@@ -37,6 +37,7 @@ WORKERS = "workers"  # a lock and a file of each: when it was at work
 ARTIFACTS = "artifacts"  # sample grids, by ids of Optuna's
 TRIALS = "trials"  # a folder for each schedule, with these:
 WEIGHTS = "weights.safetensors"
+TUNED_FOR = "exit_schedule"  # in their metadata: the schedule, as JSON
 PROMPTS = "prompts.safetensors"
 RETRAINED = "training-seed-"  # K: a folder for each further training seed of a confirmed point
 LOCKS = "locks"  # held by living processes only
@@ -148,15 +149,16 @@ def read_images(path: Path, otherwise: str) -> np.ndarray | None:
         return None
 
 
-def is_whole(path: Path, otherwise: str) -> bool:
-    """Whether a safetensors file is there with all its tensors.
+def is_whole(path: Path, otherwise: str, schedule: ExitSchedule | None = None) -> bool:
+    """Whether a safetensors file is there with all its tensors; with `schedule`, fine-tuned for it,
+    as the file itself says.
 
     Raises:
         StudyError: see `read_state`, which has the same arguments.
     """
     try:
-        with safe_open(path, "np"):
-            return True
+        with safe_open(path, "np") as file:
+            metadata = file.metadata() or {}
     except FileNotFoundError:
         return False
     except OSError as error:
@@ -164,6 +166,17 @@ def is_whole(path: Path, otherwise: str) -> bool:
     except SafetensorError as error:
         say_once(f"{path} is damaged ({_reason(path, error)}): {otherwise}")
         return False
+    if schedule is None:
+        return True
+    try:
+        found = ExitSchedule.from_json(metadata.get(TUNED_FOR, ""))
+    except ScheduleError:
+        say_once(f"{path} does not say for which schedule it was fine-tuned: {otherwise}")
+        return False
+    if found.merged() != schedule.merged():
+        say_once(f"{path} was fine-tuned for {found}, not for {schedule}: {otherwise}")
+        return False
+    return True
 
 
 def _blocked(path: Path, error: OSError) -> StudyError:

@@ -166,6 +166,25 @@ def test_what_is_made_again_is_whole(place, tmp_path):
     call("report", run, "--out", tmp_path / "report")
 
 
+def test_weights_of_another_trial_are_not_taken_for_its_own(place, tmp_path, caplog):
+    run = tmp_path / "run"
+    shutil.copytree(place / "run", run)
+    own = next(p for p in (run / "trials").iterdir() if p.name != "3") / "weights.safetensors"
+    right = load_file(own)
+    shutil.copy(run / "trials" / "3" / "weights.safetensors", own)
+    code, said = attempt("export", run, "--trial", 1, "--out", tmp_path / "bundle")
+    assert (
+        code == 1
+        and "damaged, or another schedule's" in said
+        and "was fine-tuned for 3 3 3 3, not" in caplog.text
+    )
+    assert not (tmp_path / "bundle").exists()
+    (run / "confirmations" / "1.json").unlink()
+    call(*commands(place, run)["search"])
+    again = load_file(own)
+    assert all(np.array_equal(again[k], right[k]) for k in right)
+
+
 def test_reading_commands_change_nothing(place, tmp_path, monkeypatch):
     without_figures(monkeypatch)
     run = tmp_path / "study" / "run"
