@@ -157,7 +157,8 @@ def is_whole(path: Path, otherwise: str, schedule: ExitSchedule | None = None) -
         StudyError: see `read_state`, which has the same arguments.
     """
     try:
-        with safe_open(path, "np") as file:
+        # whose own errors hide the system's
+        with path.open("rb"), safe_open(path, "np") as file:
             metadata = file.metadata() or {}
     except FileNotFoundError:
         return False

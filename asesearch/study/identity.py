@@ -26,7 +26,9 @@ from asesearch.study.directory import read_json, say_once
 from asesearch.study.records import RECORD
 from asesearch.study.sqlite import is_relative, resolved
 from asesearch.study.storage import (
+    DIRECTORIES,
     Held,
+    check_writable_file,
     delete,
     look,
     of_another,
@@ -163,7 +165,10 @@ def open_to_search(config: StudyConfig, run_dir: Path) -> Opened:
             study = open_optuna(url, name, str(file.identity))
             if changed:
                 study = _rebased(study, url, run_dir, config, changed, file)
-        own = url == _own(run_dir)
+            own = url == _own(run_dir)
+            known_at = study.user_attrs.get(DIRECTORIES, [])
+            if not own and str(run_dir.resolve()) not in known_at:
+                study.set_user_attr(DIRECTORIES, [*known_at, str(run_dir.resolve())])
         file = replace(
             file,
             config=_without_storage(config),
@@ -188,6 +193,7 @@ def check_to_search(config: StudyConfig, run_dir: Path) -> optuna.Study | None:
     """
     known = StudyFile.read(run_dir)
     url = _chosen(config, run_dir, known)
+    check_writable_file(url)
     name = config.name if known is None else known.config.name
     where = shown(url)
     with storage_errors(where, url, _advice(url, config)):
@@ -214,12 +220,14 @@ def other_inputs(study: optuna.Study, run_dir: Path, identity: dict[str, Any]) -
     path = run_dir / directory.INPUTS
     if not path.exists():
         return []
-    stored = read_json(
-        path,
+    fix = (
         "it tells whether network and data are still those of the trials on record; if they are, "
-        "remove it",
+        "remove it"
     )
-    differ = [k for k in identity if not isinstance(stored, dict) or stored.get(k) != identity[k]]
+    stored = read_json(path, fix)
+    if not isinstance(stored, dict):
+        raise StudyError(f"can't read {path}: it holds no object; {fix}")
+    differ = [k for k in identity if stored.get(k) != identity[k]]
     if differ and is_on_record(study, run_dir):
         raise StudyError(
             f"the study in {run_dir} was begun with other {', '.join(differ)} (their content "
@@ -240,6 +248,8 @@ def open_to_report(run_dir: Path, storage: str | None = None) -> Opened:
         StudyError: no study there, or its storage can't be read.
     """
     known = StudyFile.read(run_dir)
+    if known is None and _was_study(run_dir):
+        raise _lost(run_dir)
     if known is None:
         raise StudyError(
             f"no study in {run_dir}: {directory.STUDY} is missing; run `asesearch search` first, "
@@ -294,7 +304,10 @@ def _check(known: StudyFile | None, held: Held, url: URL, run_dir: Path, name: s
     """
     identity = None if known is None else known.identity
     if identity is not None and held.identity == identity:
+        _refuse_copy(run_dir, identity, held, url)
         return
+    if held.identity is not None and known is None and _was_study(run_dir):
+        raise _lost(run_dir)
     if held.identity is not None:
         raise of_another(url, name)
     on_record = known.url(run_dir) if known is not None and known.settled else None
@@ -315,6 +328,40 @@ def _check(known: StudyFile | None, held: Held, url: URL, run_dir: Path, name: s
             f"study named {name!r}, while the directory holds what its trials left; restore the "
             "storage, or search into another directory (--out)"
         )
+
+
+def _refuse_copy(run_dir: Path, identity: str, held: Held, url: URL) -> None:
+    """Refuse one of two directories of one study: each would delete and miss the other's weights.
+
+    The other is found where it can be seen from here. A directory that machines have mounted under
+    different paths is one, whose inode is the same.
+
+    Raises:
+        StudyError: the other directory holds the study too.
+    """
+    for other in map(Path, held.directories):
+        try:
+            is_same = other.stat().st_ino == run_dir.stat().st_ino
+            if is_same or read_json(other / directory.STUDY).get("id") != identity:
+                continue
+        except (OSError, StudyError, AttributeError):
+            continue  # it is elsewhere, or no study any more
+        raise StudyError(
+            f"of {run_dir} and {other} one is a copy of the other, and {shown(url)} holds one "
+            f"study, whose trials were continued in {other}; search there, or, to go on in "
+            f"{run_dir} in its place, rename {other} or remove it"
+        )
+
+
+def _was_study(run_dir: Path) -> bool:
+    """Whether a directory without `study.json` once had it."""
+    return (run_dir / directory.DATABASE).exists() or is_paid_for(run_dir)
+
+
+def _lost(run_dir: Path) -> StudyError:
+    return StudyError(
+        f"{run_dir / directory.STUDY} was lost, which tells what its trials are of; {_RESTORE}"
+    )
 
 
 def _advice(url: URL, config: StudyConfig) -> str:

@@ -100,17 +100,46 @@ def _of_copy(path: Path) -> sqlite3.Connection:
 
 
 def why_unusable(url: URL, reason: str) -> str | None:
-    """What stands in the way of a SQLite file, with the fix; None where there is nothing to add."""
+    """What stands in the way of a SQLite file, with the fix; None where there is nothing to add.
+
+    Args:
+        url: of the storage.
+        reason: the driver's own words.
+    """
     path = location(url)
-    if path is None or not any(text in reason for text in ("unable to open", "readonly")):
+    if path is None:
+        return None
+    if path.is_file() and "not a database" in reason:
+        return f"{path} is no SQLite database; name another file"
+    if path.is_file() and "malformed" in reason:
+        return (
+            f"{path} is damaged, so its trials can't be read; restore it from a copy, or search "
+            "into another directory (--out)"
+        )
+    if not any(text in reason for text in ("unable to open", "readonly", "disk I/O")):
+        return None
+    return why_not_writable(url)
+
+
+def why_not_writable(url: URL) -> str | None:
+    """Why a search could not write to a SQLite file, or make it, with the fix; None where nothing
+    stands in the way, or of other databases."""
+    path = location(url)
+    if path is None:
         return None
     if path.is_dir():
         return f"{path} is a folder; name a file in it"
     if not path.parent.is_dir():
         return f"the folder {path.parent} does not exist; make it, or name another"
+    mode = url.query.get("mode") if _is_uri(url) else None
+    if mode == "ro" or (mode == "rw" and not path.exists()):
+        return f"with mode={mode} a search can't {_FORBIDDEN[mode]}; leave mode out of the URL"
     for item, what in ((path, "the file"), (path.parent, "the folder")):
         if item.exists() and not os.access(item, os.W_OK):
             return (
                 f"you may not write to {what} {item}; change its permissions, or name another place"
             )
     return None
+
+
+_FORBIDDEN = {"ro": "write its trials", "rw": "make the file"}

@@ -22,8 +22,8 @@ from sqlalchemy.exc import ArgumentError, IntegrityError, SQLAlchemyError
 
 from asesearch.errors import StudyError
 from asesearch.study.interrupts import WholeCalls
-from asesearch.study.sqlite import creator, location, why_unusable
-from asesearch.study.urls import DRIVERS, secrets, shown, with_driver
+from asesearch.study.sqlite import creator, location, why_not_writable, why_unusable
+from asesearch.study.urls import DRIVERS, raw_url, secrets, shown, with_driver
 
 HEARTBEAT_S = 60
 BUSY_WAIT_S = 120.0  # how long to wait for a SQLite file that another process holds
@@ -31,6 +31,8 @@ CONNECT_WAIT_S = 20  # how long to wait for a server
 CREATION_TRIES = 12
 # user attribute of the Optuna study: the identity of its study directory
 IDENTITY = "asesearch_study"
+# another: the absolute paths under which workers have opened that directory
+DIRECTORIES = "asesearch_directories"
 
 _STUDIES = sa.table("studies", sa.column("study_id"), sa.column("study_name"))
 _TRIALS = sa.table("trials", sa.column("trial_id"), sa.column("study_id"))
@@ -62,8 +64,7 @@ def storage_errors(where: str, url: URL | None = None, fix: str = "") -> Iterato
 
     Args:
         where: the storage as it is shown.
-        url: of the storage, for a closer look at what is wrong with it, and with the secrets that
-            the line must not hold.
+        url: of the storage, with the secrets that the line must not hold.
         fix: in place of the usual advice.
     """
     try:
@@ -72,7 +73,7 @@ def storage_errors(where: str, url: URL | None = None, fix: str = "") -> Iterato
         reason = _reason(error)
         for secret in [] if url is None else secrets(url):
             reason = reason.replace(secret, "***")
-        closer = why_unusable(url, reason) if url is not None else None
+        closer = why_unusable(url or raw_url(where), reason)
         fix = fix or (
             "check the path or URL, its permissions, and that no other program holds it; the "
             "trials on record are kept, and the same command resumes"
@@ -112,6 +113,16 @@ def of_another(url: URL, name: str) -> StudyError:
     )
 
 
+def check_writable_file(url: URL) -> None:
+    """Refuse a SQLite file that a search could not write or make; nothing is created.
+
+    Raises:
+        StudyError: with what stands in the way.
+    """
+    if (why := why_not_writable(url)) is not None:
+        raise StudyError(f"the study's storage {shown(url)} can't be used: {why}")
+
+
 # -- looking into it -----------------------------------------------------------------------------
 
 
@@ -124,12 +135,14 @@ class Held:
         study_id: of the Optuna study of that name; None where there is none.
         identity: of the study directory it belongs to; None where it carries none.
         has_trials: whether there is any trial.
+        directories: paths under which workers have opened that directory, on whatever machine.
     """
 
     ready: bool = False
     study_id: int | None = None
     identity: str | None = None
     has_trials: bool = False
+    directories: tuple[str, ...] = ()
 
 
 def look(url: URL, name: str, *, read_only: bool) -> Held:
@@ -164,16 +177,28 @@ def _look(url: URL, connection: sa.Connection, name: str) -> Held:
     study_id = connection.execute(chosen).scalar()
     if study_id is None:
         return Held(ready=True)
-    return Held(True, study_id, _identity(connection, study_id), _has_trials(connection, study_id))
+    return Held(
+        True,
+        study_id,
+        _identity(connection, study_id),
+        _has_trials(connection, study_id),
+        tuple(json.loads(_attribute(connection, study_id, DIRECTORIES) or "[]")),
+    )
 
 
 def _identity(connection: sa.Connection, study_id: int) -> str | None:
+    value = _attribute(connection, study_id, IDENTITY)
+    return None if value is None else value.strip('"')
+
+
+def _attribute(connection: sa.Connection, study_id: int, key: str) -> str | None:
+    """A user attribute of an Optuna study, as it is stored."""
     value = connection.execute(
         sa.select(_ATTRIBUTES.c.value_json)
         .where(_ATTRIBUTES.c.study_id == study_id)
-        .where(_ATTRIBUTES.c.key == IDENTITY)
+        .where(_ATTRIBUTES.c.key == key)
     ).scalar()
-    return None if value is None else str(value).strip('"')
+    return None if value is None else str(value)
 
 
 def _has_trials(connection: sa.Connection, study_id: int) -> bool:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import re
+import warnings
 
 from sqlalchemy.engine import URL, make_url
-from sqlalchemy.exc import ArgumentError, NoSuchModuleError
+from sqlalchemy.exc import ArgumentError, NoSuchModuleError, SAWarning
 
 from asesearch.errors import StudyError
 from asesearch.study.sqlite import is_in_memory, resolved
@@ -47,7 +48,16 @@ def parse_url(text: str) -> URL:
                 "out for one in the study directory"
             )
         url = resolved(url)
-    with_driver(url)
+    driven = with_driver(url)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", SAWarning)  # of a parameter that would be ignored
+            driven.get_dialect()().create_connect_args(driven)
+    except (ArgumentError, SAWarning, ValueError) as error:
+        raise StudyError(
+            f"the parameters of a storage URL must be what its driver takes; got {masked(text)!r} "
+            f"({str(error).partition(' (Background')[0].rstrip('.')}); correct them"
+        ) from error
     return url
 
 

@@ -9,6 +9,7 @@ import pytest
 
 from asesearch.errors import StudyError
 from asesearch.search.runner import run_trials
+from asesearch.study.identity import check_to_search
 from asesearch.study.storage import IDENTITY
 from asesearch.study.study import Study
 from asesearch.study.urls import parse_url, with_driver
@@ -115,6 +116,19 @@ def test_two_workers_on_an_empty_database_one_killed_and_resumed(tmp_path, port,
     assert identities(url) == {
         "fake": json.loads((tmp_path / "run" / "study.json").read_text())["id"]
     }
+
+
+def test_a_look_ahead_at_a_begun_study(tmp_path, port):
+    config = make_config(num_trials=1, storage=postgresql.new_database(port, "ahead"))
+    assert check_to_search(config, tmp_path / "run") is None
+    run_trials(Study(config, tmp_path / "run"), FakeBench(config=config))
+    before = [p.read_bytes() for p in sorted(tmp_path.rglob("*.json"))]
+    begun = check_to_search(config, tmp_path / "run")
+    assert begun is not None and len(begun.get_trials()) == 1
+    changed = make_config({"train": {"lr": 3e-4}}, storage=config.search.storage)
+    with pytest.raises(StudyError, match=r"begun with other settings.*train\.lr"):
+        check_to_search(changed, tmp_path / "run")
+    assert [p.read_bytes() for p in sorted(tmp_path.rglob("*.json"))] == before
 
 
 def test_a_password_of_the_former_release_is_taken_out_of_study_json(tmp_path, port):

@@ -1,0 +1,140 @@
+"""Storages and directories that a search can't go on in: refused before anything is paid for, with
+what is really wrong."""
+
+import os
+import shutil
+
+import pytest
+
+from asesearch.errors import StudyError
+from asesearch.search.runner import run_trials
+from asesearch.study.directory import is_whole
+from asesearch.study.identity import check_to_search, other_inputs
+from asesearch.study.study import Study
+from asesearch.study.urls import parse_url
+from tests.search.fake_search import FakeBench, make_config
+from tests.study.test_storage import snapshot
+
+
+def refused(url, run_dir):
+    with pytest.raises(StudyError) as caught:
+        check_to_search(make_config(storage=url), run_dir)
+    return str(caught.value)
+
+
+def begun(run_dir, **search):
+    config = make_config(num_trials=1, **search)
+    study = Study(config, run_dir)
+    run_trials(study, FakeBench(config=config))
+    return config
+
+
+WRONG = {
+    "gone/s.db": "the folder .*gone does not exist; make it",
+    "folder": "folder is a folder; name a file in it",
+    "text.db": r"text\.db is no SQLite database; name another file",
+    "file:new.db?mode=ro&uri=true": "with mode=ro a search can't write its trials; leave mode out",
+    "file:new.db?mode=rw&uri=true": "with mode=rw a search can't make the file; leave mode out",
+}
+
+
+@pytest.mark.parametrize("path", WRONG)
+def test_a_look_ahead_tries_the_path_of_a_sqlite_storage(tmp_path, monkeypatch, path):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "text.db").write_text("no database" * 100)
+    before = snapshot(tmp_path)
+    with pytest.raises(StudyError, match=WRONG[path]):
+        check_to_search(make_config(storage=f"sqlite:///{path}"), tmp_path / "run")
+    assert snapshot(tmp_path) == before
+    assert check_to_search(make_config(storage="sqlite:///new.db"), tmp_path / "run") is None
+
+
+@pytest.mark.parametrize("item", ["s.db", "."])
+def test_a_look_ahead_refuses_what_may_not_be_written(tmp_path, monkeypatch, item):
+    (tmp_path / "s.db").touch()
+    locked = tmp_path / item
+    monkeypatch.setattr(os, "access", lambda path, mode: path != locked)
+    assert f"you may not write to the {'file' if item == 's.db' else 'folder'} {locked}" in refused(
+        f"sqlite:///{tmp_path}/s.db", tmp_path / "run"
+    )
+
+
+@pytest.mark.parametrize(
+    ("parameters", "why"),
+    [
+        ("timeout=abc", "could not convert string to float: 'abc'"),
+        ("mode=ro", "'mode' are not accepted by the pysqlite driver"),
+    ],
+)
+def test_parameters_of_a_url_that_its_driver_does_not_take(parameters, why):
+    with pytest.raises(StudyError, match=f"must be what its driver takes; got .*{why}"):
+        parse_url(f"sqlite:///s.db?{parameters}")
+    assert parse_url("sqlite:////a/s.db?timeout=3").query == {"timeout": "3"}
+
+
+def test_what_was_lost_or_damaged_is_named(tmp_path):
+    config = begun(tmp_path)
+    study = Study.open(tmp_path)
+    database = (tmp_path / "study.db").read_bytes()
+    (tmp_path / "study.db").write_bytes(database[: len(database) // 2])
+    for use in (lambda: check_to_search(config, tmp_path), lambda: Study.open(tmp_path)):
+        with pytest.raises(StudyError, match=r"study\.db is damaged, so its trials can't be read"):
+            use()
+    (tmp_path / "study.db").write_bytes(database)
+    (tmp_path / "inputs.json").write_text("null")
+    with pytest.raises(StudyError, match=r"inputs\.json: it holds no object; .* remove it"):
+        other_inputs(study.optuna, tmp_path, {"weights": "a"})
+    (tmp_path / "study.json").unlink()
+    for use in (lambda: check_to_search(config, tmp_path), lambda: Study.open(tmp_path)):
+        with pytest.raises(StudyError, match=r"study\.json was lost.*restore it from a copy"):
+            use()
+
+
+def test_weights_that_may_not_be_read_are_not_called_damaged(tmp_path, monkeypatch):
+    path = tmp_path / "weights.safetensors"
+    path.write_bytes(b"x")
+    assert not is_whole(path, "made again")
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            type(path), "open", lambda *_: (_ for _ in ()).throw(PermissionError(13, "no"))
+        )
+        with pytest.raises(StudyError, match="check its permissions"):
+            is_whole(path, "made again")
+
+
+# -- copies of a study directory -----------------------------------------------------------------
+
+
+def test_a_copied_directory_does_not_take_over_the_storage_of_the_original(tmp_path):
+    url = f"sqlite:///{tmp_path}/s.db"
+    config = begun(tmp_path / "one", storage=url)
+    shutil.copytree(tmp_path / "one", tmp_path / "two")
+    before = snapshot(tmp_path)
+    for use in (check_to_search, Study):
+        with pytest.raises(StudyError, match="of .*two and .*one one is a copy of the other"):
+            use(config, tmp_path / "two")
+    assert {k: v for k, v in snapshot(tmp_path).items() if "lock" not in k} == {
+        k: v for k, v in before.items() if "lock" not in k
+    }
+    assert len(Study.open(tmp_path / "two").records()) == 1  # reading it is no harm
+    assert check_to_search(config, tmp_path / "one") is not None
+    (tmp_path / "one").rename(tmp_path / "kept")
+    Study(config, tmp_path / "two")
+    with pytest.raises(StudyError, match="of .*kept and .*two one is a copy of the other"):
+        Study(config, tmp_path / "kept")
+
+
+def test_one_directory_under_several_paths_is_no_copy(tmp_path):
+    config = begun(tmp_path / "one", storage=f"sqlite:///{tmp_path}/s.db")
+    (tmp_path / "mounted").symlink_to(tmp_path / "one")
+    Study(config, tmp_path / "mounted")
+    (tmp_path / "one").rename(tmp_path / "moved")
+    assert len(Study(config, tmp_path / "moved").records()) == 1
+
+
+def test_a_copy_with_its_own_database_is_a_study_of_its_own(tmp_path):
+    config = begun(tmp_path / "one")
+    shutil.copytree(tmp_path / "one", tmp_path / "two")
+    assert len(Study(config, tmp_path / "two").records()) == 1
+    assert len(Study(config, tmp_path / "one").records()) == 1
