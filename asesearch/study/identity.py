@@ -193,7 +193,8 @@ def check_to_search(config: StudyConfig, run_dir: Path) -> optuna.Study | None:
     """
     known = StudyFile.read(run_dir)
     url = _chosen(config, run_dir, known)
-    check_writable_file(url)
+    if run_dir.is_dir() or url != _own(run_dir):  # else the search makes the folder
+        check_writable_file(url)
     name = config.name if known is None else known.config.name
     where = shown(url)
     with storage_errors(where, url, _advice(url, config)):

@@ -47,7 +47,8 @@ def test_a_look_ahead_tries_the_path_of_a_sqlite_storage(tmp_path, monkeypatch, 
     with pytest.raises(StudyError, match=WRONG[path]):
         check_to_search(make_config(storage=f"sqlite:///{path}"), tmp_path / "run")
     assert snapshot(tmp_path) == before
-    assert check_to_search(make_config(storage="sqlite:///new.db"), tmp_path / "run") is None
+    for url in ("sqlite:///new.db", None):  # None: in the study directory, which is not there yet
+        assert check_to_search(make_config(storage=url), tmp_path / "run") is None
 
 
 @pytest.mark.parametrize("item", ["s.db", "."])
