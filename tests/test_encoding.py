@@ -280,6 +280,22 @@ def test_a_finished_encoding_is_left_alone(encoded, images, vae_path, tmp_path, 
     assert content(out) == before
 
 
+def test_one_encoding_at_a_time_writes_into_a_folder(images, vae_path, tmp_path):
+    out = tmp_path / "out"
+
+    def second(done, total):
+        encode_latents(images, vae_path, out, **SETTINGS)
+
+    with pytest.raises(DataError, match="one encoding at a time.*another is at .*out; wait"):
+        encode_latents(images, vae_path, out, **SETTINGS, progress=second)
+    encode_latents(images, vae_path, out, **SETTINGS)  # what it held is free again
+    (out / "index.json").unlink()
+    for path in out.glob("*.npy"):
+        path.unlink()
+    encode_latents(images, vae_path, out, **SETTINGS)  # and its file is nothing strange
+    assert len(LatentShards(out)) == len(images)
+
+
 def test_latents_are_read_through_once(encoded, tmp_path, own_cache, monkeypatch):
     out = shutil.copytree(encoded, tmp_path / "out")
     reads = []

@@ -423,13 +423,22 @@ def test_a_check_that_can_not_be_kept_is_made_all_the_same(
 
 
 @pytest.mark.parametrize(
-    "setting",
-    [{"skip_damaged": True}, {"classes": ("a",)}, {"classes": {"a": 0}}, {"num_workers": 2}],
+    ("setting", "kinds"),
+    [
+        ({"skip_damaged": True}, ["fashion-mnist", "latents"]),
+        ({"classes": ("a",)}, ["fashion-mnist", "latents"]),
+        ({"classes": {"a": 0}}, ["fashion-mnist", "latents"]),
+        ({"num_workers": 2}, ["fashion-mnist", "latents"]),
+        ({"image_size": 28}, ["fashion-mnist", "latents"]),
+        ({"channels": 1}, ["fashion-mnist", "latents"]),
+        ({"split": "test"}, ["image-folder", "latents"]),
+        ({"download": True}, ["image-folder", "latents"]),
+        ({"flip": True}, ["fashion-mnist"]),
+        ({"vae": "folder"}, ["fashion-mnist", "image-folder"]),
+    ],
 )
-@pytest.mark.parametrize("kind", ["fashion-mnist", "latents"])
-def test_settings_of_image_folders_are_refused_elsewhere(kind, setting):
-    with pytest.raises(
-        ConfigError,
-        match=f"{next(iter(setting))} is for image folders; got it for data of kind '{kind}'",
-    ):
-        open_data(DataConfig(kind=kind, path="nowhere", **setting))
+def test_settings_of_one_kind_of_data_are_refused_elsewhere(kinds, setting):
+    for kind in kinds:
+        rule = rf"data\.{next(iter(setting))} is for data of kind .*; got .* for kind '{kind}'"
+        with pytest.raises(ConfigError, match=rule):
+            open_data(DataConfig(kind=kind, path="nowhere", **setting))

@@ -338,7 +338,7 @@ def test_a_study_of_latents_that_can_t_be_evaluated_is_refused_before_the_networ
     for config, error, message in wrong:
         with pytest.raises(error, match=message):
             Workbench(config)
-    with pytest.raises(ConfigError, match="vae decodes latents"):
+    with pytest.raises(ConfigError, match=r"data\.vae is for data of kind 'latents'"):
         opening.open_data(DataConfig(kind="image-folder", path="x", image_size=8, vae="y"))
 
 

@@ -3,7 +3,7 @@ their config.json says, and which files hold the weights. Nothing here imports t
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from torch import nn
 
 from asesearch.backbones.foreign import foreign
 from asesearch.errors import CheckpointError
-from asesearch.files import loads
+from asesearch.files import loads, read_text
 
 CONFIG = "config.json"
 WEIGHTS = "diffusion_pytorch_model"
@@ -50,8 +50,8 @@ def read_config(folder: Path) -> dict[str, Any]:
     """
     path = folder / CONFIG
     try:
-        data = loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        data = loads(read_text(path))
+    except ValueError as error:  # a ConfigError is one
         what = foreign(path, plain_text=False) if path.is_file() else None
         raise CheckpointError(
             f"{path} {what or f'is not readable JSON: {error}; fetch it again'}"
@@ -93,18 +93,51 @@ def weight_files(folder: Path) -> list[str]:
     if missing:
         pickled = sorted(p.name for p in folder.iterdir() if p.suffix in _PICKLES)
         fix = f"call a PyTorch file {WEIGHTS}.bin" if pickled else f"copy them beside {CONFIG}"
+        fix = _variant_fix(folder) or fix
         raise CheckpointError(
             f"{folder} must hold {', '.join(missing[:3])}; got {pickled or 'no such files'}; {fix}"
         )
+    if len(names) > 1:
+        _refuse_doubled(folder, names)
     return names
+
+
+def _variant_fix(folder: Path) -> str:
+    """What to do in a folder with the weights of a variant alone, such as fp16; empty elsewhere."""
+    indexes = sorted(folder.glob("*.safetensors.index.*.json"))
+    for path in [*indexes, *sorted(folder.glob("*.*.safetensors"))]:
+        *name, variant, suffix = path.name.split(".")
+        plain = ".".join([*name, suffix])
+        if name[0] and not (folder / plain).exists():
+            return f"the weights are a variant, {variant}: rename or copy {path.name} to {plain}"
+    return ""
+
+
+def _refuse_doubled(folder: Path, names: Sequence[str]) -> None:
+    """Refuse shards of which two hold a tensor of one name: nobody knows which is meant.
+
+    Raises:
+        CheckpointError: naming tensor and files.
+    """
+    holder: dict[str, str] = {}
+    for name in names:
+        # a damaged one is refused where its tensors are read
+        with suppress(SafetensorError), safe_open(folder / name, "pt") as file:
+            for tensor in file.keys():  # noqa: SIM118 (not a dict)
+                if tensor in holder:
+                    raise CheckpointError(
+                        f"{folder} must hold each tensor once; got {tensor} in {holder[tensor]} "
+                        f"and in {name}; fetch the folder again, or save the model again"
+                    )
+                holder[tensor] = name
 
 
 def _shards(index: Path) -> list[str]:
     """The files of an index, each once."""
     try:
-        found = loads(index.read_text(encoding="utf-8"))["weight_map"].values()
+        found = loads(read_text(index))["weight_map"].values()
         names = list(dict.fromkeys(found))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(
             f"{index} must map names to files; got {error!r}; save the model again"
         ) from error
@@ -160,6 +193,8 @@ def load_pretrained(
     Raises:
         CheckpointError: unreadable, or not safetensors.
     """
+    for index in folder.glob("*.safetensors.index.json"):
+        _refuse_doubled(folder, [name for name in _shards(index) if (folder / name).is_file()])
     try:
         net, info = cls.from_pretrained(
             folder, local_files_only=True, use_safetensors=True, output_loading_info=True, **options
@@ -168,7 +203,7 @@ def load_pretrained(
         reason = " ".join(str(error).split())[:300]
         raise CheckpointError(
             f"{folder} must hold a readable {what} with its weights in safetensors; got {reason}; "
-            "fetch it again, or save it with save_pretrained"
+            f"{_variant_fix(folder) or 'fetch it again, or save it with save_pretrained'}"
         ) from error
     _refuse_quantised(folder)
     keys = ("missing_keys", "unexpected_keys", "mismatched_keys")

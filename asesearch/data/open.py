@@ -8,6 +8,19 @@ from asesearch.data.images import ImageFolder
 from asesearch.data.sources import DataSource
 from asesearch.errors import ConfigError
 
+#: The kinds of data that a setting is for; those not named are for all.
+KINDS = {
+    "vae": ("latents",),
+    "split": ("fashion-mnist",),
+    "download": ("fashion-mnist",),
+    "image_size": ("image-folder",),
+    "channels": ("image-folder",),
+    "flip": ("image-folder", "latents"),
+    "classes": ("image-folder",),
+    "skip_damaged": ("image-folder",),
+    "num_workers": ("image-folder",),
+}
+
 
 def open_data(config: DataConfig) -> DataSource:
     """The data set of a study file.
@@ -17,17 +30,13 @@ def open_data(config: DataConfig) -> DataSource:
             for.
         DataError: missing, empty or damaged data.
     """
-    if config.vae is not None and config.kind != "latents":
-        raise ConfigError(
-            f"vae decodes latents; got it for data of kind {config.kind!r}; leave it out"
-        )
-    given = {k: getattr(config, k) for k in ("classes", "skip_damaged", "num_workers")}
-    for_folders = [k for k, value in given.items() if value not in (None, False, 0)]
-    if config.kind != "image-folder" and for_folders:
-        raise ConfigError(
-            f"{for_folders[0]} is for image folders; got it for data of kind {config.kind!r}; "
-            "leave it out"
-        )
+    for key, kinds in KINDS.items():
+        value = getattr(config, key)
+        if config.kind not in kinds and value != DataConfig.model_fields[key].default:
+            raise ConfigError(
+                f"data.{key} is for data of kind {' or '.join(map(repr, kinds))}; got {value!r} "
+                f"for kind {config.kind!r}; leave it out"
+            )
     if config.kind == "fashion-mnist":
         return fashion_mnist(config.split, config.path, download=config.download)
     if config.path is None:

@@ -6,6 +6,7 @@ import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,8 +22,9 @@ from asesearch.data.latents import (
     write_array,
 )
 from asesearch.encoding.networks import PathLike, TextEncoder, Vae
-from asesearch.encoding.resuming import captions_identity, fresh_index, is_intact, resumed
-from asesearch.errors import ConfigError, DataError
+from asesearch.encoding.resuming import LOCK, captions_identity, fresh_index, is_intact, resumed
+from asesearch.errors import ConfigError, DataError, StudyError
+from asesearch.locks import try_lock
 
 READERS = 16  # threads that read images, at most
 
@@ -180,8 +182,8 @@ def encode_latents(
     Raises:
         ConfigError: arguments out of range, or captions without a text encoder.
         CheckpointError: VAE or text encoder missing or unreadable.
-        DataError: images that can't be read, images or captions that don't fit, or `out_dir` holds
-            another encoding: the message says what changed.
+        DataError: images that can't be read, images or captions that don't fit, `out_dir` holds
+            another encoding (the message says what changed), or another process encodes into it.
     """
     _check_arguments(source, batch_size, shard_size, dtype, captions, text_encoder_path)
     vae = Vae(vae_path, device)
@@ -205,8 +207,28 @@ def encode_latents(
     job = _Job(source, vae, text, captions or (), batch_size, flips, getattr(torch, dtype), advance)
     if dry_run:
         return job.plan(index.shape)
-    _run(job, index, folder)
+    with _alone(folder):
+        _run(job, index, folder)
     return None
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Keep other encodings out of a folder, where its file system has locks.
+
+    Raises:
+        DataError: another is at it.
+    """
+    with ExitStack() as stack:
+        mine = True
+        with suppress(StudyError):  # no locks there
+            mine = stack.enter_context(try_lock(folder / LOCK))
+        if not mine:
+            raise DataError(
+                f"one encoding at a time writes into a folder; another is at {folder}; wait for "
+                "it, or give another folder"
+            )
+        yield
 
 
 def _counted(progress: Callable[[int, int], None] | None, total: int) -> Callable[[int], None]:

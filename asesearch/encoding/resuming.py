@@ -19,6 +19,8 @@ from asesearch.encoding.networks import Network, TextEncoder, Vae
 from asesearch.errors import DataError
 from asesearch.files import file_sha256
 
+LOCK = "encoding.lock"  # held by the process that writes into the folder
+
 
 def captions_identity(captions: Sequence[str] | None, text: TextEncoder | None) -> dict[str, Any]:
     """What an encoding of captions depends on."""
@@ -66,7 +68,7 @@ def resumed(folder: Path, fresh: Index, networks: Mapping[str, Network | None]) 
     """
     if not (folder / INDEX).is_file():
         folder.mkdir(parents=True, exist_ok=True)
-        strange = sorted(p.name for p in folder.iterdir() if p.suffix != ".part")
+        strange = sorted(p.name for p in folder.iterdir() if p.suffix != ".part" and p.name != LOCK)
         if strange:
             raise DataError(
                 f"latents go into an empty folder; got {folder} with {strange[0]} in it; give "

@@ -14,11 +14,13 @@ from collections import OrderedDict
 import numpy as np
 import pytest
 import torch
+from diffusers import DiTTransformer2DModel
 from safetensors.torch import save_file
 
 from asesearch.backbones import read_state_dict
 from asesearch.backbones.diffusers_adapter import load_diffusers
 from asesearch.backbones.files import resolve
+from asesearch.backbones.folders import load_pretrained
 from asesearch.errors import CheckpointError, ConfigError
 
 STATE = {"a.weight": torch.arange(6.0).view(2, 3), "a.bias": torch.ones(2)}
@@ -84,6 +86,35 @@ def test_diffusers_folders_whole_sharded_and_in_a_pipeline(tmp_path) -> None:
         (folder / "config.json").write_text("{}")
         write(STATE, folder / f"diffusion_pytorch_model.{suffix}")
         assert same(read_state_dict(folder)[0])
+
+
+def test_a_tensor_in_two_shards_is_refused(tmp_path) -> None:
+    names = [f"diffusion_pytorch_model-{i}.safetensors" for i in range(2)]
+    write_folder(tmp_path / "net", {n: {k: STATE[k]} for n, k in zip(names, STATE, strict=True)})
+    assert same(read_state_dict(tmp_path / "net")[0])
+    save_file(STATE | {"a.weight": torch.zeros(2, 3)}, tmp_path / "net" / names[1])
+    for load in (read_state_dict, lambda path: load_pretrained(None, path, "network")):
+        with pytest.raises(
+            CheckpointError, match=rf"got a\.weight in {names[0]} and in {names[1]}"
+        ):
+            load(tmp_path / "net")
+
+
+def test_weights_of_a_variant_alone_are_told_how_to_be_read(tmp_path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    save_file(STATE, tmp_path / "diffusion_pytorch_model.fp16.safetensors")
+    fix = r"diffusion_pytorch_model\.fp16\.safetensors to diffusion_pytorch_model\.safetensors"
+    for load in (read_state_dict, lambda path: load_pretrained(DiTTransformer2DModel, path, "DiT")):
+        with pytest.raises(CheckpointError, match=f"a variant, fp16: rename or copy {fix}"):
+            load(tmp_path)
+    index = tmp_path / "diffusion_pytorch_model.safetensors.index.fp16.json"
+    index.write_text('{"weight_map": {"a.weight": "diffusion_pytorch_model.fp16.safetensors"}}')
+    with pytest.raises(
+        CheckpointError, match=r"index\.fp16\.json to \S*\.safetensors\.index\.json"
+    ):
+        read_state_dict(tmp_path)
+    index.rename(tmp_path / "diffusion_pytorch_model.safetensors.index.json")
+    assert same(read_state_dict(tmp_path)[0])
 
 
 def test_writing_to_what_was_read_leaves_the_file_alone(tmp_path) -> None:
