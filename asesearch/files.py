@@ -7,6 +7,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import tempfile
 import uuid
 from collections.abc import Iterator
@@ -112,9 +113,19 @@ def check_weights_file(path: Path) -> None:
 _SUFFIX = f".{2**22}.part"
 
 
+def printable(name: str | os.PathLike[str]) -> str:
+    """A path or message as valid text on one line: bytes of a file name that are not UTF-8, and
+    characters that end a line or steer a terminal, become backslash escapes."""
+    text = os.fspath(name).encode("utf-8", "backslashreplace").decode("utf-8")
+    return _CONTROL.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
+
+
+_CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]")
+
+
 def _short(path: Path) -> str:
     """A path as it is shown in a message, at most 200 characters of it."""
-    text = str(path)
+    text = printable(path)
     return text if len(text) <= 200 else f"{text[:197]}…"
 
 
@@ -130,12 +141,17 @@ def _why_not(path: Path, error: Exception) -> str:
     return f"can't write to {_short(path)}: {reason}; {fix}"
 
 
-def read_text(path: str | os.PathLike[str], error: type[AseSearchError] = ConfigError) -> str:
+def read_text(
+    path: str | os.PathLike[str],
+    error: type[AseSearchError] = ConfigError,
+    errors: str = "strict",
+) -> str:
     """Read a text file that a user wrote, in UTF-8, or in UTF-16 or UTF-32 with a byte order mark.
 
     Args:
         path: the file.
         error: the class to raise.
+        errors: what becomes of bytes that are not such text, see `bytes.decode`.
 
     Raises:
         AseSearchError: of the class `error`, where the file is missing, unreadable or no such text.
@@ -148,7 +164,7 @@ def read_text(path: str | os.PathLike[str], error: type[AseSearchError] = Config
         raise error(f"can't read {shown}: {reason}; check the path") from cause
     encoding = next((name for mark, name in _MARKS if raw.startswith(mark)), "utf-8")
     try:
-        text = raw.decode(encoding)
+        text = raw.decode(encoding, errors)
     except UnicodeDecodeError as cause:
         line = raw.count(b"\n", 0, cause.start) + 1
         what = "it is not text" if b"\0" in raw else f"line {line} is not in {encoding.upper()}"

@@ -11,8 +11,12 @@ from typer.testing import CliRunner
 from asesearch.backbones import DiT
 from asesearch.backbones.saving import save_backbone
 from asesearch.cli import app
+from asesearch.data.latents import INDEX
+from asesearch.data.outputs import KNOWN
+from asesearch.deployment.manifest import MANIFEST
 from asesearch.errors import CheckpointError, ConfigError, DataError, WriteError
 from asesearch.study.difficulty import DifficultyMap
+from asesearch.study.directory import STUDY as STUDY_FILE
 from tests.shapes import SHAPE
 
 STUDY = """
@@ -213,3 +217,22 @@ def test_weights_that_are_not_finite_are_refused_before_anything_is_measured(pla
         with pytest.raises(CheckpointError, match=r"392 of 392 in final_layer\.linear\.bias"):
             call(*args, "--out", "out")
     assert not (place / "out").exists()
+
+
+def test_a_map_into_a_folder_that_is_something_else_is_refused(place):
+    """Nothing of it is overwritten, nor taken for an image."""
+    assert set(KNOWN) >= {STUDY_FILE, MANIFEST, INDEX}
+    for name, what in KNOWN.items():
+        (place / what).mkdir()
+        (place / what / name).write_text("{}")
+        with pytest.raises(ConfigError, match=f"got {what}, which is {what} .*; change --out"):
+            call("trained.toml", "--out", what)
+        assert [path.name for path in (place / what).iterdir()] == [name]
+    text = (place / "trained.toml").read_text()
+    data = '[map.data]\nkind = "latents"\npath = "encoded"\n'
+    (place / "latents.toml").write_text(text + data)
+    with pytest.raises(ConfigError, match="beside the latents of a study.*got encoded/map in"):
+        call("latents.toml", "--out", "encoded/map")
+    train = ["train", "scratch.toml", "--out", "w.safetensors", "--run-dir", "a study directory"]
+    with pytest.raises(ConfigError, match="which is a study directory.*change --run-dir"):
+        raise CliRunner().invoke(app, train).exception

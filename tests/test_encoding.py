@@ -737,11 +737,15 @@ def test_wrong_captions_are_refused_by_line(folder, tmp_path, rows, rule):
 
 def test_unreadable_captions(folder, tmp_path):
     images = ImageFolder(folder, 16)
-    with pytest.raises(DataError, match="can't read the caption file"):
+    with pytest.raises(DataError, match="can't read .*none.jsonl.*check the path"):
         read_captions(tmp_path / "none.jsonl", images)
     (tmp_path / "latin.jsonl").write_bytes(b"\xe9")
     with pytest.raises(DataError, match="latin.jsonl:1 must read"):
         read_captions(tmp_path / "latin.jsonl", images)
+    path = write_captions(tmp_path / "wide.jsonl", ROWS)
+    right = read_captions(path, images)
+    path.write_text(path.read_text(encoding="utf-8"), encoding="utf-16")  # which is as good
+    assert read_captions(path, images) == right
     (tmp_path / "cut.jsonl").write_text('{"file_name": "cat/1.png", "te')
     with pytest.raises(DataError, match=":1 must read"):
         read_captions(tmp_path / "cut.jsonl", images)

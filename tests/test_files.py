@@ -5,8 +5,15 @@ import json
 
 import pytest
 
-from asesearch.errors import AseSearchError, WriteError
-from asesearch.files import check_writable, file_sha256, read_text, replacing, write_json
+from asesearch.errors import AseSearchError, ConfigError, WriteError
+from asesearch.files import (
+    check_writable,
+    file_sha256,
+    printable,
+    read_text,
+    replacing,
+    write_json,
+)
 
 
 @pytest.mark.parametrize("shared", [False, True])
@@ -93,3 +100,10 @@ def test_checking_leaves_nothing_and_json_round_trips(tmp_path):
         file_sha256(tmp_path / "x.json")
         == hashlib.sha256((tmp_path / "x.json").read_bytes()).hexdigest()
     )
+
+
+def test_names_are_shown_on_one_line():
+    assert printable("a\nb\x1b[31m\u202ec\udce9") == r"a\nb\x1b[31m\u202ec\udce9"
+    assert printable(" é…\u2009%.jpg") == " é…\u2009%.jpg"
+    with pytest.raises(ConfigError, match=r"can't read no\\nwhere: "):
+        read_text("no\nwhere")

@@ -126,6 +126,16 @@ def test_modes_without_a_fixed_white_are_refused_by_name(tmp_path, channels):
             folder.check()
 
 
+@pytest.mark.parametrize("channels", [1, 3])
+def test_a_mode_that_is_not_read_is_refused_by_name(tmp_path, channels):
+    planes = [Image.fromarray(RAMP)] * 3
+    Image.merge("LAB", planes).save(tmp_path / "odd.jpg", format="TIFF")
+    folder = ImageFolder(tmp_path, 8, channels)
+    for use in (lambda: folder.read(0), folder.check):
+        with pytest.raises(DataError, match=r"odd\.jpg.*mode LAB of a TIFF file is not read; conv"):
+            use()
+
+
 def test_twelve_bits_in_sixteen_are_refused(tmp_path):
     Image.fromarray(WIDE).save(tmp_path / "a.png", format="TIFF", tiffinfo={258: 16})
     assert (read(tmp_path / "a.png") == RAMP).all()

@@ -270,6 +270,20 @@ def test_a_mapping_gives_the_labels(pets, place, classes, labels, count):
     assert folder.classes == {n: labels[i] for n, i in (("ant", 0), ("cat", 1), ("dog", 3))}
 
 
+def test_a_mapping_may_be_in_utf_16(pets):
+    (pets / "classes.json").write_text('["dog", "cat", "ant"]', encoding="utf-16")
+    assert ImageFolder(pets, 8).classes == {"ant": 2, "cat": 1, "dog": 0}
+    (pets / "classes.json").write_text('["dog", "cat", "ant"]', encoding="utf-16-le")
+    with pytest.raises(DataError, match=r"classes\.json: it has NUL characters.*save it as UTF-8"):
+        ImageFolder(pets, 8)
+
+
+def test_names_stay_on_one_line(pets):
+    (pets / "ow\nl").mkdir()
+    with pytest.raises(DataError, match=r"got none in ow\\nl; remove or fill it$"):
+        ImageFolder(pets, 8)
+
+
 def test_without_a_mapping_folders_are_counted_in_order(pets):
     folder = ImageFolder(pets, 8)
     assert folder.labels_by_order and folder.classes == {"ant": 0, "cat": 1, "dog": 2}

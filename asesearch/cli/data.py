@@ -52,6 +52,7 @@ def latents(
     resume."""
     from asesearch.backbones.device import default_device
     from asesearch.config import DataConfig
+    from asesearch.data import refuse_among_data
     from asesearch.encoding import encode_folder
     from asesearch.files import check_writable
 
@@ -59,10 +60,11 @@ def latents(
         raise ConfigError(
             f"--max-length is for captions; got {max_length} without --captions; leave it out"
         )
-    check_writable(out, "null-prompt.npy")
     images = DataConfig(
         kind="image-folder", path=str(folder), image_size=image_size, skip_damaged=skip_damaged
     )
+    refuse_among_data([images], out, "--out")
+    check_writable(out, "null-prompt.npy")
     kept = f"what is encoded is kept in {out}; the same command resumes"
     with interruptible(kept), bar_of_parts("encode", hidden=dry_run) as progress:
         plan = encode_folder(

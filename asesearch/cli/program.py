@@ -15,6 +15,7 @@ from asesearch.cli import data, results, searching, training
 from asesearch.cli.interruption import NOT_BEGUN, interruptible
 from asesearch.cli.printing import say
 from asesearch.errors import AseSearchError
+from asesearch.files import printable
 
 LONGEST = 120  # characters of a path in an error
 
@@ -97,7 +98,7 @@ def run() -> None:
         if "--debug" in sys.argv or not known:
             raise
         with suppress(BrokenPipeError):
-            say(f"error: {_told(error)}")
+            say(f"error: {printable(_told(error))}")
         sys.exit(1)
 
 

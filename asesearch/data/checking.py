@@ -16,10 +16,10 @@ import numpy.typing as npt
 from tqdm import tqdm
 
 from asesearch.data.cache import cache_dir
-from asesearch.data.folder import ImageFile, printable
+from asesearch.data.folder import ImageFile
 from asesearch.data.pixels import UnreadableImage, check_image
 from asesearch.errors import WriteError
-from asesearch.files import replacing
+from asesearch.files import printable, replacing
 
 READERS = 16  # threads, at most
 KEEP_EVERY = 20_000  # files between writes of what is known

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from asesearch.errors import DataError
-from asesearch.files import loads
+from asesearch.files import loads, printable, read_text
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".ppm")
 CLASSES_FILE = "classes.json"
@@ -42,11 +42,6 @@ SYSTEM_NAMES = frozenset(
     }
 )
 SHOWN = 3  # names given in a message
-
-
-def printable(name: str | os.PathLike[str]) -> str:
-    """A path as valid text: bytes of a file name that are not UTF-8 become backslash escapes."""
-    return os.fspath(name).encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 def some(names: Sequence[str]) -> str:
@@ -278,9 +273,10 @@ def _read_classes(path: Path) -> ClassMap:
             raise ValueError(f"{some(twice)} is there more than once")
         return dict(items)
 
+    text = read_text(path, DataError)
     try:
-        data = loads(path.read_text(encoding="utf-8-sig"), object_pairs_hook=pairs)
-    except (OSError, ValueError) as error:
+        data = loads(text, object_pairs_hook=pairs)
+    except ValueError as error:
         raise DataError(f"can't read {printable(path)}: {error}; it must hold {FORMS}") from error
     if isinstance(data, dict) or (
         isinstance(data, list) and all(isinstance(name, str) for name in data)

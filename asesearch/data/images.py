@@ -22,12 +22,12 @@ from asesearch.data.folder import (
     class_folders,
     class_indices,
     list_folder,
-    printable,
     some,
 )
 from asesearch.data.pixels import UnreadableImage, read_pixels
 from asesearch.data.sources import mirrored
 from asesearch.errors import DataError
+from asesearch.files import printable
 
 _log = logging.getLogger(__name__)
 

@@ -24,6 +24,8 @@ ORIENTATIONS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+#: Of 8 bits, and what Pillow converts to grey and colour alike.
+MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr")
 LONG = 32  # sides of a ratio beyond this are cropped before they are enlarged
 MARGIN = 8  # pixels beside a crop that the bicubic filter may look at: at most 4, and rounding
 
@@ -109,6 +111,10 @@ def _flat(image: Image.Image) -> Image.Image:
     """The image in 8 bits without transparency, in a mode that converts to grey and colour."""
     if image.mode == "F" or image.mode[0] == "I":
         return _eight_bits(image)
+    if image.mode not in MODES:
+        raise UnreadableImage(
+            f"mode {image.mode} of a {image.format} file is not read; convert it to RGB"
+        )
     if not image.has_transparency_data:
         return image
     clear = image.info.get("transparency")

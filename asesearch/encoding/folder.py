@@ -12,7 +12,7 @@ from asesearch.data import ImageFolder
 from asesearch.encoding.encoding import EncodingPlan, encode_latents
 from asesearch.encoding.networks import PathLike
 from asesearch.errors import ConfigError, DataError
-from asesearch.files import loads
+from asesearch.files import loads, read_text
 
 
 def read_captions(path: PathLike, images: ImageFolder) -> list[str]:
@@ -27,12 +27,8 @@ def read_captions(path: PathLike, images: ImageFolder) -> list[str]:
     """
     path = Path(path)
     texts: dict[str, str] = {}
-    try:
-        # a file name may be any bytes
-        text = path.read_text(encoding="utf-8-sig", errors="surrogateescape")
-        lines = text.split("\n")  # not splitlines(), which also splits at U+2028 inside a caption
-    except (OSError, ValueError) as error:
-        raise DataError(f"can't read the caption file {path}: {error}; check the path") from error
+    text = read_text(path, DataError, "surrogateescape")  # a file name may be any bytes
+    lines = text.split("\n")  # not splitlines(), which also splits at U+2028 inside a caption
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue

@@ -11,7 +11,7 @@ from asesearch.backbones.checkpoints import load_backbone
 from asesearch.backbones.exit_weights import own_exits
 from asesearch.backbones.saving import save_backbone
 from asesearch.config import StudyConfig
-from asesearch.data import check_readable, open_data
+from asesearch.data import check_output, check_readable, open_data
 from asesearch.diffusion import make_diffusion
 from asesearch.files import check_weights_file, check_writable
 from asesearch.finetuning.checkpoint import CHECKPOINT
@@ -41,6 +41,7 @@ class StudyTraining:
         self, config: StudyConfig, schedule: str, out: Path, run_dir: Path, *, dry_run: bool = False
     ) -> None:
         check_weights_file(out)
+        check_output(config, run_dir, "--run-dir")
         check_writable(run_dir, CHECKPOINT)
         data = open_data(config.data)
         null = getattr(data, "null_condition", None)

@@ -9,7 +9,7 @@ from typing import Any
 from asesearch.backbones.checkpoints import load_backbone
 from asesearch.backbones.device import default_device
 from asesearch.config import StudyConfig
-from asesearch.data import open_data
+from asesearch.data import check_output, open_data
 from asesearch.diffusion import make_diffusion
 from asesearch.files import check_writable
 from asesearch.search.mapping import map_seconds, measure_map
@@ -29,10 +29,12 @@ class StudyMap:
         facts: what is measured, as plain data.
 
     Raises:
-        AseSearchError: the folder can't be written, or network or images can't be opened.
+        AseSearchError: the folder can't be written or is something else, or network or images can't
+            be opened.
     """
 
     def __init__(self, config: StudyConfig, folder: Path, weights: Path | None = None) -> None:
+        check_output(config, folder, "--out")
         check_writable(folder, "map.json")
         device = default_device()
         data = open_data(config.map.data or config.data)

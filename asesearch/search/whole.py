@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from asesearch.config import StudyConfig
+from asesearch.data.outputs import KNOWN, check_output
 from asesearch.errors import ConfigError
 from asesearch.search.confirmation import confirm
 from asesearch.search.plan import Plan, make_plan
 from asesearch.search.preflight import preflight
 from asesearch.search.runner import run_trials
 from asesearch.search.workbench import Workbench
-from asesearch.study.directory import check_study_dir
+from asesearch.study.directory import STUDY, check_study_dir
 from asesearch.study.identity import check_to_search, other_inputs
 from asesearch.study.records import Confirmation, StudyResults, TrialRecord
 from asesearch.study.study import Study
@@ -131,9 +132,9 @@ def check_outputs(config: StudyConfig, run_dir: Path, report_dir: Path | None = 
     """
     if config.search.storage is not None:
         parse_url(config.search.storage)
-    for out, option in ((run_dir, "--out"), (report_dir, "--report")):
-        if out is not None:
-            _refuse_inside_images(config, out, option)
+    check_output(config, run_dir, "--out", [STUDY])
+    if report_dir is not None:
+        check_output(config, report_dir, "--report", KNOWN)  # `check_report_dir` looks into it
     check_study_dir(run_dir, config.search.storage)
     if report_dir is None:
         return
@@ -145,24 +146,6 @@ def check_outputs(config: StudyConfig, run_dir: Path, report_dir: Path | None = 
     from asesearch.report.page import check_report_dir  # which draws: not for every search
 
     check_report_dir(report_dir)
-
-
-def _refuse_inside_images(config: StudyConfig, out: Path, option: str) -> None:
-    """Refuse an output among the images of a study, whose class folders and files it would be.
-
-    Raises:
-        ConfigError: naming the folder of images.
-    """
-    mapped = None if config.map is None else config.map.data
-    for data in (config.data, config.evaluation.reference, mapped):
-        if data is None or data.kind != "image-folder" or data.path is None:
-            continue
-        images = Path(data.path).resolve()
-        if images in (out.resolve(), *out.resolve().parents):
-            raise ConfigError(
-                f"outputs go beside the images of a study, not among them; got {out} in "
-                f"{data.path}; change {option}"
-            )
 
 
 def search(

@@ -1,0 +1,58 @@
+"""Where outputs may go: not among the data, and not into a folder that is something else."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from asesearch.config import DataConfig, StudyConfig
+from asesearch.errors import ConfigError
+
+#: What a folder is that holds a file of this name.
+KNOWN = {
+    "study.json": "a study directory",
+    "bundle.json": "a bundle",
+    "model_index.json": "a diffusers pipeline",
+    "index.json": "a folder of latents",
+}
+
+
+def check_output(config: StudyConfig, out: Path, option: str, may_be: Iterable[str] = ()) -> None:
+    """Refuse a folder to write into that lies among a study's data or is something else.
+
+    Args:
+        config: the study.
+        out: the folder, there or not.
+        option: that gave it, for the message.
+        may_be: names in `KNOWN` of what it may be already.
+
+    Raises:
+        ConfigError: naming the folder.
+    """
+    mapped = None if config.map is None else config.map.data
+    refuse_among_data((config.data, config.evaluation.reference, mapped), out, option)
+    for name in KNOWN.keys() - set(may_be):
+        if (out / name).is_file():
+            raise ConfigError(
+                f"outputs go into a folder of their own; got {out}, which is {KNOWN[name]} "
+                f"({name}); change {option}"
+            )
+
+
+def refuse_among_data(sets: Iterable[DataConfig | None], out: Path, option: str) -> None:
+    """Refuse an output in a folder of images, whose class folders and files it would be, or of
+    latents.
+
+    Raises:
+        ConfigError: naming that folder.
+    """
+    for data in sets:
+        if data is None or data.kind == "fashion-mnist" or data.path is None:
+            continue
+        folder = Path(data.path).resolve()
+        if folder in (out.resolve(), *out.resolve().parents):
+            what = "latents" if data.kind == "latents" else "images"
+            raise ConfigError(
+                f"outputs go beside the {what} of a study, not among them; got {out} in "
+                f"{data.path}; change {option}"
+            )
