@@ -37,6 +37,7 @@ from asesearch.files import file_sha256, loads, replacing, write_json
 INDEX = "index.json"
 FORMAT_VERSION = 1
 AGAIN = "encode into this folder again, which makes only what is missing or damaged"
+WITHOUT_IT = "delete it, and encode into this folder again"
 Array = npt.NDArray[Any]
 Entry = dict[str, Any]  # of an array file: file, sha256, shape, dtype
 
@@ -194,7 +195,7 @@ def open_array(folder: Path, entry: Entry, verify: bool) -> Array:
 
 
 def _not_finite(path: Path) -> DataError:
-    return DataError(f"{path} must hold finite numbers; got NaN or infinity; {AGAIN}")
+    return DataError(f"{path} must hold finite numbers; got NaN or infinity; {WITHOUT_IT}")
 
 
 class LatentShards:
