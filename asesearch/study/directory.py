@@ -37,10 +37,11 @@ WORKERS = "workers"  # a lock and a file of each: when it was at work
 ARTIFACTS = "artifacts"  # sample grids, by ids of Optuna's
 TRIALS = "trials"  # a folder for each schedule, with these:
 WEIGHTS = "weights.safetensors"
-TUNED_FOR = "exit_schedule"  # in their metadata: the schedule, as JSON
 PROMPTS = "prompts.safetensors"
 RETRAINED = "training-seed-"  # K: a folder for each further training seed of a confirmed point
 LOCKS = "locks"  # held by living processes only
+
+TUNED_FOR: str = "exit_schedule"  # no file: in the weights' metadata, their schedule as JSON
 
 T = TypeVar("T")
 _NO_JSON = (ValueError, KeyError, TypeError, AttributeError, StudyError)  # nor what it should hold

@@ -294,9 +294,17 @@ def test_a_dry_run_says_what_it_has_checked_and_writes_nothing(study, unpaid, tm
     "changes",
     [
         {"backbone": {"checkpoint": "MISSING"}},
-        {"data": {"kind": "image-folder", "path": "MISSING", "image_size": 28, "channels": 1}},
         {
-            "data": {"kind": "latents", "path": "MISSING", "vae": "v"},
+            "data": {
+                "kind": "image-folder",
+                "path": "MISSING",
+                "split": "train",
+                "image_size": 28,
+                "channels": 1,
+            }
+        },
+        {
+            "data": {"kind": "latents", "path": "MISSING", "split": "train", "vae": "v"},
             "evaluation": {"reference": "folder"},
         },
         {
