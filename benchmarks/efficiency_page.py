@@ -145,11 +145,17 @@ def write_page(
         for k, v in sorted(vars(args).items())
         if isinstance(v, int) and not isinstance(v, bool)
     )
+    command = "python benchmarks/search_efficiency.py"
+    if args.full_depth == "pretrained":
+        command += f" --network {args.network} --full-depth pretrained"
     text = PAGE.format(
         answer=html.escape(answer(figures)),
         pictures="".join(pictures),
         rows=rows,
         settings=settings,
+        network=html.escape(args.network.removeprefix("shipped:")),
+        recipe=RECIPES[args.full_depth],
+        command=html.escape(f"{command} --report {folder}"),
     )
     with replacing(folder / "index.html") as part:
         part.write_text(text, encoding="utf-8")
@@ -192,6 +198,13 @@ COMPUTE = (
     "fraction times log figure. The first trials are the same for all baselines: warm starts, then "
     "random draws (up to the 8th for TPE and GP, the 10th for NSGA-II)."
 )
+RECIPES = {
+    "tuned": "The full network is tuned alike for all; baselines learn from images, ours distils.",
+    "pretrained": (
+        "Early exits have weights of their own, distilled from the pretrained network by all "
+        "methods alike; the full network is the pretrained one."
+    ),
+}
 FRONTS = "The points of each method's final front, sampled again on seeds that no search has seen."
 PAGE = """<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8">
@@ -213,16 +226,14 @@ th {{ font-weight: normal; }} .big {{ font-size: 1.25rem; }}
 <p class="big">{answer}</p>
 <p>Random, TPE, NSGA-II and GP (Optuna's) fine-tune every schedule from the pretrained weights.
 asesearch pays for one elastic warm-up and a difficulty map first, then fine-tunes more briefly
-what its low-fidelity scores promote. One study a method and repeat, on the shipped Fashion-MNIST
-network (12 blocks) and the 10,000 shipped images, sampled in 8 steps of DPM-Solver++(2M). Baselines
-share the warm starts full, D2, D3, D4 and D7; ours starts from the full network alone, which is
-tuned alike for all.</p>
+what its low-fidelity scores promote. One study a method and repeat, on the shipped network
+{network} and the 10,000 shipped images, sampled in 8 steps of DPM-Solver++(2M). Baselines
+share the warm starts full, D2, D3, D4 and D7; ours starts from the full network alone. {recipe}</p>
 <div class="figures">{pictures}</div>
 <h2>Figures</h2><div class="scroll"><table>
 <thead><tr><th>figure</th><td>value ± half the range over repeats</td><td>goal</td></tr></thead>
 <tbody>{rows}</tbody></table></div>
 <h2>Reproduce</h2>
-<p><code>python benchmarks/search_efficiency.py --report reports/search-efficiency</code>
-({settings})</p>
+<p><code>{command}</code> ({settings})</p>
 </body></html>
 """
