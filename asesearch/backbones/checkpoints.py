@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from asesearch.backbones import dit
+from asesearch.backbones.arguments import check_args, made
 from asesearch.backbones.base import Backbone
 from asesearch.backbones.block_exits import SPECS
 from asesearch.backbones.conversion import diffusers_dit_args, diffusers_to_dit, refuse_mismatch
@@ -35,7 +36,6 @@ from asesearch.errors import CheckpointError, ConfigError
 from asesearch.files import loads
 
 VERSION = "1"
-MOST = 1000.0  # of a number among a constructor's arguments
 NULL = "null_condition."  # begins the names of a null condition's tensors in the files we write
 RESERVED = ("format", "version", "kind", "config")
 BACKBONES: dict[str, type[DiT] | type[UViT]] = {"dit": DiT, "uvit": UViT}
@@ -202,45 +202,6 @@ def _model_name(kind: str, args: Mapping[str, Any]) -> str:
 # -- loading and saving ----------------------------------------------------------------------------
 
 
-def check_args(cls: type[Backbone], args: Mapping[str, Any]) -> None:
-    """Refuse constructor arguments that the network does not have, or of another type.
-
-    Raises:
-        ConfigError: naming the argument.
-    """
-    known = inspect.signature(cls).parameters
-    for name, value in args.items():
-        if name not in known:
-            raise ConfigError(
-                f"{cls.__name__} has no argument {name!r}; choose from {', '.join(known)}"
-            )
-        default = known[name].default
-        types = (
-            (bool,)
-            if isinstance(default, bool)
-            else (int,)
-            if isinstance(default, int)
-            else (int, float)
-        )
-        fits = type(value) in types or (value is None and default is None)
-        most = 1 if "prob" in name else MOST
-        if fits and type(default) is float:
-            fits = 0 <= value <= most  # not so for NaN
-        if not fits or (type(default) is int and default > 0 and value < 1):
-            rule = (
-                "true or false"
-                if types == (bool,)
-                else "a positive integer"
-                if types == (int,)
-                else "a number"
-                if default is None
-                else f"a number from 0 to {most:g}"
-            )
-            raise ConfigError(
-                f"{cls.__name__}'s {name} must be {rule}; got {value!r}; correct the study file"
-            )
-
-
 def load_backbone(
     config: BackboneConfig, seed: int = 0, null_condition: Mapping[str, Tensor] | None = None
 ) -> Backbone:
@@ -268,7 +229,7 @@ def load_backbone(
     if config.checkpoint is None:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            return cls(**args)
+            return made(cls, args)
     contents, info, notes = _open(config, args)
     state = contents.state
     if contents.config is not None:
@@ -282,7 +243,7 @@ def load_backbone(
 
     def empty() -> Backbone:
         with torch.device("meta"), _NothingDrawn():
-            return cls(**args)
+            return made(cls, args)
 
     net = _filled(empty, state, f"{contents.path} ({info.model})")
     for note in notes:

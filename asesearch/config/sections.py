@@ -25,6 +25,8 @@ from asesearch.sampler import Sampler
 #: Integers that JSON carries exactly; larger ones are slips.
 PositiveInt = Annotated[int, Field(gt=0, lt=2**53)]
 NonNegativeInt = Annotated[int, Field(ge=0, lt=2**53)]
+#: Of a score, whose every record keeps the value and the first seed of each.
+Repeats = Annotated[int, Field(gt=0, le=10_000)]
 
 
 def _integer(value: object) -> object:
@@ -182,7 +184,7 @@ class PromotionConfig(_Section):
 
     metric: Literal["auto", "frechet", "kid", "frechet-pca"] = "auto"
     num_samples: int = Field(default=200, ge=2, lt=2**53)
-    repeats: PositiveInt = 2
+    repeats: Repeats = 2
     threshold: float = Field(default=0.3, ge=0.0, le=1.0)
     always: NonNegativeInt = 1
     explore: NonNegativeInt = 8
@@ -274,7 +276,7 @@ class EvaluationConfig(_Section):
     extractor: str = "inception-v3-compat"
     extractor_weights: str | None = None
     num_samples: int = Field(default=5000, ge=2, lt=2**53)
-    repeats: PositiveInt = 1
+    repeats: Repeats = 1
     seed: NonNegativeInt = 0
     reference: DataConfig | None = None
 
@@ -294,7 +296,7 @@ class ConfirmConfig(_Section):
 
     max_points: PositiveInt = 8
     num_samples: int = Field(default=5000, ge=2, lt=2**53)
-    repeats: PositiveInt = 3
+    repeats: Repeats = 3
     training_seeds: PositiveInt = 1
     also: Annotated[tuple[str, ...], _Array] | dict[str, str] = ()
     time_images: PositiveInt = 64

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from asesearch.backbones.conditioning import Conditioning
-from asesearch.backbones.device import default_device
+from asesearch.backbones.device import check_memory, default_device
 from asesearch.data import save_images
 from asesearch.deployment.bundle import Bundle
 from asesearch.deployment.reading import load_bundle
@@ -63,6 +63,8 @@ class BundleImages:
         self.seeds = range(seed, seed + num)
         self.num_steps = num_steps
         self.bundle = load_bundle(bundle, default_device())
+        net = self.bundle.backbone
+        check_memory(num, 4 * net.in_channels * net.input_size**2, "all images", "lower --num")
         if self.bundle.latents is not None and vae is None and out.suffix == ".png":
             raise ConfigError(
                 "this bundle makes latents, and a picture needs --vae; got none; give it, or write "

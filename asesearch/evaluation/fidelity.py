@@ -11,6 +11,7 @@ from itertools import pairwise
 import numpy as np
 from torch import Tensor
 
+from asesearch.backbones.device import check_memory
 from asesearch.config import EvaluationConfig, PromotionConfig, SamplingConfig, StudyConfig
 from asesearch.errors import EvaluationError
 from asesearch.evaluation.distances import frechet_distance, kernel_distance, projected_distance
@@ -59,6 +60,7 @@ def build_protocol(
                 f"distance (their covariance is singular otherwise); got {n}; generate at least "
                 f"{extractor.dim + 1}, or use metric = 'kid'"
             )
+    check_memory(count, 4 * extractor.dim, "features of num_samples images", "lower num_samples")
     starts = (
         tuple(config.seed + r * count for r in range(config.repeats))
         if seeds is None

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from asesearch.backbones import conditioning
 from asesearch.backbones.base import Backbone
+from asesearch.backbones.device import check_memory
 from asesearch.backbones.digests import weights_fingerprint
 from asesearch.backbones.exit_weights import ExitWeights
 from asesearch.config import TrainConfig
@@ -86,6 +87,9 @@ class Trainer(TrainingStep):
         exits_only: bool = False,
     ) -> None:
         check_fit(backbone, data, diffusion, schedule)
+        check_memory(
+            config.batch_size, 4 * math.prod(data.shape), "a batch of images", "lower batch_size"
+        )
         self.fingerprint = weights_fingerprint(backbone)
         super().__init__(backbone, diffusion, schedule, config, teacher, accelerator)
         self.data = data

@@ -8,6 +8,7 @@ each kind of training takes one step.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,6 +18,7 @@ from typing import Any
 
 import torch
 
+from asesearch.backbones.device import check_memory
 from asesearch.config import StudyConfig, TrainConfig
 from asesearch.data import check_readable, open_data
 from asesearch.errors import AseSearchError, ConfigError, EvaluationError
@@ -68,6 +70,12 @@ def preflight(bench: Workbench, run_dir: Path | None = None) -> Preflight:
         images = f"{len(protocol.seeds)} x {protocol.num_samples} images"
         checked.append(f"{name} protocol: {protocol.metric_name}, {images}")
     check_training_seeds(bench.config)
+    check_memory(
+        bench.config.confirm.time_images,
+        4 * math.prod(bench.data.shape),
+        "the images of confirm.time_images",
+        "lower it",
+    )
     if run_dir is not None:
         check_study_dir(run_dir, bench.config.search.storage)
         checked.append(f"{run_dir} can be written")

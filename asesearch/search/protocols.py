@@ -42,10 +42,12 @@ class Protocols:
             for ours in _image_seeds(protocol) if name != "confirmation" else ():
                 for theirs in fresh:
                     if ours.start < theirs.stop and theirs.start < ours.stop:
+                        most = FRESH_SEEDS - protocol.num_samples * len(protocol.seeds)
+                        fix = f"evaluation.seed to at most {most}"
                         raise EvaluationError(
                             f"the confirmation has image seeds of its own, from {theirs.start} on; "
                             f"got the {name} protocol's {ours.start} to {ours.stop - 1}; lower "
-                            f"evaluation.seed below {FRESH_SEEDS - ours.stop + ours.start}"
+                            f"{fix if most >= 0 else 'its num_samples or repeats'}"
                         )
 
     @property
