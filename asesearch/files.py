@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import codecs
 import errno
+import glob
 import hashlib
 import json
 import os
 import re
+import shutil
 import tempfile
+import time
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -18,6 +21,8 @@ from typing import Any
 from safetensors import SafetensorError
 
 from asesearch.errors import AseSearchError, ConfigError, WriteError
+
+STALE_S = 86_400.0  # without a change, after which nobody writes to a temporary file any more
 
 
 @contextmanager
@@ -41,6 +46,8 @@ def replacing(path: str | os.PathLike[str], *, shared: bool = False) -> Iterator
     )
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        if shared:
+            remove_stale(path.parent, f"{glob.escape(path.name)}.{'[0-9a-f]' * 8}.part")
         yield part
         _to_disk(part, os.O_RDWR)
         os.replace(part, path)
@@ -51,6 +58,19 @@ def replacing(path: str | os.PathLike[str], *, shared: bool = False) -> Iterator
     finally:
         with suppress(OSError):
             part.unlink(missing_ok=True)
+
+
+def remove_stale(folder: Path, pattern: str) -> None:
+    """Remove files and folders of this pattern that have not changed for a day: killed processes
+    left them, for living ones write all the time."""
+    for path in folder.glob(pattern):
+        with suppress(OSError):
+            if time.time() - path.stat().st_mtime < STALE_S:
+                continue
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
 
 
 def _to_disk(path: Path, flags: int) -> None:

@@ -7,12 +7,12 @@ import logging
 import time
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from filelock import BaseFileLock, FileLock, SoftFileLock, Timeout
 
-from asesearch.errors import StudyError, WriteError
+from asesearch.errors import AseSearchError, StudyError, WriteError
 
 POLL_S = 0.1  # between two looks at a lock that is waited for
 SAY_S = 2.0  # a longer wait is said
@@ -62,6 +62,26 @@ def waited_lock(path: Path, what: str) -> Iterator[None]:
         yield
     finally:
         lock.release()
+
+
+@contextmanager
+def alone(path: Path, refusal: AseSearchError) -> Iterator[None]:
+    """Keep other processes out, where the folder's file system has locks.
+
+    Args:
+        path: of the lock's file.
+        refusal: raised where another process holds it.
+
+    Raises:
+        WriteError: see `try_lock`.
+    """
+    with ExitStack() as stack:
+        mine = True
+        with suppress(StudyError):  # no locks there
+            mine = stack.enter_context(try_lock(path))
+        if not mine:
+            raise refusal
+        yield
 
 
 def check_locks(folder: Path) -> None:

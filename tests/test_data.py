@@ -205,6 +205,9 @@ def test_cache_dir_follows_the_environment(monkeypatch, tmp_path):
     assert cache_dir() == tmp_path / "asesearch"
     monkeypatch.setenv("ASESEARCH_CACHE", str(tmp_path / "own"))
     assert cache_dir() == tmp_path / "own"
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("ASESEARCH_CACHE", "~/c")  # as quotes keep the shell from expanding it
+    assert cache_dir() == tmp_path / "c"
 
 
 # -- arrays ----------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 
 import pytest
 
@@ -25,6 +26,21 @@ def test_a_failed_write_leaves_what_was_there(tmp_path, shared):
         part.write_text("half")
         raise ZeroDivisionError
     assert path.read_text() == "old" and [p.name for p in path.parent.iterdir()] == ["file"]
+
+
+def test_two_processes_write_one_file_and_what_killed_ones_left_goes_after_a_day(tmp_path):
+    path = tmp_path / "file"
+    with replacing(path, shared=True) as one, replacing(path, shared=True) as two:
+        one.write_text("one")
+        two.write_text("two")
+    assert path.read_text() == "one"
+    others = [tmp_path / name for name in ("file.0000000a.part", "file.part", "file.mine.part")]
+    for left in (*others, tmp_path / "file.0000000b.part"):
+        left.write_text("half")
+        if left.name != "file.0000000a.part":  # which another process writes now
+            os.utime(left, (0, 0))
+    write_json(path, {})
+    assert {p.name for p in tmp_path.iterdir()} == {"file", *(p.name for p in others)}
 
 
 def test_unwritable_is_one_line_that_names_the_file(tmp_path):

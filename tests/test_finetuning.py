@@ -43,6 +43,7 @@ from asesearch.finetuning import (
     seeded_generator,
 )
 from asesearch.finetuning.from_file import StudyTraining
+from asesearch.locks import try_lock
 from asesearch.schedule import ElasticDepths, ExitSchedule
 from tests.shapes import SHAPE
 
@@ -584,6 +585,11 @@ def test_a_study_files_full_depth_is_kept_to(tmp_path):
     with pytest.raises(ScheduleError, match="trained under early exits; got a schedule that runs"):
         StudyTraining(again, "full", tmp_path / "no.safetensors", tmp_path / "2")
     training = StudyTraining(again, "12 12 3", out, tmp_path / "3")
+    with (
+        try_lock(tmp_path / "3" / "training.lock"),  # as another process that trains there
+        pytest.raises(ConfigError, match="one training at a time .*give another --run-dir"),
+    ):
+        training.run()
     training.write(training.run())
     further = load_file(out)
     name = f"{EXITS}blocks.0.mlp.fc1.weight"

@@ -55,7 +55,7 @@ def save_backbone(
     own_exits = backbone.own_tensors() if isinstance(backbone, ExitWeights) else {}
     tensors = full.state_dict() | {f"{EXITS}{k}": v for k, v in own_exits.items()}
     tensors |= {f"{NULL}{k}": v for k, v in (backbone.null_condition or {}).items()}
-    with replacing(path) as part:
+    with replacing(path, shared=True) as part:
         save_file(
             {k: v.detach().cpu().contiguous() for k, v in tensors.items()},
             part,

@@ -11,6 +11,15 @@ from pydantic import ValidationError
 #: How pydantic writes the kind of a value that may be of several: "tuple[str, ...]".
 _KIND = re.compile(r"(tuple|dict)\[")
 
+#: What a study may be called, and how long a search may take.
+NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
+BUDGET = r"^[0-9]+(\.[0-9]+)?[smhd]$"
+_WORDS = {
+    NAME: "should be letters A to Z and a to z, digits, points, hyphens and underscores, a letter "
+    "or digit first",
+    BUDGET: 'should be a number and one of s, m, h, d, as in "90m" or "1.5h"',
+}
+
 
 def explain(error: ValidationError, where: str) -> str:
     """One line for a pydantic error: each field, the rule it breaks and the value got."""
@@ -22,12 +31,22 @@ def explain(error: ValidationError, where: str) -> str:
         elif item["type"] == "missing":
             parts.append(f"{field} is missing")
         else:
-            rule = item["msg"].removeprefix("Value error, ").replace("valid tuple", "valid array")
+            rule = _rule(item)
             parts.append(
                 f"{field}: {rule} (got {_shown(item['input'])}{_fix(item['input'], rule)})"
             )
     more = [f"and {len(parts) - 8} more"] if len(parts) > 8 else []
     return f"{where}: {'; '.join(parts[:8] + more)}"
+
+
+def _rule(item: Any) -> str:
+    """The rule that a value breaks."""
+    if item["type"] == "string_pattern_mismatch":
+        return _WORDS[item["ctx"]["pattern"]]
+    if item["type"] == "model_type":
+        return "should be one table, its header in single brackets"
+    rule: str = item["msg"]
+    return rule.removeprefix("Value error, ").replace("valid tuple", "valid array")
 
 
 def _told(errors: Sequence[Any]) -> Iterator[tuple[list[str], Any]]:

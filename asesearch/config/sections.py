@@ -17,7 +17,7 @@ from pydantic import (
     model_validator,
 )
 
-from asesearch.config.explaining import explain
+from asesearch.config.explaining import BUDGET, NAME, explain
 from asesearch.config.names import SamplerName, SolverName
 from asesearch.errors import ConfigError
 from asesearch.sampler import Sampler
@@ -325,7 +325,7 @@ class SearchConfig(_Section):
 
     proposer: Literal["difficulty", "tpe", "nsga2", "gp", "random"] = "tpe"
     num_trials: PositiveInt = 20
-    budget: str | None = Field(default=None, pattern=r"^[0-9]+(\.[0-9]+)?[smhd]$")
+    budget: str | None = Field(default=None, pattern=BUDGET)
     num_intervals: int = Field(default=10, ge=1, lt=2**53)
     interval_power: float = Field(default=1.0, ge=0.1, le=4.0)
     noise_easy: bool = True
@@ -355,7 +355,7 @@ class StudyConfig(_Section):
     """A whole experiment: `studies/NAME.toml`. Sections that a command does not use may be left
     out."""
 
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$"), AfterValidator(_file_name)]
+    name: Annotated[str, Field(pattern=NAME), AfterValidator(_file_name)]
     backbone: BackboneConfig
     data: DataConfig
     diffusion: DiffusionConfig = DiffusionConfig()

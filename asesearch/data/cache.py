@@ -9,12 +9,12 @@ from pathlib import Path
 def cache_dir() -> Path:
     """Folder for downloads and what can be made again.
 
-    It is $ASESEARCH_CACHE, or `asesearch` in the user's cache folder. A user without a home (no
-    $HOME and no entry among the system's users, as in a container that is given a bare user number)
-    gets a folder of their own for temporary files.
+    It is $ASESEARCH_CACHE, where ~ is the user's home, or `asesearch` in the user's cache folder. A
+    user without a home (no $HOME and no entry among the system's users, as in a container that is
+    given a bare user number) gets a folder of their own for temporary files.
     """
     if own := os.environ.get("ASESEARCH_CACHE"):
-        return Path(own)
+        return Path(os.path.expanduser(own))
     if base := os.environ.get("XDG_CACHE_HOME"):
         return Path(base) / "asesearch"
     try:

@@ -108,7 +108,7 @@ def list_folder(root: Path) -> Listing:
         DataError: no such folder, or a folder that can't be read.
     """
     if not os.path.isdir(root):
-        raise DataError(f"no image folder {printable(root)}; check data.path")
+        raise DataError(f"no image folder {printable(root)}; check the path")
     found = Listing()
     _walk(found, str(root), "", ())
     found.files.sort(key=lambda f: f.name.split("/"))
@@ -174,7 +174,7 @@ def class_folders(root: Path, listing: Listing) -> list[str]:
         holds = f"it holds {left_out}" if left_out else "it is empty"
         raise DataError(
             f"no images ({' '.join(IMAGE_SUFFIXES)}) in {shown} or its subfolders: {holds}; check "
-            "data.path"
+            "the path"
         )
     beside = [f.name for f in listing.files if "/" not in f.name]
     if len(beside) == len(listing.files):

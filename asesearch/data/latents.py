@@ -88,7 +88,7 @@ class Index:
                 return cls(**data)._checked()
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise DataError(
-                f"can't read the index of latents {path}: {error}; check data.path, or encode again"
+                f"can't read the index of latents {path}: {error}; check the path, or encode again"
             ) from error
         raise DataError(
             f"{path} has version {data['version']!r}; this release reads {FORMAT_VERSION}; encode "

@@ -6,7 +6,7 @@ from asesearch.config import DataConfig
 from asesearch.data.fashion import fashion_mnist
 from asesearch.data.images import ImageFolder
 from asesearch.data.sources import DataSource
-from asesearch.errors import ConfigError
+from asesearch.errors import ConfigError, DataError
 
 #: The kinds of data that a setting is for; those not named are for all.
 KINDS = {
@@ -22,26 +22,39 @@ KINDS = {
 }
 
 
-def open_data(config: DataConfig) -> DataSource:
+def open_data(config: DataConfig, section: str = "data") -> DataSource:
     """The data set of a study file.
+
+    Args:
+        config: the data's section.
+        section: its name, for errors.
 
     Raises:
         ConfigError: a setting that this kind of data needs is missing, or one that it has no use
             for.
         DataError: missing, empty or damaged data.
     """
+    try:
+        return _opened(config, section)
+    except DataError as error:
+        if config.path is None:
+            raise
+        raise DataError(f"{section}.path: {error}") from error
+
+
+def _opened(config: DataConfig, section: str) -> DataSource:
     for key, kinds in KINDS.items():
         value = getattr(config, key)
         if config.kind not in kinds and value != DataConfig.model_fields[key].default:
             raise ConfigError(
-                f"data.{key} is for data of kind {' or '.join(map(repr, kinds))}; got {value!r} "
-                f"for kind {config.kind!r}; leave it out"
+                f"{section}.{key} is for data of kind {' or '.join(map(repr, kinds))}; got "
+                f"{value!r} for kind {config.kind!r}; leave it out"
             )
     if config.kind == "fashion-mnist":
         return fashion_mnist(config.split, config.path, download=config.download)
     if config.path is None:
         raise ConfigError(
-            f"data.path is needed for data of kind {config.kind!r}; got none; give the folder"
+            f"{section}.path is needed for data of kind {config.kind!r}; got none; give the folder"
         )
     if config.kind == "latents":
         from asesearch.data.latents import (
@@ -51,7 +64,7 @@ def open_data(config: DataConfig) -> DataSource:
         return LatentShards(config.path, config.flip)
     if config.image_size is None:
         raise ConfigError(
-            "data.image_size is needed for an image folder; got none; give the side in pixels"
+            f"{section}.image_size is needed for an image folder; got none; give the side in pixels"
         )
     return ImageFolder(
         config.path,

@@ -194,7 +194,7 @@ def save_images(pixels: npt.NDArray[Any], path: Path, name: str = "images") -> N
     Raises:
         WriteError: the file can't be written.
     """
-    with replacing(path) as part, part.open("wb") as file:
+    with replacing(path, shared=True) as part, part.open("wb") as file:
         if path.suffix == ".npz":
             np.savez_compressed(file, **{name: pixels})  # type: ignore[arg-type]  # numpy's stub takes the name for an option
         else:

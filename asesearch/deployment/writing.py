@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import json
 import os
 import shutil
@@ -19,7 +20,7 @@ from asesearch.deployment.bundle import FILES, FORMAT, VERSION, Bundle
 from asesearch.deployment.manifest import MANIFEST, file_entries
 from asesearch.deployment.parity import make_parity, parity_count
 from asesearch.errors import CheckpointError
-from asesearch.files import check_writable
+from asesearch.files import check_writable, remove_stale
 
 
 def write_bundle(bundle: Bundle, folder: Path, *, overwrite: bool = False) -> Path:
@@ -50,6 +51,7 @@ def whole_folder(folder: Path, *, overwrite: bool = False) -> Iterator[Path]:
     check_bundle_dir(folder, overwrite=overwrite)
     part = folder.with_name(f"{folder.name}.{os.getpid()}.part")
     try:
+        remove_stale(folder.parent, f"{glob.escape(folder.name)}.[0-9]*[0-9].part")
         part.mkdir(parents=True)
         yield part
         if folder.exists():

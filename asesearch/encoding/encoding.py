@@ -6,7 +6,6 @@ import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,8 +22,8 @@ from asesearch.data.latents import (
 )
 from asesearch.encoding.networks import PathLike, TextEncoder, Vae
 from asesearch.encoding.resuming import LOCK, captions_identity, fresh_index, is_intact, resumed
-from asesearch.errors import ConfigError, DataError, StudyError
-from asesearch.locks import try_lock
+from asesearch.errors import ConfigError, DataError
+from asesearch.locks import alone
 
 READERS = 16  # threads that read images, at most
 
@@ -207,28 +206,13 @@ def encode_latents(
     job = _Job(source, vae, text, captions or (), batch_size, flips, getattr(torch, dtype), advance)
     if dry_run:
         return job.plan(index.shape)
-    with _alone(folder):
+    refusal = DataError(
+        f"one encoding at a time writes into a folder; another is at {folder}; wait for it, or "
+        "give another folder"
+    )
+    with alone(folder / LOCK, refusal):
         _run(job, index, folder)
     return None
-
-
-@contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """Keep other encodings out of a folder, where its file system has locks.
-
-    Raises:
-        DataError: another is at it.
-    """
-    with ExitStack() as stack:
-        mine = True
-        with suppress(StudyError):  # no locks there
-            mine = stack.enter_context(try_lock(folder / LOCK))
-        if not mine:
-            raise DataError(
-                f"one encoding at a time writes into a folder; another is at {folder}; wait for "
-                "it, or give another folder"
-            )
-        yield
 
 
 def _counted(progress: Callable[[int, int], None] | None, total: int) -> Callable[[int], None]:

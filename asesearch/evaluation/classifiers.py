@@ -164,7 +164,7 @@ def train_extractor(
         f"--seed {seed}",
         "torch": torch.__version__,
     }
-    with replacing(out) as part:
+    with replacing(out, shared=True) as part:
         save_file(net.state_dict(), part, metadata)
     return accuracy
 

@@ -13,10 +13,14 @@ from asesearch.backbones.saving import save_backbone
 from asesearch.config import StudyConfig
 from asesearch.data import check_output, check_readable, open_data
 from asesearch.diffusion import make_diffusion
+from asesearch.errors import ConfigError
 from asesearch.files import check_weights_file, check_writable
 from asesearch.finetuning.checkpoint import CHECKPOINT
 from asesearch.finetuning.trainer import TrainResult, seconds_per_step, trainer_of, whole
+from asesearch.locks import alone
 from asesearch.schedule import schedule_from_text
+
+LOCK = "training.lock"  # held by the process that trains in the folder
 
 
 class StudyTraining:
@@ -77,7 +81,22 @@ class StudyTraining:
         }
 
     def run(self, on_step: Callable[[int, float], None] | None = None) -> TrainResult:
-        """Train to the end; see `Trainer.run`."""
+        """Train to the end; see `Trainer.run`.
+
+        Raises:
+            ConfigError: another process trains in the checkpoint's folder.
+        """
+        folder = self.trainer.run_dir
+        if folder is None or not self.trainer.accelerator.is_main_process:
+            return self._run(on_step)
+        refusal = ConfigError(
+            f"one training at a time keeps its checkpoint in a folder; another is at {folder}; "
+            "wait for it, or give another --run-dir"
+        )
+        with alone(folder / LOCK, refusal):
+            return self._run(on_step)
+
+    def _run(self, on_step: Callable[[int, float], None] | None) -> TrainResult:
         return whole(self.trainer.run(on_step), self.trainer, self.backbone)
 
     def write(self, result: TrainResult) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import os
 import tempfile
 from collections.abc import Callable
@@ -11,7 +12,7 @@ from pathlib import Path
 import jinja2
 
 from asesearch.errors import StudyError
-from asesearch.files import check_writable
+from asesearch.files import check_writable, remove_stale
 
 MARK = '<meta name="generator" content="asesearch {what}">'
 _SUBFOLDERS = ("figures", "tables")
@@ -43,7 +44,7 @@ def check_folder(out_dir: Path, what: str) -> None:
     given, out_dir = out_dir, _named(out_dir, what)
     # a temporary folder beside it comes first
     check_writable(
-        out_dir.with_name(f".{out_dir.name}.{'0' * 8}"), "tables/confirmation.csv", named=given
+        out_dir.with_name(f".{out_dir.name}.{'0' * 8}.part"), "tables/confirmation.csv", named=given
     )
     page = out_dir / "index.html"
     mark = MARK.format(what=what)
@@ -73,8 +74,9 @@ def write_folder(out_dir: Path, what: str, write: Callable[[Path], None]) -> Pat
     given, out_dir = out_dir, _named(out_dir, what)
     try:
         out_dir.parent.mkdir(parents=True, exist_ok=True)
+        remove_stale(out_dir.parent, f".{glob.escape(out_dir.name)}.{'?' * 8}.part")
         with tempfile.TemporaryDirectory(
-            prefix=f".{out_dir.name}.", dir=out_dir.parent
+            prefix=f".{out_dir.name}.", suffix=".part", dir=out_dir.parent
         ) as temporary:
             made = Path(temporary) / "page"
             for name in _SUBFOLDERS:

@@ -55,7 +55,7 @@ def open_reference(config: StudyConfig, data: DataSource, extractor: Extractor) 
     if wanted is None and config.data.flip:
         # the reference is the data as they are
         wanted = config.data.model_copy(update={"flip": False})
-    source = data if wanted is None else open_data(wanted)
+    source = data if wanted is None else open_data(wanted, "evaluation.reference")
     # known before features of all are made
     if config.evaluation.metric == "frechet" and len(source) <= extractor.dim:
         raise EvaluationError(

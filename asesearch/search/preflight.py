@@ -107,8 +107,8 @@ def check_training_seeds(config: StudyConfig) -> None:
 def _try_map(bench: Workbench) -> str:
     """Open the map's images and check them against the network."""
     config = bench.config.map
+    data = bench.data if config.data is None else open_data(config.data, "map.data")
     with _section("map"):
-        data = bench.data if config.data is None else open_data(config.data)
         check_map(bench.backbone, bench.backbone, data, bench.diffusion, config, bench.batch_size)
         if config.data is not None:
             check_readable(data)

@@ -37,7 +37,8 @@ class StudyMap:
         check_output(config, folder, "--out")
         check_writable(folder, "map.json")
         device = default_device()
-        data = open_data(config.map.data or config.data)
+        section = "data" if config.map.data is None else "map.data"
+        data = open_data(config.map.data or config.data, section)
         null = getattr(data, "null_condition", None)
         backbone = load_backbone(config.backbone, config.train.seed, null).to(device)
         reference = None

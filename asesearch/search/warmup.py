@@ -148,7 +148,7 @@ def _map(bench: Workbench, run_dir: Path, made: WarmUp) -> DifficultyMap:
         stored := read_state(path, DifficultyMap.from_dict, "the map is measured again")
     ) is not None:
         return stored
-    data = bench.data if config.data is None else open_data(config.data)
+    data = bench.data if config.data is None else open_data(config.data, "map.data")
     start = time.perf_counter()
     found = measure_map(
         made.start, data, bench.diffusion, config, bench.backbone, bench.config.sampling.batch_size

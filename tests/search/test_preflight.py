@@ -335,7 +335,10 @@ def test_a_dry_run_names_what_is_missing(study, unpaid, tmp_path, changes):
             "path": str(tmp_path / "images"),
             "image_size": 28,
         }
-    with pytest.raises(AseSearchError, match="is-not-here"):
+    named = {"data": "data.path", "evaluation": "evaluation.reference.path", "map": "map.data.path"}
+    section = next(iter(changes))
+    is_path = '"path"' in text and '"latents"' not in text
+    with pytest.raises(AseSearchError, match=f"{named[section] if is_path else ''}.*is-not-here"):
         dry_run(study(**changes), tmp_path)
 
 
