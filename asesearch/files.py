@@ -205,6 +205,14 @@ _MARKS = (
 )
 
 
+def has_mark(path: Path) -> bool:
+    """Whether a file is there and begins with a byte order mark, which not every reader takes."""
+    try:
+        return path.read_bytes().startswith(tuple(mark for mark, _ in _MARKS))
+    except OSError:
+        return False
+
+
 def loads(text: str | bytes, **how: Any) -> Any:
     """`json.loads`, for which a text nested too deep is a ValueError like any other that is none.
 

@@ -13,7 +13,7 @@ from torch import nn
 
 from asesearch.backbones.foreign import foreign
 from asesearch.errors import CheckpointError
-from asesearch.files import loads, read_text
+from asesearch.files import has_mark, loads, read_text
 
 CONFIG = "config.json"
 WEIGHTS = "diffusion_pytorch_model"
@@ -201,9 +201,12 @@ def load_pretrained(
         )
     except Exception as error:  # of damaged files it raises anything
         reason = " ".join(str(error).split())[:300]
+        fix = _variant_fix(folder) or "fetch it again, or save it with save_pretrained"
+        if has_mark(folder / CONFIG):
+            fix = f"save its {CONFIG} as UTF-8 without a byte order mark"
         raise CheckpointError(
             f"{folder} must hold a readable {what} with its weights in safetensors; got {reason}; "
-            f"{_variant_fix(folder) or 'fetch it again, or save it with save_pretrained'}"
+            f"{fix}"
         ) from error
     _refuse_quantised(folder)
     keys = ("missing_keys", "unexpected_keys", "mismatched_keys")

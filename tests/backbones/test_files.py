@@ -116,6 +116,8 @@ def test_weights_of_a_variant_alone_are_told_how_to_be_read(tmp_path) -> None:
     index.rename(tmp_path / "diffusion_pytorch_model.safetensors.index.json")
     (tmp_path / "config.json").write_text("{}", encoding="utf-8-sig")  # as some editors save it
     assert same(read_state_dict(tmp_path)[0])
+    with pytest.raises(CheckpointError, match="save its config.json as UTF-8 without a byte order"):
+        load_pretrained(DiTTransformer2DModel, tmp_path, "DiT")
 
 
 def test_writing_to_what_was_read_leaves_the_file_alone(tmp_path) -> None:
