@@ -46,13 +46,13 @@ def test_a_network_is_never_made_shallower(module, tiny_dit):
         module.grow(tiny_dit, 4)
 
 
-def test_its_study_loads():
-    assert load_study(STUDIES / "fashion-mnist-dit-18.toml").backbone.kind == "dit"
-
-
-def test_the_deeper_shipped_network_is_kept_in_half_precision_and_computes_in_float32():
-    net = load_backbone(BackboneConfig(kind="dit", checkpoint="shipped:fashion-mnist-dit-18"))
-    assert net.depth == 18
+@pytest.mark.parametrize(("kind", "name", "depth"), [("dit", "dit-18", 18), ("uvit", "uvit", 8)])
+def test_networks_trained_on_a_gpu_are_kept_in_half_precision_and_compute_in_float32(
+    kind, name, depth
+):
+    assert load_study(STUDIES / f"fashion-mnist-{name}.toml").backbone.kind == kind
+    net = load_backbone(BackboneConfig(kind=kind, checkpoint=f"shipped:fashion-mnist-{name}"))
+    assert net.depth == depth
     assert {p.dtype for p in net.parameters()} == {torch.float32}
     linear = net.block_at(0).mlp.fc1.weight
     assert torch.equal(linear, linear.half().float())
