@@ -124,9 +124,29 @@ def check_weights_file(path: Path) -> None:
         ConfigError: another kind of file than weights are written as.
         WriteError: see `check_writable`.
     """
+    check_utf8(path, "weights", ConfigError)
     if path.suffix != ".safetensors":
         raise ConfigError(f"weights are written as .safetensors; got {path}; change --out")
     check_writable(path)
+
+
+def check_utf8(path: str | os.PathLike[str], what: str, error: type[AseSearchError]) -> None:
+    """Refuse a path that SQLite and safetensors can't open.
+
+    Args:
+        path: a path.
+        what: it is, for the message.
+        error: the class to raise.
+
+    Raises:
+        AseSearchError: of the class `error`, where the path is not UTF-8.
+    """
+    text = os.fspath(path)
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as cause:
+        shown = text.encode("utf-8", "backslashreplace").decode("utf-8")
+        raise error(f"the path of {what} must be UTF-8; got {shown}; rename it") from cause
 
 
 #: As long as the longest that `replacing` and `write_bundle` append to a name.

@@ -24,6 +24,7 @@ from asesearch.backbones.folders import find_folder, read_config, weight_files
 from asesearch.backbones.foreign import foreign
 from asesearch.backbones.wrappers import NoWeightsError, find_weights, training_options
 from asesearch.errors import CheckpointError, ConfigError
+from asesearch.files import check_utf8
 
 FORMAT = "asesearch.backbone"  # in the metadata of the files we write
 SHIPPED = "shipped:"
@@ -95,6 +96,7 @@ def read_checkpoint(path: Path) -> Contents:
     Raises:
         CheckpointError: as `read_state_dict`.
     """
+    check_utf8(path, "weights", CheckpointError)
     if path.is_dir():
         return _read_folder(path)
     return _unwrapped(path, *_load(path))

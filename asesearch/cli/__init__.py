@@ -20,7 +20,9 @@ def main() -> None:
     2, Ctrl-C with 130."""
     with interruptible(AGAIN):
         from asesearch.cli.program import run
+        from asesearch.cli.streams import guard
 
+        guard()
         run()
 
 

@@ -14,7 +14,7 @@ from asesearch.config import StudyConfig
 from asesearch.data import check_output, check_readable, open_data
 from asesearch.diffusion import make_diffusion
 from asesearch.errors import ConfigError
-from asesearch.files import check_weights_file, check_writable
+from asesearch.files import check_utf8, check_weights_file, check_writable
 from asesearch.finetuning.checkpoint import CHECKPOINT
 from asesearch.finetuning.trainer import TrainResult, seconds_per_step, trainer_of, whole
 from asesearch.locks import alone
@@ -46,6 +46,7 @@ class StudyTraining:
     ) -> None:
         check_weights_file(out)
         check_output(config, run_dir, "--run-dir")
+        check_utf8(run_dir, "a checkpoint", ConfigError)
         check_writable(run_dir, CHECKPOINT)
         data = open_data(config.data)
         null = getattr(data, "null_condition", None)

@@ -19,7 +19,7 @@ from sqlalchemy.engine import URL
 
 from asesearch.config import StudyConfig, changed_fields, parse_study
 from asesearch.errors import StudyError
-from asesearch.files import write_json
+from asesearch.files import check_utf8, write_json
 from asesearch.locks import try_lock, waited_lock
 from asesearch.study import directory
 from asesearch.study.directory import read_json, say_once
@@ -71,6 +71,7 @@ class StudyFile:
         Raises:
             StudyError: it can't be read, or is of a later release.
         """
+        check_utf8(run_dir.absolute(), "a study directory", StudyError)
         path = run_dir / directory.STUDY
         if not path.exists():
             return None
