@@ -121,7 +121,7 @@ def test_no_images_says_what_there_is(tmp_path):
     for name in ("a.gif", "b.tif", ".c.png"):
         (tmp_path / name).touch()
     with pytest.raises(
-        DataError, match=r"no images .*it holds 1 \.gif, 1 \.tif, 1 hidden file; check data\.path"
+        DataError, match=r"no images .*it holds 1 \.gif, 1 \.tif, 1 hidden file; check the path"
     ):
         ImageFolder(tmp_path, 8)
 

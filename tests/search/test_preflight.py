@@ -3,6 +3,7 @@
 
 import json
 import logging
+import shutil
 from pathlib import Path
 
 import pytest
@@ -159,7 +160,7 @@ WRONG = [
     (
         {"map": {"data": {"kind": "image-folder", "path": "gone", "image_size": 28}}},
         DataError,
-        r"\[map\] .*gone",
+        "map.data.path: .*gone",
     ),
 ]
 
@@ -370,6 +371,9 @@ def test_a_dry_run_refuses_a_study_that_can_not_go_on(begun, study, tmp_path):
             dry_run(parse_study(changed, "changed"), tmp_path)
     assert files() == before and not (tmp_path / "other.db").exists()
     (tmp_path / "run" / directory.STUDY).unlink()
+    with pytest.raises(StudyError, match="study.json was lost"):
+        dry_run(begun, tmp_path)
+    shutil.rmtree(tmp_path / "run")
     other = Study(study(name="tiny"), tmp_path / "elsewhere")
     storage = {"storage": f"sqlite:///{other.run_dir / directory.DATABASE}"}
     changed = begun.model_dump(exclude_none=True)

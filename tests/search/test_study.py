@@ -276,7 +276,7 @@ def test_unusable_storage_is_one_line(tmp_path, storage, rule):
 
 def test_a_broken_database_is_one_line_and_kept(tmp_path):
     (tmp_path / "study.db").write_bytes(b"not a database, but something of the user's")
-    with pytest.raises(StudyError, match="can't be used.*not a database"):
+    with pytest.raises(StudyError, match="can't be used.*is no SQLite database"):
         Study(make_config(), tmp_path)
     assert (tmp_path / "study.db").read_bytes().startswith(b"not a database")
 
