@@ -62,6 +62,7 @@ class Lab:
 
     def __init__(self, args: argparse.Namespace) -> None:
         self.args = args
+        caches = tuple(f"+cache-{name}" for name in args.caches) or ADDED["cache"]
         self.choice = Choice(
             depth_of(args),
             tuple(args.samplers),
@@ -69,7 +70,7 @@ class Lab:
             args.rivals_from,
             not args.no_equal_compute,
             not args.no_published,
-            tuple(f"+cache-{name}" for name in args.caches) or ADDED["cache"],
+            () if args.compile_sampling else caches,
             tuple(args.fewer),
         )
         self.bench = Workbench(study_of(args, samplers_of(args, self.choice)), args.out)
