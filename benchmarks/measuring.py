@@ -80,6 +80,16 @@ def options(description: str, repeats: int, batch: int) -> argparse.ArgumentPars
     return parser
 
 
+def add_full_depth(parser: argparse.ArgumentParser) -> None:
+    """The option that gives early exits weights of their own."""
+    parser.add_argument(
+        "--full-depth",
+        choices=["tuned", "pretrained"],
+        default="tuned",
+        help="pretrained: weights of their own for early exits, as search.full_depth has it",
+    )
+
+
 def parse(parser: argparse.ArgumentParser) -> argparse.Namespace:
     """The command line, with `repeats` as --quick and --tiny have it."""
     args = parser.parse_args()

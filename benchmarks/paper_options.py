@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from measuring import wake
+from measuring import add_full_depth, wake
 from paper_rows import EXPERIMENTS, FIXED, OWN, PAY, PRETRAINED, Choice, offered, rows_of_steps
 
 from asesearch.backbones import DiT, save_backbone
@@ -176,12 +176,7 @@ def options() -> argparse.ArgumentParser:
         default=[],
         help="`pay`: numbers of steps to measure the full network in, besides",
     )
-    parser.add_argument(
-        "--full-depth",
-        choices=["tuned", "pretrained"],
-        default="tuned",
-        help="pretrained: weights of their own for early exits, as search.full_depth has it",
-    )
+    add_full_depth(parser)
     parser.add_argument(
         "--own-steps", type=int, default=200, help="of a schedule (default %(default)s)"
     )

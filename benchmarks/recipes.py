@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from measuring import machine
+from measuring import add_full_depth, machine
 from torch import Tensor, nn
 
 from asesearch.backbones import load_backbone, save_backbone
@@ -327,7 +327,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=1)
     parser.add_argument("--sample-batch", type=int, default=500)
     parser.add_argument("--sampler", type=Sampler.from_string, default="unipc-quadratic-6")
-    parser.add_argument("--full-depth", choices=["tuned", "pretrained"], default="tuned")
+    add_full_depth(parser)
     parser.add_argument("--truncated-snr", action="store_true")
     parser.add_argument("--schedules", nargs="*", help="names or depths; default full D3 D7")
     parser.add_argument("--targets", nargs="*", choices=["teacher", "noise"], default=["teacher"])

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from measuring import Figure, parse, publish, say
+from measuring import Figure, add_full_depth, parse, publish, say
 
 from asesearch.backbones.base import Backbone
 from asesearch.config import StudyConfig, TrainConfig, parse_study
@@ -364,12 +364,7 @@ def main() -> None:
         default="shipped:fashion-mnist-dit",
         help="pretrained weights (default %(default)s)",
     )
-    parser.add_argument(
-        "--full-depth",
-        choices=["tuned", "pretrained"],
-        default="tuned",
-        help="pretrained: weights of their own for early exits, as search.full_depth has it",
-    )
+    add_full_depth(parser)
     parser.add_argument(
         "--methods", nargs="+", choices=METHODS, default=METHODS, help="run these studies alone"
     )
