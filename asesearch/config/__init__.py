@@ -3,6 +3,7 @@
 from asesearch.config.changes import MAY_CHANGE, changed_fields
 from asesearch.config.reading import load_study, parse_section, parse_study, read_toml
 from asesearch.config.sections import (
+    KINDS,
     BackboneConfig,
     ConfirmConfig,
     DataConfig,
@@ -21,6 +22,7 @@ from asesearch.config.sections import (
 __all__ = [
     "BackboneConfig",
     "ConfirmConfig",
+    "KINDS",
     "DataConfig",
     "DiffusionConfig",
     "ElasticConfig",

@@ -237,6 +237,20 @@ class DataConfig(_Section):
     download: bool = False
 
 
+#: The kinds of data that a setting is for; those not named are for all.
+KINDS = {
+    "vae": ("latents",),
+    "split": ("fashion-mnist",),
+    "download": ("fashion-mnist",),
+    "image_size": ("image-folder",),
+    "channels": ("image-folder",),
+    "flip": ("image-folder", "latents"),
+    "classes": ("image-folder",),
+    "skip_damaged": ("image-folder",),
+    "num_workers": ("image-folder",),
+}
+
+
 class SamplingConfig(_Section):
     """How images are made: solver, steps, guidance (1 = none), images per batch, and arithmetic.
 

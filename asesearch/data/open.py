@@ -2,24 +2,11 @@
 
 from __future__ import annotations
 
-from asesearch.config import DataConfig
+from asesearch.config import KINDS, DataConfig
 from asesearch.data.fashion import fashion_mnist
 from asesearch.data.images import ImageFolder
 from asesearch.data.sources import DataSource
 from asesearch.errors import ConfigError, DataError
-
-#: The kinds of data that a setting is for; those not named are for all.
-KINDS = {
-    "vae": ("latents",),
-    "split": ("fashion-mnist",),
-    "download": ("fashion-mnist",),
-    "image_size": ("image-folder",),
-    "channels": ("image-folder",),
-    "flip": ("image-folder", "latents"),
-    "classes": ("image-folder",),
-    "skip_damaged": ("image-folder",),
-    "num_workers": ("image-folder",),
-}
 
 
 def open_data(config: DataConfig, section: str = "data") -> DataSource:

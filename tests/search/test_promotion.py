@@ -140,6 +140,8 @@ def test_scores_of_other_protocols_do_not_pass_for_each_other():
         ({"promotion": {"metric": "kid"}}, None),
         ({"train": {"checkpoint_every": 7, "compile": True}}, []),
         ({"sampling": {"compile": True}}, ["sampling.compile: False -> True"]),
+        ({"data": {"kind": "fashion-mnist", "flip": True}}, []),  # which it has no use for
+        ({"data": {"kind": "fashion-mnist", "split": "test"}}, None),
     ],
 )
 def test_settings_that_scores_depend_on_may_not_change(sections, changed):
