@@ -142,7 +142,7 @@ class Lab:
             wanted = ["full", *wanted] if wanted else []  # what candidates are picked by
         else:
             rows = make(self.choice)
-        return (row for row in rows if not wanted or row.method in wanted)
+        return (row for row in rows if not wanted or {row.method, row.label} & set(wanted))
 
     def found(self, row: Row) -> tuple[float, float]:
         """Score and relative FLOPs of a row that is measured."""

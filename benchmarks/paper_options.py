@@ -141,7 +141,10 @@ def options() -> argparse.ArgumentParser:
         "--samplers", nargs="*", default=[], help="in place of the experiment's own"
     )
     parser.add_argument(
-        "--methods", nargs="*", default=[], help="measure these alone: full, exits, steps, cache, …"
+        "--methods",
+        nargs="*",
+        default=[],
+        help="measure these alone: full, exits, steps, cache, … or a row by its label",
     )
     parser.add_argument(
         "--schedules", nargs="*", default=[], help="further exit schedules, each in quotes"
@@ -167,7 +170,7 @@ def options() -> argparse.ArgumentParser:
         "--caches",
         nargs="*",
         default=[],
-        help="`pay`: try these alone, for example block-0.05 block-adjusted-0.1",
+        help="try these alone, for example block-0.05 block-adjusted-0.1",
     )
     parser.add_argument(
         "--fewer",
