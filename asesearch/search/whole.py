@@ -15,8 +15,9 @@ from asesearch.search.plan import Plan, make_plan
 from asesearch.search.preflight import preflight
 from asesearch.search.runner import run_trials
 from asesearch.search.workbench import Workbench
+from asesearch.study.changes import other_inputs
 from asesearch.study.directory import STUDY, check_study_dir
-from asesearch.study.identity import check_to_search, other_inputs
+from asesearch.study.opening import check_to_search
 from asesearch.study.records import Confirmation, StudyResults, TrialRecord
 from asesearch.study.study import Study
 from asesearch.study.urls import parse_url

@@ -40,6 +40,7 @@ WEIGHTS = "weights.safetensors"
 PROMPTS = "prompts.safetensors"
 RETRAINED = "training-seed-"  # K: a folder for each further training seed of a confirmed point
 LOCKS = "locks"  # held by living processes only
+OPENING_LOCK = "study.lock"  # in it
 
 TUNED_FOR: str = "exit_schedule"  # no file: in the weights' metadata, their schedule as JSON
 

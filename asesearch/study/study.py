@@ -23,18 +23,13 @@ from asesearch.files import write_json
 from asesearch.point import Point
 from asesearch.schedule import ExitSchedule
 from asesearch.study import directory
+from asesearch.study.changes import other_inputs, start_over
 from asesearch.study.confirmed import confirmations_on_record
 from asesearch.study.difficulty import DifficultyMap
 from asesearch.study.directory import read_images, read_state
 from asesearch.study.environment import environment
-from asesearch.study.identity import (
-    Opened,
-    open_to_report,
-    open_to_search,
-    other_inputs,
-    start_over,
-)
 from asesearch.study.importance import Importance
+from asesearch.study.opening import Opened, open_to_report, open_to_search
 from asesearch.study.records import RECORD, StudyResults, TrialRecord
 from asesearch.study.storage import storage_errors
 from asesearch.study.workers import Worker

@@ -17,7 +17,7 @@ from asesearch.errors import StudyError
 from asesearch.schedule import ExitSchedule
 from asesearch.search.runner import Runner, run_trials
 from asesearch.study import urls
-from asesearch.study.identity import is_in_use
+from asesearch.study.changes import is_in_use
 from asesearch.study.storage import IDENTITY, look
 from asesearch.study.study import Study
 from asesearch.study.urls import parse_url, secrets, shown

@@ -9,7 +9,7 @@ import pytest
 
 from asesearch.errors import StudyError
 from asesearch.search.runner import run_trials
-from asesearch.study.identity import check_to_search
+from asesearch.study.opening import check_to_search
 from asesearch.study.storage import IDENTITY
 from asesearch.study.study import Study
 from asesearch.study.urls import parse_url, with_driver

@@ -8,8 +8,9 @@ import pytest
 
 from asesearch.errors import StudyError
 from asesearch.search.runner import run_trials
+from asesearch.study.changes import other_inputs
 from asesearch.study.directory import is_whole
-from asesearch.study.identity import check_to_search, other_inputs
+from asesearch.study.opening import check_to_search
 from asesearch.study.study import Study
 from asesearch.study.urls import parse_url
 from tests.search.fake_search import FakeBench, make_config

@@ -1,0 +1,282 @@
+"""Opening a study to search or to report, if a storage holds the trials of that study and of no
+other."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import optuna
+from sqlalchemy.engine import URL
+
+from asesearch.config import StudyConfig, changed_fields
+from asesearch.errors import StudyError
+from asesearch.locks import waited_lock
+from asesearch.study import directory
+from asesearch.study.changes import is_paid_for, refuse_changes, start_over
+from asesearch.study.directory import read_json
+from asesearch.study.identity import RESTORE, StudyFile, own_storage, without_storage
+from asesearch.study.sqlite import is_relative
+from asesearch.study.storage import (
+    DIRECTORIES,
+    Held,
+    check_writable_file,
+    delete,
+    look,
+    of_another,
+    open_optuna,
+    open_to_read,
+    storage_errors,
+)
+from asesearch.study.urls import parse_url, raw_url, shown, without_password
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A study's storage, opened.
+
+    Attributes:
+        config: the study file, without its storage, whose URL may hold a password.
+        where: the storage as it is shown.
+        optuna: the Optuna study.
+    """
+
+    config: StudyConfig
+    where: str
+    optuna: optuna.Study
+
+
+def open_to_search(config: StudyConfig, run_dir: Path) -> Opened:
+    """Begin the study or continue it; put on record what is new.
+
+    Raises:
+        StudyError: directory or storage hold another study or the same with other settings, or the
+            storage can't be used.
+        WriteError: the directory can't be written.
+    """
+    with _alone(run_dir):
+        known = StudyFile.read(run_dir)
+        file = known or StudyFile(without_storage(config), None)
+        file = replace(file, identity=file.identity or uuid.uuid4().hex)
+        url = _chosen(config, run_dir, known)
+        where = shown(url)
+        name = file.config.name
+        with storage_errors(where, url, _advice(url, config)):
+            _check(known, look(url, name, read_only=False), url, run_dir, name)
+            changed = [] if known is None else changed_fields(known.config, config)
+            file.write(run_dir)  # before the storage carries it
+            study = open_optuna(url, name, str(file.identity))
+            if changed:
+                study = _rebased(study, url, run_dir, config, changed, file)
+            own = url == own_storage(run_dir)
+            known_at = study.user_attrs.get(DIRECTORIES, [])
+            if not own and str(run_dir.resolve()) not in known_at:
+                study.set_user_attr(DIRECTORIES, [*known_at, str(run_dir.resolve())])
+        file = replace(
+            file,
+            config=without_storage(config),
+            storage=None if own else where,
+            given=None if own else config.search.storage or file.given,
+            settled=True,
+            carries=True,
+        )
+        file.write(run_dir)
+    return Opened(file.config, where, study)
+
+
+def check_to_search(config: StudyConfig, run_dir: Path) -> optuna.Study | None:
+    """Refuse what `open_to_search` would refuse, before anything is paid for; nothing is written or
+    created.
+
+    Returns:
+        The study, to be read, if it has begun.
+
+    Raises:
+        StudyError: see `open_to_search`.
+    """
+    known = StudyFile.read(run_dir)
+    url = _chosen(config, run_dir, known)
+    if run_dir.is_dir() or url != own_storage(run_dir):  # else the search makes the folder
+        check_writable_file(url)
+    name = config.name if known is None else known.config.name
+    where = shown(url)
+    with storage_errors(where, url, _advice(url, config)):
+        held = look(url, name, read_only=True)
+        _check(known, held, url, run_dir, name)
+        if known is None or held.study_id is None:
+            return None
+        study = open_to_read(url, name)
+        refuse_changes(study, run_dir, changed_fields(known.config, config))
+        return study
+
+
+def open_to_report(run_dir: Path, storage: str | None = None) -> Opened:
+    """What a study directory and its storage hold; nothing is written.
+
+    Args:
+        run_dir: the study directory.
+        storage: URL, in place of the one on record, which is without its password.
+
+    Raises:
+        StudyError: no study there, or its storage can't be read.
+    """
+    known = StudyFile.read(run_dir)
+    if known is None and _was_study(run_dir):
+        raise _lost(run_dir)
+    if known is None:
+        raise StudyError(
+            f"no study in {run_dir}: {directory.STUDY} is missing; run `asesearch search` first, "
+            "or check the path"
+        )
+    url = known.url(run_dir) if storage is None else parse_url(storage)
+    where = shown(url)
+    name = known.config.name
+    with storage_errors(where, url, _advice(url, known.config)):
+        held = look(url, name, read_only=True)
+        if held.study_id is None:
+            raise StudyError(
+                f"the storage {where} of the study in {run_dir} holds no study named {name!r}: it "
+                "has not begun, or the storage was lost or replaced; run `asesearch search`, or "
+                "restore the storage"
+            )
+        if held.identity != known.identity:
+            raise of_another(url, name)
+        return Opened(known.config, where, open_to_read(url, name))
+
+
+# -- which storage -------------------------------------------------------------------------------
+
+
+def _chosen(config: StudyConfig, run_dir: Path, known: StudyFile | None) -> URL:
+    """The storage to use: the one given, else the one on record, else a file in the study
+    directory."""
+    given = config.search.storage
+    on_record = known.url(run_dir) if known is not None and known.settled else None
+    if given is None:
+        return on_record or own_storage(run_dir)
+    url = parse_url(given)
+    if known is None or on_record is None or not known.carries:
+        return url
+    if known.given != shown(raw_url(given)) or not is_relative(raw_url(given)):
+        return url
+    # the same relative path as at the beginning, perhaps in another working directory
+    here = look(url, known.config.name, read_only=True).identity == known.identity
+    return url if here else on_record
+
+
+def _check(known: StudyFile | None, held: Held, url: URL, run_dir: Path, name: str) -> None:
+    """Refuse a storage that does not hold this study, or holds another of its name.
+
+    Raises:
+        StudyError: with the way out.
+    """
+    identity = None if known is None else known.identity
+    if identity is not None and held.identity == identity:
+        _refuse_copy(run_dir, identity, held, url)
+        return
+    if held.identity is not None and known is None and _was_study(run_dir):
+        raise _lost(run_dir)
+    if held.identity is not None:
+        raise of_another(url, name)
+    on_record = known.url(run_dir) if known is not None and known.settled else None
+    if on_record is not None and without_password(on_record) != without_password(url):
+        raise StudyError(
+            f"the study in {run_dir} has its trials in the storage {shown(on_record)}, and "
+            f"{shown(url)} does not hold "
+            "them; leave --storage out (and search.storage) to continue there, or copy them first: "
+            'python -c "import optuna; '
+            f"optuna.copy_study(from_study_name={name!r}, from_storage='{shown(on_record)}', "
+            f"to_storage='{shown(url)}')\""
+        )
+    if held.has_trials and (known is None or known.carries or not known.settled):
+        raise of_another(url, name)
+    if on_record is not None and held.study_id is None and is_paid_for(run_dir):
+        raise StudyError(
+            f"the storage {shown(url)} of the study in {run_dir} was lost or replaced: it holds no "
+            f"study named {name!r}, while the directory holds what its trials left; restore the "
+            "storage, or search into another directory (--out)"
+        )
+
+
+def _refuse_copy(run_dir: Path, identity: str, held: Held, url: URL) -> None:
+    """Refuse one of two directories of one study: each would delete and miss the other's weights.
+
+    The other is found where it can be seen from here. A directory that machines have mounted under
+    different paths is one, whose inode is the same.
+
+    Raises:
+        StudyError: the other directory holds the study too.
+    """
+    for other in map(Path, held.directories):
+        try:
+            is_same = other.stat().st_ino == run_dir.stat().st_ino
+            if is_same or read_json(other / directory.STUDY).get("id") != identity:
+                continue
+        except (OSError, StudyError, AttributeError):
+            continue  # it is elsewhere, or no study any more
+        raise StudyError(
+            f"of {run_dir} and {other} one is a copy of the other, and {shown(url)} holds one "
+            f"study, whose trials were continued in {other}; search there, or, to go on in "
+            f"{run_dir} in its place, rename {other} or remove it"
+        )
+
+
+def _was_study(run_dir: Path) -> bool:
+    """Whether a directory without `study.json` once had it."""
+    return (run_dir / directory.DATABASE).exists() or is_paid_for(run_dir)
+
+
+def _lost(run_dir: Path) -> StudyError:
+    return StudyError(
+        f"{run_dir / directory.STUDY} was lost, which tells what its trials are of; {RESTORE}"
+    )
+
+
+def _advice(url: URL, config: StudyConfig) -> str:
+    """What to do where a storage can't be used."""
+    if url.get_backend_name() == "sqlite":
+        return ""
+    recorded = config.search.storage is None and url.password is None
+    libpq = ", or set PGPASSWORD" if url.get_backend_name() == "postgresql" else ""
+    again = (
+        f"; study.json keeps no password: give --storage again with it{libpq}" if recorded else ""
+    )
+    return (
+        f"check that the server runs, and the URL's host, port, user, password and database{again}"
+    )
+
+
+# -- changed settings ----------------------------------------------------------------------------
+
+
+def _rebased(
+    study: optuna.Study,
+    url: URL,
+    run_dir: Path,
+    config: StudyConfig,
+    changed: list[str],
+    file: StudyFile,
+) -> optuna.Study:
+    """The study begun again under changed settings, which nothing on record speaks against.
+
+    Raises:
+        StudyError: something is on record, or another worker is at it.
+    """
+    refuse_changes(study, run_dir, changed)
+    if config.name != file.config.name:
+        held = look(url, config.name, read_only=False)
+        if held.identity is not None or held.has_trials:
+            raise of_another(url, config.name)
+    start_over(run_dir, f"with other settings ({'; '.join(changed)})")
+    delete(study)
+    return open_optuna(url, config.name, str(file.identity))
+
+
+@contextmanager
+def _alone(run_dir: Path) -> Iterator[None]:
+    """Open a study directory one process at a time."""
+    with waited_lock(run_dir / directory.LOCKS / directory.OPENING_LOCK, "opens the study"):
+        yield
