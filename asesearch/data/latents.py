@@ -83,7 +83,7 @@ class Index:
         """
         path = folder / INDEX
         try:
-            data = loads(path.read_text(encoding="utf-8"))
+            data = loads(path.read_text(encoding="utf-8-sig"))
             if data["version"] == FORMAT_VERSION:
                 return cls(**data)._checked()
         except (OSError, ValueError, KeyError, TypeError) as error:

@@ -32,7 +32,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         if path.stat().st_size > MAX_BYTES:
             raise ValueError(f"it has more than {MAX_BYTES:,} bytes")
         data = json.loads(
-            path.read_text(encoding="utf-8"),
+            path.read_text(encoding="utf-8-sig"),
             object_pairs_hook=_once,
             parse_constant=_refuse_constant,
             parse_int=_integer,

@@ -103,7 +103,7 @@ def read_json(path: Path, fix: str = "is this a study directory, and is it whole
         StudyError: missing, unreadable or not JSON.
     """
     try:
-        return loads(path.read_text(encoding="utf-8"))
+        return loads(path.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError) as error:
         raise StudyError(f"can't read {path}: {_reason(path, error)}; {fix}") from error
 
@@ -123,7 +123,7 @@ def read_state(path: Path, parse: Callable[[Any], T], otherwise: str) -> T | Non
         StudyError: something is there that can't be opened.
     """
     try:
-        return parse(loads(path.read_text(encoding="utf-8")))
+        return parse(loads(path.read_text(encoding="utf-8-sig")))
     except (FileNotFoundError, NotADirectoryError):
         return None
     except OSError as error:

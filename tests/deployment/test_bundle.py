@@ -199,6 +199,12 @@ def test_missing_files_and_foreign_manifests_are_refused(folder, tmp_path):
         load_bundle(folder)
 
 
+def test_a_manifest_saved_by_an_editor_with_a_byte_order_mark_is_read(folder):
+    manifest = folder / "bundle.json"
+    manifest.write_text(manifest.read_text(), encoding="utf-8-sig")
+    assert load_bundle(folder).schedule == SCHEDULE
+
+
 def test_a_network_that_computes_something_else_is_refused(folder):
     """Negative control of the parity check: an expected output that is off by 1 %."""
     path = folder / "parity.safetensors"

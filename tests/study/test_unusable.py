@@ -75,6 +75,13 @@ def test_parameters_of_a_url_that_its_driver_does_not_take(parameters, why):
     assert parse_url("sqlite:////a/s.db?timeout=3").query == {"timeout": "3"}
 
 
+def test_a_study_saved_by_an_editor_with_a_byte_order_mark_is_read(tmp_path):
+    config = begun(tmp_path)
+    path = tmp_path / "study.json"
+    path.write_text(path.read_text(), encoding="utf-8-sig")
+    assert Study.open(tmp_path).config == config and check_to_search(config, tmp_path) is not None
+
+
 def test_what_was_lost_or_damaged_is_named(tmp_path):
     config = begun(tmp_path)
     study = Study.open(tmp_path)
