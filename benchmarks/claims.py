@@ -25,6 +25,8 @@ from pathlib import Path
 from typing import Any
 
 from asesearch.errors import ConfigError
+from asesearch.report.grids import Grid
+from asesearch.score import student_factor
 
 CLAIMS = Path("reports/claims.toml")
 #: Kinds of a claim in the order of the page, and the headings of their sections.
@@ -39,7 +41,7 @@ MEASURED = (
 )
 FIELDS = {kind: frozenset(MEASURED.split()) for kind in KINDS if kind != "open"}
 FIELDS["open"] = frozenset({"kind", "title", "sentence", "command", "machine"})
-OPTIONAL = frozenset({"goal", "report", "numbers"})
+OPTIONAL = frozenset({"goal", "report", "numbers", "table"})
 GOAL = frozenset({"text", "number"})
 NO_BAR = ("none", "not measured")  # how a claim without an error bar begins to tell so
 NONE_YET = "not written yet"  # command of what nothing can measure
@@ -65,6 +67,7 @@ class Claim:
         met: whether it is reached; None without one.
         sources: files that the numbers come from.
         report: page to read on; empty without one.
+        table: what a sentence would have too many numbers for; None without one.
     """
 
     kind: str
@@ -82,6 +85,7 @@ class Claim:
     met: bool | None = None
     sources: tuple[str, ...] = ()
     report: str = ""
+    table: Grid | None = None
 
     @property
     def anchor(self) -> str:
@@ -142,15 +146,29 @@ def _claim(entry: dict[str, Any], root: Path) -> Claim:
     filled = {
         key: _filled(str(text), numbers, used, guarded=key in GUARDED)
         for key, text in entry.items()
-        if key not in ("numbers", "goal")
+        if key not in ("numbers", "goal", "table")
     }
+    table = _table(entry.get("table"), numbers, used)
     goal, met = _goal(entry.get("goal"), numbers, used)
     used |= {name for text in asked.values() if isinstance(text, str) for name in _names(text)}
     if set(numbers) - used:
         raise ConfigError(
             f"every number is used; got {sorted(set(numbers) - used)} in no text; remove them"
         )
-    return Claim(**filled, goal=goal, met=met, sources=sources)
+    return Claim(**filled, goal=goal, met=met, sources=sources, table=table)
+
+
+def _table(table: dict[str, Any] | None, numbers: dict[str, Any], used: set[str]) -> Grid | None:
+    """A table with its numbers filled in."""
+    if table is None:
+        return None
+    if set(table) != {"head", "rows"} or {len(r) for r in table["rows"]} != {len(table["head"])}:
+        raise ConfigError(
+            "a table has a head, and rows of as many texts; got "
+            f"{', '.join(sorted(table))} of {[len(texts) for texts in table.values()]}; correct it"
+        )
+    rows = [tuple(_filled(t, numbers, used, guarded=True) for t in row) for row in table["rows"]]
+    return Grid(tuple(table["head"]), rows)
 
 
 def _goal(
@@ -164,10 +182,11 @@ def _goal(
         raise ConfigError(
             "a goal has text, number, and at_most or at_least; got " + ", ".join(sorted(goal))
         )
-    if goal["number"] not in numbers:
+    name = goal["number"].partition(".")[0]
+    if name not in numbers:
         raise ConfigError(f"a goal's number is one of numbers; got {goal['number']!r}; name one")
-    used.add(goal["number"])
-    value = float(numbers[goal["number"]])
+    used.add(name)
+    value = float(_of_row(goal["number"], numbers))
     met = value <= goal["at_most"] if "at_most" in goal else value >= goal["at_least"]
     return str(goal["text"]), bool(met)
 
@@ -178,7 +197,8 @@ def _goal(
 def _numbers(asked: dict[str, Any], root: Path) -> tuple[dict[str, float | str], tuple[str, ...]]:
     """What a claim's `numbers` come to, and the files that they come from.
 
-    Each is a list, a file and the steps into it, or an expression over those above it.
+    Each is a list, a file and the steps into it, or an expression over those above it. One whose
+    last step picks an element is all of it, whose fields are named after a point: `full.score`.
     """
     found: dict[str, Any] = {}
     sources = []
@@ -210,7 +230,9 @@ def looked_up(root: Path, file: str, steps: Sequence[Any]) -> Any:
         raise ConfigError(f"a source is a committed file; there is no {file}; correct its path")
     try:
         content = _content(path.suffix, path.read_text(encoding="utf-8"))
-        return _number(_walk(content, list(steps)))
+        found = _walk(content, list(steps))
+        is_row = isinstance(found, dict) and isinstance(steps[-1], dict)
+        return found if is_row else _number(found)
     except (KeyError, IndexError, ValueError, TypeError) as error:
         raise ConfigError(
             f"{file} has to hold what a number is read from; {list(steps)} finds nothing there "
@@ -277,6 +299,38 @@ def _number(value: Any) -> Any:
     return value
 
 
+def _of_row(name: str, known: dict[str, Any]) -> Any:
+    """A number, or a field of an element by its dotted name.
+
+    Raises:
+        ConfigError: there is no such field, or it is no number.
+    """
+    first, *fields = name.split(".")
+    value = known[first]
+    try:
+        for field in fields:
+            value = value[int(field) if field.isdigit() else field]
+        return _number(value)
+    except (KeyError, IndexError, ValueError, TypeError) as error:
+        raise ConfigError(
+            f"a number is a field of what was picked; {name} is none; correct it"
+        ) from error
+
+
+def _minus(a: Any, b: Any) -> Any:
+    """A difference, of two lists element by element."""
+    if not (isinstance(a, list) and isinstance(b, list)):
+        return a - b
+    if len(a) != len(b):
+        raise ConfigError(f"pairs are of lists as long; got {len(a)} and {len(b)}; pick alike")
+    return [x - y for x, y in zip(a, b, strict=True)]
+
+
+def _margin(values: Sequence[float]) -> float:
+    """Half the interval of a mean at 95 % confidence."""
+    return student_factor(len(values)) * _std_error(values)
+
+
 def _half_range(values: Sequence[float]) -> float:
     return (max(values) - min(values)) / 2
 
@@ -289,7 +343,7 @@ def _std_error(*given: Any) -> float:
 
 _OPERATORS: dict[type, Callable[..., Any]] = {
     ast.Add: operator.add,
-    ast.Sub: operator.sub,
+    ast.Sub: _minus,
     ast.Mult: operator.mul,
     ast.Div: operator.truediv,
 }
@@ -300,6 +354,7 @@ _FUNCTIONS: dict[str, Callable[..., Any]] = {
     "mean": statistics.fmean,
     "std_error": _std_error,
     "half_range": _half_range,
+    "margin": _margin,
 }
 
 
@@ -310,6 +365,8 @@ def _evaluated(node: ast.expr, known: dict[str, Any]) -> Any:
             return value
         case ast.Name(id=name) if name in known:
             return known[name]
+        case ast.Attribute() if (name := ast.unparse(node)).partition(".")[0] in known:
+            return _of_row(name, known)
         case ast.BinOp(left=left, op=op, right=right) if type(op) in _OPERATORS:
             return _OPERATORS[type(op)](_evaluated(left, known), _evaluated(right, known))
         case ast.Call(func=ast.Name(id=name), args=args, keywords=[]) if name in _FUNCTIONS:
@@ -326,6 +383,9 @@ def _names(expression: str) -> set[str]:
 
 class _Filler(string.Formatter):
     """Numbers as the reports write them: a true minus, and a space before the per cent sign."""
+
+    def get_field(self, field_name: str, args: Any, kwargs: Any) -> tuple[Any, str]:
+        return _of_row(field_name, kwargs), field_name
 
     def format_field(self, value: Any, format_spec: str) -> str:
         if not isinstance(value, (int, float, str)):
@@ -345,7 +405,7 @@ def _filled(template: str, numbers: dict[str, Any], used: set[str], *, guarded: 
             f"measurements are placeholders, read from their source; got {typed[0]!r} typed in "
             f"{template!r}; give it a number"
         )
-    names = {name for _, name, *_ in parts if name}
+    names = {name.partition(".")[0] for _, name, *_ in parts if name}
     if names - set(numbers):
         raise ConfigError(
             f"placeholders are names of numbers; got {sorted(names - set(numbers))}; add them"

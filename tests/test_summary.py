@@ -11,6 +11,7 @@ import pytest
 import tomli_w
 
 from asesearch.errors import ConfigError
+from asesearch.report.grids import Grid
 from tests.documents import ROOT, check_line
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
@@ -47,7 +48,7 @@ def place(folder: Path, **changes) -> Path:
     """A checkout with two sources and one claim; a change of None removes a field."""
     (folder / "reports").mkdir(exist_ok=True)
     (folder / "reports/a.csv").write_text('label,score\n"full, 6 steps",12.719\nfull,14.0\n')
-    runs = '{"runs": [{"time": 0.25}, {"time": 0.35}], "cores": 2, "none": null}'
+    runs = '{"runs": [{"time": 0.25}, {"time": 0.35}], "cores": 2, "none": null, "one": [1]}'
     (folder / "reports/b.json").write_text(runs)
     claim = {k: v for k, v in (CLAIM | changes).items() if v is not None}
     (folder / claims.CLAIMS).write_text(tomli_w.dumps({"claim": [claim]}))
@@ -86,6 +87,36 @@ def test_what_a_claim_says_is_its_sources_numbers(tmp_path):
     table.write_text(table.read_text().replace("12.719", "13.1"))
     (claim,) = claims.read_claims(tmp_path)
     assert claim.result == "13.10 ± 0.05"
+
+
+def test_an_element_is_picked_once_and_its_fields_are_named(tmp_path):
+    numbers = {
+        "six": ["reports/a.csv", {"label": "full, 6 steps"}],
+        "full": ["reports/a.csv", {"label": "full"}],
+        "runs": ["reports/b.json", "runs", "*", "time"],
+        "ratio": "six.score / full.score",
+        "spread": "margin(runs - runs)",
+    }
+    text = {"sentence": "{six.score:.2f}, {ratio:.3f}, {spread:.1f}.", "result": "{full.score}"}
+    table = {"head": ["", "score"], "rows": [["six steps", "{six.score:.1f}"]]}
+    goal = {"text": "low", "number": "full.score", "at_most": 13}
+    changes = {**text, "numbers": numbers, "machine": "any", "table": table, "goal": goal}
+    (claim,) = claims.read_claims(place(tmp_path, **changes))
+    assert (claim.sentence, claim.result, claim.met) == ("12.72, 0.908, 0.0.", "14.0", False)
+    assert claim.table == Grid(("", "score"), [("six steps", "12.7")])
+    assert '<th scope="row">six steps</th><td>12.7</td>' in summary.page([claim])
+    for wrong, reason in (
+        ({"result": "{full.quality}"}, "full.quality is none"),
+        ({"result": "{full}"}, "full is none"),
+        ({"table": {"head": ["", "score"], "rows": [["six steps"]]}}, "rows of as many texts"),
+        ({"table": {"head": ["", "score"], "rows": [["six steps", "12.7"]]}}, "'12.7' typed"),
+        (
+            {"numbers": {"odd": ["reports/b.json", "one"], **numbers, "spread": "runs - odd"}},
+            "as long",
+        ),
+    ):
+        with pytest.raises(ConfigError, match=reason):
+            claims.read_claims(place(tmp_path, **{**changes, **wrong}))
 
 
 def test_the_committed_page_follows_its_data(tmp_path, committed):
