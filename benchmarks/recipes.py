@@ -254,9 +254,9 @@ class Lab:
         config = TrainConfig(
             num_steps=self.args.own_steps,
             batch_size=self.args.own_batch,
-            lr=6e-4,
+            lr=self.args.own_lr,
             warmup_steps=10,
-            ema_decay=0.98,
+            ema_decay=self.args.own_ema,
             min_snr_gamma=5.0,
             distill_frac=distill_frac,
             loss_weight=FLAT,
@@ -322,6 +322,8 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=64, help="images per step of the warm-up")
     parser.add_argument("--own-steps", type=int, default=200)
     parser.add_argument("--own-batch", type=int, default=64)
+    parser.add_argument("--own-lr", type=float, default=6e-4, help="learning rate of own steps")
+    parser.add_argument("--own-ema", type=float, default=0.98, help="decay of their average")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--num-samples", type=int, default=5000)
     parser.add_argument("--repeats", type=int, default=1)
