@@ -331,6 +331,11 @@ def _margin(values: Sequence[float]) -> float:
     return student_factor(len(values)) * _std_error(values)
 
 
+def _first(values: Sequence[float], count: int) -> Sequence[float]:
+    """The first of a list: those that another has a pair for."""
+    return values[:count]
+
+
 def _half_range(values: Sequence[float]) -> float:
     return (max(values) - min(values)) / 2
 
@@ -348,6 +353,7 @@ _OPERATORS: dict[type, Callable[..., Any]] = {
     ast.Div: operator.truediv,
 }
 _FUNCTIONS: dict[str, Callable[..., Any]] = {
+    "first": _first,
     "len": len,
     "max": max,
     "min": min,
