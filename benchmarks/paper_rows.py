@@ -49,7 +49,7 @@ ADDED = {
         *(f"+cache-{part}-adjusted-{x}" for part in ("attn", "block") for x in THRESHOLDS[1:3]),
     ),
     "merge": ("+merge-0.1", "+merge-0.2", "+merge-0.4"),
-    "deediff": ("+deediff-0.1", "+deediff-0.15"),
+    "deediff": tuple(f"+deediff-{x}" for x in ("0.02", "0.05", "0.1", "0.15")),
 }
 PRETRAINED = "pretrained"  # recipe: the network as it is
 OWN = "own"  # recipe: `Trials.tuning`, which for the full network is equal-compute fine-tuning
