@@ -72,9 +72,10 @@ class Lab:
             not args.no_published,
             () if args.compile_sampling else caches,
             tuple(args.fewer),
+            args.kind,
         )
         self.bench = Workbench(study_of(args, samplers_of(args, self.choice)), args.out)
-        elastic = BackboneConfig(kind="dit", checkpoint=str(args.elastic))
+        elastic = BackboneConfig(kind=args.kind, checkpoint=str(args.elastic))
         start = load_backbone(elastic).to(self.bench.device).eval()
         self.bench.trials.start = self._start(start)
         self.networks = Networks(self.bench, args.out / "networks")
@@ -127,6 +128,8 @@ class Lab:
             "device": device_name(self.bench.device),
             "tiny": args.tiny,
         }
+        if args.kind != "dit":  # rows of the first release of this script told no kind
+            shared |= {"kind": args.kind, "depth": self.choice.depth}
         found = {}
         for stage, protocol in self.protocols.items():
             found[kind_of(stage, PRETRAINED)] = {**shared, "protocol": protocol.to_dict()}

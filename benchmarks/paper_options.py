@@ -10,14 +10,14 @@ from typing import Any
 from measuring import add_full_depth, wake
 from paper_rows import EXPERIMENTS, FIXED, OWN, PAY, PRETRAINED, Choice, offered, rows_of_steps
 
-from asesearch.backbones import DiT, save_backbone
+from asesearch.backbones import save_backbone
 from asesearch.backbones.checkpoints import inspect_checkpoint, load_backbone
 from asesearch.config import BackboneConfig, StudyConfig, parse_study
 from asesearch.errors import ConfigError
 from asesearch.sampler import Sampler
 
 ABOUT = "The paper's figures and tables, row by row, under one protocol, with the cost of training."
-NETWORK = "shipped:fashion-mnist-dit-18"
+NETWORKS = {"dit": "shipped:fashion-mnist-dit-18", "uvit": "shipped:fashion-mnist-uvit"}
 #: Own steps, as `recipes.py` has them; what the command line says comes on top.
 TRAIN: dict[str, Any] = {
     "warmup_steps": 10,
@@ -39,12 +39,15 @@ TINY = {
     "elastic_batch": 8,
     "split": "test",
 }
-TINY_SHAPE = {"hidden_size": 8, "num_heads": 1, "patch_size": 14}
+TINY_SHAPES = {
+    "dit": {"hidden_size": 8, "num_heads": 1, "patch_size": 14},
+    "uvit": {"embed_dim": 8, "num_heads": 1, "patch_size": 14},
+}
 
 
 def depth_of(args: argparse.Namespace) -> int:
-    """Blocks of the network."""
-    return load_backbone(BackboneConfig(kind="dit", checkpoint=args.network)).depth
+    """Blocks of the network that may be dropped."""
+    return load_backbone(BackboneConfig(kind=args.kind, checkpoint=args.network)).depth
 
 
 def samplers_of(args: argparse.Namespace, choice: Choice) -> list[str]:
@@ -87,7 +90,7 @@ def study_of(args: argparse.Namespace, samplers: list[str]) -> StudyConfig:
     return parse_study(
         {
             "name": "paper",
-            "backbone": {"kind": "dit", "checkpoint": args.network},
+            "backbone": {"kind": args.kind, "checkpoint": args.network},
             "data": {"kind": "fashion-mnist", "split": args.split},
             "train": {**tuning, "num_steps": args.own_steps},
             "elastic": {**tuning, **warm_up},
@@ -119,8 +122,9 @@ def options() -> argparse.ArgumentParser:
     """What the command line takes."""
     parser = argparse.ArgumentParser(description=ABOUT)
     parser.add_argument("experiment", choices=EXPERIMENTS)
+    parser.add_argument("--kind", choices=NETWORKS, default="dit", help="of network")
     parser.add_argument(
-        "--network", default=NETWORK, help="pretrained weights (default %(default)s)"
+        "--network", help="pretrained weights (default: the shipped ones of 18 blocks)"
     )
     parser.add_argument(
         "--elastic", type=Path, help="weights of the warm-up, as recipes.py --keep writes them"
@@ -227,10 +231,11 @@ def complete(args: argparse.Namespace) -> argparse.Namespace:
     Raises:
         ConfigError: a warm-up whose cost is not known.
     """
+    args.network = args.network or NETWORKS[args.kind]
     if args.tiny:
         vars(args).update(TINY)
-        args.network = str(tiny_network(args.out / "tiny.safetensors", 0))
-        args.elastic = tiny_network(args.out / "tiny-elastic.safetensors", 1)
+        args.network = str(tiny_network(args.out / "tiny.safetensors", 0, args.kind))
+        args.elastic = tiny_network(args.out / "tiny-elastic.safetensors", 1, args.kind)
     if args.elastic is None:
         raise ConfigError(
             "schedules are fine-tuned from elastic weights; got none; make some with `python "
@@ -256,11 +261,11 @@ def complete(args: argparse.Namespace) -> argparse.Namespace:
     return args
 
 
-def tiny_network(path: Path, seed: int) -> Path:
+def tiny_network(path: Path, seed: int, kind: str = "dit") -> Path:
     """A tiny network of as many blocks for the same images."""
     if not path.is_file():
-        shape = load_backbone(BackboneConfig(kind="dit", checkpoint=NETWORK)).config
-        net = DiT(**{**shape, **TINY_SHAPE})
+        like = load_backbone(BackboneConfig(kind=kind, checkpoint=NETWORKS[kind]))
+        net = type(like)(**{**like.config, **TINY_SHAPES[kind]})
         wake(net, seed)
         save_backbone(net, path, {})
     return path
@@ -271,7 +276,8 @@ def command_of(args: argparse.Namespace) -> str:
     words = ["python benchmarks/paper.py", args.experiment]
     for action in options()._actions:
         given = getattr(args, action.dest, None)
-        if not action.option_strings or given in (None, False, [], action.default):
+        usual = (None, False, [], action.default, NETWORKS[args.kind])
+        if not action.option_strings or given in usual:
             continue
         words.append(action.option_strings[0])
         values = given if isinstance(given, list) else [] if given is True else [given]

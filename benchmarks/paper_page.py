@@ -308,11 +308,11 @@ th, td { text-align: left; vertical-align: top; padding: .3rem .6rem;
 th { font-weight: normal; color: #555; white-space: normal; }
 </style></head><body>
 <h1>The paper's figures, measured here</h1>
-<p>Moon et al. 2024 (ASE) on the shipped 18-block DiT for Fashion-MNIST: every row under one
-protocol with the cost of its training. Lower scores are better. Costs are over those of the full
-network under the sampler named. Two error bars: one standard error over seed sets (resampling), and
-over training seeds of the own steps (retraining; the elastic warm-up is one). What is not measured
-says so.</p>
+<p>Moon et al. 2024 (ASE) on a network for Fashion-MNIST, which each experiment names: every row
+under one protocol with the cost of its training. Lower scores are better. Costs are over those of
+the full network under the sampler named. Two error bars: one standard error over seed sets
+(resampling), and over training seeds of the own steps (retraining; the elastic warm-up is one).
+What is not measured says so.</p>
 BODY
 </body></html>
 """

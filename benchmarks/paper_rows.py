@@ -17,7 +17,12 @@ from asesearch.errors import ConfigError
 from asesearch.sampler import Sampler
 from asesearch.schedule import ExitSchedule
 
-PUBLISHED = ("D2-DiT", "D3-DiT", "D4-DiT", "D7-DiT")
+#: Published schedules by kind of network, and the two that stand for them.
+PUBLISHED = {
+    "dit": ("D2-DiT", "D3-DiT", "D4-DiT", "D7-DiT"),
+    "uvit": ("D1-U-ViT", "D2-U-ViT", "D3-U-ViT", "D6-U-ViT"),
+}
+TYPICAL = {"dit": ("D3-DiT", "D7-DiT"), "uvit": ("D1-U-ViT", "D3-U-ViT")}
 DDIM = "ddim-50"
 DPM = "dpm++2m-50"
 #: The columns of `pay`.
@@ -114,7 +119,7 @@ class Choice:
     """What a call chooses of an experiment.
 
     Attributes:
-        depth: blocks of the network.
+        depth: blocks of the network that may be dropped.
         samplers: in place of the experiment's own; empty keeps those.
         schedules: further exit schedules, searched ones for example.
         rivals_from: recipe of the full network that training-free methods run on.
@@ -122,6 +127,7 @@ class Choice:
         published: whether `pay` and `figure4` take other schedules than the further ones.
         caches: what `pay` tries of `ADDED["cache"]`.
         fewer: numbers of steps that `pay` measures the full network in, besides.
+        kind: of the network, "dit" or "uvit".
     """
 
     depth: int = 18
@@ -132,6 +138,17 @@ class Choice:
     published: bool = True
     caches: tuple[str, ...] = ADDED["cache"]
     fewer: tuple[int, ...] = ()
+    kind: str = "dit"
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The published schedules of the kind of network."""
+        return PUBLISHED[self.kind]
+
+    @property
+    def typical(self) -> tuple[str, ...]:
+        """A moderate one of them, and a deep one."""
+        return TYPICAL[self.kind]
 
     def read(self, text: str) -> ExitSchedule:
         """A schedule by name or depths."""
@@ -167,7 +184,7 @@ def data_easy(schedule: ExitSchedule) -> ExitSchedule:
 
 def exit_rows(sampler: str, choice: Choice, method: str = "exits") -> Iterator[Row]:
     """The published schedules and the further ones, as `OWN` or as `JOINED` makes their weights."""
-    for name in (*PUBLISHED, *choice.schedules):
+    for name in (*choice.names, *choice.schedules):
         schedule = str(choice.read(name))
         if method == "joined":
             yield Row(method, f"{name}, joined", schedule, sampler, sampler, JOINED)
@@ -195,7 +212,7 @@ def figure1(choice: Choice) -> Iterator[Row]:
     """Noise-easy against data-easy at equal blocks."""
     for sampler in choice.samplers or (DDIM,):
         yield from full_rows(sampler, choice)
-        for name in ("D3-DiT", "D7-DiT"):
+        for name in choice.typical:
             yield from shaped_rows(name, sampler, choice)
 
 
@@ -218,7 +235,7 @@ def figure3(choice: Choice) -> Iterator[Row]:
         yield from step_rows(sampler, choice)
         for method in ADDED:
             yield from added_rows(method, sampler, choice)
-        for name in PUBLISHED:
+        for name in choice.names:
             yield from list(shaped_rows(name, sampler, choice))[1:]
 
 
@@ -226,7 +243,7 @@ def step_rows(sampler: str, choice: Choice) -> Iterator[Row]:
     """The full network in fewer steps: as many calls as a published schedule's blocks pay for,
     and half."""
     steps = Sampler.from_string(sampler).num_steps
-    shares = [choice.read(name).block_frac() for name in PUBLISHED]
+    shares = [choice.read(name).block_frac() for name in choice.names]
     counts = dict.fromkeys(max(1, round(steps * share)) for share in (*shares, 0.5))
     yield from rows_of_steps(sampler, choice, counts)
 
@@ -244,7 +261,7 @@ def figure4(choice: Choice) -> Iterator[Row]:
     """One schedule at many numbers of steps."""
     for sampler in choice.samplers or CURVES:
         yield from full_rows(sampler, choice)
-        for name in (*(("D3-DiT",) if choice.published else ()), *choice.schedules):
+        for name in (*(choice.typical[:1] if choice.published else ()), *choice.schedules):
             yield Row("exits", name, str(choice.read(name)), sampler, sampler)
 
 
@@ -272,13 +289,14 @@ def table4(choice: Choice) -> Iterator[Row]:
 
 
 def ablations(choice: Choice) -> Iterator[Row]:
-    """D3 with one part of its recipe changed."""
+    """A published schedule with one part of its recipe changed."""
     for sampler in choice.samplers or (DDIM,):
         yield from full_rows(sampler, choice)
-        schedule = str(choice.read("D3-DiT"))
+        name = choice.typical[0]
+        schedule = str(choice.read(name))
         for recipe in (*RECIPES, JOINED):
             method = {OWN: "exits", JOINED: "joined"}.get(recipe, "ablation")
-            label = "D3-DiT" if recipe == OWN else recipe
+            label = name if recipe == OWN else recipe
             yield Row(method, label, schedule, sampler, sampler, recipe)
 
 

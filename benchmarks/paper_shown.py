@@ -70,8 +70,11 @@ class Experiment:
         self.name = name
         self.path = folder / f"{name}.jsonl"
         self.lines = read_lines(self.path)
+        told = self.lines[0]["settings"] if self.lines else {}
         choice = Choice(
-            published=not any("--no-published" in line["command"] for line in self.lines)
+            depth=told.get("depth", 18),
+            kind=told.get("kind", "dit"),
+            published=not any("--no-published" in line["command"] for line in self.lines),
         )
         planned = FIXED[name](choice) if name in FIXED and self.lines else ()
         rows = {key_of(row.to_dict(), None): row for row in planned}

@@ -36,8 +36,10 @@ FEW = ["figure1", "--tiny", "--samplers", "ddim-5", "--methods", "full", "data-e
 def _flops_without_counting():
     """Counting those of 18 depths takes most of a tiny run."""
     with pytest.MonkeyPatch.context() as patch:
-        table = tuple(float(d + 1) for d in range(1, 19))
-        patch.setattr("asesearch.search.costs.flops_table", lambda *_: table)
+        patch.setattr(
+            "asesearch.search.costs.flops_table",
+            lambda net, *_: tuple(float(d + 1) for d in range(1, net.depth + 1)),
+        )
         yield
 
 
@@ -105,6 +107,19 @@ def test_a_killed_run_goes_on_and_another_protocol_is_refused(measured, monkeypa
     with pytest.raises(SystemExit, match=r"train\.lr: 0\.0006 there and 0\.001 now; give the same"):
         paper.main([*FEW, "--out", str(out), "--own-lr", "1e-3"])
     assert read_lines(path) == after
+
+
+def test_a_u_vit_has_the_schedules_published_for_it(tmp_path):
+    out = tmp_path / "rows"
+    paper.main([*FEW[:-2], "full", "exits", "--kind", "uvit", "--out", str(out)])
+    lines = read_lines(out / "figure1.jsonl")
+    assert {line["settings"]["depth"] for line in lines} == {8}
+    published = ExitSchedule.from_string("D1-U-ViT", 8)
+    assert [line["row"]["schedule"] for line in lines][2] == str(published)
+    assert all("--kind uvit" in line["command"] for line in lines)
+    shown = Experiment("figure1", out)
+    planned = {s.row.label for s in shown.all if not s.measured}
+    assert planned >= {"D1-U-ViT reversed", "4 of 8 blocks", "D3-U-ViT reversed", "2 of 8 blocks"}
 
 
 def test_a_warm_up_of_unknown_cost_is_refused(tmp_path):
