@@ -182,7 +182,7 @@ class Networks:
             bench.costs.training_gflops(schedule, config),
             seconds,
             on["gpu"] or on["cpu"],
-            start is not bench.backbone,
+            start is trials.start,
         )
 
     def _identity(

@@ -122,6 +122,16 @@ def test_a_u_vit_has_the_schedules_published_for_it(tmp_path):
     assert planned >= {"D1-U-ViT reversed", "4 of 8 blocks", "D3-U-ViT reversed", "2 of 8 blocks"}
 
 
+@pytest.mark.parametrize("full_depth", ["tuned", "pretrained"])
+def test_without_a_warm_up_none_is_counted(tmp_path, full_depth):
+    rows = ["D3-DiT", "no warm-up, equal compute"]
+    few = ["--tiny", "--samplers", "ddim-5", "--full-depth", full_depth, "--methods", *rows]
+    paper.main(["ablations", *few, "--out", str(tmp_path)])
+    warmed, cold = (line["tuning"] for line in read_lines(tmp_path / "ablations.jsonl"))
+    assert warmed["warm_up_gflops"] > 0 == cold["warm_up_gflops"]
+    assert cold["own_gflops"] > 9 * warmed["own_gflops"] > 0
+
+
 def test_a_warm_up_of_unknown_cost_is_refused(tmp_path):
     with pytest.raises(SystemExit, match="got none; make some with"):
         paper.main(["figure1", "--out", str(tmp_path)])
