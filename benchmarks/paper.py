@@ -172,6 +172,9 @@ class Lab:
         if line is None:
             line = self.measure(row, seed)
             self.record.add(line)
+        elif "time_frac" not in line and (timed := self.timed(row, seed)):
+            line = {**line, **timed}
+            self.record.replace(line)
         if self.args.experiment == "figure1" and not seed:
             self.keep_sheet(row)
         return line
@@ -182,7 +185,6 @@ class Lab:
         made = self.networks.of(row, seed or 0)
         begun = time.perf_counter()
         quality, seconds = self.bench.evaluate(made.net, point, self.protocols[row.stage])
-        timed = self.timed(row, made) if not seed and row.stage == "confirm" else {}
         return {
             "experiment": self.args.experiment,
             "row": row.to_dict(),
@@ -193,7 +195,7 @@ class Lab:
             "num_samples": quality.protocol.num_samples,
             "seeds": list(quality.protocol.seeds),
             **self.relative(row),
-            **timed,
+            **self.timed(row, seed),
             "tuning": self.tuning(made),
             "seconds": {**seconds, "all": time.perf_counter() - begun},
             "machine": {**machine(), "load": os.getloadavg()[0]},
@@ -215,12 +217,16 @@ class Lab:
         names = ("predicted_time_frac", "flops_frac", "block_frac")
         return {name: a / b for name, a, b in zip(names, own, base, strict=True)}
 
-    def timed(self, row: Row, made: Made) -> dict[str, Any]:
-        """Whole-sampling time over the full network's, interleaved."""
+    def timed(self, row: Row, seed: int | None) -> dict[str, Any]:
+        """Whole-sampling time over the full network's, interleaved; of the first training seed, on
+        fresh seeds."""
+        if self.args.untimed or seed or row.stage != "confirm":
+            return {}
         point = self.point(row)
         base = Point(self.bench.full, Sampler.from_string(row.against))
         if point == base:
             return {"time_frac": 1.0, "time_spread": 0.0}
+        made = self.networks.of(row, 0)
         seeds = range(self.args.time_images)
         ratio = compare_sampling_time(
             lambda: self.bench.sample(made.net, point, seeds),
@@ -231,6 +237,7 @@ class Lab:
             "time_frac": ratio.median,
             "time_spread": ratio.spread,
             "time_pairs": [list(pair) for pair in ratio.pairs],
+            "time_load": os.getloadavg()[0],
         }
 
     def tuning(self, made: Made) -> dict[str, Any]:

@@ -206,6 +206,11 @@ def options() -> argparse.ArgumentParser:
         "--time-repeats", type=int, default=5, help="timed pairs (default %(default)s)"
     )
     parser.add_argument(
+        "--untimed",
+        action="store_true",
+        help="leave times for a later call without it, alone on the machine",
+    )
+    parser.add_argument(
         "--sample-batch", type=int, default=100, help="images at a time (default %(default)s)"
     )
     parser.add_argument("--precision", choices=["float32", "tf32", "bf16"], default="float32")

@@ -13,6 +13,7 @@ from paper_rows import PRETRAINED, Row
 
 from asesearch.config.changes import flat
 from asesearch.errors import StudyError
+from asesearch.files import replacing
 from asesearch.score import EvaluationResult
 
 Line = dict[str, Any]
@@ -112,6 +113,13 @@ class Record:
             file.flush()
             os.fsync(file.fileno())
         self.lines[key_of(line["row"], line["training_seed"])] = line
+
+    def replace(self, line: Line) -> None:
+        """Put a row in the place of what is on record of it."""
+        self.lines[key_of(line["row"], line["training_seed"])] = line
+        text = "".join(json.dumps(each, ensure_ascii=False) + "\n" for each in self.lines.values())
+        with replacing(self.path) as part:
+            part.write_text(text, encoding="utf-8")
 
     def _require_same(self, line: Line) -> None:
         kind = kind_of(line["row"]["stage"], line["row"]["recipe"])

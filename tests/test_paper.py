@@ -109,10 +109,22 @@ def test_a_killed_run_goes_on_and_another_protocol_is_refused(measured, monkeypa
     assert read_lines(path) == after
 
 
-def test_a_u_vit_has_the_schedules_published_for_it(tmp_path):
+def test_a_u_vit_has_the_schedules_published_for_it_and_times_may_be_left_for_later(
+    tmp_path, monkeypatch
+):
     out = tmp_path / "rows"
-    paper.main([*FEW[:-2], "full", "exits", "--kind", "uvit", "--out", str(out)])
+    call = [*FEW[:-2], "full", "exits", "--kind", "uvit", "--out", str(out)]
+    paper.main([*call, "--untimed"])
+    untimed = read_lines(out / "figure1.jsonl")
+    assert len(untimed) == 4 and not any("time_frac" in line for line in untimed)
+    monkeypatch.setattr(paper.Lab, "measure", None)
+    paper.main(call)
     lines = read_lines(out / "figure1.jsonl")
+    assert [line["time_frac"] == 1 for line in lines] == [True, True, False, False]
+    told = [{k: v for k, v in line.items() if not k.startswith("time_")} for line in lines]
+    assert told == untimed
+    paper.main(call)  # nothing is left
+    assert read_lines(out / "figure1.jsonl") == lines
     assert {line["settings"]["depth"] for line in lines} == {8}
     published = ExitSchedule.from_string("D1-U-ViT", 8)
     assert [line["row"]["schedule"] for line in lines][2] == str(published)
