@@ -53,7 +53,7 @@ def drawings(experiment: Experiment) -> Iterator[Drawing]:
         yield Drawing("figure4", "Score over steps", STEPS, table, lambda: draw_steps(table))
     for sampler in experiment.samplers if experiment.name in ("figure1", "figure3") else ():
         mine = table[table["against"] == sampler].copy()
-        cost = "block_frac" if mine["time_frac"].isna().any() else "time_frac"
+        cost = "flops_frac" if mine["time_frac"].isna().any() else "time_frac"
         if len(mine) > 1:
             title = f"Score against {SAVED[cost][0]}, {sampler}"
             name = f"{experiment.name}-{sampler.replace('+', 'p')}"
@@ -67,10 +67,10 @@ SAVED = {
         "time saved",
         "Measured sampling time saved, interleaved with the full network under the same sampler.",
     ),
-    "block_frac": (
-        "block calls saved",
-        "Block calls saved over the full network under the same sampler; the time of some rows is "
-        "not measured.",
+    "flops_frac": (
+        "FLOPs saved",
+        "FLOPs saved over the full network under the same sampler; the time of some rows is not "
+        "measured.",
     ),
 }
 BARS = "Bars: one standard error of resampling, and half-IQR of the time. Down and right is better."

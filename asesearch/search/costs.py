@@ -179,10 +179,12 @@ class Costs:
         sampler = point.sampler
         mixes = self._mixes(point)
         fewer = self._changed_flops(sampler)
-        depth = point.schedule.depth
-        per_block = self.flops[-1] / depth if depth == 1 else self.flops[-1] - self.flops[-2]
-        blocks = np.arange(1.0, depth + 1)
-        fewer_blocks = blocks - (np.asarray(self.flops) - np.asarray(fewer)) / per_block
+        blocks = np.arange(1.0, point.schedule.depth + 1)
+        # of one block that may be dropped; a U-ViT saves in its other blocks too
+        added, fewer_added = (
+            table[-1] - (table[0] if len(table) > 1 else 0.0) for table in (self.flops, fewer)
+        )
+        fewer_blocks = blocks * fewer_added / added
         if isinstance(self._acceleration(sampler), GuidanceInterval):
             fewer_blocks = blocks / 2  # and what is beside the blocks halves too
         tables = (

@@ -5,7 +5,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from asesearch.backbones import DiT
+from asesearch.backbones import DiT, UViT
 from asesearch.backbones.caching import Caching
 from asesearch.backbones.saving import save_backbone
 from asesearch.config import parse_study
@@ -341,6 +341,24 @@ def test_a_cached_point_is_sampled_and_costed_as_such(make_bench):
     protocol = bench.protocols.search
     spent = [bench.costs.sampling_gflops(p, protocol) for p in (cached, own)]
     assert spent[0] / spent[1] == pytest.approx(flops)
+
+
+def test_a_cache_saves_block_calls_of_a_u_vit_as_of_a_dit(make_bench, tmp_path):
+    """Blocks that are never dropped are cached too, and are no block calls that exits can save."""
+    net = UViT(img_size=28, patch_size=14, in_chans=1, embed_dim=8, depth=6, num_heads=1)
+    path = tmp_path / "uvit.safetensors"
+    save_backbone(net, path, {})
+    names = ["ddim-4+cache-block-0.5", "ddim-4+merge-0.5"]
+    bench = make_bench(
+        backbone={"kind": "uvit", "checkpoint": str(path)}, search={"samplers": names}
+    )
+    cached, merged = (Point(bench.full, Sampler.from_string(name)) for name in names)
+    reuse = np.zeros((4, 7), dtype=bool)
+    reuse[1::2] = True  # half of all block calls
+    bench._accelerations[cached.sampler] = Caching("block", reuse)
+    _, flops, blocks = bench.costs.fracs(cached)
+    assert blocks == pytest.approx(0.5) and 0.5 < flops < 1
+    assert 0.5 < bench.costs.fracs(merged)[2] < 1
 
 
 def test_caches_of_one_part_share_a_latency_table(make_bench, tmp_path):
