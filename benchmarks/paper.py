@@ -73,6 +73,7 @@ class Lab:
             () if args.compile_sampling else caches,
             tuple(args.fewer),
             args.kind,
+            args.full_depth == "tuned",
         )
         self.bench = Workbench(study_of(args, samplers_of(args, self.choice)), args.out)
         elastic = BackboneConfig(kind=args.kind, checkpoint=str(args.elastic))

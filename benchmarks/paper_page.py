@@ -186,7 +186,7 @@ def section(experiment: Experiment, folder: Path, source: Path) -> str:
             f'src="data:image/svg+xml;base64,{svg}"><figcaption>{drawing.caption}</figcaption>'
             "</figure>"
         )
-    for group in ("".join(pictures), sheets(experiment, source)):
+    for group in ("".join(pictures), sheets(experiment, folder, source)):
         parts.append(f'<div class="figures">{group}</div>')
     for sampler in experiment.samplers:
         mine = experiment.rows(sampler)
@@ -209,13 +209,17 @@ def section(experiment: Experiment, folder: Path, source: Path) -> str:
     return "".join(parts)
 
 
-def sheets(experiment: Experiment, source: Path) -> str:
-    """Sample sheets, beside each other."""
+def sheets(experiment: Experiment, folder: Path, source: Path) -> str:
+    """Sample sheets, beside each other, and kept in the page's folder, which it can be made of."""
     out = []
     for shown in experiment.rows():
-        path = source / sheet_of(shown.row.to_dict())
+        name = sheet_of(shown.row.to_dict())
+        path = source / name
         if shown.measured and path.is_file() and experiment.name == "figure1":
             image = base64.b64encode(path.read_bytes()).decode()
+            if source.resolve() != folder.resolve():
+                (folder / name).parent.mkdir(exist_ok=True)
+                shutil.copyfile(path, folder / name)
             score = plus_minus(shown.score.value, _nan(shown.score.std_error))
             label = html.escape(f"{shown.row.label}, {shown.row.sampler}: {score}")
             out.append(

@@ -128,6 +128,8 @@ class Choice:
         caches: what `pay` tries of `ADDED["cache"]`.
         fewer: numbers of steps that `pay` measures the full network in, besides.
         kind: of the network, "dit" or "uvit".
+        joined: whether `JOINED` makes other weights than `OWN`, as it does where a schedule's own
+            make all its calls.
     """
 
     depth: int = 18
@@ -139,6 +141,7 @@ class Choice:
     caches: tuple[str, ...] = ADDED["cache"]
     fewer: tuple[int, ...] = ()
     kind: str = "dit"
+    joined: bool = True
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -231,7 +234,7 @@ def figure3(choice: Choice) -> Iterator[Row]:
     for sampler in choice.samplers or (DDIM, DPM):
         yield from full_rows(sampler, choice)
         yield from exit_rows(sampler, choice)
-        yield from exit_rows(sampler, choice, "joined")
+        yield from exit_rows(sampler, choice, "joined") if choice.joined else ()
         yield from step_rows(sampler, choice)
         for method in ADDED:
             yield from added_rows(method, sampler, choice)
@@ -294,7 +297,7 @@ def ablations(choice: Choice) -> Iterator[Row]:
         yield from full_rows(sampler, choice)
         name = choice.typical[0]
         schedule = str(choice.read(name))
-        for recipe in (*RECIPES, JOINED):
+        for recipe in (*RECIPES, *([JOINED] if choice.joined else [])):
             method = {OWN: "exits", JOINED: "joined"}.get(recipe, "ablation")
             label = name if recipe == OWN else recipe
             yield Row(method, label, schedule, sampler, sampler, recipe)

@@ -71,7 +71,9 @@ class Experiment:
         self.path = folder / f"{name}.jsonl"
         self.lines = read_lines(self.path)
         told = self.lines[0]["settings"] if self.lines else {}
+        own = any(line["settings"].get("full_depth") == "pretrained" for line in self.lines)
         choice = Choice(
+            joined=not own,
             depth=told.get("depth", 18),
             kind=told.get("kind", "dit"),
             published=not any("--no-published" in line["command"] for line in self.lines),

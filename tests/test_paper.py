@@ -132,6 +132,10 @@ def test_a_u_vit_has_the_schedules_published_for_it_and_times_may_be_left_for_la
     shown = Experiment("figure1", out)
     planned = {s.row.label for s in shown.all if not s.measured}
     assert planned >= {"D1-U-ViT reversed", "4 of 8 blocks", "D3-U-ViT reversed", "2 of 8 blocks"}
+    page = paper_page.write_page(out, tmp_path / "page")
+    text = page.read_text()
+    assert text.count("data:image/png") == len(list(out.glob("sheets/*.png"))) == 4
+    assert paper_page.write_page(page.parent, page.parent).read_text() == text  # it is kept whole
 
 
 @pytest.mark.parametrize("full_depth", ["tuned", "pretrained"])
@@ -236,6 +240,12 @@ def tuning_of(recipe):
     start, config = trials.tuning(Choice().read("D3-DiT"))
     own = base.model_dump()
     return start, {k: v for k, v in config.model_dump().items() if v != own[k]}
+
+
+def test_weights_of_their_own_have_no_joined_rows_beside_them():
+    for make in (paper_rows.figure3, paper_rows.ablations):
+        joined, alone = (list(make(Choice(joined=joined))) for joined in (True, False))
+        assert [row for row in joined if row.recipe != paper_rows.JOINED] == alone != joined
 
 
 def test_each_recipe_changes_one_thing():
