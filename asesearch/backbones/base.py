@@ -119,6 +119,11 @@ class Backbone(nn.Module):
         """All transformer blocks, also those that can't be dropped."""
         return [self.block_at(i) for i in range(self.depth)]
 
+    @property
+    def fixed_blocks(self) -> int:
+        """Transformer blocks that run in every call, beside the `depth` that may be dropped."""
+        return len(self.transformer_blocks()) - self.depth
+
     def droppable_blocks(self) -> list[nn.Module]:
         """All blocks that may be dropped, of every set of weights."""
         return [self.block_at(i) for i in range(self.depth)]

@@ -76,6 +76,10 @@ class ExitWeights(Backbone):
         blocks = [*self.full.transformer_blocks(), *self.exits.transformer_blocks()]
         return list(dict.fromkeys(blocks))
 
+    @property
+    def fixed_blocks(self) -> int:
+        return self.full.fixed_blocks
+
     def droppable_blocks(self) -> list[nn.Module]:
         return list(dict.fromkeys([*self.full.droppable_blocks(), *self.exits.droppable_blocks()]))
 

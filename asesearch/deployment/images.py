@@ -81,7 +81,7 @@ class BundleImages:
             "sampling": {**how.model_dump(mode="json"), "compile": self.compile},
             "acceleration": self.bundle.acceleration_name or None,
             "num": num,
-            "block_frac": self.bundle.schedule.block_frac(calls),
+            "block_frac": self.bundle.schedule.block_frac(calls, self.bundle.backbone.fixed_blocks),
         }
 
     def sample(self) -> SampleResult:

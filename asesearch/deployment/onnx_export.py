@@ -171,6 +171,7 @@ def network_of(net: Backbone) -> Network:
         has_null_label=net.has_null_label,
         guided_channels=net.guided_channels,
         learn_sigma=net.learn_sigma,
+        fixed_blocks=net.fixed_blocks,
     )
 
 

@@ -61,6 +61,7 @@ class Network:
     has_null_label: bool
     guided_channels: int
     learn_sigma: bool
+    fixed_blocks: int = 0  # graphs of earlier releases do not tell
 
 
 @dataclass(frozen=True)

@@ -76,6 +76,7 @@ class Opened:
             where the folder can't run at full depth.
         compiled: the first run compiles, which takes longer than what is timed.
         acceleration: of its sampler, which runs in all its steps or not at all; empty for none.
+        fixed_blocks: see `Backbone`.
     """
 
     what: str
@@ -87,6 +88,7 @@ class Opened:
     run: Run | None = None
     compiled: bool = False
     acceleration: str = ""
+    fixed_blocks: int = 0
 
 
 def _bundle(folder: Path, data: Mapping[str, Any], compile: bool | None = None) -> Opened:
@@ -134,6 +136,7 @@ def _of_bundle(made: bundle.Bundle, recorded: Mapping[str, torch.Tensor]) -> Ope
         run=run,
         compiled=made.sampling.compile,
         acceleration=made.acceleration_name,
+        fixed_blocks=net.fixed_blocks,
     )
 
 
@@ -188,6 +191,7 @@ def _onnx(folder: Path, data: Mapping[str, Any]) -> Opened:
         errors=made.parity_errors,
         tolerance=onnx_runtime.TOLERANCE,
         run=run,
+        fixed_blocks=net.fixed_blocks,
     )
 
 
@@ -282,7 +286,7 @@ def _speed(opened: Opened, run: Run) -> Check:
     # a slow network has run a step, which is all the warming it needs
     warm = pairs == 1 and not opened.compiled
     time_ = compare_sampling_time(early, lambda: run(full, steps, images), pairs, warm=warm)
-    bound = schedule.block_frac(timesteps)
+    bound = schedule.block_frac(timesteps, opened.fixed_blocks)
     found = (
         f"{time_.median:.3f} ± {time_.spread:.3f} of the full network's time, blocks alone "
         f"{bound:.3f} ({images} images, {steps} of {opened.num_steps} steps, {pairs} pairs)"

@@ -173,9 +173,14 @@ class ExitSchedule:
         """Droppable blocks run by a sampler that calls the network once at each of `timesteps`."""
         return int(self.exit_depth_at(timesteps).sum())
 
-    def block_frac(self, timesteps: npt.ArrayLike | None = None) -> float:
-        """`block_calls` as a fraction of the full network's, in (0, 1]; over all timesteps if no
-        timesteps are given."""
+    def block_frac(self, timesteps: npt.ArrayLike | None = None, fixed_blocks: int = 0) -> float:
+        """Block calls as a fraction of the full network's, in (0, 1].
+
+        Args:
+            timesteps: where the network is called; None for all.
+            fixed_blocks: of the network that run in every call (`Backbone.fixed_blocks`), as a
+                U-ViT's encoder does.
+        """
         times = (
             np.arange(self.num_train_timesteps)
             if timesteps is None
@@ -187,7 +192,8 @@ class ExitSchedule:
             "no timesteps",
             "give the timesteps the sampler calls at",
         )
-        return self.block_calls(times) / (self.depth * times.size)
+        fixed = fixed_blocks * times.size
+        return (fixed + self.block_calls(times)) / (fixed + self.depth * times.size)
 
     def merged(self) -> ExitSchedule:
         """The same function of t with equal neighbouring intervals joined: equal schedules become

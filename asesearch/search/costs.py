@@ -166,7 +166,7 @@ class Costs:
         fracs = (
             self.latency.time_frac(schedule, steps),
             flops_frac(schedule, steps, self.flops),
-            schedule.block_frac(steps),
+            schedule.block_frac(steps, self.parts.backbone.fixed_blocks),
         )
         return fracs[0] * share, fracs[1] * share, fracs[2] * share
 
@@ -179,8 +179,8 @@ class Costs:
         sampler = point.sampler
         mixes = self._mixes(point)
         fewer = self._changed_flops(sampler)
-        blocks = np.arange(1.0, point.schedule.depth + 1)
-        # of one block that may be dropped; a U-ViT saves in its other blocks too
+        blocks = self.parts.backbone.fixed_blocks + np.arange(1.0, point.schedule.depth + 1)
+        # of one block; those that always run save as much
         added, fewer_added = (
             table[-1] - (table[0] if len(table) > 1 else 0.0) for table in (self.flops, fewer)
         )

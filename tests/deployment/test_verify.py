@@ -9,9 +9,12 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 import asesearch
+from asesearch.backbones import UViT
+from asesearch.backbones.exit_weights import ExitWeights
 from asesearch.backbones.merging import Merging
 from asesearch.cli import app
 from asesearch.config import DiffusionConfig, SamplingConfig
+from asesearch.deployment import formats
 from asesearch.deployment import verify as module
 from asesearch.deployment.bundle import Bundle
 from asesearch.deployment.manifest import file_entries
@@ -131,6 +134,20 @@ def test_speed_is_judged_by_the_promised_saving(frac, passed, monkeypatch):
     assert check.numbers["time_frac"] == pytest.approx(frac)
     assert (check.numbers["steps"], check.numbers["block_frac"]) == (4, 11 / 16)
     assert check.passed is passed
+
+
+@pytest.mark.parametrize("form", ["bundle", "onnx"])
+def test_a_u_vit_is_promised_no_saving_of_blocks_that_always_run(form, tmp_path, monkeypatch):
+    """Three of its five blocks; one of the other two runs."""
+    net = UViT(img_size=8, patch_size=4, in_chans=1, embed_dim=16, depth=4, num_heads=2)
+    assert net.fixed_blocks == ExitWeights(net, net).fixed_blocks == 3
+    assert ExitSchedule.full(2).block_frac([0, 999], 3) == 1
+    schedule = ExitSchedule.from_string("1 1", 2)
+    how = SamplingConfig(solver="ddim", num_steps=2, batch_size=2)
+    made = Bundle(net.eval(), schedule, "uvit", DiffusionConfig(), how, {}, {})
+    folder = formats.write(made, tmp_path / "made", form)
+    monkeypatch.setattr(module, "SPEED_S", 0.5)
+    assert verify(folder)[3].numbers["block_frac"] == pytest.approx(4 / 5)
 
 
 @pytest.mark.parametrize(("jitter", "passed"), [(0.0, False), (0.3, True)])

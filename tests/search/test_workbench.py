@@ -344,7 +344,7 @@ def test_a_cached_point_is_sampled_and_costed_as_such(make_bench):
 
 
 def test_a_cache_saves_block_calls_of_a_u_vit_as_of_a_dit(make_bench, tmp_path):
-    """Blocks that are never dropped are cached too, and are no block calls that exits can save."""
+    """Blocks that are never dropped are cached too, and count as the others do."""
     net = UViT(img_size=28, patch_size=14, in_chans=1, embed_dim=8, depth=6, num_heads=1)
     path = tmp_path / "uvit.safetensors"
     save_backbone(net, path, {})
@@ -359,6 +359,8 @@ def test_a_cache_saves_block_calls_of_a_u_vit_as_of_a_dit(make_bench, tmp_path):
     _, flops, blocks = bench.costs.fracs(cached)
     assert blocks == pytest.approx(0.5) and 0.5 < flops < 1
     assert 0.5 < bench.costs.fracs(merged)[2] < 1
+    shallow = Point(ExitSchedule.from_string("1", 3), bench.own_sampler)
+    assert bench.costs.fracs(shallow)[2] == pytest.approx((4 + 1) / 7)
 
 
 def test_caches_of_one_part_share_a_latency_table(make_bench, tmp_path):
