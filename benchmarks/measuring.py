@@ -21,6 +21,7 @@ from asesearch.study.environment import environment
 
 QUICK = 2  # repeats of --quick and --tiny
 TINY = 1
+LEAST = 2  # blocks that a warm-up draws, where nothing else is said
 
 
 @dataclass(frozen=True)

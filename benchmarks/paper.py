@@ -21,7 +21,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from measuring import machine, say
+from measuring import LEAST, machine, say
 from paper_networks import Made, Networks
 from paper_options import command_of, complete, depth_of, options, samplers_of, study_of
 from paper_record import Line, Record, kind_of, score_of, sheet_of
@@ -115,6 +115,8 @@ class Lab:
             },
             "train": config.train.model_dump(mode="json", exclude={"checkpoint_every"}),
         }
+        if args.elastic_min_exit_depth != LEAST:
+            tuned["warm_up"]["min_exit_depth"] = args.elastic_min_exit_depth
         if config.search.own_exits:
             tuned["full_depth"] = config.search.full_depth
         shared = {

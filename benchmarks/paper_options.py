@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from measuring import add_full_depth, wake
+from measuring import LEAST, add_full_depth, wake
 from paper_rows import EXPERIMENTS, FIXED, OWN, PAY, PRETRAINED, Choice, offered, rows_of_steps
 
 from asesearch.backbones import save_backbone
@@ -110,7 +110,7 @@ def study_of(args: argparse.Namespace, samplers: list[str]) -> StudyConfig:
             "search": {
                 "samplers": samplers[1:],
                 "cost": "flops",
-                "min_exit_depth": 2,
+                "min_exit_depth": args.elastic_min_exit_depth,
                 "full_depth": args.full_depth,
             },
         },
@@ -199,6 +199,9 @@ def options() -> argparse.ArgumentParser:
     parser.add_argument("--elastic-batch", type=int, help="images a step of the warm-up, likewise")
     parser.add_argument("--elastic-full-frac", type=float, help="its share at full depth, likewise")
     parser.add_argument(
+        "--elastic-min-exit-depth", type=int, help="fewest blocks that it draws, likewise"
+    )
+    parser.add_argument(
         "--elastic-seconds", type=float, help="what it took, likewise; unknown if not given"
     )
     parser.add_argument("--time-images", type=int, default=64, help="images of a timed sampling")
@@ -251,13 +254,16 @@ def complete(args: argparse.Namespace) -> argparse.Namespace:
     ).metadata  # recipes.py writes the one, a study the other
     told = json.loads(metadata.get("elastic_depths", "{}"))
     told |= json.loads(metadata.get("warm_up", "{}"))
-    fields = {"steps": "num_steps", "batch": "batch_size", "full_frac": "full_frac"}
-    for option, field in {**fields, "seconds": "seconds"}.items():
+    names = ("min_exit_depth", "full_frac", "seconds")
+    fields = {"steps": "num_steps", "batch": "batch_size", **dict(zip(names, names, strict=True))}
+    for option, field in fields.items():
         name = f"elastic_{option}"
         if getattr(args, name) is None:
             setattr(args, name, told.get(field))
     if args.elastic_full_frac is None:
         args.elastic_full_frac = 0.5
+    if args.elastic_min_exit_depth is None:
+        args.elastic_min_exit_depth = LEAST
     if args.elastic_steps is None or args.elastic_batch is None:
         raise ConfigError(
             "the warm-up's compute is counted, and the full network is fine-tuned for as much; "

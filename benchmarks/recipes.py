@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from measuring import add_full_depth, machine
+from measuring import LEAST, add_full_depth, machine
 from torch import Tensor, nn
 
 from asesearch.backbones import load_backbone, save_backbone
@@ -149,7 +149,7 @@ class Lab:
                         "repeats": args.repeats,
                     },
                     "search": {
-                        "min_exit_depth": 2,
+                        "min_exit_depth": args.min_exit_depth,
                         "cost": "flops",
                         "full_depth": args.full_depth,
                     },
@@ -214,7 +214,8 @@ class Lab:
         if self.args.full_depth == "pretrained":
             limits = (0.0, net.depth - 1)
             net = ExitWeights(net, net)
-        depths = kind(net.depth, 1000, 2, config.depth_distribution, *limits)
+        least = self.args.min_exit_depth
+        depths = kind(net.depth, 1000, least, config.depth_distribution, *limits)
         return finetune(
             net, self.bench.data, self.diffusion, depths, config, teacher=self.bench.backbone
         ).backbone
@@ -279,6 +280,7 @@ def cost_of(lab: Lab, found: dict[str, Any]) -> dict[str, Any]:
         "recipe": recipe,
         "num_steps": 0 if recipe == "none" else lab.args.steps,
         "batch_size": lab.args.batch,
+        "min_exit_depth": lab.args.min_exit_depth,
         "full_frac": (COMMON | RECIPES.get(recipe, {}))["full_frac"],
         "seed": lab.args.seed,
         "seconds": found["seconds"]["elastic"],
@@ -330,6 +332,9 @@ def main() -> None:
     parser.add_argument("--sample-batch", type=int, default=500)
     parser.add_argument("--sampler", type=Sampler.from_string, default="unipc-quadratic-6")
     add_full_depth(parser)
+    parser.add_argument(
+        "--min-exit-depth", type=int, default=LEAST, help="fewest blocks that the warm-up draws"
+    )
     parser.add_argument("--truncated-snr", action="store_true")
     parser.add_argument("--schedules", nargs="*", help="names or depths; default full D3 D7")
     parser.add_argument("--targets", nargs="*", choices=["teacher", "noise"], default=["teacher"])

@@ -11,7 +11,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from asesearch.config import DiffusionConfig, LossWeight, TrainConfig
+from asesearch.backbones import load_backbone, save_backbone
+from asesearch.config import BackboneConfig, DiffusionConfig, LossWeight, TrainConfig
 from asesearch.diffusion import make_diffusion
 from asesearch.finetuning import Batch
 from asesearch.schedule import ExitSchedule
@@ -154,6 +155,20 @@ def test_a_warm_up_of_unknown_cost_is_refused(tmp_path):
     weights = paper_options.tiny_network(tmp_path / "w.safetensors", 0)
     with pytest.raises(SystemExit, match="does not tell its steps; give --elastic-steps and"):
         paper.main(["figure1", "--out", str(tmp_path), "--elastic", str(weights)])
+
+
+@pytest.mark.parametrize(("told", "least"), [({}, 2), ({"min_exit_depth": 1}, 1)])
+def test_the_weights_tell_of_their_warm_up(told, least, tmp_path):
+    path = paper_options.tiny_network(tmp_path / "net.safetensors", 0, "uvit")
+    kept = tmp_path / "w.safetensors"
+    warm_up = {"num_steps": 9, "batch_size": 8, "full_frac": 0.8, "seconds": 3.0, **told}
+    net = load_backbone(BackboneConfig(kind="uvit", checkpoint=str(path)))
+    save_backbone(net, kept, {"warm_up": json.dumps(warm_up)})
+    argv = ["figure1", "--kind", "uvit", "--out", str(tmp_path), "--elastic", str(kept)]
+    args = paper_options.complete(paper_options.options().parse_args(argv))
+    assert (args.elastic_steps, args.elastic_full_frac, args.elastic_seconds) == (9, 0.8, 3.0)
+    study = paper_options.study_of(args, ["ddim-5"])
+    assert study.search.min_exit_depth == args.elastic_min_exit_depth == least
 
 
 def test_a_damaged_line_in_the_middle_is_refused(tmp_path):
