@@ -58,22 +58,23 @@ def drawings(experiment: Experiment) -> Iterator[Drawing]:
             title = f"Score against {SAVED[cost][0]}, {sampler}"
             name = f"{experiment.name}-{sampler.replace('+', 'p')}"
             draw = partial(draw_saved, mine, cost)
-            yield Drawing(name, title, f"{SAVED[cost][1]} {BARS}", mine, draw)
+            yield Drawing(name, title, f"{SAVED[cost][1]} {BETTER}", mine, draw)
 
 
 #: What a figure may set the score against: its name, and how it was measured.
 SAVED = {
     "time_frac": (
         "time saved",
-        "Measured sampling time saved, interleaved with the full network under the same sampler.",
+        "Measured sampling time saved, interleaved with the full network under the same sampler. "
+        "Bars: one standard error of resampling, and half-IQR of the time.",
     ),
     "flops_frac": (
         "FLOPs saved",
         "FLOPs saved over the full network under the same sampler; the time of some rows is not "
-        "measured.",
+        "measured. Bars: one standard error of resampling.",
     ),
 }
-BARS = "Bars: one standard error of resampling, and half-IQR of the time. Down and right is better."
+BETTER = "Down and right is better."
 STEPS = (
     "Solid: early exits, by the schedule in the tables below; dashed: the full network after "
     "equal-compute fine-tuning; dotted: the full network as it is. Bars: one standard error of "

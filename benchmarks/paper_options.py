@@ -254,12 +254,11 @@ def complete(args: argparse.Namespace) -> argparse.Namespace:
     ).metadata  # recipes.py writes the one, a study the other
     told = json.loads(metadata.get("elastic_depths", "{}"))
     told |= json.loads(metadata.get("warm_up", "{}"))
-    names = ("min_exit_depth", "full_frac", "seconds")
-    fields = {"steps": "num_steps", "batch": "batch_size", **dict(zip(names, names, strict=True))}
-    for option, field in fields.items():
+    fields = {"steps": "num_steps", "batch": "batch_size"}
+    for option in (*fields, "full_frac", "min_exit_depth", "seconds"):
         name = f"elastic_{option}"
         if getattr(args, name) is None:
-            setattr(args, name, told.get(field))
+            setattr(args, name, told.get(fields.get(option, option)))
     if args.elastic_full_frac is None:
         args.elastic_full_frac = 0.5
     if args.elastic_min_exit_depth is None:
