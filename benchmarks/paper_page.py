@@ -138,7 +138,7 @@ def answers(experiment: Experiment) -> str:
             texts = [answer_cell(experiment, s) for s in mine]
             cells.append(f"<div>{''.join(texts)}</div>" if texts else f"<i>{NONE}</i>")
         rows.append((name, *cells))
-    return table(("", *columns), rows)
+    return table(("", *columns), rows).replace("<table>", '<table class="answers">', 1)
 
 
 def verdicts(experiment: Experiment) -> Iterator[str]:
@@ -310,6 +310,9 @@ table { border-collapse: collapse; font-size: .9rem; }
 th, td { text-align: left; vertical-align: top; padding: .3rem .6rem;
   border-bottom: 1px solid #ddd; white-space: nowrap; }
 th { font-weight: normal; color: #555; white-space: normal; }
+.answers { width: 100%; min-width: 62rem; table-layout: fixed; font-size: .8rem; }
+.answers td { white-space: normal; padding: .3rem; }
+.answers th:first-child { width: 4.5rem; }
 </style></head><body>
 <h1>The paper's figures, measured here</h1>
 <p>Moon et al. 2024 (ASE) on a network for Fashion-MNIST, which each experiment names: every row
