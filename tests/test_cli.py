@@ -15,6 +15,7 @@ from safetensors.numpy import load_file, save_file
 from typer.testing import CliRunner
 
 from asesearch.cli import app, main
+from asesearch.cli import program as program_module
 from asesearch.data import ImageArray
 from tests.processes import Child
 from tests.study.test_storage import snapshot
@@ -523,6 +524,37 @@ def as_program(monkeypatch, capsys, *args):
     with pytest.raises(SystemExit) as caught:
         main()
     return caught.value.code, capsys.readouterr()
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (OSError(28, "No space left on device"), "No space left on device; free some space, and"),
+        (
+            FileNotFoundError(2, "No usable temporary directory found in ['/tmp', '/']"),
+            "No usable temporary directory found in ['/tmp', '/']; set TMPDIR",
+        ),
+        (
+            OSError(
+                "Matplotlib requires access to a writable cache directory, but a temporary "
+                "directory could not be created; set MPLCONFIGDIR."
+            ),
+            "Matplotlib requires access",
+        ),
+        (OSError(5, "Input/output error"), "Input/output error; asesearch --debug shows where"),
+    ],
+)
+def test_what_the_system_refuses_is_one_line(monkeypatch, capsys, error, line):
+    def refuse():
+        raise error
+
+    monkeypatch.setattr(program_module, "app", refuse)
+    code, said = as_program(monkeypatch, capsys, "pick", "run")
+    assert code == 1 and said.err.startswith(f"error: the system refuses: {line}")
+    assert said.err.count("\n") == 1
+    monkeypatch.setattr(sys, "argv", ["asesearch", "pick", "run", "--debug"])
+    with pytest.raises(OSError):
+        main()
 
 
 def test_a_budget_is_planned_and_kept(place, tmp_path):

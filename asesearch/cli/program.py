@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 from contextlib import suppress
@@ -87,15 +88,14 @@ app.command("train-extractor")(data.train_extractor_)
 
 
 def run() -> None:
-    """Run the command that was given; asesearch's own errors, and the system's about a path, become
-    one line and exit code 1."""
+    """Run the command that was given; asesearch's own errors, and the system's, become one line and
+    exit code 1."""
     # nothing is shown; a notebook's own backend, which its commands inherit, may not be here
     os.environ["MPLBACKEND"] = "agg"
     try:
         app()
     except (AseSearchError, OSError) as error:
-        known = isinstance(error, AseSearchError) or error.filename is not None
-        if "--debug" in sys.argv or not known:
+        if "--debug" in sys.argv:
             raise
         with suppress(BrokenPipeError):
             say(f"error: {printable(_told(error))}")
@@ -103,9 +103,21 @@ def run() -> None:
 
 
 def _told(error: AseSearchError | OSError) -> str:
-    """The line of an error; of a path that the system refuses to look at, what it says of it."""
+    """The line of an error; of what the system refuses, what it says of it."""
     if isinstance(error, AseSearchError):
         return str(error)
+    if error.filename is None:
+        reason = (error.strerror or str(error) or type(error).__name__).splitlines()[0].rstrip(".")
+        return f"the system refuses: {reason}; {_fix(error)}"
     path = os.fsdecode(error.filename) if isinstance(error.filename, (str, bytes)) else ""
     shown = path if len(path) <= LONGEST else f"{path[:LONGEST]}… ({len(path)} characters)"
     return f"can't use {shown}: {error.strerror or error}; check the path and who may read it"
+
+
+def _fix(error: OSError) -> str:
+    """What to do about an error of the system that names no path."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return "free some space, and give the same command again"
+    if "temporary directory" in str(error):
+        return "set TMPDIR (for figures MPLCONFIGDIR too) to a folder that can be written"
+    return "asesearch --debug shows where"

@@ -7,6 +7,7 @@ no dashboard; samples are an artifact of Optuna's, in a folder of the study dire
 
 from __future__ import annotations
 
+import logging
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -30,12 +31,16 @@ BAR = 24  # characters of a full-depth bar
 GRID_IMAGES = 16
 GRID_SIDE = 128
 
+_log = logging.getLogger(__name__)
+
 
 def show_trial(study: Study, trial: optuna.Trial | FrozenTrial, record: TrialRecord) -> None:
     """Give a trial that is on record, and not yet ended, what the dashboard shows.
 
+    Samples that can't be written for it are no reason to end a search: it says so.
+
     Raises:
-        WriteError, StudyError: samples that can't be read, or their folder not written.
+        StudyError: samples that can't be read.
     """
     storage = study.optuna._storage
     save_note(study.optuna, trial, note_of(record))
@@ -45,6 +50,8 @@ def show_trial(study: Study, trial: optuna.Trial | FrozenTrial, record: TrialRec
         _save_samples(study, trial, record)
     except optuna.exceptions.UpdateFinishedTrialError:
         pass  # another worker took this one for dead; its record counts all the same
+    except OSError as error:  # WriteError too
+        _log.warning("the dashboard goes without the samples of trial %d: %s", trial.number, error)
 
 
 def attributes(record: TrialRecord) -> dict[str, Any]:

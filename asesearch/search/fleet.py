@@ -7,7 +7,6 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
-import optuna
 from optuna.trial import FrozenTrial, TrialState
 
 from asesearch.locks import try_lock
@@ -17,7 +16,6 @@ from asesearch.schedule import ExitSchedule
 from asesearch.search.ledger import Ledger
 from asesearch.study import directory
 from asesearch.study.records import RECORD
-from asesearch.study.storage import experimental
 from asesearch.study.study import Study
 from asesearch.study.workers import POLL_S, Others
 
@@ -72,15 +70,21 @@ class Fleet:
         }
 
     def release_dead(self) -> list[FrozenTrial]:
-        """End the trials of workers that are dead; the study's trials as they are then."""
-        with experimental():
-            optuna.storages.fail_stale_trials(self.study.optuna)  # by their missing heartbeat
+        """End the trials of workers that are dead; the study's trials as they are then.
+
+        A missing heartbeat is not enough where the worker gives other signs: it may be the database
+        that was away.
+        """
         trials = self.study.trials()
-        dead = [
-            t
-            for t in self.in_flight(trials)
-            if self.others.alive(t.user_attrs.get(WORKER), t.number) is False
-        ]
+        stale = self.study.stale_trials()
+        dead = []
+        for trial in self.in_flight(trials):
+            mark = trial.user_attrs.get(WORKER)
+            alive = self.others.alive(mark, trial.number)
+            if alive and trial._trial_id in stale:
+                alive = self.others.gives_signs(mark)  # it holds its lock, but may be stopped
+            if alive is False or (alive is None and trial._trial_id in stale):
+                dead.append(trial)
         for trial in dead:
             self.ledger.close(trial)
         return self.study.trials() if dead else trials

@@ -10,14 +10,16 @@ import inspect
 import signal
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import wraps
 from types import FrameType
 from typing import Any
 
 import optuna
-from optuna.storages import RDBStorage
-from optuna.storages._heartbeat import get_heartbeat_thread
+from optuna.exceptions import StorageInternalError
+from optuna.storages import BaseStorage, RDBStorage
+from optuna.storages._heartbeat import BaseHeartbeat
+from sqlalchemy.exc import SQLAlchemyError
 
 
 @contextmanager
@@ -65,8 +67,10 @@ for _name, _method in vars(RDBStorage).items():
 
 @contextmanager
 def beating(study: optuna.Study, trial: optuna.Trial) -> Iterator[None]:
-    """Inside, the database sees signs of life of a trial, as Optuna's `optimize` gives them."""
-    thread = get_heartbeat_thread(trial._trial_id, study._storage)
+    """Inside, the database sees signs of life of a trial, as Optuna's `optimize` gives them; where
+    the database is away, the next sign is given when it is there again."""
+    stop = threading.Event()
+    thread = threading.Thread(target=_beat_until, args=(stop, study._storage, trial._trial_id))
     begun = False
     try:
         with undisturbed():  # a thread that was begun and is not known of would never end
@@ -76,4 +80,15 @@ def beating(study: optuna.Study, trial: optuna.Trial) -> Iterator[None]:
     finally:
         if begun:
             with undisturbed():
+                stop.set()
                 thread.join()
+
+
+def _beat_until(stop: threading.Event, storage: BaseStorage, trial_id: int) -> None:
+    if not isinstance(storage, BaseHeartbeat):
+        return
+    while True:
+        with suppress(StorageInternalError, SQLAlchemyError):
+            storage.record_heartbeat(trial_id)
+        if stop.wait(storage.get_heartbeat_interval()):
+            return

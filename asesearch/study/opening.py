@@ -3,6 +3,7 @@ other."""
 
 from __future__ import annotations
 
+import tempfile
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -204,16 +205,15 @@ def _check(known: StudyFile | None, held: Held, url: URL, run_dir: Path, name: s
 def _refuse_copy(run_dir: Path, identity: str, held: Held, url: URL) -> None:
     """Refuse one of two directories of one study: each would delete and miss the other's weights.
 
-    The other is found where it can be seen from here. A directory that machines have mounted under
-    different paths is one, whose inode is the same.
+    The other is found where it can be seen from here.
 
     Raises:
         StudyError: the other directory holds the study too.
     """
     for other in map(Path, held.directories):
         try:
-            is_same = other.stat().st_ino == run_dir.stat().st_ino
-            if is_same or read_json(other / directory.STUDY).get("id") != identity:
+            other_id = read_json(other / directory.STUDY).get("id")
+            if other_id != identity or _is_same(run_dir, other):
                 continue
         except (OSError, StudyError, AttributeError):
             continue  # it is elsewhere, or no study any more
@@ -222,6 +222,15 @@ def _refuse_copy(run_dir: Path, identity: str, held: Held, url: URL) -> None:
             f"study, whose trials were continued in {other}; search there, or, to go on in "
             f"{run_dir} in its place, rename {other} or remove it"
         )
+
+
+def _is_same(run_dir: Path, other: Path) -> bool:
+    """Whether a directory is another one, perhaps mounted a second time: what is written in the
+    one is seen in the other. Inodes don't tell: the roots of two volumes have the same."""
+    if run_dir.samefile(other):
+        return True
+    with tempfile.NamedTemporaryFile(dir=run_dir, prefix=".same-") as mark:
+        return (other / Path(mark.name).name).exists()
 
 
 def _was_study(run_dir: Path) -> bool:
@@ -245,7 +254,8 @@ def _advice(url: URL, config: StudyConfig) -> str:
         f"; study.json keeps no password: give --storage again with it{libpq}" if recorded else ""
     )
     return (
-        f"check that the server runs, and the URL's host, port, user, password and database{again}"
+        "check that the server runs and takes more connections, and the URL's host, port, user, "
+        f"password and database{again}"
     )
 
 

@@ -73,11 +73,13 @@ def storage_errors(where: str, url: URL | None = None, fix: str = "") -> Iterato
         reason = _reason(error)
         for secret in [] if url is None else secrets(url):
             reason = reason.replace(secret, "***")
-        closer = why_unusable(url or raw_url(where), reason)
-        fix = fix or (
-            "check the path or URL, its permissions, and that no other program holds it; the "
-            "trials on record are kept, and the same command resumes"
-        )
+        known = url or raw_url(where)
+        closer = why_unusable(known, reason)
+        if not fix and known.get_backend_name() == "sqlite":
+            fix = "check the path or URL, its permissions, and that no other program holds it"
+        fix = fix or "check that the server runs, takes more connections, and may be written"
+        if url is None:  # it was open already
+            fix += "; the trials on record are kept, and the same command resumes"
         raise StudyError(
             f"the study's storage {where} can't be used: {closer or f'{reason}; {fix}'}"
         ) from error

@@ -15,6 +15,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from optuna.storages._heartbeat import BaseHeartbeat
 from optuna.trial import FrozenTrial
 
 from asesearch.config import StudyConfig
@@ -79,6 +80,13 @@ class Study:
         """The Optuna trials as they are now, by number; not to be changed."""
         with storage_errors(self.shown_storage):
             return list(self.optuna.get_trials(deepcopy=False))
+
+    def stale_trials(self) -> set[int]:
+        """Optuna's ids of trials that run and have given the database no heartbeat for long."""
+        storage = self.optuna._storage
+        assert isinstance(storage, BaseHeartbeat)
+        with storage_errors(self.shown_storage):
+            return set(storage._get_stale_trial_ids(self.optuna._study_id))
 
     def records(self, trials: Sequence[FrozenTrial] | None = None) -> list[TrialRecord]:
         """Points that were tried, by number: the last record of each, so a stopped one that was

@@ -163,6 +163,12 @@ class Others:
         held = self._lock_held(str(mark["id"]), str(mark["boot"]))
         if held is not None:
             return held
+        return self.gives_signs(mark)
+
+    def gives_signs(self, mark: object) -> bool | None:
+        """Whether a worker's file has changed of late; None where there is none."""
+        if not isinstance(mark, dict):
+            return None
         state = _read(self.folder / f"{mark['id']}.json")
         if state is None:
             return None

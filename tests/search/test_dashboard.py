@@ -1,5 +1,6 @@
 """Optuna's own tools on a study as it is: visualization, and what the dashboard shows."""
 
+import errno
 import json
 import os
 import socket
@@ -208,6 +209,20 @@ def served(searched):
     finally:
         process.terminate()
         process.wait(30)
+
+
+def test_a_full_disk_costs_a_search_its_thumbnails_alone(tmp_path, monkeypatch, caplog):
+    def full(**_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(dashboard, "upload_artifact", full)
+    config = make_config(num_trials=3, proposer="random")
+    study = Study(config, tmp_path / "run")
+    run_trials(study, WithSamples(config=config))
+    assert [r.state for r in study.records()] == ["complete"] * 3
+    said = [r.getMessage() for r in caplog.records]
+    assert sum("goes without the samples of trial" in line for line in said) == 3
+    assert all("No space left" in line for line in said if "goes without" in line)
 
 
 @pytest.mark.slow

@@ -7,9 +7,10 @@ from itertools import count
 
 import optuna
 import pytest
+from optuna.exceptions import StorageInternalError
 from optuna.storages import RDBStorage
-from optuna.storages._heartbeat import HeartbeatThread
 from optuna.trial import TrialState
+from sqlalchemy.exc import OperationalError
 from sqlalchemy.orm import loading
 
 from asesearch.errors import StudyError
@@ -94,6 +95,28 @@ def test_with_optunas_own_storage_it_would_fail(tmp_path, monkeypatch):
     assert any("database is locked" in reason for reason in reasons), reasons
 
 
+def test_a_database_that_was_away_hears_the_next_heartbeat(tmp_path, monkeypatch):
+    """Optuna's own thread ends at the first error, and the worker is taken for dead."""
+    with storage.experimental():
+        kept = WholeCalls(f"sqlite:///{tmp_path}/a.db", heartbeat_interval=60)
+    study = optuna.create_study(storage=kept)
+    beats = []
+    heard = threading.Event()
+
+    def record(storage, trial_id):
+        beats.append(trial_id)
+        if len(beats) == 1:
+            raise StorageInternalError("away") from OperationalError("select 1", {}, OSError())
+        heard.set()
+
+    monkeypatch.setattr(WholeCalls, "record_heartbeat", record)
+    monkeypatch.setattr(WholeCalls, "get_heartbeat_interval", lambda storage: 0.01)
+    trial = storage.ask(study)
+    with beating(study, trial):
+        assert heard.wait(20)
+    assert set(beats) == {trial._trial_id} and len(beats) > 1
+
+
 @pytest.mark.parametrize("name", ["start", "join"])
 def test_ctrl_c_amid_the_heartbeat_leaves_no_thread(tmp_path, monkeypatch, name):
     """A thread that nobody ends would keep the process from ending."""
@@ -102,7 +125,7 @@ def test_ctrl_c_amid_the_heartbeat_leaves_no_thread(tmp_path, monkeypatch, name)
     study = optuna.create_study(storage=kept)
     trial = storage.ask(study)
     before = threading.active_count()
-    after(monkeypatch, HeartbeatThread, name)
+    after(monkeypatch, threading.Thread, name)
     with pytest.raises(KeyboardInterrupt), beating(study, trial):
         assert name == "join" and threading.active_count() == before + 1
     assert threading.active_count() == before

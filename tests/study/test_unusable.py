@@ -3,6 +3,7 @@ what is really wrong."""
 
 import os
 import shutil
+from pathlib import Path
 
 import pytest
 
@@ -142,8 +143,33 @@ def test_one_directory_under_several_paths_is_no_copy(tmp_path):
     assert len(Study(config, tmp_path / "moved").records()) == 1
 
 
+@pytest.mark.parametrize("same", [True, False])
+def test_a_directory_that_is_mounted_twice_is_known_by_what_is_written_in_it(
+    tmp_path, monkeypatch, same
+):
+    """Device and inode tell nothing: a second mount may have others, and the roots of two volumes
+    the same inode."""
+    config = begun(tmp_path / "one", storage=f"sqlite:///{tmp_path}/s.db")
+    if same:
+        (tmp_path / "two").symlink_to(tmp_path / "one")
+    else:
+        shutil.copytree(tmp_path / "one", tmp_path / "two")
+    monkeypatch.setattr(Path, "samefile", lambda *_: False)
+    if same:
+        Study(config, tmp_path / "two")
+    else:
+        with pytest.raises(StudyError, match="is a copy of the other"):
+            Study(config, tmp_path / "two")
+    assert not list(tmp_path.rglob(".same-*"))
+
+
 def test_a_copy_with_its_own_database_is_a_study_of_its_own(tmp_path):
     config = begun(tmp_path / "one")
     shutil.copytree(tmp_path / "one", tmp_path / "two")
     assert len(Study(config, tmp_path / "two").records()) == 1
     assert len(Study(config, tmp_path / "one").records()) == 1
+
+
+def test_a_path_with_a_nul_is_refused_as_one(tmp_path):
+    with pytest.raises(StudyError, match="can't hold a NUL character"):
+        parse_url("sqlite:///a%00b.db")
