@@ -229,8 +229,9 @@ def _is_same(run_dir: Path, other: Path) -> bool:
     one is seen in the other. Inodes don't tell: the roots of two volumes have the same."""
     if run_dir.samefile(other):
         return True
-    with tempfile.NamedTemporaryFile(dir=run_dir, prefix=".same-") as mark:
-        return (other / Path(mark.name).name).exists()
+    folder = run_dir / directory.LOCKS if (run_dir / directory.LOCKS).is_dir() else run_dir
+    with tempfile.NamedTemporaryFile(dir=folder, prefix=".same-") as mark:
+        return (other / folder.relative_to(run_dir) / Path(mark.name).name).exists()
 
 
 def _was_study(run_dir: Path) -> bool:
