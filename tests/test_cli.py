@@ -557,6 +557,15 @@ def test_what_the_system_refuses_is_one_line(monkeypatch, capsys, error, line):
         main()
 
 
+def test_a_search_is_not_one_process_of_a_training(place, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    code, said = as_program(
+        monkeypatch, capsys, "search", place / "tiny.toml", "--out", tmp_path / "run", "--dry-run"
+    )
+    assert code == 1 and "start each worker of a search by a command of its own" in said.err
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_budget_is_planned_and_kept(place, tmp_path):
     study = tmp_path / "timed.toml"
     study.write_text(

@@ -656,6 +656,40 @@ def test_one_elastic_network_serves_every_depth_better_than_the_pretrained(tiny_
     assert all(error(elastic, depth) < 0.7 * error(full, depth) for depth in (1, 2, 3))
 
 
+ALONE = """
+import os
+from asesearch.errors import ConfigError
+from asesearch.finetuning import make_accelerator, train_alone
+try:
+    train_alone()
+except ConfigError as error:
+    print(error)
+else:
+    print(make_accelerator("no").num_processes, os.environ.get("PMI_SIZE"))
+"""
+
+
+@pytest.mark.parametrize(
+    ("started", "said"),
+    [
+        ({"PMI_SIZE": "2", "PMI_RANK": "0", "LOCAL_RANK": "0"}, "1 2\n"),
+        ({}, "1 None\n"),
+        ({"WORLD_SIZE": "2", "RANK": "0"}, "only `train` and `finetune` share their work"),
+    ],
+)
+def test_a_worker_of_a_search_trains_alone_whatever_started_it(started, said):
+    launcher = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "PMI_SIZE")
+    environment = {k: v for k, v in os.environ.items() if k not in launcher}
+    done = subprocess.run(
+        [sys.executable, "-c", ALONE],
+        env={**environment, **started},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.startswith(said)
+
+
 # -- fp16 ------------------------------------------------------------------------------------------
 
 

@@ -12,13 +12,14 @@ import copy
 import gc
 import importlib
 import math
+import os
 from functools import cache
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState
+from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedDataParallelKwargs, KwargsHandler, send_to_device
 from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
@@ -31,6 +32,9 @@ from asesearch.errors import ConfigError
 from asesearch.finetuning.annealing import Depths, PlateauWeight, ema_decay_at, lr_factor
 from asesearch.finetuning.batches import Batch
 from asesearch.schedule import ElasticDepths
+
+#: What launchers of several processes set, and accelerate takes for an invitation.
+_INVITATIONS = ("LOCAL_RANK", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
 
 
 def make_accelerator(mixed_precision: str, *handlers: KwargsHandler) -> Accelerator:
@@ -48,6 +52,27 @@ def make_accelerator(mixed_precision: str, *handlers: KwargsHandler) -> Accelera
         cpu=not torch.cuda.is_available(),
         kwargs_handlers=list(handlers),
     )
+
+
+def train_alone() -> None:
+    """Have this process train by itself, whatever started it: the workers of a study, which `srun`
+    or `mpirun` may start beside each other, share no gradients.
+
+    Raises:
+        ConfigError: it is one of several processes of one training.
+    """
+    several = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    if not several and not PartialState._shared_state:
+        kept = {name: os.environ.pop(name) for name in _INVITATIONS if name in os.environ}
+        try:
+            PartialState(cpu=not torch.cuda.is_available())
+        finally:
+            os.environ.update(kept)
+    if several or PartialState().num_processes > 1:
+        raise ConfigError(
+            "only `train` and `finetune` share their work among the processes of `accelerate "
+            "launch` or `torchrun`; start each worker of a search by a command of its own"
+        )
 
 
 @cache

@@ -34,7 +34,7 @@ from asesearch.evaluation.fidelity import (
     check_sample_counts,
     evaluate_in,
 )
-from asesearch.finetuning import check_fit
+from asesearch.finetuning import check_fit, train_alone
 from asesearch.point import Point
 from asesearch.sampler import Sampler
 from asesearch.sampling import SampleResult, check_eager, check_sampling, sample
@@ -77,6 +77,7 @@ class Parts:
                 "a search needs pretrained weights; got no backbone.checkpoint; give a path or "
                 "`shipped:NAME`"
             )
+        train_alone()
         check_evaluation(config)
         self.config = config
         self.run_dir = run_dir
