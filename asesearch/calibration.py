@@ -16,11 +16,12 @@ from asesearch.backbones.smoothcache import SmoothCache, smoothed
 from asesearch.backbones.uncertainty import DeeDiff, learned
 from asesearch.errors import ConfigError
 from asesearch.sampler import acceleration_of
+from asesearch.score import SEEDS_END
 
 #: Images that show how much a part changes from call to call.
 NUM_IMAGES = 16
 #: Their seeds, which no protocol has.
-SEEDS = range(2**32 - 2 * NUM_IMAGES, 2**32 - NUM_IMAGES)
+SEEDS = range(SEEDS_END, SEEDS_END + NUM_IMAGES)
 #: Samples the full network for `SEEDS`, under an acceleration that only looks on.
 Look = Callable[[Acceleration], object]
 #: Accelerations of an amount, a number of calls and what samples.

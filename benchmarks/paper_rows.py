@@ -144,6 +144,11 @@ class Choice:
     joined: bool = True
 
     @property
+    def fixed_blocks(self) -> int:
+        """Blocks that always run: of a U-ViT as many as may be dropped, and the one between."""
+        return self.depth + 1 if self.kind == "uvit" else 0
+
+    @property
     def names(self) -> tuple[str, ...]:
         """The published schedules of the kind of network."""
         return PUBLISHED[self.kind]
@@ -246,7 +251,7 @@ def step_rows(sampler: str, choice: Choice) -> Iterator[Row]:
     """The full network in fewer steps: as many calls as a published schedule's blocks pay for,
     and half."""
     steps = Sampler.from_string(sampler).num_steps
-    shares = [choice.read(name).block_frac() for name in choice.names]
+    shares = [choice.read(name).block_frac(None, choice.fixed_blocks) for name in choice.names]
     counts = dict.fromkeys(max(1, round(steps * share)) for share in (*shares, 0.5))
     yield from rows_of_steps(sampler, choice, counts)
 

@@ -15,6 +15,7 @@ from asesearch.backbones import load_backbone, save_backbone
 from asesearch.config import BackboneConfig, DiffusionConfig, LossWeight, TrainConfig
 from asesearch.diffusion import make_diffusion
 from asesearch.finetuning import Batch
+from asesearch.sampler import Sampler
 from asesearch.schedule import ExitSchedule
 from asesearch.score import Protocol
 
@@ -190,6 +191,21 @@ def test_shapes_have_one_budget_and_mixed_schedules_one_light_interval():
         depths = ExitSchedule.from_string(row.schedule, 18).exit_depths
         light = [i for i, d in enumerate(depths) if d < 18]
         assert light == [int(row.label[-1])] and depths[light[0]] == 6
+
+
+@pytest.mark.parametrize(
+    ("kind", "counts"), [("dit", [39, 36, 32, 30, 25]), ("uvit", [38, 36, 34, 32, 25])]
+)
+def test_fewer_steps_are_as_many_as_the_blocks_of_a_schedule_pay_for(kind, counts):
+    """Of a U-ViT those that always run are paid for too."""
+    net = load_backbone(BackboneConfig(kind=kind, checkpoint=paper_options.NETWORKS[kind]))
+    choice = Choice(depth=net.depth, kind=kind)
+    assert choice.fixed_blocks == net.fixed_blocks
+    rows = list(paper_rows.step_rows("ddim-50", choice))
+    assert [int(row.label.split()[0]) for row in rows] == counts
+    for name, row in zip(choice.names, rows, strict=False):
+        frac = choice.read(name).block_frac(None, net.fixed_blocks)
+        assert Sampler.from_string(row.sampler).num_steps / 50 == pytest.approx(frac, abs=0.011)
 
 
 def test_every_shape_of_figure1_runs_as_many_blocks():

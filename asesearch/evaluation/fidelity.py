@@ -18,7 +18,7 @@ from asesearch.evaluation.distances import frechet_distance, kernel_distance, pr
 from asesearch.evaluation.extractors import Extractor
 from asesearch.evaluation.features import Floats, extract_features
 from asesearch.evaluation.references import ReferenceStats
-from asesearch.score import PCA, EvaluationResult, Protocol
+from asesearch.score import PCA, SEEDS_END, EvaluationResult, Protocol
 
 #: Images for each principal component of "frechet-pca".
 COMPONENTS_SHARE = 4
@@ -42,8 +42,8 @@ def build_protocol(
         guided_channels: the network's (`Backbone.guided_channels`); kept where there is guidance.
 
     Raises:
-        EvaluationError: too few images for the metric, repeats that share seeds, or a reference of
-            another extractor.
+        EvaluationError: too few images for the metric, repeats that share seeds, seeds that no
+            image can have, or a reference of another extractor.
     """
     count = config.num_samples
     metric = metric or config.metric
@@ -70,6 +70,11 @@ def build_protocol(
         raise EvaluationError(
             f"repeats of {count} images must not share seeds; got first seeds {starts}; put them "
             f"at least {count} apart"
+        )
+    if min(starts) < 0 or max(starts) + count > SEEDS_END:
+        raise EvaluationError(
+            f"image seeds must lie in 0…{SEEDS_END - 1}; got repeats of {count} images from the "
+            f"seeds {starts} on; let the last begin at {SEEDS_END - count} at most"
         )
     return Protocol(
         metric=f"{PCA}-{num_components(count, extractor.dim)}" if metric == PCA else metric,

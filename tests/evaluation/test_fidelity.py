@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from asesearch import calibration
 from asesearch.config import EvaluationConfig, SamplingConfig
 from asesearch.data import ImageArray, ImageFolder, fashion_mnist
 from asesearch.errors import DataError, EvaluationError
@@ -473,6 +474,16 @@ def test_repeats_that_share_seeds_are_refused(extractor, reference):
     for seeds in ([0, 99], [5, 5], []):
         with pytest.raises(EvaluationError, match="share seeds"):
             build_protocol(config, sampling, extractor, reference, seeds=seeds)
+
+
+def test_seeds_that_no_image_can_have_are_refused(extractor, reference):
+    """Those above are for calibrating accelerations."""
+    last = calibration.SEEDS.start - 2 * 100
+    kept = protocol_of(extractor, reference, num_samples=100, repeats=2, seed=last)
+    assert kept.seeds == (last, last + 100)
+    for seed in (last + 1, 2**32, 2**52):
+        with pytest.raises(EvaluationError, match=f"let the last begin at {last + 100} at most"):
+            protocol_of(extractor, reference, num_samples=100, repeats=2, seed=seed)
 
 
 def test_a_reference_of_another_extractor_is_refused(extractor, reference):
