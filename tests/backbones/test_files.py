@@ -43,6 +43,34 @@ def test_the_format_is_told_by_content_not_by_name(tmp_path) -> None:
     torch.save(STATE, tmp_path / "y", _use_new_zipfile_serialization=False)  # torch before 1.6
     torch.save(STATE, tmp_path / "z.bin")
     assert all(same(read_state_dict(tmp_path / name)[0]) for name in ("x.pt", "y", "z.bin"))
+    for zipped in (True, False):
+        torch.save(STATE, tmp_path / "w.safetensors", _use_new_zipfile_serialization=zipped)
+        assert same(read_state_dict(tmp_path / "w.safetensors")[0])
+
+
+def packed_again(path, method: int) -> None:
+    """What `torch.save` wrote, unpacked and packed by another program."""
+    with zipfile.ZipFile(path) as archive:
+        members = {name: archive.read(name) for name in archive.namelist()}
+    with zipfile.ZipFile(path, "w", method) as archive:
+        for name, data in members.items():
+            archive.writestr(name, data)
+
+
+def test_a_checkpoint_that_was_packed_again_is_read_or_told_so(tmp_path) -> None:
+    path = tmp_path / "net.pt"
+    state = {"a.weight": torch.linspace(-1, 1, 4096), "a.bias": torch.zeros(4096)}
+    for method in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+        torch.save(state, path)
+        packed_again(path, method)
+        assert same(read_state_dict(path)[0], state)
+    with pytest.raises(RuntimeError, match="not resizable"):  # the control: mapped
+        torch.load(path, weights_only=True, mmap=True)
+    for method in (zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA):
+        torch.save(state, path)
+        packed_again(path, method)
+        with pytest.raises(CheckpointError, match="PyTorch can't read; unpack it, and zip it un"):
+            read_state_dict(path)
 
 
 @pytest.mark.parametrize(("keys", "source"), [(("model", "ema"), "ema"), (("model",), "model")])
