@@ -64,7 +64,9 @@ def test_a_checkpoint_that_was_packed_again_is_read_or_told_so(tmp_path) -> None
         torch.save(state, path)
         packed_again(path, method)
         assert same(read_state_dict(path)[0], state)
-    with pytest.raises(RuntimeError, match="not resizable"):  # the control: mapped
+    with pytest.raises(
+        RuntimeError, match="not resizable"
+    ):  # the control: what mapping makes of it
         torch.load(path, weights_only=True, mmap=True)
     for method in (zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA):
         torch.save(state, path)
@@ -144,8 +146,44 @@ def test_weights_of_a_variant_alone_are_told_how_to_be_read(tmp_path) -> None:
     index.rename(tmp_path / "diffusion_pytorch_model.safetensors.index.json")
     (tmp_path / "config.json").write_text("{}", encoding="utf-8-sig")  # as some editors save it
     assert same(read_state_dict(tmp_path)[0])
-    with pytest.raises(CheckpointError, match="save its config.json as UTF-8 without a byte order"):
-        load_pretrained(DiTTransformer2DModel, tmp_path, "DiT")
+    marked = tmp_path / "diffusion_pytorch_model.safetensors.index.json"
+    for name in ("config.json", marked.name):
+        with pytest.raises(
+            CheckpointError, match=f"save its {name} as UTF-8 without a byte order mark"
+        ):
+            load_pretrained(DiTTransformer2DModel, tmp_path, "DiT")
+        (tmp_path / "config.json").write_text("{}")
+        marked.write_text(marked.read_text(), encoding="utf-8-sig")
+        assert same(read_state_dict(tmp_path)[0])
+
+
+def test_shards_without_their_index_are_told_what_is_missing(tmp_path) -> None:
+    name = "diffusion_pytorch_model"
+    for variant in ("", ".fp16"):
+        shards = [f"{name}{variant}-0000{i}-of-00002" for i in (1, 2)]
+        folder = tmp_path / f"net{variant}"
+        write_folder(
+            folder,
+            {f"{n}.safetensors": {k: STATE[k]} for n, k in zip(shards, STATE, strict=True)},
+        )
+        assert same(read_state_dict(folder)[0])  # the control: with the index they are read
+        (folder / f"{name}.safetensors.index.json").unlink()
+        for load in (
+            read_state_dict,
+            lambda path: load_pretrained(DiTTransformer2DModel, path, ""),
+        ):
+            with pytest.raises(
+                CheckpointError, match=rf"{name}\.safetensors\.index{variant}\.json"
+            ):
+                load(folder)
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "config.json").write_text("{}")
+    for n, k in zip(shards, STATE, strict=True):
+        torch.save({k: STATE[k]}, tmp_path / "bin" / f"{n}.bin")
+    with pytest.raises(
+        CheckpointError, match="as safetensors: shards of PyTorch files are not read"
+    ):
+        read_state_dict(tmp_path / "bin")
 
 
 def test_writing_to_what_was_read_leaves_the_file_alone(tmp_path) -> None:

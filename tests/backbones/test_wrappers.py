@@ -1,6 +1,7 @@
 """Weights inside of training states, whatever wraps them and their names."""
 
 import argparse
+import logging
 import re
 from collections import OrderedDict
 
@@ -260,7 +261,7 @@ def test_what_holds_no_network_is_described(tmp_path, data, rule: str) -> None:
 
 
 @pytest.mark.parametrize("suffix", ["bin", "safetensors"])
-def test_a_diffusers_folder_with_wrapped_names(tmp_path, suffix: str) -> None:
+def test_a_diffusers_folder_with_wrapped_names(tmp_path, monkeypatch, caplog, suffix: str) -> None:
     from diffusers import DiTTransformer2DModel
 
     torch.manual_seed(0)
@@ -287,6 +288,11 @@ def test_a_diffusers_folder_with_wrapped_names(tmp_path, suffix: str) -> None:
         torch.tensor([0, 2]),
         return_dict=False,
     )[0].detach()
+    monkeypatch.setattr(logging.getLogger("diffusers"), "handlers", [caplog.handler])
     for kind in ["dit"] + ["diffusers"] * (suffix == "safetensors"):
         net = load_backbone(BackboneConfig(kind=kind, checkpoint=str(tmp_path))).eval()
         assert (outputs(net) - wanted).abs().max() < 1e-5
+    assert not caplog.records
+    if suffix == "safetensors":  # the control: diffusers itself says that no weights fit
+        DiTTransformer2DModel.from_pretrained(tmp_path)
+        assert any("newly initialized" in r.getMessage() for r in caplog.records)
