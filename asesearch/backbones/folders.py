@@ -110,9 +110,9 @@ def _naming_fix(folder: Path) -> str:
     """What to do in a folder with shards whose index is missing, or with the weights of a variant
     alone, such as fp16; empty elsewhere."""
     for path in sorted(folder.glob("*-*-of-*.safetensors")):
-        name, _, variant = path.name.rsplit("-", 3)[0].partition(".")
-        index = f"{name}.safetensors.index{f'.{variant}' if variant else ''}.json"
-        if name and not (folder / index).exists():
+        stem, _, kind = path.name.rsplit("-", 3)[0].partition(".")
+        index = f"{stem}.safetensors.index{f'.{kind}' if kind else ''}.json"
+        if stem and not (folder / index).exists():
             return f"fetch {index} too, which tells what is in {path.name} and the other shards"
     indexes = sorted(folder.glob("*.safetensors.index.*.json"))
     for path in [*indexes, *sorted(folder.glob("*.*.safetensors"))]:
