@@ -44,6 +44,20 @@ _OPTIONS = {
     "parameterization": (str,),
     "pred": (str,),
 }
+_COUNTS = ("num_classes", "num_heads", "class_dropout_prob")
+_MAX_SECTIONS = 3
+#: Words that make up the names of sections of options that are the network's or the training's.
+_OWN_SECTION = re.compile(
+    "args|arguments|flags|hyper|hparams|(?:hyper)?param(?:eter)?s|init|kwargs|opt|options|settings"
+    "|cfg|conf|configs?|configuration|train(?:er|ing)?|experiment|data(?:set)?|state"
+    "|model|module|net(?:work)?|nnet|backbone|transformer|denoiser|diffusion|dit|unet|u|vit|uvit|ema"
+)
+#: In the name of a section that is certainly another network's.
+_OTHER_SECTION = re.compile(
+    "(?<![a-z])(?:(?:text|image|vision)_?encoder|vae|autoencoder|discriminator|critic|teacher|lpips"
+    "|classifier(?!_?free))",
+    re.IGNORECASE,
+)
 
 
 class NoWeightsError(ValueError):
@@ -297,19 +311,29 @@ def _kind(value: object) -> str:
 def training_options(data: object) -> dict[str, Any]:
     """What the options of the training, kept beside the weights, tell of the network.
 
-    An option that stands there twice with different values is left out.
+    An option that stands there twice with different values is left out, and so is what stands in
+    the section of another network, such as a discriminator; counts are believed only in sections
+    that are the network's or the whole training's by name.
     """
     found: dict[str, list[Any]] = {}
-    if isinstance(data, Mapping):
-        for value in data.values():
-            _collect(vars(value) if isinstance(value, Namespace) else value, found, 2)
+    _collect(data, (), found)
     return {k: v[0] for k, v in found.items() if all(other == v[0] for other in v)}
 
 
-def _collect(data: object, found: dict[str, list[Any]], nesting: int) -> None:
-    if not isinstance(data, Mapping) or nesting < 0:
+def _collect(data: object, path: tuple[str, ...], found: dict[str, list[Any]]) -> None:
+    data = vars(data) if isinstance(data, Namespace) else data
+    if not isinstance(data, Mapping) or len(path) > _MAX_SECTIONS:
         return
     for key, value in data.items():
-        if key in _OPTIONS and type(value) in _OPTIONS[key]:
+        if key in _OPTIONS and type(value) in _OPTIONS[key] and _is_told(key, path):
             found.setdefault(key, []).append(value)
-        _collect(vars(value) if isinstance(value, Namespace) else value, found, nesting - 1)
+        _collect(value, (*path, str(key)), found)
+
+
+def _is_told(option: str, path: tuple[str, ...]) -> bool:
+    """Whether an option at this path is one of the network whose weights are meant."""
+    if option in _COUNTS:
+        words = (word for part in path for word in re.findall("[a-z]+", part.lower()))
+        return all(_OWN_SECTION.fullmatch(word) for word in words)
+    # what the network predicts is told so that others are refused: believed unless surely another's
+    return not any(_OTHER_SECTION.search(part) for part in path)
