@@ -208,16 +208,16 @@ def load_backbone(
     """The network of a study file: with the checkpoint's weights, or random ones, drawn from
     `seed`, if it names none.
 
-    The architecture is the checkpoint's own; `preset` and then `args` override it. Of weights under
-    official names the shapes tell most of it; `CheckpointInfo.notes` says what was taken to be
-    usual, and a log line what may well not be. Weights become float32; those that were float32 are
-    mapped from the file, not copied, so don't overwrite the file in place while the network lives.
-    `null_condition` is for a network that takes prompts; by default it has that of a file of
-    `save_backbone`.
+    The architecture is the checkpoint's own; `preset` and then `args` override it, but for heads
+    that it tells of itself. Of weights under official names the shapes tell most of it;
+    `CheckpointInfo.notes` says what was taken to be usual, and a log line what may well not be.
+    Weights become float32; those that were float32 are mapped from the file, not copied, so don't
+    overwrite the file in place while the network lives. `null_condition` is for a network that
+    takes prompts; by default it has that of a file of `save_backbone`.
 
     Raises:
         ConfigError: an unknown preset or argument, one that does not fit the weights, or heads that
-            they don't tell.
+            they don't tell, or tell otherwise.
         CheckpointError: unreadable, of another kind, entries that do not fit the network, or
             numbers that are not finite.
     """
@@ -234,7 +234,14 @@ def load_backbone(
     state = contents.state
     if contents.config is not None:
         state, _ = diffusers_to_dit(state, contents.config)
+    told = info.args.get("num_heads")
     args = info.args | args
+    if told is not None and args["num_heads"] != told:
+        raise ConfigError(
+            f"{contents.path} says that its network has num_heads = {told}; got num_heads = "
+            f"{args['num_heads']} in [backbone], by preset or args; leave it out, or give the "
+            "weights alone where the file tells of another network"
+        )
     if "num_heads" not in args:
         raise ConfigError(
             f"the weights of {info.model} in {contents.path} don't tell the number of attention "

@@ -9,6 +9,7 @@ import pickle
 import pickletools
 import re
 import warnings
+import zipfile
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -132,16 +133,28 @@ def _load_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 def _load_torch(path: Path, head: bytes) -> object:
     if (what := foreign(path)) is not None:
         raise CheckpointError(f"{path} {what}")
-    mmap = head.startswith(b"PK\x03\x04")  # files from before torch 1.6 can't be mapped
+    # the options in a training state: data only
+    options = torch.serialization.safe_globals([argparse.Namespace])
     try:
-        # the options in a training state: data only
-        with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
+        mmap = _is_mappable(path, head)
+        with path.open("rb") as file, options, warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+            source = path if mmap else file
+            return torch.load(source, map_location="cpu", weights_only=True, mmap=mmap)
     except OSError:
         raise
     except Exception as error:  # a damaged or hostile pickle may raise anything
         raise CheckpointError(_refused(path, head, error)) from error
+
+
+def _is_mappable(path: Path, head: bytes) -> bool:
+    """Whether torch can map the weights from a file: from a zip archive, as it writes since 1.6, in
+    which nothing is compressed. It maps by path alone, and takes paths that end so for
+    safetensors."""
+    if path.name.endswith(".safetensors") or not head.startswith(b"PK\x03\x04"):
+        return False
+    with zipfile.ZipFile(path) as archive:
+        return all(member.compress_type == zipfile.ZIP_STORED for member in archive.infolist())
 
 
 def _refused(path: Path, head: bytes, error: Exception) -> str:

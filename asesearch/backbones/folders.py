@@ -3,8 +3,9 @@ their config.json says, and which files hold the weights. Nothing here imports t
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -93,17 +94,26 @@ def weight_files(folder: Path) -> list[str]:
     if missing:
         pickled = sorted(p.name for p in folder.iterdir() if p.suffix in _PICKLES)
         fix = f"call a PyTorch file {WEIGHTS}.bin" if pickled else f"copy them beside {CONFIG}"
-        fix = _variant_fix(folder) or fix
+        if any("-of-" in name for name in pickled):
+            fix = "save the model again, as safetensors: shards of PyTorch files are not read"
+        fix = _naming_fix(folder) or fix
         raise CheckpointError(
-            f"{folder} must hold {', '.join(missing[:3])}; got {pickled or 'no such files'}; {fix}"
+            f"{folder} must hold {', '.join(missing[:3])}; got {pickled[:3] or 'no such files'}; "
+            f"{fix}"
         )
     if len(names) > 1:
         _refuse_doubled(folder, names)
     return names
 
 
-def _variant_fix(folder: Path) -> str:
-    """What to do in a folder with the weights of a variant alone, such as fp16; empty elsewhere."""
+def _naming_fix(folder: Path) -> str:
+    """What to do in a folder with shards whose index is missing, or with the weights of a variant
+    alone, such as fp16; empty elsewhere."""
+    for path in sorted(folder.glob("*-*-of-*.safetensors")):
+        stem, _, kind = path.name.rsplit("-", 3)[0].partition(".")
+        index = f"{stem}.safetensors.index{f'.{kind}' if kind else ''}.json"
+        if stem and not (folder / index).exists():
+            return f"fetch {index} too, which tells what is in {path.name} and the other shards"
     indexes = sorted(folder.glob("*.safetensors.index.*.json"))
     for path in [*indexes, *sorted(folder.glob("*.*.safetensors"))]:
         *name, variant, suffix = path.name.split(".")
@@ -174,6 +184,19 @@ def _refuse_quantised(folder: Path) -> None:
                     )
 
 
+@contextmanager
+def _quiet(cls: Any) -> Iterator[None]:
+    """Silence what a class's library says of weights that don't fit: it is returned or raised too,
+    and false where `module.` is taken off their names afterwards."""
+    logger = logging.getLogger(cls.from_pretrained.__module__)
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
 def load_pretrained(
     cls: Any, folder: Path, what: str, **options: Any
 ) -> tuple[nn.Module, dict[str, list[str]]]:
@@ -196,14 +219,20 @@ def load_pretrained(
     for index in folder.glob("*.safetensors.index.json"):
         _refuse_doubled(folder, [name for name in _shards(index) if (folder / name).is_file()])
     try:
-        net, info = cls.from_pretrained(
-            folder, local_files_only=True, use_safetensors=True, output_loading_info=True, **options
-        )
+        with _quiet(cls):
+            net, info = cls.from_pretrained(
+                folder,
+                local_files_only=True,
+                use_safetensors=True,
+                output_loading_info=True,
+                **options,
+            )
     except Exception as error:  # of damaged files it raises anything
         reason = " ".join(str(error).split())[:300]
-        fix = _variant_fix(folder) or "fetch it again, or save it with save_pretrained"
-        if has_mark(folder / CONFIG):
-            fix = f"save its {CONFIG} as UTF-8 without a byte order mark"
+        fix = _naming_fix(folder) or "fetch it again, or save it with save_pretrained"
+        for path in (folder / CONFIG, *folder.glob("*.safetensors.index.json")):
+            if has_mark(path):
+                fix = f"save its {path.name} as UTF-8 without a byte order mark"
         raise CheckpointError(
             f"{folder} must hold a readable {what} with its weights in safetensors; got {reason}; "
             f"{fix}"

@@ -73,6 +73,7 @@ def _zip(path: Path, size: int) -> str | None:
     try:
         with zipfile.ZipFile(path) as archive:
             names = archive.namelist()
+            methods = {member.compress_type for member in archive.infolist()}
     except zipfile.BadZipFile:
         return f"is cut short after {size:,} bytes, as an unfinished download is; {_AGAIN}"
     if any(name.endswith("constants.pkl") for name in names):
@@ -80,7 +81,11 @@ def _zip(path: Path, size: int) -> str | None:
             "is a TorchScript program; save its state dict: torch.save(module.state_dict(), FILE)"
         )
     if any(name.endswith("data.pkl") for name in names):
-        return None
+        if methods <= {zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED}:
+            return None
+        return (
+            "was packed again in a way that PyTorch can't read; unpack it, and zip it uncompressed"
+        )
     if names and all(name.endswith(".npy") for name in names):
         return f"is an archive of NumPy arrays (.npz); {_CONVERT}"
     return (

@@ -11,6 +11,7 @@ the official training makes them, which `Architecture.assumed` says.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -31,7 +32,9 @@ _OTHERS = {
     "joint_blocks.": ("Stable Diffusion 3", "stabilityai/stable-diffusion-3-medium-diffusers"),
     "double_blocks.": ("FLUX", None),
 }
-_NOISE = ("noise", "epsilon", "eps", "noise_pred")
+#: Words that say that a network predicts noise, and those that may stand beside them.
+_NOISE = {"noise", "epsilon", "eps"}
+_FILLING = {"pred", "predict", "prediction", "theta"}
 _PREDICTION = ("prediction", "prediction_type", "parameterization", "pred")
 
 
@@ -77,7 +80,7 @@ def from_shapes(contents: Contents, given: Mapping[str, Any]) -> Architecture:
             f"{contents.path} must be an official DiT or U-ViT; got {', '.join(list(shapes)[:5])} "
             f"…, where an entry is missing or misshapen: {error}; convert it to the official names"
         ) from error
-    heads, said = _heads(kind, args, contents.options)
+    heads, said = _heads(kind, args, given, contents.options)
     args |= heads
     if kind == "dit":
         labels, unsure = _dit_labels(rows, given, contents)
@@ -117,11 +120,17 @@ def _refuse_others(contents: Contents, shapes: Shapes) -> None:
             )
     for key in _PREDICTION:
         value = contents.options.get(key)
-        if value is not None and value not in _NOISE:
+        if value is not None and not _is_noise(value):
             raise CheckpointError(
                 f"{path} was trained with {key} = {value!r}, as its options say; asesearch's DiT "
                 "and U-ViT predict noise; give a network that does"
             )
+
+
+def _is_noise(value: str) -> bool:
+    """Whether an option's value, such as "EPSILON" or "eps_theta", names noise alone."""
+    words = set(re.findall(r"[^\W_]+", value.lower()))
+    return bool(words & _NOISE) and words <= _NOISE | _FILLING
 
 
 def _count(shapes: Shapes, prefix: str) -> int:
@@ -177,13 +186,15 @@ def _label_rows(kind: str, shapes: Shapes) -> int:
 
 
 def _heads(
-    kind: str, args: Mapping[str, Any], options: Mapping[str, Any]
+    kind: str, args: Mapping[str, Any], given: Mapping[str, Any], options: Mapping[str, Any]
 ) -> tuple[dict[str, int], tuple[str, ...]]:
     """The number of heads, if it can be known, and what was assumed."""
     told = options.get("num_heads")
     width = args["hidden_size" if kind == "dit" else "embed_dim"]
     if told is not None and told > 0 and width % told == 0:
         return {"num_heads": told}, ()
+    if "num_heads" in given:
+        return {"num_heads": given["num_heads"]}, ()
     official = _official(kind, args)
     if official is None:
         return {}, ()

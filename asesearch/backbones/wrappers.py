@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from argparse import Namespace
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,7 +28,10 @@ _ANCHOR = re.compile(
     r"|(?:transformer_blocks|joint_blocks|double_blocks)\.0\..+)$"
 )
 _USUAL = ("model", "state_dict", "model_state_dict", "net", "network", "nnet", "module", "weights")
-_EMA = re.compile(r"(?<![a-z])ema(?![a-z])|shadow|averag", re.IGNORECASE)
+_EMA = re.compile(r"(?<![a-z])(?:ema|swa)(?![a-z]|_?sched)|shadow|averag", re.IGNORECASE)
+#: The number of networks that PyTorch's AveragedModel took the mean of; the weights stand beside
+#: it, under `module.`.
+_COUNTER = "n_averaged"
 _NO_WEIGHTS = re.compile(r"^(opt|sched|lr_|scaler|grad|exp_avg|momentum)", re.IGNORECASE)
 _MAX_NESTING = 5
 #: What training options may tell of the network that shapes don't.
@@ -41,6 +44,20 @@ _OPTIONS = {
     "parameterization": (str,),
     "pred": (str,),
 }
+_COUNTS = ("num_classes", "num_heads", "class_dropout_prob")
+_MAX_SECTIONS = 3
+#: Words that make up the names of sections of options that are the network's or the training's.
+_OWN_SECTION = re.compile(
+    "args|arguments|flags|hyper|hparams|(?:hyper)?param(?:eter)?s|init|kwargs|opt|options|settings"
+    "|cfg|conf|configs?|configuration|train(?:er|ing)?|experiment|data(?:set)?|state"
+    "|model|module|net(?:work)?|nnet|backbone|transformer|denoiser|diffusion|dit|unet|u|vit|uvit|ema"
+)
+#: In the name of a section that is certainly another network's.
+_OTHER_SECTION = re.compile(
+    "(?<![a-z])(?:(?:text|image|vision)_?encoder|vae|autoencoder|discriminator|critic|teacher|lpips"
+    "|classifier(?!_?free))",
+    re.IGNORECASE,
+)
 
 
 class NoWeightsError(ValueError):
@@ -67,10 +84,12 @@ class _Candidate:
     path: tuple[str, ...]
     state: dict[str, Tensor]
     anchored: bool  # it has names of a kind of network that is known
+    averaged: bool | None = None  # whether anything was yet, by a counter beside it
 
     @property
     def is_ema(self) -> bool:
-        return any(_EMA.search(part) for part in self.path) and "online_model" not in self.path
+        called = any(_EMA.search(part) for part in self.path) and "online_model" not in self.path
+        return called or self.averaged is not None
 
     @property
     def is_usual(self) -> bool:
@@ -90,12 +109,15 @@ def find_weights(data: object) -> Weights:
     """
     found = list(_candidates(data, ()))
     found = [c for c in found if c.anchored] or found
+    idle = [c for c in found if c.averaged is False]
+    found = [c for c in found if c.averaged is not False] or idle
     averaged = [c for c in found if c.is_ema]
     plain = [c for c in found if not c.is_ema]
     if not averaged and (where := _nameless(data, ())) is not None:
         raise NoWeightsError(
             f"keeps averaged weights as a list without names ({where}), which can't be told apart; "
-            "copy them into the network (ema.copy_to(net.parameters())) and save net.state_dict()"
+            "copy them into the network, as ema.copy_to(net.parameters()) does, and save "
+            "net.state_dict()"
         )
     if not found:
         raise NoWeightsError(
@@ -103,9 +125,10 @@ def find_weights(data: object) -> Weights:
         )
     ema = _one(averaged) if averaged else None
     if ema is None:
-        return _with_notes(_one(plain), _empty_averages(data))
+        return _unaveraged(_one(plain), idle, _empty_averages(data))
     if not plain or (model := _one(plain)).anchored != ema.anchored:
-        return Weights(ema.state, ema.source)
+        began = f"nothing was averaged yet ({_COUNTER} is 0): the weights are those it began with"
+        return Weights(ema.state, ema.source, (began,) if ema.averaged is False else ())
     return _complete(ema, model)
 
 
@@ -125,23 +148,33 @@ def _complete(ema: _Candidate, model: _Candidate) -> Weights:
     return Weights(ema.state, ema.source)
 
 
-def _with_notes(chosen: _Candidate, empty: list[str]) -> Weights:
-    if not empty:
-        return Weights(chosen.state, chosen.source)
-    note = (
-        f"{', '.join(empty)} holds no weights under the network's names, so they are those of "
-        f"{chosen.source}"
-    )
-    return Weights(chosen.state, chosen.source, (note,))
+def _unaveraged(chosen: _Candidate, idle: list[_Candidate], empty: list[str]) -> Weights:
+    """The model's weights, and why not those of averages that are there."""
+    notes = []
+    if idle:
+        names = ", ".join(c.source for c in idle)
+        notes.append(
+            f"{names} has averaged nothing yet ({_COUNTER} is 0), so the weights are those of "
+            f"{chosen.source}"
+        )
+    elif empty:
+        notes.append(
+            f"{', '.join(empty)} holds no weights under the network's names, so they are those of "
+            f"{chosen.source}"
+        )
+    return Weights(chosen.state, chosen.source, tuple(notes))
 
 
-def _candidates(data: object, path: tuple[str, ...]) -> Iterator[_Candidate]:
-    """Every set of tensors that may be a network's."""
+def _candidates(data: object, path: tuple[str, ...], idle: bool = False) -> Iterator[_Candidate]:
+    """Every set of tensors that may be a network's; `idle` ones are averages of nothing yet."""
     if not isinstance(data, Mapping) or len(path) > _MAX_NESTING:
         return
     if not all(isinstance(key, str) for key in data):
         return
     tensors = {k: v for k, v in data.items() if isinstance(v, Tensor)}
+    counters = _counters(tensors)
+    tensors = {k: v for k, v in tensors.items() if k not in counters}
+    whole = len(tensors) + len(counters) == len(data)
     plain = {".".join(p for p in k.split(".") if p not in _SEGMENTS): k for k in tensors}
     if len(plain) < len(tensors):
         twice = min(tensors.keys() - set(plain.values()))
@@ -154,13 +187,40 @@ def _candidates(data: object, path: tuple[str, ...]) -> Iterator[_Candidate]:
         names = {n.removeprefix(root): k for n, k in plain.items() if n.startswith(root)}
         names = {n: k for n, k in names.items() if not (root + n).startswith(inside)}
         inner = tuple(root.rstrip(".").split(".")) if root else ()
-        yield _Candidate((*path, *inner), {n: tensors[k] for n, k in names.items()}, True)
-    if tensors and not roots and len(tensors) == len(data):
+        averaged = not idle and _averaged(names.values(), counters)
+        yield _Candidate((*path, *inner), {n: tensors[k] for n, k in names.items()}, True, averaged)
+    if tensors and not roots and whole:
         names = _unprefixed(plain)
-        yield _Candidate(path, {n: tensors[k] for n, k in names.items()}, False)
+        averaged = not idle and _averaged(names.values(), counters)
+        yield _Candidate(path, {n: tensors[k] for n, k in names.items()}, False, averaged)
+    waits = type(data.get(_COUNTER)) is int and data[_COUNTER] == 0  # as Lightning's callback
     for key, value in data.items():
         if not _NO_WEIGHTS.match(key):
-            yield from _candidates(value, (*path, key))
+            inner_idle = idle or (waits and _EMA.search(key) is not None)
+            yield from _candidates(value, (*path, key), inner_idle)
+
+
+def _counters(tensors: Mapping[str, Tensor]) -> dict[str, bool]:
+    """The counters of PyTorch's AveragedModel among tensors: whether each has begun to count."""
+    return {
+        name: bool(value)
+        for name, value in tensors.items()
+        if name.split(".")[-1] == _COUNTER
+        and value.numel() == 1
+        and not value.is_meta
+        and any(k.startswith(_counted(name)) for k in tensors)
+    }
+
+
+def _counted(counter: str) -> str:
+    """What the names of the weights of an AveragedModel begin with."""
+    return f"{counter.removesuffix(_COUNTER)}module."
+
+
+def _averaged(names: Collection[str], counters: Mapping[str, bool]) -> bool | None:
+    """What a counter says of the tensors of these names; None where none counts them."""
+    counted = (n for c, n in counters.items() if all(k.startswith(_counted(c)) for k in names))
+    return next(counted, None)
 
 
 def _unprefixed(names: dict[str, str]) -> dict[str, str]:
@@ -189,30 +249,39 @@ def _one(found: list[_Candidate]) -> _Candidate:
 
 
 def _empty_averages(data: object, nesting: int = 1) -> list[str]:
-    """What is named as averaged weights; to be asked for where none were found."""
+    """What should be averaged weights; to be asked for where none were found."""
+    if isinstance(data, list | tuple):
+        return list(dict.fromkeys(name for v in data for name in _empty_averages(v, nesting)))
     if not isinstance(data, Mapping) or nesting < 0:
         return []
     found: dict[str, None] = {}
     for key, value in data.items():
         first = str(key).split(".")[0]
-        if _EMA.search(first) and isinstance(value, Mapping | list | tuple | Tensor):
+        if _seems_averaged(first, value):
             found[first] = None
         else:
             found |= dict.fromkeys(_empty_averages(value, nesting - 1))
     return list(found)
 
 
+def _seems_averaged(name: str, value: object) -> bool:
+    """Whether something should be averaged weights, by its name or by a counter in it; a counter
+    alone is none."""
+    if name == _COUNTER or (isinstance(value, Mapping) and set(value) == {_COUNTER}):
+        return False
+    named = _EMA.search(name) and isinstance(value, Mapping | list | tuple | Tensor)
+    return bool(named) or (isinstance(value, Mapping) and _COUNTER in value)
+
+
 def _nameless(data: object, path: tuple[str, ...]) -> str | None:
     """Where averaged weights are kept as a list of tensors."""
-    if isinstance(data, Mapping) and len(path) <= _MAX_NESTING:
-        inner = (_nameless(v, (*path, str(k))) for k, v in data.items())
-        return next((where for where in inner if where), None)
-    is_list = (
-        isinstance(data, list | tuple)
-        and len(data) > 0
-        and all(isinstance(v, Tensor) for v in data)
-    )
-    return ".".join(path) if is_list and any(_EMA.search(p) for p in path) else None
+    if isinstance(data, list | tuple) and data and all(isinstance(v, Tensor) for v in data):
+        return ".".join(path) if any(_EMA.search(p) for p in path) else None
+    if len(path) > _MAX_NESTING or not isinstance(data, Mapping | list | tuple):
+        return None
+    items = data.items() if isinstance(data, Mapping) else enumerate(data)
+    inner = (_nameless(v, (*path, str(k))) for k, v in items)
+    return next((where for where in inner if where), None)
 
 
 def contents(data: object) -> str:
@@ -242,19 +311,29 @@ def _kind(value: object) -> str:
 def training_options(data: object) -> dict[str, Any]:
     """What the options of the training, kept beside the weights, tell of the network.
 
-    An option that stands there twice with different values is left out.
+    An option that stands there twice with different values is left out, and so is what stands in
+    the section of another network, such as a discriminator; counts are believed only in sections
+    that are the network's or the whole training's by name.
     """
     found: dict[str, list[Any]] = {}
-    if isinstance(data, Mapping):
-        for value in data.values():
-            _collect(vars(value) if isinstance(value, Namespace) else value, found, 2)
+    _collect(data, (), found)
     return {k: v[0] for k, v in found.items() if all(other == v[0] for other in v)}
 
 
-def _collect(data: object, found: dict[str, list[Any]], nesting: int) -> None:
-    if not isinstance(data, Mapping) or nesting < 0:
+def _collect(data: object, path: tuple[str, ...], found: dict[str, list[Any]]) -> None:
+    data = vars(data) if isinstance(data, Namespace) else data
+    if not isinstance(data, Mapping) or len(path) > _MAX_SECTIONS:
         return
     for key, value in data.items():
-        if key in _OPTIONS and type(value) in _OPTIONS[key]:
+        if key in _OPTIONS and type(value) in _OPTIONS[key] and _is_told(key, path):
             found.setdefault(key, []).append(value)
-        _collect(vars(value) if isinstance(value, Namespace) else value, found, nesting - 1)
+        _collect(value, (*path, str(key)), found)
+
+
+def _is_told(option: str, path: tuple[str, ...]) -> bool:
+    """Whether an option at this path is one of the network whose weights are meant."""
+    if option in _COUNTS:
+        words = (word for part in path for word in re.findall("[a-z]+", part.lower()))
+        return all(_OWN_SECTION.fullmatch(word) for word in words)
+    # what the network predicts is told so that others are refused: believed unless surely another's
+    return not any(_OTHER_SECTION.search(part) for part in path)

@@ -43,6 +43,36 @@ def test_the_format_is_told_by_content_not_by_name(tmp_path) -> None:
     torch.save(STATE, tmp_path / "y", _use_new_zipfile_serialization=False)  # torch before 1.6
     torch.save(STATE, tmp_path / "z.bin")
     assert all(same(read_state_dict(tmp_path / name)[0]) for name in ("x.pt", "y", "z.bin"))
+    for zipped in (True, False):
+        torch.save(STATE, tmp_path / "w.safetensors", _use_new_zipfile_serialization=zipped)
+        assert same(read_state_dict(tmp_path / "w.safetensors")[0])
+
+
+def packed_again(path, method: int) -> None:
+    """What `torch.save` wrote, unpacked and packed by another program."""
+    with zipfile.ZipFile(path) as archive:
+        members = {name: archive.read(name) for name in archive.namelist()}
+    with zipfile.ZipFile(path, "w", method) as archive:
+        for name, data in members.items():
+            archive.writestr(name, data)
+
+
+def test_a_checkpoint_that_was_packed_again_is_read_or_told_so(tmp_path) -> None:
+    path = tmp_path / "net.pt"
+    state = {"a.weight": torch.linspace(-1, 1, 4096), "a.bias": torch.zeros(4096)}
+    for method in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+        torch.save(state, path)
+        packed_again(path, method)
+        assert same(read_state_dict(path)[0], state)
+    with pytest.raises(
+        RuntimeError, match="not resizable"
+    ):  # the control: what mapping makes of it
+        torch.load(path, weights_only=True, mmap=True)
+    for method in (zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA):
+        torch.save(state, path)
+        packed_again(path, method)
+        with pytest.raises(CheckpointError, match="PyTorch can't read; unpack it, and zip it un"):
+            read_state_dict(path)
 
 
 @pytest.mark.parametrize(("keys", "source"), [(("model", "ema"), "ema"), (("model",), "model")])
@@ -116,8 +146,44 @@ def test_weights_of_a_variant_alone_are_told_how_to_be_read(tmp_path) -> None:
     index.rename(tmp_path / "diffusion_pytorch_model.safetensors.index.json")
     (tmp_path / "config.json").write_text("{}", encoding="utf-8-sig")  # as some editors save it
     assert same(read_state_dict(tmp_path)[0])
-    with pytest.raises(CheckpointError, match="save its config.json as UTF-8 without a byte order"):
-        load_pretrained(DiTTransformer2DModel, tmp_path, "DiT")
+    marked = tmp_path / "diffusion_pytorch_model.safetensors.index.json"
+    for name in ("config.json", marked.name):
+        with pytest.raises(
+            CheckpointError, match=f"save its {name} as UTF-8 without a byte order mark"
+        ):
+            load_pretrained(DiTTransformer2DModel, tmp_path, "DiT")
+        (tmp_path / "config.json").write_text("{}")
+        marked.write_text(marked.read_text(), encoding="utf-8-sig")
+        assert same(read_state_dict(tmp_path)[0])
+
+
+def test_shards_without_their_index_are_told_what_is_missing(tmp_path) -> None:
+    name = "diffusion_pytorch_model"
+    for variant in ("", ".fp16"):
+        shards = [f"{name}{variant}-0000{i}-of-00002" for i in (1, 2)]
+        folder = tmp_path / f"net{variant}"
+        write_folder(
+            folder,
+            {f"{n}.safetensors": {k: STATE[k]} for n, k in zip(shards, STATE, strict=True)},
+        )
+        assert same(read_state_dict(folder)[0])  # the control: with the index they are read
+        (folder / f"{name}.safetensors.index.json").unlink()
+        for load in (
+            read_state_dict,
+            lambda path: load_pretrained(DiTTransformer2DModel, path, ""),
+        ):
+            with pytest.raises(
+                CheckpointError, match=rf"{name}\.safetensors\.index{variant}\.json"
+            ):
+                load(folder)
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "config.json").write_text("{}")
+    for n, k in zip(shards, STATE, strict=True):
+        torch.save({k: STATE[k]}, tmp_path / "bin" / f"{n}.bin")
+    with pytest.raises(
+        CheckpointError, match="as safetensors: shards of PyTorch files are not read"
+    ):
+        read_state_dict(tmp_path / "bin")
 
 
 def test_writing_to_what_was_read_leaves_the_file_alone(tmp_path) -> None:

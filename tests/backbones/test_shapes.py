@@ -6,7 +6,7 @@ import re
 import pytest
 import torch
 
-from asesearch.backbones import DiT, UViT, inspect_checkpoint, load_backbone
+from asesearch.backbones import DiT, UViT, inspect_checkpoint, load_backbone, save_backbone
 from asesearch.config import BackboneConfig
 from asesearch.errors import CheckpointError, ConfigError
 from asesearch.sampling import check_sampling
@@ -127,6 +127,9 @@ def test_heads_of_an_official_shape_can_be_overridden_and_must_divide_the_width(
         {"args": argparse.Namespace(num_heads=4, num_classes=3)},
         {"hyper_parameters": {"num_heads": 4, "num_classes": 3}},
         {"config": {"model": {"num_heads": 4}, "data": {"num_classes": 3}}},
+        {"config": {"model": {"params": {"num_heads": 4, "num_classes": 3}}}},
+        {"num_heads": 4, "num_classes": 3},
+        {"train_args": {"text_encoder": {"num_heads": 2}, "num_heads": 4, "num_classes": 3}},
     ],
 )
 def test_options_of_the_training_tell_heads_and_labels(tmp_path, caplog, options: dict) -> None:
@@ -137,12 +140,34 @@ def test_options_of_the_training_tell_heads_and_labels(tmp_path, caplog, options
 
 
 @pytest.mark.parametrize(
-    "told", [{"args": {"num_heads": 3}}, {"a": {"num_heads": 4}, "b": {"num_heads": 8}}]
+    "told",
+    [
+        {"args": {"num_heads": 3}},
+        {"args": {"num_heads": 4}, "model_config": {"num_heads": 8}},
+        {"config": {"discriminator": {"num_heads": 4}}},
+        {"args": argparse.Namespace(text_encoder={"num_heads": 4})},
+        {"discriminator_config": {"num_heads": 4}},
+        {"a": {"num_heads": 4}},
+    ],
 )
 def test_options_that_do_not_fit_tell_nothing(tmp_path, told: dict) -> None:
     torch.save({"model": DiT(**SMALL, num_classes=3).state_dict(), **told}, tmp_path / "net.pt")
     with pytest.raises(ConfigError, match="number of attention heads"):
         load(tmp_path / "net.pt")
+
+
+def test_heads_that_the_file_tells_otherwise_are_refused(tmp_path) -> None:
+    net = DiT(**SMALL, num_classes=3)
+    told = {"args": {"num_heads": 2, "num_classes": 3}}
+    torch.save({"model": net.state_dict(), **told}, tmp_path / "told.pt")
+    save_backbone(net, tmp_path / "own.safetensors")
+    for name in ("told.pt", "own.safetensors"):
+        assert load(tmp_path / name, num_heads=2).config == net.config
+        with pytest.raises(
+            ConfigError,
+            match=rf"{name} says that its network has num_heads = 2; got num_heads = 4 in \[backb",
+        ):
+            load(tmp_path / name, num_heads=4)
 
 
 @pytest.mark.parametrize("hidden", range(17, 60))
@@ -214,6 +239,7 @@ def test_labels_that_nobody_tells_of_are_the_official_ones_and_it_is_said(
         ({"class_dropout_prob": 0.0}, 11, False),
         ({"class_dropout_prob": 0.2}, 10, True),
         ({"num_classes": 500}, 10, True),  # of another network
+        ({"classifier": {"num_classes": 11}}, 10, True),
     ],
 )
 def test_labels_by_the_options_of_the_training(
@@ -337,6 +363,12 @@ def test_original_weights_of_other_networks_are_named(tmp_path, key: str, rule: 
         ({"prediction": "velocity", "path_type": "Linear"}, True),  # SiT, whose shapes are DiT's
         ({"parameterization": "v"}, True),
         ({"prediction_type": "epsilon"}, False),
+        ({"prediction_type": "EPSILON"}, False),
+        ({"prediction": "eps_theta"}, False),
+        ({"prediction": "predict-noise"}, False),
+        ({"prediction": "V_PREDICTION"}, True),
+        ({"prediction": "prediction"}, True),
+        ({"prediction": "noise_and_velocity"}, True),
     ],
 )
 def test_a_network_trained_to_predict_something_else_is_refused(
@@ -347,8 +379,35 @@ def test_a_network_trained_to_predict_something_else_is_refused(
     if not refused:
         assert load(tmp_path / "net.pt", num_heads=2).depth == 1
         return
-    name, value = next(iter(options.items()))
+    _refused_for(tmp_path / "net.pt", *next(iter(options.items())))
+
+
+def _refused_for(path, name: str, value: str) -> None:
     with pytest.raises(
         CheckpointError, match=re.escape(f"trained with {name} = {value!r}") + ".* predict noise"
     ):
-        load(tmp_path / "net.pt", num_heads=2)
+        load(path, num_heads=2)
+
+
+@pytest.mark.parametrize(
+    ("sections", "refused"),
+    [
+        (("config", "scheduler"), True),
+        (("config", "diffusion"), True),
+        (("anything",), True),
+        (("args", "classifier_free"), True),
+        ((), True),
+        (("config", "teacher"), False),
+        (("args", "text_encoder"), False),
+    ],
+)
+def test_what_another_network_predicts_is_no_matter(tmp_path, sections, refused: bool) -> None:
+    options = {"prediction_type": "v_prediction"}
+    for section in reversed(sections):
+        options = {section: options}
+    state = DiT(**SMALL, num_classes=3).state_dict()
+    torch.save({"model": state, **options}, tmp_path / "net.pt")
+    if refused:
+        _refused_for(tmp_path / "net.pt", "prediction_type", "v_prediction")
+    else:
+        assert load(tmp_path / "net.pt", num_heads=2).depth == 1

@@ -1,6 +1,7 @@
 """Weights inside of training states, whatever wraps them and their names."""
 
 import argparse
+import logging
 import re
 from collections import OrderedDict
 
@@ -43,6 +44,11 @@ def in_between(state) -> dict:
 
 def others(state) -> dict:
     return {k: v + 1 for k, v in state.items()}
+
+
+def averaged(state, count: int = 3) -> dict:
+    """As torch.optim.swa_utils.AveragedModel saves it."""
+    return {"n_averaged": torch.tensor(count)} | prefixed(state, "module.")
 
 
 def squashed(state) -> dict:
@@ -121,6 +127,55 @@ FORMS = {
         },
         "ema",
     ),
+    "averaged model": (averaged, "weights"),
+    "averaged model, every tensor in float32": (
+        lambda s: {k: v.float() for k, v in averaged(s).items()},
+        "weights",
+    ),
+    "averaged model, parallel": (lambda s: prefixed(averaged(s), "module."), "weights"),
+    "averaged model in lightning": (
+        lambda s: {"state_dict": prefixed(others(s), "net.") | prefixed(averaged(s), "mean.")},
+        "state_dict.mean",
+    ),
+    "averaged model of one with a prefix": (lambda s: averaged(prefixed(s, "net.")), "net"),
+    "torchvision": (lambda s: {"model": others(s), "model_ema": averaged(s)}, "model_ema"),
+    "swa": (lambda s: {"model": others(s), "swa_model": averaged(s)}, "swa_model"),
+    "swa without a counter": (lambda s: {"model": others(s), "swa_state": s}, "swa_state"),
+    "a counter under another name": (lambda s: {"model": others(s), "mean": averaged(s)}, "mean"),
+    "swa not begun": (lambda s: {"model": s, "swa_model": averaged(others(s), 0)}, "model"),
+    "swa not begun, lightning": (
+        lambda s: {
+            "state_dict": prefixed(s, "net."),
+            "callbacks": {
+                "SWA": {"n_averaged": 0, "average_model_state": prefixed(others(s), "net.")}
+            },
+        },
+        "state_dict.net",
+    ),
+    "swa begun, lightning": (
+        lambda s: {
+            "state_dict": prefixed(others(s), "net."),
+            "callbacks": {"SWA": {"n_averaged": 2, "average_model_state": prefixed(s, "net.")}},
+        },
+        "callbacks.SWA.average_model_state.net",
+    ),
+    "averaged as it was saved": (
+        lambda s: {
+            "state_dict": prefixed(s, "net."),
+            "current_model_state": prefixed(others(s), "net."),
+            "averaging_state": {"n_averaged": torch.tensor(3)},
+        },
+        "state_dict.net",
+    ),
+    "swa's learning rates": (lambda s: {"model": s, "swa_scheduler": {"lr": [0.1]}}, "model"),
+    "swa under other names": (
+        lambda s: {"model": s, "swa": averaged({"a": torch.ones(2)})},
+        "model",
+    ),
+    "a counter over other names": (
+        lambda s: {"model": s, "mean": averaged({"a": torch.ones(2)})},
+        "model",
+    ),
     "ema empty": (lambda s: {"model": s, "ema": {}}, "model"),
     "ema of nothing": (lambda s: {"ema": {"decay": 0.99}, "model": s}, "model"),
     "ema None": (lambda s: {"model": s, "ema": None}, "model"),
@@ -165,6 +220,13 @@ def test_a_network_is_found_in_what_training_programs_save(tmp_path, form: str) 
             r"those of model$",
         ),
         ("ema without the fixed positions", "^ema lacks pos_embed, which is that of model$"),
+        (
+            "swa not begun",
+            r"^swa_model has averaged nothing yet .* the weights are those of model$",
+        ),
+        ("swa not begun, lightning", r"^callbacks\.SWA\..* has averaged nothing yet"),
+        ("swa under other names", "^swa holds no weights"),
+        ("a counter over other names", "^mean holds no weights"),
         ("ema under other names", r"^model_ema holds no weights .* those of state_dict\.model$"),
     ],
 )
@@ -183,17 +245,28 @@ def test_what_was_decided_about_averaged_weights_is_said(
     assert len(caplog.records) == 1  # said once
 
 
-def test_nothing_is_said_of_a_plain_training_state(tmp_path, caplog) -> None:
-    torch.save(FORMS["ema"][0](random_dit().state_dict()), tmp_path / "net.pt")
+@pytest.mark.parametrize(
+    "form", ["ema", "swa", "torchvision", "averaged as it was saved", "swa's learning rates"]
+)
+def test_nothing_is_said_of_a_plain_training_state(tmp_path, caplog, form: str) -> None:
+    torch.save(FORMS[form][0](random_dit().state_dict()), tmp_path / "net.pt")
     load_backbone(
         BackboneConfig(checkpoint=str(tmp_path / "net.pt"), args={"num_heads": 2, "num_classes": 3})
     )
     assert not caplog.records
 
 
-def test_prefixes_of_a_u_vit_and_in_safetensors(tmp_path) -> None:
+def test_an_average_of_nothing_alone_is_taken_and_said(tmp_path) -> None:
+    for count in (0, 3):
+        torch.save(averaged(random_dit().state_dict(), count), tmp_path / "net.pt")
+        notes = inspect_checkpoint(tmp_path / "net.pt").notes
+        assert any("nothing was averaged yet" in n for n in notes) == (count == 0)
+
+
+@pytest.mark.parametrize("wrap", [lambda s: prefixed(s, "_orig_mod.module."), averaged])
+def test_prefixes_of_a_u_vit_and_in_safetensors(tmp_path, wrap) -> None:
     net = UViT(img_size=8, patch_size=4, in_chans=1, embed_dim=16, depth=4, num_heads=2)
-    save_file(prefixed(net.state_dict(), "_orig_mod.module."), tmp_path / "net.safetensors")
+    save_file(wrap(net.state_dict()), tmp_path / "net.safetensors")
     config = BackboneConfig(
         kind="uvit", checkpoint=str(tmp_path / "net.safetensors"), args={"num_heads": 2}
     )
@@ -209,6 +282,11 @@ def test_prefixes_of_a_u_vit_and_in_safetensors(tmp_path) -> None:
         (lambda s: prefixed(s, "module."), {"a.weight", "a.bias"}),
         (lambda s: prefixed(s, "model.module."), {"a.weight", "a.bias"}),
         (lambda s: {"model": s, "optimizer": dict(s)}, {"a.weight", "a.bias"}),
+        (averaged, {"a.weight", "a.bias"}),
+        (
+            lambda s: s | {"n_averaged": torch.tensor(3)},  # counts nothing under `module.`
+            {"a.weight", "a.bias", "n_averaged"},
+        ),
         (
             lambda s: prefixed(s, "model.") | {"b": torch.zeros(1)},
             {"model.a.weight", "model.a.bias", "b"},
@@ -248,6 +326,10 @@ def test_names_of_an_unknown_network(tmp_path, wrap, names: set) -> None:
             r"list without names \(ema\.shadow_params\)",
         ),
         (
+            {"state_dict": STATE, "optimizer_states": [{"opt": {}, "ema": (torch.zeros(2),)}]},
+            r"list without names \(optimizer_states\.0\.ema\)",  # as NeMo's EMA optimiser
+        ),
+        (
             {"module.a": torch.zeros(1), "a": torch.zeros(1)},
             r"holds (module\.)?a twice, with and without a prefix",
         ),
@@ -260,7 +342,7 @@ def test_what_holds_no_network_is_described(tmp_path, data, rule: str) -> None:
 
 
 @pytest.mark.parametrize("suffix", ["bin", "safetensors"])
-def test_a_diffusers_folder_with_wrapped_names(tmp_path, suffix: str) -> None:
+def test_a_diffusers_folder_with_wrapped_names(tmp_path, monkeypatch, caplog, suffix: str) -> None:
     from diffusers import DiTTransformer2DModel
 
     torch.manual_seed(0)
@@ -287,6 +369,11 @@ def test_a_diffusers_folder_with_wrapped_names(tmp_path, suffix: str) -> None:
         torch.tensor([0, 2]),
         return_dict=False,
     )[0].detach()
+    monkeypatch.setattr(logging.getLogger("diffusers"), "handlers", [caplog.handler])
     for kind in ["dit"] + ["diffusers"] * (suffix == "safetensors"):
         net = load_backbone(BackboneConfig(kind=kind, checkpoint=str(tmp_path))).eval()
         assert (outputs(net) - wanted).abs().max() < 1e-5
+    assert not caplog.records
+    if suffix == "safetensors":  # the control: diffusers itself says that no weights fit
+        DiTTransformer2DModel.from_pretrained(tmp_path)
+        assert any("newly initialized" in r.getMessage() for r in caplog.records)
