@@ -131,6 +131,8 @@ class Lab:
             "device": device_name(self.bench.device),
             "tiny": args.tiny,
         }
+        if args.compile_sampling:  # rows of earlier releases told of it in their command alone
+            shared["compile_sampling"] = True
         if args.kind != "dit":  # rows of the first release of this script told no kind
             shared |= {"kind": args.kind, "depth": self.choice.depth}
         found = {}

@@ -237,9 +237,14 @@ def complete(args: argparse.Namespace) -> argparse.Namespace:
     """With what --tiny and the weights of the warm-up say.
 
     Raises:
-        ConfigError: a warm-up whose cost is not known.
+        ConfigError: a warm-up whose cost is not known, or experts that are to be compiled.
     """
     args.network = args.network or NETWORKS[args.kind]
+    if args.compile_sampling and args.experiment == "table4":
+        raise ConfigError(
+            "the experts of table4 are several networks, whose blocks are not compiled; leave "
+            "--compile-sampling out"
+        )
     if args.tiny:
         vars(args).update(TINY)
         args.network = str(tiny_network(args.out / "tiny.safetensors", 0, args.kind))

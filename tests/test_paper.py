@@ -106,6 +106,10 @@ def test_a_killed_run_goes_on_and_another_protocol_is_refused(measured, monkeypa
     paper.main([*FEW, "--out", str(out)])  # nothing is left
     paper.main(["ablations", *FEW[1:-2], "--out", str(out), "--methods", "full"])  # taken over
     assert [line["taken_from"] for line in read_lines(out / "ablations.jsonl")] == ["figure1"] * 2
+    with pytest.raises(SystemExit, match="compile_sampling"):  # its times would be others
+        paper.main([*FEW, "--out", str(out), "--compile-sampling"])
+    with pytest.raises(SystemExit, match="experts of table4.*leave --compile-sampling out"):
+        paper.main(["table4", *FEW[1:], "--out", str(out), "--compile-sampling"])
     with pytest.raises(SystemExit, match=r"train\.lr: 0\.0006 there and 0\.001 now; give the same"):
         paper.main([*FEW, "--out", str(out), "--own-lr", "1e-3"])
     assert read_lines(path) == after
