@@ -746,6 +746,9 @@ def test_unreadable_captions(folder, tmp_path):
     right = read_captions(path, images)
     path.write_text(path.read_text(encoding="utf-8"), encoding="utf-16")  # which is as good
     assert read_captions(path, images) == right
+    (tmp_path / "twice.jsonl").write_text('{"file_name": "cat/1.png", "text": "x", "text": "q"}')
+    with pytest.raises(DataError, match=r":1 must read .*each key once; got .*\"q\"}'; fix it"):
+        read_captions(tmp_path / "twice.jsonl", images)
     (tmp_path / "cut.jsonl").write_text('{"file_name": "cat/1.png", "te')
     with pytest.raises(DataError, match=":1 must read"):
         read_captions(tmp_path / "cut.jsonl", images)

@@ -305,7 +305,7 @@ def test_the_digest_follows_the_mapping_where_it_changes_labels(pets):
         ('{"ant": 0, "cat": 1, "dog": true}', "integers from 0; got dog: true"),
         ('{"ant": 0, "cat": 1, "dog": 2.0}', "integers from 0; got dog: 2.0"),
         ('{"ant": 0, "cat": 1, "dog": "2"}', 'integers from 0; got dog: "2"'),
-        ('{"ant": 0, "cat": 1, "dog": 2, "cat": 3}', "cat is there more than once"),
+        ('{"ant": 0, "cat": 1, "dog": 2, "cat": 3}', "it has the key 'cat' twice"),
         ('["ant", "cat", "dog", "cat"]', "got cat more than once"),
         ('{"ant": 0, "cat": 1, "dog": 2, "\\ud800": 3}', "got no folder"),
         ("[1, 2, 3]", r"must hold a list of folder names .* got \[1, 2, 3\]"),

@@ -269,6 +269,7 @@ BAD_FILES = [
     (JSON.replace("12", "28").encode(), "got a schedule for 28 and 1000"),
     (JSON.replace("1000", "500").encode(), "12 and 500"),
     (b'{"format": "asesearch.bundle", "version": 1}', "got asesearch.bundle"),
+    (JSON.replace('"depth"', '"depth": 28, "depth"').encode(), "it has the key 'depth' twice"),
 ]
 
 

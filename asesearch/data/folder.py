@@ -8,10 +8,9 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from asesearch.errors import DataError
-from asesearch.files import loads, printable, read_text
+from asesearch.files import loads, once, printable, read_text
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".ppm")
 CLASSES_FILE = "classes.json"
@@ -267,15 +266,9 @@ def class_indices(
 
 
 def _read_classes(path: Path) -> ClassMap:
-    def pairs(items: list[tuple[str, Any]]) -> dict[str, Any]:
-        if len(dict(items)) < len(items):
-            twice = [name for name, n in Counter(name for name, _ in items).items() if n > 1]
-            raise ValueError(f"{some(twice)} is there more than once")
-        return dict(items)
-
     text = read_text(path, DataError)
     try:
-        data = loads(text, object_pairs_hook=pairs)
+        data = loads(text, object_pairs_hook=once)
     except ValueError as error:
         raise DataError(f"can't read {printable(path)}: {error}; it must hold {FORMS}") from error
     if isinstance(data, dict) or (

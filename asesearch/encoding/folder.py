@@ -12,7 +12,7 @@ from asesearch.data import ImageFolder
 from asesearch.encoding.encoding import EncodingPlan, encode_latents
 from asesearch.encoding.networks import PathLike
 from asesearch.errors import ConfigError, DataError
-from asesearch.files import loads, read_text
+from asesearch.files import loads, once, read_text
 
 
 def read_captions(path: PathLike, images: ImageFolder) -> list[str]:
@@ -33,13 +33,13 @@ def read_captions(path: PathLike, images: ImageFolder) -> list[str]:
         if not line.strip():
             continue
         try:
-            row = loads(line)
+            row = loads(line, object_pairs_hook=once)
             name = PurePosixPath(row["file_name"]).as_posix()
             text = row["text"]
         except (ValueError, KeyError, TypeError) as error:
             raise DataError(
-                f'{path}:{number} must read {{"file_name": …, "text": …}}; got {line[:60]!r}; fix '
-                "it"
+                f'{path}:{number} must read {{"file_name": …, "text": …}}, each key once; got '
+                f"{line[:60]!r}; fix it"
             ) from error
         if name in texts or not isinstance(text, str):
             raise DataError(

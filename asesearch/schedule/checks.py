@@ -3,7 +3,6 @@ value and the fix."""
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterable
 from itertools import pairwise
@@ -12,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from asesearch.errors import ScheduleError
+from asesearch.files import loads, once
 
 FORMAT = "asesearch.exit_schedule"
 VERSION = 1
@@ -203,15 +203,15 @@ def parsed(text: str) -> Any:
     """What a JSON text holds.
 
     Raises:
-        ScheduleError: not JSON, nested too deep, or an integer that Python refuses to read.
+        ScheduleError: not JSON, a key twice, nested too deep, or an integer that Python refuses to
+            read.
     """
     try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:
+        return loads(text, object_pairs_hook=once)
+    except ValueError as error:
         reason = str(error)
-        if not isinstance(error, json.JSONDecodeError):
-            deep = isinstance(error, RecursionError)
-            reason = "it is nested too deep" if deep else "an integer is too long"
+        if reason.startswith("Exceeds the limit"):  # Python's own, of more than 4,300 digits
+            reason = "an integer is too long"
         raise ScheduleError(
             f"a schedule must be JSON; got {shown(repr(text))} ({reason}); write it with to_json"
         ) from error
