@@ -17,6 +17,7 @@ from asesearch.config import DataConfig
 from asesearch.data import ImageArray, ImageFolder, check_readable, latents, open_data
 from asesearch.data.latents import LatentShards
 from asesearch.encoding import LatentDecoder, encode_folder, encode_latents, read_captions
+from asesearch.encoding.networks import TextEncoder
 from asesearch.errors import CheckpointError, ConfigError, DataError
 
 pytestmark = pytest.mark.usefixtures("own_cache")
@@ -523,6 +524,12 @@ def lose_one_weight(path):
     save_file(state, path / "diffusion_pytorch_model.safetensors")
 
 
+def spoil_decoder(path):
+    state = load_file(path / "diffusion_pytorch_model.safetensors")
+    state["decoder.conv_in.weight"].view(-1)[0] = float("nan")
+    save_file(state, path / "diffusion_pytorch_model.safetensors")
+
+
 def damage_config(path):
     (path / "config.json").write_text("{")
 
@@ -539,6 +546,7 @@ def another_class(path):
         (without_weights, "must hold a readable AutoencoderKL with its weights in safetensors"),
         (cut_weights, "must hold a readable AutoencoderKL with its weights in safetensors"),
         (lose_one_weight, "decoder.conv_in.weight"),
+        (spoil_decoder, r"/vae .*finite numbers; got NaN or .*: 1 of \d+ in decoder.conv_in.weight"),
         (damage_config, "config.json is not readable JSON"),
         (another_class, "must be an AutoencoderKL; got VQModel"),
     ],
@@ -679,6 +687,26 @@ def test_text_encoders_that_cannot_be_used(images, vae_path, text_path, tmp_path
         encode_latents(
             images, vae_path, tmp_path / "out", **how, text_encoder_path=together, max_length=6
         )
+
+
+def test_a_text_encoder_with_nan_is_refused(text_path, tmp_path):
+    folder = shutil.copytree(text_path, tmp_path / "nan") / "text_encoder"
+    TextEncoder(folder, "cpu", 6)
+    state = load_file(folder / "model.safetensors")
+    state["shared.weight"][3] = float("nan")
+    save_file(state, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(CheckpointError, match="text_encoder .*NaN or infinity: 16 of 112 in shared"):
+        TextEncoder(folder, "cpu", 6)
+
+
+def test_a_tokenizer_of_another_model_is_refused(text_path, tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(text_path / "tokenizer")
+    assert tokenizer.vocab_size == TextEncoder(text_path, "cpu", 6).net.config.vocab_size
+    tokenizer.add_tokens(["hat"])
+    pipeline = shutil.copytree(text_path, tmp_path / "other")
+    tokenizer.save_pretrained(pipeline / "tokenizer")
+    with pytest.raises(CheckpointError, match=r"got 7 embeddings and token 7 \('hat'\); put both"):
+        TextEncoder(pipeline, "cpu", 6)
 
 
 # -- folders ---------------------------------------------------------------------------------------
