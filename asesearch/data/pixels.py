@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from PIL import ExifTags, Image, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageFile, UnidentifiedImageError
 
 from asesearch.files import replacing
 
@@ -43,7 +43,7 @@ class UnreadableImage(Exception):
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[Image.Image]:
+def _opened(path: Path) -> Iterator[ImageFile.ImageFile]:
     """An open image; whatever Pillow's many decoders raise becomes an `UnreadableImage`."""
     try:
         with Image.open(path) as image:
@@ -95,7 +95,7 @@ def check_image(path: Path) -> None:
             _flat(image).convert("RGB")
 
 
-def _load(image: Image.Image, path: Path) -> None:
+def _load(image: ImageFile.ImageFile, path: Path) -> None:
     """Decode an open image. The grey or colour of a PNG that counts as transparent, which is given
     as the file has its samples, is made to fit the 8 bits that Pillow decodes to."""
     raw = image.tile[0][3] if image.format == "PNG" and image.tile else None
