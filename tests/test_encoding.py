@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import unicodedata
 
 import numpy as np
 import pytest
@@ -546,7 +547,10 @@ def another_class(path):
         (without_weights, "must hold a readable AutoencoderKL with its weights in safetensors"),
         (cut_weights, "must hold a readable AutoencoderKL with its weights in safetensors"),
         (lose_one_weight, "decoder.conv_in.weight"),
-        (spoil_decoder, r"/vae .*finite numbers; got NaN or .*: 1 of \d+ in decoder.conv_in.weight"),
+        (
+            spoil_decoder,
+            r"/vae .*finite numbers; got NaN or .*: 1 of \d+ in decoder.conv_in.weight",
+        ),
         (damage_config, "config.json is not readable JSON"),
         (another_class, "must be an AutoencoderKL; got VQModel"),
     ],
@@ -695,7 +699,9 @@ def test_a_text_encoder_with_nan_is_refused(text_path, tmp_path):
     state = load_file(folder / "model.safetensors")
     state["shared.weight"][3] = float("nan")
     save_file(state, folder / "model.safetensors", {"format": "pt"})
-    with pytest.raises(CheckpointError, match="text_encoder .*NaN or infinity: 16 of 112 in shared"):
+    with pytest.raises(
+        CheckpointError, match="text_encoder .*NaN or infinity: 16 of 112 in shared"
+    ):
         TextEncoder(folder, "cpu", 6)
 
 
@@ -761,6 +767,43 @@ def test_captions_are_paired_by_file_name(folder, tmp_path):
 def test_wrong_captions_are_refused_by_line(folder, tmp_path, rows, rule):
     with pytest.raises(DataError, match=rule):
         read_captions(write_captions(tmp_path / "metadata.jsonl", rows), ImageFolder(folder, 16))
+
+
+@pytest.mark.parametrize(
+    ("line", "rule"),
+    [
+        (b'{"file_name": "cat/1.png", "text": "x \\ud83d"}', r"whole .*'x \\ud83d', where .*both"),
+        (b'{"file_name": "cat/1.png", "text": "x \\udce9"}', "whole .*half of one; write both"),
+        (b'{"file_name": "cat/1.png", "text": "x \xe9"}', "in UTF-8; got .*; save the file as"),
+    ],
+)
+def test_a_caption_that_is_no_text_is_refused_for_what_it_is(folder, tmp_path, line, rule):
+    path = tmp_path / "odd.jsonl"
+    path.write_bytes(line)
+    with pytest.raises(DataError, match=f":1 must hold a caption (of )?{rule}") as caught:
+        read_captions(path, ImageFolder(folder, 16))
+    str(caught.value).encode("utf-8")
+    rows = [*ROWS[:2], {"file_name": "cat/1.png", "text": "\U0001f600"}]
+    path.write_text("\n".join(map(json.dumps, rows)), encoding="ascii")  # both halves, escaped
+    assert read_captions(path, ImageFolder(folder, 16))[0] == "\U0001f600"
+
+
+def test_a_mac_and_a_keyboard_write_one_file_name(folder, tmp_path):
+    composed, decomposed = (unicodedata.normalize(form, "café.png") for form in ("NFC", "NFD"))
+    path = tmp_path / "metadata.jsonl"
+    for on_disk, listed in ((decomposed, composed), (composed, decomposed)):
+        shutil.copy(folder / "cat/1.png", folder / "cat" / on_disk)
+        write_captions(path, [*ROWS, {"file_name": f"cat/{listed}", "text": "coffee"}])
+        assert read_captions(path, ImageFolder(folder, 16))[2] == "coffee"
+        (folder / "cat" / on_disk).unlink()
+    both = [{"file_name": f"cat/{n}", "text": n} for n in (composed, decomposed)]
+    for name in (composed, decomposed):  # two files are two images
+        shutil.copy(folder / "cat/1.png", folder / "cat" / name)
+    write_captions(path, [*ROWS, *both])
+    assert set(read_captions(path, ImageFolder(folder, 16))) >= {composed, decomposed}
+    write_captions(path, [*ROWS, both[0]])
+    with pytest.raises(DataError, match="1 images without caption"):
+        read_captions(path, ImageFolder(folder, 16))
 
 
 def test_unreadable_captions(folder, tmp_path):
