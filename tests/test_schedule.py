@@ -230,8 +230,10 @@ def test_elastic_depths_cover_their_range_by_their_law(law):
 
 
 def test_elastic_depths_know_their_limits():
-    with pytest.raises(ScheduleError, match="min_exit_depth must lie in 1…12"):
-        ElasticDepths(12, 1000, 13)
+    for depth, fix in ((13, "lower it"), (0, "raise it")):
+        rule = f"min_exit_depth must lie in 1…12; got {depth}; {fix}"
+        with pytest.raises(ScheduleError, match=rule):
+            ElasticDepths(12, 1000, depth)
     assert ElasticDepths(12, 1000, full_frac=1.0).is_full and not ElasticDepths(12, 1000).is_full
     assert (ElasticDepths(12, 1000, full_frac=1.0).draw([0, 999], [0.0, 0.999]) == 12).all()
 

@@ -114,7 +114,7 @@ def _low_bytes(path: Path) -> npt.NDArray[np.uint8]:
     """The lower bytes of a colour PNG of 16 bits, of which Pillow decodes the upper ones."""
     with Image.open(path) as image:
         codec, box, offset, _ = image.tile[0]
-        # type: Pillow before 11 has plain tuples
+        # Pillow before 11 has plain tuples
         image.tile = [(codec, box, offset, "RGB;16L")]  # type: ignore[list-item]
         return np.asarray(image)
 
