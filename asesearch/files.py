@@ -245,6 +245,21 @@ def loads(text: str | bytes, **how: Any) -> Any:
         raise ValueError("it is nested too deep") from error
 
 
+def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """The object of these keys and values, for `loads` as `object_pairs_hook`; by itself JSON would
+    take the last of two values.
+
+    Raises:
+        ValueError: a key twice.
+    """
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"it has the key {twice[:40]!r} twice")
+    return found
+
+
 def write_json(path: Path, data: Any) -> None:
     """Write JSON.
 

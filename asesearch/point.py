@@ -9,7 +9,7 @@ from functools import cached_property
 from typing import Any
 
 from asesearch.errors import AseSearchError, ScheduleError
-from asesearch.files import loads
+from asesearch.files import loads, once
 from asesearch.sampler import Sampler
 from asesearch.schedule import ExitSchedule
 
@@ -130,12 +130,12 @@ class Point:
         """Inverse of `to_json`.
 
         Raises:
-            ScheduleError: not JSON, or see `from_dict`.
+            ScheduleError: not JSON, a key twice, or see `from_dict`.
         """
         try:
-            data = loads(text)
+            data = loads(text, object_pairs_hook=once)
         except ValueError as error:
             raise ScheduleError(
-                f"a point must be JSON; got {text[:80]!r}; write it with Point.to_json"
+                f"a point must be JSON; got {text[:80]!r} ({error}); write it with Point.to_json"
             ) from error
         return cls.from_dict(data)

@@ -166,3 +166,35 @@ def test_many_mistakes_make_a_line_that_can_be_read(tmp_path):
 def test_shipped_studies_are_of_strict_types():
     files = sorted((Path(__file__).parent.parent / "studies").glob("*.toml"))
     assert len(files) >= 5 and all(load_study(path).name == path.stem for path in files)
+
+
+PATHS = [
+    ("backbone", "checkpoint"),
+    ("data", "path"),
+    ("data", "vae"),
+    ("evaluation", "extractor_weights"),
+    ("evaluation", "reference", "path"),
+    ("map", "data", "path"),
+    ("confirm", "also", "fashion-vit"),
+]
+
+
+@pytest.mark.parametrize("path", PATHS, ids=".".join)
+def test_what_can_be_no_path_is_refused_by_its_key(path):
+    def given(text):
+        study = {"name": "tiny", "backbone": {}, "data": {"kind": "latents"}}
+        study["evaluation"] = {"reference": {"kind": "latents"}}
+        study["map"] = {"data": {"kind": "latents"}}
+        table = study
+        for name in path[:-1]:
+            table = table.setdefault(name, {})
+        table[path[-1]] = text
+        return parse_study(study, "s.toml")
+
+    given("a folder/é.x")
+    for text, shown in (("", "''"), ("a\0b", r"'a\x00b'")):
+        with pytest.raises(ConfigError) as caught:
+            given(text)
+        said = str(caught.value)
+        assert said.startswith(f"s.toml: {'.'.join(path)}: should be a path, not empty")
+        assert f"(got {shown})" in said and "\n" not in said

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import unicodedata
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from asesearch.config import DataConfig
 from asesearch.data import ImageArray, ImageFolder, check_readable, latents, open_data
 from asesearch.data.latents import LatentShards
 from asesearch.encoding import LatentDecoder, encode_folder, encode_latents, read_captions
+from asesearch.encoding.networks import TextEncoder
 from asesearch.errors import CheckpointError, ConfigError, DataError
 
 pytestmark = pytest.mark.usefixtures("own_cache")
@@ -523,6 +525,12 @@ def lose_one_weight(path):
     save_file(state, path / "diffusion_pytorch_model.safetensors")
 
 
+def spoil_decoder(path):
+    state = load_file(path / "diffusion_pytorch_model.safetensors")
+    state["decoder.conv_in.weight"].view(-1)[0] = float("nan")
+    save_file(state, path / "diffusion_pytorch_model.safetensors")
+
+
 def damage_config(path):
     (path / "config.json").write_text("{")
 
@@ -539,6 +547,10 @@ def another_class(path):
         (without_weights, "must hold a readable AutoencoderKL with its weights in safetensors"),
         (cut_weights, "must hold a readable AutoencoderKL with its weights in safetensors"),
         (lose_one_weight, "decoder.conv_in.weight"),
+        (
+            spoil_decoder,
+            r"/vae .*finite numbers; got NaN or .*: 1 of \d+ in decoder.conv_in.weight",
+        ),
         (damage_config, "config.json is not readable JSON"),
         (another_class, "must be an AutoencoderKL; got VQModel"),
     ],
@@ -681,6 +693,28 @@ def test_text_encoders_that_cannot_be_used(images, vae_path, text_path, tmp_path
         )
 
 
+def test_a_text_encoder_with_nan_is_refused(text_path, tmp_path):
+    folder = shutil.copytree(text_path, tmp_path / "nan") / "text_encoder"
+    TextEncoder(folder, "cpu", 6)
+    state = load_file(folder / "model.safetensors")
+    state["shared.weight"][3] = float("nan")
+    save_file(state, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(
+        CheckpointError, match="text_encoder .*NaN or infinity: 16 of 112 in shared"
+    ):
+        TextEncoder(folder, "cpu", 6)
+
+
+def test_a_tokenizer_of_another_model_is_refused(text_path, tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(text_path / "tokenizer")
+    assert tokenizer.vocab_size == TextEncoder(text_path, "cpu", 6).net.config.vocab_size
+    tokenizer.add_tokens(["hat"])
+    pipeline = shutil.copytree(text_path, tmp_path / "other")
+    tokenizer.save_pretrained(pipeline / "tokenizer")
+    with pytest.raises(CheckpointError, match=r"got 7 embeddings and token 7 \('hat'\); put both"):
+        TextEncoder(pipeline, "cpu", 6)
+
+
 # -- folders ---------------------------------------------------------------------------------------
 
 
@@ -735,6 +769,43 @@ def test_wrong_captions_are_refused_by_line(folder, tmp_path, rows, rule):
         read_captions(write_captions(tmp_path / "metadata.jsonl", rows), ImageFolder(folder, 16))
 
 
+@pytest.mark.parametrize(
+    ("line", "rule"),
+    [
+        (b'{"file_name": "cat/1.png", "text": "x \\ud83d"}', r"whole .*'x \\ud83d', where .*both"),
+        (b'{"file_name": "cat/1.png", "text": "x \\udce9"}', "whole .*half of one; write both"),
+        (b'{"file_name": "cat/1.png", "text": "x \xe9"}', "in UTF-8; got .*; save the file as"),
+    ],
+)
+def test_a_caption_that_is_no_text_is_refused_for_what_it_is(folder, tmp_path, line, rule):
+    path = tmp_path / "odd.jsonl"
+    path.write_bytes(line)
+    with pytest.raises(DataError, match=f":1 must hold a caption (of )?{rule}") as caught:
+        read_captions(path, ImageFolder(folder, 16))
+    str(caught.value).encode("utf-8")
+    rows = [*ROWS[:2], {"file_name": "cat/1.png", "text": "\U0001f600"}]
+    path.write_text("\n".join(map(json.dumps, rows)), encoding="ascii")  # both halves, escaped
+    assert read_captions(path, ImageFolder(folder, 16))[0] == "\U0001f600"
+
+
+def test_a_mac_and_a_keyboard_write_one_file_name(folder, tmp_path):
+    composed, decomposed = (unicodedata.normalize(form, "café.png") for form in ("NFC", "NFD"))
+    path = tmp_path / "metadata.jsonl"
+    for on_disk, listed in ((decomposed, composed), (composed, decomposed)):
+        shutil.copy(folder / "cat/1.png", folder / "cat" / on_disk)
+        write_captions(path, [*ROWS, {"file_name": f"cat/{listed}", "text": "coffee"}])
+        assert read_captions(path, ImageFolder(folder, 16))[2] == "coffee"
+        (folder / "cat" / on_disk).unlink()
+    both = [{"file_name": f"cat/{n}", "text": n} for n in (composed, decomposed)]
+    for name in (composed, decomposed):  # two files are two images
+        shutil.copy(folder / "cat/1.png", folder / "cat" / name)
+    write_captions(path, [*ROWS, *both])
+    assert set(read_captions(path, ImageFolder(folder, 16))) >= {composed, decomposed}
+    write_captions(path, [*ROWS, both[0]])
+    with pytest.raises(DataError, match="1 images without caption"):
+        read_captions(path, ImageFolder(folder, 16))
+
+
 def test_unreadable_captions(folder, tmp_path):
     images = ImageFolder(folder, 16)
     with pytest.raises(DataError, match="can't read .*none.jsonl.*check the path"):
@@ -746,6 +817,9 @@ def test_unreadable_captions(folder, tmp_path):
     right = read_captions(path, images)
     path.write_text(path.read_text(encoding="utf-8"), encoding="utf-16")  # which is as good
     assert read_captions(path, images) == right
+    (tmp_path / "twice.jsonl").write_text('{"file_name": "cat/1.png", "text": "x", "text": "q"}')
+    with pytest.raises(DataError, match=r":1 must read .*each key once; got .*\"q\"}'; fix it"):
+        read_captions(tmp_path / "twice.jsonl", images)
     (tmp_path / "cut.jsonl").write_text('{"file_name": "cat/1.png", "te')
     with pytest.raises(DataError, match=":1 must read"):
         read_captions(tmp_path / "cut.jsonl", images)

@@ -48,19 +48,23 @@ def read_image(tmp_path, image, suffix="png", channels=1, **options):
 
 def png16(pixels, colour_type, *chunks):
     """A PNG of 16 bits, which Pillow can't write in colour: (H, W, C) uint16."""
+    rows = [row.astype(">u2").tobytes() for row in pixels]
+    return png(rows, pixels.shape[1], 16, colour_type, *chunks)
+
+
+def png(rows, width, bits, colour_type, *chunks):
+    """A PNG of rows of bytes."""
 
     def chunk(kind, data):
         return (
             struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
         )
 
-    height, width = pixels.shape[:2]
-    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in pixels)
-    head = struct.pack(">IIBBBBB", width, height, 16, colour_type, 0, 0, 0)
+    head = struct.pack(">IIBBBBB", width, len(rows), bits, colour_type, 0, 0, 0)
     parts = [
         chunk(b"IHDR", head),
         *(chunk(*c) for c in chunks),
-        chunk(b"IDAT", zlib.compress(rows)),
+        chunk(b"IDAT", zlib.compress(b"".join(b"\0" + row for row in rows))),
         chunk(b"IEND", b""),
     ]
     return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
@@ -203,6 +207,48 @@ def test_one_colour_of_a_sixteen_bit_png_may_be_transparent(tmp_path, kind, clea
     (tmp_path / "a.png").write_bytes(png16(pixels, kind, (b"tRNS", clear)))
     got = ImageFolder(tmp_path, 8, 3).read(0)
     assert got[:, 0, 1].tolist() == [255] * 3 and got[:, 0, 6].tolist() == [0x80] * 3
+
+
+@pytest.mark.parametrize("clear", [(0, 0, 0), (1, 2, 3), (200, 200, 200), (40_000, 1, 65_535)])
+def test_of_sixteen_bits_all_tell_whether_a_colour_is_the_transparent_one(tmp_path, clear):
+    near = np.array(clear, np.uint16)
+    near[1] ^= 1
+    pixels = np.stack([np.array(clear, np.uint16), near]).repeat(4, 0)[None].repeat(8, 0)
+    (tmp_path / "a.png").write_bytes(png16(pixels, 2, (b"tRNS", struct.pack(">HHH", *clear))))
+    folder = ImageFolder(tmp_path, 8, 3)
+    folder.check()
+    got = folder.read(0)
+    assert got[:, 0, 1].tolist() == [255] * 3
+    assert got[:, 0, 6].tolist() == [value >> 8 for value in clear]
+
+
+@pytest.mark.parametrize("orientation", [1, 6])
+def test_the_transparent_colour_of_sixteen_bits_turns_with_the_image(tmp_path, orientation):
+    pixels = np.zeros((8, 8, 3), np.uint16)
+    pixels[0] = 9
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    chunks = [(b"tRNS", struct.pack(">HHH", 9, 9, 9)), (b"eXIf", exif.tobytes()[6:])]
+    (tmp_path / "a.png").write_bytes(png16(pixels, 2, *chunks))
+    got = ImageFolder(tmp_path, 8, 3).read(0)[0]
+    want = np.zeros((8, 8), np.uint8)
+    want[0] = 255
+    assert (got == (want if orientation == 1 else np.rot90(want, -1))).all()
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize(("bits", "row"), [(1, b"\x55"), (2, b"\x1b" * 2), (4, b"\x07\x7f" * 2)])
+def test_one_grey_of_few_bits_may_be_transparent(tmp_path, bits, row, channels):
+    path = tmp_path / "a.png"
+    planes = np.unpackbits(np.frombuffer(row, np.uint8)).reshape(8, bits)
+    samples = planes @ 2 ** np.arange(bits)[::-1]
+    path.write_bytes(png([row] * 8, 8, bits, 0))
+    levels = samples * (255 // (2**bits - 1))
+    assert read(path, channels, 8)[0, 0].tolist() == levels.tolist()
+    for clear in set(samples.tolist()):
+        path.write_bytes(png([row] * 8, 8, bits, 0, (b"tRNS", struct.pack(">H", clear))))
+        want = np.where(samples == clear, 255, levels)
+        assert read(path, channels, 8)[:, 0].tolist() == [want.tolist()] * channels
 
 
 @pytest.mark.parametrize("suffix", ["jpg", "png", "webp"])

@@ -1,9 +1,11 @@
 """Which files of a folder are images, and which class each folder is."""
 
+import inspect
 import json
 import os
 import subprocess
 import sys
+import unicodedata
 
 import numpy as np
 import pytest
@@ -11,6 +13,7 @@ from PIL import Image
 
 from asesearch.config import DataConfig, parse_study
 from asesearch.data import ImageFolder, cache_dir, open_data
+from asesearch.data.folder import list_folder
 from asesearch.errors import ConfigError, DataError
 
 pytestmark = pytest.mark.usefixtures("own_cache")
@@ -177,6 +180,19 @@ def test_links_that_lead_back_end(pets, target, caplog):
     assert "1 link back into the own path (cat/loop)" in caplog.text
 
 
+def test_folders_may_lie_deeper_than_pythons_stack(tmp_path):
+    deep = "d/" * 100 + "a.png"
+    write(tmp_path / deep)
+    limit = sys.getrecursionlimit()
+    try:
+        sys.setrecursionlimit(len(inspect.stack()) + 50)
+        listing = list_folder(tmp_path)
+    finally:
+        sys.setrecursionlimit(limit)
+    assert [file.name for file in listing.files] == [deep]
+    assert names(ImageFolder(tmp_path, 8)) == [deep]
+
+
 def test_two_folders_that_link_to_each_other_end(pets):
     (pets / "cat" / "dogs").symlink_to("../dog")
     (pets / "dog" / "cats").symlink_to("../cat")
@@ -284,6 +300,28 @@ def test_names_stay_on_one_line(pets):
         ImageFolder(pets, 8)
 
 
+def test_the_largest_index_is_taken(pets):
+    (pets / "classes.json").write_text('{"ant": 0, "cat": 1, "dog": 999999999}')
+    assert ImageFolder(pets, 8).labels.tolist() == [0, 1, 1, 999_999_999]
+
+
+def test_a_mac_and_a_keyboard_write_one_class_name(tmp_path):
+    composed, decomposed = (unicodedata.normalize(form, "café") for form in ("NFC", "NFD"))
+    assert composed != decomposed
+    for on_disk, listed in ((decomposed, composed), (composed, decomposed)):
+        root = tmp_path / f"{len(on_disk)}"
+        write(root / on_disk / "a.png")
+        write(root / "zoo" / "a.png")
+        exact = ImageFolder(root, 8, classes=["zoo", on_disk])
+        folder = ImageFolder(root, 8, classes=["zoo", listed])
+        assert folder.classes == {on_disk: 1, "zoo": 0} and folder.labels.tolist() == [1, 0]
+        assert folder.digest == exact.digest
+        with pytest.raises(DataError, match="no folder cafe and no index for the folder caf"):
+            ImageFolder(root, 8, classes=["zoo", "cafe"])
+        with pytest.raises(DataError, match="got no folder caf"):  # which of them is not guessed
+            ImageFolder(root, 8, classes=["zoo", composed, decomposed])
+
+
 def test_without_a_mapping_folders_are_counted_in_order(pets):
     folder = ImageFolder(pets, 8)
     assert folder.labels_by_order and folder.classes == {"ant": 0, "cat": 1, "dog": 2}
@@ -301,11 +339,13 @@ def test_the_digest_follows_the_mapping_where_it_changes_labels(pets):
         ('["ant", "cat", "dog", "eel"]', "got no folder eel"),
         ('{"ant": 0, "cat": 1, "dgo": 2}', "got no folder dgo and no index for the folder dog"),
         ('{"ant": 0, "cat": 1, "dog": 1}', "an index of its own; got 1 for cat, dog"),
-        ('{"ant": 0, "cat": 1, "dog": -1}', "integers from 0; got dog: -1"),
-        ('{"ant": 0, "cat": 1, "dog": true}', "integers from 0; got dog: true"),
-        ('{"ant": 0, "cat": 1, "dog": 2.0}', "integers from 0; got dog: 2.0"),
-        ('{"ant": 0, "cat": 1, "dog": "2"}', 'integers from 0; got dog: "2"'),
-        ('{"ant": 0, "cat": 1, "dog": 2, "cat": 3}', "cat is there more than once"),
+        ('{"ant": 0, "cat": 1, "dog": -1}', "integers from 0 to 999,999,999; got dog: -1"),
+        ('{"ant": 0, "cat": 1, "dog": true}', "999,999,999; got dog: true"),
+        ('{"ant": 0, "cat": 1, "dog": 2.0}', "999,999,999; got dog: 2.0"),
+        ('{"ant": 0, "cat": 1, "dog": "2"}', '999,999,999; got dog: "2"'),
+        ('{"ant": 0, "cat": 1, "dog": 99999999999999999999}', "got dog: 99999999999999999999; "),
+        ('{"ant": 0, "cat": 1, "dog": 1000000000}', "got dog: 1000000000; correct it"),
+        ('{"ant": 0, "cat": 1, "dog": 2, "cat": 3}', "it has the key 'cat' twice"),
         ('["ant", "cat", "dog", "cat"]', "got cat more than once"),
         ('{"ant": 0, "cat": 1, "dog": 2, "\\ud800": 3}', "got no folder"),
         ("[1, 2, 3]", r"must hold a list of folder names .* got \[1, 2, 3\]"),

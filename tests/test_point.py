@@ -144,6 +144,13 @@ def test_what_is_no_point_in_json_is_refused(text):
         Point.from_json(text)
 
 
+def test_a_key_twice_is_refused():
+    text = json.dumps(DATA)
+    assert Point.from_json(text) == Point.from_dict(DATA)
+    with pytest.raises(ScheduleError, match=r"must be JSON; got .*it has the key 'sampler' twice"):
+        Point.from_json(text.replace('"sampler"', '"sampler": "ddim-9", "sampler"'))
+
+
 def test_a_point_needs_its_sampler_in_words():
     with pytest.raises(ScheduleError, match="under"):
         Point.from_string("6 3", 6)

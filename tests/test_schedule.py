@@ -132,8 +132,16 @@ def test_a_depth_that_is_not_known_is_not_guessed(text):
 
 
 BAD = [
-    (lambda: ExitSchedule(4, 1000, (0, 1000), (5,)), "must lie in 1…4"),
-    (lambda: ExitSchedule(4, 1000, (0, 1000), (0,)), "must lie in 1…4"),
+    (
+        lambda: ExitSchedule(4, 1000, (0, 1000), (5,)),
+        "must lie in 1…4 (the depth of the network); got 5; lower it",
+    ),
+    (
+        lambda: ExitSchedule(4, 1000, (0, 1000), (0,)),
+        "must lie in 1…4 (the depth of the network); got 0; raise it",
+    ),
+    (lambda: ExitSchedule.from_string("0", 4), "got 0; raise it"),
+    (lambda: ExitSchedule.uniform_intervals([-1], 4), "got -1; raise it"),
     (lambda: ExitSchedule(4, 1000, (0, 1000), (4, 4)), "one entry more"),
     (lambda: ExitSchedule(4, 1000, (0, 500, 500, 1000), (4, 3, 2)), "strictly increase"),
     (lambda: ExitSchedule(4, 1000, (0, 999), (4,)), "from 0 to num_train_timesteps = 1000"),
@@ -222,8 +230,10 @@ def test_elastic_depths_cover_their_range_by_their_law(law):
 
 
 def test_elastic_depths_know_their_limits():
-    with pytest.raises(ScheduleError, match="min_exit_depth must lie in 1…12"):
-        ElasticDepths(12, 1000, 13)
+    for depth, fix in ((13, "lower it"), (0, "raise it")):
+        rule = f"min_exit_depth must lie in 1…12; got {depth}; {fix}"
+        with pytest.raises(ScheduleError, match=rule):
+            ElasticDepths(12, 1000, depth)
     assert ElasticDepths(12, 1000, full_frac=1.0).is_full and not ElasticDepths(12, 1000).is_full
     assert (ElasticDepths(12, 1000, full_frac=1.0).draw([0, 999], [0.0, 0.999]) == 12).all()
 
@@ -268,7 +278,16 @@ BAD_FILES = [
     (b"[" + b"9" * 4000 + b"]", "below 10^9"),
     (JSON.replace("12", "28").encode(), "got a schedule for 28 and 1000"),
     (JSON.replace("1000", "500").encode(), "12 and 500"),
-    (b'{"format": "asesearch.bundle", "version": 1}', "got asesearch.bundle"),
+    (b'{"format": "asesearch.bundle", "version": 1}', "got 'asesearch.bundle'"),
+    (
+        JSON.replace('"version": 1', '"version": "1"').encode(),
+        "version must be an integer; got '1'",
+    ),
+    (
+        JSON.replace('"version": 1', '"version": 2').encode(),
+        "reads version 1 of the schedule format",
+    ),
+    (JSON.replace('"depth"', '"depth": 28, "depth"').encode(), "it has the key 'depth' twice"),
 ]
 
 

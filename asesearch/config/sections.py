@@ -36,6 +36,18 @@ def _integer(value: object) -> object:
     return value
 
 
+def _path(text: str) -> str:
+    """A path that the system can look at; an empty one would be the working directory."""
+    if not text or "\0" in text:
+        raise ValueError(
+            "should be a path, not empty and without NUL characters: correct it, or leave it out"
+        )
+    return text
+
+
+#: Of a file or folder.
+PathText = Annotated[str, AfterValidator(_path)]
+
 #: An array of a study file as a tuple; its entries are as strictly typed as all else.
 _Array = Field(strict=False)
 
@@ -201,7 +213,7 @@ class BackboneConfig(_Section):
     kind: Literal["dit", "uvit", "diffusers"] = "dit"
     preset: str | None = None
     args: dict[str, Any] = {}
-    checkpoint: str | None = None
+    checkpoint: PathText | None = None
 
 
 class DiffusionConfig(_Section):
@@ -225,8 +237,8 @@ class DataConfig(_Section):
     """
 
     kind: Literal["fashion-mnist", "image-folder", "latents"]
-    path: str | None = None
-    vae: str | None = None
+    path: PathText | None = None
+    vae: PathText | None = None
     split: Literal["train", "test"] = "train"
     image_size: PositiveInt | None = None
     channels: Annotated[Literal[1, 3], BeforeValidator(_integer)] = 3
@@ -288,7 +300,7 @@ class EvaluationConfig(_Section):
 
     metric: Literal["frechet", "kid"] = "frechet"
     extractor: str = "inception-v3-compat"
-    extractor_weights: str | None = None
+    extractor_weights: PathText | None = None
     num_samples: int = Field(default=5000, ge=2, lt=2**53)
     repeats: Repeats = 1
     seed: NonNegativeInt = 0
@@ -312,7 +324,7 @@ class ConfirmConfig(_Section):
     num_samples: int = Field(default=5000, ge=2, lt=2**53)
     repeats: Repeats = 3
     training_seeds: PositiveInt = 1
-    also: Annotated[tuple[str, ...], _Array] | dict[str, str] = ()
+    also: Annotated[tuple[str, ...], _Array] | dict[str, PathText] = ()
     time_images: PositiveInt = 64
     time_repeats: PositiveInt = 5
 

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import unicodedata
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from asesearch.errors import DataError
-from asesearch.files import loads, printable, read_text
+from asesearch.files import loads, once, printable, read_text
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".ppm")
 CLASSES_FILE = "classes.json"
@@ -41,6 +41,7 @@ SYSTEM_NAMES = frozenset(
         "desktop.ini",
     }
 )
+LIMIT = 10**9  # of class indices; no network comes near
 SHOWN = 3  # names given in a message
 
 
@@ -110,13 +111,23 @@ def list_folder(root: Path) -> Listing:
     if not os.path.isdir(root):
         raise DataError(f"no image folder {printable(root)}; check the path")
     found = Listing()
-    _walk(found, str(root), "", ())
+    todo: list[_Folder] = [(str(root), "", ())]
+    while todo:  # not by recursion: folders may lie deeper than Python's stack
+        todo += _list(found, *todo.pop())
     found.files.sort(key=lambda f: f.name.split("/"))
     found.folders.sort()
     return found
 
 
-def _walk(found: Listing, folder: str, prefix: str, above: tuple[tuple[int, int], ...]) -> None:
+#: Its path, what names in it begin with, and device and number of the folders above it.
+_Folder = tuple[str, str, tuple[tuple[int, int], ...]]
+
+
+def _list(
+    found: Listing, folder: str, prefix: str, above: tuple[tuple[int, int], ...]
+) -> list[_Folder]:
+    """Note what one folder holds; what is returned are the folders in it that are still to list."""
+    below: list[_Folder] = []
     try:
         here = os.stat(folder)
         entries = list(os.scandir(folder))
@@ -142,7 +153,7 @@ def _walk(found: Listing, folder: str, prefix: str, above: tuple[tuple[int, int]
         elif is_folder:
             if not prefix:
                 found.folders.append(entry.name)
-            _walk(found, entry.path, f"{name}/", above)
+            below.append((entry.path, f"{name}/", above))
         elif not entry.is_file():
             found.counts["special file"] += 1
         elif os.path.splitext(entry.name)[1].lower() in IMAGE_SUFFIXES:
@@ -151,6 +162,7 @@ def _walk(found: Listing, folder: str, prefix: str, above: tuple[tuple[int, int]
             found.counts[
                 printable(os.path.splitext(entry.name)[1].lower()) or "file without suffix"
             ] += 1
+    return below
 
 
 def _note_broken(found: Listing, entry: os.DirEntry[str], name: str) -> None:
@@ -215,6 +227,25 @@ FORMS = (
 )
 
 
+def matched(names: Collection[str], there: Collection[str]) -> dict[str, str]:
+    """Which of the file names that are there each of `names` means; itself where none is.
+
+    It is the same one, or else the only one of the same normal form: a Mac writes é as two
+    characters in file names, and keyboards write it as one.
+    """
+    lost = _by_form(set(names) - set(there))
+    free = _by_form(set(there) - set(names))
+    meant = {name: free[form] for form, name in lost.items() if form in free}
+    return {name: meant.get(name, name) for name in names}
+
+
+def _by_form(names: Collection[str]) -> dict[str, str]:
+    """Names by their normal form, without those that share one."""
+    forms = {name: unicodedata.normalize("NFC", name) for name in names}
+    counts = Counter(forms.values())
+    return {form: name for name, form in forms.items() if counts[form] == 1}
+
+
 def class_indices(
     root: Path, folders: Sequence[str], given: ClassMap | None
 ) -> dict[str, int] | None:
@@ -242,10 +273,13 @@ def class_indices(
         dict(given) if isinstance(given, Mapping) else {name: i for i, name in enumerate(given)}
     )
     if wrong := [
-        f"{name}: {json.dumps(i)}" for name, i in indices.items() if type(i) is not int or i < 0
+        f"{name}: {json.dumps(i)}"
+        for name, i in indices.items()
+        if type(i) is not int or not 0 <= i < LIMIT
     ]:
         raise DataError(
-            f"{where} must give class indices, integers from 0; got {some(wrong)}; correct it"
+            f"{where} must give class indices, integers from 0 to {LIMIT - 1:,}; got "
+            f"{some(wrong)}; correct it"
         )
     if shared := [i for i, n in Counter(indices.values()).items() if n > 1]:
         both = [name for name, i in indices.items() if i == shared[0]]
@@ -253,6 +287,8 @@ def class_indices(
             f"{where} must give each folder an index of its own; got {shared[0]} for {some(both)}; "
             "correct it"
         )
+    meant = matched(indices, folders)
+    indices = {meant[name]: i for name, i in indices.items()}
     unknown = sorted(indices.keys() - set(folders))
     bare = [name for name in folders if name not in indices]
     if unknown or bare:
@@ -267,15 +303,9 @@ def class_indices(
 
 
 def _read_classes(path: Path) -> ClassMap:
-    def pairs(items: list[tuple[str, Any]]) -> dict[str, Any]:
-        if len(dict(items)) < len(items):
-            twice = [name for name, n in Counter(name for name, _ in items).items() if n > 1]
-            raise ValueError(f"{some(twice)} is there more than once")
-        return dict(items)
-
     text = read_text(path, DataError)
     try:
-        data = loads(text, object_pairs_hook=pairs)
+        data = loads(text, object_pairs_hook=once)
     except ValueError as error:
         raise DataError(f"can't read {printable(path)}: {error}; it must hold {FORMS}") from error
     if isinstance(data, dict) or (

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from PIL import ExifTags, Image, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageFile, UnidentifiedImageError
 
 from asesearch.files import replacing
 
@@ -24,6 +24,9 @@ ORIENTATIONS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+#: What Pillow multiplies the samples of a grey PNG of fewer than 8 bits with, but not the one that
+#: counts as transparent.
+LEVELS = {"L;2": 85, "L;4": 17}
 #: Of 8 bits, and what Pillow converts to grey and colour alike.
 MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr")
 LONG = 32  # sides of a ratio beyond this are cropped before they are enlarged
@@ -40,7 +43,7 @@ class UnreadableImage(Exception):
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[Image.Image]:
+def _opened(path: Path) -> Iterator[ImageFile.ImageFile]:
     """An open image; whatever Pillow's many decoders raise becomes an `UnreadableImage`."""
     try:
         with Image.open(path) as image:
@@ -71,7 +74,7 @@ def read_pixels(path: Path, size: int, channels: int) -> npt.NDArray[np.uint8]:
             floating point.
     """
     with _opened(path) as image:
-        image.load()  # not left to `getexif`, whose errors are passed over
+        _load(image, path)  # not left to `getexif`, whose errors are passed over
         upright = _upright(image)
         flat = _flat(upright).convert("L" if channels == 1 else "RGB")
         return np.asarray(centre_crop(flat, size)).reshape(size, size, channels)
@@ -90,6 +93,30 @@ def check_image(path: Path) -> None:
         image.load()
         if image.mode not in ("1", "L", "LA", "P", "RGB", "RGBA"):
             _flat(image).convert("RGB")
+
+
+def _load(image: ImageFile.ImageFile, path: Path) -> None:
+    """Decode an open image. The grey or colour of a PNG that counts as transparent, which is given
+    as the file has its samples, is made to fit the 8 bits that Pillow decodes to."""
+    raw = image.tile[0][3] if image.format == "PNG" and image.tile else None
+    image.load()
+    clear = image.info.get("transparency")
+    if raw in LEVELS and isinstance(clear, int):
+        image.info["transparency"] = clear * LEVELS[raw]
+    if raw == "RGB;16B" and isinstance(clear, tuple):
+        samples = np.asarray(image).astype(np.uint16) << 8 | _low_bytes(path)  # (H, W, 3)
+        opaque = (samples != np.array(clear)).any(-1)
+        del image.info["transparency"]
+        image.putalpha(Image.fromarray(opaque.astype(np.uint8) * 255))
+
+
+def _low_bytes(path: Path) -> npt.NDArray[np.uint8]:
+    """The lower bytes of a colour PNG of 16 bits, of which Pillow decodes the upper ones."""
+    with Image.open(path) as image:
+        codec, box, offset, _ = image.tile[0]
+        # Pillow before 11 has plain tuples
+        image.tile = [(codec, box, offset, "RGB;16L")]  # type: ignore[list-item]
+        return np.asarray(image)
 
 
 def _upright(image: Image.Image) -> Image.Image:
@@ -117,10 +144,6 @@ def _flat(image: Image.Image) -> Image.Image:
         )
     if not image.has_transparency_data:
         return image
-    clear = image.info.get("transparency")
-    # of a PNG with 16 bits, read as 8
-    if image.mode == "RGB" and isinstance(clear, tuple) and max(clear) > 255:
-        image.info["transparency"] = tuple(v >> 8 for v in clear)
     layer = image.convert("RGBA")
     return Image.alpha_composite(Image.new("RGBA", image.size, "white"), layer).convert("RGB")
 

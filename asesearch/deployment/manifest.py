@@ -12,7 +12,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from asesearch.errors import CheckpointError
-from asesearch.files import file_sha256
+from asesearch.files import file_sha256, once
 
 MANIFEST = "bundle.json"
 MAX_BYTES = 1 << 24  # of a manifest; those of real studies have a few thousand
@@ -33,7 +33,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
             raise ValueError(f"it has more than {MAX_BYTES:,} bytes")
         data = json.loads(
             path.read_text(encoding="utf-8-sig"),
-            object_pairs_hook=_once,
+            object_pairs_hook=once,
             parse_constant=_refuse_constant,
             parse_int=_integer,
         )
@@ -51,15 +51,6 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     ):
         raise CheckpointError(f"{path} is not the manifest of an asesearch bundle; {_EXPORT}")
     return data
-
-
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"it has the key {twice[:40]!r} twice")
-    return found
 
 
 def _integer(text: str) -> int:

@@ -9,10 +9,11 @@ import torch
 
 from asesearch.config import DataConfig
 from asesearch.data import ImageFolder
+from asesearch.data.folder import matched
 from asesearch.encoding.encoding import EncodingPlan, encode_latents
 from asesearch.encoding.networks import PathLike
 from asesearch.errors import ConfigError, DataError
-from asesearch.files import loads, read_text
+from asesearch.files import loads, once, read_text
 
 
 def read_captions(path: PathLike, images: ImageFolder) -> list[str]:
@@ -32,27 +33,16 @@ def read_captions(path: PathLike, images: ImageFolder) -> list[str]:
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
-        try:
-            row = loads(line)
-            name = PurePosixPath(row["file_name"]).as_posix()
-            text = row["text"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise DataError(
-                f'{path}:{number} must read {{"file_name": …, "text": …}}; got {line[:60]!r}; fix '
-                "it"
-            ) from error
-        if name in texts or not isinstance(text, str):
+        name, text = _caption(f"{path}:{number}", line)
+        if name in texts:
             raise DataError(
                 f"{path}:{number} must give each image one text; got {text!r} for {name}; correct "
                 "or remove it"
             )
-        if not _is_unicode(text):
-            raise DataError(
-                f"{path}:{number} must hold a caption in UTF-8; got {text[:60]!r}; save the file "
-                "as UTF-8"
-            )
         texts[name] = text
     names = [file.relative_to(images.root).as_posix() for file in images.files]
+    meant = matched(texts, {*names, *images.skipped})
+    texts = {meant[n]: text for n, text in texts.items()}
     bare = [n for n in names if n not in texts]
     lost = sorted(texts.keys() - set(names) - images.skipped.keys())
     if bare or lost:
@@ -64,9 +54,36 @@ def read_captions(path: PathLike, images: ImageFolder) -> list[str]:
     return [texts[n] for n in names]
 
 
-def _is_unicode(text: str) -> bool:
-    """Whether no part of a text stands for a byte that was not UTF-8."""
-    return not any("\ud800" <= c <= "\udfff" for c in text)
+def _caption(where: str, line: str) -> tuple[str, str]:
+    """The file name and the caption in a line; `where` begins the error message.
+
+    Raises:
+        DataError: another form, or a caption that is no text.
+    """
+    try:
+        row = loads(line, object_pairs_hook=once)
+        name = PurePosixPath(row["file_name"]).as_posix()
+        text = row["text"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise DataError(
+            f'{where} must read {{"file_name": …, "text": …}}, each key once; got {line[:60]!r}; '
+            "fix it"
+        ) from error
+    if not isinstance(text, str):
+        raise DataError(
+            f"{where} must give each image one text; got {text!r} for {name}; correct or remove it"
+        )
+    odd = next((c for c in text if "\ud800" <= c <= "\udfff"), "")
+    if odd and odd in line:  # a byte that is not UTF-8, as `read_text` gives it
+        raise DataError(
+            f"{where} must hold a caption in UTF-8; got {text[:60]!r}; save the file as UTF-8"
+        )
+    if odd:
+        raise DataError(
+            f"{where} must hold a caption of whole characters; got {text[:60]!r}, where {odd!r} is "
+            "half of one; write both halves, or the character itself"
+        )
+    return name, text
 
 
 def encode_folder(

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from asesearch.backbones.digests import weights_digest
+from asesearch.backbones.finite import refuse_not_finite
 from asesearch.backbones.folders import find_folder, load_pretrained, read_config
 from asesearch.errors import CheckpointError, ConfigError, DataError
 
@@ -38,8 +39,8 @@ def load_whole(cls: Any, folder: Path, what: str) -> Any:
     """A network from a local folder, every weight from its file.
 
     Raises:
-        CheckpointError: unreadable, not safetensors, or some weights are missing or of another
-            shape.
+        CheckpointError: unreadable, not safetensors, or some weights are missing, of another shape
+            or not finite.
     """
     net, unfit = load_pretrained(cls, folder, what)
     lost = sorted(
@@ -53,6 +54,7 @@ def load_whole(cls: Any, folder: Path, what: str) -> Any:
             f"{folder} must hold all weights; got none that fit for {', '.join(lost[:3])}; fetch "
             "it again"
         )
+    refuse_not_finite(net.state_dict(), f"{folder} ({what})")
     return net.eval().requires_grad_(False)
 
 
@@ -208,7 +210,7 @@ class TextEncoder(Network):
     Its digest is over configuration, weights as used, and vocabulary.
 
     Raises:
-        CheckpointError: network or tokenizer missing or unreadable.
+        CheckpointError: network or tokenizer missing or unreadable, or not made for each other.
         ConfigError: transformers is not installed, or max_length is more than the network takes.
     """
 
@@ -231,6 +233,7 @@ class TextEncoder(Network):
             )
         net = load_whole(AutoModelForTextEncoding, folder, "text encoder")
         vocabulary = sorted(self.tokenizer.get_vocab().items())
+        _refuse_other_tokens(net, vocabulary, folder)
         super().__init__(
             net.to(torch.float32 if self.device.type == "cpu" else torch.bfloat16),
             {**read_own_config(folder), "vocabulary": vocabulary},
@@ -254,6 +257,21 @@ class TextEncoder(Network):
         mask = tokens.attention_mask
         hidden = self.net(tokens.input_ids, attention_mask=mask).last_hidden_state  # (N, L, D)
         return [h[m.bool()] for h, m in zip(hidden, mask, strict=True)]
+
+
+def _refuse_other_tokens(net: Any, vocabulary: Sequence[tuple[str, int]], folder: Path) -> None:
+    """Refuse a tokenizer that gives tokens which the network has no embedding of.
+
+    Raises:
+        CheckpointError: naming the last of them.
+    """
+    rows = net.get_input_embeddings().weight.shape[0]
+    token, last = max(vocabulary, key=lambda item: item[1])
+    if last >= rows:
+        raise CheckpointError(
+            f"the text encoder in {folder} must embed every token of its tokenizer; got {rows} "
+            f"embeddings and token {last} ({token[:40]!r}); put both of one model there"
+        )
 
 
 def _load_tokenizer(folder: Path) -> Any:

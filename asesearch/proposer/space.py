@@ -78,8 +78,9 @@ class Space:
                 "a space needs at least one sampler; got none; give the study's own"
             )
         if not 1 <= self.min_exit_depth <= self.depth:
+            fix = "raise it" if self.min_exit_depth < 1 else "lower it"
             raise ScheduleError(
-                f"min_exit_depth must lie in 1…{self.depth}; got {self.min_exit_depth}; lower it"
+                f"min_exit_depth must lie in 1…{self.depth}; got {self.min_exit_depth}; {fix}"
             )
         if self.num_intervals > self.num_train_timesteps:
             raise ScheduleError(

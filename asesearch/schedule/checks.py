@@ -3,7 +3,6 @@ value and the fix."""
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterable
 from itertools import pairwise
@@ -12,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from asesearch.errors import ScheduleError
+from asesearch.files import loads, once
 
 FORMAT = "asesearch.exit_schedule"
 VERSION = 1
@@ -48,12 +48,16 @@ def shown(value: object) -> str:
     return text if len(text) <= 80 else f"{text[:50]}… ({len(text)} characters)"
 
 
+def quoted(value: object) -> object:
+    """A value for `require`, which takes a text for words about it."""
+    return repr(value) if isinstance(value, str) else value
+
+
 def integers(values: Iterable[Any], name: str) -> tuple[int, ...]:
     out = []
     for value in values:
         ok = not isinstance(value, bool) and isinstance(value, (int, np.integer))
-        text = repr(value) if isinstance(value, str) else value
-        require(ok, f"{name} must be integers", text, "write them without point or quotes")
+        require(ok, f"{name} must be integers", quoted(value), "write them without point or quotes")
         require(abs(value) < LIMIT, f"{name} must be below 10^9", value, "give a smaller number")
         out.append(int(value))
     return tuple(out)
@@ -146,7 +150,7 @@ def checked_parts(
             1 <= value <= depth,
             f"exit_depths must lie in 1…{depth} (the depth of the network)",
             value,
-            "lower it, or rescale the schedule with rescaled(depth)",
+            "raise it" if value < 1 else "lower it, or rescale the schedule with rescaled(depth)",
         )
     return {
         "depth": depth,
@@ -172,12 +176,18 @@ def checked_data(data: object) -> dict[str, Any]:
     require(
         data.get("format") == FORMAT,
         f"format must be {FORMAT!r}",
-        data.get("format"),
+        quoted(data.get("format")),
         "write it with to_json",
     )
     version = data.get("version")
     require(
-        version == VERSION and isinstance(version, int) and version is not True,
+        type(version) is int,
+        "version must be an integer",
+        quoted(version),
+        f"this release writes {VERSION}, without point or quotes",
+    )
+    require(
+        version == VERSION,
         f"this release reads version {VERSION} of the schedule format",
         version,
         "install the asesearch release that wrote it",
@@ -203,15 +213,15 @@ def parsed(text: str) -> Any:
     """What a JSON text holds.
 
     Raises:
-        ScheduleError: not JSON, nested too deep, or an integer that Python refuses to read.
+        ScheduleError: not JSON, a key twice, nested too deep, or an integer that Python refuses to
+            read.
     """
     try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:
+        return loads(text, object_pairs_hook=once)
+    except ValueError as error:
         reason = str(error)
-        if not isinstance(error, json.JSONDecodeError):
-            deep = isinstance(error, RecursionError)
-            reason = "it is nested too deep" if deep else "an integer is too long"
+        if reason.startswith("Exceeds the limit"):  # Python's own, of more than 4,300 digits
+            reason = "an integer is too long"
         raise ScheduleError(
             f"a schedule must be JSON; got {shown(repr(text))} ({reason}); write it with to_json"
         ) from error

@@ -35,7 +35,8 @@ class ElasticDepths:
 
     def __post_init__(self) -> None:
         ok = 1 <= self.min_exit_depth <= self.depth
-        require(ok, f"min_exit_depth must lie in 1…{self.depth}", self.min_exit_depth, "lower it")
+        fix = "raise it" if self.min_exit_depth < 1 else "lower it"
+        require(ok, f"min_exit_depth must lie in 1…{self.depth}", self.min_exit_depth, fix)
         low = self.min_exit_depth
         ok = low <= self._top <= self.depth
         rule = f"max_exit_depth must lie in {low}…{self.depth}"

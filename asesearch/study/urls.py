@@ -39,6 +39,10 @@ def parse_url(text: str) -> URL:
             f"an @ in the password of a storage URL is written %40; got {masked(text)!r}; correct "
             "it"
         )
+    if "\0" in (url.database or ""):
+        raise StudyError(
+            f"the name of a storage has no NUL characters; got {masked(text)!r}; correct it"
+        )
     if url.get_backend_name() == "sqlite":
         if url.host:
             raise StudyError(

@@ -115,8 +115,10 @@ def test_schedules_outside_are_refused(space, schedule, rule):
 
 
 def test_an_empty_space_is_refused():
-    with pytest.raises(ScheduleError, match="min_exit_depth must lie in 1…4; got 5"):
+    with pytest.raises(ScheduleError, match="min_exit_depth must lie in 1…4; got 5; lower it"):
         Space(4, (OWN,), min_exit_depth=5)
+    with pytest.raises(ScheduleError, match="min_exit_depth must lie in 1…4; got 0; raise it"):
+        Space(4, (OWN,), min_exit_depth=0)
     with pytest.raises(ScheduleError, match="at least one sampler"):
         Space(4, ())
 

@@ -264,6 +264,7 @@ def test_a_record_of_an_earlier_release_has_the_studys_own_sampler():
     ("storage", "rule"),
     [
         ("not a url", "must be a database URL"),
+        ("sqlite:///a\0b.db", r"no NUL characters; got 'sqlite:///a\\x00b.db'; correct it"),
         ("sqlite:////nowhere/at/all/study.db", "can't be used"),
         ("nosuchdb://host/name", "can't be used"),
     ],
