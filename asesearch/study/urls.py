@@ -30,10 +30,6 @@ def parse_url(text: str) -> URL:
         StudyError: not a URL, a database in memory, or one without a driver here.
     """
     url = raw_url(text)
-    if "\0" in (url.database or ""):
-        raise StudyError(
-            f"a storage URL can't hold a NUL character; got {masked(text)!r}; correct it"
-        )
     if "@" in (url.host or ""):
         raise StudyError(
             f"an @ in the password of a storage URL is written %40; got {masked(text)!r}; correct "

@@ -171,5 +171,5 @@ def test_a_copy_with_its_own_database_is_a_study_of_its_own(tmp_path):
 
 
 def test_a_path_with_a_nul_is_refused_as_one(tmp_path):
-    with pytest.raises(StudyError, match="can't hold a NUL character"):
+    with pytest.raises(StudyError, match="has no NUL characters"):
         parse_url("sqlite:///a%00b.db")
