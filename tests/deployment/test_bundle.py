@@ -5,6 +5,8 @@ import copy
 import hashlib
 import json
 import os
+import subprocess
+import sys
 from dataclasses import replace
 
 import numpy as np
@@ -24,7 +26,7 @@ from asesearch.deployment.bundle import Bundle
 from asesearch.deployment.diffusers_hook import apply_exit_schedule
 from asesearch.deployment.reading import load_bundle
 from asesearch.deployment.verify import verify
-from asesearch.deployment.writing import write_bundle
+from asesearch.deployment.writing import PART, check_bundle_dir, write_bundle
 from asesearch.diffusion import Diffusion
 from asesearch.errors import CheckpointError, ConfigError, ScheduleError
 from asesearch.sampling import sample
@@ -238,6 +240,64 @@ def test_a_failed_export_leaves_nothing(bundle, tmp_path, monkeypatch):
     with pytest.raises(CheckpointError, match="disk full"):
         write_bundle(bundle, tmp_path / "bundle")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_parity_is_of_float32(bundle, tmp_path):
+    """A GPU would convolve in TF32, and another machine not."""
+    allowed = []
+    net = bundle.backbone
+    net.final_layer.register_forward_hook(
+        lambda *args: allowed.append(torch.backends.cudnn.allow_tf32)
+    )
+    write_bundle(bundle, tmp_path / "bundle")
+    assert allowed and not any(allowed) and torch.backends.cudnn.allow_tf32
+
+
+@pytest.mark.parametrize("step", [0, 1])
+def test_an_overwriting_that_fails_leaves_the_bundle_as_it_was(bundle, folder, monkeypatch, step):
+    before = (folder / "bundle.json").read_bytes()
+    really = os.replace
+    moves = []
+
+    def fails(source, target):
+        moves.append(source)
+        if len(moves) == step + 1:
+            raise OSError("disk full")
+        really(source, target)
+
+    monkeypatch.setattr(os, "replace", fails)
+    with pytest.raises(CheckpointError, match="disk full"):
+        write_bundle(replace(bundle, provenance={"new": 1}), folder, overwrite=True)
+    assert list(folder.parent.iterdir()) == [folder]
+    assert (folder / "bundle.json").read_bytes() == before
+    load_bundle(folder)
+
+
+DIES = """
+import os, sys
+from pathlib import Path
+from asesearch.deployment import writing
+really = os.replace
+def replace(source, target):
+    really(source, target)
+    os._exit(9)
+os.replace = replace
+with writing.whole_folder(Path(sys.argv[1]), overwrite=True) as part:
+    (part / "new").write_text("half")
+"""
+
+
+def test_a_process_that_dies_while_it_overwrites_loses_no_bundle(bundle, folder):
+    before = (folder / "bundle.json").read_bytes()
+    assert subprocess.run([sys.executable, "-c", DIES, folder]).returncode == 9
+    assert not folder.exists()
+    with pytest.raises(CheckpointError, match="exists already"):  # it is back before any work
+        check_bundle_dir(folder)
+    assert (folder / "bundle.json").read_bytes() == before
+    again = replace(bundle, provenance={"new": 1})
+    assert load_bundle(write_bundle(again, folder, overwrite=True)).provenance == {"new": 1}
+    left = [path for path in folder.parent.iterdir() if path != folder]
+    assert [path.name.endswith(PART) for path in left] == [True]  # removed after a day
 
 
 def test_a_schedule_for_another_network_is_refused(bundle, tmp_path):
