@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import get_args
 
 import numpy as np
 import torch
@@ -18,8 +19,10 @@ from asesearch.backbones.acceleration import Acceleration, Begin
 from asesearch.backbones.base import Backbone, check_schedule
 from asesearch.backbones.compiled import compiled
 from asesearch.backbones.conditioning import Conditioning, labels_of
+from asesearch.backbones.device import tf32
 from asesearch.backbones.exit_weights import attached
 from asesearch.backbones.guidance import GuidanceInterval, check_guided
+from asesearch.config import SamplingConfig
 from asesearch.diffusion import Process
 from asesearch.errors import ConfigError
 from asesearch.schedule import ExitSchedule
@@ -119,15 +122,21 @@ class _ScheduledModel:
 
 @contextmanager
 def arithmetic(precision: str, device: torch.device) -> Iterator[None]:
-    """Inside, networks compute as `SamplingConfig.precision` says."""
-    before = torch.get_float32_matmul_precision()
-    if device.type == "cuda":
-        torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
-    try:
-        with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
-            yield
-    finally:
-        torch.set_float32_matmul_precision(before)
+    """Inside, networks compute as `SamplingConfig.precision` says.
+
+    Raises:
+        ConfigError: it says nothing of the kind.
+    """
+    known = get_args(SamplingConfig.model_fields["precision"].annotation)
+    if precision not in known:
+        raise ConfigError(
+            f"precision must be one of {', '.join(known)}; got {precision!r}; choose one of them"
+        )
+    with (
+        tf32(precision == "tf32" and device.type == "cuda"),
+        torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"),
+    ):
+        yield
 
 
 def image_noise(seeds: Sequence[int], shape: tuple[int, ...], device: torch.device) -> Noise:
