@@ -407,3 +407,12 @@ def test_an_unknown_precision_is_refused(precision: str) -> None:
     y = torch.tensor([0])
     with pytest.raises(ConfigError, match="must be one of float32, tf32, bf16; got"):
         make(net, "ddim", Diffusion(), [0], y=y, precision=precision)
+
+
+@pytest.mark.parametrize(
+    ("seeds", "got"),
+    [([], "got none; give at least one"), ([0, -1], "got -1; choose"), ([2**32], "got 4294967296")],
+)
+def test_the_seed_that_is_wrong_is_named(seeds: list[int], got: str) -> None:
+    with pytest.raises(ConfigError, match=got):
+        make(load("dit")[0], "ddim", Diffusion(), seeds)
