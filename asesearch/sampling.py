@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import get_args
 
 import numpy as np
 import torch
@@ -18,8 +19,10 @@ from asesearch.backbones.acceleration import Acceleration, Begin
 from asesearch.backbones.base import Backbone, check_schedule
 from asesearch.backbones.compiled import compiled
 from asesearch.backbones.conditioning import Conditioning, labels_of
+from asesearch.backbones.device import tf32
 from asesearch.backbones.exit_weights import attached
 from asesearch.backbones.guidance import GuidanceInterval, check_guided
+from asesearch.config import SamplingConfig
 from asesearch.diffusion import Process
 from asesearch.errors import ConfigError
 from asesearch.schedule import ExitSchedule
@@ -34,9 +37,9 @@ class SampleResult:
         images: (N, C, H, W) float32 on the CPU, not clamped, in the order of the seeds.
         timesteps: where the network was called, descending.
         nfe: network calls per image; guidance makes two of each, where it acts.
-        block_calls: droppable blocks an image that really ran, in the mean over the images, of
-            which each may have its own exits. A block of which a part is reused, or that sees
-            merged tokens, has run.
+        block_calls: transformer blocks an image that really ran, also those that run in every call,
+            in the mean over the images, of which each may have its own exits. A block of which a
+            part is reused, or that sees merged tokens, has run.
         seconds: time spent making all the images, noise included, the device synchronised.
     """
 
@@ -113,21 +116,27 @@ class _ScheduledModel:
         passes = 1 if self.cfg_scale == 1.0 or alone else 2
         self.timesteps.append(t_cur)
         self.nfe += passes
-        self.block_calls += passes * exit_depth
+        self.block_calls += passes * (self.backbone.fixed_blocks + exit_depth)
         return output.float()
 
 
 @contextmanager
 def arithmetic(precision: str, device: torch.device) -> Iterator[None]:
-    """Inside, networks compute as `SamplingConfig.precision` says."""
-    before = torch.get_float32_matmul_precision()
-    if device.type == "cuda":
-        torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
-    try:
-        with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
-            yield
-    finally:
-        torch.set_float32_matmul_precision(before)
+    """Inside, networks compute as `SamplingConfig.precision` says.
+
+    Raises:
+        ConfigError: it says nothing of the kind.
+    """
+    known = get_args(SamplingConfig.model_fields["precision"].annotation)
+    if precision not in known:
+        raise ConfigError(
+            f"precision must be one of {', '.join(known)}; got {precision!r}; choose one of them"
+        )
+    with (
+        tf32(precision == "tf32" and device.type == "cuda"),
+        torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"),
+    ):
+        yield
 
 
 def image_noise(seeds: Sequence[int], shape: tuple[int, ...], device: torch.device) -> Noise:
@@ -223,13 +232,13 @@ def sample(
 
 @contextmanager
 def _counting(backbone: Backbone, acceleration: Acceleration | None) -> Iterator[list[int]]:
-    """Inside, droppable blocks that run under an acceleration are counted, once an image each."""
+    """Inside, blocks that run under an acceleration are counted, once an image each."""
     counted = [0]
 
     def count(module: nn.Module, args: tuple[Tensor, ...]) -> None:
         counted[0] += len(args[0])
 
-    blocks = [] if acceleration is None else backbone.droppable_blocks()
+    blocks = [] if acceleration is None else backbone.transformer_blocks()
     # a block that is led elsewhere as a whole is called all the same, what is in it is not
     whole = isinstance(acceleration, GuidanceInterval)
     places = [
@@ -305,7 +314,7 @@ def check_acceleration(
     if acceleration.num_calls not in (None, num_calls):
         raise ConfigError(
             f"the acceleration was made for {acceleration.num_calls} network calls; got a sampler "
-            f"of {num_calls}; keep the number of steps, or calibrate it for this sampler"
+            f"of {num_calls}; keep the number of steps, or make one for this sampler"
         )
 
 
@@ -326,13 +335,14 @@ def check_images(
     backbone: Backbone, seeds: Sequence[int], y: Conditioning | None, batch_size: int
 ) -> None:
     """The errors of `sample` about what to make."""
-    if len(seeds) == 0 or not all(
-        isinstance(seed, (int, np.integer)) and 0 <= seed < 2**32 for seed in seeds
-    ):
-        raise ConfigError(
-            "seeds must be integers from 0 to 2^32 - 1 (torch's CPU generator ignores higher "
-            f"bits), one per image; got {list(seeds)[:5]} …; begin lower"
-        )
+    if len(seeds) == 0:
+        raise ConfigError("there must be a seed for each image; got none; give at least one")
+    for seed in seeds:
+        if not (isinstance(seed, (int, np.integer)) and 0 <= seed < 2**32):
+            raise ConfigError(
+                "seeds must be integers from 0 to 2^32 - 1 (torch's CPU generator ignores higher "
+                f"bits), one per image; got {seed!r}; choose others"
+            )
     if batch_size < 1:
         raise ConfigError(
             f"batch_size must be at least 1; got {batch_size}; 100 suits most networks"

@@ -217,15 +217,9 @@ def latency(net: Backbone, args: argparse.Namespace) -> tuple[list[Figure], Late
     ], table
 
 
-def always_run(net: Backbone) -> int:
-    """Transformer blocks that no schedule drops: a U-ViT's encoder and its middle block."""
-    return len(net.in_blocks) + 1 if isinstance(net, UViT) else 0
-
-
 def bound(net: Backbone, schedule: ExitSchedule) -> float:
     """Speed-up if time were transformer block calls and nothing else."""
-    kept = always_run(net)
-    return (kept + net.depth) / (kept + net.depth * schedule.block_frac(TIMESTEPS))
+    return 1 / schedule.block_frac(TIMESTEPS, net.fixed_blocks)
 
 
 def network_time(

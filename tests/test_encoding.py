@@ -18,7 +18,11 @@ from asesearch.config import DataConfig
 from asesearch.data import ImageArray, ImageFolder, check_readable, latents, open_data
 from asesearch.data.latents import LatentShards
 from asesearch.encoding import LatentDecoder, encode_folder, encode_latents, read_captions
+<<<<<<< HEAD
 from asesearch.encoding.networks import TextEncoder
+=======
+from asesearch.encoding.networks import Vae
+>>>>>>> fix-api
 from asesearch.errors import CheckpointError, ConfigError, DataError
 
 pytestmark = pytest.mark.usefixtures("own_cache")
@@ -580,6 +584,18 @@ def test_decoded_images_stay_in_range_and_do_not_depend_on_the_batch(vae_path):
     assert pixels.min() == -1 and pixels.max() == 1
     torch.testing.assert_close(pixels, decoder.decode(latents, batch_size=1), atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(decoder.decode(latents.double()), pixels)
+
+
+def test_a_vae_computes_in_float32_both_ways(vae_path):
+    """A GPU would convolve in TF32, which is torch's default and changes the third digit."""
+    vae = Vae(vae_path, "cpu")
+    decoder = LatentDecoder(vae_path)
+    allowed = []
+    for net in (vae.net.encoder, decoder._vae.net.decoder):
+        net.register_forward_hook(lambda *a: allowed.append(torch.backends.cudnn.allow_tf32))
+    vae.moments(torch.zeros(1, 3, 16, 16))
+    decoder.decode(torch.zeros(1, 4, 8, 8))
+    assert allowed == [False, False] and torch.backends.cudnn.allow_tf32
 
 
 @pytest.mark.parametrize("shape", [(2, 3, 8, 8), (4, 8, 8)])

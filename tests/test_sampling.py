@@ -3,6 +3,7 @@ test_solvers.py."""
 
 import math
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from itertools import pairwise
 
 import numpy as np
@@ -13,7 +14,7 @@ from torch import Tensor
 from asesearch.backbones import Backbone, DiT
 from asesearch.diffusion import VPSDE, Diffusion, Process
 from asesearch.errors import ConfigError, ScheduleError
-from asesearch.sampling import SampleResult, guided, image_noise, sample
+from asesearch.sampling import SampleResult, arithmetic, guided, image_noise, sample
 from asesearch.schedule import ExitSchedule
 from asesearch.solvers import SOLVERS, Solver
 from tests.exact_networks import Gaussian, grid_of, load, pairs_of
@@ -376,3 +377,42 @@ def test_bfloat16_changes_the_network_s_arithmetic_only() -> None:
     # no matrix product in this one
     same = make(Gaussian(Diffusion()), "ddim", Diffusion(), [0], precision="bf16").images
     assert torch.equal(same, make(Gaussian(Diffusion()), "ddim", Diffusion(), [0]).images)
+
+
+def float32_state() -> tuple[str, bool]:
+    return torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+
+
+@pytest.mark.parametrize(
+    ("precision", "inside"),
+    [("float32", ("highest", False)), ("tf32", ("high", True)), ("bf16", ("highest", False))],
+)
+def test_a_precision_is_of_matrix_products_and_convolutions_and_ends_with_the_sampling(
+    precision: str, inside: tuple[str, bool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch, "autocast", lambda *args, **kwargs: nullcontext())  # without a GPU
+    before = float32_state()
+    assert before[1]  # torch's default, which float32 is not
+    with arithmetic(precision, torch.device("cuda")):
+        assert float32_state() == inside
+    assert float32_state() == before
+    with arithmetic(precision, torch.device("cpu")):
+        assert float32_state() == ("highest", False)
+    assert float32_state() == before
+
+
+@pytest.mark.parametrize("precision", ["bfloat16", "fp16", "", None])
+def test_an_unknown_precision_is_refused(precision: str) -> None:
+    net = load("dit")[0]
+    y = torch.tensor([0])
+    with pytest.raises(ConfigError, match="must be one of float32, tf32, bf16; got"):
+        make(net, "ddim", Diffusion(), [0], y=y, precision=precision)
+
+
+@pytest.mark.parametrize(
+    ("seeds", "got"),
+    [([], "got none; give at least one"), ([0, -1], "got -1; choose"), ([2**32], "got 4294967296")],
+)
+def test_the_seed_that_is_wrong_is_named(seeds: list[int], got: str) -> None:
+    with pytest.raises(ConfigError, match=got):
+        make(load("dit")[0], "ddim", Diffusion(), seeds)

@@ -130,9 +130,8 @@ PARTS = ("attn", "mlp", "block")
 
 
 def run_at(net: Backbone, exit_depth: int) -> npt.NDArray[np.bool_]:
-    """Which of `transformer_blocks` run at an exit depth."""
-    fixed = len(net.transformer_blocks()) - net.depth
-    return np.arange(fixed + net.depth) < fixed + exit_depth
+    """Which of the transformer blocks of one set of weights run at an exit depth."""
+    return np.arange(net.fixed_blocks + net.depth) < net.fixed_blocks + exit_depth
 
 
 def as_tokens(value: Any) -> Tensor:

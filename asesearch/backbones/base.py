@@ -122,7 +122,7 @@ class Backbone(nn.Module):
     @property
     def fixed_blocks(self) -> int:
         """Transformer blocks that run in every call, beside the `depth` that may be dropped."""
-        return len(self.transformer_blocks()) - self.depth
+        return 0
 
     def droppable_blocks(self) -> list[nn.Module]:
         """All blocks that may be dropped, of every set of weights."""

@@ -129,6 +129,7 @@ class _Graphs:
             torch.is_autocast_enabled("cuda"),
             torch.get_autocast_dtype("cuda"),
             torch.get_float32_matmul_precision(),
+            torch.backends.cudnn.allow_tf32,
         )
         if shapes not in self._inputs:
             self._inputs[shapes] = (x_t.clone(), t.clone(), conditioning.each(torch.clone, y))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 
@@ -12,6 +14,22 @@ from asesearch.errors import ConfigError
 def default_device() -> torch.device:
     """The first visible GPU, or the CPU. Choose another GPU with CUDA_VISIBLE_DEVICES."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@contextmanager
+def tf32(on: bool) -> Iterator[None]:
+    """Inside, a GPU computes matrix products and convolutions of float32 in TF32, or else in
+    float32; on its own it would take TF32 for convolutions. A CPU computes in float32 all the same.
+    """
+    products = torch.get_float32_matmul_precision()
+    convolutions = torch.backends.cudnn.allow_tf32
+    torch.set_float32_matmul_precision("high" if on else "highest")
+    torch.backends.cudnn.allow_tf32 = on
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(products)
+        torch.backends.cudnn.allow_tf32 = convolutions
 
 
 def check_memory(count: int, each: int, what: str, fix: str) -> None:

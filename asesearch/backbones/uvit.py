@@ -238,6 +238,10 @@ class UViT(Backbone):
         assert isinstance(block, UViTBlock)
         return block
 
+    @property
+    def fixed_blocks(self) -> int:
+        return len(self.in_blocks) + 1
+
     def transformer_blocks(self) -> list[nn.Module]:
         return [*self.in_blocks, self.mid_block, *self.out_blocks]
 

@@ -329,6 +329,7 @@ def sample(
             "out": str(out),
             "nfe": result.nfe,
             "block_calls": result.block_calls,
+            "block_frac": images.block_frac(result),
             "seconds": round(result.seconds, 3),
         }
     )

@@ -269,9 +269,10 @@ class SamplingConfig(_Section):
     `solver` may name the spacing of its timesteps: `ddim-power1.5` has t grow with the 1.5th power
     of the step's number, `-quadratic` with its square.
 
-    `precision`: the network's matrix products in float32, in a GPU's TF32, several times faster
-    (elsewhere float32), as the official DiT code samples, or in bfloat16. `compile` runs the
-    network's blocks as compiled code: latency and measured time are those of compiled blocks.
+    `precision`: the network's matrix products and convolutions in float32, in a GPU's TF32, several
+    times faster (elsewhere float32), as the official DiT code samples, or in bfloat16. `compile`
+    runs the network's blocks as compiled code: latency and measured time are those of compiled
+    blocks.
     """
 
     solver: SolverName = "ddim"

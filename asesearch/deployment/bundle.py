@@ -92,7 +92,7 @@ class Bundle:
             self.sampling.solver,
             self.schedule,
             diffusion=make_diffusion(self.diffusion),
-            num_steps=num_steps or self.sampling.num_steps,
+            num_steps=self.sampling.num_steps if num_steps is None else num_steps,
             seeds=seeds,
             y=self._conditioning(seeds, y),
             cfg_scale=self.sampling.cfg_scale,
@@ -126,7 +126,8 @@ class Bundle:
         Raises:
             ConfigError: what `sample` would refuse.
         """
-        how = self.sampling.model_copy(update={"num_steps": num_steps or self.sampling.num_steps})
+        steps = self.sampling.num_steps if num_steps is None else num_steps
+        how = self.sampling.model_copy(update={"num_steps": steps})
         check_images(self.backbone, seeds, self._conditioning(seeds, y), how.batch_size)
         diffusion = make_diffusion(self.diffusion)
         _, timesteps = check_sampling(

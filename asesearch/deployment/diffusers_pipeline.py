@@ -88,7 +88,8 @@ class ExportedDiTPipeline(DiTPipeline):
         shape = (len(labels), config.in_channels, config.sample_size, config.sample_size)
         # the solver's arithmetic is float32, whatever the network's
         x = randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
-        timesteps = self._set_timesteps(how, num_inference_steps or how.num_steps)
+        steps = how.num_steps if num_inference_steps is None else num_inference_steps
+        timesteps = self._set_timesteps(how, steps)
         order = getattr(self.scheduler.config, "solver_order", 1)
         options = {"generator": generator} if how.solver == "ddpm" else {}
         for i, t in enumerate(self.progress_bar(timesteps)):

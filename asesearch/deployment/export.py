@@ -16,7 +16,7 @@ from asesearch.data import check_readable
 from asesearch.deployment import formats
 from asesearch.deployment.bundle import Bundle
 from asesearch.deployment.writing import check_bundle_dir
-from asesearch.errors import StudyError
+from asesearch.errors import ConfigError, StudyError
 from asesearch.files import check_writable
 from asesearch.finetuning import CHECKPOINT, finetune
 from asesearch.search.accelerating import recorded_acceleration
@@ -47,7 +47,7 @@ def export(
     A full fine-tuning starts where the trial's did (from the elastic weights, where the study has
     them; the full network from the pretrained ones) under the study's `train` settings with another
     number of steps. It is resumable (its checkpoint lies in the trial's folder), and is evaluated
-    under the confirmation protocol; it needs a `bench`.
+    under the confirmation protocol, on `bench` where one is given.
 
     Raises:
         StudyError: the trial's weights or prompts were deleted.
@@ -130,12 +130,17 @@ def check_export(
 
     Raises:
         CheckpointError: the folder exists (and `overwrite` is not set), or holds something else.
-        ConfigError: see `asesearch.deployment.formats.check_format`.
+        ConfigError: fewer than one step of fine-tuning; or see
+            `asesearch.deployment.formats.check_format`.
         StudyError: the trial has no weights, where those of the trial are exported.
         WriteError: the folder, or the trial's for the checkpoint, can't be written.
     """
-    config = study.config
-    kind = config.backbone.kind
+    if finetune_steps is not None and finetune_steps < 1:
+        raise ConfigError(
+            f"a full fine-tuning takes at least 1 step; got finetune_steps {finetune_steps}; give "
+            "more, or none for the trial's own weights"
+        )
+    kind = study.config.backbone.kind
     formats.check_format(format, kind, vae, record.sampler.acceleration)
     check_bundle_dir(folder, overwrite=overwrite)
     if finetune_steps is None:

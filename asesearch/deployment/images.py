@@ -81,12 +81,21 @@ class BundleImages:
             "sampling": {**how.model_dump(mode="json"), "compile": self.compile},
             "acceleration": self.bundle.acceleration_name or None,
             "num": num,
-            "block_frac": self.bundle.schedule.block_frac(calls, self.bundle.backbone.fixed_blocks),
+            "block_frac": None  # an acceleration may save some, which is seen when it has run
+            if self.bundle.acceleration_name
+            else self.bundle.schedule.block_frac(calls, net.fixed_blocks),
         }
 
     def sample(self) -> SampleResult:
         """The images or latents; see `Bundle.sample`."""
         return self.bundle.sample(self.seeds, self.y, self.num_steps, compile=self.compile)
+
+    def block_frac(self, result: SampleResult) -> float:
+        """Block calls that were really made, over the full network's."""
+        net = self.bundle.backbone
+        passes = 1 if self.bundle.sampling.cfg_scale == 1 else 2
+        full = passes * len(result.timesteps) * (net.fixed_blocks + net.depth)
+        return result.block_calls / full
 
     def write(self, result: SampleResult) -> None:
         """Write what `sample` gave, decoded where there is a VAE.

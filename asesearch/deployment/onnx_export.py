@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -193,9 +194,8 @@ def write_graph(sets: Sequence[Parts], folder: Path) -> None:
     }
     if parts.merges:
         used["Merge"] = export_part(parts.merges[0], "Merge", [x, x.clone()])
-    builder = _Builder(folder, used)
-    nodes = _nodes(parts, builder) if len(sets) == 1 else _choosing(sets, builder)
-    builder.close()
+    with closing(_Builder(folder, used)) as builder:
+        nodes = _nodes(parts, builder) if len(sets) == 1 else _choosing(sets, builder)
     inputs = [
         helper.make_tensor_value_info(name, _TYPES[value.dtype], ["N", *value.shape[1:]])
         for name, value in parts.inputs.items()

@@ -72,7 +72,8 @@ class OnnxSamples:
         images: (N, C, H, W) float32, not clamped, in the order of the seeds.
         timesteps: where the network was called, descending.
         nfe: network calls per image; guidance makes two of each.
-        block_calls: droppable blocks run per image.
+        block_calls: transformer blocks run per image, also those that run in every call (which
+            graphs of earlier releases do not tell).
         seconds: time spent making all the images, noise included.
     """
 
@@ -152,7 +153,7 @@ class OnnxBundle:
         schedule = schedule or self.schedule
         self._check(seeds, schedule)
         labels = self._labels(seeds, y)
-        num_steps = num_steps or self.sampling.num_steps
+        num_steps = self.sampling.num_steps if num_steps is None else num_steps
         solver = find_solver(self.sampling.solver, levels)
         timesteps = levels.timesteps(num_steps, solver.power)
         pairs = list(pairwise((*timesteps, levels.t_clean)))
@@ -167,10 +168,10 @@ class OnnxBundle:
             parts.append(solver.integrate(model, draw(), pairs, levels, draw))
         seconds = time.perf_counter() - start
         passes = 1 if self.sampling.cfg_scale == 1.0 else 2
-        depths = [int(schedule.exit_depth_at(t)) for t in timesteps]
         images = np.concatenate(parts)
         nfe = passes * len(timesteps)
-        return OnnxSamples(images, timesteps, nfe, passes * sum(depths), seconds)
+        blocks = nfe * self.network.fixed_blocks + passes * schedule.block_calls(timesteps)
+        return OnnxSamples(images, timesteps, nfe, blocks, seconds)
 
     def _model(self, schedule: ExitSchedule, y: Labels | None) -> Callable[[Floats, float], Floats]:
         """The network as a solver sees it."""

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from asesearch.backbones.base import Backbone
+from asesearch.backbones.device import tf32
 from asesearch.errors import CheckpointError
 from asesearch.schedule import ExitSchedule
 
@@ -61,7 +62,8 @@ def _outputs(
     # each block once, and the same to the last bit as a call for each depth
     exits = net.all_exits(given["x_t"], given["t"], y)
     outputs = zip(range(net.min_exit_depth, max(depths) + 1), exits, strict=False)
-    return {f"{OUTPUT}{d}": out.float().cpu().contiguous() for d, out in outputs if d in depths}
+    with tf32(False):  # the exits are computed as they are asked for
+        return {f"{OUTPUT}{d}": out.float().cpu().contiguous() for d, out in outputs if d in depths}
 
 
 def parity_errors(net: Backbone, parity: Mapping[str, Tensor]) -> dict[int, float]:

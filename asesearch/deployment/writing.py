@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,10 @@ from asesearch.deployment.manifest import MANIFEST, file_entries
 from asesearch.deployment.parity import make_parity, parity_count
 from asesearch.errors import CheckpointError
 from asesearch.files import check_writable, remove_stale
+
+# behind a bundle's name and the process: a new one that is not finished, and the one it replaces
+PART = ".part"
+OLD = ".old.part"
 
 
 def write_bundle(bundle: Bundle, folder: Path, *, overwrite: bool = False) -> Path:
@@ -42,25 +46,20 @@ def write_bundle(bundle: Bundle, folder: Path, *, overwrite: bool = False) -> Pa
 
 @contextmanager
 def whole_folder(folder: Path, *, overwrite: bool = False) -> Iterator[Path]:
-    """A new folder to fill, which takes the place of `folder` at the end; if the body fails,
-    `folder` is as it was.
+    """A new folder to fill, which takes the place of `folder` at the end; if that or the body
+    fails, `folder` is as it was.
 
     Raises:
         CheckpointError, WriteError: see `check_bundle_dir`; or it can't be written.
     """
     check_bundle_dir(folder, overwrite=overwrite)
-    part = folder.with_name(f"{folder.name}.{os.getpid()}.part")
+    part = folder.with_name(f"{folder.name}.{os.getpid()}{PART}")
     try:
-        remove_stale(folder.parent, f"{glob.escape(folder.name)}.[0-9]*[0-9].part")
+        for kind in (PART, OLD):
+            remove_stale(folder.parent, f"{glob.escape(folder.name)}.[0-9]*[0-9]{kind}")
         part.mkdir(parents=True)
         yield part
-        if folder.exists():
-            old = folder.with_name(f"{folder.name}.{os.getpid()}.old")
-            os.replace(folder, old)
-            os.replace(part, folder)
-            shutil.rmtree(old)
-        else:
-            os.replace(part, folder)
+        _take_place(part, folder)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(
             f"can't write the bundle {folder}: {error}; choose a folder you may write to, with "
@@ -70,14 +69,40 @@ def whole_folder(folder: Path, *, overwrite: bool = False) -> Iterator[Path]:
         shutil.rmtree(part, ignore_errors=True)
 
 
+def _take_place(part: Path, folder: Path) -> None:
+    """Give a finished folder its name. What had it before is put back if that fails; if the process
+    dies in between, `check_bundle_dir` puts it back."""
+    if not folder.exists():
+        os.replace(part, folder)
+        return
+    old = folder.with_name(f"{folder.name}.{os.getpid()}{OLD}")
+    os.replace(folder, old)
+    try:
+        os.replace(part, folder)
+    except BaseException:
+        os.replace(old, folder)
+        raise
+    os.replace(old, part)  # to be removed
+
+
+def _put_back(folder: Path) -> None:
+    """Give a bundle its name again that a killed process had set aside to overwrite it."""
+    for old in folder.parent.glob(f"{glob.escape(folder.name)}.[0-9]*[0-9]{OLD}"):
+        if not os.path.lexists(folder):
+            os.replace(old, folder)
+
+
 def check_bundle_dir(folder: Path, *, overwrite: bool = False) -> None:
-    """Refuse a folder that no bundle can be written to; nothing is left behind.
+    """Refuse a folder that no bundle can be written to; nothing is left behind. A bundle that a
+    killed process had set aside to overwrite it is put back first.
 
     Raises:
         CheckpointError: it exists (and `overwrite` is not set), or holds something else.
         WriteError: it can't be written.
     """
     folder = Path(folder)
+    with suppress(OSError):
+        _put_back(folder)
     if os.path.lexists(folder):
         if not folder.is_dir() or folder.is_symlink() or os.path.ismount(folder):
             raise CheckpointError(
@@ -92,7 +117,7 @@ def check_bundle_dir(folder: Path, *, overwrite: bool = False) -> None:
             raise CheckpointError(
                 f"{folder} is not a bundle, so it is not overwritten; choose another folder"
             )
-    check_writable(folder.with_name(f"{folder.name}.{2**22}.part"), FILES[1], named=folder)
+    check_writable(folder.with_name(f"{folder.name}.{2**22}{OLD}"), FILES[1], named=folder)
 
 
 def write_files(bundle: Bundle, folder: Path) -> None:

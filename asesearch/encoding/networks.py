@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from asesearch.backbones.device import tf32
 from asesearch.backbones.digests import weights_digest
 from asesearch.backbones.finite import refuse_not_finite
 from asesearch.backbones.folders import find_folder, load_pretrained, read_config
@@ -128,7 +129,8 @@ class Vae(Network):
     def moments(self, x_start: Tensor) -> Tensor:
         """Mean and standard deviation of the posterior: (N, 3, H, W) -> (N, 2, C, h, w), not
         scaled."""
-        posterior = self.net.encode(x_start.to(self.device)).latent_dist
+        with tf32(False):
+            posterior = self.net.encode(x_start.to(self.device)).latent_dist
         return torch.stack([posterior.mean, posterior.std], dim=1)
 
 
@@ -200,7 +202,9 @@ class LatentDecoder:
         parts = (
             part.to(vae.device).float() / scale + shift for part in torch.split(latents, batch_size)
         )
-        return torch.cat([vae.net.decode(z).sample.clamp(-1, 1).to(latents.device) for z in parts])
+        with tf32(False):
+            made = [vae.net.decode(z).sample.clamp(-1, 1).to(latents.device) for z in parts]
+        return torch.cat(made)
 
 
 class TextEncoder(Network):

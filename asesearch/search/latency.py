@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from asesearch.errors import EvaluationError, StudyError
 from asesearch.evaluation.cost import LatencyTable
 from asesearch.files import write_json
@@ -76,7 +78,19 @@ def shared_table(
         if found is None:
             found = measure()
             write_json(path, found.to_dict())
+        _tell_threads(path, found)
         return found
+
+
+def _tell_threads(path: Path, table: LatencyTable) -> None:
+    """Say so where a CPU's table was measured with other threads; it serves all workers all the
+    same, so that their trials can be compared."""
+    own = torch.get_num_threads()
+    if table.device == "cpu" and table.threads != own:
+        directory.say_once(
+            f"{path} was measured with {table.threads} CPU threads, this process has {own}: "
+            f"predicted times are those of {table.threads} (OMP_NUM_THREADS={table.threads})"
+        )
 
 
 def changed_table(
@@ -110,17 +124,23 @@ def _refusal(run_dir: Path, now: Conditions, first: LatencyTable) -> str:
         now.guided if first.guided is None else first.guided,
         first.compile,
     )
-    fix = (
-        'search on a device of that kind, or in another directory (there with cost = "flops" '
-        "for several kinds of device)"
-    )
-    if now.device == first.device and now.batch_size != size:
+    if now.device != first.device:
+        one = "kind of device"
+        fix = (
+            'search on a device of that kind, or in another directory (there with cost = "flops" '
+            "for several kinds of device)"
+        )
+    elif now.batch_size != size:
+        one = "batch size"
         fix = (
             f"set sampling.batch_size back to {size // 2 if theirs.guided else size}, or search "
             "in another directory"
         )
+    else:
+        one = "arithmetic"
+        fix = "set [sampling] back to it, or search in another directory"
     return (
-        f"times of one study must come from one kind of device; the latency table of {run_dir} is "
+        f"times of one study must come from one {one}; the latency table of {run_dir} is "
         f"of {theirs}, and this worker has {now}; {fix}"
     )
 

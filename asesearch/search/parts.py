@@ -148,7 +148,7 @@ class Parts:
     ) -> Acceleration:
         """A sampler's acceleration, calibrated on images of these seeds, for another number of
         steps where one is given."""
-        steps = num_steps or sampler.num_steps
+        steps = sampler.num_steps if num_steps is None else num_steps
         how = self.config.sampling.under(sampler)
         _, calls = check_sampling(self.backbone, how.solver, self.diffusion, steps, how.cfg_scale)
         point = Point(self.full, sampler.plain)
@@ -256,7 +256,7 @@ class Parts:
             how.solver,
             point.schedule,
             diffusion=self.diffusion,
-            num_steps=num_steps or how.num_steps,
+            num_steps=how.num_steps if num_steps is None else num_steps,
             seeds=seeds,
             y=conditioning_for(backbone, self.data, seeds),
             cfg_scale=how.cfg_scale,

@@ -180,8 +180,9 @@ def make_plan(bench: Workbench) -> Plan:
         if elastic is None
         else elastic.num_steps * _step_s(bench, elastic_depths(bench), elastic)
     )
+    passes = 2 if config.sampling.cfg_scale != 1 else 1  # of a sampler's call; the map makes one
     mapped = config.map.num_bins * config.map.num_images * 3
-    map_s = mapped * rates.image_s / calls if needs_map(bench) else 0.0
+    map_s = mapped * rates.image_s / (calls * passes) if needs_map(bench) else 0.0
     full_s = bench.trials.tuning(bench.full)[1].num_steps * rates.step_s
     full_s += (rates.images + rates.low_fidelity_images) * made_s
     calibrate_s = _calibrate_s(bench, rates)

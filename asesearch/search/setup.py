@@ -64,13 +64,14 @@ def warm_starts(config: StudyConfig, bench: Workbench) -> dict[str, Point]:
     num_timesteps = config.diffusion.num_train_timesteps
     full = ExitSchedule.full(depth, num_timesteps)
     own, *others = bench.samplers
-    out = {"full": Point(full, own)}
-    for text in config.search.warm_start:
-        if text != "full":
-            out[text] = Point(ExitSchedule.from_string(text, depth, num_timesteps), own)
-    for name, point in out.items():
+    out: dict[str, Point] = {}
+    for name in dict.fromkeys(("full", *config.search.warm_start)):
         try:
-            space.encode(point)
+            schedule = (
+                full if name == "full" else ExitSchedule.from_string(name, depth, num_timesteps)
+            )
+            out[name] = Point(schedule, own)
+            space.encode(out[name])
         except ScheduleError as error:
             raise ScheduleError(
                 f"warm start {name!r} does not fit the search space: {error}"

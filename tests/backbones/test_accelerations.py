@@ -135,26 +135,26 @@ def test_calls_are_those_that_ran(each):
     result = each.make(strong)
     depths = SCHEDULE.exit_depth_at(result.timesteps).tolist()
     mixes = strong.mix(net, depths)
-    assert (plain.nfe, plain.block_calls) == (each.passes * CALLS, each.passes * sum(depths))
+    fixed = net.fixed_blocks
+    whole = sum(depths) + CALLS * fixed
+    assert (plain.nfe, plain.block_calls) == (each.passes * CALLS, each.passes * whole)
     if each.kind == "guide":
         alone = [mix[0][2] for mix in mixes]
         assert result.nfe == sum(1 if one else 2 for one in alone) < plain.nfe
-        counted = sum(d if one else 2 * d for one, d in zip(alone, depths, strict=True))
+        counted = sum((2 - one) * (fixed + d) for one, d in zip(alone, depths, strict=True))
     elif each.kind == "dbcache":
         counted = sum(1 if mix[0][2] else mix[0][1] for mix in mixes)
     elif each.kind == "deediff":
-        counted = sum(w * d for mix in mixes for w, d, _ in mix)
+        counted = sum(w * (fixed + d) for mix in mixes for w, d, _ in mix)
     elif each.kind.startswith("cache-block"):
-        fixed = len(net.transformer_blocks()) - net.depth
-        flags = strong.reuse[:, fixed:]
-        seen = np.zeros(net.depth, dtype=bool)
+        seen = np.zeros(fixed + net.depth, dtype=bool)
         counted = 0
-        for row, depth in zip(flags, depths, strict=True):
-            runs = np.arange(net.depth) < depth
+        for row, depth in zip(strong.reuse, depths, strict=True):
+            runs = np.arange(fixed + net.depth) < fixed + depth
             counted += int((runs & ~(row & seen)).sum())
             seen |= runs
     else:
-        counted = sum(depths)
+        counted = whole
     assert result.block_calls == pytest.approx(counted)
     saves_blocks = each.kind in ("guide", "deediff", "dbcache") or each.kind.startswith(
         "cache-block"

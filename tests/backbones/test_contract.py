@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from asesearch.backbones import Backbone, DiT, UViT
-from asesearch.backbones.exit_weights import ExitWeights
+from asesearch.backbones.acceleration import run_at
+from asesearch.backbones.exit_weights import ExitWeights, weight_sets
 from asesearch.errors import AseSearchError, ConfigError, ScheduleError
 
 UVIT = {"img_size": 8, "patch_size": 4, "in_chans": 2, "embed_dim": 16, "depth": 8, "num_heads": 2}
@@ -82,6 +83,15 @@ def test_each_exit_depth_gives_another_output(net) -> None:
     args = batch(net)
     outs = [net(*args, exit_depth=k) for k in range(net.min_exit_depth, net.depth + 1)]
     assert all((a - b).abs().max() > 1e-3 for i, a in enumerate(outs) for b in outs[:i])
+
+
+def test_blocks_that_always_run_and_those_that_may_be_dropped_are_all(net) -> None:
+    for own in weight_sets(net):
+        assert own.fixed_blocks == net.fixed_blocks
+        assert own.fixed_blocks + own.depth == len(own.transformer_blocks())
+        for depth in range(1, own.depth + 1):
+            assert run_at(net, depth).tolist() == run_at(own, depth).tolist()
+            assert run_at(net, depth).sum() == own.fixed_blocks + depth
 
 
 @torch.no_grad()

@@ -5,6 +5,8 @@ import copy
 import hashlib
 import json
 import os
+import subprocess
+import sys
 from dataclasses import replace
 
 import numpy as np
@@ -22,9 +24,10 @@ from asesearch.deployment import formats
 from asesearch.deployment import verify as verify_module
 from asesearch.deployment.bundle import Bundle
 from asesearch.deployment.diffusers_hook import apply_exit_schedule
+from asesearch.deployment.images import BundleImages
 from asesearch.deployment.reading import load_bundle
 from asesearch.deployment.verify import verify
-from asesearch.deployment.writing import write_bundle
+from asesearch.deployment.writing import PART, check_bundle_dir, write_bundle
 from asesearch.diffusion import Diffusion
 from asesearch.errors import CheckpointError, ConfigError, ScheduleError
 from asesearch.sampling import sample
@@ -111,6 +114,9 @@ def test_a_bundle_of_a_compiled_study_samples_compiled(bundle, tmp_path, only_tr
 def test_steps_and_labels_can_be_chosen(folder):
     loaded = load_bundle(folder)
     assert loaded.sample([0, 1], num_steps=2).nfe == 4  # two steps, each with and without the label
+    for call in (loaded.sample, loaded.plan):
+        with pytest.raises(ConfigError, match=r"num_steps must lie in 1…1000.*got 0"):
+            call([0], num_steps=0)
     one, other = (loaded.sample([5], torch.tensor([y])).images for y in (0, 2))
     assert not torch.equal(one, other)
 
@@ -240,6 +246,64 @@ def test_a_failed_export_leaves_nothing(bundle, tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_parity_is_of_float32(bundle, tmp_path):
+    """A GPU would convolve in TF32, and another machine not."""
+    allowed = []
+    net = bundle.backbone
+    net.final_layer.register_forward_hook(
+        lambda *args: allowed.append(torch.backends.cudnn.allow_tf32)
+    )
+    write_bundle(bundle, tmp_path / "bundle")
+    assert allowed and not any(allowed) and torch.backends.cudnn.allow_tf32
+
+
+@pytest.mark.parametrize("step", [0, 1])
+def test_an_overwriting_that_fails_leaves_the_bundle_as_it_was(bundle, folder, monkeypatch, step):
+    before = (folder / "bundle.json").read_bytes()
+    really = os.replace
+    moves = []
+
+    def fails(source, target):
+        moves.append(source)
+        if len(moves) == step + 1:
+            raise OSError("disk full")
+        really(source, target)
+
+    monkeypatch.setattr(os, "replace", fails)
+    with pytest.raises(CheckpointError, match="disk full"):
+        write_bundle(replace(bundle, provenance={"new": 1}), folder, overwrite=True)
+    assert list(folder.parent.iterdir()) == [folder]
+    assert (folder / "bundle.json").read_bytes() == before
+    load_bundle(folder)
+
+
+DIES = """
+import os, sys
+from pathlib import Path
+from asesearch.deployment import writing
+really = os.replace
+def replace(source, target):
+    really(source, target)
+    os._exit(9)
+os.replace = replace
+with writing.whole_folder(Path(sys.argv[1]), overwrite=True) as part:
+    (part / "new").write_text("half")
+"""
+
+
+def test_a_process_that_dies_while_it_overwrites_loses_no_bundle(bundle, folder):
+    before = (folder / "bundle.json").read_bytes()
+    assert subprocess.run([sys.executable, "-c", DIES, folder]).returncode == 9
+    assert not folder.exists()
+    with pytest.raises(CheckpointError, match="exists already"):  # it is back before any work
+        check_bundle_dir(folder)
+    assert (folder / "bundle.json").read_bytes() == before
+    again = replace(bundle, provenance={"new": 1})
+    assert load_bundle(write_bundle(again, folder, overwrite=True)).provenance == {"new": 1}
+    left = [path for path in folder.parent.iterdir() if path != folder]
+    assert [path.name.endswith(PART) for path in left] == [True]  # removed after a day
+
+
 def test_a_schedule_for_another_network_is_refused(bundle, tmp_path):
     wrong = Bundle(
         bundle.backbone, ExitSchedule.full(5), "dit", bundle.diffusion, bundle.sampling, {}, {}
@@ -293,12 +357,35 @@ def test_a_bundle_keeps_its_cache(bundle, cached, tmp_path):
     made = loaded.sample(range(3)).images
     assert torch.equal(made, cached.sample(range(3)).images)
     assert not torch.equal(made, bundle.sample(range(3)).images)
-    with pytest.raises(ConfigError, match="made for 4 network calls; got a sampler of 3"):
+    with pytest.raises(ConfigError, match=r"for 4 network calls; .* of 3; keep .*or make one"):
         loaded.plan(range(3), num_steps=3)
     with pytest.raises(ConfigError, match="compiled blocks"):
         loaded.sample(range(3), compile=True)
     plain = write_bundle(bundle, tmp_path / "plain") / "bundle.json"
     assert "acceleration" not in json.loads(plain.read_text())  # as earlier releases read it
+
+
+@pytest.mark.parametrize("acceleration", [None, "cache-block-0.5"])
+def test_block_calls_of_a_sample_are_all_that_ran(tmp_path, acceleration):
+    """Of a U-ViT with three blocks that always run, and two of which one runs."""
+    net = UViT(img_size=8, patch_size=4, in_chans=1, embed_dim=16, depth=4, num_heads=2).eval()
+    how = SamplingConfig(solver="ddim", num_steps=4, batch_size=2)
+    schedule = ExitSchedule.from_string("1 1", 2)
+    made = Bundle(net, schedule, "uvit", DiffusionConfig(), how, {}, {})
+    if acceleration:
+        reuse = np.zeros((4, 5), dtype=bool)
+        reuse[1::2] = True
+        made = replace(
+            made, acceleration=Caching("block", reuse), acceleration_name="cache-block-0.5"
+        )
+    images = BundleImages(write_bundle(made, tmp_path / "b"), tmp_path / "x.npz", num=2)
+    ran = []
+    for block in images.bundle.backbone.transformer_blocks():
+        block.attn.register_forward_hook(lambda *args: ran.append(len(args[-1])))
+    result = images.sample()
+    assert result.block_calls == sum(ran) / 2 == (8 if acceleration else 16)
+    assert images.block_frac(result) == result.block_calls / 20
+    assert images.plan["block_frac"] == (None if acceleration else 16 / 20)
 
 
 @pytest.mark.parametrize(

@@ -124,6 +124,8 @@ def test_steps_guidance_and_scheduler_can_be_changed(tmp_path):
         plain = replace(bundle, sampling=bundle.sampling.model_copy(update={"cfg_scale": 1.0}))
         images = sample(pipeline, guidance_scale=1, num_inference_steps=5)
         assert gap(images, plain.sample(SEEDS, num_steps=5).images) < 1e-4 and handle.nfe == 5
+        with pytest.raises(ConfigError, match=r"num_steps must lie in 1…1000.*got 0"):
+            sample(pipeline, num_inference_steps=0)
         pipeline.scheduler = DDIMScheduler(clip_sample=False)
         assert torch.isfinite(sample(pipeline)).all()
         assert list(pipeline.scheduler.timesteps) == list(range(875, -1, -125))  # its own grid

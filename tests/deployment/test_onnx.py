@@ -14,7 +14,7 @@ from onnx import numpy_helper
 from asesearch.backbones import DiT, UViT
 from asesearch.backbones.exit_weights import ExitWeights
 from asesearch.config import DiffusionConfig, SamplingConfig
-from asesearch.deployment import formats
+from asesearch.deployment import formats, onnx_export
 from asesearch.deployment.bundle import Bundle
 from asesearch.deployment.manifest import file_entries
 from asesearch.deployment.onnx_runtime import FILES, GRAPH, WEIGHTS, load_onnx
@@ -255,6 +255,19 @@ def test_a_forged_graph_is_refused(copy, name):
         load_onnx(copy)
 
 
+def test_a_graph_that_cannot_be_built_leaves_no_file_open(bundle, tmp_path, monkeypatch):
+    opened = []
+
+    def fails(parts, builder):
+        opened.append(builder._file)
+        raise RuntimeError("no graph")
+
+    monkeypatch.setattr(onnx_export, "_nodes", fails)
+    with pytest.raises(RuntimeError, match="no graph"):
+        onnx_export.write_onnx(bundle, tmp_path / "made")
+    assert [file.closed for file in opened] == [True] and list(tmp_path.iterdir()) == []
+
+
 def test_missing_and_damaged_files_are_refused(copy):
     (copy / WEIGHTS).write_bytes(b"\0" * (copy / WEIGHTS).stat().st_size)
     with pytest.raises(CheckpointError, match=r"weights.bin is damaged: its SHA-256"):
@@ -303,6 +316,7 @@ def test_formats_that_can_not_be_written_are_refused(bundle, tmp_path):
         (([0], [3]), "one class in 0…2 per image"),
         (([0], [0, 1]), "one class in 0…2 per image"),
         (([0], None, 1001), "num_steps must lie in 1…1000"),
+        (([0], None, 0), "num_steps must lie in 1…1000"),
     ],
 )
 def test_wrong_arguments_are_refused(folder, arguments, message):

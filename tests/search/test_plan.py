@@ -69,6 +69,15 @@ def test_what_a_search_is_expected_to_take(bench):
     )
 
 
+def test_guidance_doubles_the_calls_of_images_and_none_of_the_map(bench):
+    plain = plan.make_plan(bench)
+    bench.config = bench.config.with_options("sampling", cfg_scale=2.0)
+    bench.costs.full_call_ms *= 2  # of twice the batch
+    guided = plan.make_plan(bench)
+    assert (guided.image_s, guided.map_s) == (2 * plain.image_s, plain.map_s)
+    assert plain.map_s == pytest.approx(2 * 3 * 3 * 0.1)
+
+
 def test_with_a_budget_the_plan_is_what_is_expected(bench):
     bench.config = bench.config.with_options("search", budget="10m")
     found = plan.make_plan(bench)

@@ -318,6 +318,8 @@ def test_opening_what_is_no_study(tmp_path):
 def test_warm_starts_outside_the_space_are_refused_before_anything_runs():
     with pytest.raises(ScheduleError, match="warm start '6 5 4' does not fit.*4 equal intervals"):
         warm_starts(make_config(warm_start=["6 5 4"]), FakeBench())
+    with pytest.raises(ScheduleError, match="warm start '6 7' does not fit.* lie in 1…6.*got 7"):
+        warm_starts(make_config(warm_start=["6 7"]), FakeBench())
     with pytest.raises(ScheduleError, match="published names"):
         warm_starts(make_config(warm_start=["D9"]), FakeBench())
 

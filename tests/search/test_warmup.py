@@ -20,6 +20,7 @@ from asesearch.config import parse_study
 from asesearch.deployment.export import export
 from asesearch.deployment.reading import load_bundle
 from asesearch.deployment.verify import verify
+from asesearch.errors import ConfigError
 from asesearch.evaluation.cost import LatencyTable
 from asesearch.point import Point
 from asesearch.report.ladder import spending
@@ -345,6 +346,8 @@ def test_a_search_with_the_pretrained_weights_at_full_depth(study, tmp_path):
     bundle = load_bundle(export(opened, record, tmp_path / "bundle"))
     assert isinstance(bundle.backbone, ExitWeights)
     assert weights_digest(bundle.backbone.full) == weights_digest(bench.backbone)
+    with pytest.raises(ConfigError, match="at least 1 step; got finetune_steps 0"):
+        export(opened, record, tmp_path / "none", finetune_steps=0)
     further = export(opened, record, tmp_path / "further", finetune_steps=2)
     tuned = load_bundle(further).backbone
     assert weights_digest(tuned.full) == weights_digest(bench.backbone)

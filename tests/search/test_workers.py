@@ -14,6 +14,7 @@ from functools import partial
 
 import optuna
 import pytest
+import torch
 from optuna.trial import TrialState
 
 from asesearch import locks
@@ -688,13 +689,14 @@ def test_all_workers_have_one_latency_table(tmp_path):
     [
         (
             replace(HERE, device="NVIDIA H100"),
-            'is of cpu, 8 images.*has NVIDIA H100, 8 images.*of that kind.*cost = "flops"',
+            "from one kind of device; .* is of cpu, 8 images.*has NVIDIA H100, 8 images.*"
+            'of that kind.*cost = "flops"',
         ),
         (
             replace(HERE, batch_size=16),
-            "8 images per call.*16 images per call.*batch_size back to 8",
+            "come from one batch size; .*8 images per call.*16 images per call.*size back to 8",
         ),
-        (replace(HERE, precision="bf16"), "float32.*bf16"),
+        (replace(HERE, precision="bf16"), "one arithmetic; .*float32.*bf16.*set .sampling. back"),
         (replace(HERE, guided=True), "of guided sampling"),
         (replace(HERE, compile=True), "float32, and this worker has .*float32, compiled blocks"),
     ],
@@ -707,6 +709,16 @@ def test_a_table_of_other_conditions_is_not_taken(tmp_path, now, words):
     for _ in range(2):  # where FLOPs are searched for, one beside it
         assert shared_table(tmp_path, now, lambda: other, one_only=False) == other
     assert shared_table(tmp_path, HERE, lambda: pytest.fail("measured"), one_only=False) == first
+
+
+def test_a_table_of_other_threads_serves_and_says_so(tmp_path, caplog):
+    own = torch.get_num_threads()
+    shared_table(tmp_path, HERE, lambda: table(threads=own), one_only=True)
+    assert caplog.text == ""
+    other = table(threads=own + 63)
+    write_json(tmp_path / "latency.json", other.to_dict())
+    assert shared_table(tmp_path, HERE, table, one_only=True) == other
+    assert f"with {own + 63} CPU threads, this process has {own}: predicted times" in caplog.text
 
 
 def test_a_study_of_time_on_another_device_is_refused_before_the_warm_up(tmp_path):
