@@ -18,11 +18,7 @@ from asesearch.config import DataConfig
 from asesearch.data import ImageArray, ImageFolder, check_readable, latents, open_data
 from asesearch.data.latents import LatentShards
 from asesearch.encoding import LatentDecoder, encode_folder, encode_latents, read_captions
-<<<<<<< HEAD
-from asesearch.encoding.networks import TextEncoder
-=======
-from asesearch.encoding.networks import Vae
->>>>>>> fix-api
+from asesearch.encoding.networks import TextEncoder, Vae
 from asesearch.errors import CheckpointError, ConfigError, DataError
 
 pytestmark = pytest.mark.usefixtures("own_cache")
