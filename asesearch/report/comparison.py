@@ -17,7 +17,6 @@ from asesearch.errors import ConfigError, EvaluationError, StudyError
 from asesearch.report import attainment, tables
 from asesearch.report.wording import percent
 from asesearch.score import EvaluationResult, Protocol
-from asesearch.study.front import non_dominated
 from asesearch.study.records import REFERENCE_QUALITY, REFERENCE_TIME, StudyResults
 
 Array = npt.NDArray[np.float64]
@@ -127,14 +126,10 @@ def claimed(points: pd.DataFrame) -> pd.DataFrame:
     """Points of `asesearch.report.tables.points` at the times that may be claimed of them.
 
     `time_frac` is the bound of the block calls where the measured time is better than they can
-    explain, and `measured_frac` what was measured; `on_front` follows.
+    explain, and `measured_frac` what was measured.
     """
     out = points.rename(columns={"time_frac": "measured_frac"})
     out.insert(list(points.columns).index("time_frac"), "time_frac", points["credited_frac"])
-    out["speed_up"] = 1 / out["time_frac"]
-    out = out.sort_values(["time_frac", "number"], ignore_index=True)
-    front = set(non_dominated(list(zip(out["time_frac"], out["quality"], strict=True))))
-    out["on_front"] = [i in front for i in range(len(out))]
     return out
 
 

@@ -29,6 +29,7 @@ from asesearch.report.style import (
 from asesearch.report.wording import number
 from asesearch.schedule import PUBLISHED
 from asesearch.study.records import StudyResults
+from asesearch.study.timing import UNEXPLAINED
 
 
 def drawings(results: StudyResults) -> list[Drawing]:
@@ -46,7 +47,11 @@ def drawings(results: StudyResults) -> list[Drawing]:
             out.append(Drawing(name, title, caption, data, lambda: draw(data)))
 
     kind = tables.kind_of(results)
-    add("front", "Front", _FRONT[kind], tables.points(results, kind), draw_front)
+    points = tables.points(results, kind)
+    caption = _FRONT[kind]
+    if (points["credited_frac"] > points["time_frac"]).any():
+        caption += f" Where a time was measured {UNEXPLAINED}, the line goes by their bound."
+    add("front", "Front", caption, points, draw_front)
     if kind == "confirmed":
         caption = _FRONT["search"] + " Filled marks went on to be confirmed."
         add(
@@ -140,7 +145,13 @@ def draw_front(data: pd.DataFrame) -> Figure:
     )
     markers = dict(zip(samplers, itertools.cycle("o^vsDP"), strict=False))
     ax.step(
-        front["time_frac"], front["quality"], where="post", color=BLUE, lw=1.4, alpha=0.8, zorder=2
+        front["credited_frac"],
+        front["quality"],
+        where="post",
+        color=BLUE,
+        lw=1.4,
+        alpha=0.8,
+        zorder=2,
     )
     looks = [_look(row, markers) for _, row in data.iterrows()]
     for look in dict.fromkeys(looks):
@@ -204,7 +215,7 @@ def _bars(values: pd.Series) -> pd.Series | None:
 def _step_points(front: pd.DataFrame) -> list[tuple[float, float]]:
     """Data points along the front's line, so that no text covers it."""
     out = []
-    for (x0, y0), (x1, y1) in pairwise(xy(front, "time_frac", "quality")):
+    for (x0, y0), (x1, y1) in pairwise(xy(front, "credited_frac", "quality")):
         out += [(x0 + (x1 - x0) * i / 12, y0) for i in range(12)]
         out += [(x1, y0 + (y1 - y0) * i / 12) for i in range(12)]
     return out

@@ -137,10 +137,13 @@ def _takes(row: pd.Series) -> str:
 
 def _beside(others: pd.DataFrame, chosen: int | None) -> tuple[str, ...]:
     """The best score among the measured times that can't be told apart from the chosen one's, if it
-    is better than the chosen one's."""
+    is better than the chosen one's. What block calls can't explain is no measured time."""
     row = others[others["number"] == chosen].iloc[0]
-    apart = (others["time_frac"] - row["time_frac"]).abs()
-    tied = others[apart <= others["time_spread"] + row["time_spread"]]  # not where it is predicted
+    sound = others[others["credited_frac"] == others["time_frac"]]
+    if chosen not in set(sound["number"]):
+        return ()
+    apart = (sound["time_frac"] - row["time_frac"]).abs()
+    tied = sound[apart <= sound["time_spread"] + row["time_spread"]]  # not where it is predicted
     tied = tied[tied["quality"] < row["quality"]]
     if tied.empty:
         return ()

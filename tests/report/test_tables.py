@@ -10,12 +10,14 @@ import scipy.stats
 
 from asesearch.errors import EvaluationError, StudyError
 from asesearch.point import Point
-from asesearch.report import exhibits, opinions, tables
-from asesearch.report.grids import confirmation_grid, retrained_grid, spaces_grid
-from asesearch.report.wording import headline, number, percent, plus_minus
+from asesearch.report import evidence, exhibits, opinions, tables
+from asesearch.report.grids import confirmation_grid, cost_grid, retrained_grid, spaces_grid
+from asesearch.report.plots import drawings
+from asesearch.report.wording import headline, number, percent, plus_minus, speed_up
 from asesearch.schedule import ExitSchedule
 from asesearch.score import EvaluationResult, PrecisionRecall
 from asesearch.study.front import hypervolume_2d
+from asesearch.study.picking import pick
 from asesearch.study.records import Confirmation, shortened
 from tests.report.conftest import OWN
 
@@ -28,9 +30,9 @@ def dominated(p, points):
 def test_front_is_what_nothing_dominates(study, kind):
     results = study(30, seed=3)
     table = tables.points(results, kind)
-    pairs = list(zip(table["time_frac"], table["quality"], strict=True))
+    pairs = list(zip(table["credited_frac"], table["quality"], strict=True))
     assert list(table["on_front"]) == [not dominated(p, pairs) for p in pairs]
-    assert table["time_frac"].is_monotonic_increasing
+    assert table["credited_frac"].is_monotonic_increasing
 
 
 def test_front_stands_on_confirmed_figures_where_there_are_any(study):
@@ -500,6 +502,86 @@ def test_a_sound_time_is_claimed_before_one_that_cannot_be_explained(study):
     answer = headline(measured(replace(results, records=records), times[:1]))
     assert not answer.success and answer.answer.startswith("No schedule takes at most 0.75×")
     assert "runs 0.80× of the block calls" in answer.answer
+
+
+@pytest.fixture
+def disturbed(study):
+    """A study whose first point was measured at 0.30× by a disturbed clock, though it runs 0.60× of
+    the block calls; the second, a little worse, at 0.52× by a sound one."""
+    results = study(24)
+    full, first, second, *_ = results.confirmations
+    blocks = {first.number: 0.6, second.number: 0.5}
+    again = [full]
+    for c, time, gain in ((first, 0.30, 0.2), (second, 0.52, 0.1)):
+        values = tuple(v - gain for v in full.quality.values)
+        quality = EvaluationResult(c.quality.protocol, values)
+        again.append(
+            replace(c, quality=quality, measured_time_frac=time, measured_time_spread=0.005)
+        )
+    records = tuple(
+        replace(r, block_frac=blocks.get(r.number, r.block_frac)) for r in results.records
+    )
+    return replace(results, records=records, confirmations=tuple(again)), first, second
+
+
+def test_the_front_is_of_times_that_may_be_claimed(disturbed):
+    results, first, second = disturbed
+    front = tables.front(results)
+    assert list(front["number"]) == [second.number, first.number]
+    assert list(front["credited_frac"]) == [0.52, 0.6] and front["time_frac"].iloc[1] == 0.3
+    assert list(front["speed_up"]) == pytest.approx([1 / 0.52, 1 / 0.6])
+    assert pick(results, "fastest-within", "+5%").number == front["number"].iloc[0]
+    assert min(evidence.attained(results, "confirmed")["time_frac"]) == 0.52
+    # a second point as good as the first is the only one: the first is as good, and slower
+    better = replace(results.confirmations[2], quality=results.confirmations[1].quality)
+    one = replace(results, confirmations=(*results.confirmations[:2], better))
+    assert list(tables.front(one)["number"]) == [second.number]
+
+
+def test_speed_ups_are_of_times_that_may_be_claimed(disturbed):
+    results, first, second = disturbed
+    names = {r.number: tables.label(r, OWN) for r in results.records}
+    for grid in (confirmation_grid(results), cost_grid(results)):
+        shown = {row[0]: row[-2:] for row in grid.rows}
+        assert grid.head[-2:] == ("time measured", "speed-up")
+        assert shown[names[second.number]] == ("0.520 ± 0.005×", "1.92×")
+        assert shown[names[first.number]] == (
+            "0.300 ± 0.005× (block calls explain 0.60×)",
+            "1.67×",
+        )
+    # of an unconfirmed study it is of the predicted time
+    search = replace(results, confirmations=())
+    times = {names[r.number]: r.time_frac for r in results.complete}
+    assert {row[0]: row[-1] for row in cost_grid(search).rows} == {
+        name: speed_up(time) for name, time in times.items()
+    }
+
+
+def test_a_disturbed_time_is_not_the_same_as_a_sound_one(disturbed):
+    results, first, second = disturbed
+    near = replace(results.confirmations[1], measured_time_frac=0.523)
+    results = replace(
+        results, confirmations=(results.confirmations[0], near, results.confirmations[2])
+    )
+    answer = headline(results)
+    assert answer.chosen == second.number
+    assert not any("can't be told apart from that" in d for d in answer.details)
+    # the control: block calls that explain it
+    records = tuple(
+        replace(r, block_frac=0.5) if r.number == first.number else r for r in results.records
+    )
+    sound = headline(replace(results, records=records))
+    assert any("can't be told apart from that" in d for d in sound.details)
+
+
+def test_the_line_of_the_front_goes_by_times_that_may_be_claimed(disturbed):
+    results, *_ = disturbed
+    (front,) = (d for d in drawings(results) if d.name == "front")
+    assert "the line goes by their bound" in front.caption
+    line = front.draw().axes[0].lines[0]
+    assert list(line.get_xdata()) == [0.52, 0.6]
+    (control,) = (d for d in drawings(replace(results, confirmations=())) if d.name == "front")
+    assert "their bound" not in control.caption
 
 
 def test_headline_without_the_full_network_or_any_score(study):

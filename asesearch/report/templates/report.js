@@ -174,11 +174,11 @@
 
     move(step, frontOnly) {
       const among = frontOnly ? this.front : this.points;
-      const now = this.point.time;
+      const now = this.point.credited;
       const place = among.findIndex((p) => p.number === this.number);
       let next = place + step;
       if (place < 0) { // off the front: to its neighbour there
-        const after = among.findIndex((p) => p.time > now);
+        const after = among.findIndex((p) => p.credited > now);
         next = step > 0 ? after : (after < 0 ? among.length : after) - 1;
       }
       if (next >= 0 && next < among.length) this.choose(among[next].number);
@@ -246,7 +246,7 @@
       const line = { shape: "hv", color: colour("accent"), width: 2 };
       const traces = [{
         type: "scatter", mode: "lines", name: "front line", showlegend: false, hoverinfo: "skip",
-        x: this.front.map((p) => p.time), y: this.front.map((p) => p.quality), line,
+        x: this.front.map((p) => p.credited), y: this.front.map((p) => p.quality), line,
       }];
       for (const level of ["best", "worst"].filter((name) => kind.attained[name])) {
         const corners = kind.attained[level];
@@ -298,8 +298,8 @@
       const trial = this.data.trials[p.number];
       const kind = this.data.kinds[this.kind];
       byId("point").value = String(p.number);
-      byId("faster").disabled = !this.front.some((q) => q.time < p.time);
-      byId("slower").disabled = !this.front.some((q) => q.time > p.time);
+      byId("faster").disabled = !this.front.some((q) => q.credited < p.credited);
+      byId("slower").disabled = !this.front.some((q) => q.credited > p.credited);
       byId("detail-title").textContent = trial.label;
       const facts = [
         [kind.metric, `${plusMinus(p.quality, p.error)} (${kind.title.toLowerCase()})`],
@@ -362,15 +362,16 @@
 
     bound(p, trial) {
       const rows = [["block calls (the bound)", trial.blocks], ["time, predicted", trial.predicted]];
-      if (this.kind === "confirmed") rows.push(["time, measured", p.time]);
+      if (this.kind === "confirmed") rows.push(["time, measured", p.time, p.credited !== p.time]);
       const most = Math.max(1, ...rows.map((row) => row[1] || 0));
-      byId("bound").replaceChildren(...rows.map(([name, frac]) => {
+      byId("bound").replaceChildren(...rows.map(([name, frac, unexplained]) => {
         const bar = make("span", { class: "bar", "aria-hidden": "true" });
         const fill = make("span", {});
         fill.style.width = `${(100 * (frac || 0)) / most}%`;
         bar.append(fill);
+        const gain = frac === null || unexplained ? "" : ` (${(1 / frac).toFixed(2)}×)`;
         return make("li", {}, make("span", { class: "what" }, name), bar,
-          make("span", { class: "value" }, frac === null ? "–" : `${relative(frac)} (${(1 / frac).toFixed(2)}×)`));
+          make("span", { class: "value" }, `${relative(frac)}${gain}`));
       }));
       const clock = this.kind === "confirmed" ? p.time : trial.predicted;
       const kept = Math.round((100 * trial.blocks) / clock);
