@@ -8,7 +8,7 @@ import pandas as pd
 import seaborn
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from asesearch.report import tables
 from asesearch.report.labels import named, place_labels, spread_out, xy
@@ -187,6 +187,10 @@ def draw_losses(data: pd.DataFrame) -> Figure:
         )
     if data["loss"].min() > 0 and data["loss"].max() > 4 * data["loss"].min():
         log_axis(ax)
+    last = data.groupby("label")["step"].max()
+    if last.max() > 4 * last.min():  # the full network's equal compute
+        ax.set_xscale("log")
+        ax.xaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}"))
     ax.set_xlabel("fine-tuning step")
     ax.set_ylabel("loss")
     ends = [data[data["label"] == n].iloc[-1] for n in names]

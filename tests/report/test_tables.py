@@ -648,6 +648,20 @@ def test_losses_lie_at_the_middle_of_their_stretch(study):
     assert middles == [1.5 + 2 * i for i in range(80)] and means == [0.5 + 2 * i for i in range(80)]
 
 
+def test_the_full_networks_losses_lie_at_the_steps_that_it_made(study):
+    """With an elastic warm-up it is tuned for the steps of both, a schedule for its own."""
+    results = study(2, failed=(), confirm=False)
+    records = tuple(replace(r, losses=(3.0, 2.0, 1.0)) for r in results.records)
+    config = {**results.config, "train": {"num_steps": 6}}
+
+    def steps(elastic):
+        made = replace(results, records=records, config={**config, "elastic": elastic})
+        return exhibits.losses(made).groupby("number")["step"].agg(list).to_dict()
+
+    assert steps({"num_steps": 30}) == {0: [12, 24, 36], 1: [2, 4, 6]}
+    assert steps(None) == {0: [2, 4, 6], 1: [2, 4, 6]}
+
+
 def test_the_line_through_latencies_has_its_fixed_part(study):
     table = exhibits.latency(replace(study(1), latency_ms=(5.0, 7.0, 9.0)))
     assert list(table["fit_ms"]) == pytest.approx([5, 7, 9]) and list(table["exit_depth"]) == [
