@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import pandas as pd
 
 from asesearch.report import tables
-from asesearch.study.records import StudyResults
+from asesearch.study.records import NOT_CONFIRMED, StudyResults, left_out
 from asesearch.study.timing import UNEXPLAINED
 
 #: Relative sampling time that the headline looks for.
@@ -96,6 +96,8 @@ def headline(results: StudyResults) -> Headline:
         else "Scores and predicted times of the search: the best of many is flattered, and "
         "nothing is confirmed yet."
     )
+    if kind == "confirmed":
+        counts += _not_confirmed(results)
     baseline = points[points["verdict"] == "the reference"]
     others = points[points["verdict"] != "the reference"].sort_values(
         "credited_frac", kind="stable", ignore_index=True
@@ -113,6 +115,13 @@ def headline(results: StudyResults) -> Headline:
     compared = _compared(others, baseline.iloc[0], found.chosen)
     details = (compared, *_beside(others, found.chosen), *_disturbed(others), status, counts)
     return Headline(found.answer, (*notes, *details), found.success, found.chosen)
+
+
+def _not_confirmed(results: StudyResults) -> str:
+    """What is to be said of points of the search's front that were not worth confirming."""
+    out = [] if results.full is None else left_out(results.front(), results.full)
+    names = ", ".join(f"trial {r.number}" for r in out)
+    return f" {NOT_CONFIRMED.format(names).capitalize()}." if out else ""
 
 
 def _name(row: pd.Series) -> str:

@@ -584,6 +584,23 @@ def test_the_line_of_the_front_goes_by_times_that_may_be_claimed(disturbed):
     assert "their bound" not in control.caption
 
 
+def test_headline_names_the_points_that_were_not_worth_confirming(study):
+    results = study(24)
+    fastest = results.front()[0]
+    far = replace(fastest.quality, values=tuple(3 * v for v in results.full.quality.values))
+    records = tuple(
+        replace(r, quality=far, time_frac=0.01) if r is fastest else r for r in results.records
+    )
+    changed = replace(
+        results,
+        records=records,
+        confirmations=tuple(c for c in results.confirmations if c.number != fastest.number),
+    )
+    (said,) = (d for d in headline(changed).details if "not confirmed" in d)
+    assert f"2 times the full network's score: trial {fastest.number}." in said
+    assert not any("but not confirmed" in d for d in headline(results).details)
+
+
 def test_headline_without_the_full_network_or_any_score(study):
     no_full = replace(
         study(6, failed=()), confirmations=(), records=study(6, failed=()).records[1:]
