@@ -11,7 +11,7 @@ from scipy.special import ndtri
 
 from asesearch.report import attainment, tables
 from asesearch.report.ladder import Add
-from asesearch.report.style import BLUE, VERMILION, WIDTH, axes, log_axis, relative_axis
+from asesearch.report.style import BLUE, VERMILION, WIDTH, axes, log_axis, relative_axis, score_axis
 from asesearch.score import CONFIDENCE
 from asesearch.study.records import StudyResults
 
@@ -91,7 +91,7 @@ def draw_attainment(data: pd.DataFrame, points: pd.DataFrame) -> Figure:
         ax.step(x, y, style, where="post", color=BLUE, lw=1.4, label=f"{level} (by {by})")
     confirmed = points["kind"].iloc[0] == "confirmed"
     ax.set_xlabel(f"{'measured' if confirmed else 'predicted'} sampling time / full network's")
-    ax.set_ylabel(f"{points['metric'].iloc[0]}  (lower is better)")
+    score_axis(ax, points["metric"].iloc[0], 3.6)
     relative_axis(ax.xaxis)
     figure.legend(frameon=False, loc="outside upper center", ncols=3)
     if data["quality"].min() > 0 and top > 4 * data["quality"].min():

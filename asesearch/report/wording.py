@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from decimal import ROUND_HALF_UP, Context, Decimal
 
 import pandas as pd
 
@@ -20,6 +21,19 @@ TWO_REPEATS = (
 )
 
 
+_TIES_UP = Context(prec=400, rounding=ROUND_HALF_UP)  # digits of the largest float, and more
+_FOUR_DIGITS = Context(prec=4, rounding=ROUND_HALF_UP)
+
+
+def fixed(value: float, digits: int) -> str:
+    """A number with so many digits behind the point, ties away from zero, as `toFixed` of
+    JavaScript has it in the page: 0.625 is "0.63"."""
+    if not math.isfinite(value):
+        return f"{value}"
+    exact = Decimal(value)  # what the float is, of which few are ties
+    return f"{exact.quantize(Decimal(1).scaleb(-digits), context=_TIES_UP):f}"
+
+
 def percent(frac: float) -> str:
     """`0.312` as "31 %", with a space that does not break."""
     return f"{100 * frac:.0f}\N{NO-BREAK SPACE}%".replace("-", "−")
@@ -30,13 +44,13 @@ def relative(frac: float, spread: float = math.nan) -> str:
     if math.isnan(frac):
         return "–"
     if math.isnan(spread) or spread == 0:
-        return f"{frac:.2f}×"
-    return f"{frac:.3f} ± {spread:.3f}×"
+        return f"{fixed(frac, 2)}×"
+    return f"{fixed(frac, 3)} ± {fixed(spread, 3)}×"
 
 
 def speed_up(frac: float) -> str:
     """What a relative cost comes to: `0.6` as "1.67×"; "–" if missing."""
-    return f"{1 / frac:.2f}×" if frac > 0 else "–"
+    return f"{fixed(1 / frac, 2)}×" if frac > 0 else "–"
 
 
 def number(value: float, std_error: float = math.nan) -> str:
@@ -45,10 +59,10 @@ def number(value: float, std_error: float = math.nan) -> str:
     if math.isnan(value):
         return "–"
     if math.isnan(std_error) or std_error <= 0:
-        text = f"{value:#.4g}".rstrip(".")
+        text = f"{float(_FOUR_DIGITS.create_decimal_from_float(value)):#.4g}".rstrip(".")
     else:
         decimals = max(0, 1 - math.floor(math.log10(std_error)))
-        text = f"{value:.{decimals}f}"
+        text = fixed(value, decimals)
     return text.replace("-", "−")
 
 

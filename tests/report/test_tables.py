@@ -13,7 +13,7 @@ from asesearch.point import Point
 from asesearch.report import evidence, exhibits, opinions, tables
 from asesearch.report.grids import confirmation_grid, cost_grid, retrained_grid, spaces_grid
 from asesearch.report.plots import drawings
-from asesearch.report.wording import headline, number, percent, plus_minus, speed_up
+from asesearch.report.wording import headline, number, percent, plus_minus, relative, speed_up
 from asesearch.schedule import ExitSchedule
 from asesearch.score import EvaluationResult, PrecisionRecall
 from asesearch.study.front import hypervolume_2d
@@ -617,6 +617,24 @@ def test_numbers_are_written_to_the_digits_they_have():
     )
     assert number(-0.5) == "−0.5000" and number(math.nan) == "–" and number(12345.6) == "1.235e+04"
     assert percent(0.312) == "31\N{NO-BREAK SPACE}%"
+
+
+@pytest.mark.parametrize(
+    ("text", "wanted"),  # by toFixed and toPrecision of JavaScript, which the page writes with
+    [
+        (relative(0.625), "0.63×"),
+        (relative(0.875), "0.88×"),
+        (relative(0.615), "0.61×"),  # a little less than the tie
+        (relative(0.5625, 0.0625), "0.563 ± 0.063×"),
+        (speed_up(1 / 1.125), "1.13×"),
+        (number(8.5625), "8.563"),
+        (number(2.5, 10.0), "3"),
+        (number(-0.125, 0.1), "−0.13"),
+        (number(1e300, 1.0)[:3], "100"),
+    ],
+)
+def test_ties_are_rounded_as_the_pages_script_rounds_them(text, wanted):
+    assert text == wanted
 
 
 def test_the_hypervolume_is_counted_from_its_reference_point(study):

@@ -82,6 +82,9 @@
 
   // -- words --------------------------------------------------------------------------------
 
+  // an axis's title, which Plotly does not break: as high as the chart at most
+  const lines = (text) => text.match(/.{1,40}(?= |$)|.{1,40}/g)
+    .map((line) => escaped(line.trim())).join("<br>");
   const minus = (text) => text.replace("-", "−");
 
   function digits(value, error) {
@@ -100,7 +103,8 @@
 
   // -- the front ----------------------------------------------------------------------------
 
-  const SYMBOLS = ["circle", "triangle-up", "square", "diamond", "cross", "star", "triangle-down"];
+  const SYMBOLS = ["circle", "triangle-up", "square", "diamond", "cross", "star", "triangle-down",
+    "x", "pentagon", "triangle-left", "triangle-right", "hexagram", "bowtie", "hourglass"];
 
   class Explorer {
     constructor(data) {
@@ -282,7 +286,7 @@
         font: { color: colour("text"), family: getComputedStyle(document.body).fontFamily, size: 13 },
         margin: { l: 10, r: 14, t: 10, b: 10 },
         xaxis: { ...axis, ticksuffix: "×", title: { text: `relative sampling time, ${kind.time}` } },
-        yaxis: { ...axis, type: log ? "log" : "linear", title: { text: `${kind.metric} (lower is better)` } },
+        yaxis: { ...axis, type: log ? "log" : "linear", title: { text: lines(`${kind.metric} (lower is better)`) } },
         legend: { orientation: "h", yref: "container", y: 0, yanchor: "bottom", font: { size: 12 } },
         hoverlabel: { align: "left", bgcolor: colour("card"), bordercolor: colour("accent"), font: { color: colour("text") } },
         hovermode: "closest",
