@@ -93,7 +93,10 @@ def _shown(run: SearchRun) -> StudyResults:
     total = None if config.search.budget else config.search.num_trials
     done = len(run.study.records())
     if done:
-        say(f"{run.run_dir}: {done} of {total or 'unlimited'} schedules on record; continuing")
+        what = f"{done} of {total or 'unlimited'} schedules on record; continuing"
+        if total is not None and done >= total:
+            what = f"{done} schedules on record, {total} are asked for: no trial is added"
+        say(f"{run.run_dir}: {what}")
     with ExitStack() as while_searching:
         start = min(done, total or done)
         bar = while_searching.enter_context(

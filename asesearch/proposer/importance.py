@@ -18,7 +18,8 @@ def importance(problem: Problem, records: Sequence[TrialRecord]) -> Importance |
     """How much the score is expected to change where one interval alone runs half of its blocks.
 
     The model is asked for schedules that no trial need have tried, all in one joint posterior, so
-    that the standard deviations are those of differences from the full network.
+    that the standard deviations are those of differences from the full network. Where the study's
+    own sampler makes no call nothing changes, and both are 0: the model is not asked to know that.
 
     Args:
         problem: of the study.
@@ -43,14 +44,15 @@ def importance(problem: Problem, records: Sequence[TrialRecord]) -> Importance |
         points.append(Point(space.schedule(depths), own))
     with one_thread():
         mean, cov = QualityModel(problem.encoder, observations).posterior(points)
+    called = problem.calls[0] > 0
     variance = np.diag(cov)[1:] + cov[0, 0] - 2 * cov[0, 1:]
     return Importance(
         str(own),
         problem.boundaries,
         exit_depth,
         space.depth,
-        tuple((mean[1:] - mean[0]).tolist()),
-        tuple(np.sqrt(np.maximum(variance, 0.0)).tolist()),
+        tuple(np.where(called, mean[1:] - mean[0], 0.0).tolist()),
+        tuple(np.where(called, np.sqrt(np.maximum(variance, 0.0)), 0.0).tolist()),
         tuple(1 - problem.cost_frac(p) for p in points[1:]),
         len(observations),
     )

@@ -46,12 +46,6 @@ def volume(points: Array, reference: tuple[float, float]) -> float:
     return float(moocore.hypervolume(points, ref=list(reference))) if len(points) else 0.0
 
 
-def best_within(points: Array, time: float) -> float:
-    """The lowest score of points (n, 2) that take at most this time; infinite if there is none."""
-    inside = points[points[:, 0] <= time, 1]
-    return float(inside.min()) if len(inside) else float("inf")
-
-
 def along(corners: pd.DataFrame, edges: Array, before: float) -> Array:
     """The score that a surface has from each edge on; `before` where it has not begun."""
     place = np.searchsorted(corners["time_frac"].to_numpy(), edges, side="right") - 1

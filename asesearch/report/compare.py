@@ -30,6 +30,7 @@ from asesearch.report.style import (
     axes,
     log_axis,
     relative_axis,
+    score_axis,
 )
 from asesearch.report.wording import number, percent, relative
 from asesearch.study.records import StudyResults
@@ -212,7 +213,7 @@ def draw_fronts(points: pd.DataFrame, attained: pd.DataFrame) -> Figure:
         )
     confirmed = points["kind"].iloc[0] == "confirmed"
     ax.set_xlabel(f"{'measured' if confirmed else 'predicted'} sampling time / full network's")
-    ax.set_ylabel(f"{points['metric'].iloc[0]}  (lower is better)")
+    score_axis(ax, points["metric"].iloc[0], 4.2)
     relative_axis(ax.xaxis)
     ax.legend(frameon=False, loc="upper right", fontsize=SMALL)
     if front["quality"].min() > 0 and front["quality"].max() > 4 * front["quality"].min():

@@ -17,7 +17,6 @@ from asesearch.errors import ConfigError, EvaluationError, StudyError
 from asesearch.report import attainment, tables
 from asesearch.report.wording import percent
 from asesearch.score import EvaluationResult, Protocol
-from asesearch.study.front import non_dominated
 from asesearch.study.records import REFERENCE_QUALITY, REFERENCE_TIME, StudyResults
 
 Array = npt.NDArray[np.float64]
@@ -26,6 +25,7 @@ APART = "every repeat is better"
 OVERLAP = "repeats overlap"
 FEW = "fewer than half of the repeats have a point as fast"
 TOLD_APART = "told apart"
+TIMES = "times can't be told apart"
 CLEAR = (ALONE, APART, TOLD_APART)
 
 
@@ -55,15 +55,25 @@ class Member:
         """(n, 2) time and score of its front."""
         return self.front[["time_frac", "quality"]].to_numpy(dtype=np.float64)
 
-    def score_within(self, time: float) -> EvaluationResult | None:
-        """The lowest score that it reaches in this time; None if it has no point as fast."""
-        inside = self.front[self.front["time_frac"] <= time]
-        if inside.empty:
-            return None
-        number = int(inside.iloc[-1]["number"])
-        kind = self.points["kind"].iloc[0]
-        if kind == "search":
-            return tables.by_number(self.results)[number].quality
+    def best_within(self, time: float, slowest: float = -math.inf) -> pd.Series | None:
+        """The point of the lowest score in this time; None if it has no point as fast.
+
+        Args:
+            time: relative to the full network's.
+            slowest: points count too that are as fast as this, where their time less its spread is.
+        """
+        times = self.points["time_frac"]
+        least = times - self.points["time_spread"].fillna(0.0)
+        inside = self.points[(times <= time) | (least <= slowest)]
+        return None if inside.empty else inside.iloc[int(inside["quality"].to_numpy().argmin())]
+
+    def score_of(self, point: pd.Series) -> EvaluationResult:
+        """The score of one of its points, repeat by repeat."""
+        number = int(point["number"])
+        if point["kind"] == "search":
+            quality = tables.by_number(self.results)[number].quality
+            assert quality is not None
+            return quality
         return next(c.quality for c in self.results.confirmations if c.number == number)
 
 
@@ -127,14 +137,10 @@ def claimed(points: pd.DataFrame) -> pd.DataFrame:
     """Points of `asesearch.report.tables.points` at the times that may be claimed of them.
 
     `time_frac` is the bound of the block calls where the measured time is better than they can
-    explain, and `measured_frac` what was measured; `on_front` follows.
+    explain, and `measured_frac` what was measured.
     """
     out = points.rename(columns={"time_frac": "measured_frac"})
     out.insert(list(points.columns).index("time_frac"), "time_frac", points["credited_frac"])
-    out["speed_up"] = 1 / out["time_frac"]
-    out = out.sort_values(["time_frac", "number"], ignore_index=True)
-    front = set(non_dominated(list(zip(out["time_frac"], out["quality"], strict=True))))
-    out["on_front"] = [i in front for i in range(len(out))]
     return out
 
 
@@ -359,32 +365,47 @@ def _winner(members: Sequence[Member], time: float) -> tuple[str, float, str]:
     be noise.
 
     A group stands by the median of its studies; one that has no point as fast counts as infinitely
-    bad.
+    bad. What others reach in a time that can't be told apart from the winner's counts as well.
     """
-    reached = {
-        name: [attainment.best_within(m.corners, time) for m in members if m.group == name]
+    groups = {
+        name: [m for m in members if m.group == name]
         for name in dict.fromkeys(m.group for m in members)
     }
-    ranked = sorted(reached, key=lambda name: float(np.median(reached[name])))
-    first, second = ranked[:2]
-    a, b = (float(np.median(reached[name])) for name in (first, second))
+    medians = {name: _median([m.best_within(time) for m in groups[name]]) for name in groups}
+    first, *others = sorted(medians, key=medians.__getitem__)
+    a, b = medians[first], medians[others[0]]
     if math.isinf(a):
         return "", math.nan, FEW
-    if math.isinf(b):
-        return first, math.nan, ALONE
-    if len(reached[first]) == len(reached[second]) == 1:
-        verdict = _verdict(members, first, second, time)
-    else:
-        verdict = APART if max(reached[first]) < min(reached[second]) else OVERLAP
-    return (first if verdict in CLEAR else ""), b - a, verdict
+    mine = [point for m in groups[first] if (point := m.best_within(time)) is not None]
+    slowest = max(p["time_frac"] + np.nan_to_num(p["time_spread"]) for p in mine)
+    verdict = _verdict(groups[first], groups[others[0]], time)
+    for name in others if verdict in CLEAR else ():
+        clear = _verdict(groups[first], groups[name], time) in CLEAR
+        if clear and _verdict(groups[first], groups[name], time, slowest) not in CLEAR:
+            verdict = TIMES
+    return (first if verdict in CLEAR else ""), b - a if b < math.inf else math.nan, verdict
 
 
-def _verdict(members: Sequence[Member], first: str, second: str, time: float) -> str:
-    """Of two single studies, by their scores repeat by repeat on the same seeds."""
-    a, b = (
-        next(m for m in members if m.group == name).score_within(time) for name in (first, second)
-    )
-    assert a is not None and b is not None
-    difference, _ = a.minus(b)
-    verdict = tables.verdict(difference, a.margin(b))
+def _median(points: Sequence[pd.Series | None]) -> float:
+    """Of their scores; a point that there is not counts as infinitely bad."""
+    return float(np.median([math.inf if p is None else p["quality"] for p in points]))
+
+
+def _verdict(
+    mine: Sequence[Member], theirs: Sequence[Member], time: float, slowest: float = -math.inf
+) -> str:
+    """Why one group is ahead of another within a time budget, or is not: two single studies by
+    their scores repeat by repeat on the same seeds, others by their ranges; `slowest` see
+    `Member.best_within`."""
+    a = [m.best_within(time) for m in mine]
+    b = [m.best_within(time, slowest) for m in theirs]
+    if math.isinf(_median(b)):
+        return ALONE
+    if len(a) > 1 or len(b) > 1:
+        most = max(_median([p]) for p in a)
+        return APART if most < min(_median([p]) for p in b) else OVERLAP
+    (own,), (other,) = a, b
+    assert own is not None and other is not None
+    score, against = mine[0].score_of(own), theirs[0].score_of(other)
+    verdict = tables.verdict(score.minus(against)[0], score.margin(against))
     return TOLD_APART if verdict == "better" else verdict

@@ -8,10 +8,10 @@ import pandas as pd
 import seaborn
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from asesearch.report import tables
-from asesearch.report.labels import named, place_labels, spread_out, xy
+from asesearch.report.labels import named, place_labels, spread_out, two_lines, xy
 from asesearch.report.style import (
     BLUE,
     GREY,
@@ -20,6 +20,7 @@ from asesearch.report.style import (
     axes,
     log_axis,
     relative_axis,
+    score_axis,
     settle,
 )
 from asesearch.report.wording import number
@@ -53,7 +54,8 @@ def draw_trials(data: pd.DataFrame) -> Figure:
     bar.set_label("predicted time / full network's")
     relative_axis(bar.ax.yaxis)
     bar.outline.set_visible(False)
-    _over_trials(ax, f"{data['metric'].iloc[0]}  (lower is better)")
+    _over_trials(ax)
+    score_axis(ax, data["metric"].iloc[0])
     if data["quality"].min() > 0 and data["quality"].max() > 4 * data["quality"].min():
         log_axis(ax)
     ax.margins(0.08)
@@ -68,9 +70,8 @@ def draw_trials(data: pd.DataFrame) -> Figure:
     return figure
 
 
-def _over_trials(ax: Axes, ylabel: str) -> None:
+def _over_trials(ax: Axes) -> None:
     ax.set_xlabel("trial")
-    ax.set_ylabel(ylabel)
     ax.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     low, high = ax.get_xlim()
     ax.set_xlim(min(low, -0.5), max(high, 0.5))
@@ -82,7 +83,8 @@ def draw_hypervolume(data: pd.DataFrame) -> Figure:
     ax.step(data["number"], data["hypervolume"], where="post", color=BLUE)
     ax.plot(data["number"], data["hypervolume"], "o", color=BLUE, ms=3.5)
     ax.set_ylim(bottom=0, top=max(1e-6, 1.1 * data["hypervolume"].max()))
-    _over_trials(ax, "hypervolume  (higher is better)")
+    _over_trials(ax)
+    ax.set_ylabel("hypervolume  (higher is better)")
     return figure
 
 
@@ -187,23 +189,34 @@ def draw_losses(data: pd.DataFrame) -> Figure:
         )
     if data["loss"].min() > 0 and data["loss"].max() > 4 * data["loss"].min():
         log_axis(ax)
+    last = data.groupby("label")["step"].max()
+    if last.max() > 4 * last.min():  # the full network's equal compute
+        ax.set_xscale("log")
+        ax.xaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}"))
     ax.set_xlabel("fine-tuning step")
     ax.set_ylabel("loss")
     ends = [data[data["label"] == n].iloc[-1] for n in names]
-    ax.set_xlim(right=float(data["step"].max()) * (1.1 + 0.025 * max(map(len, names))))
-    settle(figure)
+    figure.draw_without_rendering()
     # (n, 2)
     places = ax.transAxes.inverted().transform(
         ax.transData.transform([(e["step"], e["loss"]) for e in ends])
     )
-    gap = 1.35 * SMALL * figure.dpi / 72 / ax.get_window_extent().height
+    lines = 1 + max(two_lines(name).count("\n") for name in names)
+    gap = (0.1 + 1.25 * lines) * SMALL * figure.dpi / 72 / ax.get_window_extent().height
     heights = spread_out(places[:, 1].tolist(), gap, 0.02, 0.98)
     for name, (x, y), height in zip(names, places, heights, strict=True):
-        line = {"arrowstyle": "-", "lw": 0.6, "color": colours[name], "shrinkA": 0, "shrinkB": 0}
+        line = {
+            "arrowstyle": "-",
+            "lw": 0.6,
+            "color": colours[name],
+            "shrinkA": 0,
+            "shrinkB": 0,
+            "relpos": (0, 0.5),
+        }
         ax.annotate(
-            name,
+            two_lines(name),
             (x, y),
-            (x + 0.03, height),
+            (1.03, height),
             xycoords="axes fraction",
             textcoords="axes fraction",
             color=VERMILION if name == tables.FULL else "0.2",

@@ -11,7 +11,7 @@ from scipy.special import ndtri
 
 from asesearch.report import attainment, tables
 from asesearch.report.ladder import Add
-from asesearch.report.style import BLUE, VERMILION, WIDTH, axes, log_axis, relative_axis
+from asesearch.report.style import BLUE, VERMILION, WIDTH, axes, log_axis, relative_axis, score_axis
 from asesearch.score import CONFIDENCE
 from asesearch.study.records import StudyResults
 
@@ -27,13 +27,13 @@ _IMPORTANCE = (
 
 def attained(results: StudyResults, kind: tables.Kind) -> pd.DataFrame:
     """What the best repeat of the evaluation attained, at least half of them, and all: how firm the
-    front is; empty for one repeat."""
+    front is; empty for one repeat. Times are those that may be claimed, see `tables.points`."""
     values = tables.values_of(results, kind)
-    table = tables.points(results, kind).dropna(subset=["time_frac"])
+    table = tables.points(results, kind).dropna(subset=["credited_frac"])
     if table.empty:
         return attainment.surfaces([])
     scores = np.array([values[n] for n in table["number"]])  # (points, repeats)
-    times = table["time_frac"].to_numpy(dtype=np.float64)
+    times = table["credited_frac"].to_numpy(dtype=np.float64)
     return attainment.surfaces([np.column_stack((times, column)) for column in scores.T])
 
 
@@ -91,7 +91,7 @@ def draw_attainment(data: pd.DataFrame, points: pd.DataFrame) -> Figure:
         ax.step(x, y, style, where="post", color=BLUE, lw=1.4, label=f"{level} (by {by})")
     confirmed = points["kind"].iloc[0] == "confirmed"
     ax.set_xlabel(f"{'measured' if confirmed else 'predicted'} sampling time / full network's")
-    ax.set_ylabel(f"{points['metric'].iloc[0]}  (lower is better)")
+    score_axis(ax, points["metric"].iloc[0], 3.6)
     relative_axis(ax.xaxis)
     figure.legend(frameon=False, loc="outside upper center", ncols=3)
     if data["quality"].min() > 0 and top > 4 * data["quality"].min():

@@ -63,10 +63,15 @@ def front_grid(results: StudyResults, chosen: int | None) -> Grid:
     return Grid(head, rows, marked)
 
 
-def _time(row: pd.Series) -> str:
-    """A relative time; where block calls can't explain a measured one, their bound beside it."""
-    text = relative(row["time_frac"], row["time_spread"])
-    if row["credited_frac"] > row["time_frac"]:
+def _time(row: pd.Series, time: str = "time") -> str:
+    """A relative time; where block calls can't explain a measured one, their bound beside it.
+
+    Args:
+        row: of a table.
+        time: what the columns of the time and its spread begin with.
+    """
+    text = relative(row[f"{time}_frac"], row[f"{time}_spread"])
+    if row["credited_frac"] > row[f"{time}_frac"]:
         return f"{text} (block calls explain {relative(row['credited_frac'])})"
     return text
 
@@ -122,8 +127,8 @@ def confirmation_grid(results: StudyResults) -> Grid:
                 for name in (("precision", "recall") if both else ())
             ),
             relative(row["predicted_time_frac"]),
-            relative(row["measured_time_frac"], row["measured_time_spread"]),
-            speed_up(row["measured_time_frac"]),
+            _time(row, "measured_time"),
+            speed_up(row["credited_frac"]),
         )
         for _, row in table.iterrows()
     ]
@@ -234,12 +239,8 @@ def cost_grid(results: StudyResults) -> Grid:
             speed_up(row["block_frac"]),
             relative(row["flops_frac"]),
             relative(row["predicted_time_frac"]),
-            relative(row["measured_time_frac"], row["measured_time_spread"]),
-            speed_up(
-                row["predicted_time_frac"]
-                if math.isnan(row["measured_time_frac"])
-                else row["measured_time_frac"]
-            ),
+            _time(row, "measured_time"),
+            speed_up(row["credited_frac"]),
         )
         for _, row in table.sort_values(["predicted_time_frac", "number"]).iterrows()
     ]

@@ -100,6 +100,11 @@ def _is_free(
     return not any(wide.overlaps(other) for other in taken) and wide.count_contains(dots) == 0
 
 
+def two_lines(label: str) -> str:
+    """A label with its acceleration, or its steps, on a line of its own."""
+    return label.replace(" + ", "\n+ ") if " + " in label else label.replace(", ", "\n")
+
+
 def spread_out(values: Sequence[float], gap: float, low: float, high: float) -> list[float]:
     """Positions at least `gap` apart (or evenly over low…high where they don't fit), in the order
     of `values`, moved little."""

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+import math
+import string
+from collections.abc import Callable, Iterator
 from itertools import pairwise
 
 import numpy as np
@@ -12,7 +14,7 @@ import seaborn
 from matplotlib.figure import Figure
 
 from asesearch.report import curves, difficulty, evidence, exhibits, ladder, tables
-from asesearch.report.labels import named, place_labels, xy
+from asesearch.report.labels import named, place_labels, two_lines, xy
 from asesearch.report.style import (
     BLUE,
     GREY,
@@ -24,11 +26,14 @@ from asesearch.report.style import (
     axes,
     log_axis,
     relative_axis,
+    score_axis,
     settle,
+    width_of,
 )
 from asesearch.report.wording import number
 from asesearch.schedule import PUBLISHED
 from asesearch.study.records import StudyResults
+from asesearch.study.timing import UNEXPLAINED
 
 
 def drawings(results: StudyResults) -> list[Drawing]:
@@ -46,7 +51,11 @@ def drawings(results: StudyResults) -> list[Drawing]:
             out.append(Drawing(name, title, caption, data, lambda: draw(data)))
 
     kind = tables.kind_of(results)
-    add("front", "Front", _FRONT[kind], tables.points(results, kind), draw_front)
+    points = tables.points(results, kind)
+    caption = _FRONT[kind]
+    if (points["credited_frac"] > points["time_frac"]).any():
+        caption += f" Where a time was measured {UNEXPLAINED}, the line goes by their bound."
+    add("front", "Front", caption, points, draw_front)
     if kind == "confirmed":
         caption = _FRONT["search"] + " Filled marks went on to be confirmed."
         add(
@@ -130,7 +139,6 @@ def _hypervolume_caption(volume: pd.DataFrame) -> str:
 
 def draw_front(data: pd.DataFrame) -> Figure:
     """Score against sampling time: `tables.points`."""
-    figure, ax = axes(3.9)
     front = data[data["on_front"]]
     # own first
     samplers = list(
@@ -138,9 +146,17 @@ def draw_front(data: pd.DataFrame) -> Figure:
             [*data.loc[data["label"] == tables.FULL, "sampler"], *sorted(data["sampler"])]
         )
     )
-    markers = dict(zip(samplers, itertools.cycle("o^vsDP"), strict=False))
+    markers = dict(zip(samplers, _markers(), strict=False))
+    beside = max(1, int(WIDTH / (max(width_of(name) for name in samplers) + 0.45)))
+    figure, ax = axes(3.9 + 0.2 * math.ceil((len(samplers) - 1) / beside))
     ax.step(
-        front["time_frac"], front["quality"], where="post", color=BLUE, lw=1.4, alpha=0.8, zorder=2
+        front["credited_frac"],
+        front["quality"],
+        where="post",
+        color=BLUE,
+        lw=1.4,
+        alpha=0.8,
+        zorder=2,
     )
     looks = [_look(row, markers) for _, row in data.iterrows()]
     for look in dict.fromkeys(looks):
@@ -151,7 +167,9 @@ def draw_front(data: pd.DataFrame) -> Figure:
             rows["quality"],
             xerr=_bars(rows["time_spread"]),
             yerr=_bars(rows["std_error"]),
-            fmt=marker,
+            fmt="",
+            marker=marker,
+            ls="none",
             color=colour,
             mfc="white" if hollow else None,
             ms=5 if faint else 6.5,
@@ -162,13 +180,13 @@ def draw_front(data: pd.DataFrame) -> Figure:
         )
     confirmed = data["kind"].iloc[0] == "confirmed"
     ax.set_xlabel(f"{'measured' if confirmed else 'predicted'} sampling time / full network's")
-    ax.set_ylabel(f"{data['metric'].iloc[0]}  (lower is better)")
+    score_axis(ax, data["metric"].iloc[0], 3.9)
     relative_axis(ax.xaxis)
     ax.margins(0.12)
     if len(samplers) > 1:
         for name in samplers:
-            ax.plot([], [], markers[name], color="0.4", ms=5, label=name)
-        ax.legend(frameon=False, loc="upper right", handletextpad=0.2)
+            ax.plot([], [], ls="none", marker=markers[name], color="0.4", ms=5, label=name)
+        figure.legend(frameon=False, loc="outside upper center", ncols=beside, handletextpad=0.2)
     low, high = ax.get_xlim()
     if high - low < 0.2:
         ax.set_xlim((low + high) / 2 - 0.1, (low + high) / 2 + 0.1)
@@ -185,6 +203,13 @@ def draw_front(data: pd.DataFrame) -> Figure:
         SMALL,
     )
     return figure
+
+
+def _markers() -> Iterator[str]:
+    """A marker for each sampler, no two alike."""
+    yield from "o^vsDPX<>*pHd"
+    yield from (f"${letter}$" for letter in string.ascii_letters)
+    yield from (f"${i}$" for i in itertools.count())
 
 
 def _look(row: pd.Series, markers: dict[str, str]) -> tuple[str, str, bool, bool]:
@@ -204,7 +229,7 @@ def _bars(values: pd.Series) -> pd.Series | None:
 def _step_points(front: pd.DataFrame) -> list[tuple[float, float]]:
     """Data points along the front's line, so that no text covers it."""
     out = []
-    for (x0, y0), (x1, y1) in pairwise(xy(front, "time_frac", "quality")):
+    for (x0, y0), (x1, y1) in pairwise(xy(front, "credited_frac", "quality")):
         out += [(x0 + (x1 - x0) * i / 12, y0) for i in range(12)]
         out += [(x1, y0 + (y1 - y0) * i / 12) for i in range(12)]
     return out
@@ -215,7 +240,9 @@ def draw_schedules(data: pd.DataFrame) -> Figure:
     columns = [c for c in data.columns if c.startswith("t")]
     edges = [*(int(c[1:]) for c in columns), int(data["end"].iloc[0])]
     blocks = data[columns].to_numpy()
-    figure, ax = axes(1.1 + (0.3 if len(data) <= 20 else 0.2) * len(data))
+    names = [label.replace(" + ", "\n+ ") for label in data["label"]]
+    narrow = 0.3 if len(data) <= 20 else 0.2
+    figure, ax = axes(1.1 + len(data) * (0.36 if any("\n" in n for n in names) else narrow))
     depth = int(data["depth"].iloc[0])
     rows = np.arange(len(data) + 1)
     mesh = ax.pcolormesh(
@@ -236,7 +263,7 @@ def draw_schedules(data: pd.DataFrame) -> Figure:
                     fontsize=SMALL,
                 )
     ax.invert_yaxis()
-    ax.set_yticks(rows[:-1] + 0.5, data["label"])
+    ax.set_yticks(rows[:-1] + 0.5, names)
     ax.set_xlabel("timestep (0 = data, right = noise)")
     ax.grid(False)
     ax.tick_params(left=False)
@@ -248,20 +275,28 @@ def draw_schedules(data: pd.DataFrame) -> Figure:
     return figure
 
 
+def _row_name(label: str) -> str:
+    """A label in two lines."""
+    return two_lines(label.replace(tables.FULL, "full\nnetwork"))
+
+
 def draw_samples(data: pd.DataFrame, results: StudyResults) -> Figure:
     """Images of `exhibits.samples`, one row a schedule."""
     numbers = list(dict.fromkeys(data["number"]))
     count = int(data["image"].max()) + 1
     shape = results.samples[numbers[0]].shape
-    cell = WIDTH / (count + 1.6)
-    high = shape[2] / shape[3]
+    names = {n: _row_name(data.loc[data["number"] == n, "label"].iloc[0]) for n in numbers}
+    margin = max(map(width_of, names.values())) + 0.2
+    cell = (WIDTH - margin) / count
+    image_high = shape[2] / shape[3]
+    high = max(image_high, 0.36 / cell)  # room for two lines of text
     figure = Figure(figsize=(WIDTH, cell * high * len(numbers)))
     ax = figure.add_axes((0, 0, 1, 1))
     ax.set_axis_off()
     for i, n in enumerate(numbers):
         mine = data[data["number"] == n]
-        top = -i * high
-        bottom = -(i + 0.96) * high
+        top = -i * high - (high - image_high) / 2
+        bottom = top - 0.96 * image_high
         for j in mine["image"]:
             image = results.samples[n][j].transpose(1, 2, 0)  # (H, W, C)
             image = image[..., 0] if image.shape[-1] == 1 else image
@@ -273,7 +308,7 @@ def draw_samples(data: pd.DataFrame, results: StudyResults) -> Figure:
                 interpolation="nearest",
                 extent=(j, j + 0.96, bottom, top),
             )
-        text = mine["label"].iloc[0].replace(tables.FULL, "full\nnetwork").replace(", ", "\n")
-        ax.text(-0.12, (top + bottom) / 2, text, ha="right", va="center", fontsize=SMALL)
-    ax.set(xlim=(-1.6, count), ylim=(-high * len(numbers), 0), aspect="auto")
+        middle = (top + bottom) / 2
+        ax.text(-0.06 / cell, middle, names[n], ha="right", va="center", fontsize=SMALL)
+    ax.set(xlim=(-margin / cell, count), ylim=(-high * len(numbers), 0), aspect="auto")
     return figure

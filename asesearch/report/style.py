@@ -5,6 +5,7 @@ Sized for a phone: at 360 px the smallest text is still 9 px high.
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ import seaborn
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.figure import Figure
+from matplotlib.textpath import TextPath
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 #: Colour-blind safe: what a mark means is never said by its colour alone.
@@ -90,6 +92,29 @@ def axes(height: float = HEIGHT) -> tuple[Figure, Axes]:
     """A figure of the usual width with one pair of axes, laid out by matplotlib."""
     figure = Figure(figsize=(WIDTH, height), layout="constrained")
     return figure, figure.add_subplot()
+
+
+def width_of(text: str, size: float = SMALL) -> float:
+    """Width of a text's longest line, in inches."""
+    widths = (TextPath((0, 0), line, size=size).get_extents().width for line in text.split("\n"))
+    return float(max(widths)) / 72
+
+
+def score_axis(ax: Axes, metric: str, height: float = HEIGHT) -> None:
+    """Name the vertical axis, in as many lines as its height asks for.
+
+    Args:
+        ax: the axes.
+        metric: name of the score.
+        height: inches of the axes and what is below them.
+    """
+    room = height - 0.75
+    text = f"{metric}  (lower is better)"
+    size = 10.0
+    if width_of(text, size) > room:
+        letters = max(1, int(len(metric) * room / width_of(metric, size)))
+        text = "\n".join([*textwrap.wrap(metric, letters), "(lower is better)"])
+    ax.set_ylabel(text)
 
 
 def relative_axis(axis: Axis) -> None:

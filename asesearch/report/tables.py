@@ -140,7 +140,8 @@ def points(results: StudyResults, kind: Kind) -> pd.DataFrame:
     of the same kind.
 
     `time_frac` is the predicted or measured time; `credited_frac` is what may be claimed of it, the
-    bound `block_frac` where a measured time is better than its block calls can explain.
+    bound `block_frac` where a measured time is better than its block calls can explain. `speed_up`,
+    `on_front` and the order go by what may be claimed.
     `difference` is the score minus the full network's, `difference_se` its standard error,
     `difference_margin` half the width of its interval of that `confidence`; `verdict` says in words
     whether the interval leaves out 0.
@@ -163,7 +164,12 @@ def points(results: StudyResults, kind: Kind) -> pd.DataFrame:
     baseline = next(
         (quality for r, quality, *_ in found if full is not None and r.number == full.number), None
     )
-    front = set(non_dominated([(time, quality.value) for _, quality, time, _ in found]))
+    claimed = [
+        time if kind == "search" else credited_time(time, spread, r.block_frac)
+        for r, _, time, spread in found
+    ]
+    scores = [quality.value for _, quality, *_ in found]
+    front = set(non_dominated(list(zip(claimed, scores, strict=True))))
     confirmed = {c.number for c in results.confirmations}
     rows = []
     for i, (r, quality, time, spread) in enumerate(found):
@@ -179,11 +185,9 @@ def points(results: StudyResults, kind: Kind) -> pd.DataFrame:
                 "metric": protocol.metric_name if protocol else "",
                 "time_frac": time,
                 "time_spread": spread,
-                "speed_up": 1 / time,
+                "speed_up": 1 / claimed[i],
                 "block_frac": nan(r.block_frac),
-                "credited_frac": time
-                if kind == "search"
-                else credited_time(time, spread, r.block_frac),
+                "credited_frac": claimed[i],
                 "quality": quality.value,
                 "std_error": std_error(quality),
                 "difference": difference,
@@ -196,7 +200,7 @@ def points(results: StudyResults, kind: Kind) -> pd.DataFrame:
             }
         )
     return pd.DataFrame(rows, columns=_POINT_COLUMNS).sort_values(
-        ["time_frac", "number"], ignore_index=True
+        ["credited_frac", "number"], ignore_index=True
     )
 
 
@@ -298,8 +302,9 @@ def hypervolume(results: StudyResults) -> pd.DataFrame:
 
 def cost(results: StudyResults) -> pd.DataFrame:
     """Cost over the full network's: the block-call bound, FLOPs, the predicted and, where
-    confirmed, the measured time."""
+    confirmed, the measured time; `credited_frac` is what may be claimed, see `points`."""
     measured = {c.number: c for c in results.confirmations}
+    confirmed = points(results, "confirmed").set_index("number")["credited_frac"]
     rows = []
     for r in results.complete:
         c = measured.get(r.number)
@@ -312,6 +317,7 @@ def cost(results: StudyResults) -> pd.DataFrame:
                 "predicted_time_frac": nan(r.time_frac),
                 "measured_time_frac": c.measured_time_frac if c else math.nan,
                 "measured_time_spread": c.measured_time_spread if c else math.nan,
+                "credited_frac": confirmed[r.number] if c else nan(r.time_frac),
             }
         )
     return pd.DataFrame(rows)
@@ -322,12 +328,13 @@ def confirmation(results: StudyResults) -> pd.DataFrame:
 
     `selection_bias` is confirmed minus search: what the search's score flattered. It is left out
     where the two protocols differ in more than their seeds, because the score then depends on the
-    difference (on N above all).
+    difference (on N above all). `credited_frac` is the time that may be claimed, see `points`.
     """
     records = by_number(results)
     confirmed = points(results, "confirmed").set_index("number")
+    by_trial = {c.number: c for c in results.confirmations}
     rows = []
-    for c in sorted(results.confirmations, key=lambda c: (c.measured_time_frac, c.number)):
+    for c in map(by_trial.__getitem__, confirmed.index):
         r = records[c.number]
         row = confirmed.loc[c.number]
         assert r.quality is not None
@@ -344,6 +351,7 @@ def confirmation(results: StudyResults) -> pd.DataFrame:
                 "predicted_time_frac": nan(r.time_frac),
                 "measured_time_frac": c.measured_time_frac,
                 "measured_time_spread": c.measured_time_spread,
+                "credited_frac": row["credited_frac"],
                 "difference": row["difference"],
                 "difference_se": row["difference_se"],
                 "difference_margin": row["difference_margin"],

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from decimal import ROUND_HALF_UP, Context, Decimal
 
 import pandas as pd
 
 from asesearch.report import tables
-from asesearch.study.records import StudyResults
+from asesearch.study.records import NOT_CONFIRMED, StudyResults, left_out
 from asesearch.study.timing import UNEXPLAINED
 
 #: Relative sampling time that the headline looks for.
@@ -18,6 +19,19 @@ TWO_REPEATS = (
     "From two repeats the interval of a difference reaches 12.7 standard errors either way, from "
     "three 4.3: more repeats (evaluation, confirm) would tell more schedules from the full network."
 )
+
+
+_TIES_UP = Context(prec=400, rounding=ROUND_HALF_UP)  # digits of the largest float, and more
+_FOUR_DIGITS = Context(prec=4, rounding=ROUND_HALF_UP)
+
+
+def fixed(value: float, digits: int) -> str:
+    """A number with so many digits behind the point, ties away from zero, as `toFixed` of
+    JavaScript has it in the page: 0.625 is "0.63"."""
+    if not math.isfinite(value):
+        return f"{value}"
+    exact = Decimal(value)  # what the float is, of which few are ties
+    return f"{exact.quantize(Decimal(1).scaleb(-digits), context=_TIES_UP):f}"
 
 
 def percent(frac: float) -> str:
@@ -30,13 +44,13 @@ def relative(frac: float, spread: float = math.nan) -> str:
     if math.isnan(frac):
         return "–"
     if math.isnan(spread) or spread == 0:
-        return f"{frac:.2f}×"
-    return f"{frac:.3f} ± {spread:.3f}×"
+        return f"{fixed(frac, 2)}×"
+    return f"{fixed(frac, 3)} ± {fixed(spread, 3)}×"
 
 
 def speed_up(frac: float) -> str:
     """What a relative cost comes to: `0.6` as "1.67×"; "–" if missing."""
-    return f"{1 / frac:.2f}×" if frac > 0 else "–"
+    return f"{fixed(1 / frac, 2)}×" if frac > 0 else "–"
 
 
 def number(value: float, std_error: float = math.nan) -> str:
@@ -45,10 +59,10 @@ def number(value: float, std_error: float = math.nan) -> str:
     if math.isnan(value):
         return "–"
     if math.isnan(std_error) or std_error <= 0:
-        text = f"{value:#.4g}".rstrip(".")
+        text = f"{float(_FOUR_DIGITS.create_decimal_from_float(value)):#.4g}".rstrip(".")
     else:
         decimals = max(0, 1 - math.floor(math.log10(std_error)))
-        text = f"{value:.{decimals}f}"
+        text = fixed(value, decimals)
     return text.replace("-", "−")
 
 
@@ -96,6 +110,8 @@ def headline(results: StudyResults) -> Headline:
         else "Scores and predicted times of the search: the best of many is flattered, and "
         "nothing is confirmed yet."
     )
+    if kind == "confirmed":
+        counts += _not_confirmed(results)
     baseline = points[points["verdict"] == "the reference"]
     others = points[points["verdict"] != "the reference"].sort_values(
         "credited_frac", kind="stable", ignore_index=True
@@ -113,6 +129,13 @@ def headline(results: StudyResults) -> Headline:
     compared = _compared(others, baseline.iloc[0], found.chosen)
     details = (compared, *_beside(others, found.chosen), *_disturbed(others), status, counts)
     return Headline(found.answer, (*notes, *details), found.success, found.chosen)
+
+
+def _not_confirmed(results: StudyResults) -> str:
+    """What is to be said of points of the search's front that were not worth confirming."""
+    out = [] if results.full is None else left_out(results.front(), results.full)
+    names = ", ".join(f"trial {r.number}" for r in out)
+    return f" {NOT_CONFIRMED.format(names).capitalize()}." if out else ""
 
 
 def _name(row: pd.Series) -> str:
@@ -137,10 +160,13 @@ def _takes(row: pd.Series) -> str:
 
 def _beside(others: pd.DataFrame, chosen: int | None) -> tuple[str, ...]:
     """The best score among the measured times that can't be told apart from the chosen one's, if it
-    is better than the chosen one's."""
+    is better than the chosen one's. What block calls can't explain is no measured time."""
     row = others[others["number"] == chosen].iloc[0]
-    apart = (others["time_frac"] - row["time_frac"]).abs()
-    tied = others[apart <= others["time_spread"] + row["time_spread"]]  # not where it is predicted
+    sound = others[others["credited_frac"] == others["time_frac"]]
+    if chosen not in set(sound["number"]):
+        return ()
+    apart = (sound["time_frac"] - row["time_frac"]).abs()
+    tied = sound[apart <= sound["time_spread"] + row["time_spread"]]  # not where it is predicted
     tied = tied[tied["quality"] < row["quality"]]
     if tied.empty:
         return ()

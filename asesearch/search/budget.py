@@ -55,6 +55,17 @@ def confirmation_s(
     return max(sum(parts) / num_workers, max(parts, default=0.0))
 
 
+def confirmed_points(config: StudyConfig, results: StudyResults) -> set[int]:
+    """Numbers of the points that are confirmed as the study file has it."""
+    how = config.confirm.num_samples, config.confirm.repeats
+    return {
+        c.number
+        for c in results.confirmations
+        if (c.quality.protocol.num_samples, len(c.quality.values)) == how
+        and 1 + len(c.retrained) >= config.confirm.training_seeds
+    }
+
+
 def room_for_trial(
     config: StudyConfig,
     bench: Workbench,
@@ -80,13 +91,7 @@ def room_for_trial(
     if full is None:
         return left >= 0 or not full_in_flight  # without it nothing can be reported
     chosen = select(results.front(), full, config.confirm.max_points)[1:]
-    how = config.confirm.num_samples, config.confirm.repeats
-    confirmed = {
-        c.number
-        for c in results.confirmations
-        if (c.quality.protocol.num_samples, len(c.quality.values)) == how
-        and 1 + len(c.retrained) >= config.confirm.training_seeds
-    }
+    confirmed = confirmed_points(config, results)
     points = [r.time_frac or 1.0 for r in chosen if r.number not in confirmed]
     if len(chosen) < config.confirm.max_points:
         # the trial may add a point

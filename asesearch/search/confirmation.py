@@ -28,7 +28,7 @@ from asesearch.search.workbench import Workbench
 from asesearch.study import directory
 from asesearch.study.confirmed import confirmation_files, confirmations_on_record
 from asesearch.study.directory import is_whole
-from asesearch.study.records import Confirmation, TrialRecord, select
+from asesearch.study.records import NOT_CONFIRMED, Confirmation, TrialRecord, left_out, select
 from asesearch.study.study import Study
 from asesearch.study.workers import CONFIRMING, POLL_S, SEARCHING, Others
 
@@ -83,6 +83,7 @@ class _Confirming:
             left = [r for r in points if not self._is_whole(self.done.get(r.number))]
             if not left and not searching:
                 self._remove_retrained(points)
+                self._tell_left_out(points[0])
                 return [self.done[r.number] for r in points]
             if not any(self._confirm(record, points[0]) for record in left):
                 self._wait(searching, left)
@@ -119,6 +120,11 @@ class _Confirming:
         if searching:
             return [results.full]
         return select(results.front(), results.full, self.study.config.confirm.max_points)
+
+    def _tell_left_out(self, full: TrialRecord) -> None:
+        """Say which points of the front are not confirmed, as they are worth nothing."""
+        if out := left_out(self.study.results().front(), full):
+            _log.warning("%s", NOT_CONFIRMED.format(", ".join(f"trial {r.number}" for r in out)))
 
     def _confirm(self, record: TrialRecord, full: TrialRecord) -> bool:
         """Confirm one point, unless another worker is at it or has been."""

@@ -10,12 +10,13 @@ from typing import Any
 import torch
 
 from asesearch.calibration import NUM_IMAGES, num_looks
-from asesearch.config import TrainConfig
+from asesearch.config import StudyConfig, TrainConfig
 from asesearch.finetuning import Depths, Trainer, seconds_per_step
-from asesearch.search.budget import MARGIN, confirmation_s
+from asesearch.search.budget import MARGIN, confirmation_s, confirmed_points
 from asesearch.search.promotion import num_explored
 from asesearch.search.warmup import elastic_depths, needs_map
 from asesearch.search.workbench import Workbench
+from asesearch.study.records import StudyResults, select
 
 #: Of the full network's cost: what a proposed schedule is expected to take, where the plan has to
 #: guess.
@@ -24,7 +25,7 @@ TYPICAL_FRAC = 0.65
 
 @dataclass(frozen=True)
 class Plan:
-    """Seconds, each part in the order it is spent.
+    """Seconds, each part in the order it is spent; what is on record takes none.
 
     Without a budget these are upper bounds: every schedule is counted at the cost of the full
     network, and as promoted. With
@@ -40,8 +41,8 @@ class Plan:
         full_s: tuning and evaluating the full network, which all others are compared with.
         low_fidelity_s: the low-fidelity rung of one trial; 0 without promotion.
         trial_s: one trial that is fine-tuned, its low-fidelity rung included.
-        num_trials: schedules besides the full network; with a budget, how many it leaves room for
-            if all are fine-tuned.
+        num_trials: schedules besides the full network that are not on record; with a budget, how
+            many it leaves room for if all are fine-tuned.
         search_s: all trials; with a budget, also the exploration phase (`promotion.explore`
             low-fidelity scores).
         confirm_s: confirmation of the front, its timing included.
@@ -49,8 +50,8 @@ class Plan:
         expected_s: what the search is expected to take: schedules at 0.65 of the full network's
             blocks, under the study's samplers in equal parts, and the exploration phase at its
             low-fidelity scores alone; with a budget `total_s`.
-        budget_s: the study's budget of wall time, which the search keeps to, the plan being one
-            worker's; None without one.
+        budget_s: what is left of the study's budget of wall time, which the search keeps to, the
+            plan being one worker's; None without one.
     """
 
     train_step_s: float
@@ -75,8 +76,9 @@ class Plan:
         return {k: round(v, 3) if isinstance(v, float) else v for k, v in vars(self).items()}
 
     def line(self) -> str:
-        """The whole study in one line, for one worker; what is on record is counted as if it were
-        to be done."""
+        """What is left of the study in one line, for one worker."""
+        if self.total_s == 0:
+            return "nothing is left to do: all is on record"
         trials = f"{self.num_trials} {'trial' if self.num_trials == 1 else 'trials'}"
         warm_up_s = self.calibrate_s + self.elastic_s + self.map_s
         parts = f"warm-up {_in_words(warm_up_s)}, " if warm_up_s else ""
@@ -167,37 +169,87 @@ def _rates(bench: Workbench) -> _Rates:
     )
 
 
-def make_plan(bench: Workbench) -> Plan:
-    """Time a few steps and calls, and multiply."""
+@dataclass(frozen=True)
+class _Left:
+    """What a study has yet to do.
+
+    Attributes:
+        warm_up: parts of the warm-up that are on record.
+        full: whether the full network is yet to be tried.
+        trials: schedules besides it.
+        explored: of these, in the exploration phase; with a budget, see `num_explored`.
+        points: to be confirmed, at most.
+        confirms_full: whether the full network is yet to be confirmed.
+    """
+
+    warm_up: frozenset[str]
+    full: bool
+    trials: int
+    explored: int
+    points: int
+    confirms_full: bool
+
+    @classmethod
+    def of(cls, config: StudyConfig, results: StudyResults | None) -> _Left:
+        """By what is on record; None for nothing."""
+        most = config.confirm.max_points
+        trials = config.search.num_trials - 1
+        explored = num_explored(config)
+        if results is None:
+            points = min(most, trials) if config.search.budget_s is None else most
+            return cls(frozenset(), True, trials, explored, points, True)
+        full = results.full
+        tried = sum(r.origin != "full" for r in results.records)
+        trials = max(0, trials - tried)
+        known = confirmed_points(config, results)
+        points = most
+        if config.search.budget_s is None and full is not None:
+            chosen = {r.number for r in select(results.front(), full, most)[1:]}
+            points = min(most, trials + len(chosen)) if trials else len(chosen - known)
+        made = frozenset(results.warm_up.get("seconds", {}))
+        confirms_full = full is None or full.number not in known
+        return cls(made, full is None, trials, max(0, explored - tried), points, confirms_full)
+
+
+def make_plan(bench: Workbench, results: StudyResults | None = None, worked_s: float = 0.0) -> Plan:
+    """Time a few steps and calls, and multiply.
+
+    Args:
+        bench: of the study.
+        results: what is on record; None for nothing.
+        worked_s: of the budget, the time that was at work already.
+    """
     config = bench.config
+    left = _Left.of(config, results)
     rates = _rates(bench)
     made_s = rates.image_s + rates.decode_s
     calls = len(next(iter(bench.samplers.values())))
     elastic = config.elastic
     budget_s = config.search.budget_s
+    if budget_s is not None:
+        budget_s = max(0.0, budget_s - worked_s)
     elastic_s = (
         0.0
-        if elastic is None
+        if elastic is None or "elastic" in left.warm_up
         else elastic.num_steps * _step_s(bench, elastic_depths(bench), elastic)
     )
     passes = 2 if config.sampling.cfg_scale != 1 else 1  # of a sampler's call; the map makes one
     mapped = config.map.num_bins * config.map.num_images * 3
-    map_s = mapped * rates.image_s / (calls * passes) if needs_map(bench) else 0.0
+    maps = needs_map(bench) and "map" not in left.warm_up
+    map_s = mapped * rates.image_s / (calls * passes) if maps else 0.0
     full_s = bench.trials.tuning(bench.full)[1].num_steps * rates.step_s
     full_s += (rates.images + rates.low_fidelity_images) * made_s
-    calibrate_s = _calibrate_s(bench, rates)
+    full_s = full_s if left.full else 0.0
+    calibrate_s = 0.0 if "calibrate" in left.warm_up else _calibrate_s(bench, rates)
     begun_s = calibrate_s + elastic_s + map_s + full_s
     share = 1.0 if budget_s is None else TYPICAL_FRAC
     low_fidelity_s = rates.low_fidelity_s(share)
     trial_s = rates.trial_s(share, share)
-    trials = config.search.num_trials - 1
-    points = config.confirm.max_points
-    if budget_s is None:
-        points = min(points, trials)
-    confirm_s = confirmation_s(config, made_s, [share] * points, tuning_s=_tuning_s(bench, rates))
+    trials = left.trials
+    confirm_s = _confirm_s(bench, rates, left, share)
     look_s = 0.0
     if budget_s is not None:
-        look_s = num_explored(config) * low_fidelity_s
+        look_s = left.explored * low_fidelity_s
         left_s = budget_s * (1 - MARGIN) - begun_s - look_s - confirm_s
         trials = max(0, int(left_s / trial_s))
     search_s = look_s + trials * trial_s
@@ -206,7 +258,7 @@ def make_plan(bench: Workbench) -> Plan:
         train_step_s=rates.step_s,
         image_s=rates.image_s,
         decode_s=rates.decode_s,
-        calls_an_image=calls * (2 if config.sampling.cfg_scale != 1 else 1),
+        calls_an_image=calls * passes,
         calibrate_s=calibrate_s,
         elastic_s=elastic_s,
         map_s=map_s,
@@ -217,9 +269,7 @@ def make_plan(bench: Workbench) -> Plan:
         search_s=search_s,
         confirm_s=confirm_s,
         total_s=total_s,
-        expected_s=begun_s + _expected_s(bench, rates, trials, points)
-        if budget_s is None
-        else total_s,
+        expected_s=begun_s + _expected_s(bench, rates, left) if budget_s is None else total_s,
         budget_s=budget_s,
     )
 
@@ -235,17 +285,25 @@ def _calibrate_s(bench: Workbench, rates: _Rates) -> float:
     return sum(looks) * NUM_IMAGES * rates.image_s
 
 
-def _expected_s(bench: Workbench, rates: _Rates, trials: int, points: int) -> float:
+def _confirm_s(bench: Workbench, rates: _Rates, left: _Left, frac: float) -> float:
+    """Seconds of the confirmation, its points at this fraction of the full network's cost."""
+    return confirmation_s(
+        bench.config,
+        rates.image_s + rates.decode_s,
+        [frac] * left.points,
+        full=left.confirms_full,
+        tuning_s=_tuning_s(bench, rates),
+    )
+
+
+def _expected_s(bench: Workbench, rates: _Rates, left: _Left) -> float:
     """What trials and confirmation are expected to take without a budget, see `Plan`."""
     own, *_ = calls = [len(steps) for steps in bench.samplers.values()]
     pace = TYPICAL_FRAC * fmean(calls) / own
-    looks = min(trials, num_explored(bench.config))
+    looks = min(left.trials, left.explored)
     search_s = looks * rates.low_fidelity_s(pace)
-    search_s += (trials - looks) * rates.trial_s(TYPICAL_FRAC, pace)
-    made_s = rates.image_s + rates.decode_s
-    return search_s + confirmation_s(
-        bench.config, made_s, [pace] * points, tuning_s=_tuning_s(bench, rates)
-    )
+    search_s += (left.trials - looks) * rates.trial_s(TYPICAL_FRAC, pace)
+    return search_s + _confirm_s(bench, rates, left, pace)
 
 
 def _tuning_s(bench: Workbench, rates: _Rates) -> tuple[float, float]:

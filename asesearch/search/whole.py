@@ -21,6 +21,7 @@ from asesearch.study.opening import check_to_search
 from asesearch.study.records import Confirmation, StudyResults, TrialRecord
 from asesearch.study.study import Study
 from asesearch.study.urls import parse_url
+from asesearch.study.workers import worked_s
 
 
 class SearchRun:
@@ -51,6 +52,7 @@ class SearchRun:
     ) -> None:
         check_outputs(config, run_dir, report_dir)
         begun = check_to_search(config, run_dir)
+        self._has_begun = begun is not None
         self.config = config
         self.run_dir = run_dir
         self.report_dir = report_dir
@@ -62,8 +64,11 @@ class SearchRun:
 
     @cached_property
     def plan(self) -> Plan:
-        """What it will take, measured on this machine."""
-        return make_plan(self.bench)
+        """What it will take, measured on this machine, beside what is on record."""
+        if not self._has_begun:
+            return make_plan(self.bench)
+        recorded = Study.open(self.run_dir, self.config.search.storage).results()
+        return make_plan(self.bench, recorded, worked_s(self.run_dir))
 
     def to_dict(self) -> dict[str, Any]:
         """Settings, protocols, what was found to work, and the plan: plain data for JSON."""

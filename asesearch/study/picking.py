@@ -183,7 +183,7 @@ def choose(
         )
     if not early_exit:
         point, shortfall = _best(points, points, mode, quality, time_frac, "schedule")
-        return point, shortfall
+        return point, _with_unconfirmed(shortfall, results, point, time_frac, early_exit)
     unconfirmed = "no early-exit schedule is confirmed; by the search's scores "
     for among, prefix in ((points, ""), (_searched(results), unconfirmed)):
         exits = [p for p in among if p.early]
@@ -192,7 +192,7 @@ def choose(
             point, shortfall = _best(exits, among, mode, quality, time_frac, what)
             if prefix:
                 shortfall = prefix + (shortfall or f"there is {point}")
-            return point, shortfall
+            return point, _with_unconfirmed(shortfall, results, point, time_frac, early_exit)
     fastest = min(points, key=lambda p: (p.time_frac, p.quality.value))
     shortfall = f"no early-exit schedule is on the front{_tried(results)}"
     return fastest, f"{shortfall}; the fastest of full depth is {fastest}"
@@ -231,6 +231,27 @@ def _best(
         return min(allowed, key=lambda p: (p.quality.value, p.time_frac)), ""
     fastest = min(points, key=lambda p: (p.time_frac, p.quality.value))
     return fastest, f"no {what} is within the time budget {time_frac:g}; the nearest is {fastest}"
+
+
+def _with_unconfirmed(
+    shortfall: str, results: StudyResults, point: Scored, time_frac: float | None, early_exit: bool
+) -> str:
+    """Before a shortfall of time, the points of the search's front that would be fast enough and
+    are not confirmed."""
+    if not shortfall or time_frac is None or not point.confirmed:
+        return shortfall
+    known = {c.number for c in results.confirmations}
+    fast = [
+        p
+        for p in _searched(results)
+        if p.record.number not in known and p.time_frac <= time_frac and (p.early or not early_exit)
+    ]
+    if not fast:
+        return shortfall
+    return (
+        f"not confirmed, and so not picked from (--trial takes one): {'; '.join(map(str, fast))}; "
+        f"{shortfall}"
+    )
 
 
 def _check_question(mode: str, quality: str | None, time_frac: float | None) -> None:

@@ -23,6 +23,11 @@ from asesearch.study.importance import Importance
 #: point of hypervolumes.
 REFERENCE_TIME = 1.1
 REFERENCE_QUALITY = 2.0
+#: What is said of points that `left_out` names.
+NOT_CONFIRMED = (
+    "on the search's front but not confirmed, with more than "
+    f"{REFERENCE_QUALITY:g} times the full network's score: {{}}"
+)
 RECORD = "record"  # user attribute of an Optuna trial that holds its TrialRecord
 EXPLORES = "explores"  # user attribute of a trial: whether it belongs to the exploration phase
 EXPLORATION = "the exploration phase"  # reason of a low-fidelity rung that decides nothing else
@@ -295,22 +300,28 @@ def shortened(losses: Sequence[float]) -> list[float]:
     return [float(part.mean()) for part in np.array_split(np.asarray(losses), CURVE_POINTS)]
 
 
+def left_out(front: tuple[TrialRecord, ...], full: TrialRecord) -> list[TrialRecord]:
+    """Front points that are not confirmed, as they are worth nothing: those with more than
+    REFERENCE_QUALITY times the full network's score, unless there are no others."""
+    points = [r for r in front if r.number != full.number]
+    far = [
+        r
+        for r in points
+        if not r.quality
+        or not full.quality
+        or r.quality.value > REFERENCE_QUALITY * abs(full.quality.value)
+    ]
+    return far if len(far) < len(points) else []
+
+
 def select(front: tuple[TrialRecord, ...], full: TrialRecord, max_points: int) -> list[TrialRecord]:
     """The full network and at most `max_points` front points, spread evenly over the front, both
     ends included.
 
-    Points with more than REFERENCE_QUALITY times the full network's score are left out, unless
-    there are no others.
+    Those of `left_out` are not among them.
     """
-    points = [r for r in front if r.number != full.number]
-    good = [
-        r
-        for r in points
-        if r.quality
-        and full.quality
-        and r.quality.value <= REFERENCE_QUALITY * abs(full.quality.value)
-    ]
-    points = good or points
+    out = left_out(front, full)
+    points = [r for r in front if r.number != full.number and r not in out]
     if len(points) > max_points:
         last = len(points) - 1
         keep = sorted({round(i * last / max(1, max_points - 1)) for i in range(max_points)})

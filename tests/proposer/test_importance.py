@@ -9,8 +9,10 @@ from asesearch.proposer.importance import importance
 from asesearch.schedule import ExitSchedule
 from asesearch.study.importance import Importance
 from tests.proposer.test_proposer import (
+    CALLS,
     DEPTH,
     FULL,
+    A,
     FakeMap,
     Truth,
     make_problem,
@@ -53,3 +55,15 @@ def test_scores_without_a_logarithm_have_none(value):
     assert importance(make_problem(), records) is None
     assert importance(make_problem(), []) is None
     assert importance(make_problem(), [record(FULL, 1.0, "failed")]) is None
+
+
+def test_an_interval_without_a_call_is_worth_nothing():
+    """Eight calls in ten intervals: what two of them run changes no image."""
+    calls = tuple(c for c in CALLS if not (300 <= c < 400 or 600 <= c < 700))
+    problem = make_problem(samplers={A: calls})
+    found = importance(problem, some_records(12, calls=calls))
+    silent = problem.calls[0] == 0
+    assert list(np.flatnonzero(silent)) == [3, 6]
+    for values in (found.log_change, found.log_std):
+        values = np.array(values)
+        assert (values[silent] == 0).all() and (values[~silent] != 0).all()

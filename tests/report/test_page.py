@@ -2,6 +2,7 @@
 in the odd cases."""
 
 import base64
+import itertools
 import os
 import re
 import tomllib
@@ -14,13 +15,16 @@ import numpy as np
 import pandas as pd
 import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.markers import MarkerStyle
 from matplotlib.text import Annotation, Text
 
 from asesearch.config import parse_study
 from asesearch.errors import EvaluationError, StudyError, WriteError
+from asesearch.point import Point
 from asesearch.report import exhibits, grids, page, plots, style, tables, write_report
 from asesearch.report import folder as folder_of_page
 from asesearch.report.labels import spread_out
+from asesearch.sampler import Sampler
 from tests.report.conftest import protocol
 
 NAMES = {
@@ -157,6 +161,61 @@ def test_labels_do_not_overlap_and_are_readable(study, draw):
     assert "full network" in {t.get_text() for t in notes} and len(notes) >= 4
     assert not any(a.overlaps(b) for a, b in combinations(boxes, 2))
     assert min(t.get_fontsize() for t in figure.findobj(Text) if t.get_text()) >= style.SMALL
+
+
+@pytest.fixture(scope="module")
+def long_names():
+    """A study of nine samplers, whose names and metric are long."""
+    from tests.report.conftest import build
+
+    images = np.zeros((8, 1, 28, 28), dtype=np.uint8)
+    made = build(20, samples=images, extractor="dinov2-vit-b-14")
+    names = [f"ddim-{n}+cache-attn-adjusted-0.{n}" for n in range(2, 8)]
+    samplers = [Sampler.from_string(name) for name in (*names, "unipc-5", "unipc-8")]
+    records = tuple(
+        r if r.origin == "full" else replace(r, point=Point(r.schedule, samplers[r.number % 8]))
+        for r in made.records
+    )
+    config = {**made.config, "elastic": {"num_steps": 1500}}
+    return replace(made, records=records, config=config)
+
+
+def test_no_text_is_cut_off_at_the_edge(long_names):
+    drawn = 0
+    for drawing in plots.drawings(long_names):
+        with matplotlib.rc_context(style.STYLE):
+            figure = drawing.draw()
+            style.settle(figure)
+            canvas = FigureCanvasAgg(figure)
+            canvas.draw()
+            whole = figure.bbox
+            sides = [side for ax in figure.axes for side in (ax.xaxis, ax.yaxis)]
+            # ticks beyond the limits are not drawn
+            ticks = {t for side in sides for t in side.get_ticklabels(which="both")}
+            for text in figure.findobj(Text):
+                if text in ticks or not (text.get_visible() and text.get_text()):
+                    continue
+                box = Text.get_window_extent(text, canvas.get_renderer())
+                inside = box.x0 >= -1 and box.y0 >= -1
+                inside = inside and box.x1 <= whole.x1 + 1 and box.y1 <= whole.y1 + 1
+                assert inside, (drawing.name, text.get_text(), box)
+                drawn += 1
+    assert drawn > 50
+
+
+def test_every_sampler_has_a_marker_of_its_own(long_names):
+    (drawing,) = (d for d in plots.drawings(long_names) if d.name == "front_search")
+    with matplotlib.rc_context(style.STYLE):
+        figure = drawing.draw()
+        style.settle(figure)
+    (legend,) = figure.legends
+    names = {t.get_text() for t in legend.get_texts()}
+    markers = [line.get_marker() for line in legend.get_lines()]
+    assert names == set(drawing.data["sampler"]) and len(set(markers)) == len(names) == 9
+    frame = figure.axes[0].get_window_extent()
+    assert legend.get_window_extent().y0 >= frame.y1 - 1  # it covers nothing
+    many = list(itertools.islice(plots._markers(), 90))
+    assert len(set(many)) == 90 and all(MarkerStyle(m).get_path() for m in many)
 
 
 def test_spread_out_keeps_order_and_distance():

@@ -10,12 +10,14 @@ import scipy.stats
 
 from asesearch.errors import EvaluationError, StudyError
 from asesearch.point import Point
-from asesearch.report import exhibits, opinions, tables
-from asesearch.report.grids import confirmation_grid, retrained_grid, spaces_grid
-from asesearch.report.wording import headline, number, percent, plus_minus
+from asesearch.report import evidence, exhibits, opinions, tables
+from asesearch.report.grids import confirmation_grid, cost_grid, retrained_grid, spaces_grid
+from asesearch.report.plots import drawings
+from asesearch.report.wording import headline, number, percent, plus_minus, relative, speed_up
 from asesearch.schedule import ExitSchedule
 from asesearch.score import EvaluationResult, PrecisionRecall
 from asesearch.study.front import hypervolume_2d
+from asesearch.study.picking import pick
 from asesearch.study.records import Confirmation, shortened
 from tests.report.conftest import OWN
 
@@ -28,9 +30,9 @@ def dominated(p, points):
 def test_front_is_what_nothing_dominates(study, kind):
     results = study(30, seed=3)
     table = tables.points(results, kind)
-    pairs = list(zip(table["time_frac"], table["quality"], strict=True))
+    pairs = list(zip(table["credited_frac"], table["quality"], strict=True))
     assert list(table["on_front"]) == [not dominated(p, pairs) for p in pairs]
-    assert table["time_frac"].is_monotonic_increasing
+    assert table["credited_frac"].is_monotonic_increasing
 
 
 def test_front_stands_on_confirmed_figures_where_there_are_any(study):
@@ -502,6 +504,103 @@ def test_a_sound_time_is_claimed_before_one_that_cannot_be_explained(study):
     assert "runs 0.80× of the block calls" in answer.answer
 
 
+@pytest.fixture
+def disturbed(study):
+    """A study whose first point was measured at 0.30× by a disturbed clock, though it runs 0.60× of
+    the block calls; the second, a little worse, at 0.52× by a sound one."""
+    results = study(24)
+    full, first, second, *_ = results.confirmations
+    blocks = {first.number: 0.6, second.number: 0.5}
+    again = [full]
+    for c, time, gain in ((first, 0.30, 0.2), (second, 0.52, 0.1)):
+        values = tuple(v - gain for v in full.quality.values)
+        quality = EvaluationResult(c.quality.protocol, values)
+        again.append(
+            replace(c, quality=quality, measured_time_frac=time, measured_time_spread=0.005)
+        )
+    records = tuple(
+        replace(r, block_frac=blocks.get(r.number, r.block_frac)) for r in results.records
+    )
+    return replace(results, records=records, confirmations=tuple(again)), first, second
+
+
+def test_the_front_is_of_times_that_may_be_claimed(disturbed):
+    results, first, second = disturbed
+    front = tables.front(results)
+    assert list(front["number"]) == [second.number, first.number]
+    assert list(front["credited_frac"]) == [0.52, 0.6] and front["time_frac"].iloc[1] == 0.3
+    assert list(front["speed_up"]) == pytest.approx([1 / 0.52, 1 / 0.6])
+    assert pick(results, "fastest-within", "+5%").number == front["number"].iloc[0]
+    assert min(evidence.attained(results, "confirmed")["time_frac"]) == 0.52
+    # a second point as good as the first is the only one: the first is as good, and slower
+    better = replace(results.confirmations[2], quality=results.confirmations[1].quality)
+    one = replace(results, confirmations=(*results.confirmations[:2], better))
+    assert list(tables.front(one)["number"]) == [second.number]
+
+
+def test_speed_ups_are_of_times_that_may_be_claimed(disturbed):
+    results, first, second = disturbed
+    names = {r.number: tables.label(r, OWN) for r in results.records}
+    for grid in (confirmation_grid(results), cost_grid(results)):
+        shown = {row[0]: row[-2:] for row in grid.rows}
+        assert grid.head[-2:] == ("time measured", "speed-up")
+        assert shown[names[second.number]] == ("0.520 ± 0.005×", "1.92×")
+        assert shown[names[first.number]] == (
+            "0.300 ± 0.005× (block calls explain 0.60×)",
+            "1.67×",
+        )
+    # of an unconfirmed study it is of the predicted time
+    search = replace(results, confirmations=())
+    times = {names[r.number]: r.time_frac for r in results.complete}
+    assert {row[0]: row[-1] for row in cost_grid(search).rows} == {
+        name: speed_up(time) for name, time in times.items()
+    }
+
+
+def test_a_disturbed_time_is_not_the_same_as_a_sound_one(disturbed):
+    results, first, second = disturbed
+    near = replace(results.confirmations[1], measured_time_frac=0.523)
+    results = replace(
+        results, confirmations=(results.confirmations[0], near, results.confirmations[2])
+    )
+    answer = headline(results)
+    assert answer.chosen == second.number
+    assert not any("can't be told apart from that" in d for d in answer.details)
+    # the control: block calls that explain it
+    records = tuple(
+        replace(r, block_frac=0.5) if r.number == first.number else r for r in results.records
+    )
+    sound = headline(replace(results, records=records))
+    assert any("can't be told apart from that" in d for d in sound.details)
+
+
+def test_the_line_of_the_front_goes_by_times_that_may_be_claimed(disturbed):
+    results, *_ = disturbed
+    (front,) = (d for d in drawings(results) if d.name == "front")
+    assert "the line goes by their bound" in front.caption
+    line = front.draw().axes[0].lines[0]
+    assert list(line.get_xdata()) == [0.52, 0.6]
+    (control,) = (d for d in drawings(replace(results, confirmations=())) if d.name == "front")
+    assert "their bound" not in control.caption
+
+
+def test_headline_names_the_points_that_were_not_worth_confirming(study):
+    results = study(24)
+    fastest = results.front()[0]
+    far = replace(fastest.quality, values=tuple(3 * v for v in results.full.quality.values))
+    records = tuple(
+        replace(r, quality=far, time_frac=0.01) if r is fastest else r for r in results.records
+    )
+    changed = replace(
+        results,
+        records=records,
+        confirmations=tuple(c for c in results.confirmations if c.number != fastest.number),
+    )
+    (said,) = (d for d in headline(changed).details if "not confirmed" in d)
+    assert f"2 times the full network's score: trial {fastest.number}." in said
+    assert not any("but not confirmed" in d for d in headline(results).details)
+
+
 def test_headline_without_the_full_network_or_any_score(study):
     no_full = replace(
         study(6, failed=()), confirmations=(), records=study(6, failed=()).records[1:]
@@ -518,6 +617,24 @@ def test_numbers_are_written_to_the_digits_they_have():
     )
     assert number(-0.5) == "−0.5000" and number(math.nan) == "–" and number(12345.6) == "1.235e+04"
     assert percent(0.312) == "31\N{NO-BREAK SPACE}%"
+
+
+@pytest.mark.parametrize(
+    ("text", "wanted"),  # by toFixed and toPrecision of JavaScript, which the page writes with
+    [
+        (relative(0.625), "0.63×"),
+        (relative(0.875), "0.88×"),
+        (relative(0.615), "0.61×"),  # a little less than the tie
+        (relative(0.5625, 0.0625), "0.563 ± 0.063×"),
+        (speed_up(1 / 1.125), "1.13×"),
+        (number(8.5625), "8.563"),
+        (number(2.5, 10.0), "3"),
+        (number(-0.125, 0.1), "−0.13"),
+        (number(1e300, 1.0)[:3], "100"),
+    ],
+)
+def test_ties_are_rounded_as_the_pages_script_rounds_them(text, wanted):
+    assert text == wanted
 
 
 def test_the_hypervolume_is_counted_from_its_reference_point(study):
@@ -564,6 +681,20 @@ def test_losses_lie_at_the_middle_of_their_stretch(study):
     assert steps(4, 8) == ([2, 4, 6, 8], [0, 1, 2, 3])
     middles, means = steps(160, 160)  # 80 stretches of two steps
     assert middles == [1.5 + 2 * i for i in range(80)] and means == [0.5 + 2 * i for i in range(80)]
+
+
+def test_the_full_networks_losses_lie_at_the_steps_that_it_made(study):
+    """With an elastic warm-up it is tuned for the steps of both, a schedule for its own."""
+    results = study(2, failed=(), confirm=False)
+    records = tuple(replace(r, losses=(3.0, 2.0, 1.0)) for r in results.records)
+    config = {**results.config, "train": {"num_steps": 6}}
+
+    def steps(elastic):
+        made = replace(results, records=records, config={**config, "elastic": elastic})
+        return exhibits.losses(made).groupby("number")["step"].agg(list).to_dict()
+
+    assert steps({"num_steps": 30}) == {0: [12, 24, 36], 1: [2, 4, 6]}
+    assert steps(None) == {0: [2, 4, 6], 1: [2, 4, 6]}
 
 
 def test_the_line_through_latencies_has_its_fixed_part(study):

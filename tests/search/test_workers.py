@@ -29,7 +29,7 @@ from asesearch.search.confirmation import confirm
 from asesearch.search.fleet import WORKER
 from asesearch.search.latency import Conditions, shared_table
 from asesearch.search.runner import Runner, run_trials
-from asesearch.study import workers
+from asesearch.study import records, workers
 from asesearch.study.interrupts import beating
 from asesearch.study.records import EXPLORATION, EXPLORES, RECORD, select
 from asesearch.study.storage import ask
@@ -553,6 +553,24 @@ def test_workers_share_the_confirmation_out(tmp_path, no_weights):
     assert done == [wanted] * 3 and len(wanted) == 4  # each worker ends when all is confirmed
     assert len(confirmed_points(tmp_path)) == 4 == len(set(confirmed_points(tmp_path)))
     assert {c.number for c in results.confirmations} == set(wanted)
+
+
+def test_points_that_are_not_worth_confirming_are_named(tmp_path, no_weights, monkeypatch, caplog):
+    study, bench = searched(tmp_path)
+    results = study.results()
+    ratios = {r.number: r.quality.value / results.full.quality.value for r in results.front()}
+    worst = max(ratios, key=ratios.get)
+    others = max(ratio for number, ratio in ratios.items() if number != worst)
+    assert ratios[worst] > others
+    monkeypatch.setattr(records, "REFERENCE_QUALITY", (ratios[worst] + others) / 2)
+    assert worst not in {c.number for c in confirm(study, bench)}
+    said = f"not confirmed, with more than 2 times the full network's score: trial {worst}"
+    assert caplog.text.count(said) == 1
+    # negative control: where it is confirmed, nothing is said
+    caplog.clear()
+    monkeypatch.setattr(records, "REFERENCE_QUALITY", 2 * ratios[worst])
+    confirm(study, bench)
+    assert "not confirmed" not in caplog.text
 
 
 def test_what_a_dead_worker_was_confirming_is_left_to_the_next(tmp_path, no_weights):

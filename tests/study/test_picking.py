@@ -10,7 +10,7 @@ from asesearch.sampler import Sampler
 from asesearch.schedule import ExitSchedule
 from asesearch.score import EvaluationResult
 from asesearch.study.picking import pick, pick_nearest, within_quality
-from asesearch.study.records import Confirmation, StudyResults, TrialRecord, select
+from asesearch.study.records import Confirmation, StudyResults, TrialRecord, left_out, select
 from tests.search.fake_search import OWN, PROTOCOL
 
 FEWER = Sampler("unipc", 5)
@@ -267,5 +267,23 @@ def test_confirmation_leaves_out_what_is_worth_nothing():
     chosen = select((*front, full), full, 3)
     # the fastest has 3.5 times the full network's score
     assert [r.number for r in chosen] == [0, 2, 4, 6]
+    assert [r.number for r in left_out((*front, full), full)] == [1]
     # but nothing else is there
+    assert left_out((front[0], full), full) == []
     assert [r.number for r in select((front[0], full), full, 3)] == [0, 1]
+
+
+def test_a_shortfall_of_time_names_the_points_that_were_not_confirmed():
+    far = record(5, 11.0, 0.2, "1")
+    records = (*RECORDS[:4], far)
+    fresh = [confirmed(n, r.quality.value, r.time_frac) for n, r in enumerate(RECORDS[:4])]
+    made = results(fresh, records)
+    taken, said = pick_nearest(made, "best-within", time_frac=0.25)
+    assert taken.number == 3
+    assert "not confirmed, and so not picked from (--trial takes one): trial 5 with 11 at" in said
+    assert said.index("trial 5") < said.index("the nearest is trial 3")
+    with pytest.raises(StudyError, match="not confirmed.*trial 5"):
+        pick(made, "best-within", time_frac=0.25, early_exit=True)
+    for budget, told in ((0.15, False), (0.35, False), (0.2, True)):  # not where it is too slow
+        _, said = pick_nearest(made, "best-within", time_frac=budget)
+        assert ("not confirmed" in said) == told

@@ -82,6 +82,9 @@
 
   // -- words --------------------------------------------------------------------------------
 
+  // an axis's title, which Plotly does not break: as high as the chart at most
+  const lines = (text) => text.match(/.{1,40}(?= |$)|.{1,40}/g)
+    .map((line) => escaped(line.trim())).join("<br>");
   const minus = (text) => text.replace("-", "−");
 
   function digits(value, error) {
@@ -100,7 +103,8 @@
 
   // -- the front ----------------------------------------------------------------------------
 
-  const SYMBOLS = ["circle", "triangle-up", "square", "diamond", "cross", "star", "triangle-down"];
+  const SYMBOLS = ["circle", "triangle-up", "square", "diamond", "cross", "star", "triangle-down",
+    "x", "pentagon", "triangle-left", "triangle-right", "hexagram", "bowtie", "hourglass"];
 
   class Explorer {
     constructor(data) {
@@ -174,11 +178,11 @@
 
     move(step, frontOnly) {
       const among = frontOnly ? this.front : this.points;
-      const now = this.point.time;
+      const now = this.point.credited;
       const place = among.findIndex((p) => p.number === this.number);
       let next = place + step;
       if (place < 0) { // off the front: to its neighbour there
-        const after = among.findIndex((p) => p.time > now);
+        const after = among.findIndex((p) => p.credited > now);
         next = step > 0 ? after : (after < 0 ? among.length : after) - 1;
       }
       if (next >= 0 && next < among.length) this.choose(among[next].number);
@@ -246,7 +250,7 @@
       const line = { shape: "hv", color: colour("accent"), width: 2 };
       const traces = [{
         type: "scatter", mode: "lines", name: "front line", showlegend: false, hoverinfo: "skip",
-        x: this.front.map((p) => p.time), y: this.front.map((p) => p.quality), line,
+        x: this.front.map((p) => p.credited), y: this.front.map((p) => p.quality), line,
       }];
       for (const level of ["best", "worst"].filter((name) => kind.attained[name])) {
         const corners = kind.attained[level];
@@ -282,7 +286,7 @@
         font: { color: colour("text"), family: getComputedStyle(document.body).fontFamily, size: 13 },
         margin: { l: 10, r: 14, t: 10, b: 10 },
         xaxis: { ...axis, ticksuffix: "×", title: { text: `relative sampling time, ${kind.time}` } },
-        yaxis: { ...axis, type: log ? "log" : "linear", title: { text: `${kind.metric} (lower is better)` } },
+        yaxis: { ...axis, type: log ? "log" : "linear", title: { text: lines(`${kind.metric} (lower is better)`) } },
         legend: { orientation: "h", yref: "container", y: 0, yanchor: "bottom", font: { size: 12 } },
         hoverlabel: { align: "left", bgcolor: colour("card"), bordercolor: colour("accent"), font: { color: colour("text") } },
         hovermode: "closest",
@@ -298,8 +302,8 @@
       const trial = this.data.trials[p.number];
       const kind = this.data.kinds[this.kind];
       byId("point").value = String(p.number);
-      byId("faster").disabled = !this.front.some((q) => q.time < p.time);
-      byId("slower").disabled = !this.front.some((q) => q.time > p.time);
+      byId("faster").disabled = !this.front.some((q) => q.credited < p.credited);
+      byId("slower").disabled = !this.front.some((q) => q.credited > p.credited);
       byId("detail-title").textContent = trial.label;
       const facts = [
         [kind.metric, `${plusMinus(p.quality, p.error)} (${kind.title.toLowerCase()})`],
@@ -362,15 +366,16 @@
 
     bound(p, trial) {
       const rows = [["block calls (the bound)", trial.blocks], ["time, predicted", trial.predicted]];
-      if (this.kind === "confirmed") rows.push(["time, measured", p.time]);
+      if (this.kind === "confirmed") rows.push(["time, measured", p.time, p.credited !== p.time]);
       const most = Math.max(1, ...rows.map((row) => row[1] || 0));
-      byId("bound").replaceChildren(...rows.map(([name, frac]) => {
+      byId("bound").replaceChildren(...rows.map(([name, frac, unexplained]) => {
         const bar = make("span", { class: "bar", "aria-hidden": "true" });
         const fill = make("span", {});
         fill.style.width = `${(100 * (frac || 0)) / most}%`;
         bar.append(fill);
+        const gain = frac === null || unexplained ? "" : ` (${(1 / frac).toFixed(2)}×)`;
         return make("li", {}, make("span", { class: "what" }, name), bar,
-          make("span", { class: "value" }, frac === null ? "–" : `${relative(frac)} (${(1 / frac).toFixed(2)}×)`));
+          make("span", { class: "value" }, `${relative(frac)}${gain}`));
       }));
       const clock = this.kind === "confirmed" ? p.time : trial.predicted;
       const kept = Math.round((100 * trial.blocks) / clock);
