@@ -15,8 +15,7 @@ from asesearch.backbones.merging import Merging
 from asesearch.backbones.smoothcache import SmoothCache, smoothed
 from asesearch.backbones.uncertainty import DeeDiff, learned
 from asesearch.errors import ConfigError
-from asesearch.sampler import acceleration_of
-from asesearch.score import SEEDS_END
+from asesearch.sampler import SEEDS_END, acceleration_of
 
 #: Images that show how much a part changes from call to call.
 NUM_IMAGES = 16

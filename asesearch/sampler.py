@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from asesearch.errors import ConfigError
 
 MAX_STEPS = 999_999
+#: Image seeds that a score's protocol may have; what is sampled to calibrate has those above.
+SEEDS_END = 2**32 - 32
 _NAME = re.compile(r"([a-z][a-z0-9.+-]*)-([1-9][0-9]*)")
 #: Ways to make the calls of a sampler cheaper, other than an exit schedule, behind "+" in its name.
 ACCELERATIONS = (

@@ -336,7 +336,7 @@ def check_images(
 ) -> None:
     """The errors of `sample` about what to make."""
     if len(seeds) == 0:
-        raise ConfigError("there must be a seed for each image; got none; give at least one")
+        raise ConfigError("seeds must be one for each image; got none; give at least one")
     for seed in seeds:
         if not (isinstance(seed, (int, np.integer)) and 0 <= seed < 2**32):
             raise ConfigError(

@@ -17,8 +17,6 @@ CONFIDENCE = 0.95  # of every interval, and so of every verdict
 
 
 PCA = "frechet-pca"  # of `Protocol.metric`
-#: Image seeds that a protocol may have; what is sampled to calibrate has those above.
-SEEDS_END = 2**32 - 32
 
 
 @dataclass(frozen=True)

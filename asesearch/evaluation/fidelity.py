@@ -18,7 +18,8 @@ from asesearch.evaluation.distances import frechet_distance, kernel_distance, pr
 from asesearch.evaluation.extractors import Extractor
 from asesearch.evaluation.features import Floats, extract_features
 from asesearch.evaluation.references import ReferenceStats
-from asesearch.score import PCA, SEEDS_END, EvaluationResult, Protocol
+from asesearch.sampler import SEEDS_END
+from asesearch.score import PCA, EvaluationResult, Protocol
 
 #: Images for each principal component of "frechet-pca".
 COMPONENTS_SHARE = 4
