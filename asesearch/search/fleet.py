@@ -81,8 +81,9 @@ class Fleet:
         for trial in self.in_flight(trials):
             mark = trial.user_attrs.get(WORKER)
             alive = self.others.alive(mark, trial.number)
+            signs = self.others.gives_signs(mark)  # asked every time: silence is counted from here
             if alive and trial._trial_id in stale:
-                alive = self.others.gives_signs(mark)  # it holds its lock, but may be stopped
+                alive = signs  # it holds its lock, but may be stopped
             if alive is False or (alive is None and trial._trial_id in stale):
                 dead.append(trial)
         for trial in dead:
