@@ -55,8 +55,8 @@ ANSWERS = {
 NONE = "not measured"
 
 
-def table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
-    """An HTML table; cells that begin with "<" are HTML already."""
+def table(head: tuple[str, ...], rows: list[tuple[str, ...]], kind: str = "rows") -> str:
+    """An HTML table of a class of its own; cells that begin with "<" are HTML already."""
     top = "".join(f"<th>{html.escape(h)}</th>" for h in head)
     body = "".join(
         "<tr>"
@@ -64,7 +64,8 @@ def table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
         + "</tr>"
         for row in rows
     )
-    return f'<div class="scroll"><table><thead><tr>{top}</tr></thead>{body}</table></div>'
+    whole = f'<table class="{kind}"><thead><tr>{top}</tr></thead>{body}</table>'
+    return f'<div class="scroll">{whole}</div>'
 
 
 def cells(experiment: Experiment, shown: Shown) -> tuple[str, ...]:
@@ -138,7 +139,7 @@ def answers(experiment: Experiment) -> str:
             texts = [answer_cell(experiment, s) for s in mine]
             cells.append(f"<div>{''.join(texts)}</div>" if texts else f"<i>{NONE}</i>")
         rows.append((name, *cells))
-    return table(("", *columns), rows).replace("<table>", '<table class="answers">', 1)
+    return table(("", *columns), rows, "answers")
 
 
 def verdicts(experiment: Experiment) -> Iterator[str]:
