@@ -35,3 +35,30 @@ class StudyError(AseSearchError, RuntimeError):
 
 class TrainingDiverged(AseSearchError, RuntimeError):
     """The loss or a gradient stopped being finite; the message says at which step."""
+
+
+_NO_MEMORY = (
+    "can't allocate memory",  # PyTorch on a CPU
+    "Cannot allocate memory",  # the system, of a mapped file
+    "CUDA error: out of memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "CUDNN_STATUS_ALLOC_FAILED",
+    "Failed to allocate memory",  # onnxruntime
+)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory ran out, on a GPU or on the machine itself: PyTorch has a class of its own for
+    a GPU alone, and CUDA's libraries raise plain errors."""
+    if isinstance(error, AseSearchError):
+        return False
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    told = str(error)
+    return isinstance(error, RuntimeError) and any(sign in told for sign in _NO_MEMORY)
+
+
+def memory_told(error: BaseException) -> str:
+    """What an error for which `is_out_of_memory` holds says, in one line."""
+    reason = (str(error).strip().splitlines() or [""])[0].rpartition("err == 0. ")[2]
+    return f"out of memory: {reason}" if reason else "out of memory"

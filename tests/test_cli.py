@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 from typer.testing import CliRunner
@@ -555,6 +556,16 @@ def test_what_the_system_refuses_is_one_line(monkeypatch, capsys, error, line):
     monkeypatch.setattr(sys, "argv", ["asesearch", "pick", "run", "--debug"])
     with pytest.raises(OSError):
         main()
+
+
+def test_where_memory_ends_is_one_line(monkeypatch, capsys):
+    monkeypatch.setattr(program_module, "app", lambda: torch.empty(1 << 50))
+    code, said = as_program(monkeypatch, capsys, "sample", "bundle")
+    assert code == 1 and said.err.startswith("error: out of memory: DefaultCPUAllocator: can't")
+    assert said.err.count("\n") == 1 and "batch_size" in said.err
+    monkeypatch.setattr(program_module, "app", lambda: torch.ones(2, 3) @ torch.ones(2, 3))
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):  # a fault, and shown
+        as_program(monkeypatch, capsys, "sample", "bundle")
 
 
 def test_a_search_is_not_one_process_of_a_training(place, tmp_path, monkeypatch, capsys):

@@ -15,7 +15,7 @@ from asesearch import __version__
 from asesearch.cli import data, results, searching, training
 from asesearch.cli.interruption import NOT_BEGUN, interruptible
 from asesearch.cli.printing import say
-from asesearch.errors import AseSearchError
+from asesearch.errors import AseSearchError, is_out_of_memory, memory_told
 from asesearch.files import printable
 
 LONGEST = 120  # characters of a path in an error
@@ -94,18 +94,22 @@ def run() -> None:
     os.environ["MPLBACKEND"] = "agg"
     try:
         app()
-    except (AseSearchError, OSError) as error:
-        if "--debug" in sys.argv:
+    except (AseSearchError, OSError, RuntimeError, MemoryError) as error:
+        known = isinstance(error, (AseSearchError, OSError)) or is_out_of_memory(error)
+        if "--debug" in sys.argv or not known:
             raise
         with suppress(BrokenPipeError):
             say(f"error: {printable(_told(error))}")
         sys.exit(1)
 
 
-def _told(error: AseSearchError | OSError) -> str:
+def _told(error: Exception) -> str:
     """The line of an error; of what the system refuses, what it says of it."""
     if isinstance(error, AseSearchError):
         return str(error)
+    if not isinstance(error, OSError):
+        fix = "take fewer images at a time (batch_size), or end what else holds memory"
+        return f"{memory_told(error)}; {fix} (asesearch --debug shows where)"
     if error.filename is None:
         reason = (error.strerror or str(error) or type(error).__name__).splitlines()[0].rstrip(".")
         return f"the system refuses: {reason}; {_fix(error)}"

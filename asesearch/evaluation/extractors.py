@@ -27,7 +27,7 @@ from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3
 from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY
 
 from asesearch.backbones.digests import weights_digest
-from asesearch.errors import AseSearchError, EvaluationError
+from asesearch.errors import AseSearchError, EvaluationError, is_out_of_memory
 from asesearch.evaluation.fashion_cnn import FashionCNN
 from asesearch.evaluation.fashion_vit import FashionViT
 from asesearch.files import file_sha256
@@ -101,9 +101,9 @@ def _features(
     try:
         with torch.no_grad(), exact:
             found = net(images)
-    except (AseSearchError, torch.cuda.OutOfMemoryError):
-        raise
     except (Exception, SystemExit) as error:  # whatever a class of one's own raises
+        if isinstance(error, AseSearchError) or is_out_of_memory(error):
+            raise
         raise EvaluationError(
             f"the extractor {name} fails on {_in_words(images)}: {_reason(error)}; correct its "
             "class, or choose another"
@@ -258,9 +258,9 @@ def _one_line_errors(name: str, path: Path | None) -> Iterator[None]:
     """Errors of a network's making, for one of torch-fidelity's or of one's own."""
     try:
         yield
-    except (AseSearchError, torch.cuda.OutOfMemoryError):
-        raise
     except (Exception, SystemExit) as error:  # whatever a class of one's own raises
+        if isinstance(error, AseSearchError) or is_out_of_memory(error):
+            raise
         own = ":" in name
         source = "" if own and path is None else f" from {'its download' if path is None else path}"
         fix = "correct its class, or " if own else ""

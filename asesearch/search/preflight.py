@@ -16,12 +16,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from asesearch.backbones.device import check_memory
 from asesearch.config import StudyConfig, TrainConfig
 from asesearch.data import check_readable, open_data
-from asesearch.errors import AseSearchError, ConfigError, EvaluationError
+from asesearch.errors import AseSearchError, ConfigError, EvaluationError, is_out_of_memory
 from asesearch.finetuning import Depths, Trainer, draw_batch
 from asesearch.search.mapping import check_map
 from asesearch.search.setup import warm_starts
@@ -152,11 +150,12 @@ def try_step(bench: Workbench, depths: Depths, config: TrainConfig) -> int:
             bench.data, trainer.backbone, trainer.config, bench.diffusion, 0, trainer.part
         )
         loss = trainer.train_step(batch)[0].item()
-    except torch.cuda.OutOfMemoryError as error:
-        raise ConfigError(
-            f"a step of {images} images does not fit the GPU's memory; lower batch_size"
-        ) from error
-    except RuntimeError as error:
+    except (RuntimeError, MemoryError) as error:
+        if is_out_of_memory(error):
+            where = "GPU" if bench.device.type == "cuda" else "machine"
+            raise ConfigError(
+                f"a step of {images} images does not fit the {where}'s memory; lower batch_size"
+            ) from error
         if not config.compile or isinstance(error, AseSearchError):
             raise
         reason = str(error).strip().splitlines()[0]

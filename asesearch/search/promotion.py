@@ -13,10 +13,8 @@ import shutil
 from datetime import UTC, datetime
 from pathlib import Path
 
-import torch
-
 from asesearch.config import StudyConfig
-from asesearch.errors import EvaluationError, TrainingDiverged
+from asesearch.errors import EvaluationError, TrainingDiverged, is_out_of_memory, memory_told
 from asesearch.proposer.belief import judge
 from asesearch.proposer.problem import Problem
 from asesearch.proposer.proposer import NAME
@@ -69,9 +67,12 @@ def run_trial(
                 found = dict(zip(names, fracs, strict=True))
                 return _ended(trial, "stopped", low_fidelity=low_fidelity, **spent, **found)
         outcome = bench.trials.try_point(trial.point, folder)
-    except (TrainingDiverged, EvaluationError, torch.cuda.OutOfMemoryError) as error:
+    except (RuntimeError, MemoryError) as error:
+        full = is_out_of_memory(error)
+        if not (full or isinstance(error, (TrainingDiverged, EvaluationError))):
+            raise
         _discard_weights(folder, trial, records)
-        failure = str(error).splitlines()[0]
+        failure = memory_told(error) if full else str(error).splitlines()[0]
         spent = {"seconds": seconds, "gflops": gflops}
         return _ended(trial, "failed", failure=failure, low_fidelity=low_fidelity, **spent)
     if _counted(trial, outcome, records):

@@ -7,8 +7,10 @@ import threading
 import time
 from dataclasses import replace
 
+import numpy as np
 import optuna
 import pytest
+import torch
 
 from asesearch.config import MAY_CHANGE, StudyConfig
 from asesearch.errors import ScheduleError, StudyError
@@ -124,6 +126,33 @@ def test_a_diverging_schedule_is_recorded_and_the_search_goes_on(tmp_path):
     assert len({s.merged() for s in bench.tried}) == 9  # a failed schedule is not tried again
     assert not study.trial_dir(failed[0].schedule).exists()
     assert all(r.state == "complete" for r in study.results().front())
+
+
+def gpu_is_full():
+    raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
+
+
+@pytest.mark.parametrize(
+    ("allocate", "told"),
+    [
+        (lambda: torch.empty(1 << 50), "can't allocate memory: you tried to allocate 4503599627"),
+        (lambda: np.ones(1 << 56), "Unable to allocate"),
+        (gpu_is_full, "CUDA out of memory. Tried"),
+    ],
+)
+def test_a_schedule_without_memory_is_recorded_and_the_search_goes_on(tmp_path, allocate, told):
+    class Full(FakeBench):
+        def try_point(self, point, folder):
+            if str(point.schedule) == "6 6 3 1":
+                allocate()
+            return super().try_point(point, folder)
+
+    study = Study(make_config(warm_start=["6 6 3 1"], num_trials=6), tmp_path)
+    run_trials(study, Full())
+    failed = [r for r in study.records() if r.state == "failed"]
+    assert len(failed) == 1 and len(study.records()) == 6
+    assert failed[0].failure.startswith("out of memory: ") and told in failed[0].failure
+    assert "enforce" not in failed[0].failure
 
 
 def test_an_unexpected_error_is_not_swallowed(tmp_path):
