@@ -279,6 +279,9 @@ def test_export_and_sample_in_another_process(place, tmp_path):
     here = to_uint8(load_bundle(tmp_path / "b").sample(range(5, 11)).images).numpy()
     assert np.array_equal(images, here)
     call("sample", tmp_path / "b", "-o", tmp_path / "x.png", "--num", 5, "--label", 3, "--steps", 2)
+    few = ("--num", 3, "--batch-size", 2, "--dry-run")
+    plan = json.loads(call("sample", tmp_path / "b", "-o", tmp_path / "y.png", *few)[0])
+    assert plan["sampling"]["batch_size"] == 2
     assert (tmp_path / "x.png").read_bytes().startswith(b"\x89PNG")
 
 

@@ -108,8 +108,9 @@ def _told(error: Exception) -> str:
     if isinstance(error, AseSearchError):
         return str(error)
     if not isinstance(error, OSError):
-        fix = "take fewer images at a time (batch_size), or end what else holds memory"
-        return f"{memory_told(error)}; {fix} (asesearch --debug shows where)"
+        fewer = "take fewer images at a time (batch_size; of a bundle --batch-size)"
+        fix = f"{fewer}, or end what else holds memory (asesearch --debug shows where)"
+        return f"{memory_told(error)}; {fix}"
     if error.filename is None:
         reason = (error.strerror or str(error) or type(error).__name__).splitlines()[0].rstrip(".")
         return f"the system refuses: {reason}; {_fix(error)}"

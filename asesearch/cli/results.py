@@ -296,6 +296,14 @@ def sample(
             "The first call takes seconds more.",
         ),
     ] = None,
+    batch_size: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Images that go through the network together; default as the bundle says. Fewer "
+            "take less memory.",
+        ),
+    ] = None,
     dry_run: DryRun = False,
 ) -> None:
     """Sample images from a bundle with its network, schedule and solver.
@@ -316,6 +324,7 @@ def sample(
         vae=vae,
         num_steps=steps,
         compile=compile,
+        batch_size=batch_size,
     )
     if dry_run:
         print_json(images.plan)

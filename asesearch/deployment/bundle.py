@@ -75,13 +75,16 @@ class Bundle:
         num_steps: int | None = None,
         *,
         compile: bool | None = None,
+        batch_size: int | None = None,
     ) -> SampleResult:
         """Images (or latents) for these seeds, (N, C, H, W) float32, by the bundle's solver,
         guidance and (unless given) steps.
 
         `y` is (N,) class labels or a prompt's tensors; by default seed modulo the number of
         classes, or of `prompts`. `compile` runs the blocks as compiled code, by default where the
-        bundle's `sampling` says so; the first call takes seconds more.
+        bundle's `sampling` says so; the first call takes seconds more. `batch_size` is how many
+        images go through the network together, by default as many as in the study: fewer take less
+        memory and give the same images, up to rounding.
 
         Raises:
             ConfigError: labels that are no classes of the network (the null label is none),
@@ -96,7 +99,7 @@ class Bundle:
             seeds=seeds,
             y=self._conditioning(seeds, y),
             cfg_scale=self.sampling.cfg_scale,
-            batch_size=self.sampling.batch_size,
+            batch_size=self.sampling.batch_size if batch_size is None else batch_size,
             precision=self.sampling.precision,
             compile=self.sampling.compile if compile is None else compile,
             acceleration=self.acceleration,

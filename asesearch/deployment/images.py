@@ -19,6 +19,8 @@ from asesearch.evaluation.features import to_uint8
 from asesearch.files import check_writable
 from asesearch.sampling import SampleResult
 
+DECODED = 32  # images that a VAE decodes together, at most
+
 
 class BundleImages:
     """Images that are to be sampled; everything is checked when it is made.
@@ -35,6 +37,7 @@ class BundleImages:
         vae: folder of the VAE that turns latents into images.
         num_steps: solver steps, in place of the bundle's.
         compile: run the network's blocks as compiled code; None as the bundle says.
+        batch_size: images that go through the network together; None as the bundle says.
 
     Attributes:
         plan: how they will be sampled, as plain data.
@@ -57,11 +60,11 @@ class BundleImages:
         vae: Path | None = None,
         num_steps: int | None = None,
         compile: bool | None = None,
+        batch_size: int | None = None,
     ) -> None:
         _check_options(out, label, prompt, text_encoder)
         self.out = out
         self.seeds = range(seed, seed + num)
-        self.num_steps = num_steps
         self.bundle = load_bundle(bundle, default_device())
         net = self.bundle.backbone
         check_memory(num, 4 * net.in_channels * net.input_size**2, "all images", "lower --num")
@@ -75,10 +78,11 @@ class BundleImages:
         if prompt is not None and text_encoder is not None:
             self.y = prompts_for(self.bundle, [prompt] * num, text_encoder)
         how, calls = self.bundle.plan(self.seeds, self.y, num_steps)
-        self.compile = how.compile if compile is None else compile
+        chosen = {"compile": compile, "batch_size": batch_size}
+        self.how = how.model_copy(update={k: v for k, v in chosen.items() if v is not None})
         self.plan: dict[str, Any] = {
             "schedule": str(self.bundle.schedule),
-            "sampling": {**how.model_dump(mode="json"), "compile": self.compile},
+            "sampling": self.how.model_dump(mode="json"),
             "acceleration": self.bundle.acceleration_name or None,
             "num": num,
             "block_frac": None  # an acceleration may save some, which is seen when it has run
@@ -88,7 +92,10 @@ class BundleImages:
 
     def sample(self) -> SampleResult:
         """The images or latents; see `Bundle.sample`."""
-        return self.bundle.sample(self.seeds, self.y, self.num_steps, compile=self.compile)
+        how = self.how
+        return self.bundle.sample(
+            self.seeds, self.y, how.num_steps, compile=how.compile, batch_size=how.batch_size
+        )
 
     def block_frac(self, result: SampleResult) -> float:
         """Block calls that were really made, over the full network's."""
@@ -106,8 +113,12 @@ class BundleImages:
         if self.bundle.latents is not None and self.decoder is None:
             save_images(result.images.numpy(), self.out, "latents")
             return
-        images = result.images if self.decoder is None else self.decoder.decode(result.images)
+        images = result.images if self.decoder is None else self._decoded(result.images)
         save_images(to_uint8(images).numpy(), self.out)
+
+    def _decoded(self, latents: Tensor) -> Tensor:
+        assert self.decoder is not None
+        return self.decoder.decode(latents, min(DECODED, self.how.batch_size))
 
 
 def _check_options(

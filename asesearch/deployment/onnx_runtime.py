@@ -133,6 +133,7 @@ class OnnxBundle:
         *,
         schedule: ExitSchedule | None = None,
         noise: Callable[[], Floats] | None = None,
+        batch_size: int | None = None,
     ) -> OnnxSamples:
         """Images (or latents) by the bundle's solver, guidance and (unless given) steps and
         schedule.
@@ -145,10 +146,13 @@ class OnnxBundle:
             schedule: another one of this network.
             noise: each call gives (N, C, H, W) float32 standard normal noise; in place of that of
                 the seeds, and then all images are one batch.
+            batch_size: images that go through the network together, by default as many as in the
+                study.
 
         Raises:
-            ConfigError: seeds, labels, steps or a schedule that do not fit.
+            ConfigError: seeds, labels, steps, a batch or a schedule that do not fit.
         """
+        batch = self._batch(len(seeds), noise is not None, batch_size)
         levels = make_levels(self.diffusion)
         schedule = schedule or self.schedule
         self._check(seeds, schedule)
@@ -158,7 +162,6 @@ class OnnxBundle:
         timesteps = levels.timesteps(num_steps, solver.power)
         pairs = list(pairwise((*timesteps, levels.t_clean)))
         shape = (self.network.in_channels, self.network.input_size, self.network.input_size)
-        batch = len(seeds) if noise is not None else self.sampling.batch_size
         parts: list[Floats] = []
         start = time.perf_counter()
         for first in range(0, len(seeds), batch):
@@ -194,6 +197,15 @@ class OnnxBundle:
     @property
     def _time_type(self) -> type[np.generic]:
         return np.int64 if self.diffusion.process == "discrete" else np.float32
+
+    def _batch(self, count: int, as_one: bool, batch_size: int | None) -> int:
+        """How many of the images go through the network together."""
+        if batch_size is None:
+            return count if as_one else self.sampling.batch_size
+        if as_one or batch_size < 1:
+            wanted = "be left out with noise of your own" if as_one else "be at least 1"
+            raise ConfigError(f"batch_size must {wanted}; got {batch_size}; correct it")
+        return batch_size
 
     def _labels(self, seeds: Sequence[int], y: Labels | Sequence[int] | None) -> Labels | None:
         """`y` of `sample`, its default filled in and checked."""

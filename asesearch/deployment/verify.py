@@ -23,7 +23,7 @@ from asesearch.config import SamplingConfig, parse_section
 from asesearch.deployment import bundle, onnx_runtime, parity
 from asesearch.deployment.manifest import check_files, check_format, check_names, read_manifest
 from asesearch.deployment.reading import open_bundle
-from asesearch.errors import AseSearchError, CheckpointError, ConfigError
+from asesearch.errors import AseSearchError, CheckpointError, ConfigError, is_out_of_memory
 from asesearch.evaluation.clock import compare_sampling_time
 from asesearch.sampling import check_eager
 from asesearch.schedule import ExitSchedule
@@ -332,8 +332,14 @@ def _size(opened: Opened, one_step: Callable[[int], object]) -> tuple[int, int, 
     images = 1
     step_s = seconds(images)
     while images < opened.batch_size and 4 * step_s * opened.num_steps < target:
-        images = min(4 * images, opened.batch_size)
-        step_s = seconds(images)
+        more = min(4 * images, opened.batch_size)
+        try:
+            step_s = seconds(more)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            break  # a smaller machine than the one that exported it
+        images = more
     steps = min(opened.num_steps, max(FEWEST_STEPS, int(target / step_s)))
     if opened.acceleration:
         steps = opened.num_steps

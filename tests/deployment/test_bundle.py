@@ -111,6 +111,18 @@ def test_a_bundle_of_a_compiled_study_samples_compiled(bundle, tmp_path, only_tr
     assert only_traced() == 1
 
 
+def test_a_batch_of_ones_own(folder, tmp_path):
+    images = BundleImages(folder, tmp_path / "x.npz", num=5, batch_size=2)
+    assert images.plan["sampling"]["batch_size"] == 2 and images.bundle.sampling.batch_size == 5
+    sizes = set()
+    images.bundle.backbone.register_forward_hook(lambda net, args, out: sizes.add(len(args[0])))
+    made = images.sample().images
+    assert sizes == {4, 2}  # under guidance each image is there twice
+    torch.testing.assert_close(made, images.bundle.sample(range(5)).images, rtol=0, atol=1e-5)
+    with pytest.raises(ConfigError, match="batch_size must be at least 1; got 0"):
+        images.bundle.sample([0], batch_size=0)
+
+
 def test_steps_and_labels_can_be_chosen(folder):
     loaded = load_bundle(folder)
     assert loaded.sample([0, 1], num_steps=2).nfe == 4  # two steps, each with and without the label

@@ -134,6 +134,26 @@ def test_labels_noise_and_batch_are_the_callers(bundle, folder):
     assert np.abs(together[:1] - one).max() < 1e-5 * np.abs(one).max()
 
 
+def test_a_batch_of_ones_own(bundle, folder, monkeypatch):
+    loaded = load_onnx(folder)
+    sizes = []
+    run = type(loaded).run
+
+    def counted(self, x_t, *args):
+        sizes.append(len(x_t))
+        return run(self, x_t, *args)
+
+    whole = loaded.sample(range(4)).images
+    monkeypatch.setattr(type(loaded), "run", counted)
+    parts = loaded.sample(range(4), batch_size=3).images
+    passes = 1 if loaded.sampling.cfg_scale == 1 else 2
+    assert set(sizes) == {3 * passes, passes}
+    assert np.abs(parts - whole).max() < 1e-5 * np.abs(whole).max()
+    for options in ({"batch_size": 0}, {"batch_size": 2, "noise": lambda: image_noise([0], (1,))}):
+        with pytest.raises(ConfigError, match="batch_size must"):
+            loaded.sample(range(4), **options)
+
+
 @pytest.mark.parametrize("shape", [(4, 32, 32), (1, 28, 28), (3, 5, 5), (1, 4, 4)])
 def test_noise_is_torchs(shape):
     seeds = [0, 7, 2**32 - 1]

@@ -52,6 +52,21 @@ def test_a_whole_bundle_passes(folder, monkeypatch):
     assert 0 < checks[3].numbers["block_frac"] < 1 and checks[3].numbers["images"] <= 5
 
 
+def test_what_fits_the_memory_is_timed(folder, monkeypatch):
+    sample = Bundle.sample
+    sizes = []
+
+    def on_a_small_machine(self, seeds, *args, **options):
+        sizes.append(len(seeds))
+        if len(seeds) > 2:
+            torch.empty(1 << 50)
+        return sample(self, seeds, *args, **options)
+
+    monkeypatch.setattr(Bundle, "sample", on_a_small_machine)
+    checks = verify(folder)
+    assert max(sizes) == 4 and checks[3].name == "speed" and checks[3].numbers["images"] == 1
+
+
 def test_damage_fails_files_and_ends_there(folder):
     path = folder / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-1])
