@@ -10,6 +10,7 @@ that was not.
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -44,6 +45,7 @@ from asesearch.study.workers import SEARCHING, has_record, worked_s
 MAX_REFUSED_IN_A_ROW = 50
 MAX_FAILURES = 3  # without a single success
 Outcome = Literal["tried", "on record", "taken"]
+_log = logging.getLogger(__name__)
 
 
 def run_trials(
@@ -53,8 +55,8 @@ def run_trials(
     on_warm_up: Callable[[int, float], None] | None = None,
 ) -> None:
     """Search until `num_trials` points have ended (failed and stopped ones count; repeats and
-    killed ones do not), or, with a `budget`, until its time is spent or nothing new is found.
-    The warm-up comes first, where the study has one.
+    killed ones do not), with a `budget` until its time is spent, or until nothing new is found. The
+    warm-up comes first, where the study has one.
 
     Args:
         study: on whose record it works.
@@ -64,8 +66,7 @@ def run_trials(
 
     Raises:
         StudyError: the storage can't be used, file locks do not work in the directory, the
-            latency table is another device's, the full network's trial or every trial failed,
-            or the space holds no further schedule.
+            latency table is another device's, or the full network's trial or every trial failed.
     """
     study.check_inputs(bench.identity)
     write_json(study.run_dir / directory.ENVIRONMENT, environment())
@@ -149,14 +150,14 @@ class Runner:
             if self.fleet.in_flight(self.study.trials()) or self.fleet.still_held():
                 self.fleet.wait()
                 in_a_row = 0
-            elif self.config.search.budget_s is not None:
-                return  # nothing is left to spend it on
             else:
-                raise StudyError(
-                    f"the last {in_a_row} proposals were all points on record; the space is as "
-                    "good as exhausted: lower num_trials or widen the space; the trials on record "
-                    "are kept"
+                line = (
+                    f"the last {in_a_row} proposals were all points on record: the space is as "
+                    f"good as exhausted, and the search ends with {len(self.study.records())} "
+                    "schedules on record; a wider space has more"
                 )
+                _log.warning("%s", line)
+                return
 
     def _goes_on(self) -> bool:
         """Whether another trial is to be begun; waits where that depends on those in flight."""
