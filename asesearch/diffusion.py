@@ -137,17 +137,17 @@ class Diffusion(DiscreteLevels, Process):
         self._posterior_coef_t = (1 - prev) * (1 - self.betas).sqrt() / one
 
     def alpha(self, t: Tensor) -> Tensor:
-        return self._alpha.to(t.device)[t]
+        return self._alpha.to(t.device, non_blocking=True)[t]
 
     def sigma(self, t: Tensor) -> Tensor:
-        return self._sigma.to(t.device)[t]
+        return self._sigma.to(t.device, non_blocking=True)[t]
 
     def draw_t(self, u: Tensor) -> Tensor:
         return (u * self.num_train_timesteps).long().clamp_(max=self.num_train_timesteps - 1)
 
     def _at(self, table: Tensor, t: Tensor, like: Tensor) -> Tensor:
         """Entries of a float64 table as (N, 1, 1, 1) in the dtype and on the device of `like`."""
-        return _per_image(table.to(t.device)[t], like)
+        return _per_image(table.to(t.device, non_blocking=True)[t], like)
 
     def posterior(self, x_start: Tensor, x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         """Mean (N, C, H, W) and log variance (N, 1, 1, 1) of q(x_{t-1} | x_t, x_start)."""

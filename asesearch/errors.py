@@ -41,6 +41,8 @@ _NO_MEMORY = (
     "can't allocate memory",  # PyTorch on a CPU
     "Cannot allocate memory",  # the system, of a mapped file
     "CUDA error: out of memory",
+    "CUDA driver error: out of memory",
+    "Error [CUDA]: out of memory",  # Triton
     "CUBLAS_STATUS_ALLOC_FAILED",
     "CUDNN_STATUS_ALLOC_FAILED",
     "Failed to allocate memory",  # onnxruntime

@@ -821,6 +821,15 @@ seen = weakref.ref(trainer.backbone)
 assert seen() is not None
 del trainer
 assert seen() is None, "still there"
+
+# a compiled block refers to itself
+compiled = config.model_copy(update={"compile": True})
+trainer = Trainer(DiT(**TINY_DIT), data, Diffusion(), ExitSchedule.full(4), compiled)
+seen = weakref.ref(trainer.backbone.blocks[0])
+del trainer
+assert seen() is not None, "no cycle, and nothing to test"
+Trainer(DiT(**TINY_DIT), data, Diffusion(), ExitSchedule.full(4), compiled)
+assert seen() is None, "still there while the next is trained"
 """
 
 

@@ -287,7 +287,7 @@ def run_blocks(
             x = block(x, c)
         return x
     order = sorted(range(len(exit_depth)), key=lambda i: -exit_depth[i])
-    index = torch.tensor(order, device=x.device)
+    index = torch.tensor(order).to(x.device, non_blocking=True)
     x = x[index]
     c = c[index]
     done: list[Tensor] = []  # shallowest first

@@ -190,6 +190,11 @@ def _graphs_of(net: Backbone) -> _Graphs:
     return found
 
 
+def forget_graphs(net: nn.Module) -> None:
+    """Free the memory of a network's CUDA graphs; its next compiled call records them again."""
+    _GRAPHS.pop(net, None)
+
+
 def _addresses(net: nn.Module) -> list[int]:
     return [value.data_ptr() for value in (*net.parameters(), *net.buffers())]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,6 +15,14 @@ from asesearch.errors import ConfigError
 def default_device() -> torch.device:
     """The first visible GPU, or the CPU. Choose another GPU with CUDA_VISIBLE_DEVICES."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def collect_cycles() -> None:
+    """Free what only cycles of references hold. A compiled or mixed-precision training leaves its
+    network, gradients and moments in such cycles, and the allocator of a GPU does not ask Python to
+    collect them when its memory ends.
+    """
+    gc.collect()
 
 
 @contextmanager

@@ -129,8 +129,8 @@ class Grid:
         Each source is matched with what it is most like (cosine) among the tokens that take others
         in; of all sources those most like theirs are merged, to their mean.
         """
-        into = self.into.to(x.device)
-        sources = self.sources.to(x.device)
+        into = self.into.to(x.device, non_blocking=True)
+        sources = self.sources.to(x.device, non_blocking=True)
         n = len(x)
         unit = F.normalize(x, dim=-1)
         likeness = unit[:, sources] @ unit[:, into].transpose(1, 2)  # (N, S, T)

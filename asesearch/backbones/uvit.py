@@ -273,7 +273,8 @@ class UViT(Backbone):
         order: Tensor | None = None
         # deepest first, so that each block runs on the head of the batch
         if isinstance(depths, list):
-            order = torch.tensor(sorted(range(n), key=lambda i: -depths[i]), device=x.device)
+            order = torch.tensor(sorted(range(n), key=lambda i: -depths[i]))
+            order = order.to(x.device, non_blocking=True)
             active = [sum(d > i for d in depths) for i in range(self.depth)]
             x = x[order]
         else:

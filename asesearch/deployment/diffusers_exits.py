@@ -150,10 +150,17 @@ class ExitsInPlace:
         self._in = True
 
     def take(self) -> None:
-        """Make the transformer what it was; does nothing if they are not in place."""
+        """Make the transformer what it was; does nothing if they are not in place.
+
+        Offloading moves to the GPU what is in place, so its own weights follow: else each early
+        call would move all of them back and forth.
+        """
         if self._in:
             self._swap()
             self._in = False
+            for (held, name), other in zip(self._places, self._others, strict=True):
+                if held[name].device != other.device:
+                    held[name].data = held[name].data.to(other.device)
 
     def _swap(self) -> None:
         for i, (held, name) in enumerate(self._places):

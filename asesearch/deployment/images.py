@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from asesearch.backbones.conditioning import Conditioning
+from asesearch.backbones.conditioning import Conditioning, repeat
 from asesearch.backbones.device import check_memory, default_device
 from asesearch.data import save_images
 from asesearch.deployment.bundle import Bundle
@@ -76,7 +76,7 @@ class BundleImages:
         self.decoder = None if vae is None else decoder_of(self.bundle, vae)
         self.y: Conditioning | None = None if label is None else self.bundle.labels(label, num)
         if prompt is not None and text_encoder is not None:
-            self.y = prompts_for(self.bundle, [prompt] * num, text_encoder)
+            self.y = repeat(prompts_for(self.bundle, [prompt], text_encoder), num)
         how, calls = self.bundle.plan(self.seeds, self.y, num_steps)
         chosen = {"compile": compile, "batch_size": batch_size}
         self.how = how.model_copy(update={k: v for k, v in chosen.items() if v is not None})

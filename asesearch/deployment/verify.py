@@ -145,6 +145,7 @@ def _diffusers(folder: Path, data: Mapping[str, Any]) -> Opened:
 
     pipeline = diffusers_export.open_diffusers(folder, data)
     pipeline.set_progress_bar_config(disable=True)
+    pipeline.to(default_device())
     how = parse_section(SamplingConfig, data["sampling"], "sampling")
     classes = pipeline.transformer.config.num_embeds_ada_norm
 

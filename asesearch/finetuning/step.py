@@ -26,6 +26,7 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from asesearch.backbones.base import Backbone
 from asesearch.backbones.compiled import compiled
+from asesearch.backbones.device import collect_cycles
 from asesearch.config import TrainConfig
 from asesearch.diffusion import Process
 from asesearch.errors import ConfigError
@@ -132,6 +133,8 @@ class TrainingStep:
         unused = DistributedDataParallelKwargs(find_unused_parameters=not schedule.is_full)
         self.accelerator = accelerator or make_accelerator(config.mixed_precision, unused)
         device = self.accelerator.device
+        if device.type == "cuda" or config.compile:
+            collect_cycles()
         self.part = (self.accelerator.process_index, self.accelerator.num_processes)
         if config.batch_size % self.part[1]:
             raise ConfigError(
@@ -190,16 +193,17 @@ class TrainingStep:
         snr = self.diffusion.snr(t)
         # Hang et al. 2023, for a network that predicts eps
         if self.config.min_snr_gamma is not None:
-            mse = mse * (snr.clamp(max=self.config.min_snr_gamma) / snr).to(mse)
+            mse = mse * (snr.clamp(max=self.config.min_snr_gamma) / snr).to(mse, non_blocking=True)
         # Salimans & Ho 2022, section 4, for the same
         if self.config.truncated_snr:
-            mse = mse * (1 / snr).clamp(min=1.0).to(mse)
+            mse = mse * (1 / snr).clamp(min=1.0).to(mse, non_blocking=True)
         loss = mse + vb  # (N,)
-        short = (dropped > 0).to(device)
+        short = (dropped > 0).to(device, non_blocking=True)
         stats = torch.stack(
             [loss.detach().sum(), (loss.detach() * short).sum(), short.sum().to(loss)]
         )
-        return (loss * self.weight.at(dropped, self.step).to(device)).mean(), stats
+        weight = self.weight.at(dropped, self.step).to(device, non_blocking=True)
+        return (loss * weight).mean(), stats
 
     def train_step(self, batch: Batch) -> Tensor:
         """One optimiser step and one EMA step; the statistics of `_loss`, the gradient norm and 1

@@ -8,6 +8,7 @@ each kind of training takes one step.
 
 from __future__ import annotations
 
+import copy
 import math
 import time
 from collections.abc import Iterator
@@ -124,7 +125,11 @@ def _try_training(bench: Workbench) -> list[str]:
         if config.num_steps == 0:
             continue
         with _section(section):
+            # a trial starts from the elastic weights, which lie beside the pretrained ones
+            beside = bench.device.type == "cuda" and bench.config.elastic is not None
+            held = copy.deepcopy(bench.trials.start) if beside and section == "train" else None
             images = try_step(bench, depths, config)
+            del held
         done.append(
             f"one step of [{section}] with {images} images, mixed_precision "
             f"{config.mixed_precision!r}"

@@ -13,6 +13,7 @@ import shutil
 from datetime import UTC, datetime
 from pathlib import Path
 
+from asesearch.backbones.device import collect_cycles
 from asesearch.config import StudyConfig
 from asesearch.errors import EvaluationError, TrainingDiverged, is_out_of_memory, memory_told
 from asesearch.proposer.belief import judge
@@ -52,6 +53,7 @@ def run_trial(
     seconds: dict[str, float] = {}
     gflops: dict[str, float] = {}
     low_fidelity: LowFidelity | None = None
+    failure: str | None = None
     try:
         if problem is not None:
             low_fidelity = _low_fidelity_rung(
@@ -71,8 +73,10 @@ def run_trial(
         full = is_out_of_memory(error)
         if not (full or isinstance(error, (TrainingDiverged, EvaluationError))):
             raise
-        _discard_weights(folder, trial, records)
         failure = memory_told(error) if full else str(error).splitlines()[0]
+    if failure is not None:  # the error is gone by now, whose frames held the networks
+        collect_cycles()
+        _discard_weights(folder, trial, records)
         spent = {"seconds": seconds, "gflops": gflops}
         return _ended(trial, "failed", failure=failure, low_fidelity=low_fidelity, **spent)
     if _counted(trial, outcome, records):

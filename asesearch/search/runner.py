@@ -13,14 +13,13 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from dataclasses import replace
 from typing import Literal
 
 import optuna
 from optuna.trial import FrozenTrial
 
-from asesearch.errors import StudyError, TrainingDiverged
+from asesearch.errors import StudyError, TrainingDiverged, is_out_of_memory
 from asesearch.files import write_json
 from asesearch.point import Point
 from asesearch.proposer.importance import importance
@@ -124,9 +123,12 @@ class Runner:
             return
         with self.fleet.claim(full.schedule) as mine:
             if mine:
-                # where it diverges: the trial does so again, and puts it on record
-                with suppress(TrainingDiverged):
+                # where it fails: the trial does so again, and puts it on record
+                try:
                     self.bench.trials.tuned(full.schedule, self.study.trial_dir(full.schedule))
+                except (RuntimeError, MemoryError) as error:
+                    if not (isinstance(error, TrainingDiverged) or is_out_of_memory(error)):
+                        raise
 
     def _weigh_intervals(self) -> None:
         """Put on record what each interval is worth, by all trials that have ended."""

@@ -13,6 +13,8 @@ from torch import Tensor
 
 from asesearch.backbones.base import Backbone, check_schedule
 from asesearch.backbones.checkpoints import inspect_checkpoint, load_backbone
+from asesearch.backbones.compiled import forget_graphs
+from asesearch.backbones.device import collect_cycles
 from asesearch.backbones.exit_weights import own_exits
 from asesearch.backbones.saving import save_backbone
 from asesearch.config import BackboneConfig, TrainConfig
@@ -113,6 +115,8 @@ class Trials:
             }
             return TrainResult(net, took["losses"], None, took["seconds"])
         start, config = self.tuning(schedule, training_seed)
+        for net in (start, self.parts.backbone):
+            forget_graphs(net)
         teacher = self.parts.backbone if config.distill_frac > 0 else None
         tuned = finetune(
             start,
@@ -128,6 +132,8 @@ class Trials:
         extra = {directory.TUNED_FOR: schedule.to_json(), TOOK: json.dumps(took)}
         save_backbone(tuned.backbone, path, extra)
         (folder / CHECKPOINT).unlink(missing_ok=True)
+        if self.parts.device.type == "cuda":
+            collect_cycles()  # before it is sampled
         return tuned
 
     def try_point(self, point: Point, folder: Path) -> Outcome:

@@ -1,10 +1,12 @@
 """The study: resumes after any kill, never loses or repeats a trial, refuses what is not
 comparable."""
 
+import gc
 import json
 import sqlite3
 import threading
 import time
+import weakref
 from dataclasses import replace
 
 import numpy as np
@@ -153,6 +155,30 @@ def test_a_schedule_without_memory_is_recorded_and_the_search_goes_on(tmp_path, 
     assert len(failed) == 1 and len(study.records()) == 6
     assert failed[0].failure.startswith("out of memory: ") and told in failed[0].failure
     assert "enforce" not in failed[0].failure
+
+
+def test_what_a_schedule_without_memory_held_is_freed_at_once(tmp_path):
+    held = []
+
+    class Full(FakeBench):
+        def try_point(self, point, folder):
+            if point.schedule.is_full:
+                return super().try_point(point, folder)
+            if held:
+                found.append(held[-1]() is None)
+            network = torch.nn.Linear(1, 1)
+            network.__dict__["forward"] = network.forward  # as accelerate leaves it
+            held.append(weakref.ref(network))
+            gpu_is_full()
+
+    found = []
+    study = Study(make_config(num_trials=4), tmp_path)
+    gc.disable()
+    try:
+        run_trials(study, Full())
+    finally:
+        gc.enable()
+    assert found == [True, True]
 
 
 def test_an_unexpected_error_is_not_swallowed(tmp_path):
