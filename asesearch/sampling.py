@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -27,6 +28,10 @@ from asesearch.diffusion import Process
 from asesearch.errors import ConfigError
 from asesearch.schedule import ExitSchedule
 from asesearch.solvers import Noise, Solver, find_solver
+
+#: A sampling changes how the process computes and what the network's blocks do, and then changes
+#: it back.
+_ONE_AT_A_TIME = threading.RLock()
 
 
 @dataclass(frozen=True)
@@ -208,6 +213,7 @@ def sample(
     images = torch.empty(len(seeds), *shape)
     seconds = 0.0
     with (
+        _ONE_AT_A_TIME,
         _evaluating(backbone.to(place)),
         arithmetic(precision, place),
         compiled(backbone, compile),

@@ -2,7 +2,10 @@
 test_solvers.py."""
 
 import math
+import subprocess
+import sys
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from itertools import pairwise
 
@@ -12,6 +15,7 @@ import torch
 from torch import Tensor
 
 from asesearch.backbones import Backbone, DiT
+from asesearch.backbones.merging import Merging
 from asesearch.diffusion import VPSDE, Diffusion, Process
 from asesearch.errors import ConfigError, ScheduleError
 from asesearch.sampling import SampleResult, arithmetic, guided, image_noise, sample
@@ -399,6 +403,73 @@ def test_a_precision_is_of_matrix_products_and_convolutions_and_ends_with_the_sa
     with arithmetic(precision, torch.device("cpu")):
         assert float32_state() == ("highest", False)
     assert float32_state() == before
+
+
+NEWER = """
+import sys, torch
+from asesearch.backbones.device import tf32, tf32_state
+
+where, value = sys.argv[1:]
+places = (torch.backends.cuda.matmul, torch.backends.cudnn.conv, torch.backends.cudnn.rnn)
+thing = torch.backends
+for name in where.split("."):
+    holder, thing = thing, getattr(thing, name)
+setattr(holder, name, value)
+
+def state():
+    return [place.fp32_precision for place in places]
+
+before = state()
+for on in (False, True, False):
+    with tf32(on):
+        assert state() == ["tf32" if on else "ieee"] * 3, state()
+        with tf32(not on):
+            assert state() == ["ieee" if on else "tf32"] * 3, state()
+        assert state() == ["tf32" if on else "ieee"] * 3, state()
+    assert state() == before, (state(), before)
+assert len({tf32_state()}) == 1
+"""
+
+
+@pytest.mark.slow  # a process for each, as these settings can't be taken back
+@pytest.mark.skipif(
+    not hasattr(torch.backends.cuda.matmul, "fp32_precision"), reason="settings of PyTorch 2.9"
+)
+@pytest.mark.parametrize(
+    ("where", "value"),  # what the older settings then refuse to read
+    [
+        ("fp32_precision", "tf32"),
+        ("fp32_precision", "ieee"),
+        ("cuda.matmul.fp32_precision", "tf32"),
+        ("cudnn.fp32_precision", "ieee"),
+        ("cudnn.conv.fp32_precision", "ieee"),
+    ],
+)
+def test_pytorchs_newer_settings_of_tf32_may_be_used(where: str, value: str) -> None:
+    command = [sys.executable, "-c", NEWER, where, value]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_threads_that_sample_one_network_get_their_own_images() -> None:
+    net = load("dit")[0]
+    merging = Merging(0.5)
+    torch.set_float32_matmul_precision("high")
+    try:
+        before = float32_state()
+
+        def images(seed: int) -> Tensor:
+            y = torch.tensor([seed % 3])
+            found = make(net, "ddim", Diffusion(), [seed], y=y, acceleration=merging)
+            return found.images
+
+        want = [images(seed) for seed in range(8)]
+        with ThreadPoolExecutor(4) as pool:
+            got = list(pool.map(images, range(8)))
+        assert float32_state() == before
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    assert all(map(torch.equal, got, want))
 
 
 @pytest.mark.parametrize("precision", ["bfloat16", "fp16", "", None])

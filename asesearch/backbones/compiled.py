@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from asesearch.backbones import conditioning
 from asesearch.backbones.base import Backbone, ExitDepth
 from asesearch.backbones.conditioning import Conditioning
+from asesearch.backbones.device import tf32_state
 from asesearch.errors import ConfigError
 
 _Inputs = tuple[Tensor, Tensor, Conditioning | None]
@@ -128,8 +129,7 @@ class _Graphs:
         arithmetic = (
             torch.is_autocast_enabled("cuda"),
             torch.get_autocast_dtype("cuda"),
-            torch.get_float32_matmul_precision(),
-            torch.backends.cudnn.allow_tf32,
+            tf32_state(),
         )
         if shapes not in self._inputs:
             self._inputs[shapes] = (x_t.clone(), t.clone(), conditioning.each(torch.clone, y))

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import gc
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any, NamedTuple
 
 import torch
 
@@ -30,15 +31,53 @@ def tf32(on: bool) -> Iterator[None]:
     """Inside, a GPU computes matrix products and convolutions of float32 in TF32, or else in
     float32; on its own it would take TF32 for convolutions. A CPU computes in float32 all the same.
     """
-    products = torch.get_float32_matmul_precision()
-    convolutions = torch.backends.cudnn.allow_tf32
-    torch.set_float32_matmul_precision("high" if on else "highest")
-    torch.backends.cudnn.allow_tf32 = on
+    before = tf32_state()
+    if isinstance(before, _Older):
+        _set_older(_Older("high" if on else "highest", on))
+    else:
+        _set_newer(("tf32" if on else "ieee",) * len(before))
     try:
         yield
     finally:
-        torch.set_float32_matmul_precision(products)
-        torch.backends.cudnn.allow_tf32 = convolutions
+        if isinstance(before, _Older):
+            _set_older(before)
+        else:
+            _set_newer(before)
+
+
+class _Older(NamedTuple):
+    """PyTorch's older settings."""
+
+    products: str
+    convolutions: bool
+
+
+def tf32_state() -> _Older | tuple[str, ...]:
+    """How matrix products and convolutions are computed.
+
+    By PyTorch's older settings, unless the process has used those of PyTorch 2.9: the older ones
+    can't be read then. (Compiled code of PyTorch 2.9 and 2.10 reads the older ones, so the newer
+    are not used before the process does.)
+    """
+    try:
+        return _Older(torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32)
+    except RuntimeError:
+        return tuple(place.fp32_precision for place in _newer_places())
+
+
+def _set_older(state: _Older) -> None:
+    torch.set_float32_matmul_precision(state.products)
+    torch.backends.cudnn.allow_tf32 = state.convolutions
+
+
+def _newer_places() -> tuple[Any, ...]:
+    cudnn: Any = torch.backends.cudnn
+    return (torch.backends.cuda.matmul, cudnn.conv, cudnn.rnn)
+
+
+def _set_newer(values: Sequence[str]) -> None:
+    for place, value in zip(_newer_places(), values, strict=True):
+        place.fp32_precision = value
 
 
 def check_memory(count: int, each: int, what: str, fix: str) -> None:

@@ -26,6 +26,7 @@ from torch_fidelity.feature_extractor_dinov2 import MODEL_METADATA as DINOV2
 from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3
 from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY
 
+from asesearch.backbones.device import tf32
 from asesearch.backbones.digests import weights_digest
 from asesearch.errors import AseSearchError, EvaluationError, is_out_of_memory
 from asesearch.evaluation.fashion_cnn import FashionCNN
@@ -97,9 +98,8 @@ def _features(
         EvaluationError: the network fails, or gives something else.
     """
     # TF32 would make a GPU's features differ from the shipped reference's in the third digit
-    exact = torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False)
     try:
-        with torch.no_grad(), exact:
+        with torch.no_grad(), tf32(False), _deterministic():
             found = net(images)
     except (Exception, SystemExit) as error:  # whatever a class of one's own raises
         if isinstance(error, AseSearchError) or is_out_of_memory(error):
@@ -251,6 +251,18 @@ def _imported(name: str) -> type[FeatureExtractorBase]:
             f"can't import the extractor {name}: {_reason(error)}; correct its module"
         ) from error
     return found
+
+
+@contextmanager
+def _deterministic() -> Iterator[None]:
+    """Inside, a GPU takes the same kernels of cuDNN each time."""
+    cudnn = torch.backends.cudnn
+    before = (cudnn.deterministic, cudnn.benchmark)
+    cudnn.deterministic, cudnn.benchmark = True, False
+    try:
+        yield
+    finally:
+        cudnn.deterministic, cudnn.benchmark = before
 
 
 @contextmanager

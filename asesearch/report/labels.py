@@ -40,8 +40,7 @@ def place_labels(
     cover. A text that has to move away gets a thin line to its point; one that finds no place is
     left out (the table beside the figure has it).
     """
-    figure = ax.get_figure(root=True)
-    assert figure is not None
+    figure = ax.figure.figure  # of a subfigure too
     renderer = FigureCanvasAgg(figure).get_renderer()  # type: ignore[no-untyped-call]
     pixels = figure.dpi / 72
     frame = ax.get_window_extent(renderer)

@@ -52,6 +52,9 @@ _RACE_SIGNS = (
     "deadlock",
     "no such table",
     "does not exist",
+    # the classes of psycopg, for servers that speak another language
+    "undefinedtable",
+    "internalerror_",
 )
 
 
