@@ -3,6 +3,8 @@
 import json
 import os
 import shutil
+import subprocess
+import sys
 import unicodedata
 
 import numpy as np
@@ -196,13 +198,45 @@ def test_flips_are_the_mirror_images_latents(encoded, images, vae):
 
 
 def test_latents_are_mapped_not_loaded(encoded):
-    assert all(type(shard["latents"]) is np.memmap for shard in LatentShards(encoded)._shards)
+    shards = LatentShards(encoded)
+    assert all(type(shards._map(shard, "latents")) is np.memmap for shard in range(2))
+
+
+MANY = """
+import resource, sys
+from asesearch.data.latents import LatentShards
+
+hard, folder = int(sys.argv[1]), sys.argv[2]
+resource.setrlimit(resource.RLIMIT_NOFILE, (40, hard))
+shards = LatentShards(folder)
+kept = shards._map.cache_info().maxsize
+shards.check()
+found = [shards.batch(range(60))[0].double().sum().item() for _ in range(2)]
+assert found[0] == found[1]
+print(kept, found[0], shards.digest)
+"""
+
+
+def test_more_shards_than_a_process_may_hold_open(vae_path, tmp_path):
+    """As the latents of ImageNet are: 2,504 files, where 1,024 is the usual limit."""
+    rng = np.random.default_rng(0)
+    many = ImageArray(rng.integers(0, 256, (60, 3, 16, 16), np.uint8), np.arange(60) % 3, "many")
+    out = tmp_path / "latents"
+    encode_latents(many, vae_path, out, batch_size=30, shard_size=1, dtype="float32")
+    want = LatentShards(out)
+    total = want.batch(range(60))[0].double().sum().item()
+    for hard, kept in ((40, 20), (4096, 60)):  # may not be raised; may be
+        done = subprocess.run(
+            [sys.executable, "-c", MANY, str(hard), out], capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.split() == [str(kept), str(total), want.digest]
 
 
 def test_float16_is_the_default_and_agrees_to_three_digits(encoded, images, vae_path, tmp_path):
     encode_latents(images, vae_path, tmp_path / "half", batch_size=2)
     half = LatentShards(tmp_path / "half", verify=True)
-    assert half._shards[0]["latents"].dtype == np.float16 and half._shards[0]["latents"].shape == (
+    assert half._map(0, "latents").dtype == np.float16 and half._map(0, "latents").shape == (
         5,
         2,
         2,

@@ -6,7 +6,9 @@ import logging
 import os
 import resource
 import struct
+import time
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -418,13 +420,31 @@ def test_images_are_decoded_once_and_again_when_they_change(some_damaged, monkey
     path.write_bytes(content)
     os.utime(path, ns=(1, 1))
     assert sorted(ImageFolder(some_damaged, 16).damaged()) == ["cat/0.png", *DAMAGED]
-    (kept,) = (cache_dir() / "checked").iterdir()
+    (kept,) = (cache_dir() / "checked").glob("*.npy")
     for damage in (b"", b"garbage", kept.read_bytes()[:-3]):
         kept.write_bytes(damage)
         checking._known.clear()
         decoded.clear()
         ImageFolder(some_damaged, 16).damaged()
         assert len(decoded) == 12
+
+
+def test_two_that_begin_at_once_check_each_image_once(tmp_path, monkeypatch):
+    for i in range(12):
+        write(tmp_path / "whole" / f"{i}.png")
+    decoded = []
+    true_check = checking.check_image
+
+    def counting(path):
+        time.sleep(0.02)
+        decoded.append(path.name)
+        return true_check(path)
+
+    monkeypatch.setattr(checking, "check_image", counting)
+    folders = [ImageFolder(tmp_path / "whole", 16) for _ in range(3)]
+    with ThreadPoolExecutor(3) as pool:
+        assert list(pool.map(ImageFolder.damaged, folders)) == [{}] * 3
+    assert len(decoded) == 12
 
 
 def test_damaged_images_are_skipped_where_asked(some_damaged, caplog):

@@ -3,6 +3,7 @@
 import inspect
 import json
 import os
+import pickle
 import subprocess
 import sys
 import unicodedata
@@ -421,3 +422,25 @@ def test_without_a_home_the_cache_is_a_folder_for_temporary_files(monkeypatch, t
     assert cache_dir() == tmp_path / f"asesearch-{os.getuid()}"
     monkeypatch.setenv("HOME", "/home/someone")
     assert cache_dir().as_posix() == "/home/someone/.cache/asesearch"
+
+
+def test_a_folder_is_sent_to_another_process_as_a_few_arrays(tmp_path):
+    """A path an image would take half a minute of ImageNet's, for each process that reads."""
+    root = tmp_path / "many"
+    write(root / "a" / "0.png")
+    odd = os.fsdecode(b"caf\xe9 \n\xc3\xa9.png")
+    names = [f"{c}/{i:05}.png" for c in "ab" for i in range(1000)] + [f"b/{odd}"]
+    for name in names[1:]:
+        (root / name).parent.mkdir(exist_ok=True)
+        os.link(root / "a" / "0.png", root / name)
+    os.rename(root / "a" / "0.png", root / names[0])
+    folder = ImageFolder(root, 8, 1)
+    sent = pickle.dumps(folder)
+    # names, ends, sizes, times and labels: no object for an image
+    assert len(sent) < len("".join(names)) + 4 * 8 * len(names) + 4000
+    got = pickle.loads(sent)
+    assert got.files == folder.files == [root / name for name in sorted(names)]
+    assert len(got) == 2001 and got.digest == folder.digest and not got.damaged()
+    assert np.array_equal(got.read(2000), folder.read(0))
+    with pytest.raises(IndexError):
+        got.read(2001)

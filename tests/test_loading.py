@@ -21,6 +21,7 @@ from asesearch.diffusion import Diffusion
 from asesearch.errors import DataError
 from asesearch.evaluation import features
 from asesearch.finetuning import batches, draw_batch, finetune
+from asesearch.finetuning.batches import _epoch_indices as epoch_indices
 from asesearch.schedule import ExitSchedule
 from tests.reads import break_at_the_third, process_of, refuse_the_third, square
 
@@ -148,6 +149,22 @@ def test_a_source_says_how_many_workers_it_wants(jpegs, tiny_images):
     assert workers_of(open_data(config)) == 3
     assert workers_of(folder_of(jpegs, 0)) == workers_of(tiny_images) == 0
     assert folder_of(jpegs, 3).digest == folder_of(jpegs, 0).digest
+
+
+def test_the_order_of_an_epoch_is_made_once(monkeypatch):
+    """For a million images it takes as long as a small network's step."""
+    made = []
+    true_rng = np.random.default_rng
+
+    def counting(seed):
+        made.append(seed)
+        return true_rng(seed)
+
+    monkeypatch.setattr(np.random, "default_rng", counting)
+    drawn = [i for step in range(25) for i in epoch_indices(100, 8, step, 712)]
+    assert made == [[712, 0, 3], [712, 1, 3]]
+    assert sorted(drawn[:100]) == sorted(drawn[100:]) == list(range(100))
+    assert drawn[:100] == true_rng([712, 0, 3]).permutation(100).tolist()
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])

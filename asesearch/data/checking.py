@@ -8,6 +8,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import TypeVar
 
@@ -18,8 +19,9 @@ from tqdm import tqdm
 from asesearch.data.cache import cache_dir
 from asesearch.data.folder import ImageFile
 from asesearch.data.pixels import UnreadableImage, check_image
-from asesearch.errors import WriteError
+from asesearch.errors import StudyError, WriteError
 from asesearch.files import printable, replacing
+from asesearch.locks import waited_lock
 
 READERS = 16  # threads, at most
 KEEP_EVERY = 20_000  # files between writes of what is known
@@ -57,6 +59,22 @@ def find_faults(
         / "checked"
         / f"{hashlib.sha256(os.fsencode(root.resolve())).hexdigest()[:32]}.npy"
     )
+    if np.isin(keys, _read_known(path)).all():
+        return {}
+    with ExitStack() as held:
+        with suppress(StudyError, WriteError):  # without locks, each checks for itself
+            held.enter_context(waited_lock(path.with_suffix(".lock"), f"checks these {what}"))
+        return _checked(path, keys, files, check, what)
+
+
+def _checked(
+    path: Path,
+    keys: npt.NDArray[np.uint64],
+    files: Sequence[ImageFile],
+    check: Callable[[ImageFile], Fault | None],
+    what: str,
+) -> dict[str, Fault]:
+    """`find_faults` among the files that are not known by their keys."""
     whole = np.isin(keys, _read_known(path))
     todo = np.flatnonzero(~whole)
     faults: dict[str, Fault] = {}

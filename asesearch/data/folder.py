@@ -9,6 +9,10 @@ from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import overload
+
+import numpy as np
+import numpy.typing as npt
 
 from asesearch.errors import DataError
 from asesearch.files import loads, once, printable, read_text
@@ -60,6 +64,50 @@ class ImageFile:
     size: int
     mtime_ns: int
     mark: str = ""
+
+
+@dataclass(frozen=True, eq=False)
+class Files(Sequence[ImageFile]):
+    """Files without marks, in a few arrays: 1.28 million of ImageNet are sent to a process that
+    reads them in milliseconds, where as objects each they took half a minute.
+
+    Attributes:
+        names: one after the other, as the file system has them.
+        ends: of each name in it, (N,).
+        sizes, times: in bytes and nanoseconds, (N,).
+    """
+
+    names: bytes
+    ends: npt.NDArray[np.int64]
+    sizes: npt.NDArray[np.int64]
+    times: npt.NDArray[np.int64]
+
+    @classmethod
+    def of(cls, files: Sequence[ImageFile]) -> Files:
+        """The same files."""
+        names = [os.fsencode(f.name) for f in files]
+        ends = np.cumsum([len(name) for name in names], dtype=np.int64)
+        sizes = np.array([f.size for f in files], dtype=np.int64)
+        return cls(
+            b"".join(names), ends, sizes, np.array([f.mtime_ns for f in files], dtype=np.int64)
+        )
+
+    def __len__(self) -> int:
+        return len(self.ends)
+
+    @overload
+    def __getitem__(self, index: int) -> ImageFile: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> list[ImageFile]: ...
+
+    def __getitem__(self, index: int | slice) -> ImageFile | list[ImageFile]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        i = range(len(self))[index]
+        begin = int(self.ends[i - 1]) if i else 0
+        name = os.fsdecode(self.names[begin : int(self.ends[i])])
+        return ImageFile(name, int(self.sizes[i]), int(self.times[i]))
 
 
 @dataclass

@@ -19,6 +19,7 @@ from asesearch.data.checking import find_unreadable
 from asesearch.data.folder import (
     CLASSES_FILE,
     ClassMap,
+    Files,
     class_folders,
     class_indices,
     list_folder,
@@ -54,7 +55,6 @@ class ImageFolder:
             `read_ahead`; no result depends on it.
 
     Attributes:
-        files: paths of the images.
         classes: class index of each class folder; empty for a flat folder.
         labels_by_order: labels merely count the class folders, so they are a network's only if it
             has as many classes.
@@ -88,7 +88,7 @@ class ImageFolder:
         if listing.left_out:
             _warn_once(f"{printable(root)}: left out {listing.left_out}")
         self.skipped: dict[str, str] = {}
-        self._listed = listing.files
+        self._listed = Files.of(listing.files)
         if skip_damaged:
             self._skip(folders)
         by_order = {name: i for i, name in enumerate(folders)}
@@ -98,7 +98,6 @@ class ImageFolder:
         self.flip = flip
         self.num_workers = num_workers
         self.name = printable(root.resolve().name)
-        self.files = [root / f.name for f in self._listed]
         self.num_classes = 1 + max(self.classes.values(), default=-1)
         self.shape = (channels, image_size, image_size)
         self.labels = None
@@ -133,10 +132,15 @@ class ImageFolder:
             f"{printable(self.root)}: skipped {len(faults):,} damaged of {len(self._listed):,} "
             f"images: {_reasons(self.skipped)}"
         )
-        self._listed = kept
+        self._listed = Files.of(kept)
 
     def __len__(self) -> int:
-        return len(self.files)
+        return len(self._listed)
+
+    @property
+    def files(self) -> list[Path]:
+        """Paths of the images."""
+        return [self.root / f.name for f in self._listed]
 
     def damaged(self) -> dict[str, str]:
         """Names in the folder of the images that can't be read, and why; every image is decoded
@@ -163,12 +167,12 @@ class ImageFolder:
 
     def read(self, index: int) -> npt.NDArray[np.uint8]:
         """One image: (C, H, W) uint8."""
+        path = self.root / self._listed[index].name
         try:
-            pixels = read_pixels(self.files[index], self.shape[1], self.channels)  # (H, W, C)
+            pixels = read_pixels(path, self.shape[1], self.channels)  # (H, W, C)
         except UnreadableImage as error:
             raise DataError(
-                f"can't read the image {printable(self.files[index])}: {error}; replace or remove "
-                "it"
+                f"can't read the image {printable(path)}: {error}; replace or remove it"
             ) from error
         return pixels.transpose(2, 0, 1)  # (C, H, W)
 

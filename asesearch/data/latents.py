@@ -15,12 +15,16 @@ and with captions `null-prompt.npy` (tokens, D), the empty prompt's embedding.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import math
 import os
+import resource
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +40,7 @@ from asesearch.files import file_sha256, loads, replacing, write_json
 
 INDEX = "index.json"
 FORMAT_VERSION = 1
+OTHER_FILES = 512  # that a process may hold open besides
 AGAIN = "encode into this folder again, which makes only what is missing or damaged"
 WITHOUT_IT = "delete it, and encode into this folder again"
 Array = npt.NDArray[Any]
@@ -178,7 +183,9 @@ def open_array(folder: Path, entry: Entry, verify: bool) -> Array:
     try:
         array: Array = np.load(path, mmap_mode="r", allow_pickle=False)
     except (OSError, EOFError, ValueError) as error:
-        raise DataError(f"can't read {path}: {error}; {AGAIN}") from error
+        full = getattr(error, "errno", None) in (errno.EMFILE, errno.ENFILE)
+        fix = "allow the process more open files (ulimit -n)" if full else AGAIN
+        raise DataError(f"can't read {path}: {error}; {fix}") from error
     if list(array.shape) != entry["shape"] or str(array.dtype) != entry["dtype"]:
         raise DataError(
             f"{path} must hold {entry['dtype']} {entry['shape']}; got {array.dtype} "
@@ -192,6 +199,23 @@ def open_array(folder: Path, entry: Entry, verify: bool) -> Array:
     if verify and array.dtype.kind == "f" and not bool(np.isfinite(array).all()):
         raise _not_finite(path)
     return array
+
+
+def open_files(wanted: int) -> int:
+    """How many files may be mapped at once, of those wanted; each map holds a file open.
+
+    The process's own limit, often 1,024, is raised as far as that needs and the system allows.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    limit = wanted + OTHER_FILES
+    if soft != resource.RLIM_INFINITY and soft < limit:
+        raised = limit if hard == resource.RLIM_INFINITY else max(soft, min(limit, hard))
+        with suppress(OSError, ValueError):  # where a container forbids it
+            resource.setrlimit(resource.RLIMIT_NOFILE, (raised, hard))
+        soft = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    if soft == resource.RLIM_INFINITY:
+        return wanted
+    return max(1, min(wanted, soft - min(OTHER_FILES, soft // 2)))
 
 
 def _not_finite(path: Path) -> DataError:
@@ -253,22 +277,26 @@ class LatentShards:
             torch.tensor(index.shift).view(-1, 1, 1),
             torch.tensor(index.scale).view(-1, 1, 1),
         )
-        self._shards = [
-            {k: open_array(folder, entry, verify) for k, entry in shard.items()}
-            for shard in index.shards
-        ]
+        self._shards = index.shards
+        small: dict[str, list[Array]] = {}  # what is held whole
+        for entries in index.shards:
+            for key, entry in entries.items():
+                array = open_array(folder, entry, verify)
+                if key in ("labels", "offsets"):
+                    small.setdefault(key, []).append(np.array(array))
+        self._offsets = small.get("offsets", [])
         self._labels = None
-        if "labels" in self._shards[0]:
-            self._labels = torch.from_numpy(
-                np.concatenate([shard["labels"] for shard in self._shards])
-            )
-            for shard, entries in zip(self._shards, index.shards, strict=True):
-                low, high = int(shard["labels"].min()), int(shard["labels"].max())
+        if "labels" in small:
+            self._labels = torch.from_numpy(np.concatenate(small["labels"]))
+            for entries, labels in zip(index.shards, small["labels"], strict=True):
+                low, high = int(labels.min()), int(labels.max())
                 if not 0 <= low <= high < index.num_classes:
                     raise DataError(
                         f"{folder / entries['labels']['file']} must hold labels in "
                         f"0…{index.num_classes - 1}; got {low} to {high}; {AGAIN}"
                     )
+        maps = len(index.shards) * len({"latents", "tokens"} & set(index.shards[0]))
+        self._map = lru_cache(maxsize=open_files(maps))(self._open)
         null = index.null_prompt
         self.null_condition = (
             None
@@ -281,6 +309,9 @@ class LatentShards:
         content = [[entry["sha256"] for entry in shard.values()] for shard in index.shards]
         text = json.dumps([index.identity, index.shift, index.scale, content, flip], sort_keys=True)
         self.digest = hashlib.sha256(text.encode()).hexdigest()
+
+    def _open(self, shard: int, key: str) -> Array:
+        return open_array(self.folder, self._shards[shard][key], verify=False)
 
     def __len__(self) -> int:
         return self._count
@@ -322,7 +353,7 @@ class LatentShards:
         if self.flip and generator is not None:
             mirrored = (torch.rand(len(where), generator=generator) < 0.5).long()
         picked = [
-            self._shards[s]["latents"][i, m]
+            np.array(self._map(s, "latents")[i, m])  # a view would hold the file open
             for (s, i), m in zip(where, mirrored.tolist(), strict=True)
         ]
         moments = torch.from_numpy(np.stack(picked)).float()  # (N, 2, C, h, w)
@@ -356,9 +387,8 @@ class LatentShards:
 
     def _caption(self, shard: int, i: int) -> Array:
         """The embedding of one caption: (tokens, D)."""
-        begin, end = self._shards[shard]["offsets"][i : i + 2]
-        tokens: Array = self._shards[shard]["tokens"][begin:end]
-        return tokens
+        begin, end = self._offsets[shard][i : i + 2]
+        return np.array(self._map(shard, "tokens")[begin:end])
 
 
 def pad_prompts(prompts: Sequence[Array], max_length: int) -> dict[str, Tensor]:

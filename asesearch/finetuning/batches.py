@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Generator
 from contextlib import closing
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import lru_cache, partial
 
 import numpy as np
 import numpy.typing as npt
@@ -146,11 +146,16 @@ def _labelled(drawn: tuple[Batch, Tensor], backbone: Backbone) -> Batch:
     return replace(batch, y=y)
 
 
+@lru_cache(maxsize=2)  # a batch may end one epoch and begin the next
+def _epoch_order(total: int, seed: int, epoch: int) -> npt.NDArray[np.int64]:
+    return np.random.default_rng([seed, epoch, 3]).permutation(total)
+
+
 def _epoch_indices(total: int, size: int, step: int, seed: int) -> list[int]:
     first = step * size
     indices: list[int] = []
     while len(indices) < size:
         epoch, offset = divmod(first + len(indices), total)
-        order = np.random.default_rng([seed, epoch, 3]).permutation(total)
+        order = _epoch_order(total, seed, epoch)
         indices += order[offset : offset + size - len(indices)].tolist()
     return indices

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -35,9 +35,19 @@ def conditioning_for(
     return data.conditions([s % len(data) for s in seeds])
 
 
-def open_reference(config: StudyConfig, data: DataSource, extractor: Extractor) -> ReferenceStats:
+def reference_data(config: StudyConfig, data: DataSource) -> DataSource:
+    """What the study's samples are compared with: its own data as they are, or others."""
+    wanted = config.evaluation.reference
+    if wanted is None and config.data.flip:
+        wanted = config.data.model_copy(update={"flip": False})
+    return data if wanted is None else open_data(wanted, "evaluation.reference")
+
+
+def open_reference(
+    config: StudyConfig, source_of: Callable[[], DataSource], extractor: Extractor
+) -> ReferenceStats:
     """Statistics of the study's reference data, from the package where it ships them, so the data
-    need not be here.
+    need not be here; else of what `source_of` gives, see `reference_data`.
 
     Raises:
         DataError: the reference data are needed and not here.
@@ -52,10 +62,7 @@ def open_reference(config: StudyConfig, data: DataSource, extractor: Extractor) 
             return reference_statistics(name, extractor)
         except EvaluationError:
             pass  # none for this extractor: made from the data
-    if wanted is None and config.data.flip:
-        # the reference is the data as they are
-        wanted = config.data.model_copy(update={"flip": False})
-    source = data if wanted is None else open_data(wanted, "evaluation.reference")
+    source = source_of()
     # known before features of all are made
     if config.evaluation.metric == "frechet" and len(source) <= extractor.dim:
         raise EvaluationError(

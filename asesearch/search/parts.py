@@ -7,6 +7,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,7 @@ from asesearch.search.opening import (
     known_digest,
     open_decoder,
     open_reference,
+    reference_data,
 )
 from asesearch.search.protocols import confirming, known_channels, make_protocols
 
@@ -104,8 +106,10 @@ class Parts:
         self.samplers = self._samplers()
         self._accelerations: dict[Sampler, Acceleration] = {}
         self._try_parts()
+        # once for all feature spaces: listing ImageNet takes a while
+        self._reference_data = cache(lambda: reference_data(config, self.data))
         # may take long: after all that may be refused
-        self.reference = open_reference(config, self.data, self.extractor)
+        self.reference = open_reference(config, self._reference_data, self.extractor)
         channels = known_channels(config, self.backbone.guided_channels, run_dir)
         self.protocols = make_protocols(config, self.extractor, self.reference, channels)
         self.also = tuple(map(self._space, config.confirm.also))  # names, of a table too
@@ -187,7 +191,7 @@ class Parts:
         weights = given[name] if isinstance(given, dict) else None
         extractor = make_extractor(name, weights, self.device)
         extractor.check_shape(self.backbone.in_channels if self.decoder is None else 3, "samples")
-        reference = open_reference(config, self.data, extractor)
+        reference = open_reference(config, self._reference_data, extractor)
         confirmation = self.protocols.confirmation
         built = build_protocol(confirming(config), config.sampling, extractor, reference)
         same = ("solver", "num_steps", "guided_channels")

@@ -7,8 +7,8 @@ import os
 import struct
 import zipfile
 import zlib
-from collections.abc import Callable
-from functools import cache
+from collections.abc import Callable, Iterator, Mapping
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -44,6 +44,7 @@ OPENING_LOCK = "study.lock"  # in it
 
 TUNED_FOR: str = "exit_schedule"  # no file: in the weights' metadata, their schedule as JSON
 
+KEPT_IMAGES = 16  # trials whose images are held at once
 T = TypeVar("T")
 _NO_JSON = (ValueError, KeyError, TypeError, AttributeError, StudyError)  # nor what it should hold
 _NO_ARRAYS = (
@@ -149,6 +150,35 @@ def read_images(path: Path, otherwise: str) -> np.ndarray | None:
     except _NO_ARRAYS:
         say_once(f"{path} is damaged ({_reason(path, 'no whole .npz file')}): {otherwise}")
         return None
+
+
+class SampleFiles(Mapping[int, np.ndarray]):
+    """Images of trials, (N, C, H, W) uint8 by number, read when they are asked for: of a thousand
+    trials they are gigabytes, and most who look at a study want none. A trial whose file is missing
+    or damaged has none.
+
+    Args:
+        files: of each trial.
+    """
+
+    def __init__(self, files: Mapping[int, Path]) -> None:
+        self._files = files
+        self._read = lru_cache(maxsize=KEPT_IMAGES)(self._images)
+
+    def _images(self, number: int) -> np.ndarray | None:
+        return read_images(self._files[number], "the trial is shown without")
+
+    def __getitem__(self, number: int) -> np.ndarray:
+        found = self._read(number) if number in self._files else None
+        if found is None:
+            raise KeyError(number)
+        return found
+
+    def __iter__(self) -> Iterator[int]:
+        return (number for number in self._files if number in self)
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
 
 
 def is_whole(path: Path, otherwise: str, schedule: ExitSchedule | None = None) -> bool:

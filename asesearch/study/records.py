@@ -5,7 +5,7 @@ A `TrialRecord` is stored as JSON in its Optuna trial, a `Confirmation` in the s
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -248,7 +248,7 @@ class StudyResults:
     confirmations: tuple[Confirmation, ...]
     latency_ms: tuple[float, ...]
     environment: dict[str, Any]
-    samples: dict[int, np.ndarray] = field(default_factory=dict)
+    samples: Mapping[int, np.ndarray] = field(default_factory=dict)
     difficulty_map: DifficultyMap | None = None
     warm_up: dict[str, Any] = field(default_factory=dict)
     importance: Importance | None = None

@@ -27,7 +27,7 @@ from asesearch.study import directory
 from asesearch.study.changes import other_inputs, start_over
 from asesearch.study.confirmed import confirmations_on_record
 from asesearch.study.difficulty import DifficultyMap
-from asesearch.study.directory import read_images, read_state
+from asesearch.study.directory import SampleFiles, read_state
 from asesearch.study.environment import environment
 from asesearch.study.importance import Importance
 from asesearch.study.opening import Opened, open_to_report, open_to_search
@@ -134,16 +134,11 @@ class Study:
         """Everything a report or an export reads."""
         records = self.records()
         run_dir = self.run_dir
-        samples = {}
-        for record in records:
-            file = self.samples_file(record.point)
-            images = (
-                read_images(file, "the trial is shown without")
-                if record.state == "complete"
-                else None
-            )
-            if images is not None:
-                samples[record.number] = images
+        files = {
+            record.number: self.samples_file(record.point)
+            for record in records
+            if record.state == "complete"
+        }
         latency = read_state(
             run_dir / directory.LATENCY,
             lambda data: tuple(map(float, data["median_ms"])),
@@ -159,7 +154,7 @@ class Study:
                 run_dir / directory.ENVIRONMENT, dict, "that of this machine is shown instead"
             )
             or environment(),
-            samples,
+            SampleFiles(files),
             read_state(run_dir / directory.MAP, DifficultyMap.from_dict, "the report goes without"),
             self._warm_up(),
             read_state(

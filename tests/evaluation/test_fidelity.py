@@ -19,7 +19,7 @@ from asesearch import calibration
 from asesearch.config import EvaluationConfig, SamplingConfig
 from asesearch.data import ImageArray, ImageFolder, fashion_mnist
 from asesearch.errors import DataError, EvaluationError
-from asesearch.evaluation import distances, references
+from asesearch.evaluation import distances, features, references
 from asesearch.evaluation.distances import (
     frechet_distance,
     kernel_distance,
@@ -52,6 +52,16 @@ def test_images_that_are_not_finite_are_refused(bad):
     images = torch.zeros(3, 1, 2, 2)
     images[1, 0, 0, 0] = bad
     with pytest.raises(EvaluationError, match="1 of 3"):
+        to_uint8(images)
+
+
+def test_many_images_are_made_bytes_of_in_parts(monkeypatch):
+    images = torch.linspace(-1, 1, 7 * 4).view(7, 1, 2, 2)
+    whole = to_uint8(images)
+    monkeypatch.setattr(features, "CONVERTED", 3)
+    assert torch.equal(to_uint8(images), whole)
+    images[1], images[5] = torch.inf, torch.nan
+    with pytest.raises(EvaluationError, match="2 of 7"):
         to_uint8(images)
 
 

@@ -25,6 +25,7 @@ from asesearch.report import exhibits, grids, page, plots, style, tables, write_
 from asesearch.report import folder as folder_of_page
 from asesearch.report.labels import spread_out
 from asesearch.sampler import Sampler
+from asesearch.study import directory
 from tests.report.conftest import protocol
 
 NAMES = {
@@ -201,6 +202,24 @@ def test_no_text_is_cut_off_at_the_edge(long_names):
                 assert inside, (drawing.name, text.get_text(), box)
                 drawn += 1
     assert drawn > 50
+
+
+def test_images_are_read_when_they_are_looked_at(tmp_path, monkeypatch):
+    files = {n: tmp_path / f"{n}.npz" for n in (0, 2, 3, 5)}
+    for n in (0, 2, 5):
+        np.savez(files[n], images=np.full((1, 1, 2, 2), n, np.uint8))
+    files[5].write_bytes(b"damaged")
+    read = []
+    true_read = directory.read_images
+    monkeypatch.setattr(
+        directory, "read_images", lambda path, *a: (read.append(path), true_read(path, *a))[1]
+    )
+    samples = directory.SampleFiles(files)
+    assert not read and 7 not in samples and not read
+    assert int(samples[2].max()) == 2 and read == [files[2]]
+    assert list(samples) == [0, 2] and len(samples) == 2  # 3 is missing, 5 damaged
+    assert 3 not in samples and samples.get(5) is None
+    assert len(read) == 4
 
 
 def test_every_sampler_has_a_marker_of_its_own(long_names):
