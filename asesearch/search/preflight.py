@@ -9,6 +9,7 @@ each kind of training takes one step.
 from __future__ import annotations
 
 import copy
+import logging
 import math
 import time
 from collections.abc import Iterator
@@ -30,6 +31,7 @@ from asesearch.study.directory import check_study_dir
 
 # of the training step on a CPU; a GPU, whose memory may not suffice, takes a whole batch
 TRIED_IMAGES = 2
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -68,6 +70,14 @@ def preflight(bench: Workbench, run_dir: Path | None = None) -> Preflight:
     for name, protocol in bench.protocols.named.items():
         images = f"{len(protocol.seeds)} x {protocol.num_samples} images"
         checked.append(f"{name} protocol: {protocol.metric_name}, {images}")
+        classes = bench.backbone.num_classes
+        if len(protocol.seeds) > 1 and protocol.num_samples < classes:
+            _log.warning(
+                "%s",
+                f"the {images} of the {name} protocol are of other classes each time, as the "
+                f"network has {classes:,}: what tells the classes apart counts as noise of its "
+                f"scores; take a multiple of {classes:,} images, or repeats = 1",
+            )
     check_training_seeds(bench.config)
     check_memory(
         bench.config.confirm.time_images,

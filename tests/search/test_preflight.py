@@ -527,3 +527,15 @@ def test_the_same_with_kernel_distances(study, tmp_path):
     assert {r.low_fidelity.quality.protocol.metric_name for r in results.records} == {
         "Kernel distance (fashion-cnn)"
     }
+
+
+def test_sets_of_images_that_are_of_other_classes_each_are_named(study, caplog):
+    """The network has ten classes."""
+    few = {"num_samples": 6, "repeats": 2}
+    preflight(Workbench(study(promotion={**few, "metric": "kid"})))
+    assert "2 x 6 images of the low-fidelity protocol are of other classes each" in caplog.text
+    assert "a multiple of 10 images" in caplog.text
+    caplog.clear()
+    for enough in ({"num_samples": 10, "repeats": 2}, {"num_samples": 6, "repeats": 1}):
+        preflight(Workbench(study(promotion={**enough, "metric": "kid"})))
+        assert "other classes" not in caplog.text
