@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 from optuna.trial import FrozenTrial, TrialState
 
@@ -125,14 +125,23 @@ class Fleet:
         """Workers propose in turn: none pops another's queued trial, or proposes what another is
         just about to.
 
-        A worker that is stopped in its turn is not waited for longer than TURN_S.
+        A worker that is stopped in its turn is not waited for longer than TURN_S; while turns
+        change, others are waited for as long as it takes.
         """
+        locks = self.study.run_dir / directory.LOCKS
+        begun = locks / "turn.begun"  # the lock's own file changes with every try
+        seen = -1
         until = time.monotonic() + TURN_S
         while time.monotonic() < until:
-            with try_lock(self.study.run_dir / directory.LOCKS / "turn.lock") as mine:
+            with try_lock(locks / "turn.lock") as mine:
                 if mine:
+                    begun.touch()
                     yield
                     return
+            with suppress(OSError):
+                if (last := begun.stat().st_mtime_ns) != seen:
+                    seen = last
+                    until = time.monotonic() + TURN_S
             time.sleep(POLL_S / 10)
         yield
 

@@ -9,8 +9,10 @@ import sqlite3
 import threading
 import time
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
+from types import SimpleNamespace
 
 import optuna
 import pytest
@@ -26,7 +28,7 @@ from asesearch.proposer.proposer import num_exploring
 from asesearch.schedule import ExitSchedule
 from asesearch.search import confirmation
 from asesearch.search.confirmation import confirm
-from asesearch.search.fleet import WORKER
+from asesearch.search.fleet import WORKER, Fleet
 from asesearch.search.latency import Conditions, shared_table
 from asesearch.search.runner import Runner, run_trials
 from asesearch.study import records, workers
@@ -404,6 +406,30 @@ def test_who_waits_for_a_lock_says_so_once(tmp_path, caplog, monkeypatch):
 
 # -- the exploration phase -
 # -------------------------------------------------------------------------
+
+
+def test_turns_that_change_are_waited_for_and_one_that_is_stuck_is_not(tmp_path, monkeypatch):
+    """Sixty workers at a server far away take minutes, one after the other."""
+    monkeypatch.setattr("asesearch.search.fleet.TURN_S", 1.0)
+    fleet = SimpleNamespace(study=SimpleNamespace(run_dir=tmp_path))
+    inside = []
+    most = []
+
+    def propose(_=None):
+        with Fleet.turn(fleet):
+            inside.append(1)
+            most.append(len(inside))
+            time.sleep(0.4)
+            inside.pop()
+
+    with ThreadPoolExecutor(6) as pool:  # the last waits for two seconds
+        list(pool.map(propose, range(6)))
+    assert most == [1] * 6
+    with try_lock(tmp_path / "locks" / "turn.lock") as held:
+        assert held
+        begun = time.monotonic()
+        propose()
+    assert 1.0 < time.monotonic() - begun < 5.0
 
 
 def test_exactly_as_many_proposals_look_around_as_the_study_says(tmp_path):
