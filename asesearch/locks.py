@@ -65,6 +65,16 @@ def waited_lock(path: Path, what: str) -> Iterator[None]:
 
 
 @contextmanager
+def waited_if_possible(path: Path, what: str) -> Iterator[None]:
+    """`waited_lock`; where the folder can't be written or has no locks, each process does the work
+    for itself."""
+    with ExitStack() as held:
+        with suppress(StudyError, WriteError):
+            held.enter_context(waited_lock(path, what))
+        yield
+
+
+@contextmanager
 def alone(path: Path, refusal: AseSearchError) -> Iterator[None]:
     """Keep other processes out, where the folder's file system has locks.
 

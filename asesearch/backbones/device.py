@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -33,16 +33,13 @@ def tf32(on: bool) -> Iterator[None]:
     """
     before = tf32_state()
     if isinstance(before, _Older):
-        _set_older(_Older("high" if on else "highest", on))
+        _set(_Older("high" if on else "highest", on))
     else:
-        _set_newer(("tf32" if on else "ieee",) * len(before))
+        _set(("tf32" if on else "ieee",) * len(before))
     try:
         yield
     finally:
-        if isinstance(before, _Older):
-            _set_older(before)
-        else:
-            _set_newer(before)
+        _set(before)
 
 
 class _Older(NamedTuple):
@@ -65,18 +62,17 @@ def tf32_state() -> _Older | tuple[str, ...]:
         return tuple(place.fp32_precision for place in _newer_places())
 
 
-def _set_older(state: _Older) -> None:
-    torch.set_float32_matmul_precision(state.products)
-    torch.backends.cudnn.allow_tf32 = state.convolutions
-
-
 def _newer_places() -> tuple[Any, ...]:
     cudnn: Any = torch.backends.cudnn
     return (torch.backends.cuda.matmul, cudnn.conv, cudnn.rnn)
 
 
-def _set_newer(values: Sequence[str]) -> None:
-    for place, value in zip(_newer_places(), values, strict=True):
+def _set(state: _Older | tuple[str, ...]) -> None:
+    if isinstance(state, _Older):
+        torch.set_float32_matmul_precision(state.products)
+        torch.backends.cudnn.allow_tf32 = state.convolutions
+        return
+    for place, value in zip(_newer_places(), state, strict=True):
         place.fp32_precision = value
 
 

@@ -8,7 +8,6 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import TypeVar
 
@@ -19,9 +18,9 @@ from tqdm import tqdm
 from asesearch.data.cache import cache_dir
 from asesearch.data.folder import ImageFile
 from asesearch.data.pixels import UnreadableImage, check_image
-from asesearch.errors import StudyError, WriteError
+from asesearch.errors import WriteError
 from asesearch.files import printable, replacing
-from asesearch.locks import waited_lock
+from asesearch.locks import waited_if_possible
 
 READERS = 16  # threads, at most
 KEEP_EVERY = 20_000  # files between writes of what is known
@@ -61,9 +60,7 @@ def find_faults(
     )
     if np.isin(keys, _read_known(path)).all():
         return {}
-    with ExitStack() as held:
-        with suppress(StudyError, WriteError):  # without locks, each checks for itself
-            held.enter_context(waited_lock(path.with_suffix(".lock"), f"checks these {what}"))
+    with waited_if_possible(path.with_suffix(".lock"), f"checks these {what}"):
         return _checked(path, keys, files, check, what)
 
 

@@ -12,7 +12,6 @@ import os
 import sys
 import zipfile
 import zlib
-from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from functools import cached_property
 from importlib import resources
@@ -24,11 +23,11 @@ import numpy.typing as npt
 from tqdm import tqdm
 
 from asesearch.data import DataSource, cache_dir, check_readable
-from asesearch.errors import EvaluationError, StudyError, WriteError
+from asesearch.errors import EvaluationError, WriteError
 from asesearch.evaluation.extractors import Extractor
 from asesearch.evaluation.features import Floats, feature_batches
 from asesearch.files import replacing
-from asesearch.locks import waited_lock
+from asesearch.locks import waited_if_possible
 
 KID_SEED = 2020
 #: References keep the features of so many of their images (chosen with KID_SEED) for the kernel
@@ -118,10 +117,8 @@ def reference_statistics(
     if not cache:
         return _make_reference(source, extractor)
     cached = reference_path(cache_dir() / "references", extractor, digest)
-    with ExitStack() as held:
-        with suppress(StudyError, WriteError):  # without locks, each makes its own
-            lock = cached.with_suffix(".lock")
-            held.enter_context(waited_lock(lock, f"makes a reference in {cached.parent}"))
+    lock = cached.with_suffix(".lock")
+    with waited_if_possible(lock, f"makes a reference in {cached.parent}"):
         found = _read_reference(cached, extractor, digest)
         if found is not None:
             return found
