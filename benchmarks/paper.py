@@ -48,7 +48,7 @@ from asesearch.point import Point
 from asesearch.sampler import Sampler
 from asesearch.schedule import ExitSchedule
 from asesearch.search import Workbench
-from asesearch.search.warmup import elastic_depths
+from asesearch.search.costs import elastic_depths
 
 SHEET = 100  # images of a sheet
 

@@ -26,8 +26,8 @@ from asesearch.finetuning import CHECKPOINT, Batch, Trainer
 from asesearch.locks import waited_lock
 from asesearch.schedule import ExitSchedule
 from asesearch.search import Workbench
+from asesearch.search.costs import elastic_depths
 from asesearch.search.trials import Trials, first_start
-from asesearch.search.warmup import elastic_depths
 from asesearch.study import directory
 
 TENTHS = 10

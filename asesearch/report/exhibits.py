@@ -45,8 +45,9 @@ def losses(results: StudyResults) -> pd.DataFrame:
     """Fine-tuning loss of front points and the full network, averaged over at most 80 equal
     stretches of steps.
 
-    Stored curves hold at most 500 points: `step` is counted in the steps that were made. The full
-    network makes those of the elastic warm-up and of the brief fine-tuning together.
+    Stored curves hold at most 500 points: `step` is counted in the steps that were made. In records
+    of an earlier release the full network made those of the elastic warm-up and of the brief
+    fine-tuning together.
     """
     brief = results.config.get("train", {}).get("num_steps")
     elastic = results.config.get("elastic") or {}
@@ -55,7 +56,8 @@ def losses(results: StudyResults) -> pd.DataFrame:
         stretches = np.array_split(np.asarray(r.losses), min(MAX_CURVE_POINTS, len(r.losses)))
         ends = np.cumsum([len(s) for s in stretches])
         warm_up = elastic.get("num_steps", 0) if r.schedule.is_full else 0
-        per_point = (brief + warm_up if brief else len(r.losses)) / len(r.losses)
+        steps = r.finetune_steps or (brief + warm_up if brief else len(r.losses))
+        per_point = steps / len(r.losses)
         for end, stretch in zip(ends, stretches, strict=True):
             step = (end - (len(stretch) - 1) / 2) * per_point
             rows.append(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import replace
 from functools import cached_property
 
@@ -34,6 +35,22 @@ from asesearch.search.parts import Parts
 
 LATENCY_REPEATS = 15
 CHANGED_REPEATS = 7  # of three calls each
+
+
+def elastic_depths(parts: Parts) -> ElasticDepths:
+    """The exit-depth distribution of the study's elastic warm-up.
+
+    Raises:
+        ScheduleError: nothing may be dropped.
+    """
+    config = parts.config.elastic
+    low = parts.min_exit_depth
+    assert config is not None
+    num_timesteps = parts.full.num_train_timesteps
+    depth = parts.backbone.depth
+    shape = config.depth_distribution
+    top = depth - 1 if parts.config.search.own_exits else None
+    return ElasticDepths(depth, num_timesteps, low, shape, config.full_frac, top)
 
 
 class Costs:
@@ -250,3 +267,18 @@ class Costs:
         call = float(np.asarray(self.flops)[drawn - 1].mean())
         teacher = self.flops[-1] if config.distill_frac > 0 else 0.0
         return float(config.num_steps * config.batch_size * (3 * call + teacher) / 1e9)
+
+    def equal_compute_steps(self) -> int:
+        """Steps of the full network alone, on noise targets, that take the arithmetic of the
+        elastic warm-up and of a brief fine-tuning together.
+
+        The brief fine-tuning is counted with all blocks, the most that any schedule's can take.
+        """
+        train = self.parts.config.train
+        elastic = self.parts.config.elastic
+        full = self.parts.full
+        once = train.model_copy(update={"num_steps": 1, "distill_frac": 0.0})
+        spent = self.training_gflops(full, train)
+        if elastic is not None:
+            spent += self.training_gflops(elastic_depths(self.parts), elastic)
+        return math.ceil(spent / self.training_gflops(full, once))

@@ -13,8 +13,9 @@ from asesearch.calibration import NUM_IMAGES, num_looks
 from asesearch.config import StudyConfig, TrainConfig
 from asesearch.finetuning import Depths, Trainer, seconds_per_step
 from asesearch.search.budget import MARGIN, confirmation_s, confirmed_points
+from asesearch.search.costs import elastic_depths
 from asesearch.search.promotion import num_explored
-from asesearch.search.warmup import elastic_depths, needs_map
+from asesearch.search.warmup import needs_map
 from asesearch.search.workbench import Workbench
 from asesearch.study.records import StudyResults, select
 

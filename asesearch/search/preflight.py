@@ -23,9 +23,10 @@ from asesearch.config import StudyConfig, TrainConfig
 from asesearch.data import check_readable, open_data
 from asesearch.errors import AseSearchError, ConfigError, EvaluationError, is_out_of_memory
 from asesearch.finetuning import Depths, Trainer, draw_batch
+from asesearch.search.costs import elastic_depths
 from asesearch.search.mapping import check_map
 from asesearch.search.setup import warm_starts
-from asesearch.search.warmup import elastic_depths, needs_map
+from asesearch.search.warmup import needs_map
 from asesearch.search.workbench import Workbench
 from asesearch.study.directory import check_study_dir
 

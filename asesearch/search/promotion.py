@@ -92,6 +92,7 @@ def run_trial(
         flops_frac=outcome.flops_frac,
         block_frac=outcome.block_frac,
         losses=tuple(shortened(outcome.losses)),
+        finetune_steps=outcome.finetune_steps,
         seconds={**seconds, **outcome.seconds},
         gflops={**gflops, **outcome.gflops},
     )

@@ -46,6 +46,7 @@ class Outcome:
     losses: list[float]
     seconds: dict[str, float]
     gflops: dict[str, float]
+    finetune_steps: int | None = None
 
 
 def first_start(parts: Parts) -> Backbone:
@@ -83,18 +84,17 @@ class Trials:
         `training_seed` 0 is the search's; each other draws other batches, timesteps and noise.
 
         The full network, which all others are compared with, gets equal-compute fine-tuning: from
-        its pretrained weights, for the steps of the elastic warm-up and of the brief fine-tuning
-        together. It learns noise targets: from a teacher that it equals it would learn nothing.
-        Where the pretrained weights make all calls at full depth it is the pretrained network.
+        its pretrained weights, for as many steps as take the arithmetic of the elastic warm-up and
+        of the brief fine-tuning together. It learns noise targets: from a teacher that it equals it
+        would learn nothing. Where the pretrained weights make all calls at full depth it is the
+        pretrained network.
         """
         config = self.parts.config.train
         config = config.model_copy(update={"seed": config.seed + training_seed})
-        elastic = self.parts.config.elastic
         if not schedule.is_full:
             return self.start, config
-        steps = config.num_steps + (0 if elastic is None else elastic.num_steps)
-        if self.parts.config.search.own_exits:
-            steps = 0
+        own = self.parts.config.search.own_exits
+        steps = 0 if own else self.costs.equal_compute_steps()
         return self.parts.backbone, config.model_copy(
             update={"num_steps": steps, "distill_frac": 0.0}
         )
@@ -157,11 +157,16 @@ class Trials:
             with replacing(folder / directory.PROMPTS) as part:
                 save_file(prompts, part)
         gflops = {"sample": self.costs.sampling_gflops(point, protocol)}
+        config = self.tuning(schedule)[1]
         if tuned.seconds:
-            gflops["finetune"] = self.costs.training_gflops(schedule, self.tuning(schedule)[1])
-        costs = self.costs.fracs(point)
+            gflops["finetune"] = self.costs.training_gflops(schedule, config)
         return Outcome(
-            quality, *costs, tuned.losses, {"finetune": tuned.seconds, **seconds}, gflops
+            quality,
+            *self.costs.fracs(point),
+            losses=tuned.losses,
+            finetune_steps=config.num_steps,
+            seconds={"finetune": tuned.seconds, **seconds},
+            gflops=gflops,
         )
 
     def try_low_fidelity(self, point: Point) -> tuple[EvaluationResult, float, float]:

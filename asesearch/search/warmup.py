@@ -23,7 +23,7 @@ from asesearch.data import open_data
 from asesearch.files import write_json
 from asesearch.finetuning import CHECKPOINT, finetune
 from asesearch.locks import try_lock, waited_lock
-from asesearch.schedule import ElasticDepths
+from asesearch.search.costs import elastic_depths
 from asesearch.search.mapping import measure_map
 from asesearch.search.trials import first_start
 from asesearch.search.workbench import Workbench
@@ -99,22 +99,6 @@ def _read_cost(made: WarmUp, path: Path) -> None:
         return True
 
     read_state(path, take, "what the warm-up took counts as nothing")
-
-
-def elastic_depths(bench: Workbench) -> ElasticDepths:
-    """The exit-depth distribution of the study's elastic warm-up.
-
-    Raises:
-        ScheduleError: nothing may be dropped.
-    """
-    config = bench.config.elastic
-    low = bench.min_exit_depth
-    assert config is not None
-    num_timesteps = bench.full.num_train_timesteps
-    depth = bench.backbone.depth
-    shape = config.depth_distribution
-    top = depth - 1 if bench.config.search.own_exits else None
-    return ElasticDepths(depth, num_timesteps, low, shape, config.full_frac, top)
 
 
 def _elastic(

@@ -27,6 +27,7 @@ from asesearch.report.ladder import spending
 from asesearch.sampler import Sampler
 from asesearch.schedule import ExitSchedule
 from asesearch.search import search as whole_search
+from asesearch.search.costs import elastic_depths
 from asesearch.search.runner import run_trials
 from asesearch.search.warmup import warm_up
 from asesearch.search.workbench import Workbench
@@ -218,11 +219,20 @@ def test_damaged_elastic_weights_are_named_and_made_again(study, tmp_path, caplo
     assert all(torch.equal(again[k], before[k]) for k in before)
 
 
-def test_the_full_network_is_tuned_for_as_long_as_warm_up_and_tuning_together(study, tmp_path):
+@pytest.mark.parametrize("batch_size", [4, 64])
+def test_the_full_network_gets_the_compute_of_warm_up_and_tuning_together(
+    study, tmp_path, batch_size
+):
+    elastic = study.elastic.model_copy(update={"batch_size": batch_size})
+    study = study.model_copy(update={"elastic": elastic})
     bench = Workbench(study, tmp_path / "run")
     warm_up(bench, tmp_path / "run")
     start, config = bench.trials.tuning(bench.full)
-    assert start is bench.backbone and config.num_steps == 4 + 3
+    assert start is bench.backbone and config.distill_frac == 0
+    spent = bench.costs.training_gflops(elastic_depths(bench), elastic)
+    spent += bench.costs.training_gflops(bench.full, study.train)
+    step = bench.costs.training_gflops(bench.full, config) / config.num_steps
+    assert spent <= config.num_steps * step < spent + step
     start, config = bench.trials.tuning(ExitSchedule.from_string("3 1", 3))
     assert start is bench.trials.start and config == study.train
 
