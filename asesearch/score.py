@@ -6,6 +6,7 @@ Results whose protocol differs are never compared or put on one front.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
@@ -238,6 +239,36 @@ class TrainedScore:
         if len(differences) < 2:
             return mean, None
         return mean, student_factor(len(differences)) * _std_error(differences)
+
+
+def trained_again_difference(
+    pairs: Sequence[tuple[EvaluationResult, EvaluationResult]],
+) -> tuple[float, float | None]:
+    """How much higher the first scores are, were both points trained again and sampled again.
+
+    Args:
+        pairs: scores of two points under the same training seed and protocol; at least one pair.
+
+    Returns:
+        The mean difference, and half the width of its confidence interval: the root of the squared
+        widths of Student's intervals over training seeds and over repeats, so that scores of the
+        same few images under several seeds do not pass for sure (None from one seed or one repeat).
+
+    Raises:
+        EvaluationError: the protocols differ.
+    """
+    for ours, theirs in pairs:
+        ours.protocol.require_same(theirs.protocol)
+    table = [
+        [a - b for a, b in zip(ours.values, theirs.values, strict=True)] for ours, theirs in pairs
+    ]
+    by_seed = tuple(sum(row) / len(row) for row in table)
+    by_repeat = tuple(sum(column) / len(column) for column in zip(*table, strict=True))
+    mean = sum(by_seed) / len(by_seed)
+    if min(len(by_seed), len(by_repeat)) < 2:
+        return mean, None
+    margins = (student_factor(len(v)) * _std_error(v) for v in (by_seed, by_repeat))
+    return mean, math.hypot(*margins)
 
 
 def _std_error(values: tuple[float, ...]) -> float:

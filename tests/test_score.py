@@ -4,11 +4,12 @@ import dataclasses
 import json
 import math
 
+import numpy as np
 import pytest
 import scipy.stats
 
 from asesearch.errors import EvaluationError
-from asesearch.score import EvaluationResult, Protocol, TrainedScore
+from asesearch.score import EvaluationResult, Protocol, TrainedScore, trained_again_difference
 
 PROTOCOL = Protocol(
     "frechet", "fashion-cnn", "e" * 64, 100, "ref", 60_000, "r" * 64, (0, 100, 200), "ddim", 50, 1.0
@@ -92,6 +93,27 @@ def test_scores_over_training_seeds_are_compared_seed_by_seed():
     assert margin < difference < 2 * early.std_error
     assert TrainedScore((6.0,)).std_error is None
     assert TrainedScore((6.0,)).minus(full) == (1.0, None)
+
+
+@pytest.mark.parametrize(("sampling", "training"), [(0.11, 0.0013), (0.2, 0.09), (0.001, 0.3)])
+def test_points_as_good_are_told_apart_after_training_again_in_one_case_of_twenty(
+    sampling, training
+):
+    """Sampling errors that all training seeds share, as they are scored on the same images, and
+    training errors that all repeats share."""
+    rng = np.random.default_rng(0)
+    level = EvaluationResult(PROTOCOL, (5.0, 5.0, 5.0))
+    told_apart = 0
+    for _ in range(400):
+        shared = rng.normal(0, sampling, 3)
+        pairs = []
+        for moved in rng.normal(0, training, 3):
+            pairs.append((EvaluationResult(PROTOCOL, tuple(5 + moved + shared)), level))
+        difference, margin = trained_again_difference(pairs)
+        told_apart += abs(difference) > margin
+    assert told_apart <= 0.08 * 400
+    with_itself = trained_again_difference(pairs[:1])
+    assert with_itself[1] is None  # one training seed
 
 
 @pytest.mark.parametrize("values", [(1.0,), (1.0, 2.0, math.nan), (1.0, 2.0, math.inf)])

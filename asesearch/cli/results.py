@@ -135,8 +135,8 @@ def export(
     quality: Annotated[
         str | None,
         typer.Option(
-            help='Quality budget: "7.5", "+5%" over the full network, "ci" (not worse than it at '
-            '95 % confidence), or "1se" (within one standard error).'
+            help='Quality budget: "7.5", "+5%" over the full network, "ci" (not shown to be worse '
+            'at 95 % confidence), or "1se" (within one standard error).'
         ),
     ] = None,
     time: Annotated[
@@ -201,14 +201,19 @@ def _picked(
     """The point for a rule and its budgets; says where it is only the nearest."""
     from asesearch.study import pick as pick_point
     from asesearch.study import pick_nearest
+    from asesearch.study.picking import told_difference
 
     rule, quality, time = asked
     rule = "best-quality" if rule is None else rule
-    if not or_nearest:
-        return pick_point(results, rule, quality, time, early_exit=early_exit)
-    record, shortfall = pick_nearest(results, rule, quality, time, early_exit=early_exit)
+    shortfall = ""
+    if or_nearest:
+        record, shortfall = pick_nearest(results, rule, quality, time, early_exit=early_exit)
+    else:
+        record = pick_point(results, rule, quality, time, early_exit=early_exit)
     if shortfall:
         say(shortfall)
+    if quality is not None and (told := told_difference(results, record)):
+        say(f"trial {record.number}: {told}")
     return record
 
 

@@ -121,7 +121,7 @@ def confirmation_grid(results: StudyResults) -> Grid:
             plus_minus(row["confirmed_quality"], row["confirmed_std_error"]),
             "–"
             if math.isnan(row["selection_bias"])
-            else f"{row['selection_bias']:+.3g}".replace("-", "−"),
+            else signed(row["selection_bias"], row["selection_bias_se"]),
             *(
                 plus_minus(row[name], row[f"{name}_se"])
                 for name in (("precision", "recall") if both else ())
@@ -151,11 +151,22 @@ def spaces_grid(results: StudyResults) -> Grid:
     return Grid(head, rows)
 
 
+def signed(value: float, error: float) -> str:
+    """A difference with its sign, ± its error where that is known."""
+    return ("+" if value > 0 else "") + plus_minus(value, error)
+
+
 def _signed(row: pd.Series) -> str:
     """A difference and its margin; "–" of the reference itself."""
-    if row["verdict"] == "the reference":
-        return "–"
-    return ("+" if row["difference"] > 0 else "") + plus_minus(row["difference"], row["margin"])
+    return "–" if row["verdict"] == "the reference" else signed(row["difference"], row["margin"])
+
+
+def _training_seeds(row: pd.Series) -> str:
+    """How many networks a score is of."""
+    if not row["training_seeds"]:
+        return "not trained"
+    failed = f", {row['failed_seeds']} failed" if row["failed_seeds"] else ""
+    return f"{row['training_seeds']}{failed}"
 
 
 def retrained_grid(results: StudyResults) -> Grid:
@@ -172,7 +183,7 @@ def retrained_grid(results: StudyResults) -> Grid:
     rows = [
         (
             row["label"],
-            str(row["training_seeds"]),
+            _training_seeds(row),
             number(row["quality"]),
             number(row["training_se"]),
             number(row["sampling_se"]),

@@ -14,9 +14,11 @@ from asesearch.study.records import StudyResults
 def retrained(results: StudyResults) -> pd.DataFrame:
     """Confirmed points over their training seeds, fastest first; empty where each has one seed.
 
-    `quality` is the mean over `training_seeds` networks, `training_se` its standard error (from
-    training), `sampling_se` that of the search's own network (from sampling, on other images);
-    `difference` and `margin` compare with the full network seed by seed, and `verdict` is by them.
+    `quality` is the mean over `training_seeds` networks, beside `failed_seeds` whose fine-tuning
+    failed; `training_se` its standard error (from training; none of the pretrained network, which
+    is not trained), `sampling_se` that of the search's own network (from sampling, on other
+    images); `difference` and `margin` compare with the full network seed by seed and repeat by
+    repeat, for both to be trained and sampled again, and `verdict` is by them.
     """
     records = tables.by_number(results)
     full = next(
@@ -26,15 +28,18 @@ def retrained(results: StudyResults) -> pd.DataFrame:
     for c in sorted(results.confirmations, key=lambda c: (c.measured_time_frac, c.number)):
         if not c.retrained:
             continue
-        difference, margin = (math.nan, None) if full is None else c.trained.minus(full.trained)
+        difference, margin = (math.nan, None) if full is None else c.trained_minus(full)
+        record = records[c.number]
+        trained = not (record.schedule.is_full and results.two_weights)
         rows.append(
             {
                 "number": c.number,
-                "label": tables.label(records[c.number], results.own_sampler),
+                "label": tables.label(record, results.own_sampler),
                 "metric": c.quality.protocol.metric_name,
-                "training_seeds": len(c.trained.values),
+                "training_seeds": len(c.trained.values) if trained else 0,
+                "failed_seeds": sum(isinstance(q, str) for q in c.retrained),
                 "quality": c.trained.value,
-                "training_se": tables.nan(c.trained.std_error),
+                "training_se": tables.nan(c.trained.std_error if trained else None),
                 "sampling_se": tables.std_error(c.quality),
                 "difference": difference,
                 "margin": tables.nan(margin),
@@ -44,6 +49,18 @@ def retrained(results: StudyResults) -> pd.DataFrame:
             }
         )
     return pd.DataFrame(rows)
+
+
+def failed_seeds(results: StudyResults) -> list[str]:
+    """A sentence for each fine-tuning of a confirmed point that failed under a further seed."""
+    records = tables.by_number(results)
+    return [
+        f"Of {tables.label(records[c.number], results.own_sampler)}, training seed {seed} failed: "
+        f"{told}."
+        for c in results.confirmations
+        for seed, told in enumerate(c.retrained, 1)
+        if isinstance(told, str)
+    ]
 
 
 def feature_spaces(results: StudyResults) -> pd.DataFrame:

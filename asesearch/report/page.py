@@ -16,7 +16,7 @@ from asesearch.report.folder import MARK, check_folder, environment, write_folde
 from asesearch.report.plots import drawings
 from asesearch.report.style import Drawing
 from asesearch.report.wording import UNKNOWN, headline
-from asesearch.study.picking import pick
+from asesearch.study.picking import pick, told_difference
 from asesearch.study.records import StudyResults
 
 #: Ways to pick a point: mode, its quality and time budgets, and what they mean.
@@ -26,7 +26,7 @@ PICKS: tuple[tuple[str, str | None, float | None, str], ...] = (
         "fastest-within",
         "ci",
         None,
-        f"the fastest that is not worse than the full network ({tables.LEVEL})",
+        f"the fastest that is not shown to be worse than the full network ({tables.LEVEL})",
     ),
     ("best-within", None, 0.75, "the best score within three quarters of the full network's time"),
 )
@@ -126,7 +126,8 @@ def render_page(results: StudyResults, shown: list[tuple[Drawing, bytes]]) -> st
             learned=results.importance,
             data=embedded(results, answer.chosen) if results.complete else None,
             **scripts(),
-            two_weights=results.config.get("search", {}).get("full_depth") == "pretrained",
+            two_weights=results.two_weights,
+            failed_seeds=opinions.failed_seeds(results),
             toml=study_toml(results.config),
             one_repeat=used is not None and len(used.seeds) == 1,
             unknown=UNKNOWN,
@@ -154,7 +155,10 @@ def _picks(results: StudyResults, chosen: int | None) -> list[tuple[str, str]]:
     for mode, quality, time, meaning in PICKS:
         budget = f" --quality {quality}" if quality else f" --time {time}" if time else ""
         try:
-            got = tables.label(pick(results, mode, quality, time), results.own_sampler)
+            record = pick(results, mode, quality, time)
+            got = tables.label(record, results.own_sampler)
+            if quality and (told := told_difference(results, record)):
+                got += f"; {told}"
         except AseSearchError:  # no point meets the budget, or the spread is unknown
             got = "none in this study"
         out.append((f"--pick {mode}{budget}", f"{meaning}: {got}"))

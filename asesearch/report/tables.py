@@ -14,7 +14,7 @@ from typing import Literal
 import numpy as np
 import pandas as pd
 
-from asesearch.errors import EvaluationError, StudyError
+from asesearch.errors import StudyError
 from asesearch.sampler import Sampler
 from asesearch.schedule import PUBLISHED
 from asesearch.score import CONFIDENCE, EvaluationResult, Protocol
@@ -326,10 +326,14 @@ def cost(results: StudyResults) -> pd.DataFrame:
 def confirmation(results: StudyResults) -> pd.DataFrame:
     """Search score and confirmed score side by side.
 
-    `selection_bias` is confirmed minus search: what the search's score flattered. It is left out
-    where the two protocols differ in more than their seeds, because the score then depends on the
-    difference (on N above all). `credited_frac` is the time that may be claimed, see `points`.
+    `selection_bias` is how much more the point loses to the full network under the confirmation's
+    seeds than under the search's, which the choice flattered: how the full network's own score
+    moves between them does not count. It is left out where the two protocols differ in more than
+    their seeds, because the score then depends on the difference (on N above all). `credited_frac`
+    is the time that may be claimed, see `points`.
     """
+    full = None if results.full is None else results.full.number
+    baseline = next((c for c in results.confirmations if c.number == full), None)
     records = by_number(results)
     confirmed = points(results, "confirmed").set_index("number")
     by_trial = {c.number: c for c in results.confirmations}
@@ -347,7 +351,9 @@ def confirmation(results: StudyResults) -> pd.DataFrame:
                 "search_std_error": std_error(r.quality),
                 "confirmed_quality": c.quality.value,
                 "confirmed_std_error": std_error(c.quality),
-                "selection_bias": _selection_bias(r.quality, c),
+                "num_samples": c.quality.protocol.num_samples,
+                "repeats": len(c.quality.values),
+                **_selection_bias(results, r.quality, c, baseline),
                 "predicted_time_frac": nan(r.time_frac),
                 "measured_time_frac": c.measured_time_frac,
                 "measured_time_spread": c.measured_time_spread,
@@ -377,11 +383,22 @@ def _precision_recall(confirmed: Confirmation) -> dict[str, float]:
     return out
 
 
-def _selection_bias(search: EvaluationResult, confirmed: Confirmation) -> float:
-    try:
-        replace(search.protocol, seeds=()).require_same(
-            replace(confirmed.quality.protocol, seeds=())
-        )
-    except EvaluationError:
-        return math.nan
-    return confirmed.quality.value - search.value
+def _selection_bias(
+    results: StudyResults,
+    search: EvaluationResult,
+    confirmed: Confirmation,
+    baseline: Confirmation | None,
+) -> dict[str, float]:
+    """See `confirmation`, with its standard error; NaN where it can't be told."""
+    out = {"selection_bias": math.nan, "selection_bias_se": math.nan}
+    full = results.full
+    if baseline is None or full is None or full.quality is None or baseline is confirmed:
+        return out
+    same = replace(search.protocol, seeds=()) == replace(confirmed.quality.protocol, seeds=())
+    if same:
+        before, before_se = search.minus(full.quality)
+        after, after_se = confirmed.quality.minus(baseline.quality)
+        out["selection_bias"] = after - before
+        if before_se is not None and after_se is not None:
+            out["selection_bias_se"] = math.hypot(before_se, after_se)
+    return out

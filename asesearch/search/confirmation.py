@@ -20,9 +20,10 @@ import torch
 from asesearch.backbones.base import Backbone
 from asesearch.backbones.checkpoints import load_backbone
 from asesearch.config import BackboneConfig
-from asesearch.errors import StudyError
+from asesearch.errors import EvaluationError, StudyError, TrainingDiverged
 from asesearch.files import write_json
 from asesearch.locks import try_lock, waited_lock
+from asesearch.score import EvaluationResult
 from asesearch.search.warmup import warm_up
 from asesearch.search.workbench import Workbench
 from asesearch.study import directory
@@ -119,10 +120,22 @@ class _Confirming:
             )
         if searching:
             return [results.full]
-        return select(results.front(), results.full, self.study.config.confirm.max_points)
+        failed = self._failed()
+        front = tuple(r for r in results.front() if r.number not in failed)
+        return select(front, results.full, self.study.config.confirm.max_points)
+
+    def _failed(self) -> dict[int, str]:
+        """Why a trial can't be confirmed under these settings, by its number."""
+        found: dict[int, str] = {}
+        for _, stored in confirmation_files(self.study.run_dir):
+            if stored["settings"] == self.settings:
+                found |= stored["failed"]
+        return found
 
     def _tell_left_out(self, full: TrialRecord) -> None:
-        """Say which points of the front are not confirmed, as they are worth nothing."""
+        """Say which points of the front are not confirmed, as they are worth nothing or failed."""
+        for number, why in sorted(self._failed().items()):
+            _log.warning("trial %d is not confirmed: %s", number, why)
         if out := left_out(self.study.results().front(), full):
             _log.warning("%s", NOT_CONFIRMED.format(", ".join(f"trial {r.number}" for r in out)))
 
@@ -143,6 +156,12 @@ class _Confirming:
                     made = self._kept(made)
                 while not self._is_whole(made):
                     made = self._kept(self._retrained(record, made))
+            except EvaluationError as error:
+                if record.number == full.number:
+                    raise
+                why = {str(record.number): str(error).splitlines()[0]}
+                self._write(record.number, {"confirmations": [], "failed": why})
+                return True
             except StudyError:
                 if any(r.number == record.number for r in self._points([])):
                     raise
@@ -154,9 +173,12 @@ class _Confirming:
     def _kept(self, made: Confirmation) -> Confirmation:
         """Put it on record."""
         self.done[made.number] = made
-        data = {"settings": self.settings, "confirmations": [made.to_dict()]}
-        write_json(self.study.run_dir / directory.CONFIRMATIONS / f"{made.number}.json", data)
+        self._write(made.number, {"confirmations": [made.to_dict()]})
         return made
+
+    def _write(self, number: int, found: dict[str, Any]) -> None:
+        path = self.study.run_dir / directory.CONFIRMATIONS / f"{number}.json"
+        write_json(path, {"settings": self.settings, **found})
 
     def _retrained(self, record: TrialRecord, made: Confirmation) -> Confirmation:
         """With the score under one training seed more.
@@ -170,12 +192,17 @@ class _Confirming:
         folder = self.study.trial_dir(record.schedule) / f"{directory.RETRAINED}{seed}"
         warm_up(self.bench, self.study.run_dir)
         lock = self.study.run_dir / directory.LOCKS / f"{folder.parent.name}-{seed}.lock"
-        with waited_lock(lock, f"fine-tunes a schedule under training seed {seed}"):
-            net = self.bench.trials.tuned(record.schedule, folder, seed).backbone
-        quality, _ = self.bench.evaluate(net, record.point, self.protocol)
+        found: EvaluationResult | str
+        try:
+            with waited_lock(lock, f"fine-tunes a schedule under training seed {seed}"):
+                net = self.bench.trials.tuned(record.schedule, folder, seed).backbone
+            found, _ = self.bench.evaluate(net, record.point, self.protocol)
+        except (TrainingDiverged, EvaluationError) as error:  # it would be the same again
+            found = str(error).splitlines()[0]
+            _log.warning("trial %d under training seed %d: %s", record.number, seed, found)
         return replace(
             made,
-            retrained=(*made.retrained, quality),
+            retrained=(*made.retrained, found),
             seconds=made.seconds + time.perf_counter() - begun,
         )
 

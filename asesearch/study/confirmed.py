@@ -10,14 +10,16 @@ from asesearch.study.records import Confirmation
 
 
 def confirmation_files(run_dir: Path) -> list[tuple[Path, dict[str, Any]]]:
-    """Files with confirmations and what they hold, {"settings": ..., "confirmations": [...]}.
+    """Files with confirmations and what they hold, {"settings": ..., "confirmations": [...]}, and
+    under "failed" why a trial can't be confirmed, by its number.
 
     A damaged one is left out, so that its points are confirmed again.
     """
 
     def parse(data: dict[str, Any]) -> dict[str, Any]:
         many = [Confirmation.from_dict(c) for c in data["confirmations"]]
-        return {"settings": data["settings"], "confirmations": many}
+        failed = {int(number): str(why) for number, why in data.get("failed", {}).items()}
+        return {"settings": data["settings"], "confirmations": many, "failed": failed}
 
     found = []
     single = sorted((run_dir / directory.CONFIRMATIONS).glob("*.json"))

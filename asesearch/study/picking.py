@@ -12,7 +12,7 @@ from asesearch.study.timing import UNEXPLAINED, credited_time
 
 MODES = ("best-quality", "fastest-within", "best-within")
 FORMS = (
-    "a score (7.5), an excess over the full network's (+5%), ci (not worse at 95 % "
+    "a score (7.5), an excess over the full network's (+5%), ci (not shown to be worse at 95 % "
     "confidence) or standard errors (1se)"
 )
 
@@ -40,11 +40,12 @@ def within_quality(budget: str, quality: EvaluationResult, full: EvaluationResul
     """Whether a score is within a quality budget.
 
     Args:
-        budget: a score ("7.5"); an excess over the full network's ("+5%"); "ci", not worse than
-            the full network at 95 % confidence (the interval of the difference begins at 0 or
-            below, see `EvaluationResult.margin`); or standard errors of the difference, paired by
-            repeat ("1se"), which is no verdict: at three repeats a score as good as the full
-            network's misses it in one case of five.
+        budget: a score ("7.5"); an excess over the full network's ("+5%"); "ci", not shown to
+            be worse than the full network at 95 % confidence (the interval of the difference begins
+            at 0 or below, see `EvaluationResult.margin`; few repeats hide a loss, which may be as
+            large as the interval's end, see `told_difference`); or standard errors of the
+            difference, paired by repeat ("1se"), which is no verdict: at three repeats a score as
+            good as the full network's misses it in one case of five.
         quality: the schedule's score.
         full: the full network's under the same protocol; a budget that is a score needs none.
 
@@ -159,6 +160,25 @@ def pick_nearest(
     """
     point, shortfall = choose(results, mode, quality, time_frac, early_exit)
     return point.record, f"{shortfall}; taking it" if shortfall else ""
+
+
+def told_difference(results: StudyResults, record: TrialRecord) -> str:
+    """Between what a pick's score minus the full network's lies, in words; empty where it can't be
+    told, and of the full network itself."""
+    points = scored_points(results)
+    full = next((p.quality for p in points if p.record.origin == "full"), None)
+    mine = next((p.quality for p in points if p.record.number == record.number), None)
+    if full is None or mine is None or mine is full:
+        return ""
+    margin = mine.margin(full)
+    if margin is None:
+        return ""
+    difference, _ = mine.minus(full)
+    return (
+        f"its score minus the full network's {full.value:.4g} lies between "
+        f"{difference - margin:+.3g} and {difference + margin:+.3g} at 95 % confidence, over "
+        f"{len(mine.values)} repeats"
+    )
 
 
 def scored_points(results: StudyResults) -> list[Scored]:

@@ -14,7 +14,12 @@ import numpy as np
 from asesearch.point import Point
 from asesearch.sampler import Sampler
 from asesearch.schedule import ExitSchedule
-from asesearch.score import EvaluationResult, PrecisionRecall, TrainedScore
+from asesearch.score import (
+    EvaluationResult,
+    PrecisionRecall,
+    TrainedScore,
+    trained_again_difference,
+)
 from asesearch.study.difficulty import DifficultyMap
 from asesearch.study.front import non_dominated
 from asesearch.study.importance import Importance
@@ -81,7 +86,8 @@ class TrialRecord:
             from the latency table; None if failed.
         flops_frac, block_frac: FLOPs of the whole sampling, and block calls, over the same.
         low_fidelity: the low-fidelity rung; None without promotion.
-        losses: mean training loss of each fine-tuning step.
+        losses: mean training loss of each fine-tuning step, or of equal stretches of steps.
+        finetune_steps: how many steps those are; None in a record of an earlier release.
         seconds: time spent by part: "low_fidelity", "finetune", "sample", "decode" (of latents),
             "evaluate".
         gflops: arithmetic spent by part, "low_fidelity", "finetune" and "sample": network calls
@@ -102,6 +108,7 @@ class TrialRecord:
     block_frac: float | None = None
     low_fidelity: LowFidelity | None = None
     losses: tuple[float, ...] = ()
+    finetune_steps: int | None = None
     seconds: dict[str, float] = field(default_factory=dict)
     gflops: dict[str, float] = field(default_factory=dict)
     failure: str | None = None
@@ -179,7 +186,7 @@ class Confirmation:
         measured_time_spread: half-IQR of those ratios.
         seconds: that it took in all.
         retrained: the same point fine-tuned under further seeds, one score each, under the protocol
-            of `quality`.
+            of `quality`; of a seed under which that failed, why.
         also: the same images in further feature spaces.
         precision_recall: of the same images in the space of `quality`; None in a record of a
             release that did not measure it, or of too few images.
@@ -190,19 +197,27 @@ class Confirmation:
     measured_time_frac: float
     measured_time_spread: float
     seconds: float = 0.0
-    retrained: tuple[EvaluationResult, ...] = ()
+    retrained: tuple[EvaluationResult | str, ...] = ()
     also: tuple[EvaluationResult, ...] = ()
     precision_recall: PrecisionRecall | None = None
 
     @property
     def trained(self) -> TrainedScore:
         """The score over its training seeds, the search's first."""
-        return TrainedScore(tuple(q.value for q in (self.quality, *self.retrained)))
+        scores = (q for q in (self.quality, *self.retrained) if not isinstance(q, str))
+        return TrainedScore(tuple(q.value for q in scores))
+
+    def trained_minus(self, other: Confirmation) -> tuple[float, float | None]:
+        """See `trained_again_difference`; over the training seeds under which both have a score."""
+        both = zip((self.quality, *self.retrained), (other.quality, *other.retrained), strict=False)
+        return trained_again_difference(
+            [(a, b) for a, b in both if not (isinstance(a, str) or isinstance(b, str))]
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON."""
         several = {
-            "retrained": [q.to_dict() for q in self.retrained],
+            "retrained": [q if isinstance(q, str) else q.to_dict() for q in self.retrained],
             "also": [q.to_dict() for q in self.also],
         }
         return {**asdict(self), "quality": self.quality.to_dict(), **several}
@@ -212,7 +227,10 @@ class Confirmation:
         """Inverse of `to_dict`; of a release without training seeds, further spaces or precision
         and recall too."""
         several = {
-            name: tuple(map(EvaluationResult.from_dict, data.get(name, ())))
+            name: tuple(
+                q if isinstance(q, str) else EvaluationResult.from_dict(q)
+                for q in data.get(name, ())
+            )
             for name in ("retrained", "also")
         }
         quality = EvaluationResult.from_dict(data["quality"])
@@ -269,15 +287,20 @@ class StudyResults:
         how = self.config["sampling"]
         return Sampler(how["solver"], how["num_steps"])
 
+    @property
+    def two_weights(self) -> bool:
+        """Whether early exits have weights of their own beside the pretrained ones."""
+        return bool(self.config.get("search", {}).get("full_depth") == "pretrained")
+
     def front(self) -> tuple[TrialRecord, ...]:
         """Non-dominated trials under the search protocol, fastest first."""
-        points = [
-            (r.time_frac, r.quality.value)
+        scored = [
+            (r, (r.time_frac, r.quality.value))
             for r in self.complete
             if r.time_frac is not None and r.quality is not None
         ]
-        keep = non_dominated(points)
-        return tuple(sorted((self.complete[i] for i in keep), key=lambda r: r.time_frac or 0.0))
+        keep = non_dominated([point for _, point in scored])
+        return tuple(sorted((scored[i][0] for i in keep), key=lambda r: r.time_frac or 0.0))
 
 
 def spent_s(results: StudyResults) -> float:

@@ -7,12 +7,13 @@ NOISE = 2.0
 #: Share of the bound that is not made a fuss about: no more than two printed digits show.
 SLACK = 0.02
 #: What is said of a measured time that is too good.
-UNEXPLAINED = "better than its block calls can explain, so the machine was disturbed"
+UNEXPLAINED = "better than its block calls can explain"
 
 
 def is_unexplained(measured_frac: float, spread: float, block_frac: float | None) -> bool:
     """Whether a measured time is better than its block calls can explain: below their bound by more
-    than its spread allows. Then something else held the full network's runs up.
+    than its spread allows. Then something else held the full network's runs up, or made short calls
+    faster than their blocks are fewer, as a cache of the processor can that holds few blocks.
 
     Args:
         measured_frac: sampling time over the full network's.

@@ -118,6 +118,7 @@ def test_confirmation_puts_both_figures_side_by_side(study):
     results = study(24)
     table = tables.confirmation(results).set_index("number")
     assert set(table.index) == {c.number for c in results.confirmations}
+    [full] = [c for c in results.confirmations if c.number == results.full.number]
     for c in results.confirmations:
         row = table.loc[c.number]
         record = results.records[c.number]
@@ -125,7 +126,13 @@ def test_confirmation_puts_both_figures_side_by_side(study):
             row["search_quality"] == record.quality.value
             and row["confirmed_quality"] == c.quality.value
         )
-        assert row["selection_bias"] == pytest.approx(c.quality.value - record.quality.value)
+        if c is full:
+            assert math.isnan(row["selection_bias"])  # the reference, which was not chosen
+            continue
+        after = c.quality.minus(full.quality)
+        before = record.quality.minus(results.full.quality)
+        assert row["selection_bias"] == pytest.approx(after[0] - before[0])
+        assert row["selection_bias_se"] == pytest.approx(math.hypot(after[1], before[1]))
         assert (row["predicted_time_frac"], row["measured_time_frac"]) == (
             record.time_frac,
             c.measured_time_frac,

@@ -25,7 +25,9 @@ from asesearch.evaluation.cost import LatencyTable
 from asesearch.files import write_json
 from asesearch.locks import try_lock, waited_lock
 from asesearch.proposer.proposer import num_exploring
+from asesearch.report import opinions
 from asesearch.schedule import ExitSchedule
+from asesearch.score import EvaluationResult
 from asesearch.search import confirmation
 from asesearch.search.confirmation import confirm
 from asesearch.search.fleet import WORKER, Fleet
@@ -676,6 +678,36 @@ def test_a_kill_between_training_seeds_loses_none_that_was_scored(tmp_path, no_w
     assert len(full.retrained) == 1
     found = confirm(study, SharedBench(tmp_path, config=study.config))
     assert found[0].retrained[0] == full.retrained[0] and len(found[0].retrained) == 2
+
+
+def test_a_training_seed_that_diverges_is_on_record_and_stops_nothing(tmp_path, no_weights, caplog):
+    sections = {"confirm": {**SHORT["confirm"], "training_seeds": 3}}
+    study, bench = searched(tmp_path, **sections)
+    tuned = bench.tuned
+
+    def diverge(schedule, folder, training_seed):
+        if training_seed == 1 and not schedule.is_full:
+            raise TrainingDiverged("the loss is not finite at step 7; lower lr")
+        return tuned(schedule, folder, training_seed)
+
+    bench.tuned = diverge
+    made = confirm(study, bench)
+    assert "under training seed 1: the loss is not finite at step 7; lower lr" in caplog.text
+    full, *points = made
+    assert points and all(isinstance(q, EvaluationResult) for q in full.retrained)
+    for c in points:
+        assert c.retrained[0] == "the loss is not finite at step 7; lower lr"
+        assert c.trained.values == (c.quality.value, c.retrained[1].value)
+        paired = [c.quality.value - full.quality.value]
+        paired += [c.retrained[1].value - full.retrained[1].value]  # seed 2 with seed 2
+        assert c.trained_minus(full)[0] == pytest.approx(sum(paired) / 2)
+    assert list(study.results().confirmations) == sorted(made, key=lambda c: c.number)
+    before = len(paid(tmp_path))
+    assert confirm(study, bench) == made and len(paid(tmp_path)) == before  # not tried again
+    table = opinions.retrained(study.results()).set_index("number")
+    assert set(table.loc[[c.number for c in points], "training_seeds"]) == {2}
+    assert set(table.loc[[c.number for c in points], "failed_seeds"]) == {1}
+    assert len(opinions.failed_seeds(study.results())) == len(points)
 
 
 def test_the_one_file_of_earlier_releases_is_read(tmp_path, no_weights):

@@ -9,7 +9,7 @@ from asesearch.point import Point
 from asesearch.sampler import Sampler
 from asesearch.schedule import ExitSchedule
 from asesearch.score import EvaluationResult
-from asesearch.study.picking import pick, pick_nearest, within_quality
+from asesearch.study.picking import pick, pick_nearest, told_difference, within_quality
 from asesearch.study.records import Confirmation, StudyResults, TrialRecord, left_out, select
 from tests.search.fake_search import OWN, PROTOCOL
 
@@ -287,3 +287,16 @@ def test_a_shortfall_of_time_names_the_points_that_were_not_confirmed():
     for budget, told in ((0.15, False), (0.35, False), (0.2, True)):  # not where it is too slow
         _, said = pick_nearest(made, "best-within", time_frac=budget)
         assert ("not confirmed" in said) == told
+
+
+def test_a_pick_says_between_what_its_loss_lies():
+    full = Confirmation(0, EvaluationResult(PROTOCOL, (5.0, 5.2)), 1.0, 0.0)
+    early = Confirmation(1, EvaluationResult(PROTOCOL, (5.4, 5.3)), 0.8, 0.01)
+    found = results((full, early))
+    taken = pick(found, "fastest-within", "ci")
+    assert taken.number == 1  # for two repeats show little
+    end = 0.25 + 12.706 * 0.15
+    told = told_difference(found, taken)
+    assert f"minus the full network's 5.1 lies between {0.5 - end:+.3g} and {end:+.3g}" in told
+    assert told_difference(found, found.full) == ""
+    assert told_difference(results(), RECORDS[3]) != ""  # by the search's scores

@@ -381,7 +381,7 @@
       const kept = Math.round((100 * trial.blocks) / clock);
       const what = this.kind === "confirmed" ? "clock" : "prediction";
       const beyond = p.credited !== p.time
-        ? ` That is more than they can explain (the spread of the measured time is ±${(p.spread || 0).toFixed(3)}×), so the machine was disturbed: claim the bound.` : "";
+        ? ` That is more than they can explain (the spread of the measured time is ±${(p.spread || 0).toFixed(3)}×): claim the bound.` : "";
       byId("bound-note").textContent = trial.blocks && clock
         ? `Of the speed-up that the blocks promise the ${what} keeps ${kept} %.${beyond}` : "";
     }
