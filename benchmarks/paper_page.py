@@ -88,7 +88,7 @@ def cells(experiment: Experiment, shown: Shown) -> tuple[str, ...]:
         _signed(difference, margin),
         relative(shown.get("block_frac")),
         relative(shown.get("flops_frac")),
-        relative(shown.get("time_frac"), _nan(shown.get("time_spread"))),
+        _time(shown),
         f"{number(own)} ({shown.tuning_seconds:.0f})" if own else "0",
         number(warm) if warm else "0",
     )
@@ -96,6 +96,14 @@ def cells(experiment: Experiment, shown: Shown) -> tuple[str, ...]:
 
 def _nan(value: float | None) -> float:
     return math.nan if value is None else value
+
+
+def _time(shown: Shown) -> str:
+    """The measured time, and what may be claimed where its block calls can't explain it."""
+    told = relative(shown.get("time_frac"), _nan(shown.get("time_spread")))
+    if shown.credited_frac > shown.get("time_frac"):
+        told += f" (better than its block calls can explain: claim {relative(shown.credited_frac)})"
+    return told
 
 
 def _signed(value: float, margin: float) -> str:
@@ -113,7 +121,7 @@ def answer_cell(experiment: Experiment, shown: Shown) -> str:
     difference, margin = experiment.difference(shown)
     lines = [
         f"<b>{plus_minus(shown.score.value, _nan(shown.score.std_error))}</b>",
-        f"time {relative(shown.get('time_frac'), _nan(shown.get('time_spread')))}",
+        f"time {_time(shown)}",
         f"blocks {relative(shown.get('block_frac'))}",
         f"training {number(own + warm)} TFLOP" if own + warm else "no training",
     ]
@@ -152,7 +160,7 @@ def verdicts(experiment: Experiment) -> Iterator[str]:
 
 def verdict(experiment: Experiment, shown: Shown) -> str:
     """Time saved, and whether the score differs from the better full network's."""
-    frac = shown.get("time_frac")
+    frac = shown.credited_frac
     percent = f"{abs(100 * (1 - frac)):.0f}\N{NO-BREAK SPACE}%"
     time = f"{percent} of the time saved" if frac <= 1 else f"{percent} more time"
     difference, margin = experiment.difference(shown)
@@ -164,7 +172,9 @@ def verdict(experiment: Experiment, shown: Shown) -> str:
         return f"{time}, score {_signed(difference, margin)} (spread unknown)"
     clear = "better than" if difference < 0 else "worse than"
     found = clear if abs(difference) > margin else "no difference shown from"
-    once = " (one training seed)" if shown.row.trained and len(shown.lines) == 1 else ""
+    reference = experiment.reference(shown.row.against)
+    compared = [s for s in (shown, reference) if s is not None and s.row.trained]
+    once = " (one training seed)" if any(len(s.lines) == 1 for s in compared) else ""
     return f"{time}, score {_signed(difference, margin)}: {found} the better full network{once}"
 
 
@@ -248,7 +258,7 @@ def facts(experiment: Experiment) -> Iterator[str]:
         trains = [line["settings"]["train"] for line in lines if "train" in line["settings"]]
         steps = " or ".join(dict.fromkeys(f"{each['num_steps']:,}" for each in trains))
         own = tuned.get("full_depth") == "pretrained"
-        compute = "in the compute of both" if own else "for both together"
+        compute = "for the TFLOP in its row" if own else "for both together"
         trained_as = (
             f"Own steps: {steps} of {train['batch_size']} images from one elastic "
             f"warm-up of {warm['steps']:,} steps of {warm['batch_size']}; equal compute: the full "

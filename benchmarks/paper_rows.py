@@ -65,9 +65,7 @@ EXPERTS = "experts"  # recipe: a network of its own for each tenth of t, in equa
 #: Changes of `OWN`, each alone. `times` is of the number of steps; `start` of the weights.
 RECIPES: dict[str, dict[str, Any]] = {
     OWN: {},
-    "EMA 0.9": {"ema_decay": 0.9},
-    "EMA 0.995": {"ema_decay": 0.995},
-    "EMA 0.9999": {"ema_decay": 0.9999},
+    "EMA 0.9": {"ema_decay": 0.9},  # the ramp of a brief fine-tuning makes all above 0.96 one
     "λ by blocks dropped, peak 2": {"loss_weight": {"shape": "dropped", "peak": 2.0}},
     "λ by blocks dropped, peak 5": {"loss_weight": {"shape": "dropped", "peak": 5.0}},
     "λ in a step, peak 2": {"loss_weight": {"shape": "step", "peak": 2.0}},

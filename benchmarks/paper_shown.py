@@ -14,6 +14,7 @@ from paper_record import Line, key_of, read_lines, score_of
 from paper_rows import FIXED, Choice, Row
 
 from asesearch.score import EvaluationResult, TrainedScore, student_factor
+from asesearch.study.timing import credited_time
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,11 @@ class Shown:
     def get(self, name: str) -> float:
         """A cost of the first training seed; NaN where it is not measured."""
         return float(self.lines[0].get(name, math.nan)) if self.lines else math.nan
+
+    @property
+    def credited_frac(self) -> float:
+        """The relative time that may be claimed, see `credited_time`; NaN if not measured."""
+        return credited_time(self.get("time_frac"), self.get("time_spread"), self.get("block_frac"))
 
     @property
     def tuning_tflop(self) -> tuple[float, float]:
