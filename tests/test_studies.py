@@ -6,8 +6,11 @@ Only sizes, paths and numbers are made small; all else is as in the file.
 
 import copy
 import hashlib
+import html
 import json
+import re
 import shutil
+import tomllib
 from pathlib import Path
 
 import numpy as np
@@ -500,3 +503,23 @@ def test_pixart(tmp_path):
 @pytest.mark.slow
 def test_pixart_on_the_ladder(tmp_path):
     climb(pixart_study(tmp_path), tmp_path / "ladder")
+
+
+REPORTED = sorted(
+    path.parent.name
+    for path in (FOLDER.parent / "reports").glob("*/index.html")
+    if (FOLDER / f"{path.parent.name}.toml").exists()
+)
+
+
+@pytest.mark.parametrize("name", REPORTED)
+def test_a_committed_report_is_of_the_committed_study_file(name):
+    """What is said of a report takes numbers of images and seeds from the study file."""
+    page = (FOLDER.parent / "reports" / name / "index.html").read_text(encoding="utf-8")
+    shown = [html.unescape(t) for t in re.findall(r"<pre><code>(.*?)</code></pre>", page, re.S)]
+    [reported] = [tomllib.loads(text) for text in shown if "num_trials" in text]
+    now = load_study(FOLDER / f"{name}.toml").model_dump(mode="json")
+    for section in ("backbone", "sampling", "evaluation", "train", "confirm", "promotion"):
+        for key, value in reported[section].items():
+            assert now[section][key] == value, f"{section}.{key}"
+    assert {"fashion-mnist", "fashion-mnist-quick"} <= set(REPORTED)
