@@ -520,6 +520,7 @@ def test_a_committed_report_is_of_the_committed_study_file(name):
     [reported] = [tomllib.loads(text) for text in shown if "num_trials" in text]
     now = load_study(FOLDER / f"{name}.toml").model_dump(mode="json")
     for section in ("backbone", "sampling", "evaluation", "train", "confirm", "promotion"):
-        for key, value in reported[section].items():
-            assert now[section][key] == value, f"{section}.{key}"
+        shown = {k: v for k, v in now[section].items() if not isinstance(v, dict)}
+        told = {k: v for k, v in reported[section].items() if not isinstance(v, dict)}
+        assert {k: shown[k] for k in told} == told, section
     assert {"fashion-mnist", "fashion-mnist-quick"} <= set(REPORTED)

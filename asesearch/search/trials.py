@@ -31,6 +31,7 @@ from asesearch.study import directory
 from asesearch.study.records import shortened
 
 NUM_PROMPTS = 4  # kept beside a trial's weights, for its bundle
+BEGUN_AGAIN = "the training begins again"
 # in the metadata of the weights: seconds and losses of the fine-tuning that made them
 TOOK = "fine_tuning"
 
@@ -114,6 +115,7 @@ class Trials:
                 "losses": [],
             }
             return TrainResult(net, took["losses"], None, took["seconds"])
+        directory.drop_damaged(folder / CHECKPOINT, BEGUN_AGAIN)
         start, config = self.tuning(schedule, training_seed)
         for net in (start, self.parts.backbone):
             forget_graphs(net)

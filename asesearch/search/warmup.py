@@ -25,7 +25,7 @@ from asesearch.finetuning import CHECKPOINT, finetune
 from asesearch.locks import try_lock, waited_lock
 from asesearch.search.costs import elastic_depths
 from asesearch.search.mapping import measure_map
-from asesearch.search.trials import first_start
+from asesearch.search.trials import BEGUN_AGAIN, first_start
 from asesearch.search.workbench import Workbench
 from asesearch.study import directory
 from asesearch.study.difficulty import DifficultyMap
@@ -110,6 +110,7 @@ def _elastic(
     if not directory.is_whole(path, "the elastic warm-up is done again"):
         depths = elastic_depths(bench)
         folder = run_dir / directory.ELASTIC
+        directory.drop_damaged(folder / CHECKPOINT, BEGUN_AGAIN)
         teacher = bench.backbone if config.distill_frac > 0 else None
         start = first_start(bench)
         tuned = finetune(

@@ -17,7 +17,7 @@ from asesearch.search.runner import run_trials
 from asesearch.search.workbench import Workbench
 from asesearch.study.changes import other_inputs
 from asesearch.study.directory import STUDY, check_study_dir
-from asesearch.study.opening import check_to_search
+from asesearch.study.opening import check_to_search, storage_of
 from asesearch.study.records import Confirmation, StudyResults, TrialRecord
 from asesearch.study.study import Study
 from asesearch.study.urls import parse_url
@@ -67,7 +67,7 @@ class SearchRun:
         """What it will take, measured on this machine, beside what is on record."""
         if not self._has_begun:
             return make_plan(self.bench)
-        recorded = Study.open(self.run_dir, self.config.search.storage).results()
+        recorded = Study.open(self.run_dir, storage_of(self.config, self.run_dir)).results()
         return make_plan(self.bench, recorded, worked_s(self.run_dir))
 
     def to_dict(self) -> dict[str, Any]:

@@ -212,6 +212,12 @@ def is_whole(path: Path, otherwise: str, schedule: ExitSchedule | None = None) -
     return True
 
 
+def drop_damaged(path: Path, otherwise: str) -> None:
+    """Remove a safetensors file that is damaged, see `is_whole`: what it held is made again."""
+    if not is_whole(path, otherwise):
+        path.unlink(missing_ok=True)
+
+
 def _blocked(path: Path, error: OSError) -> StudyError:
     if path.is_dir():
         return StudyError(f"can't read {path}: it is a folder; remove it")

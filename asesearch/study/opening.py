@@ -168,6 +168,15 @@ def _chosen(config: StudyConfig, run_dir: Path, known: StudyFile | None) -> URL:
     return url if here else on_record
 
 
+def storage_of(config: StudyConfig, run_dir: Path) -> str | None:
+    """URL of the storage that a search of a study file uses, with its password; None for the one on
+    record. A relative path that leads nowhere from here is the one on record."""
+    if config.search.storage is None:
+        return None
+    url = _chosen(config, run_dir, StudyFile.read(run_dir))
+    return url.render_as_string(hide_password=False)
+
+
 def _check(known: StudyFile | None, held: Held, url: URL, run_dir: Path, name: str) -> None:
     """Refuse a storage that does not hold this study, or holds another of its name.
 

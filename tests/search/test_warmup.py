@@ -6,6 +6,7 @@ import os
 import signal
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -30,6 +31,7 @@ from asesearch.search import search as whole_search
 from asesearch.search.costs import elastic_depths
 from asesearch.search.runner import run_trials
 from asesearch.search.warmup import warm_up
+from asesearch.search.whole import SearchRun
 from asesearch.search.workbench import Workbench
 from asesearch.study import directory
 from asesearch.study.difficulty import DifficultyMap
@@ -217,6 +219,39 @@ def test_damaged_elastic_weights_are_named_and_made_again(study, tmp_path, caplo
     again = warm_up(Workbench(study, tmp_path / "run"), tmp_path / "run").start.state_dict()
     assert f"{WEIGHTS} is damaged" in caplog.text
     assert all(torch.equal(again[k], before[k]) for k in before)
+
+
+@pytest.mark.parametrize("left", [b"", b"\x20\x00\x00\x00\x00\x00\x00\x00{}"])
+def test_damaged_checkpoints_of_trainings_are_named_and_begun_again(study, tmp_path, caplog, left):
+    """As a power cut leaves them."""
+    bench = Workbench(study, tmp_path / "run")
+    checkpoint = tmp_path / "run" / "elastic" / "training.safetensors"
+    checkpoint.parent.mkdir(parents=True)
+    checkpoint.write_bytes(left)
+    made = warm_up(bench, tmp_path / "run")
+    assert len(made.losses) == 4 and not checkpoint.exists()
+    assert f"{checkpoint} is damaged" in caplog.text
+    assert "the training begins again" in caplog.text
+    folder = tmp_path / "run" / "trials" / "3-1"
+    folder.mkdir(parents=True)
+    (folder / "training.safetensors").write_bytes(left)
+    bench.trials.start = made.start
+    tuned = bench.trials.tuned(ExitSchedule.from_string("3 1", 3), folder)
+    assert len(tuned.losses) == 3 and f"{folder / 'training.safetensors'} is damaged" in caplog.text
+
+
+def test_a_relative_storage_is_resumed_from_another_working_directory(study, tmp_path, monkeypatch):
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path)
+    how = study.search.model_copy(update={"storage": "sqlite:///trials.db", "num_trials": 1})
+    study = study.model_copy(update={"search": how})
+    whole_search(study, Path("run"))
+    more = study.search.model_copy(update={"num_trials": 2})
+    study = study.model_copy(update={"search": more})
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert SearchRun(study, Path("../run"), dry_run=True).plan.num_trials == 1
+    assert len(whole_search(study, Path("../run")).records) >= 2
+    assert not (tmp_path / "elsewhere" / "trials.db").exists()
 
 
 @pytest.mark.parametrize("batch_size", [4, 64])

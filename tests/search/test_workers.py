@@ -20,7 +20,7 @@ import torch
 from optuna.trial import TrialState
 
 from asesearch import locks
-from asesearch.errors import StudyError, TrainingDiverged
+from asesearch.errors import EvaluationError, StudyError, TrainingDiverged
 from asesearch.evaluation.cost import LatencyTable
 from asesearch.files import write_json
 from asesearch.locks import try_lock, waited_lock
@@ -708,6 +708,28 @@ def test_a_training_seed_that_diverges_is_on_record_and_stops_nothing(tmp_path, 
     assert set(table.loc[[c.number for c in points], "training_seeds"]) == {2}
     assert set(table.loc[[c.number for c in points], "failed_seeds"]) == {1}
     assert len(opinions.failed_seeds(study.results())) == len(points)
+
+
+def test_a_point_whose_images_fail_is_named_and_stops_nothing(tmp_path, no_weights, caplog):
+    study, bench = searched(tmp_path)
+    full, *points = select(study.results().front(), study.results().full, 3)
+    measured = bench.confirmed
+
+    def fail(net, point):
+        if point == points[0].point:
+            raise EvaluationError("12 of 50 images are not finite; lower the guidance")
+        return measured(net, point)
+
+    bench.confirmed = fail
+    made = confirm(study, bench)
+    numbers = [c.number for c in made]
+    assert numbers[0] == full.number and points[0].number not in numbers and len(numbers) > 1
+    told = f"trial {points[0].number} is not confirmed: 12 of 50 images are not finite"
+    assert told in caplog.text
+    caplog.clear()
+    before = len(paid(tmp_path))
+    assert confirm(study, bench) == made and len(paid(tmp_path)) == before  # not tried again
+    assert told in caplog.text
 
 
 def test_the_one_file_of_earlier_releases_is_read(tmp_path, no_weights):
