@@ -201,7 +201,7 @@ def _picked(
     """The point for a rule and its budgets; says where it is only the nearest."""
     from asesearch.study import pick as pick_point
     from asesearch.study import pick_nearest
-    from asesearch.study.picking import told_difference
+    from asesearch.study.picking import parse_budget, told_difference
 
     rule, quality, time = asked
     rule = "best-quality" if rule is None else rule
@@ -212,7 +212,8 @@ def _picked(
         record = pick_point(results, rule, quality, time, early_exit=early_exit)
     if shortfall:
         say(shortfall)
-    if quality is not None and (told := told_difference(results, record)):
+    relative = quality is not None and parse_budget(quality)[0] != "score"
+    if relative and (told := told_difference(results, record)):
         say(f"trial {record.number}: {told}")
     return record
 
