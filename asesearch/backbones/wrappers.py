@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from argparse import Namespace
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor
@@ -28,7 +28,23 @@ _ANCHOR = re.compile(
     r"|(?:transformer_blocks|joint_blocks|double_blocks)\.0\..+)$"
 )
 _USUAL = ("model", "state_dict", "model_state_dict", "net", "network", "nnet", "module", "weights")
-_EMA = re.compile(r"(?<![a-z])(?:ema|swa)(?![a-z]|_?sched)|shadow|averag", re.IGNORECASE)
+#: Where a word begins in a name such as modelEma or EMAModel.
+_CAMEL = re.compile(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])")
+_EMA = re.compile(
+    r"(?<![a-z])(?:ema|swa)(?![a-z]|_?sched)|shadow|averag|polyak"
+    r"|(?<![a-z])(?:ema|swa)(?:model|net|params|weights|state)"
+    r"|(?<![a-z])(?:model|net|params|weights)(?:ema|swa)(?![a-z])",
+    re.IGNORECASE,
+)
+#: A network's or its weights' name around `avg`, which else may be of a loss or a pooling.
+_NETWORK = (
+    r"(?:model|net(?:work)?|nnet|g|gen(?:erator)?|dit|u_?vit|params?|parameters|weights?|state"
+    r"|dict|sd|ckpt|checkpoint|[\d.])"
+)
+_AVG = re.compile(rf"(?:{_NETWORK}_?)+avg(?:_?{_NETWORK})*|avg(?:_?{_NETWORK})+", re.IGNORECASE)
+#: Weights that are not averaged, beside those that are: of ema-pytorch, and of Lightning, which
+#: saves the averaged ones in their place.
+_RAW = ("online_model", "current_model_state")
 #: The number of networks that PyTorch's AveragedModel took the mean of; the weights stand beside
 #: it, under `module.`.
 _COUNTER = "n_averaged"
@@ -88,8 +104,18 @@ class _Candidate:
 
     @property
     def is_ema(self) -> bool:
-        called = any(_EMA.search(part) for part in self.path) and "online_model" not in self.path
-        return called or self.averaged is not None
+        called = any(_says_average(part) or part.lower() == "avg" for part in self.path)
+        return (called and not self.is_raw) or self.averaged is not None
+
+    @property
+    def is_raw(self) -> bool:
+        return any(part in _RAW for part in self.path)
+
+    def is_like(self, state: Mapping[str, Tensor]) -> bool:
+        """Whether it might have been taken for these weights, and nothing says that it is raw."""
+        needed = {k: v.shape for k, v in state.items() if k != "pos_embed"}
+        fits = all(k in self.state and self.state[k].shape == s for k, s in needed.items())
+        return self.anchored and fits and not self.is_raw
 
     @property
     def is_usual(self) -> bool:
@@ -124,12 +150,24 @@ def find_weights(data: object) -> Weights:
             f"must hold a state dict of tensors; it holds {contents(data)}; save net.state_dict()"
         )
     ema = _one(averaged) if averaged else None
+    model = _one(plain) if plain else None
     if ema is None:
-        return _unaveraged(_one(plain), idle, _empty_averages(data))
-    if not plain or (model := _one(plain)).anchored != ema.anchored:
+        assert model is not None
+        weights = _unaveraged(model, idle, _empty_averages(data))
+    elif model is None or model.anchored != ema.anchored:
         began = f"nothing was averaged yet ({_COUNTER} is 0): the weights are those it began with"
-        return Weights(ema.state, ema.source, (began,) if ema.averaged is False else ())
-    return _complete(ema, model)
+        weights = Weights(ema.state, ema.source, (began,) if ema.averaged is False else ())
+    else:
+        weights = _complete(ema, model)
+    others = [c for c in found if c is not ema and c is not model and c.is_like(weights.state)]
+    if not others:
+        return weights
+    names = ", ".join(c.source for c in others[:6])
+    note = (
+        f"the weights are those of {weights.source}, and there are such weights in {names} too; if "
+        "others are meant, save them by themselves"
+    )
+    return replace(weights, notes=(*weights.notes, note))
 
 
 def _complete(ema: _Candidate, model: _Candidate) -> Weights:
@@ -196,8 +234,14 @@ def _candidates(data: object, path: tuple[str, ...], idle: bool = False) -> Iter
     waits = type(data.get(_COUNTER)) is int and data[_COUNTER] == 0  # as Lightning's callback
     for key, value in data.items():
         if not _NO_WEIGHTS.match(key):
-            inner_idle = idle or (waits and _EMA.search(key) is not None)
+            inner_idle = idle or (waits and _says_average(key))
             yield from _candidates(value, (*path, key), inner_idle)
+
+
+def _says_average(name: str) -> bool:
+    """Whether a name tells of averaged weights."""
+    words = _CAMEL.sub("_", name)
+    return bool(_EMA.search(words) or _AVG.fullmatch(words))
 
 
 def _counters(tensors: Mapping[str, Tensor]) -> dict[str, bool]:
@@ -269,14 +313,14 @@ def _seems_averaged(name: str, value: object) -> bool:
     alone is none."""
     if name == _COUNTER or (isinstance(value, Mapping) and set(value) == {_COUNTER}):
         return False
-    named = _EMA.search(name) and isinstance(value, Mapping | list | tuple | Tensor)
-    return bool(named) or (isinstance(value, Mapping) and _COUNTER in value)
+    named = _says_average(name) and isinstance(value, Mapping | list | tuple | Tensor)
+    return named or (isinstance(value, Mapping) and _COUNTER in value)
 
 
 def _nameless(data: object, path: tuple[str, ...]) -> str | None:
     """Where averaged weights are kept as a list of tensors."""
     if isinstance(data, list | tuple) and data and all(isinstance(v, Tensor) for v in data):
-        return ".".join(path) if any(_EMA.search(p) for p in path) else None
+        return ".".join(path) if any(_says_average(p) for p in path) else None
     if len(path) > _MAX_NESTING or not isinstance(data, Mapping | list | tuple):
         return None
     items = data.items() if isinstance(data, Mapping) else enumerate(data)

@@ -263,6 +263,54 @@ def test_an_average_of_nothing_alone_is_taken_and_said(tmp_path) -> None:
         assert any("nothing was averaged yet" in n for n in notes) == (count == 0)
 
 
+@pytest.mark.parametrize(
+    ("plain", "other", "taken"),
+    [
+        ("model", "modelEma", True),
+        ("net", "netEMA", True),
+        ("model", "EMAModel", True),
+        ("model", "emaParams", True),
+        ("model", "emamodel", True),
+        ("model", "avg_model", True),
+        ("model", "model_avg", True),
+        ("model", "avg_0.999", True),
+        ("model", "avg", True),
+        ("model", "polyak", True),
+        ("model", "teacher", False),
+        ("model", "schemaModel", False),
+        ("model", "emanated", False),
+        ("model", "avg_pool", False),
+    ],
+)
+def test_averaged_weights_under_other_names_are_taken_or_else_told_of(
+    tmp_path, caplog, plain: str, other: str, taken: bool
+) -> None:
+    net = random_dit().state_dict()
+    torch.save({plain: others(net), other: net}, tmp_path / "net.pt")
+    state, source = read_state_dict(tmp_path / "net.pt")
+    assert source == (other if taken else plain)
+    assert torch.equal(state["pos_embed"], net["pos_embed"] + (not taken))
+    load_backbone(
+        BackboneConfig(checkpoint=str(tmp_path / "net.pt"), args={"num_heads": 2, "num_classes": 3})
+    )
+    said = f"the weights are those of {plain}, and there are such weights in {other} too; if"
+    assert [said in r.getMessage() for r in caplog.records] == [True] * (not taken)
+
+
+@pytest.mark.parametrize(
+    "beside",
+    [
+        {"avg_loss": [torch.zeros(1)], "avg_pool": torch.zeros(2), "schema": {}, "avgModel": 3},
+        {"teacher": {"patch_embed.proj.weight": torch.zeros(16, 1, 2, 2)}},  # no such network
+    ],
+)
+def test_names_that_only_resemble_those_of_averages_say_nothing(tmp_path, beside: dict) -> None:
+    torch.save({"model": random_dit().state_dict(), **beside}, tmp_path / "net.pt")
+    info = inspect_checkpoint(tmp_path / "net.pt")
+    assert info.source == "model"
+    assert not [n for n in info.notes if "weights" in n]
+
+
 @pytest.mark.parametrize("wrap", [lambda s: prefixed(s, "_orig_mod.module."), averaged])
 def test_prefixes_of_a_u_vit_and_in_safetensors(tmp_path, wrap) -> None:
     net = UViT(img_size=8, patch_size=4, in_chans=1, embed_dim=16, depth=4, num_heads=2)
