@@ -27,7 +27,7 @@ from asesearch.backbones.conversion import diffusers_dit_args, diffusers_to_dit,
 from asesearch.backbones.dit import DiT
 from asesearch.backbones.exit_weights import EXITS, ExitWeights, share
 from asesearch.backbones.files import FORMAT, Contents, read_checkpoint, resolve
-from asesearch.backbones.finite import refuse_not_finite
+from asesearch.backbones.finite import refuse_not_finite, refuse_zero
 from asesearch.backbones.folders import class_name
 from asesearch.backbones.shapes import Architecture, from_shapes, uvit_preset
 from asesearch.backbones.uvit import UViT
@@ -218,8 +218,8 @@ def load_backbone(
     Raises:
         ConfigError: an unknown preset or argument, one that does not fit the weights, or heads that
             they don't tell, or tell otherwise.
-        CheckpointError: unreadable, of another kind, entries that do not fit the network, or
-            numbers that are not finite.
+        CheckpointError: unreadable, of another kind, entries that do not fit the network,
+            numbers that are not finite, or zeros where no training leaves them.
     """
     if config.kind == "diffusers":
         return _load_diffusers(config, null_condition)
@@ -348,6 +348,7 @@ def _fill(net: Backbone, state: dict[str, Tensor], where: str) -> None:
     refuse_mismatch(where, missing, unexpected, misshapen, "check preset and args in [backbone]")
     converted = {k: _float32(k, v, where) for k, v in state.items()}
     refuse_not_finite(converted, where)
+    refuse_zero(converted, where)
     net.load_state_dict(converted, assign=True)
 
 

@@ -16,7 +16,7 @@ from asesearch.backbones.block_exits import SPECS, BlockExits
 from asesearch.backbones.conditioning import Conditioning, prompt_of, repeat
 from asesearch.backbones.conversion import check_eps
 from asesearch.backbones.files import read_checkpoint
-from asesearch.backbones.finite import refuse_not_finite
+from asesearch.backbones.finite import refuse_not_finite, refuse_zero
 from asesearch.backbones.folders import (
     CONFIG,
     class_name,
@@ -267,6 +267,7 @@ def load_diffusers(
             f"the weights in {folder} must fit its config; got {bad}; save it again with diffusers"
         )
     refuse_not_finite(model.state_dict(), f"{folder} ({name})")
+    refuse_zero(model.state_dict(), f"{folder} ({name})")
     return DiffusersBackbone(model, null_condition)
 
 

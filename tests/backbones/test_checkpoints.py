@@ -1,6 +1,8 @@
 """From a checkpoint to the network it holds, and back."""
 
 import json
+import os
+import re
 import subprocess
 import sys
 
@@ -368,7 +370,7 @@ def test_dit_xl_2_of_true_size_loads_without_doubling_memory(tmp_path) -> None:
     """An official training state, 5.4 GB on disk of which the EMA is used."""
     with torch.device("meta"):
         shapes = {k: v.shape for k, v in DiT.from_preset("DiT-XL/2").state_dict().items()}
-    ema = {k: torch.zeros(s) for k, s in shapes.items()}
+    ema = {k: torch.ones(s) for k, s in shapes.items()}  # zeros would be refused
     ema["blocks.27.mlp.fc2.bias"][5] = 3.25
     torch.save(
         {"model": {k: torch.zeros(s) for k, s in shapes.items()}, "ema": ema}, tmp_path / "xl.pt"
@@ -445,6 +447,70 @@ def test_quantised_weights_are_refused(tmp_path) -> None:
         match=r"got blocks\.0\.mlp\.fc1\.weight of int8, as quantised networks have",
     ):
         load("dit", tmp_path / "net.pt", args={"num_heads": 2})
+
+
+@pytest.mark.parametrize("kind", ["dit", "uvit"])
+def test_a_file_whose_end_is_zeros_is_refused(tmp_path, kind: str) -> None:
+    path = tmp_path / "net.safetensors"
+    net = DiT(**DIT) if kind == "dit" else UViT(**UVIT)
+    save_file(net.state_dict(), path)  # official zeros, as those of DiT's last layer, are none
+    assert equal(load(kind, path, args={"num_heads": 2}), net)
+    size = path.stat().st_size
+    with safe_open(path, "pt") as file:
+        last = file.get_tensor(max(file.keys()))
+    os.truncate(path, size - 4 * last.numel() - 4 * 512)
+    os.truncate(path, size)
+    lost = {
+        "dit": r"x_embedder\.proj\.weight",
+        "uvit": r"patch_embed\.proj\.weight",
+    }[kind]
+    with pytest.raises(
+        CheckpointError,
+        match=rf"nothing but zeros in {lost}, as an unfinished download leaves it; download it",
+    ):
+        load(kind, path, args={"num_heads": 2})
+
+
+@pytest.mark.parametrize(
+    ("name", "refused"),
+    [
+        ("blocks.0.attn.qkv.weight", True),
+        ("blocks.1.mlp.fc2.weight", True),
+        ("blocks.1.attn.proj.weight", False),
+        ("blocks.1.mlp.fc2.bias", False),
+        ("y_embedder.embedding_table.weight", False),
+        ("pos_embed", False),
+    ],
+)
+def test_only_weights_that_no_training_makes_zero_are_refused(
+    tmp_path, name: str, refused: bool
+) -> None:
+    state = DiT(**DIT).state_dict()
+    state[name].zero_()
+    save_file(state, tmp_path / "net.safetensors")
+    if refused:
+        with pytest.raises(CheckpointError, match=f"nothing but zeros in {re.escape(name)}, as"):
+            load("dit", tmp_path / "net.safetensors", args={"num_heads": 2})
+        state[name].view(-1)[-1] = 1e-3
+        save_file(state, tmp_path / "net.safetensors")
+    assert load("dit", tmp_path / "net.safetensors", args={"num_heads": 2}).depth == 2
+
+
+def test_a_diffusers_folder_with_weights_of_zeros_is_refused_as_either_kind(tmp_path) -> None:
+    from diffusers import DiTTransformer2DModel
+
+    model = DiTTransformer2DModel(
+        **TINY_DIFFUSERS, out_channels=8, num_layers=1, num_embeds_ada_norm=3
+    )
+    model.save_pretrained(tmp_path)
+    load("diffusers", tmp_path)
+    for lost in (model.pos_embed.proj, model.transformer_blocks[0].ff.net[2]):
+        lost.weight.data.zero_()
+    model.save_pretrained(tmp_path)
+    with pytest.raises(CheckpointError, match=r"zeros in pos_embed\.proj\.weight, .*ff\.net\.2\."):
+        load("diffusers", tmp_path)
+    with pytest.raises(CheckpointError, match=r"zeros in .*x_embedder\.proj\.weight"):
+        load("dit", tmp_path)
 
 
 def test_a_diffusers_folder_that_is_not_finite_is_refused_as_either_kind(tmp_path) -> None:

@@ -176,10 +176,8 @@ def test_any_number_of_hidden_units(tmp_path, hidden: int) -> None:
     net = DiT(**SMALL, num_classes=3)
     state = net.state_dict()
     for name in ("fc1.weight", "fc1.bias"):
-        state[f"blocks.0.mlp.{name}"] = torch.zeros(
-            hidden, *state[f"blocks.0.mlp.{name}"].shape[1:]
-        )
-    state["blocks.0.mlp.fc2.weight"] = torch.zeros(16, hidden)
+        state[f"blocks.0.mlp.{name}"] = torch.ones(hidden, *state[f"blocks.0.mlp.{name}"].shape[1:])
+    state["blocks.0.mlp.fc2.weight"] = torch.ones(16, hidden)
     torch.save(state, tmp_path / "net.pt")
     assert load(tmp_path / "net.pt", num_heads=2).blocks[0].mlp.fc1.out_features == hidden
 
