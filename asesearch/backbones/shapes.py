@@ -178,7 +178,10 @@ def _uvit_args(shapes: Shapes) -> dict[str, Any]:
 def _label_rows(kind: str, shapes: Shapes) -> int:
     """Rows of the label embedding; -1 for a network without."""
     if kind == "dit":
-        return shapes["y_embedder.embedding_table.weight"][0]
+        rows = shapes["y_embedder.embedding_table.weight"][0]
+        if rows == 0:
+            raise ValueError("y_embedder.embedding_table.weight has no rows")
+        return rows
     return shapes.get("label_emb.weight", (-1,))[0]
 
 
@@ -243,6 +246,12 @@ def _dit_labels(
     unsure = ""
     if classes is None and dropout is not None:
         classes = rows - (dropout > 0)
+        if classes < 1:
+            raise ConfigError(
+                f"the one label embedding in {contents.path} is that of num_classes = 1 (no null "
+                f"label); got class_dropout_prob = {dropout} in [backbone], which needs a null "
+                "label; leave it out"
+            )
     if classes is None:
         classes, unsure = _told_classes(rows, contents.options)
     null = rows - classes

@@ -261,7 +261,13 @@ def test_labels_by_the_options_of_the_training(
         ),
         (11, {"num_classes": 12}, "got 12"),
         (1, {"num_classes": 2}, r"num_classes = 1 \(no null label\); got 2"),
-        (1, {"class_dropout_prob": 0.1}, "got 0"),
+        (
+            1,
+            {"class_dropout_prob": 0.1},
+            r"num_classes = 1 \(no null label\); got class_dropout_prob = 0\.1 in \[backbone\], "
+            "which needs a null label; leave it out",
+        ),
+        (1, {"class_dropout_prob": 0.1, "num_classes": 2}, "got 2 in .*; correct args.num_classes"),
         (
             11,
             {"num_classes": 11, "class_dropout_prob": 0.1},
@@ -280,6 +286,16 @@ def test_labels_that_do_not_fit_are_refused(tmp_path, rows: int, args: dict, rul
     )
     with pytest.raises(ConfigError, match=rule):
         load(tmp_path / "net.pt", num_heads=2, **args)
+
+
+def test_labels_without_a_row_are_refused(tmp_path) -> None:
+    state = DiT(**SMALL, num_classes=1, class_dropout_prob=0.0).state_dict()
+    table = "y_embedder.embedding_table.weight"
+    torch.save({**state, table: state[table][:0]}, tmp_path / "net.pt")
+    with pytest.raises(CheckpointError, match=rf"missing or misshapen: {table} has no rows"):
+        load(tmp_path / "net.pt", num_heads=2)
+    torch.save(state, tmp_path / "net.pt")  # the control: one row is enough
+    assert load(tmp_path / "net.pt", num_heads=2, class_dropout_prob=0.0).num_classes == 1
 
 
 UVIT = {"img_size": 8, "patch_size": 4, "in_chans": 1, "embed_dim": 16, "depth": 2, "num_heads": 2}
