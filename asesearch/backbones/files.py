@@ -22,10 +22,10 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from asesearch.backbones.folders import find_folder, read_config, weight_files
-from asesearch.backbones.foreign import foreign
 from asesearch.backbones.wrappers import NoWeightsError, find_weights, training_options
 from asesearch.errors import CheckpointError, ConfigError
 from asesearch.files import check_utf8
+from asesearch.foreign import foreign
 
 FORMAT = "asesearch.backbone"  # in the metadata of the files we write
 SHIPPED = "shipped:"

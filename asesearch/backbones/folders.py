@@ -12,9 +12,9 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from asesearch.backbones.foreign import foreign
 from asesearch.errors import CheckpointError
 from asesearch.files import has_mark, loads, read_text
+from asesearch.foreign import foreign
 
 CONFIG = "config.json"
 WEIGHTS = "diffusion_pytorch_model"

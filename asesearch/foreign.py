@@ -1,4 +1,5 @@
-"""What a file is that is not the checkpoint it should be, in words, with what to do about it."""
+"""What a file is that is not the checkpoint, image or database it should be, in words, with what
+to do about it."""
 
 from __future__ import annotations
 
@@ -30,6 +31,8 @@ _OTHER = {
 }
 _CONVERT = "convert it, or give the checkpoint that PyTorch wrote (.pt, .pth or .safetensors)"
 _AGAIN = "download it again"
+#: The fix of a file that was not fetched, whatever it is to be.
+PULL = "run `git lfs pull` in its repository"
 
 
 def foreign(path: Path, plain_text: bool = True) -> str | None:
@@ -65,7 +68,7 @@ def foreign(path: Path, plain_text: bool = True) -> str | None:
 def _lfs_pointer(head: bytes) -> str:
     found = re.search(rb"^size (\d+)", head, re.MULTILINE)
     meant = f", whose {int(found[1]):,} bytes were not fetched" if found else ""
-    return f"is a Git LFS pointer to the file{meant}; run `git lfs pull` in its repository"
+    return f"is a Git LFS pointer to the file{meant}; {PULL}"
 
 
 def _zip(path: Path, size: int) -> str | None:
