@@ -55,6 +55,11 @@ def names(folder):
         "lost+found",
         "$RECYCLE.BIN",
         "@Recycle",
+        "~snapshot",
+        "@SynoEAStream",
+        "@__thumb",
+        "RECYCLED",
+        "_gsdata_",
     ],
 )
 @pytest.mark.parametrize("where", ["", "ant/", "cat/deep/"])
