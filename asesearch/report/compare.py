@@ -55,7 +55,8 @@ def compare(
             study searched with several seeds is one method with repeats.
 
     Raises:
-        ConfigError: fewer than two studies, or another number of groups.
+        ConfigError: fewer than two studies, another number of groups, or a group's name that is not
+            UTF-8.
         EvaluationError: the studies were measured in different ways; names the field and both
             values.
         StudyError: a study has no score, or `out_dir` holds something else.

@@ -154,7 +154,8 @@ def compare_results(
         groups: of each study the group that it is a repeat in; default: its name.
 
     Raises:
-        ConfigError: fewer than two studies, or another number of groups.
+        ConfigError: fewer than two studies, another number of groups, or a group's name that is not
+            UTF-8.
         EvaluationError: the studies were measured in different ways; names the field and both
             values.
         StudyError: a study has no score.
@@ -166,6 +167,9 @@ def compare_results(
             f"one group per study is needed, in the same order; got {len(groups)} for "
             f"{len(results)} studies; give --group once for each"
         )
+    for group in groups or ():
+        if any("\ud800" <= c <= "\udfff" for c in group):
+            raise ConfigError(f"a group's name must be UTF-8; got {group!r}; give it another")
     kind: tables.Kind = "confirmed" if all(r.confirmations for r in results) else "search"
     names = _names(results)
     protocol = _one_protocol(results, names, kind)

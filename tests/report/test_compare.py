@@ -179,6 +179,12 @@ def test_a_time_that_can_be_told_apart_wins(three):
     assert comparison.TIMES in set(found["verdict"])
 
 
+def test_a_group_that_no_file_can_name_is_refused_before_anything_is_written(three, tmp_path):
+    with pytest.raises(ConfigError, match=r"group's name must be UTF-8; got 'x\\udce9'; give"):
+        compare(three[:2], tmp_path / "page", ["x\udce9", "b"])
+    assert not any(tmp_path.iterdir())
+
+
 def test_one_repeat_of_the_evaluation_names_no_winner(study):
     one = study(8, repeats=1, failed=())
     found = compare_results([one, shifted(one, 0.5)])
