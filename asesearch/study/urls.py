@@ -29,6 +29,8 @@ def parse_url(text: str) -> URL:
     Raises:
         StudyError: not a URL, a database in memory, or one without a driver here.
     """
+    if any("\ud800" <= c <= "\udfff" for c in text):  # `check_utf8` would show a password
+        raise StudyError(f"a storage URL must be UTF-8; got {masked(text)!r}; correct it")
     url = raw_url(text)
     if "@" in (url.host or ""):
         raise StudyError(
