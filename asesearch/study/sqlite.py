@@ -13,6 +13,9 @@ from urllib.parse import quote, unquote
 
 from sqlalchemy.engine import URL
 
+from asesearch.foreign import PULL, foreign
+from asesearch.study.directory import DATABASE, STUDY
+
 _SIDE_FILES = ("-journal", "-wal")  # writes that are not in the file itself yet
 
 
@@ -109,9 +112,13 @@ def why_unusable(url: URL, reason: str) -> str | None:
     path = location(url)
     if path is None:
         return None
-    if path.is_file() and "not a database" in reason:
+    foreign_file = path.is_file() and "not a database" in reason
+    if foreign_file and (told := foreign(path)) is not None and told.endswith(PULL):
+        return f"{path} {told}"
+    own = path.name == DATABASE and (path.parent / STUDY).is_file()
+    if foreign_file and not own:
         return f"{path} is no SQLite database; name another file"
-    if path.is_file() and "malformed" in reason:
+    if foreign_file or (path.is_file() and "malformed" in reason):
         return (
             f"{path} is damaged, so its trials can't be read; restore it from a copy, or search "
             "into another directory (--out)"

@@ -17,6 +17,8 @@ from asesearch.study.urls import parse_url
 from tests.search.fake_search import FakeBench, make_config
 from tests.study.test_storage import snapshot
 
+LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:ab\nsize 2700\n"
+
 
 def refused(url, run_dir):
     with pytest.raises(StudyError) as caught:
@@ -76,6 +78,13 @@ def test_parameters_of_a_url_that_its_driver_does_not_take(parameters, why):
     assert parse_url("sqlite:////a/s.db?timeout=3").query == {"timeout": "3"}
 
 
+def test_a_url_that_is_not_utf_8_is_refused_without_its_password():
+    for url in ("sqlite:///\udce9.db", "postgresql://u:s3cret\udce9@host/db"):
+        with pytest.raises(StudyError, match="a storage URL must be UTF-8; got .*; correct") as no:
+            parse_url(url)
+        assert "s3cret" not in str(no.value) and str(no.value).isprintable()
+
+
 def test_a_study_saved_by_an_editor_with_a_byte_order_mark_is_read(tmp_path):
     config = begun(tmp_path)
     path = tmp_path / "study.json"
@@ -99,6 +108,20 @@ def test_what_was_lost_or_damaged_is_named(tmp_path):
     for use in (lambda: check_to_search(config, tmp_path), lambda: Study.open(tmp_path)):
         with pytest.raises(StudyError, match=r"study\.json was lost.*restore it from a copy"):
             use()
+
+
+def test_a_studys_own_database_that_is_none_any_more_is_not_another_file(tmp_path):
+    begun(tmp_path)
+    for content, why in (
+        (bytes(9000), r"study\.db is damaged, .*; restore it from a copy, or search into another"),
+        (
+            LFS,
+            r"study\.db is a Git LFS pointer .* 2,700 bytes were not fetched; run `git lfs pull`",
+        ),
+    ):
+        (tmp_path / "study.db").write_bytes(content)
+        with pytest.raises(StudyError, match=why):
+            Study.open(tmp_path)
 
 
 def test_weights_that_may_not_be_read_are_not_called_damaged(tmp_path, monkeypatch):
