@@ -12,7 +12,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from asesearch.errors import CheckpointError
-from asesearch.files import file_sha256, once
+from asesearch.files import check_utf8, file_sha256, once
 
 MANIFEST = "bundle.json"
 MAX_BYTES = 1 << 24  # of a manifest; those of real studies have a few thousand
@@ -25,8 +25,10 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     """What the folder's manifest says; `format` and `files` are there and are text and a table.
 
     Raises:
-        CheckpointError: none there, or no strict JSON: damaged, a key twice, a number that is none.
+        CheckpointError: none there, or no strict JSON: damaged, a key twice, a number that is none;
+            or a path at which safetensors could open none of its files.
     """
+    check_utf8(folder.absolute(), "a bundle", CheckpointError)
     path = folder / MANIFEST
     try:
         if path.stat().st_size > MAX_BYTES:

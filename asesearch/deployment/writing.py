@@ -20,7 +20,7 @@ from asesearch.deployment.bundle import FILES, FORMAT, VERSION, Bundle
 from asesearch.deployment.manifest import MANIFEST, file_entries
 from asesearch.deployment.parity import make_parity, parity_count
 from asesearch.errors import CheckpointError
-from asesearch.files import check_writable, remove_stale
+from asesearch.files import check_utf8, check_writable, remove_stale
 
 # behind a bundle's name and the process: a new one that is not finished, and the one it replaces
 PART = ".part"
@@ -97,10 +97,12 @@ def check_bundle_dir(folder: Path, *, overwrite: bool = False) -> None:
     killed process had set aside to overwrite it is put back first.
 
     Raises:
-        CheckpointError: it exists (and `overwrite` is not set), or holds something else.
+        CheckpointError: it exists (and `overwrite` is not set), holds something else, or its path
+            is not UTF-8.
         WriteError: it can't be written.
     """
     folder = Path(folder)
+    check_utf8(folder.absolute(), "a bundle", CheckpointError)
     with suppress(OSError):
         _put_back(folder)
     if os.path.lexists(folder):

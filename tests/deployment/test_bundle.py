@@ -316,6 +316,16 @@ def test_a_process_that_dies_while_it_overwrites_loses_no_bundle(bundle, folder)
     assert [path.name.endswith(PART) for path in left] == [True]  # removed after a day
 
 
+def test_a_path_that_is_not_utf_8_is_refused_before_any_work(bundle, folder):
+    bad = folder.with_name("B\udce9")
+    folder.rename(bad)
+    for use in (load_bundle, check_bundle_dir, lambda path: write_bundle(bundle, path)):
+        with pytest.raises(CheckpointError, match="path of a bundle must be UTF-8; .* rename it"):
+            use(bad)
+    (only,) = verify(bad, speed=False)
+    assert not only.passed and "must be UTF-8" in only.found
+
+
 def test_a_schedule_for_another_network_is_refused(bundle, tmp_path):
     wrong = Bundle(
         bundle.backbone, ExitSchedule.full(5), "dit", bundle.diffusion, bundle.sampling, {}, {}
