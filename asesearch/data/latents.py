@@ -88,16 +88,25 @@ class Index:
         """
         path = folder / INDEX
         try:
-            data = loads(path.read_text(encoding="utf-8-sig"))
+            text = path.read_text(encoding="utf-8-sig")
+            if not text.strip("\0"):
+                raise DataError(
+                    f"{path} is empty, as a power cut may leave it; remove {folder} and encode "
+                    "again, or into another folder (asesearch latents: --out)"
+                )
+            data = loads(text)
             if data["version"] == FORMAT_VERSION:
                 return cls(**data)._checked()
+        except DataError:  # a ValueError
+            raise
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise DataError(
-                f"can't read the index of latents {path}: {error}; check the path, or encode again"
+                f"can't read the index of latents {path}: {error}; check the path, or encode again "
+                "into another folder"
             ) from error
         raise DataError(
             f"{path} has version {data['version']!r}; this release reads {FORMAT_VERSION}; encode "
-            "the images again"
+            "the images again, into another folder"
         )
 
     def _checked(self) -> Index:
