@@ -453,7 +453,9 @@ def test_an_array_of_another_shape_or_type_is_refused(encoded, tmp_path):
         ("{}", "can't read"),
         ('{"version": 2}', "version 2"),
         ('{"version": 1}', "can't read"),
-        ("[" * 100_000, "can't read .*nested too deep"),
+        ("[" * 100_000, "can't read .*nested too deep.* encode again into another folder"),
+        ("", r"index\.json is empty, as a power cut may leave it; remove .* --out"),
+        ("\0" * 40, r"index\.json is empty, as a power cut may leave it; remove .* --out"),
     ],
 )
 def test_a_damaged_index_is_refused(tmp_path, text, rule):
@@ -565,6 +567,21 @@ def spoil_decoder(path):
     save_file(state, path / "diffusion_pytorch_model.safetensors")
 
 
+def web_page(path):
+    page = "<!doctype html><title>Sign in</title>"
+    (path / "diffusion_pytorch_model.safetensors").write_text(page)
+
+
+def empty_weights(path):
+    (path / "diffusion_pytorch_model.safetensors").write_bytes(b"")
+    (path / "._diffusion_pytorch_model.safetensors").write_text("<html></html>")  # as of a Mac
+
+
+def not_fetched(path):
+    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:ab\nsize 2700\n"
+    (path / "diffusion_pytorch_model.safetensors").write_text(pointer)
+
+
 def damage_config(path):
     (path / "config.json").write_text("{")
 
@@ -585,6 +602,9 @@ def another_class(path):
             spoil_decoder,
             r"/vae .*finite numbers; got NaN or .*: 1 of \d+ in decoder.conv_in.weight",
         ),
+        (web_page, r"model\.safetensors is a web page \('Sign in'\); download the file itself"),
+        (empty_weights, r"/diffusion_pytorch_model\.safetensors is empty; download it again"),
+        (not_fetched, r"model\.safetensors is a Git LFS pointer .*; run `git lfs pull`"),
         (damage_config, "config.json is not readable JSON"),
         (another_class, "must be an AutoencoderKL; got VQModel"),
     ],
@@ -593,6 +613,12 @@ def test_a_damaged_vae_is_refused(vae_path, tmp_path, damage, rule):
     damage(shutil.copytree(vae_path, tmp_path / "vae"))
     with pytest.raises(CheckpointError, match=rule):
         LatentDecoder(tmp_path / "vae")
+
+
+def test_a_vae_at_a_path_that_is_not_utf_8_is_refused(vae_path, tmp_path):
+    bad = shutil.copytree(vae_path, tmp_path / "v\udce9")
+    with pytest.raises(CheckpointError, match="path of weights must be UTF-8; .* rename it"):
+        LatentDecoder(bad)
 
 
 # -- decoding --------------------------------------------------------------------------------------

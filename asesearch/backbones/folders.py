@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from asesearch.errors import CheckpointError
-from asesearch.files import has_mark, loads, read_text
+from asesearch.files import check_utf8, has_mark, loads, read_text
 from asesearch.foreign import foreign
 
 CONFIG = "config.json"
@@ -214,8 +214,9 @@ def load_pretrained(
         `unexpected_keys`, `mismatched_keys`; those without entries are left out.
 
     Raises:
-        CheckpointError: unreadable, or not safetensors.
+        CheckpointError: unreadable, or not safetensors; or a path that is not UTF-8.
     """
+    check_utf8(folder, "weights", CheckpointError)
     for index in folder.glob("*.safetensors.index.json"):
         _refuse_doubled(folder, [name for name in _shards(index) if (folder / name).is_file()])
     try:
@@ -228,6 +229,10 @@ def load_pretrained(
                 **options,
             )
     except Exception as error:  # of damaged files it raises anything
+        for path in sorted(folder.glob("[!.]*.safetensors")):
+            with suppress(OSError):
+                if (told := foreign(path, plain_text=False)) is not None:
+                    raise CheckpointError(f"{path} {told}") from error
         reason = " ".join(str(error).split())[:300]
         fix = _naming_fix(folder) or "fetch it again, or save it with save_pretrained"
         for path in (folder / CONFIG, *folder.glob("*.safetensors.index.json")):
