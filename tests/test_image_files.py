@@ -364,17 +364,34 @@ def test_all_damaged_images_are_listed_at_once(some_damaged):
         "3 of 12 images",
         *DAMAGED,
         "truncated",
-        "no image that Pillow knows",
+        "it is a web page",
         "skip_damaged = true",
     ):
         assert part in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
+def test_images_that_git_lfs_did_not_fetch_are_not_damaged(some_damaged):
+    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:ab\nsize 2700\n"
+    (some_damaged / "dog" / "4.jpg").write_text(pointer)
+    why = r"read: dog/4\.jpg \(it is a Git LFS pointer .* run `git lfs pull` in its repository$"
+    for use in (
+        lambda: ImageFolder(some_damaged, 16).check(),
+        lambda: ImageFolder(some_damaged, 16, skip_damaged=True),
+    ):
+        with pytest.raises(DataError, match=why):
+            use()
+    folder = ImageFolder(some_damaged, 16)
+    with pytest.raises(DataError, match=r"4\.jpg: it is a Git LFS .*; run `git lfs pull` in its"):
+        folder.read(folder.files.index(some_damaged / "dog" / "4.jpg"))
+
+
 def test_of_many_the_first_are_named_and_the_rest_counted(tmp_path):
     for i in range(9):
         (tmp_path / f"{i}.png").write_bytes(b"")
-    with pytest.raises(DataError, match=r"9 of 9 images.*0\.png.*1\.png.*2\.png.* and 6 more"):
+    with pytest.raises(
+        DataError, match=r"9 of 9 images.*0\.png \(it is empty\).*1\.png.*2\.png.* and 6 more"
+    ):
         ImageFolder(tmp_path, 8).check()
 
 

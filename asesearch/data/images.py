@@ -116,9 +116,7 @@ class ImageFolder:
         if not faults:
             return
         if not all(fault.reachable for fault in faults.values()):
-            raise DataError(
-                self._faults_text({n: str(f) for n, f in faults.items() if not f.reachable})
-            )
+            raise DataError(self._faults_text({n: f for n, f in faults.items() if not f.reachable}))
         kept = [f for f in self._listed if f.name not in faults]
         bare = sorted(set(folders) - {f.name.split("/", 1)[0] for f in kept})
         if bare or not kept:
@@ -155,14 +153,20 @@ class ImageFolder:
         Raises:
             DataError: some can't be; how many, and which come first.
         """
-        if faults := self.damaged():
+        if faults := find_unreadable(self.root, self._listed):
             raise DataError(self._faults_text(faults))
 
-    def _faults_text(self, faults: dict[str, str]) -> str:
+    def _faults_text(self, faults: dict[str, UnreadableImage]) -> str:
+        """What is wrong, those first that have a fix of their own, which is then the one told."""
+        shown = sorted(faults.items(), key=lambda item: not item[1].fix)
+        reasons = _reasons({name: str(fault) for name, fault in shown})
+        count = f"{len(faults):,} of {len(self._listed):,}"
+        if fix := shown[0][1].fix:
+            return f"{count} images in {printable(self.root)} can't be read: {reasons}; {fix}"
         return (
-            f"{len(faults):,} of {len(self._listed):,} images in {printable(self.root)} can't be "
-            f"read: {_reasons(faults)}; replace or remove them, or leave out what is damaged with "
-            "skip_damaged = true in the data section (or asesearch latents: --skip-damaged)"
+            f"{count} images in {printable(self.root)} can't be read: {reasons}; replace or remove "
+            "them, or leave out what is damaged with skip_damaged = true in the data section (or "
+            "asesearch latents: --skip-damaged)"
         )
 
     def read(self, index: int) -> npt.NDArray[np.uint8]:
@@ -172,7 +176,8 @@ class ImageFolder:
             pixels = read_pixels(path, self.shape[1], self.channels)  # (H, W, C)
         except UnreadableImage as error:
             raise DataError(
-                f"can't read the image {printable(path)}: {error}; replace or remove it"
+                f"can't read the image {printable(path)}: {error}; "
+                f"{error.fix or 'replace or remove it'}"
             ) from error
         return pixels.transpose(2, 0, 1)  # (C, H, W)
 

@@ -13,6 +13,7 @@ import numpy.typing as npt
 from PIL import ExifTags, Image, ImageFile, UnidentifiedImageError
 
 from asesearch.files import replacing
+from asesearch.foreign import PULL, foreign
 
 #: How pixels are turned for each EXIF orientation but the upright one.
 ORIENTATIONS = {
@@ -35,11 +36,12 @@ MARGIN = 8  # pixels beside a crop that the bicubic filter may look at: at most 
 
 class UnreadableImage(Exception):
     """An image can't be read, and why; `reachable` is False where the file itself can't, whatever
-    it may hold."""
+    it may hold, and `fix` is what to do about that where it is known."""
 
-    def __init__(self, reason: str, reachable: bool = True) -> None:
+    def __init__(self, reason: str, reachable: bool = True, fix: str = "") -> None:
         super().__init__(reason)
         self.reachable = reachable
+        self.fix = fix
 
 
 @contextmanager
@@ -51,7 +53,7 @@ def _opened(path: Path) -> Iterator[ImageFile.ImageFile]:
     except UnreadableImage:
         raise
     except UnidentifiedImageError as error:
-        raise UnreadableImage("no image that Pillow knows, by its content") from error
+        raise _unidentified(path) from error
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise UnreadableImage(f"too large: {str(error).split(', could')[0]}; shrink it") from error
     except OSError as error:
@@ -60,6 +62,16 @@ def _opened(path: Path) -> Iterator[ImageFile.ImageFile]:
         ) from error
     except Exception as error:
         raise UnreadableImage(str(error) or type(error).__name__) from error
+
+
+def _unidentified(path: Path) -> UnreadableImage:
+    """What a file is that Pillow does not know; one that Git LFS did not fetch is not damaged."""
+    what, _, fix = (foreign(path) or "").rpartition("; ")
+    if fix == PULL:
+        return UnreadableImage(f"it {what}", reachable=False, fix=PULL)
+    if not what or what.endswith(" image"):  # the head of one
+        return UnreadableImage("no image that Pillow knows, by its content")
+    return UnreadableImage(f"it {what}")
 
 
 def read_pixels(path: Path, size: int, channels: int) -> npt.NDArray[np.uint8]:
