@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -32,6 +32,7 @@ from asesearch.errors import AseSearchError, EvaluationError, is_out_of_memory
 from asesearch.evaluation.fashion_cnn import FashionCNN
 from asesearch.evaluation.fashion_vit import FashionViT
 from asesearch.files import file_sha256
+from asesearch.foreign import foreign
 
 INCEPTION = "inception-v3-compat"
 INCEPTION_FILE = URL_INCEPTION_V3.rsplit("/", 1)[-1]
@@ -275,14 +276,28 @@ def _one_line_errors(name: str, path: Path | None) -> Iterator[None]:
             raise
         own = ":" in name
         source = "" if own and path is None else f" from {'its download' if path is None else path}"
-        fix = "correct its class, or " if own else ""
-        fix += "give a file with its weights as extractor_weights (of confirm.also: in a table, "
+        fix = "give a file with its weights as extractor_weights (of confirm.also: in a table, "
         fix += "name = file)"
+        if path is not None:
+            what, told = _foreign(path)
+            source += what and f", which {what}"
+            kind = ", in safetensors" if name in SHIPPED_CLASSIFIERS else ""
+            fix = told or f"give the file of this network's own weights{kind}"
+        fix = f"correct its class, or {fix}" if own else fix
         if name in DINOV2:
             fix = _from_hub(name)
         raise EvaluationError(
             f"can't load the extractor {name}{source}: {_reason(error)}; {fix}"
         ) from error
+
+
+def _foreign(path: Path) -> tuple[str, str]:
+    """What a file of weights is that is none, and what to do about it; empty where it may be
+    one."""
+    with suppress(OSError):
+        what, _, fix = (foreign(path, plain_text=False) or "").rpartition("; ")
+        return what, fix
+    return "", ""
 
 
 def _from_hub(name: str) -> str:
@@ -307,11 +322,12 @@ def _inception_weights(name: str, path: Path | None) -> Path:
     if name == INCEPTION:
         found = file_sha256(path)
         if not found.startswith(INCEPTION_SHA256_PREFIX):
+            what = _foreign(path)[0]
+            what = f"which {what}" if what else "damaged or other weights"
             raise EvaluationError(
                 f"the extractor {INCEPTION} needs {INCEPTION_FILE} (SHA-256 "
-                f"{INCEPTION_SHA256_PREFIX}…); got {path} ({found[:8]}…), damaged or other "
-                f"weights; fetch it again from {URL_INCEPTION_V3}, or register other weights under "
-                "another name"
+                f"{INCEPTION_SHA256_PREFIX}…); got {path} ({found[:8]}…), {what}; fetch "
+                f"it again from {URL_INCEPTION_V3}, or register other weights under another name"
             )
     # refuses code before torch-fidelity unpickles it
     torch.load(path, map_location="cpu", weights_only=True)

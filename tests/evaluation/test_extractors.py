@@ -388,6 +388,20 @@ def test_weights_that_are_not_inceptions_are_refused_before_they_are_unpickled(
         make_extractor("inception-v3-compat", tmp_path / "absent.pth")
 
 
+def test_weights_that_are_something_else_are_told_what_they_are(tmp_path):
+    pointer, pickled = tmp_path / "lfs.safetensors", tmp_path / "net.pt"
+    pointer.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:ab\nsize 2700\n")
+    torch.save({}, pickled)
+    for name, path, why in (
+        ("fashion-cnn", pointer, r"which is a Git LFS pointer .*; run `git lfs pull` in its"),
+        ("fashion-cnn", pickled, r"net\.pt: .*; give the file of this .* weights, in safetensors"),
+        ("inception-v3-compat", pointer, r"which is a Git LFS pointer .*; fetch it again from"),
+    ):
+        with pytest.raises(EvaluationError, match=why) as caught:
+            make_extractor(name, path)
+        assert "extractor_weights" not in str(caught.value)
+
+
 def test_a_pickle_that_carries_code_is_refused(tmp_path):
     register_extractor("my-inception", torch_fidelity.FeatureExtractorInceptionV3)
     torch.save({"fc.bias": Truncated}, tmp_path / "code.pth")
