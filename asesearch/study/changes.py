@@ -50,7 +50,8 @@ def start_over(run_dir: Path, why: str) -> None:
         )
     say_once(f"{run_dir}: nothing was on record yet, so the study begins again {why}")
     names = (directory.INPUTS, directory.LATENCY, directory.WARM_UP)
-    for path in (*(run_dir / name for name in names), *run_dir.glob("latency-*.json")):
+    further = directory.listed(run_dir, "latency-*.json")
+    for path in (*(run_dir / name for name in names), *further):
         path.unlink(missing_ok=True)
     shutil.rmtree(run_dir / directory.TRIALS, ignore_errors=True)
 
@@ -103,7 +104,7 @@ def other_inputs(study: optuna.Study, run_dir: Path, identity: dict[str, Any]) -
 def is_in_use(run_dir: Path) -> bool:
     """Whether a living process holds any lock of the study directory, other than to open it."""
     for folder in (run_dir, run_dir / directory.LOCKS, run_dir / directory.WORKERS):
-        for path in folder.glob("*.lock"):
+        for path in directory.listed(folder, "*.lock"):
             with try_lock(path) as free:
                 if not free and path.name != directory.OPENING_LOCK:
                     return True

@@ -14,6 +14,9 @@ def confirmation_files(run_dir: Path) -> list[tuple[Path, dict[str, Any]]]:
     under "failed" why a trial can't be confirmed, by its number.
 
     A damaged one is left out, so that its points are confirmed again.
+
+    Raises:
+        StudyError: a file, or the folder of them, can't be read.
     """
 
     def parse(data: dict[str, Any]) -> dict[str, Any]:
@@ -22,7 +25,7 @@ def confirmation_files(run_dir: Path) -> list[tuple[Path, dict[str, Any]]]:
         return {"settings": data["settings"], "confirmations": many, "failed": failed}
 
     found = []
-    single = sorted((run_dir / directory.CONFIRMATIONS).glob("*.json"))
+    single = directory.listed(run_dir / directory.CONFIRMATIONS, "*.json")
     for path in (run_dir / directory.OLD_CONFIRMATIONS, *single):
         stored = directory.read_state(path, parse, "its points count as unconfirmed")
         if stored is not None:

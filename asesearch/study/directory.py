@@ -8,6 +8,7 @@ import struct
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Mapping
+from fnmatch import fnmatchcase
 from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any, TypeVar
@@ -134,6 +135,25 @@ def read_state(path: Path, parse: Callable[[Any], T], otherwise: str) -> T | Non
         return None
 
 
+def listed(folder: Path, pattern: str) -> list[Path]:
+    """What lies in a folder under names of this pattern, in order; nothing where there is no such
+    folder. `Path.glob` would take a folder that can't be read for an empty one.
+
+    Raises:
+        StudyError: the folder can't be read.
+    """
+    try:
+        with os.scandir(folder) as entries:
+            names = sorted(e.name for e in entries if fnmatchcase(e.name, pattern))
+    except FileNotFoundError:
+        return []
+    except NotADirectoryError as error:
+        raise StudyError(f"can't read {folder}: it is no folder; remove it") from error
+    except OSError as error:
+        raise StudyError(_no_permission(folder, error)) from error
+    return [folder / name for name in names]
+
+
 def read_images(path: Path, otherwise: str) -> np.ndarray | None:
     """A trial's images, (N, C, H, W) uint8; None where the file is missing or damaged.
 
@@ -219,9 +239,13 @@ def drop_damaged(path: Path, otherwise: str) -> None:
 
 
 def _blocked(path: Path, error: OSError) -> StudyError:
-    if path.is_dir():
+    if os.path.isdir(path):
         return StudyError(f"can't read {path}: it is a folder; remove it")
-    return StudyError(f"can't read {path}: {error.strerror or error}; check its permissions")
+    return StudyError(_no_permission(path, error))
+
+
+def _no_permission(path: Path, error: OSError) -> str:
+    return f"can't read {path}: {error.strerror or error}; check its permissions"
 
 
 def _reason(path: Path, error: Exception | str) -> str:

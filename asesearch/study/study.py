@@ -166,7 +166,7 @@ class Study:
         """What the warm-up took, and calibrating the samplers' accelerations before it."""
         nothing = "what the warm-up took counts as nothing"
         found = read_state(self.run_dir / directory.WARM_UP, dict, nothing) or {}
-        files = self.run_dir.glob(directory.ACCELERATIONS)
+        files = directory.listed(self.run_dir, directory.ACCELERATIONS)
         took = [
             read_state(path, lambda data: float(data.get("seconds", 0.0)), "it counts as nothing")
             for path in files

@@ -23,7 +23,7 @@ from typing import Any
 from asesearch.errors import WriteError
 from asesearch.files import loads, write_json
 from asesearch.locks import check_locks, try_lock
-from asesearch.study.directory import WORKERS
+from asesearch.study.directory import WORKERS, listed
 from asesearch.study.storage import HEARTBEAT_S
 
 SEARCHING = "searching"
@@ -183,7 +183,7 @@ class Others:
             doing: those at this; None for all.
         """
         found = []
-        for path in sorted(self.folder.glob("*.json")):
+        for path in listed(self.folder, "*.json"):
             state = _read(path)
             if path.stem == self.own or state is None or not state["doing"]:
                 continue
@@ -214,7 +214,8 @@ class Others:
 def worked_s(run_dir: Path) -> float:
     """Seconds in which at least one worker was at work; the time between two runs does not
     count."""
-    states = [s for path in (run_dir / WORKERS).glob("*.json") if (s := _read(path)) is not None]
+    files = listed(run_dir / WORKERS, "*.json")
+    states = [s for path in files if (s := _read(path)) is not None]
     total = max((float(s["earlier_s"]) for s in states), default=0.0)
     until = float("-inf")
     for begun, ended in sorted(pair for s in states for pair in s["times"]):
@@ -225,7 +226,7 @@ def worked_s(run_dir: Path) -> float:
 
 def has_record(run_dir: Path) -> bool:
     """Whether any worker has put on record when it was at work."""
-    return any((run_dir / WORKERS).glob("*.json"))
+    return bool(listed(run_dir / WORKERS, "*.json"))
 
 
 def _read(path: Path) -> dict[str, Any] | None:

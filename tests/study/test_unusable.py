@@ -9,11 +9,12 @@ import pytest
 
 from asesearch.errors import StudyError
 from asesearch.search.runner import run_trials
-from asesearch.study.changes import other_inputs
+from asesearch.study.changes import is_in_use, other_inputs
 from asesearch.study.directory import is_whole
 from asesearch.study.opening import check_to_search
 from asesearch.study.study import Study
 from asesearch.study.urls import parse_url
+from asesearch.study.workers import worked_s
 from tests.search.fake_search import FakeBench, make_config
 from tests.study.test_storage import snapshot
 
@@ -134,6 +135,31 @@ def test_weights_that_may_not_be_read_are_not_called_damaged(tmp_path, monkeypat
         )
         with pytest.raises(StudyError, match="check its permissions"):
             is_whole(path, "made again")
+
+
+def test_a_folder_that_may_not_be_read_is_not_an_empty_one(tmp_path, monkeypatch):
+    begun(tmp_path)
+    study = Study.open(tmp_path)
+    (tmp_path / "locks").mkdir(exist_ok=True)
+    scan = os.scandir
+    for name, use in (
+        ("confirmations", study.results),
+        ("workers", lambda: worked_s(tmp_path)),
+        ("locks", lambda: is_in_use(tmp_path)),
+    ):
+
+        def refuse(folder, name=name):
+            if os.path.basename(folder) == name:
+                raise PermissionError(13, "Permission denied")
+            return scan(folder)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "scandir", refuse)
+            with pytest.raises(
+                StudyError, match=f"^can't read .*{name}: Permission denied; check its permissions$"
+            ):
+                use()
+        use()  # nor is one that isn't there an error
 
 
 # -- copies of a study directory -----------------------------------------------------------------
