@@ -153,6 +153,12 @@ def check_utf8(path: str | os.PathLike[str], what: str, error: type[AseSearchErr
 _SUFFIX = f".{2**22}.part"
 
 
+def real_path(path: str | os.PathLike[str]) -> Path:
+    """A path without symbolic links. Unlike `Path.resolve` it takes a link that leads to itself,
+    which it leaves as it is, so that whoever opens it says what is wrong."""
+    return Path(os.path.realpath(path))
+
+
 def printable(name: str | os.PathLike[str]) -> str:
     """A path or message as valid text on one line: bytes of a file name that are not UTF-8, and
     characters that end a line or steer a terminal, become backslash escapes."""

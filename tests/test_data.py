@@ -20,6 +20,7 @@ from asesearch.data import (
     read_idx,
 )
 from asesearch.data import fashion as data
+from asesearch.data.outputs import refuse_among_data
 from asesearch.errors import ConfigError, DataError
 
 
@@ -197,6 +198,15 @@ def test_a_download_is_checked_before_it_is_kept(tmp_path, monkeypatch):
     monkeypatch.setattr(data.urllib.request, "urlopen", offline)
     with pytest.raises(DataError, match="no route.*by hand"):
         data._download_fashion_mnist("t10k-images-idx3-ubyte", tmp_path)
+
+
+def test_a_data_path_that_is_a_link_to_itself(tmp_path):
+    loop = tmp_path / "loop"
+    loop.symlink_to("loop")
+    config = DataConfig(kind="image-folder", path=str(loop), image_size=8)
+    refuse_among_data([config], tmp_path / "out", "--out")
+    with pytest.raises(DataError, match=r"no image folder .*loop \(Too many levels of symbolic"):
+        open_data(config)
 
 
 def test_cache_dir_follows_the_environment(monkeypatch, tmp_path):

@@ -12,6 +12,7 @@ from asesearch.files import (
     file_sha256,
     printable,
     read_text,
+    real_path,
     replacing,
     write_json,
 )
@@ -88,6 +89,15 @@ def test_a_folder_is_checked_with_the_longest_name_in_it(tmp_path):
     with pytest.raises(WriteError, match="Not a directory"):
         (tmp_path / "file").touch()
         check_writable(tmp_path / "file", "weights")
+
+
+def test_a_link_that_leads_to_itself_is_named_by_whoever_writes_there(tmp_path):
+    loop = tmp_path / "loop"
+    loop.symlink_to("loop")
+    assert real_path(loop / "x") == loop / "x"
+    assert real_path(tmp_path / "a" / ".." / "b") == tmp_path / "b"
+    with pytest.raises(WriteError, match="Too many levels of symbolic links"):
+        check_writable(loop / "x")
 
 
 def test_a_full_disk_is_known_before(tmp_path, monkeypatch):

@@ -11,6 +11,7 @@ from asesearch.cli.interruption import interruptible
 from asesearch.cli.options import DryRun, ExportedVae, Format, RunDir, Storage
 from asesearch.cli.printing import bar_of_steps, print_json, say
 from asesearch.errors import ConfigError
+from asesearch.files import real_path
 
 if TYPE_CHECKING:
     from asesearch.study import Study, StudyResults, TrialRecord
@@ -249,7 +250,7 @@ def convert(
     from asesearch.deployment.reading import load_bundle
     from asesearch.deployment.writing import check_bundle_dir
 
-    if out.resolve() == bundle.resolve():
+    if real_path(out) == real_path(bundle):
         raise ConfigError(
             f"a bundle in another format is another folder; got {out} for both, which would take "
             "the bundle's place; change --out"

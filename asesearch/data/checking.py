@@ -19,7 +19,7 @@ from asesearch.data.cache import cache_dir
 from asesearch.data.folder import ImageFile
 from asesearch.data.pixels import UnreadableImage, check_image
 from asesearch.errors import WriteError
-from asesearch.files import printable, replacing
+from asesearch.files import printable, real_path, replacing
 from asesearch.locks import waited_if_possible
 
 READERS = 16  # threads, at most
@@ -56,7 +56,7 @@ def find_faults(
     path = (
         cache_dir()
         / "checked"
-        / f"{hashlib.sha256(os.fsencode(root.resolve())).hexdigest()[:32]}.npy"
+        / f"{hashlib.sha256(os.fsencode(real_path(root))).hexdigest()[:32]}.npy"
     )
     if np.isin(keys, _read_known(path)).all():
         return {}

@@ -154,6 +154,17 @@ def _counted(kind: str, count: int) -> str:
     return f"{count:,} {kind}{'s' if plural else ''}"
 
 
+def _why_none(root: Path) -> str:
+    """What keeps the system from finding a folder, in brackets, unless it is simply not there."""
+    try:
+        os.stat(root)
+    except (FileNotFoundError, ValueError):  # ValueError: a NUL character in the path
+        return ""
+    except OSError as error:
+        return f" ({error.strerror})"
+    return ""
+
+
 def list_folder(root: Path) -> Listing:
     """Walk a folder. Links to files and folders are followed, as torchvision does; what is hidden
     is not.
@@ -162,7 +173,7 @@ def list_folder(root: Path) -> Listing:
         DataError: no such folder, or a folder that can't be read.
     """
     if not os.path.isdir(root):
-        raise DataError(f"no image folder {printable(root)}; check the path")
+        raise DataError(f"no image folder {printable(root)}{_why_none(root)}; check the path")
     found = Listing()
     todo: list[_Folder] = [(str(root), "", ())]
     while todo:  # not by recursion: folders may lie deeper than Python's stack

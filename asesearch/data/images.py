@@ -28,7 +28,7 @@ from asesearch.data.folder import (
 from asesearch.data.pixels import UnreadableImage, read_pixels
 from asesearch.data.sources import mirrored
 from asesearch.errors import DataError
-from asesearch.files import printable
+from asesearch.files import printable, real_path
 
 _log = logging.getLogger(__name__)
 
@@ -97,7 +97,7 @@ class ImageFolder:
         self.channels = channels
         self.flip = flip
         self.num_workers = num_workers
-        self.name = printable(root.resolve().name)
+        self.name = printable(real_path(root).name)
         self.num_classes = 1 + max(self.classes.values(), default=-1)
         self.shape = (channels, image_size, image_size)
         self.labels = None

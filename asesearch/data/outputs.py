@@ -7,6 +7,7 @@ from pathlib import Path
 
 from asesearch.config import DataConfig, StudyConfig
 from asesearch.errors import ConfigError
+from asesearch.files import real_path
 
 #: What a folder is that holds a file of this name.
 KNOWN = {
@@ -49,8 +50,8 @@ def refuse_among_data(sets: Iterable[DataConfig | None], out: Path, option: str)
     for data in sets:
         if data is None or data.kind == "fashion-mnist" or data.path is None:
             continue
-        folder = Path(data.path).resolve()
-        if folder in (out.resolve(), *out.resolve().parents):
+        folder = real_path(data.path)
+        if folder in (real_path(out), *real_path(out).parents):
             what = "latents" if data.kind == "latents" else "images"
             raise ConfigError(
                 f"outputs go beside the {what} of a study, not among them; got {out} in "

@@ -10,6 +10,7 @@ from typing import Any
 from asesearch.config import StudyConfig
 from asesearch.data.outputs import KNOWN, check_output
 from asesearch.errors import ConfigError
+from asesearch.files import real_path
 from asesearch.search.confirmation import confirm
 from asesearch.search.plan import Plan, make_plan
 from asesearch.search.preflight import preflight
@@ -144,7 +145,7 @@ def check_outputs(config: StudyConfig, run_dir: Path, report_dir: Path | None = 
     check_study_dir(run_dir, config.search.storage)
     if report_dir is None:
         return
-    if report_dir.resolve() in (run_dir.resolve(), *run_dir.resolve().parents):
+    if real_path(report_dir) in (real_path(run_dir), *real_path(run_dir).parents):
         raise ConfigError(
             f"the report goes beside the study or into it; got {report_dir} for the study in "
             f"{run_dir}, which it would have to replace; change --report"

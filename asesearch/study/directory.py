@@ -17,7 +17,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from asesearch.errors import ScheduleError, StudyError, WriteError
-from asesearch.files import check_writable, loads
+from asesearch.files import check_writable, loads, real_path
 from asesearch.sampler import Sampler
 from asesearch.schedule import SLUG_BYTES, ExitSchedule
 
@@ -75,7 +75,7 @@ def check_study_dir(run_dir: Path, storage: str | None) -> None:
     """
     longest = f"{TRIALS}/{'0' * SLUG_BYTES}/finetune-1000000/training.safetensors"
     check_writable(run_dir, longest)
-    path = Path(run_dir).resolve() / DATABASE
+    path = real_path(run_dir) / DATABASE
     size = len(os.fsencode(f"{path}-journal"))
     if storage is None and size > SQLITE_PATH_BYTES:
         raise WriteError(

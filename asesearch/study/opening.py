@@ -15,6 +15,7 @@ from sqlalchemy.engine import URL
 
 from asesearch.config import StudyConfig, changed_fields
 from asesearch.errors import StudyError
+from asesearch.files import real_path
 from asesearch.locks import waited_lock
 from asesearch.study import directory
 from asesearch.study.changes import is_paid_for, refuse_changes, start_over
@@ -74,8 +75,8 @@ def open_to_search(config: StudyConfig, run_dir: Path) -> Opened:
                 study = _rebased(study, url, run_dir, config, changed, file)
             own = url == own_storage(run_dir)
             known_at = study.user_attrs.get(DIRECTORIES, [])
-            if not own and str(run_dir.resolve()) not in known_at:
-                study.set_user_attr(DIRECTORIES, [*known_at, str(run_dir.resolve())])
+            if not own and str(real_path(run_dir)) not in known_at:
+                study.set_user_attr(DIRECTORIES, [*known_at, str(real_path(run_dir))])
         file = replace(
             file,
             config=without_storage(config),
