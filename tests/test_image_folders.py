@@ -425,6 +425,9 @@ def test_without_a_home_the_cache_is_a_folder_for_temporary_files(monkeypatch, t
 
     monkeypatch.setattr("pwd.getpwuid", nobody)
     assert cache_dir() == tmp_path / f"asesearch-{os.getuid()}"
+    monkeypatch.setenv("ASESEARCH_CACHE", "~/c")  # which would be a folder named ~
+    assert cache_dir() == tmp_path / f"asesearch-{os.getuid()}"
+    monkeypatch.delenv("ASESEARCH_CACHE")
     monkeypatch.setenv("HOME", "/home/someone")
     assert cache_dir().as_posix() == "/home/someone/.cache/asesearch"
 

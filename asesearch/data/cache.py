@@ -11,13 +11,16 @@ def cache_dir() -> Path:
 
     It is $ASESEARCH_CACHE, where ~ is the user's home, or `asesearch` in the user's cache folder. A
     user without a home (no $HOME and no entry among the system's users, as in a container that is
-    given a bare user number) gets a folder of their own for temporary files.
+    given a bare user number) gets a folder of their own for temporary files; so does one whose ~
+    names no known home.
     """
+    temporary = Path(os.environ.get("TMPDIR") or "/tmp") / f"asesearch-{os.getuid()}"
     if own := os.environ.get("ASESEARCH_CACHE"):
-        return Path(os.path.expanduser(own))
+        path = os.path.expanduser(own)
+        return temporary if path.startswith("~") else Path(path)
     if base := os.environ.get("XDG_CACHE_HOME"):
         return Path(base) / "asesearch"
     try:
         return Path.home() / ".cache" / "asesearch"
     except RuntimeError:
-        return Path(os.environ.get("TMPDIR") or "/tmp") / f"asesearch-{os.getuid()}"
+        return temporary
