@@ -14,13 +14,16 @@ def cache_dir() -> Path:
     given a bare user number) gets a folder of their own for temporary files; so does one whose ~
     names no known home.
     """
-    temporary = Path(os.environ.get("TMPDIR") or "/tmp") / f"asesearch-{os.getuid()}"
     if own := os.environ.get("ASESEARCH_CACHE"):
         path = os.path.expanduser(own)
-        return temporary if path.startswith("~") else Path(path)
+        return _temporary() if path.startswith("~") else Path(path)
     if base := os.environ.get("XDG_CACHE_HOME"):
         return Path(base) / "asesearch"
     try:
         return Path.home() / ".cache" / "asesearch"
     except RuntimeError:
-        return temporary
+        return _temporary()
+
+
+def _temporary() -> Path:
+    return Path(os.environ.get("TMPDIR") or "/tmp") / f"asesearch-{os.getuid()}"
