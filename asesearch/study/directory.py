@@ -61,6 +61,8 @@ _log = logging.getLogger(__name__)
 
 #: SQLite opens no file whose path, with "-journal" behind it, is longer.
 SQLITE_PATH_BYTES = 512
+NAME_BYTES = 255  # of a file, at most
+_JOURNAL_BYTES = len("-journal")
 
 
 def check_study_dir(run_dir: Path, storage: str | None) -> None:
@@ -75,13 +77,28 @@ def check_study_dir(run_dir: Path, storage: str | None) -> None:
     """
     longest = f"{TRIALS}/{'0' * SLUG_BYTES}/finetune-1000000/training.safetensors"
     check_writable(run_dir, longest)
-    path = real_path(run_dir) / DATABASE
-    size = len(os.fsencode(f"{path}-journal"))
-    if storage is None and size > SQLITE_PATH_BYTES:
-        raise WriteError(
-            f"the path of a study's database has at most {SQLITE_PATH_BYTES - 8} bytes, which is "
-            f"SQLite's limit; got {size - 8}: {str(path)[:200]}…; choose a shorter directory"
+    if storage is None and (why := why_too_long(Path(run_dir) / DATABASE)) is not None:
+        raise WriteError(why)
+
+
+def why_too_long(database: Path) -> str | None:
+    """Why SQLite could not write to a file of this path, with the fix; None where it is short
+    enough."""
+    path = real_path(database)
+    size = len(os.fsencode(path))
+    if size > SQLITE_PATH_BYTES - _JOURNAL_BYTES:
+        return (
+            f"the path of a study's database has at most {SQLITE_PATH_BYTES - _JOURNAL_BYTES} "
+            f"bytes, which is SQLite's limit; got {size}: {str(path)[:200]}…; choose a shorter one"
         )
+    size = len(os.fsencode(path.name))
+    if size > NAME_BYTES - _JOURNAL_BYTES:
+        return (
+            f"the name of a study's database has at most {NAME_BYTES - _JOURNAL_BYTES} bytes, as "
+            f'SQLite writes a file with "-journal" behind it; got {size}: {path.name[:80]}…; '
+            "choose a shorter one"
+        )
+    return None
 
 
 def samples_file(sampler: Sampler, own: Sampler) -> str:

@@ -14,7 +14,7 @@ from urllib.parse import quote, unquote
 from sqlalchemy.engine import URL
 
 from asesearch.foreign import PULL, foreign
-from asesearch.study.directory import DATABASE, STUDY
+from asesearch.study.directory import DATABASE, STUDY, why_too_long
 
 _SIDE_FILES = ("-journal", "-wal")  # writes that are not in the file itself yet
 
@@ -112,13 +112,13 @@ def why_unusable(url: URL, reason: str) -> str | None:
     path = location(url)
     if path is None:
         return None
-    foreign_file = path.is_file() and "not a database" in reason
+    foreign_file = "not a database" in reason and path.is_file()
     if foreign_file and (told := foreign(path)) is not None and told.endswith(PULL):
         return f"{path} {told}"
     own = path.name == DATABASE and (path.parent / STUDY).is_file()
     if foreign_file and not own:
         return f"{path} is no SQLite database; name another file"
-    if foreign_file or (path.is_file() and "malformed" in reason):
+    if foreign_file or ("malformed" in reason and path.is_file()):
         return (
             f"{path} is damaged, so its trials can't be read; restore it from a copy, or search "
             "into another directory (--out)"
@@ -134,9 +134,11 @@ def why_not_writable(url: URL) -> str | None:
     path = location(url)
     if path is None:
         return None
+    if (long := why_too_long(path)) is not None:
+        return long
     if path.is_dir():
         return f"{path} is a folder; name a file in it"
-    if not path.parent.is_dir():
+    if not os.path.isdir(path.parent):
         return f"the folder {path.parent} does not exist; make it, or name another"
     mode = url.query.get("mode") if _is_uri(url) else None
     if mode == "ro" or (mode == "rw" and not path.exists()):

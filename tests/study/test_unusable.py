@@ -2,6 +2,7 @@
 what is really wrong."""
 
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -54,6 +55,18 @@ def test_a_look_ahead_tries_the_path_of_a_sqlite_storage(tmp_path, monkeypatch, 
     assert snapshot(tmp_path) == before
     for url in ("sqlite:///new.db", None):  # None: in the study directory, which is not there yet
         assert check_to_search(make_config(storage=url), tmp_path / "run") is None
+
+
+def test_a_look_ahead_knows_how_long_a_path_sqlite_takes(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    name = r"name .* at most 247 bytes, .*-journal.* got {}: n+…; choose a shorter one$"
+    for path, why in (
+        ("n" * 248 + ".db", name.format(251)),
+        ("n" * 300 + ".db", name.format(303)),
+        (f"{'n' * 250}/{'n' * 250}/s.db", "path .* at most 504 bytes, which is SQLite's limit; "),
+    ):
+        assert re.search(why, refused(f"sqlite:///{path}", tmp_path / "run"))
+    assert check_to_search(make_config(storage=f"sqlite:///{'n' * 244}.db"), tmp_path) is None
 
 
 @pytest.mark.parametrize("item", ["s.db", "."])
