@@ -108,7 +108,9 @@ def drawings(results: StudyResults) -> list[Drawing]:
     add("latency", "Latency by exit depth", caption, exhibits.latency(results), curves.draw_latency)
     caption = "Loss of front points and of the full network, averaged over stretches of steps."
     if results.config.get("train", {}).get("distill_frac"):
-        caption += " The full network learns the noise, the others what a teacher predicts: levels differ."
+        caption += (
+            " The full network learns the noise, the others what a teacher predicts: levels differ."
+        )
     add("losses", "Fine-tuning loss", caption, exhibits.losses(results), curves.draw_losses)
     return out
 

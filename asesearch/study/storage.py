@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 import time
 import warnings
 import weakref
@@ -41,6 +42,9 @@ _ATTRIBUTES = sa.table(
 )
 _LIBRARY = sa.table("version_info", sa.column("library_version"))
 _SCHEMA = sa.table("alembic_version", sa.column("version_num"))
+
+_OPTUNAS = {"studies", "trials", "alembic_version", "version_info"}
+_VERSION = re.compile(r"v[0-9]+\.[0-9]+")  # how Optuna names the versions of its tables
 
 _RACES = (SQLAlchemyError, optuna.exceptions.StorageInternalError, AssertionError)
 _RACE_SIGNS = (
@@ -154,7 +158,7 @@ def look(url: URL, name: str, *, read_only: bool) -> Held:
     """What a storage holds of a study's name; nothing is changed or created.
 
     Raises:
-        StudyError: it is of another release of Optuna.
+        StudyError: it is of another release of Optuna, or another program's.
     """
     path = location(url)
     if path is not None and not path.exists():
@@ -171,7 +175,8 @@ def look(url: URL, name: str, *, read_only: bool) -> Held:
 
 def _look(url: URL, connection: sa.Connection, name: str) -> Held:
     tables = set(sa.inspect(connection).get_table_names())
-    if not {"studies", "trials", "alembic_version", "version_info"} <= tables:
+    _check_owner(url, connection, tables)
+    if not tables >= _OPTUNAS:
         return Held()
     schema = connection.execute(sa.select(_SCHEMA.c.version_num)).scalar()
     library = connection.execute(sa.select(_LIBRARY.c.library_version)).scalar()
@@ -189,6 +194,49 @@ def _look(url: URL, connection: sa.Connection, name: str) -> Held:
         _has_trials(connection, study_id),
         tuple(json.loads(_attribute(connection, study_id, DIRECTORIES) or "[]")),
     )
+
+
+def _check_owner(url: URL, connection: sa.Connection, tables: set[str]) -> None:
+    """Refuse a database with tables of another program under the names that Optuna's have.
+
+    Optuna writes the version of its tables when all of them are there. Until then another process
+    may be about to make them, so tables that look like Optuna's are let be.
+
+    Raises:
+        StudyError: the tables are another program's.
+    """
+    whole = tables >= _OPTUNAS
+    versions: list[str] = []
+    if "alembic_version" in tables:
+        versions = [str(v) for v in connection.execute(sa.select(_SCHEMA.c.version_num)).scalars()]
+    listed = ", ".join(map(repr, sorted(versions)))
+    if whole and len(versions) > 1:
+        raise StudyError(
+            f"the study's storage {shown(url)} can't be used: its table alembic_version must hold "
+            f"one row, which Optuna wrote; got {listed}; give asesearch a database of its own, or "
+            "remove the rows that Optuna did not write"
+        )
+    if whole:
+        another = [v for v in versions if not _VERSION.match(v)]
+    else:
+        another = [v for v in versions if v not in _schemas()[1]]
+    found = ["alembic_version"] if another else []
+    if not whole:
+        for table in _STUDIES, _TRIALS:
+            if table.name in tables and not _has_columns(connection, table):
+                found.append(table.name)
+    if found:
+        of = f" (alembic_version holds {listed})" if another else ""
+        raise StudyError(
+            f"the study's storage {shown(url)} can't be used: of its tables {' and '.join(found)} "
+            f"{'is' if len(found) == 1 else 'are'} another program's{of}; give asesearch a "
+            "database of its own"
+        )
+
+
+def _has_columns(connection: sa.Connection, table: sa.TableClause) -> bool:
+    found = {column["name"] for column in sa.inspect(connection).get_columns(table.name)}
+    return {column.name for column in table.columns} <= found
 
 
 def _identity(connection: sa.Connection, study_id: int) -> str | None:

@@ -4,6 +4,8 @@ what is really wrong."""
 import os
 import re
 import shutil
+import sqlite3
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -136,6 +138,40 @@ def test_a_studys_own_database_that_is_none_any_more_is_not_another_file(tmp_pat
         (tmp_path / "study.db").write_bytes(content)
         with pytest.raises(StudyError, match=why):
             Study.open(tmp_path)
+
+
+ANOTHERS = {
+    "alembic_version holds 'cbc13b556ace'": (
+        "create table alembic_version(version_num varchar(32) primary key)",
+        "insert into alembic_version values ('cbc13b556ace')",
+    ),
+    "tables studies and trials are another": (
+        "create table studies(id integer primary key, title text)",
+        "create table trials(id integer primary key)",
+    ),
+}
+
+
+@pytest.mark.parametrize("why", ANOTHERS)
+def test_the_database_of_another_program_is_refused_and_left_as_it_is(tmp_path, why):
+    path = tmp_path / "another.db"
+    with closing(sqlite3.connect(path)) as database, database:
+        for statement in ANOTHERS[why]:
+            database.execute(statement)
+    before = path.read_bytes()
+    for use in (check_to_search, Study):
+        with pytest.raises(StudyError, match=f"{why}.*; give asesearch a database of its own"):
+            use(make_config(storage=f"sqlite:///{path}"), tmp_path / "run")
+    assert path.read_bytes() == before
+
+
+def test_a_study_whose_database_another_program_uses_too_is_refused(tmp_path):
+    config = begun(tmp_path)
+    with closing(sqlite3.connect(tmp_path / "study.db")) as database, database:
+        database.execute("insert into alembic_version values ('cbc13b556ace')")
+    for use in (lambda: check_to_search(config, tmp_path), lambda: Study.open(tmp_path)):
+        with pytest.raises(StudyError, match="must hold one row.*'cbc13b556ace', 'v"):
+            use()
 
 
 def test_weights_that_may_not_be_read_are_not_called_damaged(tmp_path, monkeypatch):
