@@ -64,8 +64,8 @@ def is_relative(url: URL) -> bool:
 def creator(path: Path, wait_s: float) -> Callable[[], sqlite3.Connection]:
     """Makes connections that only read, and leave nothing behind.
 
-    Where a process died in a write, SQLite would have to repair the file first: then a copy is
-    read.
+    Where a process died in a write, SQLite would have to repair the file first, and beside a file
+    in WAL mode it makes others: where it can't, a copy is read.
     """
 
     def connect() -> sqlite3.Connection:
@@ -75,12 +75,21 @@ def creator(path: Path, wait_s: float) -> Callable[[], sqlite3.Connection]:
             connection.execute("SELECT count(*) FROM sqlite_master")
         except sqlite3.OperationalError:
             connection.close()
-            if not any(Path(f"{path}{side}").exists() for side in _SIDE_FILES):
+            parts = [part for side in _SIDE_FILES if (part := Path(f"{path}{side}")).exists()]
+            if not all(os.access(part, os.R_OK) for part in (path, *parts)):
+                raise
+            if not parts and not _is_wal(path):
                 raise
             return _of_copy(path)
         return connection
 
     return connect
+
+
+def _is_wal(path: Path) -> bool:
+    """Whether a file's header says that it is written, and read, in WAL mode."""
+    with path.open("rb") as file:
+        return file.read(20)[18:] == b"\2\2"
 
 
 def _of_copy(path: Path) -> sqlite3.Connection:
@@ -125,6 +134,8 @@ def why_unusable(url: URL, reason: str) -> str | None:
         )
     if not any(text in reason for text in ("unable to open", "readonly", "disk I/O")):
         return None
+    if path.exists() and not os.access(path, os.R_OK):
+        return f"you may not read the file {path}; change its permissions, or name another place"
     return why_not_writable(url)
 
 

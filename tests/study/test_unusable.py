@@ -174,6 +174,26 @@ def test_a_study_whose_database_another_program_uses_too_is_refused(tmp_path):
             use()
 
 
+def test_a_study_in_wal_mode_is_read_where_sqlite_may_make_no_files(tmp_path, monkeypatch):
+    begun(tmp_path)
+    with closing(sqlite3.connect(tmp_path / "study.db")) as database:
+        database.execute("pragma journal_mode = wal")
+    real = sqlite3.connect
+
+    class Refused(sqlite3.Connection):  # as in a folder that may only be read
+        def execute(self, *_):
+            raise sqlite3.OperationalError("unable to open database file")
+
+    def connect(path, **options):
+        return real(path, **options, **({"factory": Refused} if options.get("uri") else {}))
+
+    monkeypatch.setattr(sqlite3, "connect", connect)
+    assert len(Study.open(tmp_path).records()) == 1
+    monkeypatch.setattr(os, "access", lambda path, mode: mode != os.R_OK)
+    with pytest.raises(StudyError, match=r"you may not read the file .*study\.db; change its perm"):
+        Study.open(tmp_path)
+
+
 def test_weights_that_may_not_be_read_are_not_called_damaged(tmp_path, monkeypatch):
     path = tmp_path / "weights.safetensors"
     path.write_bytes(b"x")
