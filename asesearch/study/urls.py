@@ -17,7 +17,20 @@ DRIVERS = {
     "mysql": (("mysqldb", "pymysql"), "pip install pymysql cryptography"),
     "mariadb": (("mysqldb", "pymysql"), "pip install pymysql cryptography"),
 }
+#: By driver: how to get one that a URL names.
+_NAMED = {
+    "psycopg": "pip install 'asesearch[postgresql]'",
+    "psycopg2": "pip install psycopg2-binary",
+    "mysqldb": "pip install mysqlclient",
+    "pymysql": "pip install pymysql cryptography",
+}
 _SECRET = re.compile(r"pass(?!file)|pwd|secret|token|^key$|odbc_connect", re.IGNORECASE)
+
+# a secret in libpq's form, as in "host=localhost password='a b'"
+_SETTING = re.compile(
+    r"(\w*(?:pass|pwd|secret|token)\w*\s*=\s*)(?:'(?:[^'\\]|\\.)*(?:'|$)|(?:\\.|\S)+)",
+    re.IGNORECASE | re.DOTALL,
+)
 
 
 def parse_url(text: str) -> URL:
@@ -111,11 +124,25 @@ def with_driver(url: URL) -> URL:
                 f"driver; write {backend}://…"
             )
         return url.set(drivername=choice)
-    other = f", or write {backend}://… for the driver that is here" if given != backend else ""
+    other = ""
+    if given != backend:
+        driver = given.partition("+")[2]
+        fix = _NAMED.get(driver, f"install the Python driver {driver}")
+        if any(_is_here(f"{backend}+{name}") for name in names):
+            other = f", or write {backend}://… for the driver that is here"
     raise StudyError(
         f"the study's storage {shown(url)} can't be used: its driver is not installed ({missing}); "
         f"{fix}{other}"
     )
+
+
+def _is_here(driver: str) -> bool:
+    """Whether a driver, named as in a URL, can be imported."""
+    try:
+        URL.create(driver).get_dialect().import_dbapi()
+    except ImportError:
+        return False
+    return True
 
 
 def without_password(url: URL) -> URL:
@@ -141,4 +168,5 @@ def secrets(url: URL) -> list[str]:
 def masked(text: str) -> str:
     """A text that was to be a URL, as far as it can be shown."""
     text = re.sub(r"^(.*?//)?.*@", r"\1***@", text.strip(), flags=re.DOTALL)
-    return re.sub(r"([?&][^=&]*=)[^&]*", r"\1***", text)
+    text = re.sub(r"([?&][^=&]*=)[^&]*", r"\1***", text)
+    return _SETTING.sub(r"\1***", text)

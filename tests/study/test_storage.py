@@ -71,6 +71,9 @@ def test_a_url_is_shown_and_recorded_without_what_is_secret(text, hidden):
         "user:s3cret@host/db",
         "postgresql:/user:s3cret@host/db",
         "nosuchdb://user:s3cret@host/db",
+        "host=localhost user=boss password=s3cret",
+        r"host=localhost PASSWORD = 'a \' s3cret' sslpassword=a\ s3cret",
+        "passwd='s3cret",
         "postgresql+nosuch://user:s3cret@host/db?password=s3cret",
     ],
 )
@@ -114,7 +117,13 @@ def test_postgresql_takes_the_driver_that_is_here(monkeypatch, missing, driver):
 
 def test_a_named_driver_that_is_missing_is_not_replaced_in_silence(monkeypatch):
     no_drivers(monkeypatch, "psycopg2")
-    with pytest.raises(StudyError, match=r"or write postgresql://… for the driver that is here"):
+    monkeypatch.setitem(sys.modules, "psycopg", sqlite3)
+    with pytest.raises(
+        StudyError, match=r"psycopg2-binary, or write postgresql://… for the driver that is here"
+    ):
+        parse_url("postgresql+psycopg2://u@host/db")
+    no_drivers(monkeypatch, "psycopg")
+    with pytest.raises(StudyError, match=r"pip install psycopg2-binary$"):
         parse_url("postgresql+psycopg2://u@host/db")
     with pytest.raises(StudyError, match="asynchronous driver; write sqlite://"):
         monkeypatch.setitem(sys.modules, "aiosqlite", sqlite3)
