@@ -71,6 +71,7 @@ def test_a_file_that_is_no_study_is_told_why(tmp_path, content, reason):
         ("train", "batch_size = true", "train.batch_size: .* integer (got true: write a number)"),
         ("train", "seed = false", "train.seed: .* integer (got false: write a number)"),
         ("train", "batch_size = 64.0", "(got 64.0: write 64)"),
+        ("train", "batch_size = inf", "(got inf: write a whole number)"),
         ("train", 'batch_size = "64"', "(got '64': write the number without quotes)"),
         ("train", "batch_size = [64]", "(got [64])"),
         ("train", f"batch_size = {'9' * 100}", "less than 9007199254740992"),

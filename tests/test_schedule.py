@@ -301,6 +301,15 @@ def test_a_file_that_holds_no_schedule_is_named_in_one_line(tmp_path, content, r
     assert reason in said and said.count("x.json") == 1 and "\n" not in said and len(said) < 500
 
 
+def test_a_file_for_another_network_is_told_what_to_change(tmp_path):
+    path = tmp_path / "x.json"
+    path.write_text(UNEQUAL.to_json())
+    ends, depth = r"write its boundaries for 4 timesteps", r"rescale it: .*\.rescaled\(9\)"
+    for network, fix in (((12, 4), ends), ((9, 1000), depth), ((9, 4), f"{depth}, and {ends}")):
+        with pytest.raises(ScheduleError, match=rf"for 12 and 1000'?; {fix}$"):
+            read_schedule(path, *network)
+
+
 def test_a_path_that_is_no_file(tmp_path):
     for path, reason in ((tmp_path, "Is a directory"), (tmp_path / "no.json", "No such file")):
         with pytest.raises(ScheduleError, match=reason):

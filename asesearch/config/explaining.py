@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -87,6 +88,8 @@ def _fix(value: object, rule: str) -> str:
     if number and isinstance(value, bool):
         return ": write a number"
     if "valid integer" in rule and isinstance(value, float):
+        if not math.isfinite(value):
+            return ": write a whole number"
         return f": write {int(value)}" if value.is_integer() else ": write it without a point"
     if "valid boolean" in rule:
         return ": write true or false, without quotes"

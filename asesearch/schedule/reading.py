@@ -36,11 +36,16 @@ def read_schedule(
             "write one of these",
         )
         found = ExitSchedule.from_dict(data)
+        fixes = []
+        if found.depth != depth:
+            fixes.append(f"rescale it: ExitSchedule.from_json(text).rescaled({depth})")
+        if found.num_train_timesteps != num_train_timesteps:
+            fixes.append(f"write its boundaries for {num_train_timesteps} timesteps")
         require(
             (found.depth, found.num_train_timesteps) == (depth, num_train_timesteps),
             f"the network has {depth} blocks and {num_train_timesteps} timesteps",
             f"a schedule for {found.depth} and {found.num_train_timesteps}",
-            f"rescale it: ExitSchedule.from_json(text).rescaled({depth})",
+            ", and ".join(fixes),
         )
     except ScheduleError as error:
         raise ScheduleError(f"{path}: {error}") from error
