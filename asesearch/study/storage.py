@@ -9,6 +9,7 @@ import json
 import random
 import re
 import time
+import traceback
 import warnings
 import weakref
 from collections.abc import Iterator
@@ -90,6 +91,23 @@ def storage_errors(where: str, url: URL | None = None, fix: str = "") -> Iterato
         raise StudyError(
             f"the study's storage {where} can't be used: {closer or f'{reason}; {fix}'}"
         ) from error
+    except json.JSONDecodeError as error:
+        if not _is_of_tables(error):
+            raise
+        raise StudyError(
+            f"the study's storage {where} is damaged: its tables must hold JSON; got "
+            f"{error.doc[:40]!r}; restore it from a copy, or search into another directory (--out)"
+        ) from error
+
+
+def _is_of_tables(error: json.JSONDecodeError) -> bool:
+    """Whether what is no JSON came from a database, and not from a file read meanwhile."""
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    return any(
+        frame.f_code is _look.__code__
+        or str(frame.f_globals.get("__name__")).startswith("optuna.storages.")
+        for frame in frames
+    )
 
 
 def _reason(error: BaseException) -> str:
@@ -302,9 +320,13 @@ def _engine_kwargs(url: URL, read_only: bool) -> dict[str, object]:
         return {"creator": creator(path, BUSY_WAIT_S), "poolclass": sa.pool.QueuePool}
     if backend == "sqlite":
         return {"connect_args": {"timeout": BUSY_WAIT_S}}
-    wait = {} if "connect_timeout" in url.query else {"connect_timeout": CONNECT_WAIT_S}
-    known = backend in DRIVERS
-    return {"pool_pre_ping": True, "connect_args": wait if known else {}}
+    options: dict[str, object] = {}
+    if backend in DRIVERS:
+        options["connect_timeout"] = CONNECT_WAIT_S
+    if backend == "postgresql":  # else psycopg gives bytes for the texts of a SQL_ASCII database
+        options["client_encoding"] = "utf8"
+    connect_args = {key: value for key, value in options.items() if key not in url.query}
+    return {"pool_pre_ping": True, "connect_args": connect_args}
 
 
 def _engine(url: URL, read_only: bool) -> Engine:

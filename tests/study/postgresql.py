@@ -72,13 +72,13 @@ def url_of(port, database, password=IN_URL):
     return f"postgresql://owner:{password}@127.0.0.1:{port}/{database}"
 
 
-def new_database(port, name):
+def new_database(port, name, options=""):
     """An empty database; its URL."""
     import psycopg
 
     where = f"host=127.0.0.1 port={port} user=owner dbname=postgres"
     with psycopg.connect(where, password=PASSWORD, autocommit=True) as connection:
-        connection.execute(f'create database "{name}"')
+        connection.execute(f'create database "{name}" {options}')
     return url_of(port, name)
 
 

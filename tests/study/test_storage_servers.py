@@ -118,6 +118,15 @@ def test_two_workers_on_an_empty_database_one_killed_and_resumed(tmp_path, port,
     }
 
 
+def test_a_database_without_an_encoding(tmp_path, port):
+    url = postgresql.new_database(
+        port, "ascii", "encoding 'SQL_ASCII' lc_collate 'C' lc_ctype 'C' template template0"
+    )
+    config = make_config(num_trials=2, storage=url)
+    run_trials(Study(config, tmp_path), FakeBench(config=config))
+    assert len(Study.open(tmp_path, url).records()) == 2
+
+
 def test_a_look_ahead_at_a_begun_study(tmp_path, port):
     config = make_config(num_trials=1, storage=postgresql.new_database(port, "ahead"))
     assert check_to_search(config, tmp_path / "run") is None

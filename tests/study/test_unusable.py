@@ -1,6 +1,7 @@
 """Storages and directories that a search can't go on in: refused before anything is paid for, with
 what is really wrong."""
 
+import json
 import os
 import re
 import shutil
@@ -15,6 +16,7 @@ from asesearch.search.runner import run_trials
 from asesearch.study.changes import is_in_use, other_inputs
 from asesearch.study.directory import is_whole
 from asesearch.study.opening import check_to_search
+from asesearch.study.storage import storage_errors
 from asesearch.study.study import Study
 from asesearch.study.urls import parse_url
 from asesearch.study.workers import worked_s
@@ -192,6 +194,16 @@ def test_a_study_in_wal_mode_is_read_where_sqlite_may_make_no_files(tmp_path, mo
     monkeypatch.setattr(os, "access", lambda path, mode: mode != os.R_OK)
     with pytest.raises(StudyError, match=r"you may not read the file .*study\.db; change its perm"):
         Study.open(tmp_path)
+
+
+def test_json_that_is_damaged_in_the_database_is_one_line(tmp_path):
+    begun(tmp_path)
+    with closing(sqlite3.connect(tmp_path / "study.db")) as database, database:
+        database.execute("update trial_user_attributes set value_json = '{'")
+    with pytest.raises(StudyError, match=r"study\.db is damaged: .* JSON; got '\{'; restore it"):
+        Study.open(tmp_path).records()
+    with pytest.raises(json.JSONDecodeError), storage_errors("sqlite:////a.db"):
+        json.loads("{")  # of another file, which is not the database's fault
 
 
 def test_weights_that_may_not_be_read_are_not_called_damaged(tmp_path, monkeypatch):
