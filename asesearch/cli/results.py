@@ -73,7 +73,7 @@ def compare(
     from asesearch.study import Study
 
     check_folder(out, "comparison")
-    results = [Study.open(folder).results() for folder in studies]
+    results = [Study.open(folder, takes_storage=False).results() for folder in studies]
     with interruptible(f"{out} is as it was, or the same command completes it"):
         found = compare_studies(results, None if dry_run else out, group)
     say(str(found))

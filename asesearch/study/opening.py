@@ -115,12 +115,15 @@ def check_to_search(config: StudyConfig, run_dir: Path) -> optuna.Study | None:
         return study
 
 
-def open_to_report(run_dir: Path, storage: str | None = None) -> Opened:
+def open_to_report(
+    run_dir: Path, storage: str | None = None, *, takes_storage: bool = True
+) -> Opened:
     """What a study directory and its storage hold; nothing is written.
 
     Args:
         run_dir: the study directory.
         storage: URL, in place of the one on record, which is without its password.
+        takes_storage: whether the command takes a storage, so that giving one can be advised.
 
     Raises:
         StudyError: no study there, or its storage can't be read.
@@ -136,7 +139,7 @@ def open_to_report(run_dir: Path, storage: str | None = None) -> Opened:
     url = known.url(run_dir) if storage is None else parse_url(storage)
     where = shown(url)
     name = known.config.name
-    with storage_errors(where, url, _advice(url, known.config)):
+    with storage_errors(where, url, _advice(url, known.config, takes_storage)):
         held = look(url, name, read_only=True)
         if held.study_id is None:
             raise StudyError(
@@ -255,15 +258,15 @@ def _lost(run_dir: Path) -> StudyError:
     )
 
 
-def _advice(url: URL, config: StudyConfig) -> str:
+def _advice(url: URL, config: StudyConfig, takes_storage: bool = True) -> str:
     """What to do where a storage can't be used."""
     if url.get_backend_name() == "sqlite":
         return ""
-    recorded = config.search.storage is None and url.password is None
-    libpq = ", or set PGPASSWORD" if url.get_backend_name() == "postgresql" else ""
-    again = (
-        f"; study.json keeps no password: give --storage again with it{libpq}" if recorded else ""
-    )
+    again = ""
+    if config.search.storage is None and url.password is None:
+        ways = ["give --storage again with it"] if takes_storage else []
+        ways += ["set PGPASSWORD"] if url.get_backend_name() == "postgresql" else []
+        again = "; study.json keeps no password" + (f": {', or '.join(ways)}" if ways else "")
     return (
         "check that the server runs and takes more connections, and the URL's host, port, user, "
         f"password and database{again}"

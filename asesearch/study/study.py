@@ -54,18 +54,22 @@ class Study:
         self._use(Path(run_dir), open_to_search(config, Path(run_dir)))
 
     @classmethod
-    def open(cls, run_dir: Path, storage: str | None = None) -> Study:
+    def open(
+        cls, run_dir: Path, storage: str | None = None, *, takes_storage: bool = True
+    ) -> Study:
         """Open a study directory by what it holds, to be read only: nothing is written or created.
 
         Args:
             run_dir: the study directory.
             storage: URL, in place of the one on record, which has no password.
+            takes_storage: whether an error may advise to give a storage.
 
         Raises:
             StudyError: no study there, or its storage can't be read.
         """
         study = cls.__new__(cls)
-        study._use(Path(run_dir), open_to_report(Path(run_dir), storage))
+        opened = open_to_report(Path(run_dir), storage, takes_storage=takes_storage)
+        study._use(Path(run_dir), opened)
         return study
 
     def _use(self, run_dir: Path, opened: Opened) -> None:

@@ -192,6 +192,8 @@ def test_a_password_that_is_missing_later_is_asked_for(tmp_path, port, monkeypat
             StudyError, match="keeps no password: give --storage again with it, or set PGPASSWORD"
         ):
             use(tmp_path)
+    with pytest.raises(StudyError, match="keeps no password: set PGPASSWORD$"):  # as `compare`
+        Study.open(tmp_path, takes_storage=False)
     assert Study.open(tmp_path, storage=url).records() == []
 
 
