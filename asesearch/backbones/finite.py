@@ -12,10 +12,11 @@ from asesearch.errors import CheckpointError
 
 _CHUNK = 1 << 24  # numbers looked at together
 #: Weights that begin at random and that no training makes zero, under the names of DiT, U-ViT and
-#: diffusers. Not among them: modulations, output layers, biases and what may be switched off.
+#: diffusers. Not among them: modulations, output layers of a block or a network, which may begin at
+#: zero (as in blocks that are added to make a network deeper), and biases.
 _NEVER_ZERO = re.compile(
     r"(?:^|\.)(?:(?:x_embedder|patch_embed|pos_embed)\.proj|attn1?\.(?:qkv|to_[qkv])"
-    r"|mlp\.fc[12]|ff\.net\.(?:0\.proj|2))\.weight$"
+    r"|mlp\.fc1|ff\.net\.0\.proj)\.weight$"
 )
 
 

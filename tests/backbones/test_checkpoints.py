@@ -475,7 +475,8 @@ def test_a_file_whose_end_is_zeros_is_refused(tmp_path, kind: str) -> None:
     ("name", "refused"),
     [
         ("blocks.0.attn.qkv.weight", True),
-        ("blocks.1.mlp.fc2.weight", True),
+        ("blocks.1.mlp.fc1.weight", True),
+        ("blocks.1.mlp.fc2.weight", False),  # of a block that was added
         ("blocks.1.attn.proj.weight", False),
         ("blocks.1.mlp.fc2.bias", False),
         ("y_embedder.embedding_table.weight", False),
@@ -504,10 +505,10 @@ def test_a_diffusers_folder_with_weights_of_zeros_is_refused_as_either_kind(tmp_
     )
     model.save_pretrained(tmp_path)
     load("diffusers", tmp_path)
-    for lost in (model.pos_embed.proj, model.transformer_blocks[0].ff.net[2]):
+    for lost in (model.pos_embed.proj, model.transformer_blocks[0].ff.net[0].proj):
         lost.weight.data.zero_()
     model.save_pretrained(tmp_path)
-    with pytest.raises(CheckpointError, match=r"zeros in pos_embed\.proj\.weight, .*ff\.net\.2\."):
+    with pytest.raises(CheckpointError, match=r"zeros in pos_embed\.proj\.weight, .*ff\.net\.0\."):
         load("diffusers", tmp_path)
     with pytest.raises(CheckpointError, match=r"zeros in .*x_embedder\.proj\.weight"):
         load("dit", tmp_path)
