@@ -37,6 +37,7 @@ from tests.documents import (
     commands,
     inline_code,
     lines_of,
+    need_committed_report,
     script,
     text_of,
 )
@@ -333,6 +334,7 @@ def wrong_claims(page, study, digits):
 
 
 def test_measured_numbers_are_those_of_the_reports():
+    need_committed_report()
     assert wrong_claims(MEASURED, "fashion-mnist", 2) == []
     assert wrong_claims(MEASURED, "fashion-mnist-quick", 1) == []
     changed = MEASURED.replace("12.97 ± 0.11", "12.79 ± 0.11")

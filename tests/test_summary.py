@@ -12,7 +12,7 @@ import tomli_w
 
 from asesearch.errors import ConfigError
 from asesearch.report.grids import Grid
-from tests.documents import ROOT, check_line
+from tests.documents import ROOT, check_line, need_committed_report
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
@@ -57,6 +57,7 @@ def place(folder: Path, **changes) -> Path:
 
 @pytest.fixture(scope="module")
 def committed():
+    need_committed_report()
     return claims.read_claims(ROOT)
 
 
