@@ -121,7 +121,7 @@ def confirmation_grid(results: StudyResults) -> Grid:
             plus_minus(row["confirmed_quality"], row["confirmed_std_error"]),
             "–"
             if math.isnan(row["selection_bias"])
-            else signed(row["selection_bias"], row["selection_bias_se"]),
+            else _with_sign(row["selection_bias"], row["selection_bias_se"]),
             *(
                 plus_minus(row[name], row[f"{name}_se"])
                 for name in (("precision", "recall") if both else ())
@@ -151,14 +151,16 @@ def spaces_grid(results: StudyResults) -> Grid:
     return Grid(head, rows)
 
 
-def signed(value: float, error: float) -> str:
+def _with_sign(value: float, error: float) -> str:
     """A difference with its sign, ± its error where that is known."""
     return ("+" if value > 0 else "") + plus_minus(value, error)
 
 
 def _signed(row: pd.Series) -> str:
     """A difference and its margin; "–" of the reference itself."""
-    return "–" if row["verdict"] == "the reference" else signed(row["difference"], row["margin"])
+    return (
+        "–" if row["verdict"] == "the reference" else _with_sign(row["difference"], row["margin"])
+    )
 
 
 def _training_seeds(row: pd.Series) -> str:
