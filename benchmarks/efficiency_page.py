@@ -29,6 +29,9 @@ from asesearch.report.style import (
     relative_axis,
 )
 
+#: Names of the two figures that the page's first sentence tells.
+RATIO = "our compute at the best baseline's hypervolume / all of its"
+COVERED = "share of the best baseline's fresh front that ours dominates"
 COLOURS = {
     "difficulty": VERMILION,
     "random": GREY,
@@ -177,9 +180,10 @@ def goal(figure: Figure) -> str:
 
 
 def answer(figures: list[Figure]) -> str:
-    """The first two figures in a sentence."""
-    ratio = figures[0]
-    share = figures[1]
+    """The search's compute and the share of the front that it dominates, in a sentence."""
+    named = {figure.name: figure for figure in figures}
+    ratio = named[RATIO]
+    share = named[COVERED]
     reached = (
         f"The best baseline's final hypervolume was reached with {ratio.value:.2f} of its compute "
         "(median of the repeats)"

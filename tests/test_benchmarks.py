@@ -1,6 +1,7 @@
 """The scripts of benchmarks/ run, each as `benchmarks/README.md` writes it, with a tiny network."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -29,3 +30,15 @@ def test_a_benchmark_runs_and_writes_its_figures(script, options, tmp_path):
     found = json.loads((tmp_path / "out.json").read_text(encoding="utf-8"))
     assert found["benchmark"] == script and found["figures"]
     assert ("--report" in options) == (tmp_path / "page" / "index.html").is_file()
+
+
+@pytest.mark.parametrize("name", ["search-efficiency", "search-efficiency-18"])
+def test_the_first_sentence_of_a_search_efficiency_page_tells_its_own_figures(name):
+    folder = ROOT / "reports" / name
+    page = (folder / "index.html").read_text(encoding="utf-8")
+    told = re.search(r"reached with ([\d.]+) of .* on fresh seeds (\d+) %", page)
+    found = json.loads((folder / "results.json").read_text(encoding="utf-8"))["figures"]
+    values = {figure["name"]: figure["value"] for figure in found}
+    ratio = next(v for k, v in values.items() if k.endswith("hypervolume / all of its"))
+    share = next(v for k, v in values.items() if "fresh front that ours dominates" in k)
+    assert told.groups() == (f"{ratio:.2f}", f"{100 * share:.0f}")
