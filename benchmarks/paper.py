@@ -23,7 +23,7 @@ from typing import Any
 
 from measuring import LEAST, machine, say
 from paper_networks import Made, Networks
-from paper_options import command_of, complete, depth_of, options, samplers_of, study_of
+from paper_options import command_of, complete, depth_of, parsed, samplers_of, study_of
 from paper_record import Line, Record, kind_of, score_of, sheet_of
 from paper_rows import ADDED, FIXED, OWN, PRETRAINED, Choice, Row, pay
 
@@ -269,9 +269,9 @@ class Lab:
 
 
 def main(argv: list[str] | None = None) -> None:
-    args = options().parse_args(argv)
-    args.out.mkdir(parents=True, exist_ok=True)
     try:
+        args = parsed(argv)
+        args.out.mkdir(parents=True, exist_ok=True)
         with try_lock(args.out / "locks" / f"{args.experiment}.lock") as mine:
             if not mine:
                 raise StudyError(

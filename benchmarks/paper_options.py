@@ -12,7 +12,7 @@ from paper_rows import EXPERIMENTS, FIXED, OWN, PAY, PRETRAINED, Choice, offered
 
 from asesearch.backbones import save_backbone
 from asesearch.backbones.checkpoints import inspect_checkpoint, load_backbone
-from asesearch.config import BackboneConfig, StudyConfig, parse_study
+from asesearch.config import BackboneConfig, StudyConfig, parse_study, read_toml
 from asesearch.errors import ConfigError
 from asesearch.sampler import Sampler
 
@@ -122,6 +122,12 @@ def options() -> argparse.ArgumentParser:
     """What the command line takes."""
     parser = argparse.ArgumentParser(description=ABOUT)
     parser.add_argument("experiment", choices=EXPERIMENTS)
+    parser.add_argument(
+        "--study",
+        type=Path,
+        help="TOML file of further options, for all experiments and in a table of its own for "
+        "each; the command line overrides them",
+    )
     parser.add_argument("--kind", choices=NETWORKS, default="dit", help="of network")
     parser.add_argument(
         "--network", help="pretrained weights (default: the shipped ones of 18 blocks)"
@@ -233,6 +239,48 @@ def options() -> argparse.ArgumentParser:
     return parser
 
 
+def parsed(argv: list[str] | None = None) -> argparse.Namespace:
+    """The command line, with what its study file says where it says nothing.
+
+    Raises:
+        ConfigError: a file that cannot be read, or has a key that is no option.
+        SystemExit: an option or a value that there is not, as argparse says it.
+    """
+    parser = options()
+    args = parser.parse_args(argv)
+    if args.study is not None:
+        told = study_options(args.study, args.experiment)
+        words = [word for name, value in told.items() for word in words_of(name, value)]
+        read = parser.parse_args([args.experiment, *words, "--out", str(args.out)])
+        parser.set_defaults(**{name: getattr(read, name) for name in told})
+        args = parser.parse_args(argv)
+    return args
+
+
+def study_options(path: Path, experiment: str) -> dict[str, Any]:
+    """Options of an experiment in a study file: those of all, and over them those of its table."""
+    known = {action.dest for action in options()._actions if action.option_strings}
+    known -= {"help", "out", "study"}
+    found = read_toml(path)
+    tables = {name: found.pop(name) for name in EXPERIMENTS if isinstance(found.get(name), dict)}
+    for where, table in {"": found, **tables}.items():
+        for key in table.keys() - known:
+            place = f"[{where}] {key}" if where else key
+            raise ConfigError(
+                f"{path}: {place} is no option of paper.py; write those that --help lists, with _ "
+                f"for -, above all tables or in [{'], ['.join(EXPERIMENTS)}]"
+            )
+    return found | tables.get(experiment, {})
+
+
+def words_of(name: str, value: Any) -> list[str]:
+    """An option as the command line has it."""
+    if value is False:
+        return []
+    values = value if isinstance(value, list) else [] if value is True else [value]
+    return [f"--{name.replace('_', '-')}", *map(str, values)]
+
+
 def complete(args: argparse.Namespace) -> argparse.Namespace:
     """With what --tiny and the weights of the warm-up say.
 
@@ -292,10 +340,10 @@ def command_of(args: argparse.Namespace) -> str:
     for action in options()._actions:
         given = getattr(args, action.dest, None)
         usual = (None, False, [], action.default, NETWORKS[args.kind])
-        if not action.option_strings or given in usual:
+        if not action.option_strings or action.dest == "study" or given in usual:
             continue
-        words.append(action.option_strings[0])
-        values = given if isinstance(given, list) else [] if given is True else [given]
-        names = (v.name if isinstance(v, Path) else Path(str(v)).name for v in values)
+        option, *values = words_of(action.dest, given)
+        words.append(option)
+        names = (Path(value).name for value in values)
         words += [f"'{name}'" if " " in name else name for name in names]
     return " ".join(words)

@@ -427,3 +427,53 @@ def test_a_clear_difference_is_said(tmp_path):
     (tmp_path / "pay.jsonl").write_text("\n".join(map(json.dumps, lines)))
     (said,) = paper_page.verdicts(Experiment("pay", tmp_path))
     assert said.endswith("the same images as the full network's, so nothing was skipped.")
+
+
+STUDIES = {"fashion-mnist-dit-18": "paper", "fashion-mnist-uvit": "paper-uvit"}
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.mark.parametrize("experiment", paper_rows.EXPERIMENTS)
+@pytest.mark.parametrize(("study", "report"), STUDIES.items())
+def test_a_figures_study_file_is_what_most_of_its_committed_rows_were_made_by(
+    study, report, experiment
+):
+    path = ROOT / "studies/paper" / f"{study}.toml"
+    args = paper_options.parsed([experiment, "--study", str(path), "--out", "x"])
+    lines = read_lines(ROOT / "reports" / report / f"{experiment}.jsonl")
+    own = [line["settings"] for line in lines if line["row"]["recipe"] == "own"]
+    batch = min(args.time_images, args.sample_batch)
+    time = {"images": args.time_images, "repeats": args.time_repeats, "batch": batch}
+    same = [
+        settings
+        for settings in own
+        if settings["train"]["num_steps"] == args.own_steps
+        and settings["train"]["batch_size"] == args.own_batch
+        and settings["train"]["mixed_precision"] == args.mixed_precision
+        and settings.get("full_depth") == args.full_depth
+        and settings["protocol"]["num_samples"] in (args.num_samples, args.pick_samples)
+        and settings["time"] == time
+    ]
+    assert own and len(same) > len(own) / 2, own[0]
+
+
+def test_a_study_file_of_figures_is_overridden_by_the_command_line_and_refuses_what_is_no_option(
+    tmp_path,
+):
+    path = tmp_path / "s.toml"
+    path.write_text(
+        "own_steps = 7\nuntimed = true\n[pay]\nown_steps = 8\nfewer = [5, 6]\ncompile = false\n"
+    )
+    call = ["--study", str(path), "--out", str(tmp_path)]
+    args = paper_options.parsed(["figure1", *call])
+    assert (args.own_steps, args.untimed, args.fewer) == (7, True, [])
+    args = paper_options.parsed(["pay", *call, "--fewer", "4"])
+    assert (args.own_steps, args.compile, args.fewer) == (8, False, [4])
+    assert paper_options.command_of(args) == (
+        f"python benchmarks/paper.py pay --out {tmp_path.name} --fewer 4 --own-steps 8 --untimed"
+    )
+    path.write_text("[pay]\nown_step = 8\n")
+    with pytest.raises(
+        SystemExit, match=r"s.toml: \[pay\] own_step is no option of paper.py; write"
+    ):
+        paper.main(["figure1", *call])
