@@ -5,7 +5,7 @@ export PYTHON STUDY WORKERS
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help search test test-slow lint docs setup setup-dev install venv clean
+.PHONY: help search test test-thorough test-slow lint docs setup setup-dev install venv clean
 
 help:  ## this list
 	@echo "make search                     $$(sed -n 's/^search:.*## //p' Makefile)"
@@ -18,8 +18,14 @@ help:  ## this list
 search: setup  ## search the shipped model, write the report, export a bundle and sample from it
 	@$(BIN)/python studies/make_search.py "$$STUDY" "$$WORKERS"
 
+# Two processes of one thread each; the tests of a file stay together.
+TOGETHER = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
+
 test: setup-dev  ## the fast tests
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
+	$(TOGETHER)
+
+test-thorough: setup-dev  ## those that take seconds each: whole searches, processes, exports
+	$(TOGETHER) -m 'thorough and not slow'
 
 test-slow: setup-dev  ## the long ones
 	$(BIN)/python -m pytest -q -m slow

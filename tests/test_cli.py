@@ -110,6 +110,7 @@ def place(tmp_path_factory):
     return folder
 
 
+@pytest.mark.thorough
 def test_train_writes_weights_and_says_how_they_were_made(place):
     from asesearch.backbones import inspect_checkpoint
 
@@ -217,6 +218,7 @@ def test_a_report_goes_into_the_working_directory(place, tmp_path, monkeypatch):
         call("report", place / "runs" / "tiny", "--out", "/")
 
 
+@pytest.mark.thorough
 def test_a_notebooks_backend_does_not_matter(place, tmp_path):
     """IPython sets MPLBACKEND for the commands that a cell runs."""
     environment = {**os.environ, "MPLBACKEND": "module://not_installed.backend"}
@@ -423,6 +425,7 @@ def changed(path, change):
 RNG = np.random.default_rng(0)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     "change",
     [
@@ -588,6 +591,7 @@ def test_a_search_is_not_one_process_of_a_training(place, tmp_path, monkeypatch,
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.thorough
 def test_a_budget_is_planned_and_kept(place, tmp_path):
     study = tmp_path / "timed.toml"
     study.write_text(
@@ -940,6 +944,7 @@ def test_a_dry_run_of_sample_refuses_what_sampling_would(
     assert code == 1 and said.err.count("\n") == 1 and "got" in said.err and not said.out
 
 
+@pytest.mark.thorough
 def test_a_number_of_trials_takes_the_place_of_the_files_budget(place, tmp_path):
     """A tenth of a second is spent by the full network alone; three trials are three trials."""
     from asesearch.study import Study

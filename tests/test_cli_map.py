@@ -101,6 +101,7 @@ def test_a_map_of_the_studys_own_network(place):
     )
 
 
+@pytest.mark.thorough
 def test_other_weights_are_judged_against_the_studys_network(place):
     call("trained.toml", "--out", "own")
     out, _ = call("trained.toml", "--weights", "tuned.safetensors", "--out", "tuned")
@@ -118,6 +119,7 @@ def test_other_weights_are_judged_against_the_studys_network(place):
     assert np.allclose(read(place / "again").error_full, own.error_full, rtol=1e-4, atol=1e-12)
 
 
+@pytest.mark.thorough
 def test_an_untrained_network(place):
     """Nothing sets its exits apart, and none predicts any noise: both show."""
     out, _ = call("scratch.toml", "--out", "scratch")

@@ -217,6 +217,7 @@ print(kept, found[0], shards.digest)
 """
 
 
+@pytest.mark.thorough
 def test_more_shards_than_a_process_may_hold_open(vae_path, tmp_path):
     """As the latents of ImageNet are: 2,504 files, where 1,024 is the usual limit."""
     rng = np.random.default_rng(0)

@@ -669,6 +669,7 @@ else:
 """
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     ("started", "said"),
     [

@@ -111,6 +111,7 @@ def test_what_is_left_out_is_said_once(pets, caplog):
     )
 
 
+@pytest.mark.thorough
 def test_what_is_left_out_is_seen_on_stderr(pets):
     (pets / "cat" / "._a.png").touch()
     code = (

@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parent.parent / "asesearch"
 # a module imports from rooms of lower levels, and from its own
 LEVELS = {
@@ -150,6 +152,7 @@ def import_graph():
     return graph
 
 
+@pytest.mark.thorough
 def test_no_modules_import_each_other_in_a_circle():
     assert circle(import_graph()) == []
 
@@ -171,6 +174,7 @@ for name in sys.argv[1:]:
 """
 
 
+@pytest.mark.thorough
 def test_what_needs_no_torch_imports_none():
     """Reports, picks and proposals work where torch can't be imported."""
     names = [module_of(p) for p in FILES if room_of(p) in NO_TORCH]

@@ -388,6 +388,7 @@ def test_make_alone_lists_every_target(clone):
         "search",
         "help",
         "test",
+        "test-thorough",
         "test-slow",
         "lint",
         "docs",

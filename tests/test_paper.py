@@ -65,6 +65,7 @@ def measured(tmp_path_factory):
     return out, read_lines(out / "figure1.jsonl")
 
 
+@pytest.mark.thorough
 def test_a_row_tells_all_it_depends_on(measured):
     _, (pretrained, tuned) = measured
     assert pretrained["training_seed"] is None and pretrained["tuning"]["own_gflops"] == 0
@@ -88,6 +89,7 @@ def test_equal_compute_is_the_searchs_own(measured):
     assert tuned["tuning"]["own_gflops"] > 0 == tuned["tuning"]["warm_up_gflops"]
 
 
+@pytest.mark.thorough
 def test_a_killed_run_goes_on_and_another_protocol_is_refused(measured, monkeypatch, capsys):
     out, before = measured
     path = out / "figure1.jsonl"
@@ -117,6 +119,7 @@ def test_a_killed_run_goes_on_and_another_protocol_is_refused(measured, monkeypa
     assert read_lines(path) == after
 
 
+@pytest.mark.thorough
 def test_a_u_vit_has_the_schedules_published_for_it_and_times_may_be_left_for_later(
     tmp_path, monkeypatch
 ):
@@ -146,6 +149,7 @@ def test_a_u_vit_has_the_schedules_published_for_it_and_times_may_be_left_for_la
     assert paper_page.write_page(page.parent, page.parent).read_text() == text  # it is kept whole
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("full_depth", ["tuned", "pretrained"])
 def test_without_a_warm_up_none_is_counted(tmp_path, full_depth):
     rows = ["D3-DiT", "no warm-up, equal compute"]
@@ -293,6 +297,7 @@ def test_each_recipe_changes_one_thing():
         assert len(tuning_of(recipe)[1]) == (recipe != "own"), recipe
 
 
+@pytest.mark.thorough
 def test_exits_with_weights_of_their_own(tmp_path):
     """One candidate each is not picked; the full network is tuned in the warm-up's compute."""
     schedule = "18 18 18 18 18 18 18 18 2 2"

@@ -98,6 +98,7 @@ def test_a_point_reads_back(depths, sampler):
         assert one == point and one.schedule.exit_depths == point.schedule.exit_depths
 
 
+@pytest.mark.thorough
 @given(DEPTHS, DEPTHS, SAMPLERS, SAMPLERS)
 def test_points_are_equal_exactly_if_they_run_the_same(one, other, a, b):
     first = Point(ExitSchedule.uniform_intervals(one, 6), a)

@@ -206,6 +206,7 @@ def celeba_study(place):
     )
 
 
+@pytest.mark.thorough
 def test_celeba(tmp_path):
     bundle = exported(climb(celeba_study(tmp_path), tmp_path, warm_starts=3), tmp_path)
     assert load_bundle(bundle).sample([0, 1]).images.shape == (2, 3, PIXELS, PIXELS)
@@ -276,6 +277,7 @@ def reference(place, image_size=PIXELS):
     return {"kind": "image-folder", "path": str(place / "train"), "image_size": image_size}
 
 
+@pytest.mark.thorough
 def test_imagenet(imagenet, tmp_path):
     config = imagenet_study(imagenet)
     bundle = run(config, tmp_path)
@@ -459,6 +461,7 @@ def pixart_study(tmp_path):
     )
 
 
+@pytest.mark.thorough
 def test_pixart(tmp_path):
     config = pixart_study(tmp_path)
     text = tmp_path / "text"

@@ -85,6 +85,7 @@ def test_a_batch_sees_nothing_of_the_one_before(each):
     torch.testing.assert_close(each.make(each.strong, batch_size=1).images, whole)
 
 
+@pytest.mark.thorough
 def test_flops_are_those_counted_in_a_real_sampling(each):
     net, strong = each.net, each.strong
     # all images in one batch: counting takes its time with every operation
@@ -109,6 +110,7 @@ def two_sets(request):
     return found
 
 
+@pytest.mark.thorough
 def test_two_sets_of_weights_keep_nothing_for_each_other(two_sets):
     net, strong = two_sets.net, two_sets.strong
     plain = two_sets.make().images

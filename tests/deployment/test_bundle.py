@@ -303,6 +303,7 @@ with writing.whole_folder(Path(sys.argv[1]), overwrite=True) as part:
 """
 
 
+@pytest.mark.thorough
 def test_a_process_that_dies_while_it_overwrites_loses_no_bundle(bundle, folder):
     before = (folder / "bundle.json").read_bytes()
     assert subprocess.run([sys.executable, "-c", DIES, folder]).returncode == 9

@@ -52,6 +52,7 @@ def gap(images, expected):
     return float((images - expected).abs().max() / expected.abs().max())
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     "solver", ["ddpm", "ddim", "dpm++2m", "dpm++2m-quadratic", "unipc-quadratic", "ddim-power1.5"]
 )

@@ -124,6 +124,7 @@ def test_compiled_blocks(first):
         assert handle.block_calls == calls
 
 
+@pytest.mark.thorough
 def test_a_transformer_compiled_as_a_whole_is_refused():
     pipeline = MAKERS["dit"]()
     pipeline.transformer = torch.compile(pipeline.transformer)

@@ -71,6 +71,7 @@ def blocked():
     )
 
 
+@pytest.mark.thorough
 def test_bundles_sample_with_four_libraries(tmp_path):
     torch.manual_seed(0)
     schedule = ExitSchedule.from_string("4 4 2 1", 4)

@@ -67,6 +67,7 @@ def gap(images, expected):
     return float(np.abs(images - expected.numpy()).max() / expected.abs().max())
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("solver", SOLVERS)
 def test_the_images_are_torchs(bundle, folder, solver):
     how = bundle.sampling.model_copy(update={"solver": solver})
@@ -77,6 +78,7 @@ def test_the_images_are_torchs(bundle, folder, solver):
     assert (made.nfe, made.block_calls) == (expected.nfe, expected.block_calls)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("kind", ["dit", "uvit"])
 def test_early_exits_with_weights_of_their_own(tmp_path, kind):
     full, exits = (randomised(NETWORKS[kind](), scale) for scale in (0.1, 0.15))
@@ -275,6 +277,7 @@ def test_a_forged_graph_is_refused(copy, name):
         load_onnx(copy)
 
 
+@pytest.mark.thorough
 def test_a_graph_that_cannot_be_built_leaves_no_file_open(bundle, tmp_path, monkeypatch):
     opened = []
 

@@ -151,6 +151,7 @@ def test_speed_is_judged_by_the_promised_saving(frac, passed, monkeypatch):
     assert check.passed is passed
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("form", ["bundle", "onnx"])
 def test_a_u_vit_is_promised_no_saving_of_blocks_that_always_run(form, tmp_path, monkeypatch):
     """Three of its five blocks; one of the other two runs."""

@@ -153,6 +153,7 @@ def test_a_real_study_of_two_objectives(backend, noise_easy, tmp_path):
     )
 
 
+@pytest.mark.thorough
 def test_same_trials_in_a_fresh_process(tmp_path):
     code = (
         "from tests.proposer.test_proposer import *\n"

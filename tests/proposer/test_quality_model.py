@@ -340,6 +340,7 @@ def test_the_part_is_spread_over_levels_and_record(counts):
         assert {high[0], high[-1]} == {counts[0], sum(counts) - 1}  # first and latest
 
 
+@pytest.mark.thorough
 def test_a_thousand_records_are_fitted_in_seconds():
     """Measured against the same fit of a fifth as many: cubic growth would make it 125 times."""
 

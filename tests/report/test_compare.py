@@ -192,6 +192,7 @@ def test_one_repeat_of_the_evaluation_names_no_winner(study):
     assert set(found.wins["winner"]) == {""}
 
 
+@pytest.mark.thorough
 def test_seeds_of_one_study_are_repeats(three):
     others = [shifted(one, 5.0) for one in three]
     found = compare_results([*three, *others])

@@ -137,6 +137,7 @@ def test_the_deepest_exit_above_a_threshold():
     assert too_shallow(errors, 0.5).tolist() == [1, 0, 3]
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     "full",
     [
@@ -162,6 +163,7 @@ def test_an_error_is_told_from_none_by_more_than_its_colour():
     )
 
 
+@pytest.mark.thorough
 def test_files_are_whole_equal_and_readable(tmp_path):
     files = write_map(make(), tmp_path / "new/map")
     assert [f.name for f in files] == ["map.csv", "map.png", "map.svg", "map.json"]

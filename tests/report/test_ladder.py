@@ -96,6 +96,7 @@ def test_page_names_samplers_rungs_and_spending(climbed):
     assert tables.label(fast, climbed.own_sampler) == f"#{fast.number}, 8 steps"
 
 
+@pytest.mark.thorough
 def test_figures_of_the_ladder_can_be_drawn(climbed, tmp_path):
     for drawing in drawings(climbed):
         if drawing.name in ("rungs", "fidelity", "spending", "front_search"):

@@ -113,6 +113,7 @@ def check(html):
 # ------------------------------------------------------------------------------------
 
 
+@pytest.mark.thorough
 def test_every_figure_lies_beside_the_table_it_was_drawn_from(results, folder):
     drawings = {d.name: d for d in plots.drawings(results)}
     assert set(drawings) == NAMES
@@ -181,6 +182,7 @@ def long_names():
     return replace(made, records=records, config=config)
 
 
+@pytest.mark.thorough
 def test_no_text_is_cut_off_at_the_edge(long_names):
     drawn = 0
     for drawing in plots.drawings(long_names):
@@ -222,6 +224,7 @@ def test_images_are_read_when_they_are_looked_at(tmp_path, monkeypatch):
     assert len(read) == 4
 
 
+@pytest.mark.thorough
 def test_every_sampler_has_a_marker_of_its_own(long_names):
     (drawing,) = (d for d in plots.drawings(long_names) if d.name == "front_search")
     with matplotlib.rc_context(style.STYLE):
@@ -310,6 +313,7 @@ def test_the_page_says_whose_weights_make_the_calls_at_full_depth(html, results)
     assert line not in html and line in page.render_page(two, [])
 
 
+@pytest.mark.thorough
 def test_other_extractors_are_never_called_fid(study):
     results = study(8, extractor="fashion-cnn")
     html = page.render_page(results, [])
@@ -366,6 +370,7 @@ ODD = {
 }
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("case", ODD)
 def test_odd_studies_have_a_page_and_figures(study, case):
     arguments, words = ODD[case]
@@ -401,6 +406,7 @@ def test_a_study_without_latency_losses_or_environment_has_a_page(study):
 # ----------------------------------------------------------------------------------------
 
 
+@pytest.mark.thorough
 def test_same_results_same_bytes_and_what_is_stale_goes(results, folder, tmp_path):
     target = tmp_path / "report"
     (target / "figures").mkdir(parents=True)

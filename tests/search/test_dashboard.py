@@ -93,6 +93,7 @@ def test_notes_are_read_by_the_dashboard(body, storage, tmp_path):
     assert get_note(trial) == body and get_note(other) == ""
 
 
+@pytest.mark.thorough
 def test_every_trial_has_a_note_readable_attributes_and_its_samples(searched):
     from optuna_dashboard import get_note
 
@@ -124,6 +125,7 @@ def test_a_trial_that_another_worker_ended_is_let_alone(searched):
     assert again.user_attrs == ended.user_attrs
 
 
+@pytest.mark.thorough
 def test_a_study_of_an_earlier_release_goes_on_with_its_names(tmp_path, monkeypatch):
     config = make_config(num_trials=4, proposer="tpe")
     with monkeypatch.context() as earlier:

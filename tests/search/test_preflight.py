@@ -353,6 +353,7 @@ def begun(study, unpaid, tmp_path):
     return config
 
 
+@pytest.mark.thorough
 def test_a_dry_run_refuses_a_study_that_can_not_go_on(begun, study, tmp_path):
     def files():
         return {p: p.read_bytes() for p in (tmp_path / "run").rglob("*") if p.is_file()}
@@ -461,6 +462,7 @@ def test_trying_changes_nothing_that_a_search_sees(study, tmp_path, monkeypatch)
 # -- what is measured under which sampler and with which seeds -----------------------------------
 
 
+@pytest.mark.thorough
 def test_the_confirmation_has_its_own_seeds_and_each_points_own_sampler(
     study, tmp_path, monkeypatch
 ):
@@ -509,6 +511,7 @@ def test_the_confirmation_has_its_own_seeds_and_each_points_own_sampler(
 # -- a low-fidelity score where none existed ------------------------------------------------------
 
 
+@pytest.mark.thorough
 def test_every_trial_gets_a_score_from_fewer_images_than_features(study, tmp_path, caplog):
     config = study(promotion={"num_samples": 12, "always": 9})
     with caplog.at_level(logging.ERROR):
@@ -521,6 +524,7 @@ def test_every_trial_gets_a_score_from_fewer_images_than_features(study, tmp_pat
     assert all(r.quality.protocol.metric == "frechet" for r in results.complete)
 
 
+@pytest.mark.thorough
 def test_the_same_with_kernel_distances(study, tmp_path):
     results = search(study(promotion={"num_samples": 12, "metric": "kid", "always": 9}), tmp_path)
     assert [r.failure for r in results.records] == [None] * 4

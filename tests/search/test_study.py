@@ -55,6 +55,7 @@ def trials_of(study):
     return [(r.origin, r.schedule, r.quality and r.quality.values) for r in study.records()]
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("proposer", PROPOSERS)
 def test_contract_of_every_proposer(proposer, tmp_path):
     config = make_config(proposer=proposer, num_trials=6)
@@ -71,11 +72,13 @@ def test_contract_of_every_proposer(proposer, tmp_path):
     assert trials_of(other)[2:] != trials_of(study)[2:4]
 
 
+@pytest.mark.thorough
 def test_free_form_space_gives_other_shapes(tmp_path):
     study, _ = run(make_config(noise_easy=False, proposer="random", num_trials=12), tmp_path)
     assert not all(r.schedule.is_noise_easy for r in study.records())
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("proposer", ["tpe", "nsga2"])
 def test_resumed_search_proposes_what_an_uninterrupted_one_does(proposer, tmp_path):
     config = make_config(proposer=proposer, num_trials=11)
@@ -85,6 +88,7 @@ def test_resumed_search_proposes_what_an_uninterrupted_one_does(proposer, tmp_pa
     assert len(bench.tried) == 2 and trials_of(resumed) == trials_of(straight)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("die_at", [0, 3])
 def test_kill_9_loses_the_trial_in_flight_only(tmp_path, die_at):
     search = {"num_trials": 6}
@@ -120,6 +124,7 @@ def test_interrupt_leaves_no_open_trial(tmp_path):
     assert all(t.values is not None for t in resumed.optuna.get_trials())
 
 
+@pytest.mark.thorough
 def test_a_diverging_schedule_is_recorded_and_the_search_goes_on(tmp_path):
     study, bench = run(make_config(warm_start=["6 6 3 1"], num_trials=9), tmp_path, fails=1)
     failed = [r for r in study.records() if r.state == "failed"]
@@ -134,6 +139,7 @@ def gpu_is_full():
     raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     ("allocate", "told"),
     [
@@ -157,6 +163,7 @@ def test_a_schedule_without_memory_is_recorded_and_the_search_goes_on(tmp_path, 
     assert "enforce" not in failed[0].failure
 
 
+@pytest.mark.thorough
 def test_what_a_schedule_without_memory_held_is_freed_at_once(tmp_path):
     held = []
 
@@ -228,6 +235,7 @@ def test_larger_budget_continues_and_a_smaller_one_does_nothing(tmp_path):
     assert len(bench.tried) == 3 and len(study.records()) == 9
 
 
+@pytest.mark.thorough
 def test_an_exhausted_space_ends_the_search(tmp_path, monkeypatch, caplog):
     """It has cost hours, and goes on with the confirmation."""
     monkeypatch.setattr("asesearch.search.runner.MAX_REFUSED_IN_A_ROW", 20)
@@ -446,6 +454,7 @@ def test_a_schedule_that_is_held_without_a_trial_is_proposed_once(tmp_path):
     assert not any(s.is_full for s in (*bench.tried, *bench.low_tried))
 
 
+@pytest.mark.thorough
 def test_difficulty_proposer_resumes_and_repeats_like_any_other(tmp_path):
     config = make_config(proposer="difficulty", num_trials=9)
     straight, bench = run(config, ready(tmp_path / "straight"))
@@ -702,6 +711,7 @@ def test_a_fine_tuning_is_counted_once_and_a_second_one_again(tmp_path, second, 
     ) == bool(counted)
 
 
+@pytest.mark.thorough
 def test_kill_9_on_the_ladder(tmp_path):
     search = {"num_trials": 9, "proposer": "difficulty"}
     process = Child(work, search, ready(tmp_path / "killed"), 3, LADDER)
@@ -711,6 +721,7 @@ def test_kill_9_on_the_ladder(tmp_path):
     assert trials_of(resumed) == trials_of(straight)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("proposer", ["difficulty", "tpe", "nsga2", "gp", "random"])
 def test_ways_of_sampling_compete_with_schedules(tmp_path, proposer):
     config = make_config(proposer=proposer, num_trials=9, samplers=["ddim-25"])

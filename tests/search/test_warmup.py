@@ -103,6 +103,7 @@ class Killed(BaseException):
     pass
 
 
+@pytest.mark.thorough
 def test_made_once_and_the_same_after_a_kill(study, tmp_path):
     straight = warm_up(Workbench(study, tmp_path / "a"), tmp_path / "a")
     assert (
@@ -152,6 +153,7 @@ def search(study, run_dir):
     run_trials(Study(study, run_dir), Workbench(study, run_dir))
 
 
+@pytest.mark.thorough
 def test_a_worker_that_would_wait_tunes_the_full_network_first(study, tmp_path):
     """And the trial of the full network, whoever makes it, takes that."""
     here = Workbench(study, tmp_path / "run")
@@ -194,6 +196,7 @@ def test_nothing_is_made_where_nothing_needs_it(study, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("content", [b"", b"{", b"\x80\x81", b"null"])
 def test_a_damaged_map_is_measured_again_and_damaged_costs_are_forgotten(
     study, tmp_path, caplog, content
@@ -240,6 +243,7 @@ def test_damaged_checkpoints_of_trainings_are_named_and_begun_again(study, tmp_p
     assert len(tuned.losses) == 3 and f"{folder / 'training.safetensors'} is damaged" in caplog.text
 
 
+@pytest.mark.thorough
 def test_a_relative_storage_is_resumed_from_another_working_directory(study, tmp_path, monkeypatch):
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path)
@@ -315,6 +319,7 @@ def test_latency_is_of_calls_as_large_as_the_samplers(study, tmp_path, cfg_scale
     assert table.guided is (cfg_scale != 1.0) and table.precision == "float32"
 
 
+@pytest.mark.thorough
 def test_time_is_of_compiled_blocks_where_the_study_says_so(study, tmp_path, only_traced):
     how = study.sampling.model_copy(update={"compile": True})
     bench = Workbench(study.model_copy(update={"sampling": how}), tmp_path / "run")
@@ -334,6 +339,7 @@ def test_protocol_leaves_competing_samplers_out(study, tmp_path):
     assert Workbench(alone).protocols.search.num_steps == 4
 
 
+@pytest.mark.thorough
 def test_a_whole_search_on_the_ladder(study, tmp_path):
     results = whole_search(study, tmp_path / "run")
     assert [r.origin for r in results.records[:2]] == ["full", "full dpm++2m-2"] and len(
@@ -367,6 +373,7 @@ def test_a_whole_search_on_the_ladder(study, tmp_path):
     assert json.loads((folder / "bundle.json").read_text())["sampling"]["num_steps"] == 2
 
 
+@pytest.mark.thorough
 def test_a_search_with_the_pretrained_weights_at_full_depth(study, tmp_path):
     """Elastic weights, map, trials and export: full depth is the pretrained network's everywhere
     but in the baseline, and early exits are trained on their own timesteps alone."""
@@ -411,6 +418,7 @@ def test_a_search_with_the_pretrained_weights_at_full_depth(study, tmp_path):
     assert again and all(c.retrained[0].values != c.quality.values for c in again)
 
 
+@pytest.mark.thorough
 def test_caching_goes_with_two_sets_of_weights(study, tmp_path):
     """On one front, and into the bundle: what is cached there is what the trial sampled."""
     name = "ddim-4+cache-block-4"
@@ -451,6 +459,7 @@ def search_until_killed(config, run_dir):
     run_trials(Study(config, run_dir), bench)
 
 
+@pytest.mark.thorough
 def test_what_tuning_took_is_not_lost_with_a_kill_before_the_record(study, tmp_path):
     """Killed after the weights were written: the trial that records them counts them, another
     sampler's does not again."""

@@ -197,6 +197,7 @@ def second_space(tmp_path, monkeypatch):
     return "second_space:Pooled"
 
 
+@pytest.mark.thorough
 def test_confirmed_images_are_scored_in_further_feature_spaces(make_bench, second_space):
     confirm = {"num_samples": 80, "repeats": 2, "also": [second_space]}
     evaluation = {"extractor": "fashion-cnn", "num_samples": 70}
@@ -219,6 +220,7 @@ def test_confirmed_images_are_scored_in_further_feature_spaces(make_bench, secon
         )
 
 
+@pytest.mark.thorough
 def test_a_further_space_takes_weights_from_a_table(make_bench, second_space, tmp_path):
     evaluation = {"extractor": "fashion-cnn", "num_samples": 70}
     state = load_file(FashionCNN.shipped())
@@ -233,6 +235,7 @@ def test_a_further_space_takes_weights_from_a_table(make_bench, second_space, tm
         make_bench(confirm={"num_samples": 80, "also": absent}, evaluation=evaluation)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     ("also", "error", "rule"),
     [
@@ -309,6 +312,7 @@ def test_a_damaged_calibration_is_made_again(make_bench, tmp_path, caplog, conte
     assert recorded_acceleration(tmp_path, sampler).to_dict() == {"kind": "merge", "ratio": 0.5}
 
 
+@pytest.mark.thorough
 def test_exits_that_images_choose_are_costed_as_they_were_counted(make_bench):
     sampler = Sampler.from_string("ddim-4+deediff-1")
     bench = make_bench(search={"samplers": [str(sampler)]})
@@ -318,6 +322,7 @@ def test_exits_that_images_choose_are_costed_as_they_were_counted(make_bench):
     assert time > 0
 
 
+@pytest.mark.thorough
 def test_a_cached_point_is_sampled_and_costed_as_such(make_bench):
     bench = make_bench(search={"samplers": [CACHED, "ddim-4+cache-attn-0"]})
     own = Point(bench.full, bench.own_sampler)
@@ -343,6 +348,7 @@ def test_a_cached_point_is_sampled_and_costed_as_such(make_bench):
     assert spent[0] / spent[1] == pytest.approx(flops)
 
 
+@pytest.mark.thorough
 def test_a_cache_saves_block_calls_of_a_u_vit_as_of_a_dit(make_bench, tmp_path):
     """Blocks that are never dropped are cached too, and count as the others do."""
     net = UViT(img_size=28, patch_size=14, in_chans=1, embed_dim=8, depth=6, num_heads=1)

@@ -123,6 +123,7 @@ def check_shared(config, run_dir, num_trials):
     assert sum(line.startswith("confirmation") for line in lines) == len(confirmed)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("proposer", ["difficulty", "tpe"])
 def test_a_second_worker_goes_on_beside_a_long_trial_of_the_full_network(
     tmp_path, no_weights, proposer, caplog
@@ -295,6 +296,7 @@ def test_a_trial_without_a_heartbeat_is_stale(tmp_path):
     assert study.stale_trials() == {trial._trial_id}
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("kind", ["complete", "failed", "told"])
 def test_a_worker_taken_for_dead_keeps_its_score(tmp_path, kind):
     """Another ends its trial while it is at it: just before, or between record and score."""
@@ -410,6 +412,7 @@ def test_who_waits_for_a_lock_says_so_once(tmp_path, caplog, monkeypatch):
 # -------------------------------------------------------------------------
 
 
+@pytest.mark.thorough
 def test_turns_that_change_are_waited_for_and_one_that_is_stuck_is_not(tmp_path, monkeypatch):
     """Sixty workers at a server far away take minutes, one after the other."""
     monkeypatch.setattr("asesearch.search.fleet.TURN_S", 2.0)
@@ -434,6 +437,7 @@ def test_turns_that_change_are_waited_for_and_one_that_is_stuck_is_not(tmp_path,
     assert 2.0 < time.monotonic() - begun < 8.0
 
 
+@pytest.mark.thorough
 def test_exactly_as_many_proposals_look_around_as_the_study_says(tmp_path):
     class Slow(SharedBench):
         def try_low_fidelity(self, point):
@@ -511,6 +515,7 @@ class Failing(FakeBench):
         return super().try_point(point, folder)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("search", [{"num_trials": 6}, {"budget": "1h"}])
 def test_a_failed_full_network_stops_the_search_and_is_tried_again(tmp_path, search):
     config = make_config(warm_start=[], num_intervals=1, **search)
@@ -531,6 +536,7 @@ def test_a_failed_full_network_stops_the_search_and_is_tried_again(tmp_path, sea
     assert all(r.state == "complete" for r in study.records())
 
 
+@pytest.mark.thorough
 def test_a_study_whose_every_trial_fails_stops_at_once(tmp_path):
     config = make_config(num_trials=9)
     study = Study(config, tmp_path)
@@ -586,6 +592,7 @@ def test_workers_share_the_confirmation_out(tmp_path, no_weights):
     assert {c.number for c in results.confirmations} == set(wanted)
 
 
+@pytest.mark.thorough
 def test_points_that_are_not_worth_confirming_are_named(tmp_path, no_weights, monkeypatch, caplog):
     study, bench = searched(tmp_path)
     results = study.results()
@@ -604,6 +611,7 @@ def test_points_that_are_not_worth_confirming_are_named(tmp_path, no_weights, mo
     assert "not confirmed" not in caplog.text
 
 
+@pytest.mark.thorough
 def test_what_a_dead_worker_was_confirming_is_left_to_the_next(tmp_path, no_weights):
     study, bench = searched(tmp_path)
 
@@ -622,6 +630,7 @@ def test_what_a_dead_worker_was_confirming_is_left_to_the_next(tmp_path, no_weig
     assert len(found) == 4 and Counter(confirmed_points(tmp_path)).most_common(1)[0][1] == 2
 
 
+@pytest.mark.thorough
 def test_confirmations_under_other_settings_are_measured_again(tmp_path, no_weights):
     study, bench = searched(tmp_path)
     before = confirm(study, bench)
@@ -897,6 +906,7 @@ class Timed(FakeBench):
         return replace(super().try_point(point, folder), seconds={"finetune": 0.1})
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("num_workers", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_a_budget_is_of_wall_time_and_leaves_room_for_the_confirmation(tmp_path, num_workers):
     """An image takes a thousandth of a second, so that 2,000 timed ones of a point and of the full

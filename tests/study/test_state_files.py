@@ -166,6 +166,7 @@ def test_what_is_made_again_is_whole(place, tmp_path):
     call("report", run, "--out", tmp_path / "report")
 
 
+@pytest.mark.thorough
 def test_weights_of_another_trial_are_not_taken_for_its_own(place, tmp_path, caplog):
     run = tmp_path / "run"
     shutil.copytree(place / "run", run)
@@ -185,6 +186,7 @@ def test_weights_of_another_trial_are_not_taken_for_its_own(place, tmp_path, cap
     assert all(np.array_equal(again[k], right[k]) for k in right)
 
 
+@pytest.mark.thorough
 def test_reading_commands_change_nothing(place, tmp_path, monkeypatch):
     without_figures(monkeypatch)
     run = tmp_path / "study" / "run"

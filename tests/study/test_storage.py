@@ -199,6 +199,7 @@ def test_a_storage_without_the_study_is_refused_and_left_as_it_is(tmp_path):
     assert (tmp_path / "run" / "study.json").read_bytes() == before
 
 
+@pytest.mark.thorough
 def test_a_moved_storage_carries_the_study(tmp_path):
     run(make_config(num_trials=2), tmp_path / "run")
     with pytest.raises(StudyError, match="copy_study") as caught:
@@ -280,6 +281,7 @@ def test_a_later_format_is_refused(tmp_path):
 # -- changed inputs ------------------------------------------------------------------------------
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     "change",
     [

@@ -73,6 +73,7 @@ def check_fresh(tmp_path, urls):
 ROUNDS = [1, pytest.param(10, marks=pytest.mark.slow)]
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("rounds", ROUNDS)
 def test_workers_that_open_a_fresh_sqlite_file_at_once(tmp_path, rounds):
     check_fresh(tmp_path, [f"sqlite:///{tmp_path}/{i}.db" for i in range(rounds)])
