@@ -274,7 +274,8 @@ def facts(experiment: Experiment) -> Iterator[str]:
     yield html.escape(
         f"{protocol.metric_name}, {protocol.num_samples:,} images for each of "
         f"{len(protocol.seeds)} seed sets (from {protocol.seeds[0]} on), {seeds} training "
-        f"seed{'s' if seeds > 1 else ''} of own steps; {settings['network']}. {trained_as}"
+        f"seed{'s' if seeds > 1 else ''} of own steps; {settings['network']} (weights "
+        f"{settings['weights'][:8]}). {trained_as}"
     )
     commands = dict.fromkeys(line["command"] for line in lines)
     text = "<br>".join(f"<code>{html.escape(command)}</code>" for command in commands)
