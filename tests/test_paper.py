@@ -389,6 +389,7 @@ def line_of(row, values, seed, **more):
         "settings": {
             "tiny": False,
             "network": "net",
+            "weights": "0123456789",
             "warm_up": warm,
             "train": train,
             "protocol": protocol.to_dict(),
@@ -417,6 +418,7 @@ def test_the_page_tells_both_errors_and_what_is_not_measured(tmp_path):
     page = paper_page.write_page(tmp_path, tmp_path / "page").read_text()
     assert "13.10 ± 0.10" in page and "1.0 (2)" in page and "+3 ± 13" in page
     assert "40\N{NO-BREAK SPACE}% of the time saved" in page and "no difference shown" in page
+    assert "net (weights 01234567). Own steps" in page
     assert page.count("Not measured yet") == 6 and page.count("<i>not measured</i>") == 6 * 6 + 3
     assert (tmp_path / "page" / "pay.csv").is_file()
 
