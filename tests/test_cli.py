@@ -422,6 +422,29 @@ def changed(path, change):
     save_file({k: change(v) for k, v in tensors.items()}, path, metadata)
 
 
+def test_other_weights_behind_the_path_are_not_taken_for_the_studys(place, tmp_path):
+    """Neither trained on nor evaluated; a trial's own weights are what they were."""
+    from asesearch.errors import StudyError
+
+    run, net, out = place / "runs/tiny", place / "net.safetensors", tmp_path / "b"
+    export = ("export", run, "--trial", 1, "--out", out)
+    tuned = (*export, "--finetune-steps", 2)
+    kept = net.read_bytes()
+    changed(net, lambda v: v * np.float32(1.05))
+    try:
+        for args in (tuned, (*tuned, "--dry-run"), ("evaluate", run)):
+            with pytest.raises(StudyError, match=r"begun with other weights .*; restore them"):
+                call(*args)
+        assert not list(run.rglob("finetune-2")) and not out.exists()
+        call("evaluate", run, "--trial", 1, "--dry-run")
+        call(*export, "--dry-run")
+    finally:
+        net.unlink()
+        net.write_bytes(kept)
+    call(*tuned, "--dry-run")
+    call("evaluate", run, "--dry-run")
+
+
 RNG = np.random.default_rng(0)
 
 

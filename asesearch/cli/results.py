@@ -184,13 +184,20 @@ def export(
     else:
         record = _picked(opened.results(), (pick, quality, time), early_exit, or_nearest)
     options: dict[str, Any] = {"format": format, "vae": vae, "overwrite": overwrite}
-    plan = plan_export(opened, record, out, finetune_steps, **options)
     if dry_run:
-        print_json(plan)
+        print_json(plan_export(opened, record, out, finetune_steps, **options))
         return
     folder = _export(opened, record, out, finetune_steps, **options)
-    del plan["evaluation"], plan["out"]
-    print_json({**plan, "bundle": str(folder)})
+    print_json(
+        {
+            "trial": record.number,
+            "origin": record.origin,
+            "schedule": str(record.schedule),
+            "sampler": str(record.sampler),
+            "format": format,
+            "bundle": str(folder),
+        }
+    )
 
 
 def _picked(

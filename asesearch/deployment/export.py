@@ -23,6 +23,7 @@ from asesearch.search.accelerating import recorded_acceleration
 from asesearch.search.confirmation import load_trial, trial_weights
 from asesearch.search.warmup import warm_up
 from asesearch.search.workbench import Workbench
+from asesearch.study.changes import other_inputs
 from asesearch.study.directory import INPUTS, PROMPTS, read_json
 from asesearch.study.environment import environment
 from asesearch.study.records import TrialRecord
@@ -51,10 +52,10 @@ def export(
 
     Raises:
         StudyError: the trial's weights or prompts were deleted.
-        CheckpointError, ConfigError, WriteError: see `check_export`.
+        AseSearchError: see `check_export`.
     """
     options: dict[str, Any] = {"vae": vae, "overwrite": overwrite}
-    check_export(study, record, folder, finetune_steps, format=format, **options)
+    _check_outputs(study, record, folder, finetune_steps, format=format, **options)
     config = study.config
     evaluation = evaluation_of(study, record)
     latents = None
@@ -64,6 +65,7 @@ def export(
         net = load_trial(study, record, torch.device("cpu"))
     else:
         bench = bench or Workbench(config, study.run_dir)
+        other_inputs(study.optuna, study.run_dir, bench.identity)
         net = _finetuned(study, record, bench, finetune_steps, on_step)
         quality, _ = bench.evaluate(net, record.point, bench.protocols.confirmation)
         evaluation["after_full_finetuning"] = {
@@ -132,9 +134,29 @@ def check_export(
         CheckpointError: the folder exists (and `overwrite` is not set), or holds something else.
         ConfigError: fewer than one step of fine-tuning; or see
             `asesearch.deployment.formats.check_format`.
-        StudyError: the trial has no weights, where those of the trial are exported.
+        StudyError: the trial has no weights, where those of the trial are exported; network or data
+            are not those of the study any more, where they are trained with.
         WriteError: the folder, or the trial's for the checkpoint, can't be written.
+        AseSearchError: see `Workbench`, where it is fine-tuned.
     """
+    options: dict[str, Any] = {"vae": vae, "overwrite": overwrite}
+    _check_outputs(study, record, folder, finetune_steps, format=format, **options)
+    if finetune_steps is not None:
+        bench = Workbench(study.config, study.run_dir, reading=True)
+        other_inputs(study.optuna, study.run_dir, bench.identity)
+
+
+def _check_outputs(
+    study: Study,
+    record: TrialRecord,
+    folder: Path,
+    finetune_steps: int | None,
+    *,
+    format: str,
+    vae: Path | None,
+    overwrite: bool,
+) -> None:
+    """The part of `check_export` that takes no time."""
     if finetune_steps is not None and finetune_steps < 1:
         raise ConfigError(
             f"a full fine-tuning takes at least 1 step; got finetune_steps {finetune_steps}; give "
@@ -163,7 +185,7 @@ def plan_export(
     """What `export` would write with these arguments, as plain data; nothing is written.
 
     Raises:
-        CheckpointError, ConfigError, StudyError, WriteError: see `check_export`.
+        AseSearchError: see `check_export`.
     """
     options: dict[str, Any] = {"vae": vae, "overwrite": overwrite}
     check_export(study, record, folder, finetune_steps, format=format, **options)

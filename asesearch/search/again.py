@@ -12,6 +12,7 @@ from asesearch.schedule import ExitSchedule, schedule_from_text
 from asesearch.score import EvaluationResult, Protocol
 from asesearch.search.confirmation import load_trial
 from asesearch.search.workbench import Workbench
+from asesearch.study.changes import other_inputs
 from asesearch.study.reproduce import compare
 from asesearch.study.study import Study
 
@@ -32,7 +33,8 @@ class PointEvaluation:
 
     Raises:
         ConfigError: a schedule beside a trial, which has its own.
-        StudyError: no study there, no such trial, or one without weights.
+        StudyError: no study there, no such trial, or one without weights; network or data are not
+            those of the study any more, where the score depends on them.
         ScheduleError: a schedule that does not fit the network.
     """
 
@@ -59,6 +61,10 @@ class PointEvaluation:
         else:
             self.net = load_trial(study, self.record, self.bench.device)
             self.point = self.record.point
+        depends_on = self.bench.identity
+        if self.record is not None and not self.point.sampler.acceleration:
+            del depends_on["weights"]  # a trial has its own
+        other_inputs(study.optuna, run_dir, depends_on)
 
     def _schedule(self, text: str) -> ExitSchedule:
         num_timesteps = self.bench.full.num_train_timesteps
