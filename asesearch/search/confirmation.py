@@ -27,7 +27,7 @@ from asesearch.score import EvaluationResult
 from asesearch.search.warmup import warm_up
 from asesearch.search.workbench import Workbench
 from asesearch.study import directory
-from asesearch.study.confirmed import confirmation_files, confirmations_on_record
+from asesearch.study.confirmed import Files, confirmation_files, confirmations_of, of_records
 from asesearch.study.directory import is_whole
 from asesearch.study.records import NOT_CONFIRMED, Confirmation, TrialRecord, left_out, select
 from asesearch.study.study import Study
@@ -91,8 +91,13 @@ class _Confirming:
 
     def _on_record(self) -> dict[int, Confirmation]:
         """By trial number, under the settings of this confirmation."""
-        found = confirmations_on_record(self.study.run_dir, self.settings)
-        return {c.number: c for c in found}
+        return {c.number: c for c in confirmations_of(self._files())}
+
+    def _files(self) -> Files:
+        """Of trials on record, under the settings of this confirmation."""
+        found = confirmation_files(self.study.run_dir)
+        ours = [(path, stored) for path, stored in found if stored["settings"] == self.settings]
+        return of_records(ours, self.study.records())
 
     def _is_whole(self, found: Confirmation | None) -> bool:
         """Whether a point is scored under every training seed; more seeds than before are trained
@@ -127,9 +132,8 @@ class _Confirming:
     def _failed(self) -> dict[int, str]:
         """Why a trial can't be confirmed under these settings, by its number."""
         found: dict[int, str] = {}
-        for _, stored in confirmation_files(self.study.run_dir):
-            if stored["settings"] == self.settings:
-                found |= stored["failed"]
+        for _, stored in self._files():
+            found |= stored["failed"]
         return found
 
     def _tell_left_out(self, full: TrialRecord) -> None:
@@ -153,14 +157,14 @@ class _Confirming:
                 if made is None or not self._has_spaces(made):
                     again = () if made is None else made.retrained
                     made = replace(self._measure(record, full), retrained=again)
-                    made = self._kept(made)
+                    made = self._kept(record, made)
                 while not self._is_whole(made):
-                    made = self._kept(self._retrained(record, made))
+                    made = self._kept(record, self._retrained(record, made))
             except EvaluationError as error:
                 if record.number == full.number:
                     raise
                 why = {str(record.number): str(error).splitlines()[0]}
-                self._write(record.number, {"confirmations": [], "failed": why})
+                self._write(record, {"confirmations": [], "failed": why})
                 return True
             except StudyError:
                 if any(r.number == record.number for r in self._points([])):
@@ -170,15 +174,15 @@ class _Confirming:
             self.progress(made)
         return True
 
-    def _kept(self, made: Confirmation) -> Confirmation:
+    def _kept(self, record: TrialRecord, made: Confirmation) -> Confirmation:
         """Put it on record."""
         self.done[made.number] = made
-        self._write(made.number, {"confirmations": [made.to_dict()]})
+        self._write(record, {"confirmations": [made.to_dict()]})
         return made
 
-    def _write(self, number: int, found: dict[str, Any]) -> None:
-        path = self.study.run_dir / directory.CONFIRMATIONS / f"{number}.json"
-        write_json(path, {"settings": self.settings, **found})
+    def _write(self, record: TrialRecord, found: dict[str, Any]) -> None:
+        path = self.study.run_dir / directory.CONFIRMATIONS / f"{record.number}.json"
+        write_json(path, {"settings": self.settings, "point": record.point.to_dict(), **found})
 
     def _retrained(self, record: TrialRecord, made: Confirmation) -> Confirmation:
         """With the score under one training seed more.

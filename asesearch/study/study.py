@@ -25,7 +25,7 @@ from asesearch.point import Point
 from asesearch.schedule import ExitSchedule
 from asesearch.study import directory
 from asesearch.study.changes import other_inputs, start_over
-from asesearch.study.confirmed import confirmations_on_record
+from asesearch.study.confirmed import confirmation_files, confirmations_of, of_records
 from asesearch.study.difficulty import DifficultyMap
 from asesearch.study.directory import SampleFiles, read_state
 from asesearch.study.environment import environment
@@ -136,8 +136,9 @@ class Study:
 
     def results(self) -> StudyResults:
         """Everything a report or an export reads."""
-        records = self.records()
         run_dir = self.run_dir
+        confirmed = confirmation_files(run_dir)  # before the records, of which they are
+        records = self.records()
         files = {
             record.number: self.samples_file(record.point)
             for record in records
@@ -152,7 +153,7 @@ class Study:
             self.config.name,
             self.config.shareable(),
             tuple(records),
-            tuple(confirmations_on_record(run_dir)),
+            confirmations_of(of_records(confirmed, records)),
             latency or (),
             read_state(
                 run_dir / directory.ENVIRONMENT, dict, "that of this machine is shown instead"

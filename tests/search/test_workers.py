@@ -24,6 +24,7 @@ from asesearch.errors import EvaluationError, StudyError, TrainingDiverged
 from asesearch.evaluation.cost import LatencyTable
 from asesearch.files import write_json
 from asesearch.locks import try_lock, waited_lock
+from asesearch.point import Point
 from asesearch.proposer.proposer import num_exploring
 from asesearch.report import opinions
 from asesearch.schedule import ExitSchedule
@@ -628,6 +629,30 @@ def test_what_a_dead_worker_was_confirming_is_left_to_the_next(tmp_path, no_weig
     again = SharedBench(tmp_path, config=study.config)
     found = confirm(study, again)
     assert len(found) == 4 and Counter(confirmed_points(tmp_path)).most_common(1)[0][1] == 2
+
+
+def test_a_confirmation_of_another_point_than_its_trials_is_left_out(tmp_path, no_weights, caplog):
+    """As after an older storage was restored, whose trials went on in another way."""
+    study, bench = searched(tmp_path)
+    before = confirm(study, bench)
+    first, second, *_ = (c.number for c in before if c.number)
+    paths = {n: tmp_path / f"confirmations/{n}.json" for n in (first, second)}
+    stored = {n: json.loads(path.read_text()) for n, path in paths.items()}
+    assert Point.from_dict(stored[first]["point"]) == study.record(first).point
+    write_json(paths[first], {**stored[first], "point": stored[second]["point"]})
+    write_json(
+        tmp_path / "confirmations/77.json",
+        {**stored[first], "confirmations": [], "failed": {"77": "its images were not finite"}},
+    )
+    del stored[second]["point"]  # of an earlier release: taken as it is
+    write_json(paths[second], stored[second])
+    assert [c.number for c in study.results().confirmations] == sorted(
+        c.number for c in before if c.number != first
+    )
+    assert f"but trial {first} is {study.record(first).point}, as after an older" in caplog.text
+    assert "but trial 77 is not on record, as after an older storage" in caplog.text
+    assert [c.number for c in confirm(study, bench)] == [c.number for c in before]
+    assert len(confirmed_points(tmp_path)) == len(before) + 1  # the others are taken as they are
 
 
 @pytest.mark.thorough
