@@ -7,6 +7,8 @@ share the points out: a lock and a file for each, so that each is confirmed once
 
 from __future__ import annotations
 
+import hashlib
+import json
 import logging
 import shutil
 import time
@@ -20,7 +22,7 @@ import torch
 from asesearch.backbones.base import Backbone
 from asesearch.backbones.checkpoints import load_backbone
 from asesearch.config import BackboneConfig
-from asesearch.errors import EvaluationError, StudyError, TrainingDiverged
+from asesearch.errors import EvaluationError, StudyError, TrainingDiverged, WriteError
 from asesearch.files import write_json
 from asesearch.locks import try_lock, waited_lock
 from asesearch.score import EvaluationResult
@@ -50,6 +52,7 @@ def confirm(
 
     Raises:
         StudyError: the full network has no score, and no other worker is at it.
+        WriteError: the study directory can't be written.
     """
     with study.worker.at_work(CONFIRMING):
         return _Confirming(study, bench, progress).run()
@@ -76,7 +79,7 @@ class _Confirming:
 
     def run(self) -> list[Confirmation]:
         """Confirm until nothing is left, or with other workers."""
-        self._remove_stale()
+        self._set_aside()
         while True:
             searching = self.others.at_work(SEARCHING)
             points = self._points(searching)
@@ -247,11 +250,40 @@ class _Confirming:
         self._said = True
         time.sleep(POLL_S)
 
-    def _remove_stale(self) -> None:
-        """Remove confirmations under other settings."""
-        for path, stored in confirmation_files(self.study.run_dir):
-            if stored["settings"] != self.settings:
-                path.unlink(missing_ok=True)
+    def _set_aside(self) -> None:
+        """Set confirmations under other settings aside, and take back those under these."""
+        run_dir = self.study.run_dir
+        kept = run_dir / directory.CONFIRMATIONS
+        with waited_lock(run_dir / directory.LOCKS / "confirmations.lock", "sets some aside"):
+            others = [f for f in confirmation_files(run_dir) if f[1]["settings"] != self.settings]
+            for path, stored in others:
+                _move(path, kept / _key(stored["settings"]))
+            ours = directory.listed(kept / _key(self.settings), "*.json")
+            for path in ours:
+                old = path.name == directory.OLD_CONFIRMATIONS
+                _move(path, run_dir if old else kept)
+        if others or ours:
+            _log.warning(
+                "[confirm] or the protocol has changed: what was confirmed before is set aside in "
+                "%s, and taken back when it is as it was",
+                kept,
+            )
+
+
+def _key(settings: dict[str, Any]) -> str:
+    """Name of the folder for confirmations under these settings."""
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def _move(path: Path, folder: Path) -> None:
+    """Move a file into a folder, which is made; in the place of one of its name."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        path.replace(folder / path.name)
+    except OSError as error:
+        raise WriteError(
+            f"can't move {path} to {folder}: {error.strerror or error}; check who may write there"
+        ) from error
 
 
 def _network(study: Study, record: TrialRecord, bench: Workbench) -> Backbone:

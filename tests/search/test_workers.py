@@ -655,8 +655,9 @@ def test_a_confirmation_of_another_point_than_its_trials_is_left_out(tmp_path, n
     assert len(confirmed_points(tmp_path)) == len(before) + 1  # the others are taken as they are
 
 
-@pytest.mark.thorough
-def test_confirmations_under_other_settings_are_measured_again(tmp_path, no_weights):
+def test_confirmations_under_other_settings_are_kept_for_when_these_return(
+    tmp_path, no_weights, caplog
+):
     study, bench = searched(tmp_path)
     before = confirm(study, bench)
     assert confirm(study, bench) == before and len(confirmed_points(tmp_path)) == 4  # nothing twice
@@ -668,8 +669,13 @@ def test_confirmations_under_other_settings_are_measured_again(tmp_path, no_weig
     assert len(confirmed_points(tmp_path)) == 8
     assert {c.quality.protocol.num_samples for c in before} == {50}
     assert {c.quality.protocol.num_samples for c in after} == {70}
-    # the stale are gone
+    # those of before are out of sight, and come back with their settings
     assert {c.quality.protocol.num_samples for c in study.results().confirmations} == {70}
+    assert caplog.text.count("what was confirmed before is set aside in") == 1
+    back = Study(config.model_copy(update={"confirm": bench.config.confirm}), tmp_path)
+    assert confirm(back, bench) == before and len(confirmed_points(tmp_path)) == 8
+    assert list(back.results().confirmations) == sorted(before, key=lambda c: c.number)
+    assert confirm(study, SharedBench(tmp_path, config=config)) == after
 
 
 def test_further_training_seeds_are_trained_beside_what_is_confirmed(tmp_path, no_weights):
