@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from asesearch.backbones import DiT, UViT, load_backbone
 from asesearch.backbones.exit_weights import EXITS
 from asesearch.config import LossWeight, TrainConfig, parse_study
-from asesearch.data import ImageArray, ImageFolder
+from asesearch.data import ImageArray, ImageFolder, check_not_read
 from asesearch.diffusion import Diffusion
 from asesearch.errors import (
     CheckpointError,
@@ -584,14 +584,14 @@ def test_a_study_files_full_depth_is_kept_to(tmp_path):
     again = parse_study(text, "own.toml")
     with pytest.raises(ScheduleError, match="trained under early exits; got a schedule that runs"):
         StudyTraining(again, "full", tmp_path / "no.safetensors", tmp_path / "2")
-    training = StudyTraining(again, "12 12 3", out, tmp_path / "3")
+    training = StudyTraining(again, "12 12 3", tmp_path / "further.safetensors", tmp_path / "3")
     with (
         try_lock(tmp_path / "3" / "training.lock"),  # as another process that trains there
         pytest.raises(ConfigError, match="one training at a time .*give another --run-dir"),
     ):
         training.run()
     training.write(training.run())
-    further = load_file(out)
+    further = load_file(training.out)
     name = f"{EXITS}blocks.0.mlp.fc1.weight"
     assert not torch.equal(further[name], found[name])
     assert all(torch.equal(further[k], v) for k, v in pretrained.state_dict().items())
@@ -601,6 +601,34 @@ def test_a_study_files_full_depth_is_kept_to(tmp_path):
     training = StudyTraining(parse_study(plain, "t"), "full", out, tmp_path / "4")
     training.write(training.run())
     assert not any(k.startswith(EXITS) for k in load_file(out))
+
+
+@pytest.mark.parametrize("section", ["backbone.checkpoint", "confirm.also.mine"])
+def test_weights_that_the_study_reads_are_not_written_over(tmp_path, section):
+    """Neither the file itself, by whatever name, nor one in a folder of weights."""
+    folder = tmp_path / "net"
+    folder.mkdir()
+    (tmp_path / "same").symlink_to(folder)
+    (folder / "w.safetensors").write_bytes(b"weights")
+
+    def study(read):
+        text = {
+            "name": "own",
+            "backbone": {"kind": "dit", "checkpoint": "shipped:fashion-mnist-dit"},
+            "data": {"kind": "fashion-mnist", "split": "test"},
+            "confirm": {"also": {"mine": str(tmp_path / "other.safetensors")}},
+        }
+        if section == "backbone.checkpoint":
+            text["backbone"]["checkpoint"] = str(read)
+        else:
+            text["confirm"]["also"]["mine"] = str(read)
+        return parse_study(text, "own.toml")
+
+    for read in (folder / "w.safetensors", folder):
+        with pytest.raises(ConfigError, match=f"not over them; got .*, where {section} = .*--out"):
+            StudyTraining(study(read), "full", tmp_path / "same/w.safetensors", tmp_path / "run")
+    assert (folder / "w.safetensors").read_bytes() == b"weights"
+    check_not_read(study(folder / "w.safetensors"), folder / "new.safetensors", "--out")
 
 
 def test_progress_is_plain_json(tiny_dit, tiny_images, tmp_path):

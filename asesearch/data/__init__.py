@@ -8,7 +8,7 @@ from asesearch.data.fashion import FASHION_MNIST_CLASSES, fashion_mnist, read_id
 from asesearch.data.images import ImageFolder
 from asesearch.data.loading import read_ahead, workers_of
 from asesearch.data.open import check_readable, open_data
-from asesearch.data.outputs import check_output, refuse_among_data
+from asesearch.data.outputs import check_not_read, check_output, refuse_among_data
 from asesearch.data.pixels import centre_crop, save_images
 from asesearch.data.sources import DataSource, ImageArray
 
@@ -19,6 +19,7 @@ __all__ = [
     "ImageFolder",
     "cache_dir",
     "centre_crop",
+    "check_not_read",
     "check_output",
     "check_readable",
     "fashion_mnist",

@@ -40,6 +40,33 @@ def check_output(config: StudyConfig, out: Path, option: str, may_be: Iterable[s
             )
 
 
+def check_not_read(config: StudyConfig, out: Path, option: str) -> None:
+    """Refuse weights to write that would take the place of some that a study reads.
+
+    Args:
+        config: the study.
+        out: the file to write.
+        option: that gave it, for the message.
+
+    Raises:
+        ConfigError: naming the key that gives those weights.
+    """
+    also = config.confirm.also if isinstance(config.confirm.also, dict) else {}
+    read = {
+        "backbone.checkpoint": config.backbone.checkpoint,
+        "data.vae": config.data.vae,
+        "evaluation.extractor_weights": config.evaluation.extractor_weights,
+        **{f"confirm.also.{name}": path for name, path in also.items()},
+    }
+    there = real_path(out)
+    for key, path in read.items():
+        if path is not None and real_path(path) in (there, *there.parents):
+            raise ConfigError(
+                f"weights are written beside those that a study reads, not over them; got {out}, "
+                f"where {key} = {str(path)!r} is read; change {option}"
+            )
+
+
 def refuse_among_data(sets: Iterable[DataConfig | None], out: Path, option: str) -> None:
     """Refuse an output in a folder of images, whose class folders and files it would be, or of
     latents.

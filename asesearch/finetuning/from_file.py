@@ -11,7 +11,7 @@ from asesearch.backbones.checkpoints import load_backbone
 from asesearch.backbones.exit_weights import own_exits
 from asesearch.backbones.saving import save_backbone
 from asesearch.config import StudyConfig
-from asesearch.data import check_output, check_readable, open_data
+from asesearch.data import check_not_read, check_output, check_readable, open_data
 from asesearch.diffusion import make_diffusion
 from asesearch.errors import ConfigError
 from asesearch.files import check_utf8, check_weights_file, check_writable
@@ -37,14 +37,15 @@ class StudyTraining:
         trainer: that runs it.
 
     Raises:
-        AseSearchError: a path that can't be written, parts that can't be opened or do not fit each
-            other, or images that can't be read.
+        AseSearchError: a path that can't be written, or whose weights the study reads; parts that
+            can't be opened or do not fit each other, or images that can't be read.
     """
 
     def __init__(
         self, config: StudyConfig, schedule: str, out: Path, run_dir: Path, *, dry_run: bool = False
     ) -> None:
         check_weights_file(out)
+        check_not_read(config, out, "--out")
         check_output(config, run_dir, "--run-dir")
         check_utf8(run_dir, "a checkpoint", ConfigError)
         check_writable(run_dir, CHECKPOINT)
