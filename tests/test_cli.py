@@ -819,6 +819,18 @@ def test_an_export_that_can_t_be_written_trains_nothing(place, tmp_path, monkeyp
     )
 
 
+def test_numbers_that_can_t_be_counted_to_are_refused(place, tmp_path, monkeypatch, capsys):
+    many = str(10**20)
+    export = ("export", place / "runs/tiny", "--trial", 1, "-o", tmp_path / "b")
+    for dry in ((), ("--dry-run",)):
+        code, said = as_program(monkeypatch, capsys, *export, "--finetune-steps", many, *dry)
+        assert code == 1 and "num_steps: Input should be less than" in said.err
+    out = ("--out", tmp_path / "x.safetensors")
+    code, said = as_program(monkeypatch, capsys, "train-extractor", *out, "--seed", many)
+    assert code == 2 and "4294967295" in said.err
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize("name", ["x.pt", "x", "x.safetensors.bak"])
 def test_the_extractors_weights_are_safetensors(tmp_path, monkeypatch, capsys, name):
     code, said = as_program(monkeypatch, capsys, "train-extractor", "--out", tmp_path / name)

@@ -110,7 +110,9 @@ def train_extractor_(
         Path | None,
         typer.Option(help="Folder of the Fashion-MNIST IDX files, if not found by itself."),
     ] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of weights and batches.")] = 0,
+    seed: Annotated[
+        int, typer.Option(min=0, max=2**32 - 1, help="Seed of weights and batches.")
+    ] = 0,
 ) -> None:
     """Train a small classifier whose features measure grey images (the shipped `fashion-cnn` and
     `fashion-vit` were made so)."""

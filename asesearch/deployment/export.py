@@ -132,7 +132,7 @@ def check_export(
 
     Raises:
         CheckpointError: the folder exists (and `overwrite` is not set), or holds something else.
-        ConfigError: fewer than one step of fine-tuning; or see
+        ConfigError: fewer than one step of fine-tuning, or more than can be counted; or see
             `asesearch.deployment.formats.check_format`.
         StudyError: the trial has no weights, where those of the trial are exported; network or data
             are not those of the study any more, where they are trained with.
@@ -162,6 +162,7 @@ def _check_outputs(
             f"a full fine-tuning takes at least 1 step; got finetune_steps {finetune_steps}; give "
             "more, or none for the trial's own weights"
         )
+    study.config.with_options("train", num_steps=finetune_steps)  # which refuses too many
     kind = study.config.backbone.kind
     formats.check_format(format, kind, vae, record.sampler.acceleration)
     check_bundle_dir(folder, overwrite=overwrite)
