@@ -819,6 +819,35 @@ def test_an_export_that_can_t_be_written_trains_nothing(place, tmp_path, monkeyp
     )
 
 
+def test_two_exports_share_one_full_fine_tuning(place, tmp_path, monkeypatch):
+    """The second waits for the first, whose checkpoint it would break, and takes its weights."""
+    from asesearch.deployment import export as module
+    from asesearch.finetuning import Trainer
+    from asesearch.locks import try_lock
+
+    steps, held = [], []
+    real, train_step = module.finetune, Trainer.train_step
+
+    def finetune(*args):
+        with try_lock(args[5] / "training.lock") as free:
+            held.append(not free)
+        return real(*args)
+
+    def counted(self, batch):
+        steps.append(1)
+        return train_step(self, batch)
+
+    monkeypatch.setattr(module, "finetune", finetune)
+    monkeypatch.setattr(Trainer, "train_step", counted)
+    args = ("export", place / "runs/tiny", "--trial", 1, "--finetune-steps", 5, "-o")
+    call(*args, tmp_path / "a")
+    call(*args, tmp_path / "b")
+    assert held == [True, True] and len(steps) == 5
+    first, second = (load_file(tmp_path / name / "model.safetensors") for name in ("a", "b"))
+    assert first.keys() == second.keys()
+    assert all(np.array_equal(first[k], second[k]) for k in first)
+
+
 def test_numbers_that_can_t_be_counted_to_are_refused(place, tmp_path, monkeypatch, capsys):
     many = str(10**20)
     export = ("export", place / "runs/tiny", "--trial", 1, "-o", tmp_path / "b")

@@ -19,6 +19,8 @@ from asesearch.deployment.writing import check_bundle_dir
 from asesearch.errors import ConfigError, StudyError
 from asesearch.files import check_writable
 from asesearch.finetuning import CHECKPOINT, finetune
+from asesearch.finetuning.from_file import LOCK
+from asesearch.locks import waited_if_possible
 from asesearch.search.accelerating import recorded_acceleration
 from asesearch.search.confirmation import load_trial, trial_weights
 from asesearch.search.warmup import warm_up
@@ -47,8 +49,9 @@ def export(
 
     A full fine-tuning starts where the trial's did (from the elastic weights, where the study has
     them; the full network from the pretrained ones) under the study's `train` settings with another
-    number of steps. It is resumable (its checkpoint lies in the trial's folder), and is evaluated
-    under the confirmation protocol, on `bench` where one is given.
+    number of steps. It is resumable (its checkpoint lies in the trial's folder; a second export
+    waits for it and takes what it gave), and is evaluated under the confirmation protocol, on
+    `bench` where one is given.
 
     Raises:
         StudyError: the trial's weights or prompts were deleted.
@@ -113,9 +116,10 @@ def _finetuned(
     if start.takes_prompt:
         _prompts(folder / PROMPTS)  # before the hours, not after
     where = folder / f"finetune-{num_steps}"
-    return finetune(
-        start, bench.data, bench.diffusion, record.schedule, train, where, teacher, on_step
-    ).backbone
+    with waited_if_possible(where / LOCK, "fine-tunes this schedule fully"):
+        return finetune(
+            start, bench.data, bench.diffusion, record.schedule, train, where, teacher, on_step
+        ).backbone
 
 
 def check_export(
