@@ -6,6 +6,7 @@ import json
 import math
 from dataclasses import replace
 from functools import cached_property
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
@@ -29,7 +30,7 @@ from asesearch.sampler import Sampler
 from asesearch.sampling import arithmetic
 from asesearch.schedule import ElasticDepths
 from asesearch.score import Protocol
-from asesearch.search.latency import Conditions, changed_table, shared_table
+from asesearch.search.latency import Conditions, changed_table, check_table, shared_table
 from asesearch.search.opening import conditioning_for
 from asesearch.search.parts import Parts
 
@@ -86,6 +87,18 @@ class Costs:
                 one_only=self.parts.config.search.cost == "time",
             )
         return self._latency
+
+    def check_on_record(self, run_dir: Path) -> None:
+        """Refuse a study's table that `latency` would refuse; nothing is measured or written.
+
+        Args:
+            run_dir: the study directory, which is that of the parts or of a dry run without one.
+
+        Raises:
+            StudyError: see `latency`.
+        """
+        if self.parts.config.search.cost == "time":
+            check_table(run_dir, self._conditions)
 
     @cached_property
     def full_call_ms(self) -> float:

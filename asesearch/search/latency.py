@@ -82,6 +82,21 @@ def shared_table(
         return found
 
 
+def check_table(run_dir: Path, now: Conditions) -> None:
+    """Refuse what `shared_table` would with `one_only`; nothing is measured, written or locked.
+
+    Args:
+        run_dir: the study directory.
+        now: of this worker.
+
+    Raises:
+        StudyError: the one table is of another device, batch or precision.
+    """
+    first = _read(run_dir / directory.LATENCY)
+    if first is not None and not now.fit(first):
+        raise StudyError(_refusal(run_dir, now, first))
+
+
 def _tell_threads(path: Path, table: LatencyTable) -> None:
     """Say so where a CPU's table was measured with other threads; it serves all workers all the
     same, so that their trials can be compared."""

@@ -60,6 +60,7 @@ class SearchRun:
         self.bench = Workbench(config, None if dry_run else run_dir)
         if begun is not None:
             other_inputs(begun, run_dir, self.bench.identity)
+            self.bench.costs.check_on_record(run_dir)
         self.found = preflight(self.bench, run_dir)
         self.page: Path | None = None
 

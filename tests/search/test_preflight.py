@@ -394,6 +394,16 @@ def test_a_dry_run_knows_the_weights_by_their_content(begun, weights, tmp_path):
         dry_run(config, tmp_path)
 
 
+def test_a_dry_run_refuses_times_of_another_batch_size(begun, study, tmp_path):
+    run = tmp_path / "run"
+    assert Workbench(begun, run).costs.latency.batch_size == 40
+    before = (run / directory.LATENCY).read_bytes()
+    with pytest.raises(StudyError, match="must come from one batch size; .* back to 40, or search"):
+        dry_run(begun.with_options("sampling", batch_size=20), tmp_path)
+    dry_run(begun, tmp_path)
+    assert (run / directory.LATENCY).read_bytes() == before
+
+
 # -- how long it will take -----------------------------------------------------------------------
 
 
