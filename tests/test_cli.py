@@ -207,6 +207,24 @@ def test_finetune_under_a_schedule(place, tmp_path):
     assert json.loads(out)["steps"] == 2 and (tmp_path / "w.safetensors").is_file()
 
 
+def test_each_schedule_is_fine_tuned_beside_the_others(place, tmp_path, monkeypatch):
+    """And a checkpoint where earlier releases kept it is gone on from."""
+    monkeypatch.chdir(tmp_path)
+    runs = Path("runs/tiny-finetune")
+
+    def finetune(schedule):
+        args = ("finetune", place / "tiny.toml", "--steps", 2, "--schedule", schedule)
+        return call(*args, "-o", "w.safetensors")[1]
+
+    for schedule in ("3 2 2 1", "3 2 1 1"):
+        assert "resuming" not in finetune(schedule)
+    kept = sorted(runs.glob("*/training.safetensors"))
+    assert len(kept) == 2 and "resuming at step 2" in finetune("3 2 2 1")
+    kept[0].rename(runs / "training.safetensors")
+    assert all("resuming at step 2" in finetune(s) for s in ("3 2 2 1", "3 2 1 1"))
+    assert len(list(runs.glob("*/training.safetensors"))) == 1
+
+
 def test_a_report_goes_into_the_working_directory(place, tmp_path, monkeypatch):
     from asesearch.errors import StudyError
 

@@ -140,11 +140,11 @@ def test_a_checkpoint_of_another_run_is_refused_by_field(
 def test_a_checkpoint_of_another_schedule_or_network_is_refused(tiny_dit, tiny_images, tmp_path):
     config = with_(CONFIG, num_steps=2)
     finetune(tiny_dit, tiny_images, Diffusion(), SCHEDULE, config, tmp_path)
-    with pytest.raises(CheckpointError, match="another schedule"):
+    with pytest.raises(CheckpointError, match="differs in its schedule; train in another folder"):
         Trainer(tiny_dit, tiny_images, Diffusion(), ExitSchedule.full(4), config, tmp_path)
     with torch.no_grad():
         tiny_dit.final_layer.linear.bias.add_(1)
-    with pytest.raises(CheckpointError, match="another initial weights"):
+    with pytest.raises(CheckpointError, match="initial weights; .*: their content is not what"):
         Trainer(tiny_dit, tiny_images, Diffusion(), SCHEDULE, config, tmp_path)
 
 
@@ -659,7 +659,7 @@ def test_elastic_warm_up_draws_a_depth_a_sample_and_resumes(tiny_dit, tiny_image
         same(weights(straight.backbone), weights(resumed.backbone))
         and straight.losses == resumed.losses
     )
-    with pytest.raises(CheckpointError, match="another schedule"):
+    with pytest.raises(CheckpointError, match="differs in its schedule; train in another folder"):
         finetune(tiny_dit, tiny_images, Diffusion(), ElasticDepths(4, 1000, 2), config, tmp_path)
 
 

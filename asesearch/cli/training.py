@@ -40,7 +40,8 @@ def finetune(
         int | None, typer.Option(help="Steps, in place of the study's train.num_steps.")
     ] = None,
     run_dir: Annotated[
-        Path | None, typer.Option(help="Folder of the checkpoint; default runs/NAME-finetune.")
+        Path | None,
+        typer.Option(help="Folder of the checkpoint; default runs/NAME-finetune/SCHEDULE."),
     ] = None,
     dry_run: DryRun = False,
 ) -> None:
@@ -56,14 +57,25 @@ def finetune(
             "fine-tuning needs pretrained weights; got no backbone.checkpoint; give it, or use "
             "`asesearch train`"
         )
-    _fit(config, schedule, out, run_dir or Path("runs") / f"{config.name}-finetune", dry_run)
+    default = Path("runs") / f"{config.name}-finetune"
+    _fit(config, schedule, out, run_dir or default, dry_run, by_schedule=run_dir is None)
 
 
-def _fit(config: StudyConfig, schedule: str, out: Path, run_dir: Path, dry_run: bool) -> None:
+def _fit(
+    config: StudyConfig,
+    schedule: str,
+    out: Path,
+    run_dir: Path,
+    dry_run: bool,
+    *,
+    by_schedule: bool = False,
+) -> None:
     """What `train` and `finetune` share."""
     from asesearch.finetuning.from_file import StudyTraining
 
-    training = StudyTraining(config, schedule, out, run_dir, dry_run=dry_run)
+    training = StudyTraining(
+        config, schedule, out, run_dir, by_schedule=by_schedule, dry_run=dry_run
+    )
     if dry_run:
         print_json(training.plan())
         return
@@ -71,7 +83,10 @@ def _fit(config: StudyConfig, schedule: str, out: Path, run_dir: Path, dry_run: 
     if trainer.resumed_at:
         say(f"resuming at step {trainer.resumed_at} of {config.train.num_steps}")
     every = f"one every {config.train.checkpoint_every} steps"
-    kept = f"the last checkpoint ({every}) is kept in {run_dir}; the same command resumes from it"
+    kept = (
+        f"the last checkpoint ({every}) is kept in {training.run_dir}; the same command resumes "
+        "from it"
+    )
     with interruptible(kept), bar_of_steps(config.train.num_steps, "train") as on_step:
         on_step(trainer.step, trainer.losses[-1] if trainer.losses else float("nan"))
         result = training.run(on_step)

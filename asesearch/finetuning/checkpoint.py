@@ -60,13 +60,25 @@ def read_checkpoint(
     for name in {**theirs, **ours}:
         if theirs.get(name) != ours.get(name):
             raise CheckpointError(
-                f"{path} belongs to a run with another {name}; delete it to begin again, or "
-                f"undo the change: {_difference(theirs.get(name), ours.get(name))}"
+                f"{path} belongs to a run that differs in its {name}; train in another folder "
+                "(--run-dir of train and finetune), undo the change, or delete it to begin again: "
+                f"{_difference(theirs.get(name), ours.get(name))}"
             )
     return tensors, progress
 
 
+def schedule_in(path: Path) -> Any:
+    """The schedule of a checkpoint's run as plain data; None where there is none to be read."""
+    try:
+        with safe_open(path, "pt") as file:
+            return loads(file.metadata()["identity"])["schedule"]
+    except (SafetensorError, KeyError, ValueError, TypeError, OSError):
+        return None
+
+
 def _difference(old: Any, new: Any) -> str:
+    if isinstance(old, str) and isinstance(new, str):  # hashes
+        return "their content is not what it was"
     if isinstance(old, dict) and isinstance(new, dict):
         return ", ".join(
             f"{k}: {old.get(k)!r} then, {new.get(k)!r} now" for k in new if old.get(k) != new.get(k)

@@ -15,10 +15,10 @@ from asesearch.data import check_not_read, check_output, check_readable, open_da
 from asesearch.diffusion import make_diffusion
 from asesearch.errors import ConfigError
 from asesearch.files import check_utf8, check_weights_file, check_writable
-from asesearch.finetuning.checkpoint import CHECKPOINT
+from asesearch.finetuning.checkpoint import CHECKPOINT, schedule_in
 from asesearch.finetuning.trainer import TrainResult, seconds_per_step, trainer_of, whole
 from asesearch.locks import alone
-from asesearch.schedule import schedule_from_text
+from asesearch.schedule import SLUG_BYTES, schedule_from_text
 
 LOCK = "training.lock"  # held by the process that trains in the folder
 
@@ -31,10 +31,12 @@ class StudyTraining:
         schedule: as `schedule_from_text` takes it; "full" trains all blocks.
         out: weights to write, .safetensors.
         run_dir: folder of the checkpoint, from which a killed run resumes.
+        by_schedule: whether the checkpoint lies in a folder of its own schedule in `run_dir`.
         dry_run: whether it is only planned, so that no checkpoint is read or written.
 
     Attributes:
         trainer: that runs it.
+        run_dir: folder of the checkpoint.
 
     Raises:
         AseSearchError: a path that can't be written, or whose weights the study reads; parts that
@@ -42,18 +44,29 @@ class StudyTraining:
     """
 
     def __init__(
-        self, config: StudyConfig, schedule: str, out: Path, run_dir: Path, *, dry_run: bool = False
+        self,
+        config: StudyConfig,
+        schedule: str,
+        out: Path,
+        run_dir: Path,
+        *,
+        by_schedule: bool = False,
+        dry_run: bool = False,
     ) -> None:
         check_weights_file(out)
         check_not_read(config, out, "--out")
         check_output(config, run_dir, "--run-dir")
         check_utf8(run_dir, "a checkpoint", ConfigError)
-        check_writable(run_dir, CHECKPOINT)
+        check_writable(run_dir, f"{'0' * SLUG_BYTES}/{CHECKPOINT}" if by_schedule else CHECKPOINT)
         data = open_data(config.data)
         null = getattr(data, "null_condition", None)
         self.backbone = load_backbone(config.backbone, config.train.seed, null)
         num_timesteps = config.diffusion.num_train_timesteps
         self.schedule = schedule_from_text(schedule, self.backbone.depth, num_timesteps)
+        self.run_dir = run_dir
+        # earlier releases kept that of any schedule in the folder itself
+        if by_schedule and schedule_in(run_dir / CHECKPOINT) != self.schedule.to_dict():
+            self.run_dir = run_dir / self.schedule.slug
         if config.search.own_exits and not self.schedule.is_full:
             self.backbone = own_exits(self.backbone)
         self.trainer = trainer_of(
@@ -62,7 +75,7 @@ class StudyTraining:
             make_diffusion(config.diffusion),
             self.schedule,
             config.train,
-            None if dry_run else run_dir,
+            None if dry_run else self.run_dir,
         )
         check_readable(data)
         self.config = config
