@@ -7,6 +7,7 @@ again when it ends; nothing is copied where both lie on one device in one precis
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -103,8 +104,32 @@ def other_weights(transformer: nn.Module, net: Backbone) -> list[str]:
     return odd
 
 
+class _Lock:
+    """A lock that a copy of what it guards gets anew."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._holder: int | None = None
+
+    @property
+    def is_mine(self) -> bool:
+        return self._holder == threading.get_ident()
+
+    def acquire(self) -> None:
+        self._lock.acquire()
+        self._holder = threading.get_ident()
+
+    def release(self) -> None:
+        self._holder = None
+        self._lock.release()
+
+    def __reduce__(self) -> tuple[type[_Lock], tuple[()]]:
+        return _Lock, ()
+
+
 class ExitsInPlace:
-    """Puts weights in the place of a transformer's own for single calls, one at a time.
+    """Puts weights in the place of a transformer's own for single calls. Threads that call the
+    transformer wait for each other, also at full depth: all calls read the same parameters.
 
     Args:
         transformer: whose weights make the calls at full depth.
@@ -133,14 +158,47 @@ class ExitsInPlace:
             module, _, last = name.rpartition(".")
             self._places.append((transformer.get_submodule(module)._parameters, last))
             self._others.append(nn.Parameter(value, requires_grad=False))
-        self._in = False
+        self._in = self._closed = False
+        self._lock = _Lock()
 
-    def put(self) -> None:
-        """Let the next call run with them.
+    def begin(self, early: bool) -> None:
+        """Let this thread's next call run with them, or with the transformer's own; waits for the
+        calls of other threads. `end` must follow.
+
+        Args:
+            early: whether the call leaves blocks out.
 
         Raises:
             ConfigError: weights that are elsewhere between calls.
         """
+        self.end()  # of a call that was interrupted
+        self._lock.acquire()
+        try:
+            if self._closed:  # while this thread waited
+                self._lock.release()
+            elif early:
+                self._put()
+        except BaseException:
+            self.end()
+            raise
+
+    def end(self) -> None:
+        """Make the transformer what it was, and let other threads call it; does nothing where this
+        thread has begun no call."""
+        if self._lock.is_mine:
+            try:
+                self._take()
+            finally:
+                self._lock.release()
+
+    def close(self) -> None:
+        """Let no later call run with them; waits for those of other threads."""
+        self.end()
+        self._lock.acquire()
+        self._closed = True
+        self._lock.release()
+
+    def _put(self) -> None:
         self._refuse_offloaded()
         for i, (held, name) in enumerate(self._places):
             own, other = held[name], self._others[i]
@@ -149,11 +207,11 @@ class ExitsInPlace:
         self._swap()
         self._in = True
 
-    def take(self) -> None:
-        """Make the transformer what it was; does nothing if they are not in place.
+    def _take(self) -> None:
+        """Take them out, if they are in place.
 
-        Offloading moves to the GPU what is in place, so its own weights follow: else each early
-        call would move all of them back and forth.
+        Offloading moves to the GPU what is in place, so the transformer's own weights follow: else
+        each early call would move all of them back and forth.
         """
         if self._in:
             self._swap()

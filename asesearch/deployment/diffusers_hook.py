@@ -84,11 +84,11 @@ class ScheduleHandle:
 
     def remove(self) -> None:
         """Make the pipeline what it was; does nothing the second time."""
+        if self._own is not None:
+            self._own.close()
         for hook in self._hooks:
             hook.remove()
         self._exits.detach()
-        if self._own is not None:
-            self._own.take()
         if self._restored is not None:
             self._restored()
             self._restored = None
@@ -122,11 +122,11 @@ class ScheduleHandle:
                 f"expand it to ({batch},)"
             )
         if self._own is not None:
-            self._put(self._own, depths)
+            self._begin(self._own, depths)
         self._exits.begin(depths if len(set(depths)) > 1 else depths[0])
         self.nfe += 1
 
-    def _put(self, own: ExitsInPlace, depths: list[int]) -> None:
+    def _begin(self, own: ExitsInPlace, depths: list[int]) -> None:
         early = [depth < self.schedule.depth for depth in depths]
         if any(early) and not all(early):
             raise ConfigError(
@@ -134,8 +134,7 @@ class ScheduleHandle:
                 f"blocks out for all its samples; got blocks {min(depths)} to {max(depths)} in one "
                 "call; call the transformer once for each"
             )
-        if early[0]:
-            own.put()
+        own.begin(early[0])
 
     def _refuse_group_caches(self) -> None:
         """Refuse a cache that was enabled before or after the schedule."""
@@ -171,7 +170,7 @@ class ScheduleHandle:
     def _after(self, module: nn.Module, args: tuple[Any, ...], output: object) -> None:
         self.block_calls += self._exits.end()
         if self._own is not None:
-            self._own.take()
+            self._own.end()
 
 
 def apply_exit_schedule(

@@ -2,6 +2,7 @@
 
 import copy
 import logging
+import threading
 from dataclasses import replace
 
 import accelerate
@@ -147,6 +148,61 @@ def test_a_failed_call_leaves_the_first_weights():
         with pytest.raises(ConfigError, match="at full depth or leaves blocks out for all"):
             transformer(torch.randn(2, 4, 8, 8), timestep=torch.tensor([0, 900]), class_labels=y)
         transformer(torch.randn(2, 4, 8, 8), timestep=t, class_labels=y)
+
+
+def call(transformer, t):
+    y = torch.tensor([1, 2])
+    x_t = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(3))
+    return transformer(x_t, timestep=torch.tensor([t, t]), class_labels=y).sample
+
+
+def in_threads(transformer, count, times):
+    """What threads get that call the transformer at these timesteps in turn; one that is stuck
+    fails."""
+    made = {}
+
+    def work(i):
+        with torch.no_grad():
+            made[i] = [call(transformer, times[(i + n) % len(times)]) for n in range(40)]
+
+    threads = [threading.Thread(target=work, args=(i,), daemon=True) for i in range(count)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert len(made) == count
+    return made
+
+
+def test_threads_that_share_a_transformer():
+    transformer = MAKERS["dit"]().transformer
+    times = (900, 100)  # an early exit, and all blocks
+    with apply_exit_schedule(transformer, bundle_of("dit")), torch.no_grad():
+        expected = [call(transformer, t) for t in times]
+        for i, outputs in in_threads(transformer, 4, times).items():
+            assert all(torch.equal(o, expected[(i + n) % 2]) for n, o in enumerate(outputs))
+
+
+@pytest.mark.parametrize("error", [RuntimeError, ConfigError, KeyboardInterrupt])
+def test_a_failed_call_keeps_no_thread_waiting(error):
+    """An interrupt, which torch's hooks don't see, is put right by the next call."""
+    transformer = MAKERS["dit"]().transformer
+    with apply_exit_schedule(transformer, bundle_of("dit")) as handle, torch.no_grad():
+        expected = call(transformer, 900)
+
+        def fail(*_):
+            raise error("here")
+
+        for module in (transformer, transformer.transformer_blocks[0]):
+            hook = module.register_forward_pre_hook(fail)
+            with pytest.raises(error):
+                call(transformer, 900)
+            hook.remove()
+        assert torch.equal(call(transformer, 900), expected)
+        assert torch.equal(in_threads(transformer, 1, (900,))[0][0], expected)
+        second = copy.deepcopy(transformer)  # with a lock of its own
+        assert torch.equal(call(second, 900), expected)
+        assert handle.schedule is SHALLOW
 
 
 @pytest.mark.parametrize("first", ["offload", "schedule"])
