@@ -29,6 +29,7 @@ from asesearch.backbones.exit_weights import EXITS, ExitWeights, share
 from asesearch.backbones.files import FORMAT, Contents, read_checkpoint, resolve
 from asesearch.backbones.finite import refuse_not_finite, refuse_zero
 from asesearch.backbones.folders import class_name
+from asesearch.backbones.scheduler import refuse_prediction
 from asesearch.backbones.shapes import Architecture, from_shapes, uvit_preset
 from asesearch.backbones.uvit import UViT
 from asesearch.config import BackboneConfig
@@ -219,7 +220,8 @@ def load_backbone(
         ConfigError: an unknown preset or argument, one that does not fit the weights, or heads that
             they don't tell, or tell otherwise.
         CheckpointError: unreadable, of another kind, entries that do not fit the network,
-            numbers that are not finite, or zeros where no training leaves them.
+            numbers that are not finite, zeros where no training leaves them, or a diffusers
+            pipeline that takes the output for something else than noise.
     """
     if config.kind == "diffusers":
         return _load_diffusers(config, null_condition)
@@ -233,6 +235,7 @@ def load_backbone(
     contents, info, notes = _open(config, args)
     state = contents.state
     if contents.config is not None:
+        refuse_prediction(contents.path)
         state, _ = diffusers_to_dit(state, contents.config)
     told = info.args.get("num_heads")
     args = info.args | args

@@ -25,6 +25,7 @@ from asesearch.backbones.folders import (
     read_config,
     weight_files,
 )
+from asesearch.backbones.scheduler import refuse_prediction
 from asesearch.errors import CheckpointError, ConfigError
 
 
@@ -248,12 +249,14 @@ def load_diffusers(
         null_condition: as in `DiffusersBackbone`.
 
     Raises:
-        CheckpointError: a file is missing or unreadable, an unsupported class, or weights that do
-            not fit the config.
+        CheckpointError: a file is missing or unreadable, an unsupported class, weights that do
+            not fit the config, or a pipeline whose scheduler takes the output for something else
+            than noise.
     """
     folder = find_folder(path, "transformer")
     name = _supported_class(folder)
     check_eps(read_config(folder))
+    refuse_prediction(folder)
     if weight_files(folder)[0].endswith(".bin"):
         model = _without_weights(folder, name)
         bad = {"weights": ["of other names or shapes"]}

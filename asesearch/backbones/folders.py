@@ -43,13 +43,13 @@ def find_folder(path: Path, component: str) -> Path:
     )
 
 
-def read_config(folder: Path) -> dict[str, Any]:
-    """What the folder's config.json says.
+def read_config(folder: Path, name: str = CONFIG) -> dict[str, Any]:
+    """What the folder's config.json says, or its file of another name.
 
     Raises:
         CheckpointError: unreadable, or no JSON object.
     """
-    path = folder / CONFIG
+    path = folder / name
     try:
         data = loads(read_text(path))
     except ValueError as error:  # a ConfigError is one
