@@ -35,7 +35,8 @@ class TransformerSpec:
             their meaning.
         prediction_type: `epsilon` (noise), or `flow` (velocity of rectified flow).
         lists: where the blocks are, first to run first.
-        time_scale: times the transformer's timestep gives that of the scheduler.
+        time_scale: times the transformer's timestep gives that of the scheduler; see
+            `BlockExits.time_scale`.
     """
 
     required: tuple[str, ...]
@@ -248,6 +249,19 @@ class BlockExits:
         for block in self.blocks:
             plain_class: Any = type(block)
             block.__class__ = _exit_class(plain_class)
+
+    @property
+    def time_scale(self) -> float:
+        """Times the transformer's timestep gives that of its pipeline's scheduler.
+
+        SanaPipeline multiplies by `timestep_scale` of the network's config; SanaSprintPipeline,
+        whose networks alone embed the guidance, gives rectified flow's time from 0 to 1.
+        """
+        config: Mapping[str, Any] = getattr(self.model, "config", {})
+        if self.spec is SPECS["SanaTransformer2DModel"]:
+            scale = config.get("timestep_scale", 1.0)
+            return 1000.0 if config.get("guidance_embeds") else 1.0 / scale
+        return self.spec.time_scale
 
     @property
     def blocks(self) -> list[nn.Module]:

@@ -7,11 +7,16 @@ import accelerate
 import pytest
 import torch
 from diffusers import (
+    AutoencoderDC,
     FirstBlockCacheConfig,
     FlowMatchEulerDiscreteScheduler,
     FluxPipeline,
     FluxTransformer2DModel,
     PyramidAttentionBroadcastConfig,
+    SanaPipeline,
+    SanaSprintPipeline,
+    SanaTransformer2DModel,
+    SCMScheduler,
 )
 
 from asesearch.deployment.diffusers_hook import apply_exit_schedule
@@ -82,6 +87,55 @@ def test_flux_timesteps_are_read_on_the_schedulers_scale():
     _, calls = under(pipeline, SCHEDULE, sample_flux)
     timesteps = [min(float(t), 999.0) for t in pipeline.scheduler.timesteps]
     assert calls == SCHEDULE.block_calls(timesteps) < STEPS * DEPTH
+
+
+def sana_pipeline(cls, scheduler, **options):
+    heads = {"num_attention_heads": 2, "attention_head_dim": 8, "num_layers": DEPTH}
+    cross = {"num_cross_attention_heads": 2, "cross_attention_head_dim": 8}
+    sizes = {"in_channels": 4, "out_channels": 4, "patch_size": 1, "sample_size": 8}
+    widths = {"cross_attention_dim": 16, "caption_channels": 12}
+    model = SanaTransformer2DModel(**heads, **cross, **sizes, **widths, **options)
+    vae = {"in_channels": 3, "latent_channels": 4, "attention_head_dim": 2}
+    for side in ("encoder", "decoder"):
+        vae[f"{side}_block_types"] = ("ResBlock",)
+        vae[f"{side}_block_out_channels"] = (8,)
+        vae[f"{side}_layers_per_block"] = (1,)
+        vae[f"{side}_qkv_multiscales"] = ((),)
+    return cls(None, None, AutoencoderDC(**vae), randomised(model), scheduler)
+
+
+def sample_sana(pipeline):
+    pipeline.set_progress_bar_config(disable=True)
+    shared = {"prompt_embeds": torch.ones(1, 3, 12), "prompt_attention_mask": torch.ones(1, 3)}
+    if isinstance(pipeline, SanaPipeline):
+        shared |= {f"negative_{name}": value for name, value in shared.items()}
+        shared |= {"negative_prompt": None, "num_inference_steps": 10}
+    return pipeline(
+        **shared,
+        height=32,
+        width=32,
+        use_resolution_binning=False,
+        generator=torch.Generator().manual_seed(2),
+        output_type="latent",
+    ).images
+
+
+@pytest.mark.parametrize("scale", [1.0, 0.001])
+def test_sana_timesteps_are_read_on_the_schedulers_scale(scale):
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
+    pipeline = sana_pipeline(SanaPipeline, scheduler, timestep_scale=scale)
+    images, calls = under(pipeline, SCHEDULE, sample_sana)
+    timesteps = [min(float(t), 999.0) for t in scheduler.timesteps]
+    assert calls == SCHEDULE.block_calls(timesteps) < 10 * DEPTH
+    assert torch.isfinite(images).all()
+
+
+def test_sana_sprint_counts_in_rectified_flows_time():
+    options = {"guidance_embeds": True, "qk_norm": "rms_norm_across_heads"}
+    pipeline = sana_pipeline(SanaSprintPipeline, SCMScheduler(), **options)
+    noisy = ExitSchedule.from_string("1 1 1 1 1 1 1 1 1 2", DEPTH)
+    _, calls = under(pipeline, noisy, sample_sana)
+    assert calls == 2 + 1  # at pi/2, all noise, and at 1.3: 783
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
