@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol
@@ -158,7 +158,10 @@ class ScheduleHandle:
             )
         given = torch.as_tensor(timestep).detach()
         t: npt.NDArray[np.float64] = np.atleast_1d(given.cpu().double().numpy())
-        t = t * self._exits.time_scale
+        scale = self._exits.time_scale
+        if scale != 1:
+            eps = torch.finfo(given.dtype).eps if given.is_floating_point() else 0.0
+            t = _snapped(t * scale, self.schedule.boundaries, eps)
         end = self.schedule.num_train_timesteps
         # rectified flow begins at t = num_train_timesteps itself, SanaSprint 4e-6 of it above: that
         # is the noisiest interval
@@ -287,6 +290,23 @@ def _schedule_in(folder: Path, data: dict[str, Any]) -> ExitSchedule:
             f"{folder / MANIFEST} must hold an exit schedule; got none that can be read "
             f"({reason}); export it again"
         ) from error
+
+
+def _snapped(
+    t: npt.NDArray[np.float64], boundaries: Sequence[int], eps: float
+) -> npt.NDArray[np.float64]:
+    """Timesteps that were a boundary but for rounding, put back there: 900 / 1000 is 0.89999998 in
+    float32, and 0.898 in bfloat16.
+
+    Args:
+        t: any shape.
+        boundaries: ascending.
+        eps: of the precision they were divided in.
+    """
+    above = np.asarray(boundaries)[
+        np.searchsorted(boundaries, t).clip(max=len(boundaries) - 1)  # the nearest from t on
+    ]
+    return np.where((t < above) & (above - t <= eps * above), above, t)
 
 
 def _check_timesteps(scheduler: Any, schedule: ExitSchedule) -> None:

@@ -89,6 +89,24 @@ def test_flux_timesteps_are_read_on_the_schedulers_scale():
     assert calls == SCHEDULE.block_calls(timesteps) < STEPS * DEPTH
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_flux_timesteps_on_a_boundary_are_in_the_interval_that_begins_there(dtype):
+    """Flux divides by 1000, and 0.9 · 1000 is less than 900."""
+    transformer = flux_pipeline().transformer.to(dtype)
+    schedule = ExitSchedule.from_string("1 2 3 4 1 2 3 4 1 2", DEPTH)
+    inputs = {
+        "hidden_states": torch.zeros(1, 4, 16),
+        "encoder_hidden_states": torch.zeros(1, 3, 12),
+    }
+    inputs |= {"pooled_projections": torch.zeros(1, 6)}
+    ids = {"img_ids": torch.zeros(4, 3), "txt_ids": torch.zeros(3, 3)}
+    inputs = {name: value.to(dtype) for name, value in (inputs | ids).items()}
+    for t in (*range(100, 1000, 100), 950, 985):
+        with apply_exit_schedule(transformer, schedule) as handle, torch.no_grad():
+            transformer(**inputs, timestep=torch.tensor([t]).to(dtype) / 1000)
+        assert handle.block_calls == schedule.exit_depth_at(t), t
+
+
 def sana_pipeline(cls, scheduler, **options):
     heads = {"num_attention_heads": 2, "attention_head_dim": 8, "num_layers": DEPTH}
     cross = {"num_cross_attention_heads": 2, "cross_attention_head_dim": 8}
