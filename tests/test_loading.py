@@ -23,7 +23,13 @@ from asesearch.evaluation import features
 from asesearch.finetuning import batches, draw_batch, finetune
 from asesearch.finetuning.batches import _epoch_indices as epoch_indices
 from asesearch.schedule import ExitSchedule
-from tests.reads import break_at_the_third, process_of, refuse_the_third, square
+from tests.reads import (
+    break_at_the_third,
+    process_of,
+    refuse_the_third,
+    square,
+    without_shared_memory,
+)
 
 CONFIG = TrainConfig(num_steps=6, batch_size=8, lr=1e-3, seed=3)
 PROCESSORS = len(os.sched_getaffinity(0))
@@ -93,6 +99,24 @@ def test_an_error_of_the_program_is_not_hidden(num_workers):
     with pytest.raises(ZeroDivisionError, match="2"):
         list(read_ahead(break_at_the_third, range(9), num_workers))
     assert workers() == []
+
+
+def test_workers_need_no_shared_memory(monkeypatch):
+    """Docker gives a container 64 MB of it; a worker that finds it full had its reader wait."""
+    for name in ("_share_fd_cpu_", "_share_filename_cpu_"):  # that come back here as they were
+        monkeypatch.setattr(torch.UntypedStorage, name, getattr(torch.UntypedStorage, name))
+    expected = [without_shared_memory(key) for key in range(5)]
+    found = list(read_ahead(without_shared_memory, range(5), 2))
+    for theirs, ours in zip(found, expected, strict=True):
+        images, others, slices, array = theirs
+        assert torch.equal(images, ours[0]) and images.is_contiguous()
+        images += 1  # the reader's own
+        assert torch.equal(others["label"], ours[1]["label"]) and others["none"] is None
+        for name, value in ours[1]["prompt"].items():
+            assert torch.equal(others["prompt"][name], value)
+        assert all(a.dtype == b.dtype for a, b in zip(slices, ours[2], strict=True))
+        assert all(torch.equal(a, b) for a, b in zip(slices, ours[2], strict=True))
+        assert np.array_equal(array, ours[3])
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])

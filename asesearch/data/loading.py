@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import io
 import multiprocessing
 import os
+import pickle
 import sys
 import threading
 from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Generic, TypeVar, cast
 
+import torch
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from asesearch.errors import AseSearchError
@@ -70,18 +74,36 @@ def _by_thread(read: Callable[[Key], Value], keys: Sequence[Key]) -> Generator[V
         pool.shutdown(cancel_futures=True)
 
 
-class _Reads(Dataset[Any], Generic[Key, Value]):
+class _ByValue(pickle.Pickler):
+    """Writes tensors with their values.
+
+    PyTorch would have its workers hand them over in shared memory. Where that is full, as the
+    64 MB that Docker gives a container soon are, the reader waits for ever.
+    """
+
+    def reducer_override(self, obj: Any) -> Any:
+        if isinstance(obj, Tensor):
+            return torch.from_numpy, (obj.numpy(),)  # plain pickling takes twice as long
+        return NotImplemented
+
+
+class _Reads(Dataset[bytes], Generic[Key, Value]):
     """`read` as a DataLoader's data set."""
 
     def __init__(self, read: Callable[[Key], Value]) -> None:
         self.read = read
 
-    def __getitem__(self, key: Key) -> tuple[Value | None, AseSearchError | None]:
-        """What was read, or the error: a DataLoader would put its traceback into the message."""
+    def __getitem__(self, key: Key) -> bytes:
+        """A pickle of what was read and of the error, one of which is None: a DataLoader would put
+        an error's traceback into its message."""
+        found: tuple[Value | None, AseSearchError | None]
         try:
-            return self.read(key), None
+            found = self.read(key), None
         except AseSearchError as error:
-            return None, error
+            found = None, error
+        file = io.BytesIO()
+        _ByValue(file, pickle.HIGHEST_PROTOCOL).dump(found)
+        return file.getvalue()
 
 
 def _as_it_is(value: Any) -> Any:
@@ -120,7 +142,8 @@ def _by_processes(
     )
     found = iter(loader)
     try:
-        for value, error in found:
+        for pickled in found:
+            value, error = pickle.loads(pickled)
             if error is not None:
                 raise error
             yield value
