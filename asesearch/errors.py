@@ -49,6 +49,10 @@ _NO_MEMORY = (
 )
 
 
+#: How what `memory_told` says begins.
+OUT_OF_MEMORY = "out of memory"
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether memory ran out, on a GPU or on the machine itself: PyTorch has a class of its own for
     a GPU alone, and CUDA's libraries raise plain errors."""
@@ -63,4 +67,4 @@ def is_out_of_memory(error: BaseException) -> bool:
 def memory_told(error: BaseException) -> str:
     """What an error for which `is_out_of_memory` holds says, in one line."""
     reason = (str(error).strip().splitlines() or [""])[0].rpartition("err == 0. ")[2]
-    return f"out of memory: {reason}" if reason else "out of memory"
+    return f"{OUT_OF_MEMORY}: {reason}" if reason else OUT_OF_MEMORY

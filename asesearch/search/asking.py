@@ -30,7 +30,7 @@ class Asker:
     Attributes:
         problem: what the difficulty proposer and promotion know of the study; None where neither
             is used.
-        again: numbers of failed trials that are tried again.
+        again: failed trials whose points are tried again, by number.
     """
 
     def __init__(self, study: Study, fleet: Fleet, warm: dict[str, Point]) -> None:
@@ -39,7 +39,7 @@ class Asker:
         self.fleet = fleet
         self.warm = warm
         self.problem: Problem | None = None
-        self.again: set[int] = set()
+        self.again: dict[int, TrialRecord] = {}
 
     def ask(self) -> tuple[optuna.Trial, Point]:
         """The next point, in a trial of this worker's."""
@@ -58,27 +58,32 @@ class Asker:
 
     def enqueue_warm_start(self, records: list[TrialRecord], trials: Sequence[FrozenTrial]) -> None:
         """Queue the first warm start that is not queued or on record (so one whose trial was killed
-        comes again).
+        comes again), or else the first point that is tried again.
 
         Those whose schedule another worker is at are passed over for now.
         """
-        for origin in self.missing(records, trials):
-            point = self.warm[origin]
+        for origin, point in self.missing(records, trials):
             if not self.fleet.is_busy(point, trials):
                 self.study.optuna.enqueue_trial(
                     self.fleet.space.encode(point), user_attrs={"origin": origin}
                 )
                 return
 
-    def missing(self, records: list[TrialRecord], trials: Sequence[FrozenTrial]) -> list[str]:
-        """Warm starts that are neither on record nor queued nor in flight."""
+    def missing(
+        self, records: list[TrialRecord], trials: Sequence[FrozenTrial]
+    ) -> list[tuple[str, Point]]:
+        """Warm starts, and then points to be tried again, that are neither on record nor queued nor
+        in flight: (origin, point)."""
         known = {r.point for r in records if r.number not in self.again}
         for trial in trials:
             if trial.state.is_finished():
                 continue
             if (point := self.fleet.point_of(trial)) is not None:
                 known.add(point)
-        return [origin for origin, point in self.warm.items() if point not in known]
+        warm = self.warm.values()
+        again = [r for r in records if r.number in self.again and r.point not in warm]
+        wanted = [*self.warm.items(), *((r.origin, r.point) for r in again)]
+        return [(origin, point) for origin, point in wanted if point not in known]
 
     def _seed_proposer(self, trials: Sequence[FrozenTrial]) -> None:
         """A proposer whose seed follows from the study's and from what is on record."""

@@ -76,9 +76,11 @@ def run_trial(
         failure = memory_told(error) if full else str(error).splitlines()[0]
     if failure is not None:  # the error is gone by now, whose frames held the networks
         collect_cycles()
-        _discard_weights(folder, trial, records)
         spent = {"seconds": seconds, "gflops": gflops}
-        return _ended(trial, "failed", failure=failure, low_fidelity=low_fidelity, **spent)
+        failed = _ended(trial, "failed", failure=failure, low_fidelity=low_fidelity, **spent)
+        if not failed.had_no_memory:  # or the next try goes on with what was trained
+            _discard_weights(folder, trial, records)
+        return failed
     if _counted(trial, outcome, records):
         outcome.losses = []
         outcome.seconds["finetune"] = 0.0
@@ -132,10 +134,10 @@ def _low_fidelity_rung(
 ) -> LowFidelity:
     """The point's low-fidelity score, measured or on record, and whether it is promoted.
 
-    The difficulty proposer returns to a stopped point because it expects more of it than of any
-    other, in the light of all
-    scores so far: that is the judgement. Others know nothing of low-fidelity scores, so that such a
-    point is judged again.
+    One that was promoted, and failed then, is again. The difficulty proposer returns to a stopped
+    point because it expects more of it than of any other, in the light of all scores so far: that
+    is the judgement. Others know nothing of low-fidelity scores, so that such a point is
+    judged again.
     """
     before = _on_record(trial, records)
     if before is None or before.low_fidelity is None:
@@ -147,6 +149,8 @@ def _low_fidelity_rung(
         return LowFidelity(quality, *_decide(bench, trial, records, problem, quality))
     seconds |= before.seconds  # this record takes the place of that one
     gflops |= before.gflops
+    if before.low_fidelity.promoted:  # and failed then: decided as it was
+        return before.low_fidelity
     quality = before.low_fidelity.quality
     if trial.origin == NAME:
         return LowFidelity(

@@ -43,6 +43,7 @@ from asesearch.study.workers import SEARCHING, has_record, worked_s
 
 MAX_REFUSED_IN_A_ROW = 50
 MAX_FAILURES = 3  # without a single success
+MAX_WITHOUT_MEMORY = 2  # in a row
 Outcome = Literal["tried", "on record", "taken"]
 _log = logging.getLogger(__name__)
 
@@ -54,7 +55,8 @@ def run_trials(
     on_warm_up: Callable[[int, float], None] | None = None,
 ) -> None:
     """Search until `num_trials` points have ended (failed and stopped ones count; repeats and
-    killed ones do not), with a `budget` until its time is spent, or until nothing new is found. The
+    killed ones do not, nor those that an earlier run had no memory for, which are tried again),
+    with a `budget` until its time is spent, or until nothing new is found. The
     warm-up comes first, where the study has one.
 
     Args:
@@ -65,7 +67,8 @@ def run_trials(
 
     Raises:
         StudyError: the storage can't be used, file locks do not work in the directory, the
-            latency table is another device's, or the full network's trial or every trial failed.
+            latency table is another device's, the full network's trial or every trial failed, or
+            memory ran out in one trial after the other.
     """
     study.check_inputs(bench.identity)
     write_json(study.run_dir / directory.ENVIRONMENT, environment())
@@ -100,6 +103,7 @@ class Runner:
         records = study.records()
         self.before = {r.number for r in records}
         self.asker.again = self._to_try_again(records)
+        self.without_memory = 0  # trials of this worker in a row
 
     def run(self, on_warm_up: Callable[[int, float], None] | None = None) -> None:
         """Search until the study has enough; see `run_trials`."""
@@ -169,13 +173,12 @@ class Runner:
             self._check_failures(records)
             if self.config.search.budget_s is not None:
                 return self._in_budget(trials)
-            left = self.config.search.num_trials - len(records)
+            left = self.config.search.num_trials - len(self._counted(records))
             if left <= 0:
                 return False
             room = left - len(self.fleet.in_flight(trials))
             missing = self.asker.missing(records, trials)
-            warm = self.asker.warm
-            free = [origin for origin in missing if not self.fleet.is_busy(warm[origin], trials)]
+            free = [point for _, point in missing if not self.fleet.is_busy(point, trials)]
             if room > 0 and (free or room > len(missing)):  # proposals leave places for warm starts
                 return True
             self.fleet.wait()
@@ -191,12 +194,35 @@ class Runner:
 
     # -- failures --------------------------------------------------------------------------------
 
-    def _to_try_again(self, records: list[TrialRecord]) -> set[int]:
-        """Failed trials that this run tries again: the full network's, and all where none has
-        succeeded."""
+    def _to_try_again(self, records: list[TrialRecord]) -> dict[int, TrialRecord]:
+        """Failed trials that this run tries again, by number: the full network's, those that had no
+        memory, and all where none has succeeded."""
         failed = [r for r in records if r.state == "failed"]
         none_good = len(failed) == len(records)
-        return {r.number for r in failed if none_good or r.point == self.asker.warm["full"]}
+        full = self.asker.warm["full"]
+        return {r.number: r for r in failed if none_good or r.had_no_memory or r.point == full}
+
+    def _counted(self, records: list[TrialRecord]) -> list[TrialRecord]:
+        """Records that count towards `num_trials`: all but those still to be tried again."""
+        return [r for r in records if r.number not in self.asker.again]
+
+    def _check_memory(self, record: TrialRecord) -> None:
+        """Stop where memory is gone, before the search ends in failed trials.
+
+        A point that had none in an earlier run either may take more than there is: it does not
+        stop the search again.
+
+        Raises:
+            StudyError: as said.
+        """
+        self.without_memory = self.without_memory + 1 if record.had_no_memory else 0
+        known = any(r.point == record.point for r in self.asker.again.values())
+        if self.without_memory >= MAX_WITHOUT_MEMORY and not known:
+            raise StudyError(
+                f"{self.without_memory} trials in a row failed without memory, though a step of "
+                f"each kind had fitted: {record.failure}; end what else holds memory, and give the "
+                "same command again, which goes on with what they had trained"
+            )
 
     def _check_failures(self, records: list[TrialRecord]) -> None:
         """Stop where nothing more can come of it.
@@ -244,6 +270,7 @@ class Runner:
             self._prune_weights()
             if self.progress is not None:
                 self.progress(record)
+            self._check_memory(record)
         return outcome
 
     def _take(
@@ -309,7 +336,7 @@ class Runner:
         if self.config.search.budget_s is not None:
             return False
         earlier = {other for other in others if other < number} - {r.number for r in records}
-        return len(records) + len(earlier) >= self.config.search.num_trials
+        return len(self._counted(records)) + len(earlier) >= self.config.search.num_trials
 
     def _prune_weights(self) -> None:
         """With keep_weights = "front": delete weights of schedules that are off the front.

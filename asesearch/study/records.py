@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from asesearch.errors import OUT_OF_MEMORY
 from asesearch.point import Point
 from asesearch.sampler import Sampler
 from asesearch.schedule import ExitSchedule
@@ -124,6 +125,11 @@ class TrialRecord:
     def sampler(self) -> Sampler:
         """Of the point."""
         return self.point.sampler
+
+    @property
+    def had_no_memory(self) -> bool:
+        """Whether it failed as memory ran out, which may have been taken by something else."""
+        return self.failure is not None and self.failure.startswith(OUT_OF_MEMORY)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON."""

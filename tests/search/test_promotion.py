@@ -99,6 +99,16 @@ def test_the_measured_score_decides(tmp_path, monkeypatch, low_fidelity):
     assert ends == {"good": ("complete", [POINT.schedule]), "bad": ("stopped", [])}
 
 
+def test_a_promoted_point_that_had_no_memory_is_promoted_again(tmp_path, monkeypatch):
+    bench, problem, records = ladder(as_frechet)
+    rung = LowFidelity(as_frechet(scores(POINT)), True, 0.7, "on the front")
+    told = "out of memory: CUDA out of memory"
+    records.append(TrialRecord(9, "tpe", POINT, "failed", low_fidelity=rung, failure=told))
+    monkeypatch.setattr("asesearch.search.promotion._decide", None)
+    ended = run_trial(bench, TrialRecord(10, "tpe", POINT, ""), tmp_path, records, problem)
+    assert ended.state == "complete" and ended.low_fidelity == rung and bench.low_tried == []
+
+
 def test_kernel_distances_below_zero_inform_the_model():
     bench, problem, records = ladder(as_kernel)
     assert (

@@ -182,10 +182,73 @@ def test_what_a_schedule_without_memory_held_is_freed_at_once(tmp_path):
     study = Study(make_config(num_trials=4), tmp_path)
     gc.disable()
     try:
-        run_trials(study, Full())
+        with pytest.raises(StudyError, match="without memory"):
+            run_trials(study, Full())
     finally:
         gc.enable()
-    assert found == [True, True]
+    assert found == [True]
+
+
+class Crowded(FakeBench):
+    """Another program takes the memory while trials after the first `fits` are sampled; schedules
+    in `large` never fit."""
+
+    fits = 99
+    large = ()
+
+    def try_point(self, point, folder):
+        done = super().try_point(point, folder)
+        (folder / "training.safetensors").write_bytes(b"x")
+        if len(self.tried) > self.fits or point.schedule in self.large:
+            gpu_is_full()
+        return done
+
+
+def test_memory_that_another_program_takes_ends_the_search_and_costs_nothing(tmp_path):
+    config = make_config(num_trials=8, keep_weights="all")
+    study = Study(config, tmp_path)
+    bench = Crowded(config=config)
+    bench.fits = 3
+    told = "^2 trials in a row failed without memory, .*: out of memory: CUDA out of memory. Tried"
+    with pytest.raises(StudyError, match=told):
+        run_trials(study, bench)
+    failed = [r for r in study.records() if r.state == "failed"]
+    assert len(failed) == 2 and len(bench.tried) == 5
+    for record in failed:  # whole weights, or a checkpoint, for the next try
+        left = {path.name for path in study.trial_dir(record.schedule).iterdir()}
+        assert left == {"weights.safetensors", "training.safetensors"}
+    # still taken: what failed before is tried, and one that is new
+    bench.tried.clear()
+    bench.fits = 0
+    with pytest.raises(StudyError, match="^3 trials in a row failed without memory"):
+        run_trials(Study(config, tmp_path), bench)
+    assert bench.tried[:2] == [r.schedule for r in failed] and len(bench.tried) == 3
+    bench.tried.clear()
+    bench.fits = 99
+    run_trials(Study(config, tmp_path), bench)
+    records = study.records()
+    assert [r.state for r in records] == ["complete"] * 8
+    assert bench.tried[:2] == [r.schedule for r in failed]
+    tried = {r.point: r.origin for r in records}
+    assert all(tried[r.point] == r.origin for r in failed)
+
+
+def test_a_schedule_that_never_fits_is_tried_once_a_run_and_holds_nothing_up(tmp_path):
+    config = make_config(num_trials=6)
+    study, before = run(config, tmp_path / "before")
+    bench = Crowded(config=config)
+    bench.large = [r.schedule for r in study.records()[2:4]]
+    study = Study(config, tmp_path / "after")
+    with pytest.raises(StudyError, match="without memory"):
+        run_trials(study, bench)
+    for _ in range(2):
+        bench.tried.clear()
+        run_trials(Study(config, tmp_path / "after"), bench)
+        states = [(r.schedule in bench.large, r.state) for r in study.records()]
+        assert sorted(states) == [(False, "complete")] * 4 + [(True, "failed")] * 2
+        assert [s in bench.large for s in bench.tried[:2]] == [True, True]
+        assert all(s not in bench.large for s in bench.tried[2:])
+    assert len(bench.tried) == 2  # the last run had nothing else to do
 
 
 def test_an_unexpected_error_is_not_swallowed(tmp_path):
