@@ -21,8 +21,16 @@ import torch
 
 from asesearch.backbones.base import Backbone
 from asesearch.backbones.checkpoints import load_backbone
+from asesearch.backbones.device import collect_cycles
 from asesearch.config import BackboneConfig
-from asesearch.errors import EvaluationError, StudyError, TrainingDiverged, WriteError
+from asesearch.errors import (
+    EvaluationError,
+    StudyError,
+    TrainingDiverged,
+    WriteError,
+    is_out_of_memory,
+    memory_told,
+)
 from asesearch.files import write_json
 from asesearch.locks import try_lock, waited_lock
 from asesearch.score import EvaluationResult
@@ -51,7 +59,7 @@ def confirm(
         Confirmations of the full network and the front.
 
     Raises:
-        StudyError: the full network has no score, and no other worker is at it.
+        StudyError: the full network has no score, and no other worker is at it; or no memory.
         WriteError: the study directory can't be written.
     """
     with study.worker.at_work(CONFIRMING):
@@ -75,6 +83,7 @@ class _Confirming:
         }
         self.others = Others(study.run_dir, study.worker.id)
         self.done: dict[int, Confirmation] = {}
+        self.no_memory: dict[int, str] = {}  # what was said, by the trial's number; not on record
         self._said = False
 
     def run(self) -> list[Confirmation]:
@@ -82,7 +91,7 @@ class _Confirming:
         self._set_aside()
         while True:
             searching = self.others.at_work(SEARCHING)
-            points = self._points(searching)
+            points = [r for r in self._points(searching) if r.number not in self.no_memory]
             self.done |= self._on_record()
             left = [r for r in points if not self._is_whole(self.done.get(r.number))]
             if not left and not searching:
@@ -141,7 +150,7 @@ class _Confirming:
 
     def _tell_left_out(self, full: TrialRecord) -> None:
         """Say which points of the front are not confirmed, as they are worth nothing or failed."""
-        for number, why in sorted(self._failed().items()):
+        for number, why in sorted((self.no_memory | self._failed()).items()):
             _log.warning("trial %d is not confirmed: %s", number, why)
         if out := left_out(self.study.results().front(), full):
             _log.warning("%s", NOT_CONFIRMED.format(", ".join(f"trial {r.number}" for r in out)))
@@ -153,16 +162,10 @@ class _Confirming:
         ) as mine:
             if not mine:
                 return False
-            made = self._on_record().get(record.number)
-            if self._is_whole(made):
+            if self._is_whole(self._on_record().get(record.number)):
                 return True
             try:
-                if made is None or not self._has_spaces(made):
-                    again = () if made is None else made.retrained
-                    made = replace(self._measure(record, full), retrained=again)
-                    made = self._kept(record, made)
-                while not self._is_whole(made):
-                    made = self._kept(record, self._retrained(record, made))
+                made = self._made(record, full) or self._made(record, full)
             except EvaluationError as error:
                 if record.number == full.number:
                     raise
@@ -173,9 +176,40 @@ class _Confirming:
                 if any(r.number == record.number for r in self._points([])):
                     raise
                 return True  # off the front since, by a worker that had been taken for dead
-        if self.progress is not None:
+        if made is not None and self.progress is not None:
             self.progress(made)
         return True
+
+    def _made(self, record: TrialRecord, full: TrialRecord) -> Confirmation | None:
+        """What is still missing of a point's confirmation, made and put on record; None where there
+        was no memory for it, so that a second try may have what the first has left.
+
+        Raises:
+            StudyError: the full network's second try had no memory either.
+        """
+        try:
+            made = self._on_record().get(record.number)
+            if made is None or not self._has_spaces(made):
+                again = () if made is None else made.retrained
+                made = replace(self._measure(record, full), retrained=again)
+                made = self._kept(record, made)
+            while not self._is_whole(made):
+                made = self._kept(record, self._retrained(record, made))
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            told = memory_told(error)
+        else:
+            self.no_memory.pop(record.number, None)
+            return made
+        collect_cycles()  # the error is gone by now, whose frames held the networks
+        if record.number == full.number and record.number in self.no_memory:
+            raise StudyError(
+                "the full network can't be confirmed, and without it nothing can be compared: "
+                f"{told}; end what else holds memory, and give the same command again"
+            )
+        self.no_memory[record.number] = told
+        return None
 
     def _kept(self, record: TrialRecord, made: Confirmation) -> Confirmation:
         """Put it on record."""

@@ -772,6 +772,45 @@ def test_a_point_whose_images_fail_is_named_and_stops_nothing(tmp_path, no_weigh
     assert told in caplog.text
 
 
+def test_a_point_without_memory_is_named_and_confirmed_by_the_next_run(
+    tmp_path, no_weights, caplog
+):
+    study, bench = searched(tmp_path)
+    full, first, second, *_ = select(study.results().front(), study.results().full, 3)
+    measured = bench.confirmed
+    tries = Counter()
+    fits = {first.number: 99, second.number: 2}  # the second's second try finds memory
+    numbers = {r.point: r.number for r in study.records()}
+
+    def confirmed(net, point):
+        number = numbers[point]
+        tries[number] += 1
+        if tries[number] < fits.get(number, 1):
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
+        return measured(net, point)
+
+    bench.confirmed = confirmed
+    made = confirm(study, bench)
+    assert first.number not in {c.number for c in made} and len(made) == 3
+    assert tries[first.number] == tries[second.number] == 2
+    told = f"trial {first.number} is not confirmed: out of memory: CUDA out of memory"
+    assert caplog.text.count(told) == 1
+    assert not (tmp_path / "confirmations" / f"{first.number}.json").exists()
+    fits.clear()
+    caplog.clear()
+    assert first.number in {c.number for c in confirm(study, bench)}
+    assert "memory" not in caplog.text
+    # without the full network there is nothing to compare with
+    fits[full.number] = 99
+    tries.clear()
+    how = study.config.confirm.model_copy(update={"num_samples": 70})
+    study = Study(study.config.model_copy(update={"confirm": how}), tmp_path)
+    bench.config = study.config
+    with pytest.raises(StudyError, match="^the full network can't be confirmed, .*: out of memory"):
+        confirm(study, bench)
+    assert dict(tries) == {full.number: 2}
+
+
 def test_the_one_file_of_earlier_releases_is_read(tmp_path, no_weights):
     study, bench = searched(tmp_path)
     made = confirm(study, bench)
