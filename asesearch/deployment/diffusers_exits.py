@@ -154,10 +154,15 @@ class ExitsInPlace:
         # modules stay what they are where an adapter wraps them, names do not
         self._places: list[tuple[dict[str, Any], str]] = []
         self._others: list[nn.Parameter] = []
+        self._layers: dict[str, tuple[nn.Module, str, nn.Module]] = {}  # with what holds them
         for name, value in values.items():
-            module, _, last = name.rpartition(".")
-            self._places.append((transformer.get_submodule(module)._parameters, last))
+            path, _, last = name.rpartition(".")
+            module: nn.Module = transformer.get_submodule(path)
+            self._places.append((module._parameters, last))
+            holder, _, key = path.rpartition(".")
+            self._layers[path] = (transformer.get_submodule(holder), key, module)
             self._others.append(nn.Parameter(value, requires_grad=False))
+        self._attentions = [m for m in transformer.modules() if hasattr(m, "processor")]
         self._in = self._closed = False
         self._lock = _Lock()
 
@@ -169,7 +174,8 @@ class ExitsInPlace:
             early: whether the call leaves blocks out.
 
         Raises:
-            ConfigError: weights that are elsewhere between calls.
+            ConfigError: weights that are elsewhere between calls, or that something else was made
+                of or put into.
         """
         self.end()  # of a call that was interrupted
         self._lock.acquire()
@@ -200,6 +206,7 @@ class ExitsInPlace:
 
     def _put(self) -> None:
         self._refuse_offloaded()
+        self._refuse_fused()
         for i, (held, name) in enumerate(self._places):
             own, other = held[name], self._others[i]
             if own.dtype is not other.dtype or own.device != other.device:
@@ -237,3 +244,23 @@ class ExitsInPlace:
                 f"got {'group' if _GROUPS in hooks else 'sequential'} offloading; use "
                 "pipeline.enable_model_cpu_offload()"
             )
+
+    def _refuse_fused(self) -> None:
+        """Refuse what was made of the transformer's own weights, or put into them, and what the
+        exits' therefore lack."""
+        # unfusing leaves the modules' own flag
+        if any(type(m.processor).__name__.startswith("Fused") for m in self._attentions):
+            raise ConfigError(
+                "early exits with weights of their own can't run with projections that were fused "
+                "from the transformer's; got fused ones; call "
+                "transformer.unfuse_qkv_projections()"
+            )
+        for name, (holder, key, module) in self._layers.items():
+            wrapper = holder._modules.get(key)
+            merged = [] if wrapper is module else getattr(wrapper, "merged_adapters", [])
+            if merged:
+                raise ConfigError(
+                    "early exits with weights of their own can't run with an adapter that was "
+                    f"merged into the transformer's; got {merged[0]} in {name}; call "
+                    "pipeline.unfuse_lora()"
+                )

@@ -9,6 +9,7 @@ import accelerate
 import pytest
 import torch
 from diffusers.hooks import apply_group_offloading
+from diffusers.models.attention_processor import FusedAttnProcessor2_0
 from safetensors.torch import load_file
 
 from asesearch.backbones.diffusers_adapter import DiffusersBackbone
@@ -275,6 +276,36 @@ def test_layers_wrapped_afterwards():
         assert torch.equal(sample(pipeline), expected)
     with pytest.raises(ConfigError, match=r"lacks .*to_q.weight.* before adapters"):
         apply_exit_schedule(pipeline, bundle)
+
+
+def test_what_was_fused_from_the_other_weights_is_refused(name):
+    """Fused projections would run in place of the exits' own, a merged adapter in one set alone."""
+    pipeline = MAKERS[name]()
+    transformer = pipeline.transformer
+    with apply_exit_schedule(pipeline, bundle_of(name)):
+        expected = sample(pipeline)
+        attention = transformer.transformer_blocks[1].attn1
+        attention.fuse_projections()
+        processor = attention.processor
+        attention.set_processor(FusedAttnProcessor2_0())
+        with pytest.raises(ConfigError, match=r"were fused .*unfuse_qkv_projections\(\)"):
+            sample(pipeline)
+        attention.set_processor(processor)
+        if name == "pixart":  # which has it as a method
+            transformer.fuse_qkv_projections()
+            with pytest.raises(ConfigError, match="were fused"):
+                sample(pipeline)
+            transformer.unfuse_qkv_projections()
+        layer = attention.to_v
+        attention.to_v = Wrapped(layer)
+        assert torch.equal(sample(pipeline), expected)
+        attention.to_v.merged_adapters = ["style"]
+        with pytest.raises(
+            ConfigError, match=r"got style in transformer_blocks.1.attn1.to_v; call .*unfuse_lora"
+        ):
+            sample(pipeline)
+        attention.to_v.merged_adapters = []
+        assert torch.equal(sample(pipeline), expected)
 
 
 @pytest.mark.slow
