@@ -32,6 +32,7 @@ from tests.deployment.test_diffusers_hook import (
     of_numpy_1,
     randomised,
     sample,
+    tiny_vae,
 )
 
 pytestmark = of_numpy_1
@@ -245,6 +246,29 @@ def test_another_transformer_is_refused_or_named(caplog):
     assert "other weights" not in caplog.text
     apply_exit_schedule(second("dit"), bundle).remove()
     assert "has other weights than the bundle's network" in caplog.text
+
+
+def test_weights_stored_in_eight_bits(name, caplog):
+    """`enable_layerwise_casting`: each layer is cast as it is called, whichever weights it has."""
+    made = []
+    vae = tiny_vae()
+    for first in (True, False):
+        pipeline = MAKERS[name]()
+        pipeline.vae = vae
+        if first:
+            in_eight_bits(pipeline.transformer)
+        with apply_exit_schedule(pipeline, bundle_of(name)):
+            if not first:
+                expected = sample(pipeline)
+                in_eight_bits(pipeline.transformer)
+            made.append(sample(pipeline))
+    assert "other weights" not in caplog.text
+    assert torch.equal(*made) and not torch.equal(made[0], expected)
+    assert (made[0] - expected).abs().mean() < 0.2 * expected.abs().mean()
+
+
+def in_eight_bits(transformer):
+    transformer.enable_layerwise_casting(torch.float8_e4m3fn, torch.float32)
 
 
 def test_offloading_of_the_whole_model():
