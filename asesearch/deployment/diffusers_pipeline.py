@@ -166,6 +166,10 @@ class ExportedDiTPipeline(DiTPipeline):
         return self.numpy_to_pil(array) if output_type == "pil" else array
 
 
+# what save_pretrained writes, and from_pretrained of diffusers alone looks for
+ExportedDiTPipeline.__name__ = DiTPipeline.__name__
+
+
 def as_exported(pipeline: Any, data: Mapping[str, Any]) -> Restored | None:
     """Make a pipeline, or its transformer, sample as the exported network; what undoes it.
 

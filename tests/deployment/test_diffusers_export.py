@@ -117,6 +117,22 @@ def test_with_a_vae_it_loads_as_it_is_and_gives_the_same_images(tmp_path):
     assert type(pipeline) is DiTPipeline and not hasattr(pipeline, "exported")
 
 
+def test_saved_under_its_schedule_it_is_a_pipeline_of_diffusers(tmp_path):
+    """The schedule stays in the exported folder, which the saved one takes it from again."""
+    vae = tiny_vae(tmp_path / "vae")
+    folder = formats.write(made_bundle(latents=LATENTS), tmp_path / "made", "diffusers", vae=vae)
+    pipeline = load(folder)
+    with apply_exit_schedule(pipeline, folder):
+        images = sample(pipeline, output_type="latent")
+        pipeline.save_pretrained(tmp_path / "saved")
+    index = json.loads((tmp_path / "saved/model_index.json").read_text())
+    assert index["_class_name"] == "DiTPipeline"
+    again = load(tmp_path / "saved")
+    assert type(again) is DiTPipeline
+    with apply_exit_schedule(again, folder):
+        assert torch.equal(sample(again, output_type="latent"), images)
+
+
 def test_steps_guidance_and_scheduler_can_be_changed(tmp_path):
     bundle = made_bundle()
     folder = formats.write(bundle, tmp_path / "made", "diffusers")
