@@ -25,14 +25,13 @@ from asesearch.deployment.diffusers_pipeline import (
     POSITIONS,
     VERSION,
     as_exported,
+    make_scheduler,
     rounded,
-    scheduler_for,
 )
 from asesearch.deployment.images import decoder_of
 from asesearch.deployment.manifest import MANIFEST, check_format
 from asesearch.deployment.writing import whole_folder, write_manifest
 from asesearch.errors import CheckpointError, ConfigError
-from asesearch.solvers import make_betas
 
 PARITY = "parity.safetensors"
 INDEX = "model_index.json"
@@ -70,7 +69,8 @@ def write_diffusers(
         )
     if vae is not None:
         decoder_of(bundle, vae)  # refuses one of other latents
-    parts = {"transformer": _transformer(net), "scheduler": scheduler_of(bundle, net.learn_sigma)}
+    scheduler = make_scheduler(bundle.sampling, bundle.diffusion, net.learn_sigma)
+    parts = {"transformer": _transformer(net), "scheduler": scheduler}
     if vae is not None:
         parts["vae"] = _vae(vae)
     with whole_folder(folder, overwrite=overwrite) as part:
@@ -129,23 +129,6 @@ def _vae(path: Path) -> Any:
     where = path / "vae" if (path / "vae").is_dir() else path
     cls: Any = AutoencoderKL
     return cls.from_pretrained(where, local_files_only=True, use_safetensors=True)
-
-
-def scheduler_of(bundle: Bundle, learn_sigma: bool) -> Any:
-    """diffusers' scheduler that makes the steps of the bundle's solver."""
-    name, options = scheduler_for(bundle.sampling.solver)
-    if name == "DDPMScheduler":
-        options = options | {"variance_type": "learned_range" if learn_sigma else "fixed_small"}
-    betas = make_betas(bundle.diffusion.beta_schedule, bundle.diffusion.num_train_timesteps)
-    return getattr(diffusers, name)(
-        num_train_timesteps=len(betas),
-        beta_schedule=bundle.diffusion.beta_schedule,
-        beta_start=float(betas[0]),
-        beta_end=float(betas[-1]),
-        prediction_type="epsilon",
-        timestep_spacing="linspace",
-        **options,
-    )
 
 
 def open_diffusers(folder: Path, data: Mapping[str, Any]) -> Any:

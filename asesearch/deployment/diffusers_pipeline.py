@@ -13,15 +13,16 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import diffusers
 import torch
 from diffusers import DiTPipeline, DiTTransformer2DModel, ImagePipelineOutput
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
-from asesearch.config import SamplingConfig, parse_section
+from asesearch.config import DiffusionConfig, SamplingConfig, parse_section
 from asesearch.errors import CheckpointError, ConfigError
 from asesearch.sampler import grid_of
-from asesearch.solvers import DiscreteLevels, find_solver
+from asesearch.solvers import DiscreteLevels, find_solver, make_betas
 
 FORMAT = "asesearch.diffusers"
 VERSION = 1
@@ -41,6 +42,23 @@ Restored = Callable[[], None]
 def scheduler_for(solver: str) -> tuple[str, dict[str, Any]]:
     """Class and options of diffusers' scheduler that makes a solver's steps."""
     return SCHEDULERS[grid_of(solver)[0]]
+
+
+def make_scheduler(how: SamplingConfig, diffusion: DiffusionConfig, learn_sigma: bool) -> Any:
+    """diffusers' scheduler that makes the steps of a bundle's solver."""
+    name, options = scheduler_for(how.solver)
+    if name == "DDPMScheduler":
+        options = options | {"variance_type": "learned_range" if learn_sigma else "fixed_small"}
+    betas = make_betas(diffusion.beta_schedule, diffusion.num_train_timesteps)
+    return getattr(diffusers, name)(
+        num_train_timesteps=len(betas),
+        beta_schedule=diffusion.beta_schedule,
+        beta_start=float(betas[0]),
+        beta_end=float(betas[-1]),
+        prediction_type="epsilon",
+        timestep_spacing="linspace",
+        **options,
+    )
 
 
 class ExportedDiTPipeline(DiTPipeline):
@@ -89,11 +107,12 @@ class ExportedDiTPipeline(DiTPipeline):
         # the solver's arithmetic is float32, whatever the network's
         x = randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
         steps = how.num_steps if num_inference_steps is None else num_inference_steps
-        timesteps = self._set_timesteps(how, steps)
-        order = getattr(self.scheduler.config, "solver_order", 1)
+        exported = self._has_exported_scheduler(how)
+        timesteps = self._set_timesteps(how, steps, exported)
+        drop_order = exported and how.solver.startswith("dpm++2m")
         options = {"generator": generator} if how.solver == "ddpm" else {}
         for i, t in enumerate(self.progress_bar(timesteps)):
-            if i == len(timesteps) - 2 and how.solver.startswith("dpm++2m") and order > 1:
+            if i == len(timesteps) - 2 and drop_order:
                 self.scheduler.lower_order_nums = 0  # as ours: first order into the last timestep
             output = self._predict(x, t, labels, scale).float()
             if getattr(self.scheduler.config, "variance_type", None) != "learned_range":
@@ -104,12 +123,12 @@ class ExportedDiTPipeline(DiTPipeline):
         output_class: Any = ImagePipelineOutput
         return output_class(images=images) if return_dict else (images,)
 
-    def _set_timesteps(self, how: SamplingConfig, num_steps: int) -> Any:
+    def _set_timesteps(self, how: SamplingConfig, num_steps: int, exported: bool) -> Any:
         """The exported sampler's timesteps, where the scheduler is the exported one; else those of
         the scheduler."""
         name, _ = scheduler_for(how.solver)
         device = self._execution_device
-        if type(self.scheduler).__name__ != name:
+        if not exported:
             self.scheduler.set_timesteps(num_steps, device=device)
             return self.scheduler.timesteps
         levels = DiscreteLevels(num_train_timesteps=self.scheduler.config.num_train_timesteps)
@@ -124,6 +143,17 @@ class ExportedDiTPipeline(DiTPipeline):
         kept = self.scheduler.alphas_cumprod[timesteps]
         self.scheduler.sigmas = torch.cat([((1 - kept) / kept).sqrt(), torch.zeros(1)])
         return self.scheduler.timesteps
+
+    def _has_exported_scheduler(self, how: SamplingConfig) -> bool:
+        """Whether the scheduler is the exported one, in class and config."""
+        diffusion = parse_section(DiffusionConfig, self.exported["diffusion"], "diffusion")
+        config = self.transformer.config
+        own = make_scheduler(how, diffusion, config.out_channels == 2 * config.in_channels)
+        return type(self.scheduler) is type(own) and all(
+            self.scheduler.config.get(key) == value
+            for key, value in own.config.items()
+            if not key.startswith("_")
+        )
 
     def _predict(self, x: Tensor, t: Tensor, labels: Tensor, scale: float) -> Tensor:
         """The transformer's output under guidance, (N, C or 2·C, H, W)."""
@@ -226,6 +256,7 @@ def _check_settings(data: Mapping[str, Any], transformer: Any) -> None:
     latents = data.get("latents")
     try:
         parse_section(SamplingConfig, data["sampling"], "sampling")
+        parse_section(DiffusionConfig, data["diffusion"], "diffusion")
         wrong = [
             name
             for name, right in (

@@ -148,6 +148,28 @@ def test_steps_guidance_and_scheduler_can_be_changed(tmp_path):
         assert list(pipeline.scheduler.timesteps) == list(range(875, -1, -125))  # its own grid
 
 
+@pytest.mark.parametrize("solver", ["ddpm", "ddim", "dpm++2m-quadratic", "unipc-quadratic"])
+def test_a_scheduler_of_the_same_class_keeps_its_own_timesteps(tmp_path, solver):
+    """The exported one is told by its config, also loaded anew; any other is the user's."""
+    folder = formats.write(made_bundle(solver), tmp_path / "made", "diffusers")
+    pipeline = load(folder, vae=None)
+    cls = type(pipeline.scheduler)
+    with apply_exit_schedule(pipeline, folder):
+        images = sample(pipeline)
+        exported = list(pipeline.scheduler.timesteps)
+        pipeline.scheduler = cls.from_pretrained(folder, subfolder="scheduler")
+        assert torch.equal(sample(pipeline), images)
+        config = pipeline.scheduler.config
+        own = cls.from_config(config, timestep_spacing="trailing")
+        own.set_timesteps(8)
+        pipeline.scheduler = cls.from_config(config, timestep_spacing="trailing")
+        assert torch.isfinite(sample(pipeline)).all()
+        assert list(pipeline.scheduler.timesteps) == list(own.timesteps) != exported
+        if solver.startswith("dpm"):  # whose timesteps are refused beside
+            pipeline.scheduler = cls.from_config(config, use_karras_sigmas=True)
+            assert torch.isfinite(sample(pipeline)).all()
+
+
 def test_a_bundle_and_its_folder_have_schedules_too(tmp_path):
     bundle = made_bundle()
     plain = formats.write(bundle, tmp_path / "plain")
