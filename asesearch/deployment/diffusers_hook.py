@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Mapping, Sequence
+import weakref
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol
@@ -69,6 +70,7 @@ class ScheduleHandle:
         self.block_calls = 0
         self._exits = BlockExits(transformer, PIPELINE_SPECS)
         self._own: ExitsInPlace | None = None
+        self._pipeline: Callable[[], object] = lambda: None
         self._restored: Restored | None = None
         if schedule.depth != len(self._exits.blocks):
             raise ScheduleError(
@@ -114,6 +116,7 @@ class ScheduleHandle:
                 "call"
             )
         self._refuse_group_caches()
+        _check_timesteps(getattr(self._pipeline(), "scheduler", None), self.schedule)
         depths = self._depths(values.get("timestep"))
         batch = values["hidden_states"].shape[0]
         if len(set(depths)) > 1 and len(depths) != batch:
@@ -225,6 +228,8 @@ def apply_exit_schedule(
     _check_timesteps(getattr(pipeline_or_transformer, "scheduler", None), schedule)
     handle = ScheduleHandle(transformer, schedule)
     try:
+        # weak: a pipeline holds its transformer, whose hooks hold the handle
+        handle._pipeline = weakref.ref(pipeline_or_transformer)
         handle._own = _own_exits(source, data, transformer)
         handle._restored = as_exported(pipeline_or_transformer, data)
     except BaseException:

@@ -1,3 +1,5 @@
+import gc
+
 import pytest
 import torch
 from diffusers import (
@@ -202,6 +204,22 @@ def test_a_schedule_that_does_not_fit_is_refused_and_leaves_no_trace():
     with pytest.raises(ScheduleError, match="for 500 timesteps; got a scheduler of 1000"):
         apply_exit_schedule(pipeline, ExitSchedule.full(DEPTH, 500))
     apply_exit_schedule(pipeline, SCHEDULE)
+
+
+def test_a_scheduler_of_other_timesteps_put_in_afterwards_is_refused():
+    pipeline = dit_pipeline()
+    with apply_exit_schedule(pipeline, SCHEDULE):
+        expected = sample(pipeline)
+        pipeline.scheduler = DDIMScheduler(num_train_timesteps=500)
+        with pytest.raises(ScheduleError, match="for 1000 timesteps; got a scheduler of 500"):
+            sample(pipeline)
+        pipeline.scheduler = DDIMScheduler()
+        assert torch.equal(sample(pipeline), expected)
+        transformer = pipeline.transformer
+        del pipeline  # the schedule doesn't keep it
+        gc.collect()
+        inputs = (torch.zeros(1, 4, 8, 8), torch.tensor([900]), torch.tensor([1]))
+        assert torch.isfinite(transformer(*inputs).sample).all()
 
 
 @pytest.mark.parametrize(
