@@ -394,9 +394,13 @@ def test_a_dry_run_knows_the_weights_by_their_content(begun, weights, tmp_path):
         dry_run(config, tmp_path)
 
 
-def test_a_dry_run_refuses_times_of_another_batch_size(begun, study, tmp_path):
+def test_a_dry_run_refuses_times_of_another_batch_size(study, unpaid, tmp_path):
     run = tmp_path / "run"
-    assert Workbench(begun, run).costs.latency.batch_size == 40
+    begun = study(search={"cost": "time"})
+    bench = Workbench(begun, run)
+    Study(begun, run).check_inputs(bench.identity)
+    (run / directory.ELASTIC_WEIGHTS).touch()
+    assert bench.costs.latency.batch_size == 40
     before = (run / directory.LATENCY).read_bytes()
     with pytest.raises(StudyError, match="must come from one batch size; .* back to 40, or search"):
         dry_run(begun.with_options("sampling", batch_size=20), tmp_path)
