@@ -1,5 +1,7 @@
 """Streams that are full or closed, and paths that are not UTF-8: one line, before any work."""
 
+import io
+import json
 import os
 import sys
 
@@ -37,6 +39,24 @@ def test_no_probe_of_a_full_stdout_loses_the_error(monkeypatch, buffering):
         monkeypatch.setattr(sys, "stdout", streams.Results(full))
         with pytest.raises(WriteError, match="can't write the results to stdout"):
             print_json({"front": []})
+
+
+@pytest.mark.parametrize("encoding", ["latin-1", "ascii", "cp1252", "utf-8"])
+def test_an_encoding_that_lacks_letters_loses_no_results(monkeypatch, encoding):
+    """JSON stays JSON, and the help, which has an ellipsis and more, is printed."""
+    data = {"report": "日本/rep", "time": "0.5 ×", "bad": "\udcff", "emoji": "🙂"}
+    raw = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw, encoding=encoding))
+    monkeypatch.setattr(sys, "stderr", sys.stderr)  # `guard` replaces both
+    streams.guard()
+    print_json(data)
+    sys.stdout.flush()
+    found = json.loads(raw.getvalue().decode(encoding))
+    assert {**found, "bad": ""} == {**data, "bad": ""} and found["bad"] in ("\udcff", "\\udcff")
+    monkeypatch.setattr(sys, "argv", ["asesearch", "latents", "--help"])
+    with pytest.raises(SystemExit) as caught:
+        cli.main()
+    assert caught.value.code == 0 and b"--vae" in raw.getvalue()
 
 
 @needs_full

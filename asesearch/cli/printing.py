@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import json
 import sys
 from collections.abc import Callable, Iterator
@@ -13,7 +14,9 @@ from tqdm import tqdm
 
 
 def print_json(data: Any) -> None:
-    text = json.dumps(data, indent=1, ensure_ascii=False)
+    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+    plain = codecs.lookup(encoding).name != "utf-8"  # else what it lacks would be no JSON
+    text = json.dumps(data, indent=1, ensure_ascii=plain)
     # a path may hold bytes that are not UTF-8
     typer.echo(text.encode("utf-8", "backslashreplace").decode("utf-8"))
 

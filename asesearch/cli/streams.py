@@ -3,6 +3,7 @@ only where results were lost."""
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 from contextlib import suppress
@@ -73,8 +74,11 @@ class Results(_Stream):
 
 
 def guard() -> None:
-    """Put these in the place of the process's streams."""
+    """Put these in the place of the process's streams; what an encoding lacks becomes backslash
+    escapes."""
     # None where the shell has closed it
     sys.stderr = Told(sys.stderr or open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # as stderr's are
     if sys.stdout is not None:
         sys.stdout = Results(sys.stdout)
