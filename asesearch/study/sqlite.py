@@ -8,6 +8,7 @@ import shutil
 import sqlite3
 import tempfile
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from urllib.parse import quote, unquote
 
@@ -43,6 +44,17 @@ def is_in_memory(url: URL) -> bool:
     named = path[0].strip("/")
     query = {**dict(p.partition("=")[::2] for p in path[2].split("&")), **url.query}
     return named in ("", ":memory:") or query.get("mode") == "memory" or query.get("vfs") == "memdb"
+
+
+def make_file(url: URL) -> None:
+    """Make the file of a SQLite URL, empty, where it is missing: with the permissions that the
+    umask leaves, where SQLite would give others of a group none to write. What can't be made is
+    left to SQLite, which says why."""
+    path = location(url)
+    if path is None or _is_uri(url):  # whose mode may forbid it
+        return
+    with suppress(OSError):
+        os.close(os.open(path, os.O_CREAT | os.O_RDWR, 0o666))
 
 
 def resolved(url: URL) -> URL:

@@ -24,7 +24,13 @@ from sqlalchemy.exc import ArgumentError, IntegrityError, SQLAlchemyError
 
 from asesearch.errors import StudyError
 from asesearch.study.interrupts import WholeCalls
-from asesearch.study.sqlite import creator, location, why_not_writable, why_unusable
+from asesearch.study.sqlite import (
+    creator,
+    location,
+    make_file,
+    why_not_writable,
+    why_unusable,
+)
 from asesearch.study.urls import DRIVERS, raw_url, secrets, shown, with_driver
 
 HEARTBEAT_S = 60
@@ -358,6 +364,7 @@ def _connect(url: URL, *, read_only: bool, create: bool = False) -> optuna.stora
 def _create(url: URL) -> optuna.storages.RDBStorage:
     """The database with Optuna's tables, made where they are missing, by any number of processes at
     once."""
+    make_file(url)
     for attempt in range(CREATION_TRIES):
         ready = look(url, "", read_only=False).ready
         try:

@@ -44,6 +44,17 @@ def test_a_storage_in_memory_is_refused(tmp_path, url):
     assert not (tmp_path / "run" / "study.json").exists()
 
 
+@pytest.mark.parametrize(("umask", "mode"), [(0o002, 0o664), (0o022, 0o644), (0o077, 0o600)])
+def test_the_umask_decides_who_may_write_to_a_study(tmp_path, umask, mode):
+    """Of a folder that a group shares, SQLite would let the first of it alone write."""
+    before = os.umask(umask)
+    try:
+        Study(make_config(), tmp_path / "run")
+    finally:
+        os.umask(before)
+    assert (tmp_path / "run/study.db").stat().st_mode & 0o777 == mode
+
+
 SECRETS = [
     ("postgresql://user:pa%24%24w%C3%B6rd%40x@host/db", ["pa$$wörd@x"]),
     ("postgresql:///db?host=host&user=user&password=pa%24%24", ["pa$$"]),
