@@ -159,6 +159,11 @@ def real_path(path: str | os.PathLike[str]) -> Path:
     return Path(os.path.realpath(path))
 
 
+def whence(path: Path) -> str:
+    """What a message adds to a path that is relative: from where it was looked for."""
+    return "" if path.is_absolute() else f" (from the working directory {Path.cwd()})"
+
+
 def printable(name: str | os.PathLike[str]) -> str:
     """A path or message as valid text on one line: bytes of a file name that are not UTF-8, and
     characters that end a line or steer a terminal, become backslash escapes."""

@@ -3,6 +3,8 @@
 import hashlib
 import json
 import os
+import re
+from pathlib import Path
 
 import pytest
 
@@ -133,3 +135,19 @@ def test_names_are_shown_on_one_line():
     assert printable(" é…\u2009%.jpg") == " é…\u2009%.jpg"
     with pytest.raises(ConfigError, match=r"can't read no\\nwhere: "):
         read_text("no\nwhere")
+
+
+def test_a_relative_path_that_leads_nowhere_says_from_where(tmp_path, monkeypatch):
+    """A study file's paths are of the working directory, which may be another than is thought."""
+    from asesearch.backbones.files import read_checkpoint
+    from asesearch.data.folder import list_folder
+    from asesearch.errors import CheckpointError, DataError
+
+    monkeypatch.chdir(tmp_path)
+    from_here = re.escape(f" (from the working directory {tmp_path}); check the path")
+    with pytest.raises(CheckpointError, match=f"no checkpoint at net.safetensors{from_here}, or"):
+        read_checkpoint(Path("net.safetensors"))
+    with pytest.raises(DataError, match=f"no image folder images{from_here}"):
+        list_folder(Path("images"))
+    with pytest.raises(CheckpointError, match=r"net.safetensors; check the path"):
+        read_checkpoint(tmp_path / "net.safetensors")

@@ -24,7 +24,7 @@ from torch import Tensor
 from asesearch.backbones.folders import find_folder, read_config, weight_files
 from asesearch.backbones.wrappers import NoWeightsError, find_weights, training_options
 from asesearch.errors import CheckpointError, ConfigError
-from asesearch.files import check_utf8
+from asesearch.files import check_utf8, whence
 from asesearch.foreign import foreign
 
 FORMAT = "asesearch.backbone"  # in the metadata of the files we write
@@ -107,7 +107,8 @@ def _load(path: Path) -> tuple[object, dict[str, str]]:
     """What a file holds as it is, and its metadata."""
     if not path.is_file():
         raise CheckpointError(
-            f"there is no checkpoint at {path}; check the path, or fetch the checkpoint"
+            f"there is no checkpoint at {path}{whence(path)}; check the path, or fetch the "
+            "checkpoint"
         )
     try:
         with path.open("rb") as file:

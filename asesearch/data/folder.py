@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from asesearch.errors import DataError
-from asesearch.files import loads, once, printable, read_text
+from asesearch.files import loads, once, printable, read_text, whence
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".ppm")
 CLASSES_FILE = "classes.json"
@@ -173,7 +173,8 @@ def list_folder(root: Path) -> Listing:
         DataError: no such folder, or a folder that can't be read.
     """
     if not os.path.isdir(root):
-        raise DataError(f"no image folder {printable(root)}{_why_none(root)}; check the path")
+        why = _why_none(root) + whence(root)
+        raise DataError(f"no image folder {printable(root)}{why}; check the path")
     found = Listing()
     todo: list[_Folder] = [(str(root), "", ())]
     while todo:  # not by recursion: folders may lie deeper than Python's stack
