@@ -12,10 +12,30 @@ import torch
 
 from asesearch.errors import ConfigError
 
+#: What launchers of several processes tell each of its number on its machine; MPI's first, whose
+#: processes in a SLURM job have the number of the job's own process too.
+_LOCAL_RANKS = (
+    "OMPI_COMM_WORLD_LOCAL_RANK",
+    "MPI_LOCALRANKID",
+    "MV2_COMM_WORLD_LOCAL_RANK",
+    "PMI_LOCAL_RANK",
+    "SLURM_LOCALID",
+)
+
 
 def default_device() -> torch.device:
-    """The first visible GPU, or the CPU. Choose another GPU with CUDA_VISIBLE_DEVICES."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    """The first visible GPU, or the CPU. Choose another GPU with CUDA_VISIBLE_DEVICES.
+
+    Processes that `srun` or `mpirun` starts beside each other, where each sees all of several GPUs,
+    take one each in turn: it is made this process's current GPU, which "cuda" means from then on.
+    """
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    rank = next((os.environ[name] for name in _LOCAL_RANKS if name in os.environ), "")
+    count = torch.cuda.device_count()
+    if count > 1 and rank.isdecimal():
+        torch.cuda.set_device(int(rank) % count)
+    return torch.device("cuda")
 
 
 def collect_cycles() -> None:

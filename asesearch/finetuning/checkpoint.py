@@ -46,8 +46,9 @@ def read_checkpoint(
     Raises:
         CheckpointError: unreadable, or of another run: the message says what differs.
     """
+    here = torch.empty(0, device=device).device  # safetensors takes "cuda" for "cuda:0"
     try:
-        with safe_open(path, "pt", device=str(device)) as file:
+        with safe_open(path, "pt", device=str(here)) as file:
             metadata = file.metadata() or {}
             tensors = {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118 (not a dict)
         theirs = loads(metadata["identity"])
