@@ -18,7 +18,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from asesearch.backbones.base import Backbone
 from asesearch.backbones.device import check_memory
+from asesearch.backbones.exit_weights import weight_sets
 from asesearch.config import StudyConfig, TrainConfig
 from asesearch.data import check_readable, open_data
 from asesearch.errors import AseSearchError, ConfigError, EvaluationError, is_out_of_memory
@@ -138,7 +140,7 @@ def _try_training(bench: Workbench) -> list[str]:
         with _section(section):
             # a trial starts from the elastic weights, which lie beside the pretrained ones
             beside = bench.device.type == "cuda" and bench.config.elastic is not None
-            held = copy.deepcopy(bench.trials.start) if beside and section == "train" else None
+            held = weights_of_a_start(bench) if beside and section == "train" else None
             images = try_step(bench, depths, config)
             del held
         done.append(
@@ -146,6 +148,12 @@ def _try_training(bench: Workbench) -> list[str]:
             f"{config.mixed_precision!r}"
         )
     return done
+
+
+def weights_of_a_start(bench: Workbench) -> list[Backbone]:
+    """Networks that take the memory of those that trials start from after the warm-up: before it,
+    the weights for early exits are those for full depth."""
+    return [copy.deepcopy(net) for net in weight_sets(bench.trials.start)]
 
 
 def try_step(bench: Workbench, depths: Depths, config: TrainConfig) -> int:

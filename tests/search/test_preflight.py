@@ -5,12 +5,14 @@ import json
 import logging
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from PIL import Image
 
 from asesearch.backbones import DiT, load_backbone
+from asesearch.backbones.exit_weights import own_exits
 from asesearch.backbones.saving import save_backbone
 from asesearch.config import BackboneConfig, parse_study
 from asesearch.errors import (
@@ -25,6 +27,7 @@ from asesearch.errors import (
 from asesearch.finetuning import Trainer
 from asesearch.search import Workbench, opening, parts, preflight, search
 from asesearch.search.plan import Plan, make_plan
+from asesearch.search.preflight import weights_of_a_start
 from asesearch.search.runner import run_trials
 from asesearch.study import Study, directory
 from tests.shapes import SHAPE
@@ -557,3 +560,17 @@ def test_sets_of_images_that_are_of_other_classes_each_are_named(study, caplog):
     for enough in ({"num_samples": 10, "repeats": 2}, {"num_samples": 6, "repeats": 1}):
         preflight(Workbench(study(promotion={**enough, "metric": "kid"})))
         assert "other classes" not in caplog.text
+
+
+def test_the_step_of_a_trial_is_tried_beside_all_the_weights_of_its_start(weights):
+    """Weights of their own for early exits lie beside those for full depth; before the warm-up they
+    are the same."""
+    net = load_backbone(BackboneConfig(kind="dit", checkpoint=str(weights)))
+    one = sum(p.numel() for p in net.parameters())
+
+    def held(start):
+        nets = weights_of_a_start(SimpleNamespace(trials=SimpleNamespace(start=start)))
+        every = [p for each in (net, *nets) for p in each.parameters()]
+        return sum({p.untyped_storage().data_ptr(): p.numel() for p in every}.values()) / one - 1
+
+    assert held(net) == 1 and held(own_exits(net)) == 2
