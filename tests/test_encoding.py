@@ -19,7 +19,14 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast, T5Config, T5Enc
 from asesearch.config import DataConfig
 from asesearch.data import ImageArray, ImageFolder, check_readable, latents, open_data
 from asesearch.data.latents import LatentShards
-from asesearch.encoding import LatentDecoder, encode_folder, encode_latents, read_captions
+from asesearch.encoding import (
+    LatentDecoder,
+    encode_folder,
+    encode_latents,
+    encode_prompts,
+    networks,
+    read_captions,
+)
 from asesearch.encoding.networks import TextEncoder, Vae
 from asesearch.errors import CheckpointError, ConfigError, DataError
 
@@ -776,6 +783,14 @@ def test_a_text_encoder_with_nan_is_refused(text_path, tmp_path):
         CheckpointError, match="text_encoder .*NaN or infinity: 16 of 112 in shared"
     ):
         TextEncoder(folder, "cpu", 6)
+
+
+def test_prompts_are_encoded_without_hashing_the_network(text_path, monkeypatch):
+    """Which takes longer than the prompts, of a T5."""
+    monkeypatch.setattr(networks, "weights_digest", None)
+    assert encode_prompts(["a red shirt"], text_path, 6)["encoder_hidden_states"].shape[-1] == 16
+    with pytest.raises(TypeError):
+        _ = TextEncoder(text_path, "cpu", 6).digest
 
 
 def test_a_tokenizer_of_another_model_is_refused(text_path, tmp_path):

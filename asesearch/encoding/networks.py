@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -68,13 +69,16 @@ class Network:
 
     Attributes:
         net: the network.
-        digest: SHA-256 over configuration and weights.
     """
 
     def __init__(self, net: Any, config: dict[str, Any]) -> None:
         self.net = net
-        self.digest = weights_digest(net, config)
         self._config = config
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 over configuration and weights as used; takes as long as reading them."""
+        return weights_digest(self.net, self._config)
 
     def known_as(self, recorded: object) -> str:
         """The digest, or the one on record where that is this network's as releases before took
