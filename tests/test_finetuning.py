@@ -94,6 +94,8 @@ def test_killed_and_resumed_gives_the_same_result(tiny_dit, tiny_images, tmp_pat
 
 def test_a_finished_run_is_not_repeated(tiny_dit, tiny_images, tmp_path):
     first = finetune(tiny_dit, tiny_images, Diffusion(), SCHEDULE, CONFIG, tmp_path)
+    kept = load_file(tmp_path / "training.safetensors")  # nothing that only training needs
+    assert kept and same(kept, {f"ema.{n}": p for n, p in weights(first.backbone).items()})
     calls = []
     again = finetune(
         tiny_dit,
