@@ -12,6 +12,7 @@ import re
 import shutil
 import tomllib
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -35,6 +36,7 @@ from asesearch.point import Point
 from asesearch.report import write_report
 from asesearch.schedule import ExitSchedule
 from asesearch.search import Workbench, opening, parts, search
+from asesearch.search.costs import Costs, elastic_depths
 from asesearch.search.plan import make_plan
 from asesearch.study import Study
 from tests.test_cli import call
@@ -527,3 +529,21 @@ def test_a_committed_report_is_of_the_committed_study_file(name):
         told = {k: v for k, v in reported[section].items() if not isinstance(v, dict)}
         assert {k: shown[k] for k in told} == told, section
     assert {"fashion-mnist", "fashion-mnist-quick"} <= set(REPORTED)
+
+
+@pytest.mark.parametrize("name", ["imagenet256-dit-xl2", "pixart-alpha-256"])
+def test_the_costs_in_a_files_head_follow_from_its_settings(name):
+    """Of networks of 28 blocks that take nearly all of the arithmetic."""
+    file = FOLDER / f"{name}.toml"
+    config = load_study(file)
+    share = float(re.search(r"([\d.]+) of the blocks' 3 x", file.read_text())[1])
+    steps = int(re.search(r"about ([\d,]+) steps", file.read_text())[1].replace(",", ""))
+    full = ExitSchedule.full(28, config.diffusion.num_train_timesteps)
+    own = {"backbone": SimpleNamespace(depth=28), "min_exit_depth": config.search.min_exit_depth}
+    costs = Costs(SimpleNamespace(config=config, full=full, **own))
+    costs.__dict__["flops"] = tuple(range(1, 29))
+    once = config.elastic.model_copy(update={"num_steps": 1, "distill_frac": 0.0})
+    depths = elastic_depths(costs.parts)
+    exact = costs.training_gflops(depths, once) / costs.training_gflops(full, once)
+    assert share == pytest.approx(exact, abs=0.006)
+    assert steps == pytest.approx(costs.equal_compute_steps(), rel=0.005)
