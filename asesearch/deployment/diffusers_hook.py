@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 import os
 import weakref
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol
@@ -13,11 +15,14 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 import torch
+from diffusers import DiTTransformer2DModel
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from asesearch.backbones.block_exits import PIPELINE_SPECS, BlockExits, argument_names
-from asesearch.backbones.exit_weights import EXITS
+from asesearch.backbones.checkpoints import inspect_checkpoint
+from asesearch.backbones.dit import DiT
+from asesearch.backbones.exit_weights import EXITS, weight_sets
 from asesearch.deployment import bundle, diffusers_pipeline
 from asesearch.deployment.diffusers_exits import (
     ExitsInPlace,
@@ -25,7 +30,7 @@ from asesearch.deployment.diffusers_exits import (
     other_weights,
     recorded_exits,
 )
-from asesearch.deployment.diffusers_pipeline import Restored, as_exported
+from asesearch.deployment.diffusers_pipeline import Restored, as_exported, with_settings
 from asesearch.deployment.manifest import MANIFEST, check_format, read_manifest
 from asesearch.deployment.reading import load_bundle
 from asesearch.errors import CheckpointError, ConfigError, ScheduleError
@@ -189,15 +194,17 @@ def apply_exit_schedule(
 
     The timestep is read from the call itself, so the pipeline, its scheduler and its number of
     steps stay as they are. From a folder of the format `diffusers`, its DiT also samples as the
-    exported network did, see `asesearch.deployment.diffusers_pipeline`. Where early exits have
-    weights of their own (`search.full_depth = "pretrained"`), calls that leave blocks out run with
-    those, and the transformer's own weights make the calls at full depth.
+    exported network did, see `asesearch.deployment.diffusers_pipeline`; from a bundle of a DiT of
+    ours it computes as that, with its spacing of the timestep frequencies and its norms. Where
+    early exits have weights of their own (`search.full_depth = "pretrained"`), calls that leave
+    blocks out run with those, and the transformer's own weights make the calls at full depth.
 
     Args:
         pipeline_or_transformer: a diffusers pipeline with a `transformer`, or the transformer.
         schedule: for the transformer's depth and, where a pipeline is given, its scheduler's
             timesteps; or what has one: a bundle, or an exported folder, of which only the manifest
-            is read and the weights that early exits have of their own.
+            is read, and of the weights those that early exits have of their own and, of a DiT, what
+            its network computes otherwise than diffusers'.
 
     Returns:
         A handle that counts, and removes it; also a context manager.
@@ -231,7 +238,9 @@ def apply_exit_schedule(
         # weak: a pipeline holds its transformer, whose hooks hold the handle
         handle._pipeline = weakref.ref(pipeline_or_transformer)
         handle._own = _own_exits(source, data, transformer)
-        handle._restored = as_exported(pipeline_or_transformer, data)
+        handle._restored = as_exported(pipeline_or_transformer, data) or _as_bundled(
+            source, data, transformer
+        )
     except BaseException:
         handle.remove()
         raise
@@ -261,6 +270,26 @@ def _own_exits(
             odd[0],
         )
     return own
+
+
+def _as_bundled(source: object, data: Mapping[str, Any], transformer: nn.Module) -> Restored | None:
+    """Let a DiT of diffusers compute as the DiT of ours in a bundle; what undoes it."""
+    own_class: Any = DiTTransformer2DModel
+    settings: Mapping[str, Any] | None = None
+    if isinstance(source, bundle.Bundle):
+        net = weight_sets(source.backbone)[0]
+        settings = net.config if isinstance(net, DiT) else None
+    elif data:
+        with suppress(CheckpointError):  # damage is told by who reads the weights
+            info = inspect_checkpoint(Path(str(source)) / bundle.FILES[0])
+            settings = info.args if info.kind == "dit" else None
+    if settings is None or not isinstance(transformer, own_class):
+        return None
+    defaults = inspect.signature(DiT).parameters
+    return with_settings(
+        transformer,
+        *(settings.get(name, defaults[name].default) for name in ("frequency_shift", "norm_eps")),
+    )
 
 
 def _has_own_exits(folder: Path) -> bool:

@@ -225,22 +225,44 @@ def as_exported(pipeline: Any, data: Mapping[str, Any]) -> Restored | None:
         )
     _check_settings(data, transformer)
     positions = transformer.pos_embed.pos_embed
-    frequencies = [block.norm1.emb.time_proj for block in transformer.transformer_blocks]
-    before = [each.downscale_freq_shift for each in frequencies]
     if pipeline is not transformer:
         pipeline.__class__ = ExportedDiTPipeline
         pipeline.exported = dict(data)
-    for each in frequencies:
-        each.downscale_freq_shift = data["frequency_shift"]
+    undo = with_settings(transformer, data["frequency_shift"])
     transformer.pos_embed.pos_embed = rounded(positions, data.get("positions", POSITIONS[0]))
 
     def restore() -> None:
         transformer.pos_embed.pos_embed = positions.to(transformer.pos_embed.pos_embed)
-        for each, shift in zip(frequencies, before, strict=True):
-            each.downscale_freq_shift = shift
+        undo()
         if pipeline is not transformer:
             pipeline.__class__ = plain_class
             del pipeline.exported
+
+    return restore
+
+
+def with_settings(
+    transformer: Any, frequency_shift: float, norm_eps: float | None = None
+) -> Restored:
+    """Let a diffusers DiT space its timestep frequencies, and compute its norms, as a DiT of ours;
+    what undoes it.
+
+    Args:
+        transformer: a `DiTTransformer2DModel`.
+        frequency_shift, norm_eps: as in `asesearch.backbones.DiT`; None leaves the norms.
+    """
+    changed = []
+    for block in transformer.transformer_blocks:
+        changed.append((block.norm1.emb.time_proj, "downscale_freq_shift", frequency_shift))
+        if norm_eps is not None:
+            changed.append((block.norm3, "eps", norm_eps))
+    before = [getattr(module, name) for module, name, _ in changed]
+    for module, name, value in changed:
+        setattr(module, name, value)
+
+    def restore() -> None:
+        for (module, name, _), value in zip(changed, before, strict=True):
+            setattr(module, name, value)
 
     return restore
 

@@ -182,6 +182,28 @@ def test_a_bundle_and_its_folder_have_schedules_too(tmp_path):
         apply_exit_schedule(pipeline, tmp_path)
 
 
+@pytest.mark.parametrize("own", [{}, {"frequency_shift": 1, "norm_eps": 0.1}])
+def test_a_diffusers_dit_computes_as_the_bundles_network(tmp_path, own):
+    """diffusers fixes the frequencies, and a folder's norm_eps may be another's."""
+    bundle = made_bundle()
+    net = DiT(**bundle.backbone.config | own).eval()
+    net.load_state_dict(bundle.backbone.state_dict())
+    bundle = replace(bundle, backbone=net)
+    transformer = load(formats.write(bundle, tmp_path / "made", "diffusers"), vae=None).transformer
+    for block in transformer.transformer_blocks:
+        block.norm3.eps = 0.5  # as of another config
+    x_t, t, y = torch.randn(2, 4, 8, 8), torch.tensor([900, 900]), torch.tensor([3, 1])
+    with torch.no_grad():
+        before = transformer(x_t, t, y).sample
+        expected = net(x_t, t, y, exit_depth=int(SCHEDULE.exit_depth_at(900)))
+        for source in (bundle, formats.write(bundle, tmp_path / "plain")):
+            with apply_exit_schedule(transformer, source):
+                assert gap(transformer(x_t, t, y).sample, expected) < 1e-4
+            assert torch.equal(transformer(x_t, t, y).sample, before)
+        with apply_exit_schedule(transformer, SCHEDULE):  # that tells of no network
+            assert gap(transformer(x_t, t, y).sample, expected) > 1e-3
+
+
 def test_another_pipeline_is_refused_and_left_as_it_was(tmp_path):
     folder = formats.write(made_bundle(), tmp_path / "made", "diffusers")
     pipeline = MAKERS["pixart"]()
