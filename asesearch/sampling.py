@@ -74,7 +74,7 @@ def guided(
     if cfg_scale == 1.0:
         return backbone(x_t, t, y, exit_depth=exit_depth)  # type: ignore[no-any-return]
     assert y is not None
-    both = conditioning.join([y, backbone.null_labels(y)])  # 2·N conditions
+    both = conditioning.join(conditioning.matched(y, backbone.null_labels(y)))  # 2·N conditions
     cond, uncond = backbone(x_t.repeat(2, 1, 1, 1), t.repeat(2), both, exit_depth=exit_depth).chunk(
         2
     )

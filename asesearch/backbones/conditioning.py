@@ -9,8 +9,11 @@ from typing import overload
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 Conditioning = Tensor | dict[str, Tensor]
+#: A prompt's embedding (N, L, D), and which of its tokens count (N, L), all where there is none.
+TOKENS, MASK = "encoder_hidden_states", "encoder_attention_mask"
 
 
 def labels_of(y: Conditioning | None) -> Tensor | None:
@@ -70,6 +73,25 @@ def where(rows: Tensor, a: Conditioning, b: Conditioning) -> Conditioning:
 
     # the names are those of `b`: a null condition may know more
     return each(lambda z, x: choose(x, z), b, a)
+
+
+def matched(a: Conditioning, b: Conditioning) -> tuple[Conditioning, Conditioning]:
+    """Both as they can stand in one batch: prompts get a mask where only the other has one, or has
+    another number of tokens, and the shorter is padded with tokens that don't count."""
+    one, other = prompt_of(a), prompt_of(b)
+    if one is None or other is None or not (TOKENS in one and TOKENS in other):
+        return a, b
+    length = max(one[TOKENS].shape[1], other[TOKENS].shape[1])
+    if MASK not in one.keys() | other.keys() and one[TOKENS].shape[1] == other[TOKENS].shape[1]:
+        return a, b
+    return _padded(one, length), _padded(other, length)
+
+
+def _padded(prompt: dict[str, Tensor], length: int) -> dict[str, Tensor]:
+    tokens = prompt[TOKENS]
+    mask = prompt.get(MASK, tokens.new_ones(tokens.shape[:2]))
+    more = length - tokens.shape[1]
+    return prompt | {TOKENS: pad(tokens, (0, 0, 0, more)), MASK: pad(mask, (0, more))}
 
 
 def repeat(y: Conditioning, count: int) -> Conditioning:

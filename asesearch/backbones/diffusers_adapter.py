@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from asesearch.backbones.base import Backbone, ExitDepth, check_labels
 from asesearch.backbones.block_exits import SPECS, BlockExits
-from asesearch.backbones.conditioning import Conditioning, prompt_of, repeat
+from asesearch.backbones.conditioning import MASK, Conditioning, prompt_of, repeat
 from asesearch.backbones.conversion import check_eps
 from asesearch.backbones.files import read_checkpoint
 from asesearch.backbones.finite import refuse_not_finite, refuse_zero
@@ -216,7 +216,9 @@ class DiffusersBackbone(Backbone):
         # training drops prompts on the CPU
         if any(value.device != device for value in null.values()):
             null = {name: value.to(device) for name, value in self.null_condition.items()}
-        return prompt | (prompt_of(repeat(null, batch)) or {})
+        # micro-conditions are the prompt's, its mask is not
+        rest = {name: value for name, value in prompt.items() if name != MASK}
+        return rest | (prompt_of(repeat(null, batch)) or {})
 
     def time_embedder(self) -> nn.Module:
         """The timestep embedders: one, or one per block in DiT."""

@@ -142,7 +142,8 @@ def _labelled(drawn: tuple[Batch, Tensor], backbone: Backbone) -> Batch:
     batch, dropped = drawn
     y = own_labels(backbone, batch.y, len(batch.x_start))
     if y is not None and backbone.has_null_label:
-        y = conditioning.where(dropped, backbone.null_labels(y), y)
+        y, null = conditioning.matched(y, backbone.null_labels(y))
+        y = conditioning.where(dropped, null, y)
     return replace(batch, y=y)
 
 

@@ -15,11 +15,13 @@ from safetensors.torch import load_file, save_file
 
 from asesearch.backbones.block_exits import SPECS
 from asesearch.backbones.checkpoints import load_backbone
+from asesearch.backbones.conditioning import repeat
 from asesearch.backbones.diffusers_adapter import DiffusersBackbone, load_diffusers
 from asesearch.backbones.exit_weights import ExitWeights
 from asesearch.backbones.saving import save_backbone
 from asesearch.config import BackboneConfig
 from asesearch.errors import CheckpointError, ConfigError, ScheduleError
+from asesearch.sampling import guided
 
 DEPTH = 4
 N = 5
@@ -346,6 +348,25 @@ def test_prompts_are_checked_before_the_forward():
     for wrong in (None, torch.zeros(N, dtype=torch.int64), rows(y, slice(2))):
         with pytest.raises(ConfigError, match="must be a dict with encoder_hidden_states, N = 5"):
             net.check_conditioning(wrong, N)
+
+
+@pytest.mark.parametrize("name", ["pixart", "sana"])
+@pytest.mark.parametrize("masked", ["prompt", "null", "both", "neither"])
+@pytest.mark.parametrize("tokens", [2, TOKENS, 5])
+def test_guidance_with_masks_and_lengths_of_either_half(name, masked, tokens):
+    """As two calls of the network, one a half: what one half lacks stands for all of its tokens."""
+    model, x_t, t, y = case(name)
+    null = {"encoder_hidden_states": torch.randn(1, tokens, 12)}
+    if masked in ("null", "both"):
+        null["encoder_attention_mask"] = torch.tensor([[1, 0, 0, 0, 0][:tokens]])
+    if masked not in ("prompt", "both"):
+        del y["encoder_attention_mask"]
+    net = DiffusersBackbone(model, null)
+    with torch.no_grad():
+        halves = [net(x_t, t, half)[:, :4] for half in (y, repeat(null, N))]
+        found = guided(net, x_t, t, y, 3.0)[:, :4]
+    expected = halves[1] + 3 * (halves[0] - halves[1])
+    torch.testing.assert_close(found, expected, atol=1e-3, rtol=1e-3)
 
 
 def test_a_file_of_ours_carries_the_null_condition(tmp_path):
