@@ -218,7 +218,7 @@ def make_extractor(
             .eval()
         )
         channels = int(getattr(cls, "channels", 3))
-        dummy = net.get_dummy_input_for_compile()
+        dummy = _dummy_of(net, channels)
     if channels < 1:
         raise EvaluationError(
             f"an extractor takes images of 1 channel or more; got {channels} from {name}; correct "
@@ -231,6 +231,15 @@ def make_extractor(
             "at a second call; leave out what is random in it"
         )
     return Extractor(name, weights_digest(net), channels, dim, net.to(device), torch.device(device))
+
+
+def _dummy_of(net: FeatureExtractorBase, channels: int) -> Tensor:
+    """Images that an extractor takes; by default grey ones of Inception-v3's size."""
+    try:
+        dummy: Tensor = net.get_dummy_input_for_compile()
+    except NotImplementedError:  # a class of one's own need not have it
+        return torch.full((2, max(channels, 1), 299, 299), 128, dtype=torch.uint8)
+    return dummy
 
 
 def _imported(name: str) -> type[FeatureExtractorBase]:

@@ -46,6 +46,15 @@ class Sums(FeatureExtractorBase):
         return torch.ones(2, 1, 8, 8, dtype=torch.uint8)
 
 
+class WithoutDummy(Sums):
+    """Without what torch-fidelity asks for where it compiles."""
+
+    get_dummy_input_for_compile = staticmethod(FeatureExtractorBase.get_dummy_input_for_compile)
+
+    def features(self, images):
+        return images.float().mean((2, 3))
+
+
 class Integers(Sums):
     def forward(self, images):
         return (self.features(images).long(),)
@@ -149,6 +158,13 @@ def module(monkeypatch):
     vars(made).update(globals())
     monkeypatch.setitem(sys.modules, name, made)
     return name
+
+
+def test_images_to_try_it_with_are_made_where_it_gives_none(module):
+    with pytest.raises(NotImplementedError):
+        WithoutDummy.get_dummy_input_for_compile()
+    found = make_extractor(f"{module}:WithoutDummy")
+    assert (found.channels, found.dim) == (1, 1)
 
 
 @pytest.mark.parametrize(
