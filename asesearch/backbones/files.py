@@ -21,7 +21,13 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from asesearch.backbones.folders import find_folder, read_config, weight_files
+from asesearch.backbones.folders import (
+    CONFIG,
+    find_folder,
+    read_config,
+    refuse_quantised_config,
+    weight_files,
+)
 from asesearch.backbones.wrappers import NoWeightsError, find_weights, training_options
 from asesearch.errors import CheckpointError, ConfigError
 from asesearch.files import check_utf8, whence
@@ -230,6 +236,7 @@ def _read_folder(path: Path) -> Contents:
         return contents
     path = find_folder(path, "transformer")
     config = read_config(path)
+    refuse_quantised_config(path / CONFIG, config)
     names = weight_files(path)
     data: object = _load(path / names[0])[0]
     for name in names[1:]:

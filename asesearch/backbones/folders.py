@@ -166,6 +166,22 @@ def _shards(index: Path) -> list[str]:
     return names
 
 
+def refuse_quantised_config(path: Path, config: Mapping[str, Any]) -> None:
+    """Refuse a network that was saved quantised, as its config says, before a library looks for
+    what runs such ones.
+
+    Raises:
+        CheckpointError: as said.
+    """
+    quantised = config.get("quantization_config")
+    if quantised:
+        method = quantised.get("quant_method") if isinstance(quantised, dict) else None
+        raise CheckpointError(
+            f"{path} must be of floating-point weights; got a quantization_config"
+            f"{f' ({method})' if method else ''}; give the folder from before the quantisation"
+        )
+
+
 def _refuse_quantised(folder: Path) -> None:
     """Refuse weights in integers of eight bits, which would be read as the numbers that they are.
 
@@ -214,11 +230,15 @@ def load_pretrained(
         `unexpected_keys`, `mismatched_keys`; those without entries are left out.
 
     Raises:
-        CheckpointError: unreadable, or not safetensors; or a path that is not UTF-8.
+        CheckpointError: unreadable, quantised, or not safetensors; or a path that is not UTF-8.
     """
     check_utf8(folder, "weights", CheckpointError)
     for index in folder.glob("*.safetensors.index.json"):
         _refuse_doubled(folder, [name for name in _shards(index) if (folder / name).is_file()])
+    config: Mapping[str, Any] = {}
+    with suppress(CheckpointError):  # an unreadable one is told below
+        config = read_config(folder)
+    refuse_quantised_config(folder / CONFIG, config)
     try:
         with _quiet(cls):
             net, info = cls.from_pretrained(

@@ -531,6 +531,17 @@ def test_sharded_weights_in_a_pipeline_folder_load(tmp_path):
         load_diffusers(tmp_path)
 
 
+@pytest.mark.parametrize("kind", ["dit", "diffusers"])
+def test_a_config_of_quantised_weights_is_refused_as_such(kind, tmp_path):
+    """diffusers looks for a GPU or a library first, and says that it has none."""
+    dit().save_pretrained(tmp_path)
+    edit_config(
+        tmp_path, quantization_config={"quant_method": "bitsandbytes", "load_in_4bit": True}
+    )
+    with pytest.raises(CheckpointError, match=r"got a quantization_config \(bitsandbytes\); give"):
+        load_backbone(BackboneConfig(kind=kind, checkpoint=str(tmp_path)))
+
+
 @pytest.mark.parametrize("name", ["dit", "pixart"])
 def test_quantised_weights_and_impossible_norms_are_refused(name, tmp_path):
     """Integers would be read as the numbers that they are."""
