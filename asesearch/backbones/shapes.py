@@ -27,8 +27,8 @@ IMAGENET_ROWS = 1001  # of label embeddings: 1,000 classes and the null label
 #: Names by which the original weights of other networks are known: what they are, and their
 #: diffusers version.
 _OTHERS = {
+    "csize_embedder.": ("PixArt", None),  # of 1024 pixels, which has the keys of the next too
     "t_block.": ("PixArt", "PixArt-alpha/PixArt-XL-2-256x256"),
-    "csize_embedder.": ("PixArt", "PixArt-alpha/PixArt-XL-2-1024-MS"),
     "joint_blocks.": ("Stable Diffusion 3", "stabilityai/stable-diffusion-3-medium-diffusers"),
     "double_blocks.": ("FLUX", None),
 }
@@ -110,6 +110,8 @@ def _refuse_others(contents: Contents, shapes: Shapes) -> None:
     for begin, (name, folder) in _OTHERS.items():
         if any(k.startswith(begin) for k in shapes):
             fix = "asesearch can't run it"
+            if name == "PixArt":
+                fix = "a study has no data with its sizes and aspect ratios: take one of 256 or 512"
             if folder is not None:
                 fix = (
                     f"give the folder of its diffusers version, such as {folder}, with kind = "

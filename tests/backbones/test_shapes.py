@@ -357,7 +357,10 @@ def test_guidance_without_a_null_label_is_refused_with_the_reason(tmp_path) -> N
             "PixArt's weights .* folder of its diffusers version, such as PixArt-alpha/.* kind = "
             "'diffusers'",
         ),
-        ("csize_embedder.mlp.0.weight", "holds PixArt's weights"),
+        (
+            "csize_embedder.mlp.0.weight",
+            "holds PixArt's weights .* sizes and aspect ratios: take one of 256",
+        ),
         ("joint_blocks.0.x_block.attn.qkv.weight", "holds Stable Diffusion 3's weights"),
     ],
 )
