@@ -98,7 +98,8 @@ def test_betas_that_are_the_studys_pass(pipeline, tmp_path):
     check_betas(backbone("shipped:fashion-mnist-dit"), DiffusionConfig(num_train_timesteps=500))
 
 
-def test_a_study_file_is_compared_before_the_network_is_read(pipeline, tmp_path):
+def test_a_study_file_is_compared_before_the_network_is_read(pipeline, tmp_path_factory):
+    out = tmp_path_factory.mktemp("out")
     path = pipeline(**SCALED)
     (path / "transformer" / "diffusion_pytorch_model.safetensors").unlink()
     text = {
@@ -108,4 +109,4 @@ def test_a_study_file_is_compared_before_the_network_is_read(pipeline, tmp_path)
         "train": {"num_steps": 2, "batch_size": 4},
     }
     with pytest.raises(ConfigError, match='set beta_schedule = "scaled_linear"'):
-        StudyTraining(parse_study(text, "t"), "full", tmp_path / "out.safetensors", tmp_path / "r")
+        StudyTraining(parse_study(text, "t"), "full", out / "out.safetensors", out / "r")
