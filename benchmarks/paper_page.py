@@ -159,10 +159,15 @@ def verdicts(experiment: Experiment) -> Iterator[str]:
 
 
 def verdict(experiment: Experiment, shown: Shown) -> str:
-    """Time saved, and whether the score differs from the better full network's."""
+    """Time saved, or FLOPs where no time is measured, and whether the score differs from the better
+    full network's."""
     frac = shown.credited_frac
+    cost = "time"
+    if math.isnan(frac):
+        frac = shown.get("flops_frac")
+        cost = "FLOPs"
     percent = f"{abs(100 * (1 - frac)):.0f}\N{NO-BREAK SPACE}%"
-    time = f"{percent} of the time saved" if frac <= 1 else f"{percent} more time"
+    time = f"{percent} of the {cost} saved" if frac <= 1 else f"{percent} more {cost}"
     difference, margin = experiment.difference(shown)
     if math.isnan(difference):
         return f"{time}; no full network is measured to compare with"

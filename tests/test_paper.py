@@ -430,6 +430,11 @@ def test_a_clear_difference_is_said(tmp_path):
     (tmp_path / "pay.jsonl").write_text("\n".join(map(json.dumps, lines)))
     (said,) = paper_page.verdicts(Experiment("pay", tmp_path))
     assert "worse than the better full network (one training seed)." in said
+    assert "40\N{NO-BREAK SPACE}% of the time saved, score" in said
+    del lines[1]["time_frac"]
+    (tmp_path / "pay.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    (said,) = paper_page.verdicts(Experiment("pay", tmp_path))
+    assert "50\N{NO-BREAK SPACE}% of the FLOPs saved, score" in said  # no time is measured
     lines[1]["values"] = lines[0]["values"]
     (tmp_path / "pay.jsonl").write_text("\n".join(map(json.dumps, lines)))
     (said,) = paper_page.verdicts(Experiment("pay", tmp_path))
