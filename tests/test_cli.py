@@ -270,6 +270,7 @@ def test_report_alone(place, tmp_path):
     ).is_file()
 
 
+@pytest.mark.thorough
 def test_export_and_sample_in_another_process(place, tmp_path):
     from asesearch import load_bundle
     from asesearch.evaluation.features import to_uint8
@@ -349,6 +350,7 @@ def test_a_label_that_is_no_class_is_refused(place, tmp_path, label, rule):
     call("sample", place / "b", "-o", tmp_path / "x.png", "--num", 2, "--label", 9)
 
 
+@pytest.mark.thorough
 def test_a_guided_study_of_a_release_that_did_not_record_the_channels_goes_on(
     place, tmp_path, monkeypatch
 ):
@@ -1043,6 +1045,7 @@ def test_a_number_of_trials_takes_the_place_of_the_files_budget(place, tmp_path)
 # -- Ctrl-C, --debug, closed pipes -----------------------------------------------------------------
 
 
+@pytest.mark.thorough
 def test_ctrl_c_says_what_is_kept_and_the_same_command_resumes(place, tmp_path):
     """A real signal to a real process, in the middle of a search."""
     from asesearch.study import Study

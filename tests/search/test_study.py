@@ -204,6 +204,7 @@ class Crowded(FakeBench):
         return done
 
 
+@pytest.mark.thorough
 def test_memory_that_another_program_takes_ends_the_search_and_costs_nothing(tmp_path):
     config = make_config(num_trials=8, keep_weights="all")
     study = Study(config, tmp_path)
@@ -233,6 +234,7 @@ def test_memory_that_another_program_takes_ends_the_search_and_costs_nothing(tmp
     assert all(tried[r.point] == r.origin for r in failed)
 
 
+@pytest.mark.thorough
 def test_a_schedule_that_never_fits_is_tried_once_a_run_and_holds_nothing_up(tmp_path):
     config = make_config(num_trials=6)
     study, before = run(config, tmp_path / "before")
@@ -542,6 +544,7 @@ class Surprising(FakeBench):
         )
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("proposer", ["difficulty", "tpe"])
 def test_only_promising_schedules_are_fine_tuned(tmp_path, proposer):
     config = make_config(
@@ -585,6 +588,7 @@ def test_only_promising_schedules_are_fine_tuned(tmp_path, proposer):
     assert all(trials[r.number].values is None for r in stopped)
 
 
+@pytest.mark.thorough
 def test_the_proposer_looks_around_before_anything_is_fine_tuned(tmp_path):
     config = make_config(
         {"promotion": {**LADDER["promotion"], "explore": 5}}, proposer="difficulty", num_trials=14
@@ -640,6 +644,7 @@ def proposed_again(proposer, run_dir, **promotion):
     return stopped, again, larger, bench
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("proposer", ["random", "tpe"])
 def test_what_is_proposed_again_by_chance_is_stopped_again_and_costs_nothing(tmp_path, proposer):
     stopped, again, study, bench = proposed_again(proposer, tmp_path)
@@ -653,6 +658,7 @@ def test_what_is_proposed_again_by_chance_is_stopped_again_and_costs_nothing(tmp
     assert repeat.state == optuna.trial.TrialState.PRUNED and RECORD not in repeat.user_attrs
 
 
+@pytest.mark.thorough
 def test_what_is_proposed_again_goes_up_where_it_is_judged_better_now(tmp_path):
     stopped, again, _, bench = proposed_again("random", tmp_path, threshold=0.0)
     assert (
@@ -670,6 +676,7 @@ def test_what_is_proposed_again_goes_up_where_it_is_judged_better_now(tmp_path):
     assert again.quality.values == scores(stopped.point)
 
 
+@pytest.mark.thorough
 def test_the_difficulty_proposers_own_return_is_the_judgement(tmp_path):
     config = make_config(
         {"promotion": {**LADDER["promotion"], "threshold": 1.0}},

@@ -772,6 +772,7 @@ def test_a_point_whose_images_fail_is_named_and_stops_nothing(tmp_path, no_weigh
     assert told in caplog.text
 
 
+@pytest.mark.thorough
 def test_a_point_without_memory_is_named_and_confirmed_by_the_next_run(
     tmp_path, no_weights, caplog
 ):
