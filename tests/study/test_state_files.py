@@ -110,7 +110,7 @@ def commands(place, run):
 FILES = {
     "study.json": "",
     "study.db": "",
-    "inputs.json": "report export evaluate",
+    "inputs.json": "report export",
     "environment.json": "report export evaluate search",
     "latency.json": "report export evaluate search",
     "map.json": "report export evaluate search",
