@@ -473,12 +473,11 @@ RNG = np.random.default_rng(0)
     "change",
     [
         lambda v: v * np.float32(1.05),
-        pytest.param(np.zeros_like, marks=pytest.mark.slow),
         pytest.param(
             lambda v: RNG.standard_normal(v.shape, np.float32) * v.std(), marks=pytest.mark.slow
         ),
     ],
-    ids=["5 % more", "zero", "noise"],
+    ids=["5 % more", "noise"],
 )
 def test_evaluate_check_fails_for_other_weights(tmp_path, change):
     """Of a trained network, whose score tells weights apart: the same reproduce it, others do
@@ -509,13 +508,12 @@ def test_evaluate_check_fails_for_other_weights(tmp_path, change):
     changed(path, change)
     found = check(1)
     assert found["reproduced"] is False
-    assert abs(found["largest_relative_difference"]) > 3 * found["tolerance"]
-    if change is np.zeros_like:
-        out, err = call("recheck", run, 0, code=1)
-        assert json.loads(out)["reproduced"] == 0 and "0 of 1 reproduced" in err
-        path.unlink()
-        path.write_bytes(trained)
-        assert check(0)["reproduced"] is True
+    assert abs(found["largest_relative_difference"]) > found["tolerance"]
+    out, err = call("recheck", run, 0, code=1)
+    assert json.loads(out)["reproduced"] == 0 and "0 of 1 reproduced" in err
+    path.unlink()
+    path.write_bytes(trained)
+    assert check(0)["reproduced"] is True
 
 
 def test_recheck_of_all_whose_weights_are_kept(place):
