@@ -348,7 +348,7 @@ def test_the_readme_has_the_same_numbers():
     for label in ("#2", "#11, 5 steps", "full, 5 steps", "#10, 5 steps"):
         score, _ = claims(rows[label], 2)
         time = f"{float(rows[label]['measured_time_frac']):.3f}"
-        assert re.search(rf"{score} at {time}( ± [0-9.]+)?×", text), label
+        assert re.search(rf"\| {score} \| {time}( ± [0-9.]+)?× \|", text), label
     rows = {row["label"]: row for row in confirmed("fashion-mnist")}
     best, time = claims(rows["full, 6 steps"], 2)
     assert f"{best} at {time}" in text and claims(rows["full network"], 2)[0] in text
