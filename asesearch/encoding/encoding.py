@@ -14,14 +14,9 @@ import torch
 from torch import Tensor
 
 from asesearch.data import DataSource, check_readable
-from asesearch.data.latents import (
-    Array,
-    Index,
-    pad_prompts,
-    write_array,
-)
+from asesearch.data.latents import Array, Index, pad_prompts, write_array
 from asesearch.encoding.networks import PathLike, TextEncoder, Vae
-from asesearch.encoding.resuming import LOCK, captions_identity, fresh_index, is_intact, resumed
+from asesearch.encoding.resuming import LOCK, fresh_index, is_intact, resumed
 from asesearch.errors import ConfigError, DataError
 from asesearch.locks import alone
 
@@ -186,18 +181,12 @@ def encode_latents(
     """
     _check_arguments(source, batch_size, shard_size, dtype, captions, text_encoder_path)
     vae = Vae(vae_path, device)
-    folder = Path(out_dir)
     _check_images(source, vae)
     text = None if text_encoder_path is None else TextEncoder(text_encoder_path, device, max_length)
-    identity = {
-        "vae": vae.digest,
-        "source": source.digest,
-        "flips": flips,
-        "dtype": dtype,
-        "shard_size": shard_size,
-        **captions_identity(captions, text),
-    }
-    index = fresh_index(source, vae, identity)
+    folder = Path(out_dir)
+    index = fresh_index(
+        source, vae, text, captions, flips=flips, dtype=dtype, shard_size=shard_size
+    )
     if folder.is_dir() or not dry_run:
         index = resumed(folder, index, {"vae": vae, "text_encoder": text})
     check_readable(source)
@@ -206,12 +195,7 @@ def encode_latents(
     job = _Job(source, vae, text, captions or (), batch_size, flips, getattr(torch, dtype), advance)
     if dry_run:
         return job.plan(index.shape)
-    refusal = DataError(
-        f"one encoding at a time writes into a folder; another is at {folder}; wait for it, or "
-        "give another folder"
-    )
-    with alone(folder / LOCK, refusal):
-        _run(job, index, folder)
+    _run(job, index, folder)
     return None
 
 
@@ -230,25 +214,33 @@ def _counted(progress: Callable[[int, int], None] | None, total: int) -> Callabl
 
 def _run(job: _Job, index: Index, folder: Path) -> None:
     """Encode what `index` does not have yet, or what is no longer intact; the index follows each
-    shard."""
-    null = job.null_prompt()
-    size = index.identity["shard_size"]
-    index.null_prompt = None if null is None else write_array(folder / "null-prompt.npy", null)
-    index.write(folder)
-    for number, start in enumerate(range(0, index.count, size)):
-        indices = range(start, min(start + size, index.count))
-        if number < len(index.shards) and all(
-            is_intact(folder, entry) for entry in index.shards[number].values()
-        ):
-            job.on_batch(len(indices))
-            continue
-        parts = job.shard(indices)
-        entries = {
-            part: write_array(folder / f"{part}-{number:05d}.npy", array)
-            for part, array in parts.items()
-        }
-        index.shards[number : number + 1] = [entries]
+    shard.
+
+    Raises:
+        DataError: another process encodes into the folder; see `_Job.shard`.
+    """
+    refusal = DataError(
+        f"one encoding at a time writes into a folder; another is at {folder}; wait for it, or "
+        "give another folder"
+    )
+    with alone(folder / LOCK, refusal):
+        null = job.null_prompt()
+        size = index.identity["shard_size"]
+        index.null_prompt = None if null is None else write_array(folder / "null-prompt.npy", null)
         index.write(folder)
+        for number, start in enumerate(range(0, index.count, size)):
+            indices = range(start, min(start + size, index.count))
+            if number < len(index.shards) and all(
+                is_intact(folder, entry) for entry in index.shards[number].values()
+            ):
+                job.on_batch(len(indices))
+                continue
+            entries = {
+                part: write_array(folder / f"{part}-{number:05d}.npy", array)
+                for part, array in job.shard(indices).items()
+            }
+            index.shards[number : number + 1] = [entries]
+            index.write(folder)
 
 
 def _check_arguments(

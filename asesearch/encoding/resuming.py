@@ -9,27 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from asesearch.data import DataSource
-from asesearch.data.latents import (
-    FORMAT_VERSION,
-    INDEX,
-    Entry,
-    Index,
-)
+from asesearch.data.latents import FORMAT_VERSION, INDEX, Entry, Index
 from asesearch.encoding.networks import Network, TextEncoder, Vae
 from asesearch.errors import DataError
 from asesearch.files import file_sha256
 
 LOCK = "encoding.lock"  # held by the process that writes into the folder
-
-
-def captions_identity(captions: Sequence[str] | None, text: TextEncoder | None) -> dict[str, Any]:
-    """What an encoding of captions depends on."""
-    joined = None if captions is None else json.dumps(list(captions)).encode()
-    return {
-        "captions": None if joined is None else hashlib.sha256(joined).hexdigest(),
-        "text_encoder": None if text is None else text.digest,
-        "max_length": None if text is None else text.max_length,
-    }
 
 
 def is_intact(folder: Path, entry: Entry) -> bool:
@@ -38,25 +23,48 @@ def is_intact(folder: Path, entry: Entry) -> bool:
     return path.is_file() and file_sha256(path) == sha256
 
 
-def fresh_index(source: DataSource, vae: Vae, identity: dict[str, Any]) -> Index:
-    num_classes = 0 if identity["captions"] else source.num_classes
-    shape = [len(vae.scale), source.shape[1] // vae.factor, source.shape[2] // vae.factor]
-    classes: dict[str, int] = getattr(source, "classes", {})
-    by_order: bool = getattr(source, "labels_by_order", False)
-    vae_scaling = (vae.shift, vae.scale)
+def fresh_index(
+    source: DataSource,
+    vae: Vae,
+    text: TextEncoder | None,
+    captions: Sequence[str] | None,
+    *,
+    flips: bool,
+    dtype: str,
+    shard_size: int,
+) -> Index:
+    """The index of an encoding without any shard; see `encode_latents` for the arguments."""
     return Index(
-        FORMAT_VERSION,
-        identity,
-        source.name,
-        len(source),
-        shape,
-        num_classes,
-        *vae_scaling,
-        None,
-        [],
-        classes,
-        by_order,
+        version=FORMAT_VERSION,
+        identity={
+            "vae": vae.digest,
+            "source": source.digest,
+            "flips": flips,
+            "dtype": dtype,
+            "shard_size": shard_size,
+            **_captions_identity(captions, text),
+        },
+        name=source.name,
+        count=len(source),
+        shape=[len(vae.scale), source.shape[1] // vae.factor, source.shape[2] // vae.factor],
+        num_classes=source.num_classes if captions is None else 0,
+        shift=vae.shift,
+        scale=vae.scale,
+        null_prompt=None,
+        shards=[],
+        classes=getattr(source, "classes", {}),
+        labels_by_order=getattr(source, "labels_by_order", False),
     )
+
+
+def _captions_identity(captions: Sequence[str] | None, text: TextEncoder | None) -> dict[str, Any]:
+    """What an encoding of captions depends on."""
+    joined = None if captions is None else json.dumps(list(captions)).encode()
+    return {
+        "captions": None if joined is None else hashlib.sha256(joined).hexdigest(),
+        "text_encoder": None if text is None else text.digest,
+        "max_length": None if text is None else text.max_length,
+    }
 
 
 def resumed(folder: Path, fresh: Index, networks: Mapping[str, Network | None]) -> Index:
