@@ -10,13 +10,14 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from asesearch.report import tables
+from asesearch.report import exhibits, tables
 from asesearch.report.labels import named, place_labels, spread_out, two_lines, xy
 from asesearch.report.style import (
     BLUE,
     GREY,
     SMALL,
     VERMILION,
+    Drawing,
     axes,
     log_axis,
     relative_axis,
@@ -24,6 +25,65 @@ from asesearch.report.style import (
     settle,
 )
 from asesearch.report.wording import number
+from asesearch.study.records import StudyResults
+
+_COST = (
+    "Sampling time against the block-call bound, both over the full network's. On the diagonal the "
+    "clock saves all that the blocks promise; above it, time goes to what no exit can skip."
+)
+
+
+def trials_drawing(results: StudyResults) -> Drawing:
+    """The figure of all scores over trials."""
+    done = tables.trials(results)
+    columns = ["number", "label", "metric", "quality", "std_error", "time_frac", "best_quality"]
+    return Drawing.of(
+        "trials",
+        "Quality over trials",
+        "Every trial under the search protocol; the line is the best so far. Bars: one standard "
+        "error.",
+        done[done["state"] == "complete"][columns],
+        draw_trials,
+    )
+
+
+def drawings(results: StudyResults) -> list[Drawing]:
+    """The other figures of this module, those without data too."""
+    volume = tables.hypervolume(results)
+    losses = "Loss of front points and of the full network, averaged over stretches of steps."
+    if results.config.get("train", {}).get("distill_frac"):
+        losses += (
+            " The full network learns the noise, the others what a teacher predicts: levels differ."
+        )
+    return [
+        Drawing.of(
+            "hypervolume",
+            "Hypervolume over trials",
+            _hypervolume_caption(volume),
+            volume,
+            draw_hypervolume,
+        ),
+        Drawing.of("cost", "Cost: bound and clock", _COST, tables.cost(results), draw_cost),
+        Drawing.of(
+            "latency",
+            "Latency by exit depth",
+            "Median time of one network call, and the straight line through it.",
+            exhibits.latency(results),
+            draw_latency,
+        ),
+        Drawing.of("losses", "Fine-tuning loss", losses, exhibits.losses(results), draw_losses),
+    ]
+
+
+def _hypervolume_caption(volume: pd.DataFrame) -> str:
+    if volume.empty:
+        return ""
+    last = volume.iloc[-1]
+    what = "the logarithm of the score" if last["scale"] == "log" else "the score"
+    return (
+        f"Area dominated in time fraction × {what}, below the reference point: time "
+        f"{last['reference_time_frac']:g}, {last['metric']} {number(last['reference_quality'])}."
+    )
 
 
 def draw_trials(data: pd.DataFrame) -> Figure:

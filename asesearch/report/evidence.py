@@ -10,8 +10,16 @@ from matplotlib.figure import Figure
 from scipy.special import ndtri
 
 from asesearch.report import attainment, tables
-from asesearch.report.ladder import Add
-from asesearch.report.style import BLUE, VERMILION, WIDTH, axes, log_axis, relative_axis, score_axis
+from asesearch.report.style import (
+    BLUE,
+    VERMILION,
+    WIDTH,
+    Drawing,
+    axes,
+    log_axis,
+    relative_axis,
+    score_axis,
+)
 from asesearch.score import CONFIDENCE
 from asesearch.study.records import StudyResults
 
@@ -120,17 +128,18 @@ def draw_importance(data: pd.DataFrame) -> Figure:
     return figure
 
 
-def add_attainment(add: Add, results: StudyResults) -> None:
-    """Hand the figure of the front's repeats to `plots.drawings`; without repeats there is none."""
+def attainment_drawing(results: StudyResults) -> Drawing:
+    """The figure of the front's repeats; without repeats its table is empty."""
     kind = tables.kind_of(results)
 
     def draw(data: pd.DataFrame) -> Figure:
         return draw_attainment(data, tables.points(results, kind))
 
-    add("attainment", "Attainment over repeats", _ATTAINED, attained(results, kind), draw)
+    title = "Attainment over repeats"
+    return Drawing.of("attainment", title, _ATTAINED, attained(results, kind), draw)
 
 
-def add_importance(add: Add, results: StudyResults) -> None:
-    """Hand the figure of the intervals to `plots.drawings`."""
+def importance_drawing(results: StudyResults) -> Drawing:
+    """The figure of the intervals; where the study has no estimate of them its table is empty."""
     title = "What each interval is worth"
-    add("importance", title, _IMPORTANCE, importance(results), draw_importance)
+    return Drawing.of("importance", title, _IMPORTANCE, importance(results), draw_importance)

@@ -8,7 +8,6 @@ after fine-tuning.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 
 import pandas as pd
 from matplotlib.axes import Axes
@@ -25,6 +24,7 @@ from asesearch.report.style import (
     SKY,
     SMALL,
     VERMILION,
+    Drawing,
     axes,
     log_axis,
     relative_axis,
@@ -180,26 +180,33 @@ def draw_spending(data: pd.DataFrame) -> Figure:
     return figure
 
 
-Add = Callable[[str, str, str, pd.DataFrame, Callable[[pd.DataFrame], Figure]], None]
-
-
-def add_drawings(add: Add, results: StudyResults) -> None:
-    """Hand the figures of this module to `plots.drawings`; those without data are left out
-    there."""
+def drawings(results: StudyResults) -> list[Drawing]:
+    """The figures of this module, those without data too."""
     found = rungs(results)
-    caption = (
-        "Every schedule under the weights it starts from, on few images, before any fine-tuning of "
-        "its own. These scores compare with each other only; the quality model decides by them "
-        "who is fine-tuned."
-    )
-    add("rungs", "Low-fidelity scores: who went up", caption, found, draw_rungs)
     both = found.dropna(subset=["high_fidelity_score"]) if len(found) else found
-    caption = (
-        "Schedules that have both: how well the low-fidelity score foretold the one after "
-        "fine-tuning."
-    )
-    add("fidelity", "What a low-fidelity score is worth", caption, both, draw_fidelity)
-    caption = (
-        "Time on record, all workers together. A part that is done once serves every schedule."
-    )
-    add("spending", "Where the time went", caption, spending(results), draw_spending)
+    return [
+        Drawing.of(
+            "rungs",
+            "Low-fidelity scores: who went up",
+            "Every schedule under the weights it starts from, on few images, before any "
+            "fine-tuning of its own. These scores compare with each other only; the quality model "
+            "decides by them who is fine-tuned.",
+            found,
+            draw_rungs,
+        ),
+        Drawing.of(
+            "fidelity",
+            "What a low-fidelity score is worth",
+            "Schedules that have both: how well the low-fidelity score foretold the one after "
+            "fine-tuning.",
+            both,
+            draw_fidelity,
+        ),
+        Drawing.of(
+            "spending",
+            "Where the time went",
+            "Time on record, all workers together. A part that is done once serves every schedule.",
+            spending(results),
+            draw_spending,
+        ),
+    ]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import string
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from itertools import pairwise
 
 import numpy as np
@@ -30,7 +30,6 @@ from asesearch.report.style import (
     settle,
     width_of,
 )
-from asesearch.report.wording import number
 from asesearch.schedule import PUBLISHED
 from asesearch.study.records import StudyResults
 from asesearch.study.timing import UNEXPLAINED
@@ -38,81 +37,53 @@ from asesearch.study.timing import UNEXPLAINED
 
 def drawings(results: StudyResults) -> list[Drawing]:
     """Every figure that the data allow, in the order of the page; nothing is drawn yet."""
-    out: list[Drawing] = []
+    every = [
+        *_fronts(results),
+        evidence.attainment_drawing(results),
+        _schedules(results),
+        *_maps(results),
+        evidence.importance_drawing(results),
+        _samples(results),
+        curves.trials_drawing(results),
+        *ladder.drawings(results),
+        *curves.drawings(results),
+    ]
+    return [drawing for drawing in every if not drawing.data.empty]
 
-    def add(
-        name: str,
-        title: str,
-        caption: str,
-        data: pd.DataFrame,
-        draw: Callable[[pd.DataFrame], Figure],
-    ) -> None:
-        if not data.empty:
-            out.append(Drawing(name, title, caption, data, lambda: draw(data)))
 
+def _fronts(results: StudyResults) -> Iterator[Drawing]:
+    """The front, and behind a confirmed one the search's."""
     kind = tables.kind_of(results)
     points = tables.points(results, kind)
     caption = _FRONT[kind]
     if (points["credited_frac"] > points["time_frac"]).any():
         caption += f" Where a time was measured {UNEXPLAINED}, the line goes by their bound."
-    add("front", "Front", caption, points, draw_front)
+    yield Drawing.of("front", "Front", caption, points, draw_front)
     if kind == "confirmed":
         caption = _FRONT["search"] + " Filled marks went on to be confirmed."
-        add(
-            "front_search",
-            "What the search saw",
-            caption,
-            tables.points(results, "search"),
-            draw_front,
-        )
-    evidence.add_attainment(add, results)
+        points = tables.points(results, "search")
+        yield Drawing.of("front_search", "What the search saw", caption, points, draw_front)
+
+
+def _schedules(results: StudyResults) -> Drawing:
     caption = "Blocks run at each noise level, fastest schedule on top."
-    add("schedules", "Schedules", caption, exhibits.schedule_matrix(results), draw_schedules)
+    data = exhibits.schedule_matrix(results)
+    return Drawing.of("schedules", "Schedules", caption, data, draw_schedules)
+
+
+def _maps(results: StudyResults) -> Iterator[Drawing]:
+    """The difficulty map, where there is one."""
     found = results.difficulty_map
-    maps = (
-        difficulty.drawing(found),
-        difficulty.image_drawing(found, results.config.get("diffusion")),
-    )
-    out += [drawn for drawn in maps if drawn is not None]
-    evidence.add_importance(add, results)
+    process = results.config.get("diffusion")
+    for drawing in (difficulty.drawing(found), difficulty.image_drawing(found, process)):
+        if drawing is not None:
+            yield drawing
+
+
+def _samples(results: StudyResults) -> Drawing:
     caption = "The same seeds and labels in every row, fastest schedule on top."
-    add(
-        "samples",
-        "Samples",
-        caption,
-        exhibits.samples(results),
-        lambda data: draw_samples(data, results),
-    )
-    done = tables.trials(results)
-    add(
-        "trials",
-        "Quality over trials",
-        "Every trial under the search protocol; the line is the best so far. Bars: one standard "
-        "error.",
-        done[done["state"] == "complete"][
-            ["number", "label", "metric", "quality", "std_error", "time_frac", "best_quality"]
-        ],
-        curves.draw_trials,
-    )
-    ladder.add_drawings(add, results)
-    volume = tables.hypervolume(results)
-    add(
-        "hypervolume",
-        "Hypervolume over trials",
-        _hypervolume_caption(volume),
-        volume,
-        curves.draw_hypervolume,
-    )
-    add("cost", "Cost: bound and clock", _COST, tables.cost(results), curves.draw_cost)
-    caption = "Median time of one network call, and the straight line through it."
-    add("latency", "Latency by exit depth", caption, exhibits.latency(results), curves.draw_latency)
-    caption = "Loss of front points and of the full network, averaged over stretches of steps."
-    if results.config.get("train", {}).get("distill_frac"):
-        caption += (
-            " The full network learns the noise, the others what a teacher predicts: levels differ."
-        )
-    add("losses", "Fine-tuning loss", caption, exhibits.losses(results), curves.draw_losses)
-    return out
+    data = exhibits.samples(results)
+    return Drawing.of("samples", "Samples", caption, data, lambda data: draw_samples(data, results))
 
 
 #: Two bars that miss each other prove nothing.
@@ -124,21 +95,6 @@ _FRONT = {
     "search": "All trials under the search protocol, against predicted sampling time. Bars: one "
     f"standard error {_NO_VERDICT}. Down and left is better.",
 }
-_COST = (
-    "Sampling time against the block-call bound, both over the full network's. On the diagonal the "
-    "clock saves all that the blocks promise; above it, time goes to what no exit can skip."
-)
-
-
-def _hypervolume_caption(volume: pd.DataFrame) -> str:
-    if volume.empty:
-        return ""
-    last = volume.iloc[-1]
-    what = "the logarithm of the score" if last["scale"] == "log" else "the score"
-    return (
-        f"Area dominated in time fraction × {what}, below the reference point: time "
-        f"{last['reference_time_frac']:g}, {last['metric']} {number(last['reference_quality'])}."
-    )
 
 
 def draw_front(data: pd.DataFrame) -> Figure:

@@ -68,6 +68,18 @@ class Drawing:
     data: pd.DataFrame
     draw: Callable[[], Figure]
 
+    @classmethod
+    def of(
+        cls,
+        name: str,
+        title: str,
+        caption: str,
+        data: pd.DataFrame,
+        draw: Callable[[pd.DataFrame], Figure],
+    ) -> Drawing:
+        """A figure that is drawn by a function of its table."""
+        return cls(name, title, caption, data, lambda: draw(data))
+
     def save(self, folder: Path) -> bytes:
         """Write NAME.svg, NAME.png and NAME.csv; returns the SVG. The same data give the same
         bytes."""
