@@ -25,6 +25,8 @@ from asesearch.search.workbench import Workbench
 from asesearch.study.environment import versions
 from asesearch.study.records import EXPLORATION, LowFidelity, TrialRecord, shortened
 
+Spent = dict[str, dict[str, float]]  # "seconds" and "gflops" of a record, by part
+
 
 def run_trial(
     bench: Workbench,
@@ -50,37 +52,58 @@ def run_trial(
         The finished record; that of the same point where it was stopped before and is again. A
         failure of the schedule's own is recorded, not raised.
     """
-    seconds: dict[str, float] = {}
-    gflops: dict[str, float] = {}
+    spent: Spent = {"seconds": {}, "gflops": {}}
     low_fidelity: LowFidelity | None = None
     failure: str | None = None
     try:
         if problem is not None:
-            low_fidelity = _low_fidelity_rung(
-                bench, trial, records, problem, explores, seconds, gflops
-            )
-            before = _on_record(trial, records)
-            if not low_fidelity.promoted and before is not None:
-                return before  # judged again, with the same result
+            low_fidelity = _low_fidelity_rung(bench, trial, records, problem, explores, spent)
             if not low_fidelity.promoted:
-                fracs = bench.costs.fracs(trial.point)
-                names = ("time_frac", "flops_frac", "block_frac")
-                spent = {"seconds": seconds, "gflops": gflops}
-                found = dict(zip(names, fracs, strict=True))
-                return _ended(trial, "stopped", low_fidelity=low_fidelity, **spent, **found)
+                before = _on_record(trial, records)
+                if before is not None:
+                    return before  # judged again, with the same result
+                return _stopped(bench, trial, low_fidelity, spent)
         outcome = bench.trials.try_point(trial.point, folder)
     except (RuntimeError, MemoryError) as error:
-        full = is_out_of_memory(error)
-        if not (full or isinstance(error, (TrainingDiverged, EvaluationError))):
+        failure = _own_failure(error)
+        if failure is None:
             raise
-        failure = memory_told(error) if full else str(error).splitlines()[0]
     if failure is not None:  # the error is gone by now, whose frames held the networks
         collect_cycles()
-        spent = {"seconds": seconds, "gflops": gflops}
         failed = _ended(trial, "failed", failure=failure, low_fidelity=low_fidelity, **spent)
         if not failed.had_no_memory:  # or the next try goes on with what was trained
             _discard_weights(folder, trial, records)
         return failed
+    return _complete(trial, outcome, records, low_fidelity, spent)
+
+
+def _own_failure(error: Exception) -> str | None:
+    """A failure of the schedule's own in one line; None for any other."""
+    if is_out_of_memory(error):
+        return memory_told(error)
+    if isinstance(error, (TrainingDiverged, EvaluationError)):
+        return str(error).splitlines()[0]
+    return None
+
+
+def _stopped(
+    bench: Workbench, trial: TrialRecord, low_fidelity: LowFidelity, spent: Spent
+) -> TrialRecord:
+    """The record of a trial that is not promoted."""
+    names = ("time_frac", "flops_frac", "block_frac")
+    fracs = dict(zip(names, bench.costs.fracs(trial.point), strict=True))
+    return _ended(trial, "stopped", low_fidelity=low_fidelity, **spent, **fracs)
+
+
+def _complete(
+    trial: TrialRecord,
+    outcome: Outcome,
+    records: list[TrialRecord],
+    low_fidelity: LowFidelity | None,
+    spent: Spent,
+) -> TrialRecord:
+    """The record of a trial that went all the way; its fine-tuning is left out where it is on
+    record already."""
     if _counted(trial, outcome, records):
         outcome.losses = []
         outcome.seconds["finetune"] = 0.0
@@ -95,8 +118,8 @@ def run_trial(
         block_frac=outcome.block_frac,
         losses=tuple(shortened(outcome.losses)),
         finetune_steps=outcome.finetune_steps,
-        seconds={**seconds, **outcome.seconds},
-        gflops={**gflops, **outcome.gflops},
+        seconds={**spent["seconds"], **outcome.seconds},
+        gflops={**spent["gflops"], **outcome.gflops},
     )
 
 
@@ -129,10 +152,10 @@ def _low_fidelity_rung(
     records: list[TrialRecord],
     problem: Problem,
     explores: bool,
-    seconds: dict[str, float],
-    gflops: dict[str, float],
+    spent: Spent,
 ) -> LowFidelity:
-    """The point's low-fidelity score, measured or on record, and whether it is promoted.
+    """The point's low-fidelity score, measured or on record, and whether it is promoted; adds what
+    that took to `spent`.
 
     One that was promoted, and failed then, is again. The difficulty proposer returns to a stopped
     point because it expects more of it than of any other, in the light of all scores so far: that
@@ -141,14 +164,14 @@ def _low_fidelity_rung(
     """
     before = _on_record(trial, records)
     if before is None or before.low_fidelity is None:
-        quality, seconds["low_fidelity"], gflops["low_fidelity"] = bench.trials.try_low_fidelity(
-            trial.point
-        )
+        quality, seconds, gflops = bench.trials.try_low_fidelity(trial.point)
+        spent["seconds"]["low_fidelity"] = seconds
+        spent["gflops"]["low_fidelity"] = gflops
         if explores:
             return LowFidelity(quality, False, None, EXPLORATION)
         return LowFidelity(quality, *_decide(bench, trial, records, problem, quality))
-    seconds |= before.seconds  # this record takes the place of that one
-    gflops |= before.gflops
+    spent["seconds"] |= before.seconds  # this record takes the place of that one
+    spent["gflops"] |= before.gflops
     if before.low_fidelity.promoted:  # and failed then: decided as it was
         return before.low_fidelity
     quality = before.low_fidelity.quality
