@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -54,6 +54,8 @@ def latents(
     from asesearch.config import DataConfig
     from asesearch.data import refuse_among_data
     from asesearch.encoding import encode_folder
+    from asesearch.encoding.folder import encoded_facts
+    from asesearch.encoding.networks import MAX_LENGTH
     from asesearch.files import check_writable
 
     if max_length is not None and captions is None:
@@ -76,29 +78,12 @@ def latents(
             batch_size=batch_size,
             flips=flips,
             device=default_device(),
-            max_length=120 if max_length is None else max_length,
+            max_length=MAX_LENGTH if max_length is None else max_length,
             dtype=dtype,
             progress=progress,
             dry_run=dry_run,
         )
-    if plan is not None:
-        print_json(vars(plan))
-    else:
-        print_json(_encoded(out, flips, verify))
-
-
-def _encoded(out: Path, flips: bool, verify: bool) -> dict[str, Any]:
-    """What latents in a folder hold."""
-    from asesearch.data.latents import LatentShards
-
-    shards = LatentShards(out, flip=flips, verify=verify)
-    facts = {
-        "latents": str(out),
-        "images": len(shards),
-        "shape": shards.shape,
-        "classes": shards.num_classes,
-    }
-    return {**facts, "prompts": shards.null_condition is not None, "verified": verify}
+    print_json(encoded_facts(out, flips, verify) if plan is None else vars(plan))
 
 
 def train_extractor_(

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from asesearch.data import DataSource, check_readable
 from asesearch.data.latents import Array, Index, pad_prompts, write_array
-from asesearch.encoding.networks import PathLike, TextEncoder, Vae
+from asesearch.encoding.networks import MAX_LENGTH, PathLike, TextEncoder, Vae
 from asesearch.encoding.resuming import LOCK, fresh_index, is_intact, resumed
 from asesearch.errors import ConfigError, DataError
 from asesearch.locks import alone
@@ -144,7 +144,7 @@ def encode_latents(
     device: str | torch.device = "cpu",
     captions: Sequence[str] | None = None,
     text_encoder_path: PathLike | None = None,
-    max_length: int = 120,
+    max_length: int = MAX_LENGTH,
     dtype: str = "float16",
     progress: Callable[[int, int], None] | None = None,
     dry_run: bool = False,

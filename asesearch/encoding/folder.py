@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 import torch
 
 from asesearch.config import DataConfig
 from asesearch.data import ImageFolder
 from asesearch.data.folder import matched
+from asesearch.data.latents import LatentShards
 from asesearch.encoding.encoding import EncodingPlan, encode_latents
-from asesearch.encoding.networks import PathLike
+from asesearch.encoding.networks import MAX_LENGTH, PathLike
 from asesearch.errors import ConfigError, DataError
 from asesearch.files import loads, once, read_text
 
@@ -97,7 +99,7 @@ def encode_folder(
     flips: bool = True,
     shard_size: int = 1024,
     device: str | torch.device = "cpu",
-    max_length: int = 120,
+    max_length: int = MAX_LENGTH,
     dtype: str = "float16",
     progress: Callable[[int, int], None] | None = None,
     dry_run: bool = False,
@@ -137,3 +139,20 @@ def encode_folder(
         progress=progress,
         dry_run=dry_run,
     )
+
+
+def encoded_facts(folder: PathLike, flips: bool, verify: bool) -> dict[str, Any]:
+    """What latents in a folder hold, as plain data; with `verify` all files are read again.
+
+    Raises:
+        DataError: see `LatentShards`.
+    """
+    shards = LatentShards(folder, flip=flips, verify=verify)
+    return {
+        "latents": str(folder),
+        "images": len(shards),
+        "shape": shards.shape,
+        "classes": shards.num_classes,
+        "prompts": shards.null_condition is not None,
+        "verified": verify,
+    }

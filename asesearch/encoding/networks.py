@@ -20,6 +20,7 @@ from asesearch.backbones.folders import find_folder, load_pretrained, read_confi
 from asesearch.errors import CheckpointError, ConfigError, DataError
 
 PathLike = str | os.PathLike[str]
+MAX_LENGTH = 120  # tokens a caption, as PixArt-α's
 # say how a network was saved, not what it is
 VERSION_KEYS = {"transformers_version", "architectures", "dtype", "torch_dtype"}
 
