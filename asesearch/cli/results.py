@@ -14,7 +14,7 @@ from asesearch.errors import ConfigError
 from asesearch.files import real_path
 
 if TYPE_CHECKING:
-    from asesearch.study import Study, StudyResults, TrialRecord
+    from asesearch.study import Study, TrialRecord
 
 
 def report(
@@ -175,6 +175,7 @@ def export(
     from asesearch.deployment.export import plan_export
     from asesearch.deployment.writing import check_bundle_dir
     from asesearch.study import Study
+    from asesearch.study.picking import pick_and_tell
 
     _check_choice(trial, (pick, quality, time, early_exit or None, or_nearest or None))
     check_bundle_dir(out, overwrite=overwrite)
@@ -182,48 +183,18 @@ def export(
     if trial is not None:
         record = opened.record(trial)
     else:
-        record = _picked(opened.results(), (pick, quality, time), early_exit, or_nearest)
+        rule = "best-quality" if pick is None else pick
+        record, told = pick_and_tell(
+            opened.results(), rule, quality, time, early_exit=early_exit, or_nearest=or_nearest
+        )
+        for line in told:
+            say(line)
     options: dict[str, Any] = {"format": format, "vae": vae, "overwrite": overwrite}
     if dry_run:
         print_json(plan_export(opened, record, out, finetune_steps, **options))
         return
     folder = _export(opened, record, out, finetune_steps, **options)
-    print_json(
-        {
-            "trial": record.number,
-            "origin": record.origin,
-            "schedule": str(record.schedule),
-            "sampler": str(record.sampler),
-            "format": format,
-            "bundle": str(folder),
-        }
-    )
-
-
-def _picked(
-    results: StudyResults,
-    asked: tuple[str | None, str | None, float | None],
-    early_exit: bool,
-    or_nearest: bool,
-) -> TrialRecord:
-    """The point for a rule and its budgets; says where it is only the nearest."""
-    from asesearch.study import pick as pick_point
-    from asesearch.study import pick_nearest
-    from asesearch.study.picking import parse_budget, told_difference
-
-    rule, quality, time = asked
-    rule = "best-quality" if rule is None else rule
-    shortfall = ""
-    if or_nearest:
-        record, shortfall = pick_nearest(results, rule, quality, time, early_exit=early_exit)
-    else:
-        record = pick_point(results, rule, quality, time, early_exit=early_exit)
-    if shortfall:
-        say(shortfall)
-    relative = quality is not None and parse_budget(quality)[0] != "score"
-    if relative and (told := told_difference(results, record)):
-        say(f"trial {record.number}: {told}")
-    return record
+    print_json({**record.described(), "format": format, "bundle": str(folder)})
 
 
 def _export(

@@ -195,10 +195,7 @@ def plan_export(
     options: dict[str, Any] = {"vae": vae, "overwrite": overwrite}
     check_export(study, record, folder, finetune_steps, format=format, **options)
     return {
-        "trial": record.number,
-        "origin": record.origin,
-        "schedule": str(record.schedule),
-        "sampler": str(record.sampler),
+        **record.described(),
         "evaluation": evaluation_of(study, record),
         "format": format,
         "out": str(folder),

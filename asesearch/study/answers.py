@@ -36,10 +36,7 @@ class Answer:
         quality = self.point.quality
         return {
             "question": self.question,
-            "trial": record.number,
-            "origin": record.origin,
-            "schedule": str(record.schedule),
-            "sampler": str(record.sampler),
+            **record.described(),
             "metric": quality.protocol.metric_name,
             "score": quality.value,
             "std_error": quality.std_error,

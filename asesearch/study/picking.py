@@ -162,6 +162,36 @@ def pick_nearest(
     return point.record, f"{shortfall}; taking it" if shortfall else ""
 
 
+def pick_and_tell(
+    results: StudyResults,
+    mode: str,
+    quality: str | None = None,
+    time_frac: float | None = None,
+    *,
+    early_exit: bool = False,
+    or_nearest: bool = False,
+) -> tuple[TrialRecord, list[str]]:
+    """As `pick`, or with `or_nearest` as `pick_nearest`, and what there is to say of the point.
+
+    Returns:
+        The point, and lines in words: what it falls short of, and, where the quality budget is
+        relative to the full network's score, how far its own lies from that.
+
+    Raises:
+        ConfigError, StudyError: as said there.
+    """
+    if or_nearest:
+        record, shortfall = pick_nearest(results, mode, quality, time_frac, early_exit=early_exit)
+    else:
+        record = pick(results, mode, quality, time_frac, early_exit=early_exit)
+        shortfall = ""
+    lines = [shortfall] if shortfall else []
+    relative = quality is not None and parse_budget(quality)[0] != "score"
+    if relative and (told := told_difference(results, record)):
+        lines.append(f"trial {record.number}: {told}")
+    return record, lines
+
+
 def told_difference(results: StudyResults, record: TrialRecord) -> str:
     """Between what a pick's score minus the full network's lies, in words; empty where it can't be
     told, and of the full network itself."""

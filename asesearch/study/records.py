@@ -131,6 +131,15 @@ class TrialRecord:
         """Whether it failed as memory ran out, which may have been taken by something else."""
         return self.failure is not None and self.failure.startswith(OUT_OF_MEMORY)
 
+    def described(self) -> dict[str, Any]:
+        """Which point it is, as plain data: number, origin, schedule and sampler."""
+        return {
+            "trial": self.number,
+            "origin": self.origin,
+            "schedule": str(self.schedule),
+            "sampler": str(self.sampler),
+        }
+
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON."""
         data = asdict(replace(self, quality=None, low_fidelity=None))
