@@ -317,16 +317,7 @@ def sample(
     with interruptible(f"no image was written to {out}; the same command begins again"):
         result = images.sample()
     images.write(result)
-    print_json(
-        {
-            **images.plan,
-            "out": str(out),
-            "nfe": result.nfe,
-            "block_calls": result.block_calls,
-            "block_frac": images.block_frac(result),
-            "seconds": round(result.seconds, 3),
-        }
-    )
+    print_json(images.told(result))
 
 
 def verify(

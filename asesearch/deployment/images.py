@@ -108,6 +108,17 @@ class BundleImages:
         full = passes * len(result.timesteps) * (net.fixed_blocks + net.depth)
         return result.block_calls / full
 
+    def told(self, result: SampleResult) -> dict[str, Any]:
+        """The plan, and what `sample` took, as plain data."""
+        return {
+            **self.plan,
+            "out": str(self.out),
+            "nfe": result.nfe,
+            "block_calls": result.block_calls,
+            "block_frac": self.block_frac(result),
+            "seconds": round(result.seconds, 3),
+        }
+
     def write(self, result: SampleResult) -> None:
         """Write what `sample` gave, decoded where there is a VAE.
 
