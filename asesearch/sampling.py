@@ -212,14 +212,7 @@ def sample(
     shape = (backbone.in_channels, backbone.input_size, backbone.input_size)
     images = torch.empty(len(seeds), *shape)
     seconds = 0.0
-    with (
-        _ONE_AT_A_TIME,
-        _evaluating(backbone.to(place)),
-        arithmetic(precision, place),
-        compiled(backbone, compile),
-        nullcontext() if acceleration is None else attached(acceleration, backbone) as begin,
-        _counting(backbone, acceleration) as counted,
-    ):
+    with _prepared(backbone, place, precision, compile, acceleration) as (begin, counted):
         for first in range(0, len(seeds), batch_size):
             part = slice(first, min(first + batch_size, len(seeds)))
             start = _now(place)
@@ -234,6 +227,31 @@ def sample(
                 on_batch(part.stop, len(seeds))
     calls = model.block_calls if acceleration is None else counted[0] / len(seeds)
     return SampleResult(images, tuple(model.timesteps), model.nfe, calls, seconds)
+
+
+@contextmanager
+def _prepared(
+    backbone: Backbone,
+    place: torch.device,
+    precision: str,
+    compile: bool,
+    acceleration: Acceleration | None,
+) -> Iterator[tuple[Begin | None, list[int]]]:
+    """Inside, the network is on its device and runs as `sample` was asked to; no other sampling of
+    the process does.
+
+    Yields:
+        What the acceleration wants to hear before each call, and the count of `_counting`.
+    """
+    with (
+        _ONE_AT_A_TIME,
+        _evaluating(backbone.to(place)),
+        arithmetic(precision, place),
+        compiled(backbone, compile),
+        nullcontext() if acceleration is None else attached(acceleration, backbone) as begin,
+        _counting(backbone, acceleration) as counted,
+    ):
+        yield begin, counted
 
 
 @contextmanager
