@@ -107,8 +107,12 @@ def pick(
     In words on stderr and as JSON on stdout. Reads records only.
     """
     from asesearch.study import Study, answers
+    from asesearch.study.picking import told_unconfirmed
 
-    found = answers(Study.open(run_dir, storage).results(), quality, time, early_exit=early_exit)
+    results = Study.open(run_dir, storage).results()
+    found = answers(results, quality, time, early_exit=early_exit)
+    if told := told_unconfirmed(results):
+        say(told)
     for answer in found:
         say(str(answer))
     print_json([answer.to_dict() for answer in found])

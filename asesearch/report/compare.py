@@ -14,7 +14,7 @@ from matplotlib.ticker import MaxNLocator
 
 from asesearch.report import grids, tables
 from asesearch.report.attainment import along
-from asesearch.report.comparison import Comparison, compare_results
+from asesearch.report.comparison import UNKNOWN_SPREAD, Comparison, compare_results
 from asesearch.report.explorer import scripts
 from asesearch.report.folder import MARK, environment, write_folder
 from asesearch.report.style import (
@@ -86,6 +86,7 @@ def _write(comparison: Comparison, folder: Path) -> None:
         protocol=grids.protocol_grid({comparison.kind: comparison.protocol}),
         reference=number(comparison.reference[1]),
         level=tables.LEVEL,
+        unknown_spread=percent(UNKNOWN_SPREAD),
         script=scripts()["script"],
     )
     (folder / "index.html").write_text(html, encoding="utf-8")

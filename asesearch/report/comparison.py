@@ -27,6 +27,8 @@ FEW = "fewer than half of the repeats have a point as fast"
 TOLD_APART = "told apart"
 TIMES = "times can't be told apart"
 CLEAR = (ALONE, APART, TOLD_APART)
+#: Of a time whose spread is not known, predicted or measured once, this share counts as one.
+UNKNOWN_SPREAD = 0.02
 
 
 @dataclass(frozen=True)
@@ -63,7 +65,7 @@ class Member:
             slowest: points count too that are as fast as this, where their time less its spread is.
         """
         times = self.points["time_frac"]
-        least = times - self.points["time_spread"].fillna(0.0)
+        least = times - _spread(self.points)
         inside = self.points[(times <= time) | (least <= slowest)]
         return None if inside.empty else inside.iloc[int(inside["quality"].to_numpy().argmin())]
 
@@ -82,7 +84,7 @@ class Comparison:
     """What studies under one protocol say of each other.
 
     Attributes:
-        kind: "confirmed" where every study has confirmed scores, else "search".
+        kind: "confirmed" where every study's front is confirmed whole, else "search".
         protocol: that all scores share.
         members: the studies, in the order given.
         studies: one row a study: its group, trials, the full network's score, `hypervolume`, and
@@ -170,7 +172,8 @@ def compare_results(
     for group in groups or ():
         if any("\ud800" <= c <= "\udfff" for c in group):
             raise ConfigError(f"a group's name must be UTF-8; got {group!r}; give it another")
-    kind: tables.Kind = "confirmed" if all(r.confirmations for r in results) else "search"
+    confirmed = all(r.confirmations and not r.unconfirmed for r in results)
+    kind: tables.Kind = "confirmed" if confirmed else "search"
     names = _names(results)
     protocol = _one_protocol(results, names, kind)
     members = tuple(
@@ -369,7 +372,8 @@ def _winner(members: Sequence[Member], time: float) -> tuple[str, float, str]:
     be noise.
 
     A group stands by the median of its studies; one that has no point as fast counts as infinitely
-    bad. What others reach in a time that can't be told apart from the winner's counts as well.
+    bad. The winner is ahead of every other group, and of what they reach in a time that can't be
+    told apart from its own.
     """
     groups = {
         name: [m for m in members if m.group == name]
@@ -381,13 +385,20 @@ def _winner(members: Sequence[Member], time: float) -> tuple[str, float, str]:
     if math.isinf(a):
         return "", math.nan, FEW
     mine = [point for m in groups[first] if (point := m.best_within(time)) is not None]
-    slowest = max(p["time_frac"] + np.nan_to_num(p["time_spread"]) for p in mine)
-    verdict = _verdict(groups[first], groups[others[0]], time)
-    for name in others if verdict in CLEAR else ():
-        clear = _verdict(groups[first], groups[name], time) in CLEAR
-        if clear and _verdict(groups[first], groups[name], time, slowest) not in CLEAR:
-            verdict = TIMES
+    reached = pd.DataFrame(mine)
+    slowest = float((reached["time_frac"] + _spread(reached)).max())
+    verdicts = [_verdict(groups[first], groups[name], time) for name in others]
+    verdict = next((v for v in verdicts if v not in CLEAR), verdicts[0])
+    if verdict in CLEAR:
+        within = [_verdict(groups[first], groups[name], time, slowest) for name in others]
+        verdict = verdict if all(v in CLEAR for v in within) else TIMES
     return (first if verdict in CLEAR else ""), b - a if b < math.inf else math.nan, verdict
+
+
+def _spread(points: pd.DataFrame) -> pd.Series:
+    """How far the time of each may be off; not the full network's, over which times are counted."""
+    known = points["time_spread"].mask(points["label"] == tables.FULL, 0.0)
+    return known.fillna(UNKNOWN_SPREAD * points["time_frac"])
 
 
 def _median(points: Sequence[pd.Series | None]) -> float:
@@ -403,7 +414,7 @@ def _verdict(
     `Member.best_within`."""
     a = [m.best_within(time) for m in mine]
     b = [m.best_within(time, slowest) for m in theirs]
-    if math.isinf(_median(b)):
+    if all(point is None for point in b):
         return ALONE
     if len(a) > 1 or len(b) > 1:
         most = max(_median([p]) for p in a)

@@ -24,7 +24,7 @@ from asesearch.report.style import (
     score_axis,
     settle,
 )
-from asesearch.report.wording import number
+from asesearch.report.wording import number, percent
 from asesearch.study.records import StudyResults
 
 _COST = (
@@ -50,11 +50,7 @@ def trials_drawing(results: StudyResults) -> Drawing:
 def drawings(results: StudyResults) -> list[Drawing]:
     """The other figures of this module, those without data too."""
     volume = tables.hypervolume(results)
-    losses = "Loss of front points and of the full network, averaged over stretches of steps."
-    if results.config.get("train", {}).get("distill_frac"):
-        losses += (
-            " The full network learns the noise, the others what a teacher predicts: levels differ."
-        )
+    losses = exhibits.losses(results)
     return [
         Drawing.of(
             "hypervolume",
@@ -71,8 +67,24 @@ def drawings(results: StudyResults) -> list[Drawing]:
             exhibits.latency(results),
             draw_latency,
         ),
-        Drawing.of("losses", "Fine-tuning loss", losses, exhibits.losses(results), draw_losses),
+        Drawing.of(
+            "losses", "Fine-tuning loss", _losses_caption(results, losses), losses, draw_losses
+        ),
     ]
+
+
+def _losses_caption(results: StudyResults, losses: pd.DataFrame) -> str:
+    full = tables.FULL in set(losses["label"])
+    of = " and of the full network" if full else ""
+    caption = f"Loss of front points{of}, averaged over stretches of steps."
+    frac = results.config.get("train", {}).get("distill_frac")
+    if full and frac:
+        share = "" if frac == 1 else f", for {percent(frac)} of the samples,"
+        caption += (
+            f" The full network learns the noise, the others{share} what a teacher predicts: "
+            "levels differ."
+        )
+    return caption
 
 
 def _hypervolume_caption(volume: pd.DataFrame) -> str:

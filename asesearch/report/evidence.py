@@ -36,11 +36,11 @@ _IMPORTANCE = (
 def attained(results: StudyResults, kind: tables.Kind) -> pd.DataFrame:
     """What the best repeat of the evaluation attained, at least half of them, and all: how firm the
     front is; empty for one repeat. Times are those that may be claimed, see `tables.points`."""
-    values = tables.values_of(results, kind)
+    scores_of = tables.scores_of(results, kind)
     table = tables.points(results, kind).dropna(subset=["credited_frac"])
     if table.empty:
         return attainment.surfaces([])
-    scores = np.array([values[n] for n in table["number"]])  # (points, repeats)
+    scores = np.array([scores_of[n].values for n in table["number"]])  # (points, repeats)
     times = table["credited_frac"].to_numpy(dtype=np.float64)
     return attainment.surfaces([np.column_stack((times, column)) for column in scores.T])
 

@@ -27,7 +27,7 @@ def schedule_matrix(results: StudyResults) -> pd.DataFrame:
     for r in chosen:
         row = {
             "number": r.number,
-            "label": tables.label(r, results.own_sampler),
+            "label": tables.label(r, results),
             "depth": r.schedule.depth,
             "end": r.schedule.num_train_timesteps,
         }
@@ -63,7 +63,7 @@ def losses(results: StudyResults) -> pd.DataFrame:
             rows.append(
                 {
                     "number": r.number,
-                    "label": tables.label(r, results.own_sampler),
+                    "label": tables.label(r, results),
                     "step": step,
                     "loss": float(stretch.mean()),
                 }
@@ -105,7 +105,7 @@ def samples(results: StudyResults) -> pd.DataFrame:
             rows.append(
                 {
                     "number": r.number,
-                    "label": tables.label(r, results.own_sampler),
+                    "label": tables.label(r, results),
                     "image": i,
                     "sha256": digest,
                 }

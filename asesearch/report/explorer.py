@@ -69,7 +69,7 @@ def _kind(results: StudyResults, kind: tables.Kind) -> dict[str, Any]:
     protocol = tables.protocol_of(results, kind)
     assert protocol is not None
     repeats = len(protocol.seeds)
-    values = tables.values_of(results, kind)
+    scores = tables.scores_of(results, kind)
     points = [
         {
             "number": int(row["number"]),
@@ -82,7 +82,7 @@ def _kind(results: StudyResults, kind: tables.Kind) -> dict[str, Any]:
             "margin": _short(row["difference_margin"]),
             "verdict": row["verdict"],
             "front": bool(row["on_front"]),
-            "values": [_short(v) for v in values[int(row["number"])]],
+            "values": [_short(v) for v in scores[int(row["number"])].values],
         }
         for row in tables.points(results, kind).dropna(subset=["time_frac"]).to_dict("records")
     ]
@@ -115,7 +115,7 @@ def _trials(results: StudyResults) -> dict[int, dict[str, Any]]:
     kept = _kept(results)
     return {
         r.number: {
-            "label": tables.label(r, results.own_sampler),
+            "label": tables.label(r, results),
             "sampler": str(r.sampler),
             "schedule": str(r.schedule),
             "depth": r.schedule.depth,

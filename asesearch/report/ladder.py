@@ -55,7 +55,7 @@ def rungs(results: StudyResults) -> pd.DataFrame:
         rows.append(
             {
                 "number": r.number,
-                "label": tables.label(r, results.own_sampler),
+                "label": tables.label(r, results),
                 "origin": r.origin,
                 "sampler": str(r.sampler),
                 "schedule": str(r.schedule),

@@ -34,7 +34,7 @@ def retrained(results: StudyResults) -> pd.DataFrame:
         rows.append(
             {
                 "number": c.number,
-                "label": tables.label(record, results.own_sampler),
+                "label": tables.label(record, results),
                 "metric": c.quality.protocol.metric_name,
                 "training_seeds": len(c.trained.values) if trained else 0,
                 "failed_seeds": sum(isinstance(q, str) for q in c.retrained),
@@ -44,7 +44,9 @@ def retrained(results: StudyResults) -> pd.DataFrame:
                 "difference": difference,
                 "margin": tables.nan(margin),
                 "confidence": CONFIDENCE,
-                "verdict": "the reference" if c is full else tables.verdict(difference, margin),
+                "verdict": "the reference"
+                if c is full
+                else tables.verdict(difference, margin, "training"),
                 "time_frac": c.measured_time_frac,
             }
         )
@@ -55,8 +57,7 @@ def failed_seeds(results: StudyResults) -> list[str]:
     """A sentence for each fine-tuning of a confirmed point that failed under a further seed."""
     records = tables.by_number(results)
     return [
-        f"Of {tables.label(records[c.number], results.own_sampler)}, training seed {seed} failed: "
-        f"{told}."
+        f"Of {tables.label(records[c.number], results)}, training seed {seed} failed: {told}."
         for c in results.confirmations
         for seed, told in enumerate(c.retrained, 1)
         if isinstance(told, str)
@@ -78,7 +79,7 @@ def feature_spaces(results: StudyResults) -> pd.DataFrame:
             rows.append(
                 {
                     "number": c.number,
-                    "label": tables.label(records[c.number], results.own_sampler),
+                    "label": tables.label(records[c.number], results),
                     "metric": quality.protocol.metric_name,
                     "quality": quality.value,
                     "std_error": tables.std_error(quality),

@@ -132,31 +132,35 @@ def render_page(results: StudyResults, shown: list[tuple[Drawing, bytes]]) -> st
             one_repeat=used is not None and len(used.seeds) == 1,
             unknown=UNKNOWN,
             level=tables.LEVEL,
-            check=next((r.number for r in results.complete), None)
-            if answer.chosen is None
-            else answer.chosen,
+            check=_checked(results, answer.chosen),
             finished=max(r.finished_at for r in results.records),
         )
     )
+
+
+def _checked(results: StudyResults, chosen: int | None) -> int | None:
+    """A trial to score again: the chosen one, if the study keeps its weights; None if there is
+    none."""
+    kept = [r.number for r in results.complete if results.has_weights(r)]
+    return chosen if chosen in kept else next(iter(kept), None)
 
 
 def _picks(results: StudyResults, chosen: int | None) -> list[tuple[str, str]]:
     """Export commands with what each hands over."""
     records = tables.by_number(results)
     out = []
-    if chosen is not None:
+    if chosen is not None and results.has_weights(records[chosen]):
         out.append(
             (
                 f"--trial {chosen}",
-                f"{tables.label(records[chosen], results.own_sampler)}, "
-                "which the headline speaks of",
+                f"{tables.label(records[chosen], results)}, which the headline speaks of",
             )
         )
     for mode, quality, time, meaning in PICKS:
         budget = f" --quality {quality}" if quality else f" --time {time}" if time else ""
         try:
             record = pick(results, mode, quality, time)
-            got = tables.label(record, results.own_sampler)
+            got = tables.label(record, results)
             if quality and (told := told_difference(results, record)):
                 got += f"; {told}"
         except AseSearchError:  # no point meets the budget, or the spread is unknown

@@ -35,17 +35,24 @@ LEVEL = f"{100 * CONFIDENCE:.0f}\N{NO-BREAK SPACE}% confidence"  # said with eve
 Kind = Literal["search", "confirmed"]
 
 
-def label(record: TrialRecord, own: Sampler) -> str:
+def label(record: TrialRecord, results: StudyResults) -> str:
     """What to call a trial in figures and tables: "full network", a published name, or "#12"; with
-    its steps and acceleration where its sampler is not the study's `own`: "full, 8 steps", "#12, 8
-    steps + cache-attn-0.1"."""
+    its steps and acceleration where its sampler is not the study's own: "full, 8 steps", "#12, 8
+    steps + cache-attn-0.1"; with the sampler where another has as many: "full, dpm++2m-8"."""
     if record.origin == "full":
         return FULL
-    if record.sampler != own:
-        name = "full" if record.schedule.is_full else f"#{record.number}"
-        added = record.sampler.acceleration
-        return f"{name}, {record.sampler.num_steps} steps" + (f" + {added}" if added else "")
+    if record.sampler != results.own_sampler:
+        if not record.schedule.is_full:
+            return f"#{record.number}, {_steps(record.sampler)}"
+        alike = {r.sampler for r in results.records if r.schedule.is_full and r.origin != "full"}
+        same = [s for s in alike if _steps(s) == _steps(record.sampler)]
+        return f"full, {record.sampler if len(same) > 1 else _steps(record.sampler)}"
     return record.origin if record.origin in PUBLISHED else f"#{record.number}"
+
+
+def _steps(sampler: Sampler) -> str:
+    added = sampler.acceleration
+    return f"{sampler.num_steps} steps" + (f" + {added}" if added else "")
 
 
 def protocol_of(results: StudyResults, kind: Kind) -> Protocol | None:
@@ -64,8 +71,9 @@ def protocol_of(results: StudyResults, kind: Kind) -> Protocol | None:
 
 
 def kind_of(results: StudyResults) -> Kind:
-    """Which scores the headline and the front stand on: confirmed ones wherever there are any."""
-    return "confirmed" if results.confirmations else "search"
+    """Which scores the headline and the front stand on: confirmed ones, as soon as a schedule
+    has one."""
+    return "confirmed" if results.stands_confirmed else "search"
 
 
 def by_number(results: StudyResults) -> dict[int, TrialRecord]:
@@ -95,7 +103,7 @@ def trials(results: StudyResults) -> pd.DataFrame:
         values = r.quality.values if r.quality else ()
         row = {
             "number": r.number,
-            "label": label(r, results.own_sampler),
+            "label": label(r, results),
             "origin": r.origin,
             "schedule": str(r.schedule),
             "sampler": str(r.sampler),
@@ -157,7 +165,7 @@ def points(results: StudyResults, kind: Kind) -> pd.DataFrame:
         ]
     else:
         found = [
-            (records[c.number], c.quality, c.measured_time_frac, c.measured_time_spread)
+            (records[c.number], c.quality, c.measured_time_frac, _time_spread(results, c))
             for c in results.confirmations
         ]
     protocol = protocol_of(results, kind)
@@ -165,7 +173,9 @@ def points(results: StudyResults, kind: Kind) -> pd.DataFrame:
         (quality for r, quality, *_ in found if full is not None and r.number == full.number), None
     )
     claimed = [
-        time if kind == "search" else credited_time(time, spread, r.block_frac)
+        time
+        if kind == "search"
+        else credited_time(time, 0.0 if math.isnan(spread) else spread, r.block_frac)
         for r, _, time, spread in found
     ]
     scores = [quality.value for _, quality, *_ in found]
@@ -178,7 +188,7 @@ def points(results: StudyResults, kind: Kind) -> pd.DataFrame:
         rows.append(
             {
                 "number": r.number,
-                "label": label(r, results.own_sampler),
+                "label": label(r, results),
                 "schedule": str(r.schedule),
                 "sampler": str(r.sampler),
                 "kind": kind,
@@ -202,6 +212,13 @@ def points(results: StudyResults, kind: Kind) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=_POINT_COLUMNS).sort_values(
         ["credited_frac", "number"], ignore_index=True
     )
+
+
+def _time_spread(results: StudyResults, c: Confirmation) -> float:
+    """Of a measured time; NaN where there was one pair, which has none."""
+    once = results.config.get("confirm", {}).get("time_repeats") == 1
+    full = results.full is not None and c.number == results.full.number
+    return math.nan if once and not full else c.measured_time_spread
 
 
 _POINT_COLUMNS = [
@@ -228,25 +245,26 @@ _POINT_COLUMNS = [
 ]
 
 
-def values_of(results: StudyResults, kind: Kind) -> dict[int, tuple[float, ...]]:
-    """The score of each repeat, by trial."""
+def scores_of(results: StudyResults, kind: Kind) -> dict[int, EvaluationResult]:
+    """Scores of one kind, by trial."""
     if kind == "confirmed":
-        return {c.number: c.quality.values for c in results.confirmations}
-    return {r.number: r.quality.values for r in results.complete if r.quality is not None}
+        return {c.number: c.quality for c in results.confirmations}
+    return {r.number: r.quality for r in results.complete if r.quality is not None}
 
 
-def verdict(difference: float, margin: float | None) -> str:
+def verdict(difference: float, margin: float | None, single: str = "repeat") -> str:
     """A score against the full network's, in words.
 
     Args:
         difference: the score minus the full network's.
         margin: half the width of the confidence interval of the difference, see
             `EvaluationResult.margin`.
+        single: what there is one of where no margin is known.
     """
     if math.isnan(difference):
         return "no score of the full network"
     if margin is None or math.isnan(margin):
-        return "spread unknown (one repeat)"
+        return f"spread unknown (one {single})"
     if abs(difference) <= margin:
         return "can't be told apart"
     return "better" if difference < 0 else "worse"
@@ -311,12 +329,12 @@ def cost(results: StudyResults) -> pd.DataFrame:
         rows.append(
             {
                 "number": r.number,
-                "label": label(r, results.own_sampler),
+                "label": label(r, results),
                 "block_frac": nan(r.block_frac),
                 "flops_frac": nan(r.flops_frac),
                 "predicted_time_frac": nan(r.time_frac),
                 "measured_time_frac": c.measured_time_frac if c else math.nan,
-                "measured_time_spread": c.measured_time_spread if c else math.nan,
+                "measured_time_spread": _time_spread(results, c) if c else math.nan,
                 "credited_frac": confirmed[r.number] if c else nan(r.time_frac),
             }
         )
@@ -345,7 +363,7 @@ def confirmation(results: StudyResults) -> pd.DataFrame:
         rows.append(
             {
                 "number": c.number,
-                "label": label(r, results.own_sampler),
+                "label": label(r, results),
                 "metric": c.quality.protocol.metric_name,
                 "search_quality": r.quality.value,
                 "search_std_error": std_error(r.quality),
@@ -356,7 +374,7 @@ def confirmation(results: StudyResults) -> pd.DataFrame:
                 **_selection_bias(results, r.quality, c, baseline),
                 "predicted_time_frac": nan(r.time_frac),
                 "measured_time_frac": c.measured_time_frac,
-                "measured_time_spread": c.measured_time_spread,
+                "measured_time_spread": _time_spread(results, c),
                 "credited_frac": row["credited_frac"],
                 "difference": row["difference"],
                 "difference_se": row["difference_se"],

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from decimal import ROUND_HALF_UP, Context, Decimal
 
 import pandas as pd
 
 from asesearch.report import tables
+from asesearch.score import EvaluationResult
 from asesearch.study.records import NOT_CONFIRMED, StudyResults, left_out
 from asesearch.study.timing import UNEXPLAINED
 
@@ -104,18 +106,16 @@ def headline(results: StudyResults) -> Headline:
     counts += f", and {stopped} were stopped at their low-fidelity score." if stopped else "."
     if points.empty:
         return Headline("No trial has given a score yet.", (counts,))
-    status = (
-        "Confirmed on fresh seeds, with measured sampling time."
-        if kind == "confirmed"
-        else "Scores and predicted times of the search: the best of many is flattered, and "
-        "nothing is confirmed yet."
-    )
+    status = _status(results, kind)
     if kind == "confirmed":
         counts += _not_confirmed(results)
     baseline = points[points["verdict"] == "the reference"]
     others = points[points["verdict"] != "the reference"].sort_values(
         "credited_frac", kind="stable", ignore_index=True
     )
+    records = tables.by_number(results)
+    kept = others[[results.has_weights(records[n]) for n in others["number"]]]
+    others = (others if kept.empty else kept).reset_index(drop=True)
     if baseline.empty:
         return Headline(
             "There is nothing to compare with: the full network has no score of this kind.",
@@ -123,19 +123,49 @@ def headline(results: StudyResults) -> Headline:
         )
     if others.empty:
         return Headline("Only the full network has a score so far.", (status, counts))
-    found = _unknown_spread(others) if others["difference_se"].isna().all() else _verdict(others)
+    if others["difference_se"].isna().all():
+        found = _unknown_spread(others)
+    else:
+        found = _verdict(others, partly=kind == "confirmed" and bool(results.unconfirmed))
     protocol = tables.protocol_of(results, kind)
     notes = (TWO_REPEATS,) if protocol is not None and len(protocol.seeds) == 2 else found.details
     compared = _compared(others, baseline.iloc[0], found.chosen)
-    details = (compared, *_beside(others, found.chosen), *_disturbed(others), status, counts)
+    beside = _beside(others, found.chosen, tables.scores_of(results, kind))
+    details = (compared, *beside, *_disturbed(others), status, counts)
     return Headline(found.answer, (*notes, *details), found.success, found.chosen)
 
 
+def _status(results: StudyResults, kind: tables.Kind) -> str:
+    """What the scores are worth: how far the front is confirmed."""
+    left = results.unconfirmed
+    if kind == "confirmed" and not left:
+        return "Confirmed on fresh seeds, with measured sampling time."
+    again = "The same search again goes on with it."
+    if kind == "confirmed":
+        names = ", ".join(f"trial {r.number}" for r in left)
+        done = len(results.confirmations)
+        return (
+            f"Confirmed on fresh seeds, with measured sampling time, so far {done} of "
+            f"{done + len(left)} points; not yet {names}. {again}"
+        )
+    status = "Scores and predicted times of the search: the best of many is flattered, and "
+    if results.confirmations:
+        return f"{status}only the full network is confirmed yet. {again}"
+    return f"{status}nothing is confirmed yet."
+
+
 def _not_confirmed(results: StudyResults) -> str:
-    """What is to be said of points of the search's front that were not worth confirming."""
-    out = [] if results.full is None else left_out(results.front(), results.full)
+    """What is to be said of points of the search's front that were not worth confirming, or could
+    not be confirmed."""
+    if results.full is None:
+        return ""
+    done = {c.number for c in results.confirmations}
+    out = [r for r in left_out(results.front(), results.full) if r.number not in done]
     names = ", ".join(f"trial {r.number}" for r in out)
-    return f" {NOT_CONFIRMED.format(names).capitalize()}." if out else ""
+    told = f" {NOT_CONFIRMED.format(names).capitalize()}." if out else ""
+    for number, why in sorted(results.unconfirmable.items()):
+        told += f" Trial {number} could not be confirmed: {why}."
+    return told
 
 
 def _name(row: pd.Series) -> str:
@@ -149,18 +179,25 @@ def _name(row: pd.Series) -> str:
 
 def _takes(row: pd.Series) -> str:
     time = row["credited_frac"]
+    shown = relative(time)
+    if time > WORTHWHILE_TIME and shown == relative(WORTHWHILE_TIME):  # the digits that tell it
+        digits = next(d for d in range(3, 20) if fixed(time, d) != fixed(WORTHWHILE_TIME, d))
+        shown = f"{fixed(time, digits)}×"
     if time != row["time_frac"]:
         return (
-            f"runs {relative(time)} of the block calls, which make it {speed_up(time)} as fast at "
+            f"runs {shown} of the block calls, which make it {speed_up(time)} as fast at "
             f"best (the time measured is {UNEXPLAINED}),"
         )
     verb = "is predicted to take" if row["kind"] == "search" else "takes"
-    return f"{verb} {relative(time)} the time ({speed_up(time)} as fast)"
+    return f"{verb} {shown} the time ({speed_up(time)} as fast)"
 
 
-def _beside(others: pd.DataFrame, chosen: int | None) -> tuple[str, ...]:
-    """The best score among the measured times that can't be told apart from the chosen one's, if it
-    is better than the chosen one's. What block calls can't explain is no measured time."""
+def _beside(
+    others: pd.DataFrame, chosen: int | None, scores: Mapping[int, EvaluationResult]
+) -> tuple[str, ...]:
+    """The lowest score among the measured times that can't be told apart from the chosen one's, if
+    it is lower than the chosen one's, and no more shown to be worse than the full network's. What
+    block calls can't explain is no measured time."""
     row = others[others["number"] == chosen].iloc[0]
     sound = others[others["credited_frac"] == others["time_frac"]]
     if chosen not in set(sound["number"]):
@@ -168,15 +205,20 @@ def _beside(others: pd.DataFrame, chosen: int | None) -> tuple[str, ...]:
     apart = (sound["time_frac"] - row["time_frac"]).abs()
     tied = sound[apart <= sound["time_spread"] + row["time_spread"]]  # not where it is predicted
     tied = tied[tied["quality"] < row["quality"]]
+    if row["verdict"] != "worse":
+        tied = tied[tied["verdict"] != "worse"]
     if tied.empty:
         return ()
     best = tied.iloc[int(tied["quality"].to_numpy().argmin())]
     score = plus_minus(best["quality"], best["std_error"])
+    mine, own = scores[int(best["number"])], scores[int(row["number"])]
+    better = tables.verdict(mine.minus(own)[0], mine.margin(own)) == "better"
+    told = "has a better" if better else "has a lower, not told apart,"
     time = relative(best["time_frac"], best["time_spread"])
     chosen_time = relative(row["time_frac"], row["time_spread"])
     return (
         f"At a time that can't be told apart from that ({time} beside {chosen_time}) {_name(best)} "
-        f"has a better {best['metric']}: {score}.",
+        f"{told} {best['metric']}: {score}.",
     )
 
 
@@ -197,8 +239,9 @@ def _disturbed(others: pd.DataFrame) -> tuple[str, ...]:
     )
 
 
-def _verdict(others: pd.DataFrame) -> Headline:
-    """With a known spread: the fastest schedule that is not worse, or the closest."""
+def _verdict(others: pd.DataFrame, partly: bool) -> Headline:
+    """With a known spread: the fastest schedule that is not worse, or the closest; `partly`: more
+    of the front is still to be confirmed."""
     metric = others["metric"].iloc[0]
     matching = others[
         (others["difference"] <= others["difference_margin"]) & (others["credited_frac"] < 1)
@@ -221,16 +264,21 @@ def _verdict(others: pd.DataFrame) -> Headline:
         faster = others[others["credited_frac"] < 1]
         pool = others if faster.empty else faster
         best = pool.iloc[int(pool["difference"].to_numpy().argmin())]
-        rest = (
-            f"the closest was {_name(best)}, which {_takes(best)} and is worse by "
-            f"{number(best['difference'])}"
-        )
+        rest = f"the closest was {_name(best)}, which {_takes(best)} and {_apart(best)}"
+    none = "Of what is confirmed so far no schedule" if partly else "No schedule"
     answer = (
-        f"No schedule takes at most {relative(WORTHWHILE_TIME)} the time at a {metric} that "
+        f"{none} takes at most {relative(WORTHWHILE_TIME)} the time at a {metric} that "
         "can't be told apart from the "
     )
     answer += f"full network's ({tables.LEVEL})"
     return Headline(f"{answer}; {rest}.", (), False, int(best["number"]))
+
+
+def _apart(row: pd.Series) -> str:
+    """How its score stands to the full network's."""
+    if row["verdict"] not in ("better", "worse"):
+        return "can't be told apart from it"
+    return f"is {row['verdict']} by {number(abs(row['difference']))}"
 
 
 def _interval(row: pd.Series) -> str:

@@ -22,6 +22,7 @@ class Answer:
         same: numbers of the other points that can't be told apart from it at the confidence of
             `asesearch.score.CONFIDENCE`; None where one repeat tells nothing of the spread.
         shortfall: what it falls short of, where no point is within the budget; else empty.
+        alone: whether there is no other point to compare it with.
     """
 
     question: str
@@ -29,6 +30,7 @@ class Answer:
     full_score: float | None
     same: tuple[int, ...] | None
     shortfall: str = ""
+    alone: bool = False
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON."""
@@ -58,6 +60,8 @@ class Answer:
         of = "" if self.full_score is None else f" (full network: {self.full_score:.4g})"
         if self.same is None:
             told = "one repeat: nothing can be told apart"
+        elif self.alone:
+            told = "no other point has a score of that kind"
         elif self.same:
             points = "trial" if len(self.same) == 1 else "trials"
             told = f"not told apart from {points} {', '.join(map(str, self.same))}"
@@ -112,12 +116,15 @@ def answers(
 def _answer(question: str, point: Scored, points: list[Scored], shortfall: str) -> Answer:
     alike = [p for p in points if p.confirmed == point.confirmed]
     full = next((p.quality.value for p in alike if p.record.origin == "full"), None)
-    return Answer(question, point, full, indistinguishable(point, alike), shortfall)
+    same = indistinguishable(point, alike)
+    return Answer(question, point, full, same, shortfall, alone=len(alike) == 1)
 
 
 def indistinguishable(point: Scored, points: list[Scored]) -> tuple[int, ...] | None:
     """Numbers of the other points whose score can't be told apart from a point's; None where one
     repeat tells nothing of the spread."""
+    if len(point.quality.values) == 1:
+        return None
     same = []
     for other in points:
         if other.record.number == point.record.number:

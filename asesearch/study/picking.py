@@ -149,7 +149,7 @@ def pick_nearest(
     """As `pick`, but where no point meets the budget the next best one, and what it falls short of.
 
     The next best is the point nearest to the budget (the lowest score, or the shortest time); with
-    `early_exit` and no such point on the front, the fastest of full depth.
+    `early_exit` and no such point on the front, what is asked for among those of full depth.
 
     Returns:
         The point, and one line in words; empty where it is what was asked for.
@@ -185,7 +185,7 @@ def pick_and_tell(
     else:
         record = pick(results, mode, quality, time_frac, early_exit=early_exit)
         shortfall = ""
-    lines = [shortfall] if shortfall else []
+    lines = [line for line in (told_unconfirmed(results), shortfall) if line]
     relative = quality is not None and parse_budget(quality)[0] != "score"
     if relative and (told := told_difference(results, record)):
         lines.append(f"trial {record.number}: {told}")
@@ -212,9 +212,9 @@ def told_difference(results: StudyResults, record: TrialRecord) -> str:
 
 
 def scored_points(results: StudyResults) -> list[Scored]:
-    """The points that a choice is made among: the confirmed ones where there are any, else the
+    """The points that a choice is made among: the confirmed ones as soon as a schedule is, else the
     search's front and the full network."""
-    return _confirmed(results) or _searched(results)
+    return (_confirmed(results) if results.stands_confirmed else []) or _searched(results)
 
 
 def choose(
@@ -243,9 +243,9 @@ def choose(
             if prefix:
                 shortfall = prefix + (shortfall or f"there is {point}")
             return point, _with_unconfirmed(shortfall, results, point, time_frac, early_exit)
-    fastest = min(points, key=lambda p: (p.time_frac, p.quality.value))
-    shortfall = f"no early-exit schedule is on the front{_tried(results)}"
-    return fastest, f"{shortfall}; the fastest of full depth is {fastest}"
+    point, shortfall = _best(points, points, mode, quality, time_frac, "point of full depth")
+    none = f"no early-exit schedule is on the front{_tried(results)}"
+    return point, f"{none}; {shortfall or f'of full depth there is {point}'}"
 
 
 def _best(
@@ -304,6 +304,16 @@ def _with_unconfirmed(
     )
 
 
+def told_unconfirmed(results: StudyResults) -> str:
+    """Which points of the front are still to be confirmed, in words; empty if none, or before it
+    begins."""
+    if not results.unconfirmed:
+        return ""
+    names = ", ".join(f"trial {r.number}" for r in results.unconfirmed)
+    by = ", and not picked from" if results.stands_confirmed else ": picked by the search's scores"
+    return f"still to be confirmed by the same `asesearch search`, {names}{by}"
+
+
 def _check_question(mode: str, quality: str | None, time_frac: float | None) -> None:
     """Refuse a mode without its budget, and a budget without its mode, before the study is read.
 
@@ -354,10 +364,7 @@ def _confirmed(results: StudyResults) -> list[Scored]:
         for c in results.confirmations
         if c.number in scored
     ]
-    if results.config.get("search", {}).get("keep_weights") != "front":
-        return found
-    kept = {p.record.point.weights_key for p in _searched(results)}
-    return [p for p in found if p.record.point.weights_key in kept]
+    return [p for p in found if results.has_weights(p.record)]
 
 
 def _tried(results: StudyResults) -> str:

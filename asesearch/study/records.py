@@ -273,6 +273,7 @@ class StudyResults:
             warm-up; "seconds" of "calibrate", the samplers' accelerations. Empty without any.
         importance: of each interval; None where the search had no difficulty map, or is of a
             release that did not keep it.
+        unconfirmable: why a trial can't be confirmed, by its number.
     """
 
     name: str
@@ -285,6 +286,7 @@ class StudyResults:
     difficulty_map: DifficultyMap | None = None
     warm_up: dict[str, Any] = field(default_factory=dict)
     importance: Importance | None = None
+    unconfirmable: Mapping[int, str] = field(default_factory=dict)
 
     @property
     def complete(self) -> tuple[TrialRecord, ...]:
@@ -306,6 +308,32 @@ class StudyResults:
     def two_weights(self) -> bool:
         """Whether early exits have weights of their own beside the pretrained ones."""
         return bool(self.config.get("search", {}).get("full_depth") == "pretrained")
+
+    @property
+    def unconfirmed(self) -> tuple[TrialRecord, ...]:
+        """Points that a confirmation begun is still to measure, as the front stands; empty before
+        it begins, and once it is whole."""
+        most = self.config.get("confirm", {}).get("max_points")
+        if not self.confirmations or self.full is None or most is None:
+            return ()
+        done = {c.number for c in self.confirmations}
+        front = tuple(r for r in self.front() if r.number not in self.unconfirmable)
+        return tuple(r for r in select(front, self.full, most) if r.number not in done)
+
+    @property
+    def stands_confirmed(self) -> bool:
+        """Whether the front is that of the confirmed scores: not while only the full network has
+        one of those that there are to be."""
+        schedules = [c for c in self.confirmations if not self.full or c.number != self.full.number]
+        return bool(schedules) or (bool(self.confirmations) and not self.unconfirmed)
+
+    def has_weights(self, record: TrialRecord) -> bool:
+        """Whether the study keeps the weights of a complete trial: all, or those of the search's
+        front and of the full network."""
+        if self.config.get("search", {}).get("keep_weights") != "front":
+            return True
+        kept = (*self.front(), *((self.full,) if self.full else ()))
+        return record.point.weights_key in {r.point.weights_key for r in kept}
 
     def front(self) -> tuple[TrialRecord, ...]:
         """Non-dominated trials under the search protocol, fastest first."""
@@ -340,8 +368,14 @@ def shortened(losses: Sequence[float]) -> list[float]:
 
 def left_out(front: tuple[TrialRecord, ...], full: TrialRecord) -> list[TrialRecord]:
     """Front points that are not confirmed, as they are worth nothing: those with more than
-    REFERENCE_QUALITY times the full network's score, unless there are no others."""
+    REFERENCE_QUALITY times the full network's score, unless there are no others.
+
+    Of a metric that may be 0 or less by chance (KID) no multiple means anything, and none is left
+    out.
+    """
     points = [r for r in front if r.number != full.number]
+    if full.quality is not None and full.quality.protocol.metric == "kid":
+        return []
     far = [
         r
         for r in points

@@ -139,6 +139,7 @@ class Study:
         run_dir = self.run_dir
         confirmed = confirmation_files(run_dir)  # before the records, of which they are
         records = self.records()
+        confirmed = of_records(confirmed, records)
         files = {
             record.number: self.samples_file(record.point)
             for record in records
@@ -153,7 +154,7 @@ class Study:
             self.config.name,
             self.config.shareable(),
             tuple(records),
-            confirmations_of(of_records(confirmed, records)),
+            confirmations_of(confirmed),
             latency or (),
             read_state(
                 run_dir / directory.ENVIRONMENT, dict, "that of this machine is shown instead"
@@ -165,6 +166,7 @@ class Study:
             read_state(
                 run_dir / directory.IMPORTANCE, Importance.from_dict, "the report goes without"
             ),
+            {number: why for _, stored in confirmed for number, why in stored["failed"].items()},
         )
 
     def _warm_up(self) -> dict[str, Any]:

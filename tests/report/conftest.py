@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 
 import numpy as np
@@ -141,6 +141,12 @@ def _confirmations(
             )
         )
     return out
+
+
+def no_more(results: StudyResults, confirmations: Iterable[Confirmation]) -> StudyResults:
+    """The study with these confirmations, and no others to be made."""
+    config = {k: v for k, v in results.config.items() if k != "confirm"}
+    return replace(results, config=config, confirmations=tuple(confirmations))
 
 
 @pytest.fixture(scope="session")

@@ -14,6 +14,7 @@ from asesearch.report import attainment, compare, comparison
 from asesearch.report.compare import drawings
 from asesearch.report.comparison import compare_results
 from asesearch.score import EvaluationResult
+from tests.report.conftest import build, no_more
 
 
 def shifted(results, by, name="other"):
@@ -35,8 +36,6 @@ def shifted(results, by, name="other"):
 @pytest.fixture(scope="module")
 def three():
     """Three repeats of one study."""
-    from tests.report.conftest import build
-
     return [build(16, seed=s, failed=()) for s in range(3)]
 
 
@@ -120,7 +119,7 @@ def timed(results, name, number, time, spread):
         if c.number in (full, number)
     )
     records = tuple(replace(r, block_frac=None) for r in results.records)
-    return replace(results, name=name, records=records, confirmations=kept)
+    return no_more(replace(results, name=name, records=records), kept)
 
 
 @pytest.mark.parametrize(("first", "second"), [(0.211, 0.001), (0.001, 0.211), (0.06, 0.06)])

@@ -93,7 +93,7 @@ def test_page_names_samplers_rungs_and_spending(climbed):
     )
     assert "1 failed" in html and html.count("by its probability") == 19
     fast = next(r for r in climbed.complete if r.sampler == FAST)
-    assert tables.label(fast, climbed.own_sampler) == f"#{fast.number}, 8 steps"
+    assert tables.label(fast, climbed) == f"#{fast.number}, 8 steps"
 
 
 @pytest.mark.thorough

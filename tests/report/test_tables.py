@@ -19,7 +19,7 @@ from asesearch.score import EvaluationResult, PrecisionRecall
 from asesearch.study.front import hypervolume_2d
 from asesearch.study.picking import pick
 from asesearch.study.records import Confirmation, shortened
-from tests.report.conftest import OWN
+from tests.report.conftest import OWN, no_more
 
 
 def dominated(p, points):
@@ -448,7 +448,7 @@ def measured(results, times):
         replace(c, quality=full.quality, measured_time_frac=time, measured_time_spread=spread)
         for c, (time, spread) in zip(others, times, strict=False)
     ]
-    return replace(results, confirmations=(full, *again))
+    return no_more(results, (full, *again))
 
 
 def test_a_time_that_block_calls_cannot_explain_is_no_claim_and_no_success(study):
@@ -528,7 +528,7 @@ def disturbed(study):
     records = tuple(
         replace(r, block_frac=blocks.get(r.number, r.block_frac)) for r in results.records
     )
-    return replace(results, records=records, confirmations=tuple(again)), first, second
+    return no_more(replace(results, records=records), again), first, second
 
 
 def test_the_front_is_of_times_that_may_be_claimed(disturbed):
@@ -547,7 +547,7 @@ def test_the_front_is_of_times_that_may_be_claimed(disturbed):
 
 def test_speed_ups_are_of_times_that_may_be_claimed(disturbed):
     results, first, second = disturbed
-    names = {r.number: tables.label(r, OWN) for r in results.records}
+    names = {r.number: tables.label(r, results) for r in results.records}
     for grid in (confirmation_grid(results), cost_grid(results)):
         shown = {row[0]: row[-2:] for row in grid.rows}
         assert grid.head[-2:] == ("time measured", "speed-up")

@@ -130,15 +130,20 @@ def test_a_front_of_full_depth_alone():
     record_, said = pick_nearest(found, "fastest-within", "+25%", early_exit=True)
     assert record_ == fewer
     assert said == (
-        "no early-exit schedule is on the front (1 have a score and are dominated); the fastest of "
-        "full depth is trial 1 with 4.4 at 0.210 of the time (6 under unipc-5); taking it"
+        "no early-exit schedule is on the front (1 have a score and are dominated); of full "
+        "depth there is trial 1 with 4.4 at 0.210 of the time (6 under unipc-5); taking it"
+    )
+    _, said = pick_nearest(found, "fastest-within", "4.3", early_exit=True)
+    assert said.endswith(
+        "no point of full depth is within the quality budget '4.3'; the nearest is trial 1 with "
+        "4.4 at 0.210 of the time (6 under unipc-5); taking it"
     )
     with pytest.raises(StudyError, match="no early-exit schedule is on the front.*--or-nearest"):
         pick(found, "fastest-within", "+25%", early_exit=True)
     none_tried = results(records=RECORDS[:1])
     record_, said = pick_nearest(none_tried, "best-within", time_frac=0.5, early_exit=True)
     assert record_.number == 0 and said.startswith(
-        "no early-exit schedule is on the front; the fastest"
+        "no early-exit schedule is on the front; no point of full depth is within the time budget"
     )
 
 

@@ -378,12 +378,13 @@
           make("span", { class: "value" }, `${relative(frac)}${gain}`));
       }));
       const clock = this.kind === "confirmed" ? p.time : trial.predicted;
-      const kept = Math.round((100 * trial.blocks) / clock);
+      const promised = 1 - trial.blocks;
+      const saved = 1 - clock > 0 ? `${Math.round((100 * (1 - clock)) / promised)} %` : "nothing";
       const what = this.kind === "confirmed" ? "clock" : "prediction";
       const beyond = p.credited !== p.time
         ? ` That is more than they can explain (the spread of the measured time is ±${(p.spread || 0).toFixed(3)}×): claim the bound.` : "";
-      byId("bound-note").textContent = trial.blocks && clock
-        ? `Of the speed-up that the blocks promise the ${what} keeps ${kept} %.${beyond}` : "";
+      byId("bound-note").textContent = promised > 0 && clock
+        ? `Of the time that fewer blocks promise to save the ${what} saves ${saved}.${beyond}` : "";
     }
 
     samples(p, trial) {
