@@ -277,7 +277,7 @@ def _std_error(values: tuple[float, ...]) -> float:
     return math.sqrt(sum((v - mean) ** 2 for v in values) / (n - 1) / n)
 
 
-def student_factor(repeats: int, confidence: float = CONFIDENCE) -> float:
+def student_factor(repeats: int) -> float:
     """Standard errors of a mean of `repeats` values from the middle of its confidence interval to
     an end."""
-    return float(stdtrit(repeats - 1, (1 + confidence) / 2))
+    return float(stdtrit(repeats - 1, (1 + CONFIDENCE) / 2))

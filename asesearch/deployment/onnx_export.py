@@ -56,13 +56,11 @@ class Exported:
         function: of the tensors, then the weights.
         weights: names of the weights it takes, in its order, as in `Part.weights`.
         turned: those that it takes transposed.
-        num_outputs: of the function.
     """
 
     function: onnx.FunctionProto
     weights: tuple[str, ...]
     turned: frozenset[str]
-    num_outputs: int
 
 
 def export_part(part: Part, name: str, tensors: Sequence[Tensor]) -> Exported:
@@ -99,7 +97,6 @@ def export_part(part: Part, name: str, tensors: Sequence[Tensor]) -> Exported:
         function,
         tuple(given[value] for value in taken),
         frozenset(given[value] for value in turned),
-        len(graph.output),
     )
 
 

@@ -13,7 +13,6 @@ from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
-from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch_fidelity import FeatureExtractorBase
@@ -198,10 +197,3 @@ def classifier_accuracy(net: FashionClassifier, test: ImageArray) -> float:
         batches = [test.images[i : i + 1000] for i in range(0, len(test), 1000)]
         guesses = [net.head(net.features(images)).argmax(1) for images in batches]
     return float((torch.cat(guesses) == test.labels).double().mean())
-
-
-def extractor_metadata(path: str | os.PathLike[str]) -> dict[str, str]:
-    """What `train_extractor` recorded in a weights file."""
-    with safe_open(path, "pt") as file:
-        metadata: dict[str, str] = file.metadata() or {}
-    return metadata

@@ -61,7 +61,7 @@ def _payload(results: StudyResults, chosen: int | None) -> dict[str, Any]:
         "chosen": chosen,
         "trials": _trials(results),
         "kinds": found,
-        "images": _images(results, kinds[0], chosen),
+        "images": _images(results, chosen),
     }
 
 
@@ -161,7 +161,7 @@ class _Strip:
         return {"src": src, "difference": self.difference}
 
 
-def _images(results: StudyResults, kind: tables.Kind, chosen: int) -> dict[str, Any]:
+def _images(results: StudyResults, chosen: int) -> dict[str, Any]:
     """Samples of the front, the full network and the chosen point, as large as they fit; then of
     other trials, the best first."""
     full = results.full

@@ -128,7 +128,7 @@ def unipc(model: Model, x: Array, pairs: Pairs, levels: NoiseLevels, noise: Nois
         lambdas.append(math.log(alpha / sigma))
         images.append((x - sigma * eps) / alpha)
         if before is not None:
-            x = _unipc_step(*before, lambdas[-3:], images[-3:], alpha, sigma, corrected=True)
+            x = _unipc_step(*before, lambdas[-3:], images[-3:], alpha, sigma)
         if t_next == levels.t_clean:
             return images[-1]
         before = x, sigma
@@ -150,10 +150,9 @@ def _unipc_step(
     images: Sequence[Array],
     alpha_next: float,
     sigma_next: float,
-    corrected: bool = False,
 ) -> Array:
-    """From the last point but one of `lambdas` to the last; `images` ends there if the step is
-    `corrected`."""
+    """From the last point but one of `lambdas` to the last; a corrected step has the image of that
+    too."""
     h = lambdas[-1] - lambdas[-2]
     here = images[len(lambdas) - 2]
     others = [i for i in range(len(images)) if i != len(lambdas) - 2]

@@ -9,17 +9,14 @@ import numpy as np
 import pytest
 import torch
 import torch_fidelity
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch_fidelity.feature_extractor_clip import CLIPVisual
 
 from asesearch.data import ImageArray
 from asesearch.errors import AseSearchError, DataError, EvaluationError
 from asesearch.evaluation import extractors
-from asesearch.evaluation.classifiers import (
-    classifier_accuracy,
-    extractor_metadata,
-    train_extractor,
-)
+from asesearch.evaluation.classifiers import classifier_accuracy, train_extractor
 from asesearch.evaluation.distances import frechet_distance
 from asesearch.evaluation.extractors import (
     SHIPPED_CLASSIFIERS,
@@ -41,6 +38,12 @@ def subset(data: ImageArray, count: int) -> ImageArray:
     )
 
 
+def metadata_of(path):
+    """What `train_extractor` recorded in a weights file."""
+    with safe_open(path, "pt") as file:
+        return file.metadata()
+
+
 @pytest.fixture(params=SHIPPED_CLASSIFIERS.values(), ids=lambda cls: cls.extractor)
 def cls(request):
     return request.param
@@ -54,7 +57,7 @@ LEARNT = {FashionCNN: 0.6, FashionViT: 0.3}  # after 2 epochs of 1,000 images; 0
 
 
 def test_a_shipped_classifier_reaches_its_accuracy_on_a_subset(cls, shipped_images):
-    measured = float(extractor_metadata(cls.shipped())["accuracy"])
+    measured = float(metadata_of(cls.shipped())["accuracy"])
     found = classifier_accuracy(cls().eval(), subset(shipped_images, 2000))
     assert found > measured - 0.02  # three standard errors of 2,000 images are 0.019
     assert found > LEAST[cls]
@@ -68,11 +71,11 @@ def test_random_weights_fail_the_accuracy_test(cls, shipped_images):
 def test_a_shipped_classifier_reaches_its_recorded_accuracy(cls, shipped_images):
     found = classifier_accuracy(cls().eval(), shipped_images)
     assert found > LEAST[cls]
-    assert found == pytest.approx(float(extractor_metadata(cls.shipped())["accuracy"]), abs=5e-4)
+    assert found == pytest.approx(float(metadata_of(cls.shipped())["accuracy"]), abs=5e-4)
 
 
 def test_the_shipped_weights_say_where_they_come_from(cls, shipped_images):
-    metadata = extractor_metadata(cls.shipped())
+    metadata = metadata_of(cls.shipped())
     assert metadata["test"] == f"{shipped_images.name} {shipped_images.digest}"
     assert metadata["data"].startswith("fashion-mnist/train ")
     assert metadata["extractor"] == cls.extractor and metadata["epochs"] == str(cls.epochs)
@@ -143,7 +146,7 @@ def test_training_repeats_and_records(cls, tmp_path, shipped_images):
     train_extractor(cls, data, tmp_path / "c.safetensors", test=test, epochs=1, seed=4)
     a, b, c = (make_extractor(cls.extractor, tmp_path / f"{n}.safetensors").digest for n in "abc")
     assert a == b != c
-    metadata = extractor_metadata(tmp_path / "a.safetensors")
+    metadata = metadata_of(tmp_path / "a.safetensors")
     assert (
         metadata["accuracy"] == f"{accuracy:.4f}"
         and metadata["data"] == f"{data.name} {data.digest}"
