@@ -258,3 +258,65 @@ def test_page_figures_and_csv(three, tmp_path):
     (tmp_path / "thesis" / "a.tex").write_text("precious")
     with pytest.raises(StudyError, match="a comparison goes into an empty folder"):
         compare([three[0], three[1]], tmp_path / "thesis")
+
+
+def one_point(results, name, value, time, spread=0.001, gain=0.0):
+    """The study with only the full network and one point, none where `value` is None."""
+    full, point = results.confirmations[:2]
+    values = () if value is None else tuple(value + d for d in (-0.01 + gain, gain, 0.01 + gain))
+    other = (
+        ()
+        if value is None
+        else (
+            replace(
+                point,
+                quality=replace(point.quality, values=values),
+                measured_time_frac=time,
+                measured_time_spread=spread,
+            ),
+        )
+    )
+    records = tuple(replace(r, block_frac=None) for r in results.records)
+    return no_more(replace(results, name=name, records=records), (full, *other))
+
+
+@pytest.mark.parametrize("values", [(8.1, None), (None, 8.1, None)])
+def test_a_group_of_which_one_has_a_better_point_has_not_lost(three, values):
+    mine = [one_point(three[0], "a", v, 0.5) for v in (9.6, 9.7)]
+    theirs = [one_point(three[0], "b", v, 0.5) for v in values]
+    early = compare_results([*mine, *theirs]).wins.iloc[0]
+    assert (early["winner"], early["verdict"]) == ("", comparison.OVERLAP)
+    none = [one_point(three[0], "b", None, 0.5)] * len(values)
+    early = compare_results([*mine, *none]).wins.iloc[0]
+    assert (early["winner"], early["verdict"]) == ("a", comparison.ALONE)
+
+
+def test_a_winner_is_ahead_of_every_other(three):
+    """c is third by its median, and can't be told apart from a."""
+    a, b = one_point(three[0], "a", 9.51, 0.5), one_point(three[0], "b", 9.61, 0.5)
+    c = one_point(three[0], "c", 9.7, 0.5)
+    point = c.confirmations[1]
+    noisy = replace(point, quality=replace(point.quality, values=(9.0, 9.6, 10.5)))
+    c = replace(c, confirmations=(c.confirmations[0], noisy))
+    assert compare_results([a, b]).wins.iloc[0]["winner"] == "a"
+    assert compare_results([a, b, c]).wins.iloc[0]["winner"] == ""
+
+
+@pytest.mark.parametrize(("slower", "winner"), [(0.525, "fast"), (0.515, "")])
+def test_times_of_unknown_spread_are_told_apart_beyond_two_percent_of_each(three, slower, winner):
+    def once(name, time):
+        study = one_point(three[0], name, 8.0, time)
+        return replace(study, config={**study.config, "confirm": {"time_repeats": 1}})
+
+    found = compare_results([once("fast", 0.5), once("slow", slower)])
+    assert found.points["time_spread"].isna().sum() == 2  # of the full networks it is 0
+    assert found.wins.iloc[0]["winner"] == winner
+    # and a predicted one, of the search
+    fast, slow = (replace(three[0], name=name, confirmations=()) for name in ("fast", "slow"))
+    factor = slower / 0.5
+    late = tuple(
+        replace(r, time_frac=r.time_frac * factor) if r.time_frac and r.origin != "full" else r
+        for r in slow.records
+    )
+    wins = compare_results([fast, replace(slow, records=late)]).wins
+    assert ("fast" in set(wins["winner"])) == bool(winner)

@@ -14,6 +14,7 @@ from asesearch.report import evidence, exhibits, opinions, tables
 from asesearch.report.grids import confirmation_grid, cost_grid, retrained_grid, spaces_grid
 from asesearch.report.plots import drawings
 from asesearch.report.wording import headline, number, percent, plus_minus, relative, speed_up
+from asesearch.sampler import Sampler
 from asesearch.schedule import ExitSchedule
 from asesearch.score import EvaluationResult, PrecisionRecall
 from asesearch.study.front import hypervolume_2d
@@ -405,6 +406,22 @@ FULL = (1.0, (9.0, 9.1, 9.2))
             "the closest was D3-DiT, which is predicted to take 0.50× the time",
             False,
         ),
+        (
+            [FULL, (0.754, (9.1, 9.1, 9.1))],
+            "the best was D3-DiT, which is predicted to take 0.754× the time",
+            False,
+        ),
+        (
+            [FULL, (1.6, (8.0, 8.0, 8.1))],
+            "the closest was D3-DiT, which is predicted to take 1.60× the time (0.63× as fast) and "
+            "is better by 1.067",
+            False,
+        ),
+        (
+            [FULL, (1.6, (9.1, 9.1, 9.1))],
+            "1.60× the time (0.63× as fast) and can't be told apart from it.",
+            False,
+        ),
         ([FULL], "Only the full network has a score so far.", False),
         (
             [FULL, (0.6, (9.1, 9.1, 9.1)), (0.5, (9.0, 9.15, 9.19))],
@@ -476,10 +493,10 @@ def test_a_better_score_at_a_time_that_cannot_be_told_apart_is_said(study):
     full, first, second, *_ = results.confirmations
     better = replace(full.quality, values=tuple(v - 1 for v in full.quality.values))
 
-    def found(spread):
+    def found(spread, other=better):
         changed = measured(results, [(0.60, spread), (0.62, spread)])
         confirmed = [
-            replace(c, quality=better) if c.number == second.number else c
+            replace(c, quality=other) if c.number == second.number else c
             for c in changed.confirmations[:3]
         ]
         answer = headline(replace(changed, confirmations=tuple(confirmed)))
@@ -490,6 +507,9 @@ def test_a_better_score_at_a_time_that_cannot_be_told_apart_is_said(study):
     assert "(0.620 ± 0.020× beside 0.600 ± 0.020×)" in said
     assert f"has a better FID: {plus_minus(better.value, better.std_error)}." in said
     assert found(0.005) == []
+    lower = tuple(v + d for v, d in zip(full.quality.values, (-0.3, 0.2, -0.3), strict=True))
+    (said,) = found(0.02, replace(full.quality, values=lower))
+    assert "has a lower, not told apart, FID: " in said
 
 
 def test_a_sound_time_is_claimed_before_one_that_cannot_be_explained(study):
@@ -723,3 +743,51 @@ def test_the_search_front_is_fastest_first(study):
     assert len(front) > 3 and [r.time_frac for r in front] == sorted(r.time_frac for r in front)
     # which is no order of trials
     assert [r.number for r in front] != sorted(r.number for r in front)
+
+
+def test_full_networks_of_as_many_steps_are_told_by_their_samplers(study):
+    """And of another number by that alone."""
+    results = study(24)
+    samplers = (Sampler("unipc-quadratic", 6), Sampler("dpm++2m", 6), Sampler("dpm++2m", 8))
+    changed = list(results.records[-3:])
+    full = [
+        replace(r, origin=f"full {s}", point=Point(results.full.schedule, s))
+        for r, s in zip(changed, samplers, strict=True)
+    ]
+    records = (*results.records[:-3], *full)
+    results = replace(results, records=records, confirmations=())
+    labels = list(tables.trials(results)["label"])
+    assert labels[-3:] == ["full, unipc-quadratic-6", "full, dpm++2m-6", "full, 8 steps"]
+    assert len(set(labels)) == len(labels)
+
+
+@pytest.mark.parametrize(
+    ("distill", "said"),
+    [
+        (1.0, "The full network learns the noise, the others what a teacher predicts: levels"),
+        (0.5, "the others, for 50\N{NO-BREAK SPACE}% of the samples, what a teacher predicts"),
+        (0.0, None),
+    ],
+)
+def test_the_losses_say_whose_they_are(study, distill, said):
+    results = study(24)
+    train = {**results.config["train"], "distill_frac": distill}
+    results = replace(results, config={**results.config, "train": train})
+    caption = next(d.caption for d in drawings(results) if d.name == "losses")
+    assert "and of the full network" in caption
+    assert ("teacher" in caption) == bool(said) and (said or "") in caption
+    untrained = tuple(replace(r, losses=()) if r is results.full else r for r in results.records)
+    caption = next(
+        d.caption for d in drawings(replace(results, records=untrained)) if d.name == "losses"
+    )
+    assert "full network" not in caption and "teacher" not in caption
+
+
+def test_one_training_is_not_called_one_repeat(study):
+    """Its further training seeds failed."""
+    results = study(24)
+    full, first, *others = results.confirmations
+    failed = replace(first, retrained=("diverged", "diverged"))
+    again = replace(full, retrained=(full.quality, full.quality))
+    table = opinions.retrained(no_more(results, (again, failed, *others))).set_index("number")
+    assert table.loc[first.number, "verdict"] == "spread unknown (one training)"

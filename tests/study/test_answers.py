@@ -67,6 +67,16 @@ def test_what_can_not_be_told_apart():
     assert "differs from every other point at 95 % confidence" in str(told[1])
 
 
+def test_of_one_point_nothing_is_said_to_differ():
+    (fast, *_) = answers(results(records=RECORDS[:1]), "+5%", 0.7)
+    assert fast.alone and fast.same == ()
+    assert str(fast).endswith("; no other point has a score of that kind")
+    once = dataclasses.replace(PROTOCOL, seeds=(0,))
+    one = dataclasses.replace(RECORDS[0], quality=EvaluationResult(once, (5.0,)))
+    (fast, *_) = answers(results(records=(one,)), "+5%", 0.7)
+    assert fast.same is None and str(fast).endswith("; one repeat: nothing can be told apart")
+
+
 def test_early_exits_alone():
     fewer = dataclasses.replace(record(5, 4.0, 0.2, "6", "full unipc-5"))
     found = answers(results(records=(*RECORDS, fewer)), "+5%", 0.7, early_exit=True)
