@@ -160,7 +160,7 @@ def export(
         typer.Option(
             "--or-nearest",
             help="Where nothing is within the budget, take the nearest point and say so; with "
-            "--early-exit and no such point on the front, the fastest of full depth.",
+            "--early-exit and no such point on the front, the one of full depth.",
         ),
     ] = False,
     trial: Annotated[int | None, typer.Option(help="Export this trial instead of picking.")] = None,

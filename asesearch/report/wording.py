@@ -103,7 +103,11 @@ def headline(results: StudyResults) -> Headline:
     counts = (
         f"{len(results.complete)} of {len(results.records)} trials gave a score; {failed} failed"
     )
-    counts += f", and {stopped} were stopped at their low-fidelity score." if stopped else "."
+    counts += f", and {stopped} were stopped at their low-fidelity score" if stopped else ""
+    asked = results.config.get("search", {})
+    if asked.get("budget") is None and len(results.records) < asked.get("num_trials", 0):
+        counts += f"; the study asks for {asked['num_trials']} trials"
+    counts += "."
     if points.empty:
         return Headline("No trial has given a score yet.", (counts,))
     status = _status(results, kind)

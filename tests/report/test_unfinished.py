@@ -65,6 +65,17 @@ def test_the_full_network_alone_is_no_confirmed_front(whole):
     assert told_unconfirmed(part).endswith(": picked by the search's scores")
 
 
+def test_a_search_that_goes_on_says_how_many_trials_it_asks_for(whole):
+    def counts(**search):
+        config = {**whole.config, "search": {**whole.config["search"], **search}}
+        return headline(replace(whole, config=config)).details[-1]
+
+    assert len(whole.records) == 16
+    assert counts(num_trials=17).endswith("0 failed; the study asks for 17 trials.")
+    assert counts(num_trials=16).endswith("16 of 16 trials gave a score; 0 failed.")
+    assert counts(num_trials=17, budget="2h").endswith("0 failed.")
+
+
 def test_a_trial_that_joins_the_front_is_to_be_confirmed(whole):
     first = whole.front()[0]
     new = replace(first, number=99, time_frac=0.5 * first.time_frac, origin="tpe")
