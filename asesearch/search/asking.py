@@ -56,6 +56,10 @@ class Asker:
         """Whether the last proposal belongs to the exploration phase."""
         return bool(getattr(self.study.optuna.sampler, "explores", False))
 
+    def origin_of(self, point: Point) -> str | None:
+        """The warm start that a point is, whoever proposed it; None where it is none."""
+        return next((origin for origin, warm in self.warm.items() if warm == point), None)
+
     def enqueue_warm_start(self, records: list[TrialRecord], trials: Sequence[FrozenTrial]) -> None:
         """Queue the first warm start that is not queued or on record (so one whose trial was killed
         comes again), or else the first point that is tried again.

@@ -195,12 +195,15 @@ class Runner:
     # -- failures --------------------------------------------------------------------------------
 
     def _to_try_again(self, records: list[TrialRecord]) -> dict[int, TrialRecord]:
-        """Failed trials that this run tries again, by number: the full network's, those that had no
-        memory, and all where none has succeeded."""
+        """Trials that this run tries again, by number: the full network's that failed, or that an
+        earlier release stopped, those that had no memory, and all failed where none has
+        succeeded."""
         failed = [r for r in records if r.state == "failed"]
         none_good = len(failed) == len(records)
         full = self.asker.warm["full"]
-        return {r.number: r for r in failed if none_good or r.had_no_memory or r.point == full}
+        again = [r for r in records if r.point == full and r.state != "complete"]
+        again += [r for r in failed if none_good or r.had_no_memory]
+        return {r.number: r for r in again}
 
     def _counted(self, records: list[TrialRecord]) -> list[TrialRecord]:
         """Records that count towards `num_trials`: all but those still to be tried again."""
@@ -313,11 +316,12 @@ class Runner:
         records: list[TrialRecord],
         begun: float,
     ) -> TrialRecord:
-        """Take a claimed point up the rungs."""
-        origin = trial.user_attrs.get("origin", self.config.search.proposer)
+        """Take a claimed point up the rungs; a warm start as such, whoever proposed it."""
+        warm = self.asker.origin_of(point)
+        origin = warm or trial.user_attrs.get("origin", self.config.search.proposer)
         begin = TrialRecord(trial.number, origin, point, "")
         judged_by = self.asker.problem if self.config.promotion is not None else None
-        explores = self.asker.explores
+        explores = self.asker.explores and warm is None
         trial.set_user_attr(EXPLORES, explores)
         record = run_trial(
             self.bench, begin, self.study.trial_dir(point.schedule), records, judged_by, explores

@@ -157,7 +157,8 @@ class TrialRecord:
         Args:
             data: what `to_dict` gave, or an earlier release, in which an empty sampler stood for
                 the study's own.
-            own: the study's own sampler.
+            own: the study's own sampler. The full network under it has the origin "full": an
+                earlier release gave it the proposer's name where it had been enqueued by hand.
         """
         quality = data["quality"]
         rung = rung_in(data)
@@ -166,10 +167,12 @@ class TrialRecord:
             ExitSchedule.from_dict(data["schedule"]),
             Sampler.from_string(sampler) if sampler else own,
         )
+        is_full = point.schedule.is_full and point.sampler == own
         return cls(
             **{
                 **{k: v for k, v in data.items() if k not in ("schedule", "sampler", "cheap")},
                 "point": point,
+                "origin": "full" if is_full else data["origin"],
                 "quality": None if quality is None else EvaluationResult.from_dict(quality),
                 "low_fidelity": LowFidelity.from_dict(rung) if rung else None,
                 "seconds": _parts(data.get("seconds", {})),

@@ -18,8 +18,10 @@ from asesearch.config import MAY_CHANGE, StudyConfig
 from asesearch.errors import ScheduleError, StudyError
 from asesearch.files import write_json
 from asesearch.point import Point
+from asesearch.report.tables import label
 from asesearch.sampler import Sampler
 from asesearch.schedule import ExitSchedule
+from asesearch.search.asking import Asker
 from asesearch.search.promotion import num_explored
 from asesearch.search.runner import Runner, run_trials
 from asesearch.search.setup import make_problem, make_space, warm_starts
@@ -387,6 +389,50 @@ def test_a_record_of_an_earlier_release_has_the_studys_own_sampler():
         if old["sampler"]:
             del old["sampler"]
         assert TrialRecord.from_dict(old, OWN).point == Point(ExitSchedule.full(6), OWN)
+
+
+def enqueued_by_hand(config, run_dir, *points):
+    """A study that is begun, with points in its queue by Optuna's own means."""
+    study = Study(config, run_dir)
+    for point in points:
+        study.optuna.enqueue_trial(make_space(config, FakeBench(config=config)).encode(point))
+
+
+def test_a_warm_start_that_is_enqueued_by_hand_is_that_warm_start(tmp_path):
+    config = make_config(proposer="random", num_trials=5, samplers=["ddim-25"])
+    warm = warm_starts(config, FakeBench(config=config))
+    other = ExitSchedule.from_string("5 5 4 2", DEPTH)
+    by_hand = [Point(other, OWN), *reversed(warm.values())]
+    enqueued_by_hand(config, tmp_path, *by_hand)
+    study, bench = run(config, tmp_path)
+    records = study.records()
+    assert [r.point for r in records[:4]] == by_hand and len(bench.tried) == 5
+    assert [r.origin for r in records[:4]] == ["random", *reversed(warm)]
+    assert study.results().full.number == 3
+
+
+@pytest.mark.parametrize("threshold", [0.0, 1.0])
+def test_a_full_network_that_an_earlier_release_took_for_a_proposal(
+    tmp_path, monkeypatch, threshold
+):
+    """Complete it counts as what it is, stopped at its low-fidelity score it is tried again."""
+    sections = {"promotion": {**LADDER["promotion"], "threshold": threshold, "always": 2}}
+    config = make_config(sections, proposer="random", num_trials=4)
+    full = Point(ExitSchedule.full(DEPTH), OWN)
+    others = [Point(ExitSchedule.from_string(text, DEPTH), OWN) for text in ("5 5 4 2", "4 4 4 1")]
+    enqueued_by_hand(config, ready(tmp_path), *others, full)
+    with monkeypatch.context() as earlier:
+        earlier.setattr(Asker, "origin_of", lambda *_: None)
+        study, _ = run(config, tmp_path)
+    left = study.optuna.get_trials()[2].user_attrs[RECORD]
+    stopped = threshold == 1.0
+    assert json.loads(left)["origin"] == "random"
+    assert json.loads(left)["state"] == ("stopped" if stopped else "complete")
+    study, bench = run(config, tmp_path)
+    assert [s.is_full for s in bench.tried] == [True] * stopped and bench.low_tried == []
+    results = study.results()
+    assert results.full.point == full and results.full.number == (4 if stopped else 2)
+    assert len(results.records) == 4 and label(results.full, results) == "full network"
 
 
 @pytest.mark.parametrize(
