@@ -106,7 +106,7 @@ def _shown(run: SearchRun) -> StudyResults:
 
         def on_trial(record: TrialRecord) -> None:
             bar.update(len(run.study.records()) - bar.n)  # other workers' too
-            bar.write(_trial_line(record), file=sys.stderr)
+            bar.write(_trial_line(record, config.search.cost), file=sys.stderr)
 
         def on_searched() -> None:
             while_searching.close()
@@ -124,11 +124,13 @@ def _shown(run: SearchRun) -> StudyResults:
 def _front(results: StudyResults) -> list[dict[str, Any]]:
     """The front of the report: of confirmed scores and measured times where there are any.
 
-    `confirmed` says which; without it the score is the search's and the time predicted. The time is
-    the bound of the block calls where the measured one is better than they can explain.
+    `confirmed` says which; without it the score is the search's and the time predicted, or none in
+    a study of FLOPs, whose front goes by those. The time is the bound of the block calls where the
+    measured one is better than they can explain.
     """
-    from asesearch.report.tables import front
+    from asesearch.report.tables import FLOPS, front
 
+    flops = {r.number: r.flops_frac for r in results.records}
     rows = front(results).to_dict("records")
     return [
         {
@@ -138,8 +140,9 @@ def _front(results: StudyResults) -> list[dict[str, Any]]:
             "confirmed": row["kind"] == "confirmed",
             "quality": row["quality"],
             "std_error": None if isnan(row["std_error"]) else row["std_error"],
-            "time_frac": row["credited_frac"],
-            "speed_up": 1 / row["credited_frac"],
+            "time_frac": None if row["cost"] == FLOPS else row["credited_frac"],
+            "speed_up": None if row["cost"] == FLOPS else row["speed_up"],
+            "flops_frac": flops[row["number"]],
             "measured_time_frac": row["time_frac"] if row["kind"] == "confirmed" else None,
         }
         for row in rows
@@ -165,12 +168,14 @@ def _confirmed_line(found: Confirmation, record: TrialRecord) -> str:
     return f"{line} {_time(time)} measured"
 
 
-def _trial_line(record: TrialRecord) -> str:
-    """One line about a trial that has ended."""
+def _trial_line(record: TrialRecord, cost: str) -> str:
+    """One line about a trial that has ended, in a study of that cost."""
     point = f"trial {record.number} ({record.origin}) {record.point}"
     if record.quality is not None:
-        assert record.time_frac is not None
-        return f"{point}: {record.quality.value:.4g} at {_time(record.time_frac)}"
+        frac = record.cost_frac(cost)
+        assert frac is not None
+        told = f"{frac:.3f}× the FLOPs" if cost == "flops" else _time(frac)
+        return f"{point}: {record.quality.value:.4g} at {told}"
     if record.low_fidelity is not None and record.failure is None:
         return (
             f"{point}: low-fidelity score {record.low_fidelity.quality.value:.4g}, "

@@ -74,7 +74,9 @@ def _write(comparison: Comparison, folder: Path) -> None:
     for name in ("studies", "groups", "points", "attained", "wins"):
         table = getattr(comparison, name)
         if not table.empty:
-            table.to_csv(folder / "tables" / f"{name}.csv", index=False, lineterminator="\n")
+            tables.written(table, comparison.cost).to_csv(
+                folder / "tables" / f"{name}.csv", index=False, lineterminator="\n"
+            )
     page = environment().get_template("compare.html.j2")
     html = page.render(
         mark=MARK.format(what="comparison"),
@@ -139,7 +141,9 @@ def _wins_grid(comparison: Comparison) -> grids.Grid:
         lead = least if least == most else f"{least} … {most}"
         between = f"{relative(row['time_from'])} … {relative(row['time_to'])}"
         rows.append((between, row["winner"] or "no clear winner", lead, row["verdict"]))
-    return grids.Grid(("time budget", "lowest score", "lead over the next", "because"), rows)
+    return grids.Grid(
+        (f"{comparison.unit} budget", "lowest score", "lead over the next", "because"), rows
+    )
 
 
 # -- figures -------------------------------------------------------------------------------------
@@ -147,12 +151,12 @@ def _wins_grid(comparison: Comparison) -> grids.Grid:
 
 def drawings(comparison: Comparison) -> list[Drawing]:
     """The figures of the page; nothing is drawn yet."""
-    kind = (
-        "confirmed scores, measured"
-        if comparison.kind == "confirmed"
-        else "search scores, predicted"
-    )
-    caption = f"All fronts: {kind} sampling time. Down and left is better."
+    kind = {
+        tables.MEASURED: "confirmed scores, measured sampling time",
+        tables.PREDICTED: "search scores, predicted sampling time",
+        tables.FLOPS: "search scores, FLOPs of a sampling",
+    }[comparison.cost]
+    caption = f"All fronts: {kind}. Down and left is better."
     if not comparison.attained.empty:
         caption += (
             " Of a group with repeats the line is what at least half of them attained, the band "
@@ -168,9 +172,9 @@ def drawings(comparison: Comparison) -> list[Drawing]:
     ]
     what = "the logarithm of the score" if comparison.scale == "log" else "the score"
     caption = (
-        f"Area that each study dominates in time × {what}, below one reference point for all: time "
-        f"{comparison.reference[0]:g}, score {number(comparison.reference[1])}. The line is the "
-        "group's mean."
+        f"Area that each study dominates in {comparison.unit} × {what}, below one reference point "
+        f"for all: {comparison.unit} {comparison.reference[0]:g}, score "
+        f"{number(comparison.reference[1])}. The line is the group's mean."
     )
     studies = comparison.studies
     out.append(
@@ -213,8 +217,7 @@ def draw_fronts(points: pd.DataFrame, attained: pd.DataFrame) -> Figure:
             capsize=2,
             label=label,
         )
-    confirmed = points["kind"].iloc[0] == "confirmed"
-    ax.set_xlabel(f"{'measured' if confirmed else 'predicted'} sampling time / full network's")
+    ax.set_xlabel(tables.AXES[points["cost"].iloc[0]])
     score_axis(ax, points["metric"].iloc[0], 4.2)
     relative_axis(ax.xaxis)
     ax.legend(frameon=False, loc="upper right", fontsize=SMALL)

@@ -111,9 +111,21 @@ class Comparison:
     reference: tuple[float, float]
     scale: str
 
+    @property
+    def cost(self) -> str:
+        """What its relative costs are of, see `asesearch.report.tables.points`; where that is
+        FLOPs, whatever is called a time is of them."""
+        return str(self.points["cost"].iloc[0])
+
+    @property
+    def unit(self) -> str:
+        """See `asesearch.report.tables.unit_of`."""
+        return tables.unit_of(self.cost)
+
     def to_dict(self) -> dict[str, Any]:
         """What it comes to, as plain data for JSON."""
-        tables = {"studies": self.studies, "groups": self.groups, "wins": self.wins}
+        wins = tables.written(self.wins, self.cost)
+        found = {"studies": self.studies, "groups": self.groups, "wins": wins}
         return {
             "kind": self.kind,
             "metric": self.protocol.metric_name,
@@ -121,7 +133,7 @@ class Comparison:
             "scale": self.scale,
             **{
                 name: table.astype(object).where(table.notna(), None).to_dict("records")
-                for name, table in tables.items()
+                for name, table in found.items()
             },
         }
 
@@ -129,7 +141,7 @@ class Comparison:
         lines = []
         for _, row in self.groups.sort_values("hypervolume", ascending=False).iterrows():
             repeats = f" ({row['studies']} studies)" if row["studies"] > 1 else ""
-            wins = f"clearly the lowest score on {percent(row['wins'])} of the time budgets"
+            wins = f"clearly the lowest score on {percent(row['wins'])} of the {self.unit} budgets"
             line = f"{row['group']}{repeats}: hypervolume {row['hypervolume']:.4g}"
             lines.append(line if self.wins.empty else f"{line}, {wins}")
         return "\n".join(lines)
@@ -233,14 +245,16 @@ def _one_protocol(
             first.require_same(protocol)
         except EvaluationError as error:
             raise EvaluationError(f"{names[0]} and {name}: {error}") from error
-        _check_unit_of_time(results[0], one, (names[0], name))
+        _check_unit_of_cost(results[0], one, (names[0], name), kind)
     assert first is not None
     return first
 
 
-def _check_unit_of_time(a: StudyResults, b: StudyResults, names: tuple[str, str]) -> None:
-    """Times are relative to the full network's under the study's own sampler: both must be the
-    same.
+def _check_unit_of_cost(
+    a: StudyResults, b: StudyResults, names: tuple[str, str], kind: tables.Kind
+) -> None:
+    """Costs are relative to the full network's under the study's own sampler: both must be the
+    same, and so must be what the costs of the search are of.
 
     Raises:
         EvaluationError: naming the field that differs and both values.
@@ -261,6 +275,13 @@ def _check_unit_of_time(a: StudyResults, b: StudyResults, names: tuple[str, str]
         for key, value in facts[0].items()
         if value != facts[1][key]
     ]
+    costs = [tables.cost_of(one, kind) for one in (a, b)]
+    if costs[0] != costs[1]:
+        raise EvaluationError(
+            f"{names[0]} and {names[1]}: scores of the search are compared beside costs of one "
+            f"kind; got {costs[0]} and {costs[1]}; search both with one search.cost, or confirm "
+            "both whole, which measures times"
+        )
     if differ:
         raise EvaluationError(
             f"{names[0]} and {names[1]}: sampling times are relative to the full network's under "
@@ -396,9 +417,11 @@ def _winner(members: Sequence[Member], time: float) -> tuple[str, float, str]:
 
 
 def _spread(points: pd.DataFrame) -> pd.Series:
-    """How far the time of each may be off; not the full network's, over which times are counted."""
+    """How far the time of each may be off; not the full network's, over which times are counted,
+    nor FLOPs, which are counted."""
+    unknown = UNKNOWN_SPREAD * (points["cost"] != tables.FLOPS)
     known = points["time_spread"].mask(points["label"] == tables.FULL, 0.0)
-    return known.fillna(UNKNOWN_SPREAD * points["time_frac"])
+    return known.fillna(unknown * points["time_frac"])
 
 
 def _median(points: Sequence[pd.Series | None]) -> float:

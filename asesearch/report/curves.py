@@ -31,12 +31,17 @@ _COST = (
     "Sampling time against the block-call bound, both over the full network's. On the diagonal the "
     "clock saves all that the blocks promise; above it, time goes to what no exit can skip."
 )
+_APART = (
+    " A predicted time is of the device and batch of the worker that ran the trial: such times are "
+    "not compared, the search goes by FLOPs."
+)
 
 
 def trials_drawing(results: StudyResults) -> Drawing:
     """The figure of all scores over trials."""
     done = tables.trials(results)
-    columns = ["number", "label", "metric", "quality", "std_error", "time_frac", "best_quality"]
+    cost = f"{results.cost}_frac"
+    columns = ["number", "label", "metric", "quality", "std_error", cost, "best_quality"]
     return Drawing.of(
         "trials",
         "Quality over trials",
@@ -59,7 +64,13 @@ def drawings(results: StudyResults) -> list[Drawing]:
             volume,
             draw_hypervolume,
         ),
-        Drawing.of("cost", "Cost: bound and clock", _COST, tables.cost(results), draw_cost),
+        Drawing.of(
+            "cost",
+            "Cost: bound and clock",
+            _COST + (_APART if results.cost == "flops" else ""),
+            tables.cost(results),
+            draw_cost,
+        ),
         Drawing.of(
             "latency",
             "Latency by exit depth",
@@ -92,15 +103,18 @@ def _hypervolume_caption(volume: pd.DataFrame) -> str:
         return ""
     last = volume.iloc[-1]
     what = "the logarithm of the score" if last["scale"] == "log" else "the score"
+    unit = tables.unit_of(last["cost"])
     return (
-        f"Area dominated in time fraction × {what}, below the reference point: time "
+        f"Area dominated in relative {unit} × {what}, below the reference point: {unit} "
         f"{last['reference_time_frac']:g}, {last['metric']} {number(last['reference_quality'])}."
     )
 
 
 def draw_trials(data: pd.DataFrame) -> Figure:
-    """Score over trials, coloured by time: complete rows of `tables.trials`."""
+    """Score over trials, coloured by cost: complete rows of `tables.trials`."""
     figure, ax = axes()
+    by_flops = "flops_frac" in data
+    costs = data["flops_frac" if by_flops else "time_frac"]
     if data["std_error"].notna().any():
         ax.errorbar(
             data["number"],
@@ -115,15 +129,15 @@ def draw_trials(data: pd.DataFrame) -> Figure:
         data["number"],
         data["quality"],
         40,
-        data["time_frac"],
+        costs,
         cmap="viridis",
         edgecolors="white",
         zorder=3,
     )
-    dots.set_clim(min(0.5, data["time_frac"].min()), max(1.0, data["time_frac"].max()))
+    dots.set_clim(min(0.5, costs.min()), max(1.0, costs.max()))
     ax.step(data["number"], data["best_quality"], where="post", color=VERMILION, zorder=2)
     bar = figure.colorbar(dots, ax=ax, pad=0.02, aspect=22)
-    bar.set_label("predicted time / full network's")
+    bar.set_label(f"{tables.FLOPS if by_flops else tables.PREDICTED} / full network's")
     relative_axis(bar.ax.yaxis)
     bar.outline.set_visible(False)
     _over_trials(ax)

@@ -29,7 +29,7 @@ _ATTAINED = (
 )
 _IMPORTANCE = (
     "How much the score is expected to rise where that interval alone runs half of its blocks, by "
-    f"the quality model after all trials; bars: {tables.LEVEL}. Below: the time it saves."
+    f"the quality model after all trials; bars: {tables.LEVEL}. Below: the {{}} it saves."
 )
 
 
@@ -42,13 +42,14 @@ def attained(results: StudyResults, kind: tables.Kind) -> pd.DataFrame:
         return attainment.surfaces([])
     scores = np.array([scores_of[n].values for n in table["number"]])  # (points, repeats)
     times = table["credited_frac"].to_numpy(dtype=np.float64)
-    return attainment.surfaces([np.column_stack((times, column)) for column in scores.T])
+    found = attainment.surfaces([np.column_stack((times, column)) for column in scores.T])
+    return found.assign(cost=tables.cost_of(results, kind))
 
 
 def importance(results: StudyResults) -> pd.DataFrame:
     """What each interval is worth, data side first: how much the score is expected to rise where it
     alone runs half of its blocks, in per cent, with the ends of the interval of that confidence,
-    and the time that saves.
+    and the time that saves, or, in a study of FLOPs, those.
 
     Source: `asesearch.proposer.importance`.
     """
@@ -70,6 +71,7 @@ def importance(results: StudyResults) -> pd.DataFrame:
             "rise_percent": rise(mean),
             "rise_low": rise(mean - reach * std),
             "rise_high": rise(mean + reach * std),
+            "cost": tables.cost_of(results, "search"),
             "time_saved": found.time_saved,
             "sampler": found.sampler,
             "num_scores": found.num_scores,
@@ -97,8 +99,7 @@ def draw_attainment(data: pd.DataFrame, points: pd.DataFrame) -> Figure:
         y = [*mine["quality"], mine["quality"].iloc[-1]]
         by = int(mine["attained_by"].iloc[0])
         ax.step(x, y, style, where="post", color=BLUE, lw=1.4, label=f"{level} (by {by})")
-    confirmed = points["kind"].iloc[0] == "confirmed"
-    ax.set_xlabel(f"{'measured' if confirmed else 'predicted'} sampling time / full network's")
+    ax.set_xlabel(tables.AXES[points["cost"].iloc[0]])
     score_axis(ax, points["metric"].iloc[0], 3.6)
     relative_axis(ax.xaxis)
     figure.legend(frameon=False, loc="outside upper center", ncols=3)
@@ -119,7 +120,7 @@ def draw_importance(data: pd.DataFrame) -> Figure:
     top.axhline(0, color="0.4", lw=0.8)
     top.set_ylabel("rise of the score, %")
     bottom.bar(middle, 100 * data["time_saved"], width, color=BLUE, alpha=0.75)
-    bottom.set_ylabel("time saved, %")
+    bottom.set_ylabel(f"{tables.unit_of(data['cost'].iloc[0])} saved, %")
     bottom.set_xlabel("timestep (0 = data, right = noise)")
     bottom.set_xlim(int(data["t_from"].iloc[0]), int(data["t_to"].iloc[-1]))
     for ax in (top, bottom):
@@ -142,4 +143,5 @@ def attainment_drawing(results: StudyResults) -> Drawing:
 def importance_drawing(results: StudyResults) -> Drawing:
     """The figure of the intervals; where the study has no estimate of them its table is empty."""
     title = "What each interval is worth"
-    return Drawing.of("importance", title, _IMPORTANCE, importance(results), draw_importance)
+    caption = _IMPORTANCE.format(tables.unit_of(tables.cost_of(results, "search")))
+    return Drawing.of("importance", title, caption, importance(results), draw_importance)

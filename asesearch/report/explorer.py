@@ -24,7 +24,11 @@ SHOWN = 8  # images of each point
 IMAGE_BYTES = 2_000_000
 SMALLEST = 32  # pixels of a side, below which images are not made smaller
 TITLES = {"confirmed": "Confirmed on fresh seeds", "search": "As the search saw it"}
-TIMES = {"confirmed": "measured", "search": "predicted"}
+COSTS = {
+    tables.MEASURED: "Sampling time, measured",
+    tables.PREDICTED: "Sampling time, predicted",
+    tables.FLOPS: "FLOPs",
+}
 
 
 def scripts() -> dict[str, str]:
@@ -69,6 +73,7 @@ def _kind(results: StudyResults, kind: tables.Kind) -> dict[str, Any]:
     protocol = tables.protocol_of(results, kind)
     assert protocol is not None
     repeats = len(protocol.seeds)
+    cost = tables.cost_of(results, kind)
     scores = tables.scores_of(results, kind)
     points = [
         {
@@ -89,7 +94,8 @@ def _kind(results: StudyResults, kind: tables.Kind) -> dict[str, Any]:
     attained = evidence.attained(results, kind)
     return {
         "title": TITLES[kind],
-        "time": TIMES[kind],
+        "cost": COSTS[cost],
+        "unit": tables.unit_of(cost),
         "metric": protocol.metric_name,
         "factor": student_factor(repeats) if repeats > 1 else None,
         "points": points,

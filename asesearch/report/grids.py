@@ -31,13 +31,15 @@ def front_grid(results: StudyResults, chosen: int | None) -> Grid:
     points = tables.points(results, tables.kind_of(results))
     points = points[points["on_front"].astype(bool) | (points["label"] == tables.FULL)]
     metric = points["metric"].iloc[0] if len(points) else "score"
+    unit = tables.unit_of(tables.cost_of(results, tables.kind_of(results)))
+    timed = unit == "time"
     several = _several(results)
     same = _same(results, points)
     rows = [
         (
             row["label"],
             _time(row),
-            speed_up(row["credited_frac"]),
+            *((speed_up(row["credited_frac"]),) if timed else ()),
             plus_minus(row["quality"], row["std_error"]),
             _difference(row),
             row["verdict"] if row["on_front"] else f"{row['verdict']}, off the front",
@@ -51,8 +53,8 @@ def front_grid(results: StudyResults, chosen: int | None) -> Grid:
     sampler = ("sampler",) if several else ()
     head = (
         "schedule",
-        "relative time",
-        "speed-up",
+        f"relative {unit}",
+        *(("speed-up",) if timed else ()),
         metric,
         "difference",
         f"against the full network ({tables.LEVEL})",
@@ -317,7 +319,8 @@ def importance_grid(results: StudyResults) -> Grid:
         )
         for row in evidence.importance(results).to_dict("records")
     ]
-    head = ("timesteps", "rise of the score", f"interval ({tables.LEVEL})", "time saved")
+    saved = f"{tables.unit_of(tables.cost_of(results, 'search'))} saved"
+    head = ("timesteps", "rise of the score", f"interval ({tables.LEVEL})", saved)
     return Grid(head, rows)
 
 

@@ -50,7 +50,8 @@ def rungs(results: StudyResults) -> pd.DataFrame:
     promoted."""
     rows = []
     for r in results.records:
-        if r.low_fidelity is None or r.time_frac is None:
+        cost = results.cost_frac(r)
+        if r.low_fidelity is None or cost is None:
             continue
         rows.append(
             {
@@ -59,7 +60,8 @@ def rungs(results: StudyResults) -> pd.DataFrame:
                 "origin": r.origin,
                 "sampler": str(r.sampler),
                 "schedule": str(r.schedule),
-                "time_frac": r.time_frac,
+                "cost": tables.cost_of(results, "search"),
+                "time_frac": cost,
                 "low_fidelity_score": r.low_fidelity.quality.value,
                 "low_fidelity_std_error": math.nan
                 if r.low_fidelity.quality.std_error is None
@@ -111,7 +113,7 @@ def spending(results: StudyResults) -> pd.DataFrame:
 
 
 def draw_rungs(data: pd.DataFrame) -> Figure:
-    """Low-fidelity scores against time: `rungs`; who went up is filled, who was stopped hollow with
+    """Low-fidelity scores against cost: `rungs`; who went up is filled, who was stopped hollow with
     its probability."""
     figure, ax = axes(HEIGHT)
     for promoted, colour, name in ((True, BLUE, "fine-tuned"), (False, VERMILION, "stopped")):
@@ -129,7 +131,7 @@ def draw_rungs(data: pd.DataFrame) -> Figure:
                 elinewidth=1,
                 label=f"{name} ({len(mine)})",
             )
-    ax.set_xlabel("predicted sampling time / full network's")
+    ax.set_xlabel(tables.AXES[data["cost"].iloc[0]])
     ax.set_ylabel(
         f"low-fidelity score, {int(data['low_fidelity_num_samples'].iloc[0])} images per repeat"
     )

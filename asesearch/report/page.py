@@ -28,7 +28,12 @@ PICKS: tuple[tuple[str, str | None, float | None, str], ...] = (
         None,
         f"the fastest that is not shown to be worse than the full network ({tables.LEVEL})",
     ),
-    ("best-within", None, 0.75, "the best score within three quarters of the full network's time"),
+    (
+        "best-within",
+        None,
+        0.75,
+        "the best score within three quarters of the full network's {unit}",
+    ),
 )
 
 
@@ -88,7 +93,9 @@ def _write(results: StudyResults, folder: Path) -> None:
     for name, make in makers.items():
         table = make(results)
         if not table.empty:
-            table.to_csv(folder / "tables" / f"{name}.csv", index=False, lineterminator="\n")
+            tables.written(table).to_csv(
+                folder / "tables" / f"{name}.csv", index=False, lineterminator="\n"
+            )
     (folder / "index.html").write_text(render_page(results, shown), encoding="utf-8")
 
 
@@ -127,6 +134,7 @@ def render_page(results: StudyResults, shown: list[tuple[Drawing, bytes]]) -> st
             data=embedded(results, answer.chosen) if results.complete else None,
             **scripts(),
             two_weights=results.two_weights,
+            by_flops=results.cost == "flops",
             failed_seeds=opinions.failed_seeds(results),
             toml=study_toml(results.config),
             one_repeat=used is not None and len(used.seeds) == 1,
@@ -148,6 +156,7 @@ def _checked(results: StudyResults, chosen: int | None) -> int | None:
 def _picks(results: StudyResults, chosen: int | None) -> list[tuple[str, str]]:
     """Export commands with what each hands over."""
     records = tables.by_number(results)
+    unit = tables.unit_of(tables.cost_of(results, tables.kind_of(results)))
     out = []
     if chosen is not None and results.has_weights(records[chosen]):
         out.append(
@@ -165,7 +174,7 @@ def _picks(results: StudyResults, chosen: int | None) -> list[tuple[str, str]]:
                 got += f"; {told}"
         except AseSearchError:  # no point meets the budget, or the spread is unknown
             got = "none in this study"
-        out.append((f"--pick {mode}{budget}", f"{meaning}: {got}"))
+        out.append((f"--pick {mode}{budget}", f"{meaning.format(unit=unit)}: {got}"))
     return out
 
 

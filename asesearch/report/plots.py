@@ -55,13 +55,14 @@ def _fronts(results: StudyResults) -> Iterator[Drawing]:
     """The front, and behind a confirmed one the search's."""
     kind = tables.kind_of(results)
     points = tables.points(results, kind)
-    caption = _FRONT[kind]
+    caption = _FRONT[tables.cost_of(results, kind)]
     if (points["credited_frac"] > points["time_frac"]).any():
         caption += f" Where a time was measured {UNEXPLAINED}, the line goes by their bound."
     yield Drawing.of("front", "Front", caption, points, draw_front)
     if kind == "confirmed":
-        caption = _FRONT["search"] + " Filled marks went on to be confirmed."
         points = tables.points(results, "search")
+        caption = _FRONT[tables.cost_of(results, "search")]
+        caption += " Filled marks went on to be confirmed."
         yield Drawing.of("front_search", "What the search saw", caption, points, draw_front)
 
 
@@ -88,12 +89,16 @@ def _samples(results: StudyResults) -> Drawing:
 
 #: Two bars that miss each other prove nothing.
 _NO_VERDICT = f"(no verdict: that is the table's, at {tables.LEVEL})"
+_SEARCH = (
+    "All trials under the search protocol, against {}. Bars: one "
+    f"standard error {_NO_VERDICT}. Down and left is better."
+)
 _FRONT = {
-    "confirmed": "Confirmed on fresh seeds, against measured sampling time. Bars: one standard "
+    tables.MEASURED: "Confirmed on fresh seeds, against measured sampling time. Bars: one standard "
     f"error {_NO_VERDICT}, and half-IQR of the time. Down and left "
     "is better.",
-    "search": "All trials under the search protocol, against predicted sampling time. Bars: one "
-    f"standard error {_NO_VERDICT}. Down and left is better.",
+    tables.PREDICTED: _SEARCH.format("predicted sampling time"),
+    tables.FLOPS: _SEARCH.format("the FLOPs of a sampling"),
 }
 
 
@@ -138,8 +143,7 @@ def draw_front(data: pd.DataFrame) -> Figure:
             alpha=0.6 if faint else 1.0,
             zorder=2 if faint else 4,
         )
-    confirmed = data["kind"].iloc[0] == "confirmed"
-    ax.set_xlabel(f"{'measured' if confirmed else 'predicted'} sampling time / full network's")
+    ax.set_xlabel(tables.AXES[data["cost"].iloc[0]])
     score_axis(ax, data["metric"].iloc[0], 3.9)
     relative_axis(ax.xaxis)
     ax.margins(0.12)

@@ -20,6 +20,8 @@ from matplotlib.figure import Figure
 from matplotlib.textpath import TextPath
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
+from asesearch.report import tables
+
 #: Colour-blind safe: what a mark means is never said by its colour alone.
 BLUE, ORANGE, GREEN, VERMILION, PURPLE, _, _, GREY, _, SKY = seaborn.color_palette(
     "colorblind"
@@ -84,7 +86,7 @@ class Drawing:
         """Write NAME.svg, NAME.png and NAME.csv; returns the SVG. The same data give the same
         bytes."""
         stem = folder / self.name
-        self.data.to_csv(stem.with_suffix(".csv"), index=False, lineterminator="\n")
+        tables.written(self.data).to_csv(stem.with_suffix(".csv"), index=False, lineterminator="\n")
         with matplotlib.rc_context(STYLE):
             figure = self.draw()
             settle(figure)

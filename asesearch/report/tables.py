@@ -33,6 +33,41 @@ LEVEL = f"{100 * CONFIDENCE:.0f}\N{NO-BREAK SPACE}% confidence"  # said with eve
 #: Kind of a score: as the search saw it (predicted time), or confirmed on fresh seeds (measured
 #: time).
 Kind = Literal["search", "confirmed"]
+#: What relative costs are of.
+MEASURED = "measured time"
+PREDICTED = "predicted time"
+FLOPS = "FLOPs"
+#: Names of their axes.
+AXES = {
+    MEASURED: "measured sampling time / full network's",
+    PREDICTED: "predicted sampling time / full network's",
+    FLOPS: "FLOPs of a sampling / full network's",
+}
+
+
+def cost_of(results: StudyResults, kind: Kind) -> str:
+    """What the relative costs beside scores of a kind are of."""
+    if kind == "confirmed":
+        return MEASURED
+    return FLOPS if results.cost == "flops" else PREDICTED
+
+
+def unit_of(cost: str) -> str:
+    """A cost in a word: "time" or "FLOPs"."""
+    return FLOPS if cost == FLOPS else "time"
+
+
+def written(table: pd.DataFrame, cost: str = "") -> pd.DataFrame:
+    """A table as it is written: where its relative costs are FLOPs no column calls them a time.
+
+    Args:
+        table: whose columns of costs begin with `time_`, whatever they are of.
+        cost: what they are of; default the column `cost`, where there is one.
+    """
+    if FLOPS not in (cost, *table.get("cost", ())[:1]):
+        return table
+    table = table.drop(columns="measured_frac", errors="ignore")
+    return table.rename(columns=lambda name: name.replace("time_", "flops_"))
 
 
 def label(record: TrialRecord, results: StudyResults) -> str:
@@ -147,9 +182,10 @@ def points(results: StudyResults, kind: Kind) -> pd.DataFrame:
     """Every score of one kind against sampling time, fastest first, compared with the full network
     of the same kind.
 
-    `time_frac` is the predicted or measured time; `credited_frac` is what may be claimed of it, the
-    bound `block_frac` where a measured time is better than its block calls can explain. `speed_up`,
-    `on_front` and the order go by what may be claimed.
+    `time_frac` is the predicted or measured time, or, by the search in a study of FLOPs, those, as
+    `cost` says; `credited_frac` is what may be claimed of it, the bound `block_frac` where a
+    measured time is better than its block calls can explain. `speed_up` (NaN of FLOPs), `on_front`
+    and the order go by what may be claimed.
     `difference` is the score minus the full network's, `difference_se` its standard error,
     `difference_margin` half the width of its interval of that `confidence`; `verdict` says in words
     whether the interval leaves out 0.
@@ -159,7 +195,7 @@ def points(results: StudyResults, kind: Kind) -> pd.DataFrame:
     found: list[tuple[TrialRecord, EvaluationResult, float, float]] = []
     if kind == "search":
         found = [
-            (r, r.quality, nan(r.time_frac), math.nan)
+            (r, r.quality, nan(results.cost_frac(r)), math.nan)
             for r in results.complete
             if r.quality is not None
         ]
@@ -169,6 +205,7 @@ def points(results: StudyResults, kind: Kind) -> pd.DataFrame:
             for c in results.confirmations
         ]
     protocol = protocol_of(results, kind)
+    cost = cost_of(results, kind)
     baseline = next(
         (quality for r, quality, *_ in found if full is not None and r.number == full.number), None
     )
@@ -193,9 +230,10 @@ def points(results: StudyResults, kind: Kind) -> pd.DataFrame:
                 "sampler": str(r.sampler),
                 "kind": kind,
                 "metric": protocol.metric_name if protocol else "",
+                "cost": cost,
                 "time_frac": time,
                 "time_spread": spread,
-                "speed_up": 1 / claimed[i],
+                "speed_up": math.nan if cost == FLOPS else 1 / claimed[i],
                 "block_frac": nan(r.block_frac),
                 "credited_frac": claimed[i],
                 "quality": quality.value,
@@ -228,6 +266,7 @@ _POINT_COLUMNS = [
     "sampler",
     "kind",
     "metric",
+    "cost",
     "time_frac",
     "time_spread",
     "speed_up",
@@ -285,17 +324,17 @@ def front_records(results: StudyResults) -> list[TrialRecord]:
 
 
 def hypervolume(results: StudyResults) -> pd.DataFrame:
-    """Area dominated by the trials so far: time fraction times log score (times the plain score
-    if one is not positive).
+    """Area dominated by the trials so far: relative time, or, in a study of FLOPs, those, times log
+    score (times the plain score if one is not positive).
 
-    Reference point: 1.1 times the full network's time and twice its score, so that studies of one
+    Reference point: 1.1 times the full network's cost and twice its score, so that studies of one
     protocol compare; without the full network, or with scores that are not positive, the worst
     score seen.
     """
     protocol = protocol_of(results, "search")
-    done = [r for r in results.complete if r.quality is not None and r.time_frac is not None]
+    done = [r for r in results.complete if r.quality and results.cost_frac(r) is not None]
     values = np.array(
-        [(r.time_frac, r.quality.value) for r in done if r.quality], dtype=np.float64
+        [(results.cost_frac(r), r.quality.value) for r in done if r.quality], dtype=np.float64
     ).reshape(-1, 2)
     log = bool((values[:, 1] > 0).all())
     full = results.full
@@ -312,6 +351,7 @@ def hypervolume(results: StudyResults) -> pd.DataFrame:
         "hypervolume": [hypervolume_2d(scaled[: i + 1], reference) for i in range(len(done))],
         "metric": protocol.metric_name if protocol else "",
         "scale": "log" if log else "linear",
+        "cost": cost_of(results, "search"),
         "reference_time_frac": REFERENCE_TIME,
         "reference_quality": limit,
     }

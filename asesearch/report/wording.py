@@ -14,7 +14,7 @@ from asesearch.score import EvaluationResult
 from asesearch.study.records import NOT_CONFIRMED, StudyResults, left_out
 from asesearch.study.timing import UNEXPLAINED
 
-#: Relative sampling time that the headline looks for.
+#: Relative sampling time, or FLOPs, that the headline looks for.
 WORTHWHILE_TIME = 0.75
 UNKNOWN = "spread unknown (one repeat)"
 TWO_REPEATS = (
@@ -83,7 +83,8 @@ class Headline:
         answer: one sentence.
         details: the scores it rests on, and what it leaves open, a sentence each.
         success: a schedule is fast enough at a score that is not worse, by a measured time that its
-            block calls can explain, or a predicted one.
+            block calls can explain, or a predicted one, or, before any is measured in a study of
+            FLOPs, by those.
         chosen: number of the trial it speaks of; None if there is none.
     """
 
@@ -152,7 +153,8 @@ def _status(results: StudyResults, kind: tables.Kind) -> str:
             f"Confirmed on fresh seeds, with measured sampling time, so far {done} of "
             f"{done + len(left)} points; not yet {names}. {again}"
         )
-    status = "Scores and predicted times of the search: the best of many is flattered, and "
+    costs = "FLOPs" if results.cost == "flops" else "predicted times"
+    status = f"Scores and {costs} of the search: the best of many is flattered, and "
     if results.confirmations:
         return f"{status}only the full network is confirmed yet. {again}"
     return f"{status}nothing is confirmed yet."
@@ -192,6 +194,8 @@ def _takes(row: pd.Series) -> str:
             f"runs {shown} of the block calls, which make it {speed_up(time)} as fast at "
             f"best (the time measured is {UNEXPLAINED}),"
         )
+    if row["cost"] == tables.FLOPS:
+        return f"takes {shown} the FLOPs"
     verb = "is predicted to take" if row["kind"] == "search" else "takes"
     return f"{verb} {shown} the time ({speed_up(time)} as fast)"
 
@@ -269,9 +273,10 @@ def _verdict(others: pd.DataFrame, partly: bool) -> Headline:
         pool = others if faster.empty else faster
         best = pool.iloc[int(pool["difference"].to_numpy().argmin())]
         rest = f"the closest was {_name(best)}, which {_takes(best)} and {_apart(best)}"
+    unit = tables.unit_of(others["cost"].iloc[0])
     none = "Of what is confirmed so far no schedule" if partly else "No schedule"
     answer = (
-        f"{none} takes at most {relative(WORTHWHILE_TIME)} the time at a {metric} that "
+        f"{none} takes at most {relative(WORTHWHILE_TIME)} the {unit} at a {metric} that "
         "can't be told apart from the "
     )
     answer += f"full network's ({tables.LEVEL})"

@@ -62,6 +62,8 @@ def attributes(record: TrialRecord) -> dict[str, Any]:
     if record.time_frac is not None:
         found["relative time"] = float(f"{record.time_frac:.4g}")
         found["speed-up"] = float(f"{1 / record.time_frac:.4g}")
+    if record.flops_frac is not None:
+        found["relative FLOPs"] = float(f"{record.flops_frac:.4g}")
     return found
 
 
@@ -76,6 +78,8 @@ def note_of(record: TrialRecord) -> str:
             f"- predicted: {record.time_frac:.3f}× the full network's sampling time, "
             f"{1 / record.time_frac:.2f}× as fast"
         )
+    if record.flops_frac is not None:
+        lines.append(f"- FLOPs: {record.flops_frac:.3f}× the full network's")
     if record.block_frac is not None:
         lines.append(f"- block calls: {record.block_frac:.3f}× the full network's")
     if (rung := record.low_fidelity) is not None:

@@ -27,7 +27,7 @@ class Ledger:
 
     def values(self, record: TrialRecord) -> tuple[float, float]:
         """The two objectives of a trial that has a score: score and relative cost."""
-        cost = record.time_frac if self.cost == "time" else record.flops_frac
+        cost = record.cost_frac(self.cost)
         assert cost is not None and record.quality is not None
         return record.quality.value, cost
 

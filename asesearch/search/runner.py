@@ -349,7 +349,8 @@ class Runner:
         """
         if self.config.search.keep_weights == "all":
             return
-        results = StudyResults(self.config.name, {}, tuple(self.study.records()), (), (), {})
+        config = self.config.shareable()
+        results = StudyResults(self.config.name, config, tuple(self.study.records()), (), (), {})
         kept = [*results.front(), *((results.full,) if results.full else ())]
         keep = {r.point.weights_key for r in kept}
         for record in results.complete:

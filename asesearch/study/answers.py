@@ -36,6 +36,7 @@ class Answer:
         """Plain data for JSON."""
         record = self.point.record
         quality = self.point.quality
+        timed = self.point.unit == "time"
         return {
             "question": self.question,
             **record.described(),
@@ -43,8 +44,9 @@ class Answer:
             "score": quality.value,
             "std_error": quality.std_error,
             "full_score": self.full_score,
-            "time_frac": self.point.time_frac,
-            "speed_up": 1 / self.point.time_frac,
+            "time_frac": self.point.cost_frac if timed else None,
+            "speed_up": 1 / self.point.cost_frac if timed else None,
+            "flops_frac": record.flops_frac,
             "measured_time_frac": self.point.measured_frac,
             "confirmed": self.point.confirmed,
             "same": None if self.same is None else list(self.same),
@@ -54,7 +56,8 @@ class Answer:
     def __str__(self) -> str:
         quality = self.point.quality
         spread = "" if quality.std_error is None else f" ± {quality.std_error:.2g}"
-        kind = "by the search, predicted"
+        timed = self.point.unit == "time"
+        kind = "by the search, predicted" if timed else "by the search"
         if self.point.confirmed:
             kind = "confirmed" if self.point.reservation else "confirmed, measured"
         of = "" if self.full_score is None else f" (full network: {self.full_score:.4g})"
@@ -67,11 +70,12 @@ class Answer:
             told = f"not told apart from {points} {', '.join(map(str, self.same))}"
         else:
             told = f"differs from every other point at {100 * CONFIDENCE:g} % confidence"
+        fast = f", {1 / self.point.cost_frac:.2f}x as fast" if timed else ""
         lines = [self.shortfall] if self.shortfall else []
         lines.append(
             f"{self.question}: trial {self.point.record.number}, {self.point.record.point}, "
             f"{quality.protocol.metric_name} {quality.value:.4g}{spread}{of} at "
-            f"{self.point.time_frac:.3f}x the time, {1 / self.point.time_frac:.2f}x as fast "
+            f"{self.point.cost_frac:.3f}x the {self.point.unit}{fast} "
             f"({kind}{self.point.reservation}); {told}"
         )
         return "\n".join(lines)
@@ -91,18 +95,19 @@ def answers(
     Args:
         results: of the study.
         quality: budget of the first, see `asesearch.study.picking.within_quality`.
-        time_frac: budget of the second, relative to the full network's sampling time.
+        time_frac: budget of the second, see `asesearch.study.picking.pick`.
         early_exit: only schedules that exit early, not all blocks under a faster sampler.
 
     Raises:
         ConfigError: a budget of no known form.
         StudyError: the study has no score at all.
     """
+    points = scored_points(results)
+    unit = points[0].unit if points else "time"
     asked: list[tuple[str, tuple[str, str | None, float | None]]] = [
         (f"fastest with quality within {quality}", ("fastest-within", quality, None)),
-        (f"best quality within {time_frac:g}x the time", ("best-within", None, time_frac)),
+        (f"best quality within {time_frac:g}x the {unit}", ("best-within", None, time_frac)),
     ]
-    points = scored_points(results)
     found = []
     for question, how in asked:
         point, shortfall = choose(results, *how, early_exit)
@@ -138,7 +143,7 @@ def indistinguishable(point: Scored, points: list[Scored]) -> tuple[int, ...] | 
 
 
 def knee(points: list[Scored]) -> Scored:
-    """The point where a front bends: time and score each scaled to [0, 1], the one with the least
+    """The point where a front bends: cost and score each scaled to [0, 1], the one with the least
     sum of both, which lies furthest below the line between the front's ends.
 
     Raises:
@@ -148,12 +153,12 @@ def knee(points: list[Scored]) -> Scored:
     """
     if not points:
         raise StudyError("the study has no evaluated schedule to pick from; run `asesearch search`")
-    times = [p.time_frac for p in points]
+    times = [p.cost_frac for p in points]
     scores = [p.quality.value for p in points]
     width = max(times) - min(times) or 1.0
     height = max(scores) - min(scores) or 1.0
 
     def sum_of(p: Scored) -> float:
-        return (p.time_frac - min(times)) / width + (p.quality.value - min(scores)) / height
+        return (p.cost_frac - min(times)) / width + (p.quality.value - min(scores)) / height
 
-    return min(points, key=lambda p: (sum_of(p), p.time_frac))
+    return min(points, key=lambda p: (sum_of(p), p.cost_frac))

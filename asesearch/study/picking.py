@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from asesearch.errors import ConfigError, StudyError
 from asesearch.score import EvaluationResult
-from asesearch.study.records import StudyResults, TrialRecord
+from asesearch.study.records import UNITS, StudyResults, TrialRecord
 from asesearch.study.timing import UNEXPLAINED, credited_time
 
 MODES = ("best-quality", "fastest-within", "best-within")
@@ -80,29 +80,31 @@ class Scored:
     Attributes:
         record: of the trial.
         quality: its confirmed score, or the search's.
-        time_frac: sampling time relative to the full network's that may be claimed: measured, or
+        cost_frac: sampling time relative to the full network's that may be claimed: measured, or
             predicted; the bound of its block calls where the measured one is better than they can
-            explain.
+            explain. Not measured, in a study of FLOPs, its FLOPs.
         confirmed: whether it was measured.
-        measured_frac: the measured time; None where it is predicted.
+        measured_frac: the measured time; None where it was not measured.
+        unit: what `cost_frac` is a part of, in a word: "time" or "FLOPs".
     """
 
     record: TrialRecord
     quality: EvaluationResult
-    time_frac: float
+    cost_frac: float
     confirmed: bool
     measured_frac: float | None = None
+    unit: str = "time"
 
     def __str__(self) -> str:
         return (
-            f"trial {self.record.number} with {self.quality.value:.4g} at {self.time_frac:.3f} of "
-            f"the time ({self.record.point}{self.reservation})"
+            f"trial {self.record.number} with {self.quality.value:.4g} at {self.cost_frac:.3f} of "
+            f"the {self.unit} ({self.record.point}{self.reservation})"
         )
 
     @property
     def reservation(self) -> str:
         """What is said behind its time: nothing, or that the measured one can't be right."""
-        if self.measured_frac in (None, self.time_frac):
+        if self.measured_frac in (None, self.cost_frac):
             return ""
         return f"; by its block calls, for {self.measured_frac:.3f} measured is {UNEXPLAINED}"
 
@@ -125,7 +127,8 @@ def pick(
     Args:
         results: of the study.
         mode: "best-quality"; "fastest-within" a `quality` budget (see `within_quality`);
-            "best-within" a `time_frac` of the full network's sampling time, in (0, 1].
+            "best-within" a `time_frac` of the full network's sampling time, in (0, 1], or of its
+            FLOPs where nothing is measured in a study of FLOPs.
         early_exit: only schedules that exit early, not all blocks under a faster sampler.
 
     Raises:
@@ -260,7 +263,7 @@ def _best(
 
     The full network is looked for `among` all points with a score of the same protocol.
     """
-    best = min(points, key=lambda p: (p.quality.value, p.time_frac))
+    best = min(points, key=lambda p: (p.quality.value, p.cost_frac))
     if mode == "best-quality":
         return best, ""
     if quality is not None:
@@ -273,14 +276,15 @@ def _best(
             )
         allowed = [p for p in points if within_quality(quality, p.quality, full)]
         if allowed:
-            return min(allowed, key=lambda p: (p.time_frac, p.quality.value)), ""
+            return min(allowed, key=lambda p: (p.cost_frac, p.quality.value)), ""
         return best, f"no {what} is within {_in_words(quality, full)}; the nearest is {best}"
     assert time_frac is not None
-    allowed = [p for p in points if p.time_frac <= time_frac]
+    allowed = [p for p in points if p.cost_frac <= time_frac]
     if allowed:
-        return min(allowed, key=lambda p: (p.quality.value, p.time_frac)), ""
-    fastest = min(points, key=lambda p: (p.time_frac, p.quality.value))
-    return fastest, f"no {what} is within the time budget {time_frac:g}; the nearest is {fastest}"
+        return min(allowed, key=lambda p: (p.quality.value, p.cost_frac)), ""
+    fastest = min(points, key=lambda p: (p.cost_frac, p.quality.value))
+    budget = f"the {fastest.unit} budget {time_frac:g}"
+    return fastest, f"no {what} is within {budget}; the nearest is {fastest}"
 
 
 def _with_unconfirmed(
@@ -294,7 +298,7 @@ def _with_unconfirmed(
     fast = [
         p
         for p in _searched(results)
-        if p.record.number not in known and p.time_frac <= time_frac and (p.early or not early_exit)
+        if p.record.number not in known and p.cost_frac <= time_frac and (p.early or not early_exit)
     ]
     if not fast:
         return shortfall
@@ -338,10 +342,11 @@ def _searched(results: StudyResults) -> list[Scored]:
     records = {r.number: r for r in results.front()}
     if results.full is not None:
         records[results.full.number] = results.full
+    unit = UNITS[results.cost]
     return [
-        Scored(r, r.quality, r.time_frac, False)
+        Scored(r, r.quality, cost, False, unit=unit)
         for r in records.values()
-        if r.quality is not None and r.time_frac is not None
+        if r.quality is not None and (cost := results.cost_frac(r)) is not None
     ]
 
 

@@ -25,6 +25,8 @@ from asesearch.study.difficulty import DifficultyMap
 from asesearch.study.front import non_dominated
 from asesearch.study.importance import Importance
 
+#: Word of a relative cost, by `search.cost`.
+UNITS = {"time": "time", "flops": "FLOPs"}
 #: Beyond these multiples of the full network's time and score a point is worth nothing: reference
 #: point of hypervolumes.
 REFERENCE_TIME = 1.1
@@ -84,7 +86,7 @@ class TrialRecord:
         state: "complete", "stopped" (not promoted from the low-fidelity rung) or "failed".
         quality: the score under the search protocol; None if stopped or failed.
         time_frac: predicted sampling time over the full network's under the study's own sampler,
-            from the latency table; None if failed.
+            from the latency table of the worker's device; None if failed.
         flops_frac, block_frac: FLOPs of the whole sampling, and block calls, over the same.
         low_fidelity: the low-fidelity rung; None without promotion.
         losses: mean training loss of each fine-tuning step, or of equal stretches of steps.
@@ -125,6 +127,15 @@ class TrialRecord:
     def sampler(self) -> Sampler:
         """Of the point."""
         return self.point.sampler
+
+    def cost_frac(self, cost: str) -> float | None:
+        """Relative cost by a study's second objective; None if failed. Times of several latency
+        tables are not compared, as those of a study of FLOPs may be.
+
+        Args:
+            cost: "time" or "flops".
+        """
+        return self.flops_frac if cost == "flops" else self.time_frac
 
     @property
     def had_no_memory(self) -> bool:
@@ -308,6 +319,15 @@ class StudyResults:
         return Sampler(how["solver"], how["num_steps"])
 
     @property
+    def cost(self) -> str:
+        """The second objective: "time" or "flops"."""
+        return str(self.config.get("search", {}).get("cost", "time"))
+
+    def cost_frac(self, record: TrialRecord) -> float | None:
+        """Of a trial by the second objective, see `TrialRecord.cost_frac`."""
+        return record.cost_frac(self.cost)
+
+    @property
     def two_weights(self) -> bool:
         """Whether early exits have weights of their own beside the pretrained ones."""
         return bool(self.config.get("search", {}).get("full_depth") == "pretrained")
@@ -339,14 +359,15 @@ class StudyResults:
         return record.point.weights_key in {r.point.weights_key for r in kept}
 
     def front(self) -> tuple[TrialRecord, ...]:
-        """Non-dominated trials under the search protocol, fastest first."""
+        """Non-dominated trials under the search protocol by the study's second objective, the
+        cheapest first."""
         scored = [
-            (r, (r.time_frac, r.quality.value))
+            (r, (cost, r.quality.value))
             for r in self.complete
-            if r.time_frac is not None and r.quality is not None
+            if (cost := self.cost_frac(r)) is not None and r.quality is not None
         ]
         keep = non_dominated([point for _, point in scored])
-        return tuple(sorted((scored[i][0] for i in keep), key=lambda r: r.time_frac or 0.0))
+        return tuple(sorted((scored[i][0] for i in keep), key=lambda r: self.cost_frac(r) or 0.0))
 
 
 def spent_s(results: StudyResults) -> float:

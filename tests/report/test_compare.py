@@ -14,7 +14,7 @@ from asesearch.report import attainment, compare, comparison
 from asesearch.report.compare import drawings
 from asesearch.report.comparison import compare_results
 from asesearch.score import EvaluationResult
-from tests.report.conftest import build, no_more
+from tests.report.conftest import build, by_flops, no_more
 
 
 def shifted(results, by, name="other"):
@@ -230,6 +230,25 @@ def test_what_was_measured_otherwise_is_refused(three, study):
 def test_without_confirmation_everywhere_the_search_is_compared(three):
     found = compare_results([three[0], replace(three[1], confirmations=())])
     assert found.kind == "search" and set(found.points["kind"]) == {"search"}
+
+
+def test_studies_of_flops_are_compared_by_them(three, tmp_path):
+    bare = [replace(r, confirmations=()) for r in three]
+    found = compare([by_flops(r) for r in bare], tmp_path, groups=["a", "b", "b"])
+    assert found.unit == "FLOPs" and "of the FLOPs budgets" in str(found)
+    plain = [r.number for r in by_flops(bare[0]).front()]
+    front = found.points[(found.points["study"] == found.members[0].name) & found.points.on_front]
+    assert list(front["number"]) == plain
+    assert set(found.to_dict()["wins"][0]) >= {"flops_from", "flops_to"}
+    for name in ("points", "wins", "attained"):
+        head = (tmp_path / "tables" / f"{name}.csv").read_text().splitlines()[0]
+        assert "flops_" in head and "time" not in head and "measured" not in head
+    html = (tmp_path / "index.html").read_text()
+    text = re.sub(r"<script.*?</script>|<style.*?</style>", "", html, flags=re.S)
+    assert "predicted" not in text and "sampling time" not in text
+    with pytest.raises(EvaluationError, match="got FLOPs and predicted time; search both with one"):
+        compare_results([by_flops(bare[0]), bare[1]])
+    compare_results([by_flops(three[0]), three[1]])  # confirmed: their times are measured
 
 
 def test_page_figures_and_csv(three, tmp_path):

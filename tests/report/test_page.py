@@ -26,7 +26,7 @@ from asesearch.report import folder as folder_of_page
 from asesearch.report.labels import spread_out
 from asesearch.sampler import Sampler
 from asesearch.study import directory
-from tests.report.conftest import protocol
+from tests.report.conftest import by_flops, protocol
 
 NAMES = {
     "spending",
@@ -387,6 +387,46 @@ def test_odd_studies_have_a_page_and_figures(study, case):
             figure = drawing.draw()
             if case == "one trial":
                 figure.draw_without_rendering()
+
+
+def heads(folder):
+    """Columns of every table that is written."""
+    return {p.stem: p.read_text().splitlines()[0].split(",") for p in folder.rglob("*.csv")}
+
+
+def test_a_study_of_flops_is_shown_by_them(study, tmp_path):
+    """Before it is confirmed nothing is called a time but what was predicted of each trial."""
+    results = by_flops(study(12, failed=(), confirm=False))
+    write_report(results, tmp_path / "search")
+    html = text_of((tmp_path / "search/index.html").read_text(encoding="utf-8"))
+    check(html)
+    for words in (
+        "the FLOPs at a",
+        "Scores and FLOPs of the search",
+        "relative FLOPs",
+        "against the FLOPs of a sampling",
+        "below the reference point: FLOPs 1.1",
+        "of the full network&#39;s FLOPs",
+        "such times are not compared",
+    ):
+        assert words in html.replace("full network's FLOPs", "full network&#39;s FLOPs"), words
+    assert "predicted sampling time" not in html and "predicted to take" not in html
+    written = heads(tmp_path / "search")
+    for name in ("front", "attainment", "hypervolume"):
+        assert not [c for c in written[name] if c.startswith("time")], name
+    assert "flops_frac" in written["front"] and "reference_flops_frac" in written["hypervolume"]
+    plain = study(12, failed=(), confirm=False)
+    assert list(tables.front(results)["number"]) == list(tables.front(plain)["number"])
+    assert tables.front(results)["speed_up"].isna().all()
+    same = tables.hypervolume(replace(results, records=plain.records))
+    assert tables.hypervolume(results).equals(same)
+    assert '"unit":"FLOPs"' in page.embedded(results, None)
+
+
+def test_a_confirmed_study_of_flops_is_shown_by_measured_time(study, tmp_path):
+    write_report(by_flops(study(8, failed=())), tmp_path / "both")
+    written = heads(tmp_path / "both")
+    assert "time_frac" in written["front"] and "flops_frac" in written["front_search"]
 
 
 def test_a_study_without_latency_losses_or_environment_has_a_page(study):

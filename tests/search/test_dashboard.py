@@ -265,6 +265,7 @@ def test_large_samples_are_a_small_preview():
 
 
 def test_what_a_record_shows_has_no_surprise():
-    found = dashboard.attributes(replace(record(), time_frac=1 / 3))
+    found = dashboard.attributes(replace(record(), time_frac=1 / 3, flops_frac=2 / 3))
     assert found["relative time"] == 0.3333 and found["speed-up"] == 3.0
+    assert found["relative FLOPs"] == 0.6667
     assert set(dashboard.attributes(record("failed"))) == {"schedule", "sampler"}

@@ -374,6 +374,32 @@ def test_weights_off_the_front_are_deleted_and_the_full_networks_kept(tmp_path):
     )
 
 
+def test_weights_of_a_study_of_flops_are_kept_by_them(tmp_path):
+    """Whatever the latency tables say, of which it may have several."""
+
+    class TwoTables(FakeBench):
+        def fracs(self, point):
+            time, *others = super().fracs(point)
+            return (time if len(self.tried) % 2 else 0.1 * time, *others)
+
+    config = make_config(proposer="random", num_trials=8, cost="flops")
+    study = Study(config, tmp_path)
+    run_trials(study, TwoTables(config=config))
+    results = study.results()
+    costs = [(r.flops_frac, r.quality.value) for r in results.records]
+    by_flops = {results.records[i].number for i in non_dominated(costs)}
+    times = [(r.time_frac, r.quality.value) for r in results.records]
+    assert by_flops != {results.records[i].number for i in non_dominated(times)}
+    assert {r.number for r in results.front()} == by_flops
+    kept = {
+        r.number
+        for r in results.records
+        if (study.trial_dir(r.schedule) / "weights.safetensors").exists()
+    }
+    assert kept == by_flops | {0}
+    assert kept == {r.number for r in results.records if results.has_weights(r)}
+
+
 def test_records_round_trip_and_are_stored_in_the_trials(tmp_path):
     study, _ = run(make_config(num_trials=4), tmp_path)
     for trial in study.optuna.get_trials():

@@ -24,6 +24,17 @@ def test_the_three_questions():
     assert "0.800x the time, 1.25x as fast (by the search, predicted)" in str(fast)
 
 
+def test_a_study_of_flops_claims_no_time_before_one_is_measured():
+    odd = tuple(dataclasses.replace(r, time_frac=0.5) for r in RECORDS[:4])
+    found = answers(results(records=odd, config={"search": {"cost": "flops"}}), time_frac=0.7)
+    assert [a.point.record.number for a in found[:2]] == [1, 2]
+    text = str(found[1])
+    assert text.startswith("best quality within 0.7x the FLOPs: trial 2, ")
+    assert "at 0.600x the FLOPs (by the search)" in text and "time" not in text
+    data = found[1].to_dict()
+    assert (data["time_frac"], data["speed_up"], data["flops_frac"]) == (None, None, 0.6)
+
+
 def test_confirmed_scores_come_first_and_a_missed_budget_is_said():
     found = answers(results([confirmed(0, 5.0, 1.0), confirmed(2, 7.0, 0.65)]), "+1%", 0.5)
     assert [a.point.record.number for a in found[:2]] == [0, 2]

@@ -56,6 +56,26 @@ def test_modes(mode, quality, time, number):
     assert pick(results(), mode, quality, time).number == number
 
 
+def test_a_study_of_flops_goes_by_them_whatever_its_times():
+    """Times of two latency tables: those of the trial that runs the least are the longest."""
+    odd = [
+        dataclasses.replace(r, time_frac=1.1 - r.time_frac) if r.time_frac else r for r in RECORDS
+    ]
+    found = results(records=odd, config={"search": {"cost": "flops"}})
+    assert (
+        [r.number for r in found.front()] == [3, 2, 1, 0] == [r.number for r in results().front()]
+    )
+    assert [r.number for r in results(records=odd).front()] == [0]
+    assert [r.number for r in select(found.front(), found.full, 2)] == [0, 3, 1]
+    assert pick(found, "best-within", time_frac=0.7).number == 2
+    short = "within the FLOPs budget 0.1; the nearest is trial 3 with 9 at 0.300 of the FLOPs"
+    with pytest.raises(StudyError, match=short):
+        pick(found, "best-within", time_frac=0.1)
+    measured = results([confirmed(0, 5.2, 1.0), confirmed(2, 5.3, 0.4)], odd, found.config)
+    with pytest.raises(StudyError, match="within the time budget 0.1; the nearest .* of the time"):
+        pick(measured, "best-within", time_frac=0.1)
+
+
 def test_confirmed_figures_count_where_there_are_any():
     fresh = [confirmed(0, 5.2, 1.0), confirmed(1, 5.0, 0.85), confirmed(2, 7.0, 0.62)]
     assert pick(results(fresh), "best-quality").number == 1

@@ -97,8 +97,9 @@
     : digits(value));
   const relative = (frac) => (frac === null ? "–" : `${frac.toFixed(2)}×`);
   // a measured time that block calls can't explain is no speed-up
-  const both = (p) => `${relative(p.time)} the time, `
-    + (p.credited === p.time ? "" : "better than its block calls can explain: at best ")
+  const both = (p, kind) => `${relative(p.time)} the ${kind.unit}`
+    + (kind.unit !== "time" ? "" : `, ${speedUp(p)}`);
+  const speedUp = (p) => (p.credited === p.time ? "" : "better than its block calls can explain: at best ")
     + `${(1 / p.credited).toFixed(2)}× as fast`;
 
   // -- the front ----------------------------------------------------------------------------
@@ -173,7 +174,7 @@
       this.draw();
       this.detail();
       const p = this.point;
-      say(`${this.data.trials[p.number].label}: ${plusMinus(p.quality, p.error)} at ${both(p)}; against the full network: ${p.verdict}`);
+      say(`${this.data.trials[p.number].label}: ${plusMinus(p.quality, p.error)} at ${both(p, this.data.kinds[this.kind])}; against the full network: ${p.verdict}`);
     }
 
     move(step, frontOnly) {
@@ -217,7 +218,7 @@
       const depths = trial.depths.join(" ");
       return [`<b>${escaped(trial.label)}</b>`,
         `${escaped(this.data.kinds[this.kind].metric)} ${plusMinus(p.quality, p.error)}`,
-        both(p),
+        both(p, this.data.kinds[this.kind]),
         `blocks, data to noise: ${depths.length > 44 ? depths.slice(0, 42) + "…" : depths}`,
         escaped(trial.sampler)].join("<br>");
     }
@@ -285,7 +286,7 @@
         plot_bgcolor: "rgba(0,0,0,0)",
         font: { color: colour("text"), family: getComputedStyle(document.body).fontFamily, size: 13 },
         margin: { l: 10, r: 14, t: 10, b: 10 },
-        xaxis: { ...axis, ticksuffix: "×", title: { text: `relative sampling time, ${kind.time}` } },
+        xaxis: { ...axis, ticksuffix: "×", title: { text: `relative ${kind.cost.replace("Sampling", "sampling")}` } },
         yaxis: { ...axis, type: log ? "log" : "linear", title: { text: lines(`${kind.metric} (lower is better)`) } },
         legend: { orientation: "h", yref: "container", y: 0, yanchor: "bottom", font: { size: 12 } },
         hoverlabel: { align: "left", bgcolor: colour("card"), bordercolor: colour("accent"), font: { color: colour("text") } },
@@ -307,7 +308,7 @@
       byId("detail-title").textContent = trial.label;
       const facts = [
         [kind.metric, `${plusMinus(p.quality, p.error)} (${kind.title.toLowerCase()})`],
-        [`Sampling time, ${kind.time}`, both(p)],
+        [kind.cost, both(p, kind)],
         ["Against the full network", p.difference === null ? p.verdict
           : `${p.verdict} (${p.difference > 0 ? "+" : ""}${plusMinus(p.difference, p.margin)})`],
         ["Not told apart from", this.aliases()],
