@@ -28,6 +28,7 @@ from asesearch.backbones.folders import (
     refuse_quantised_config,
     weight_files,
 )
+from asesearch.backbones.intact import refuse_changed
 from asesearch.backbones.wrappers import NoWeightsError, find_weights, training_options
 from asesearch.errors import CheckpointError, ConfigError
 from asesearch.files import check_utf8, whence
@@ -209,8 +210,11 @@ def _damaged(path: Path, what: str, reason: str) -> str:
     )
 
 
-def _unwrapped(path: Path, data: object, metadata: dict[str, str]) -> Contents:
-    """The weights in what was loaded; our own files hold nothing else."""
+def _unwrapped(
+    path: Path, data: object, metadata: dict[str, str], file: Path | None = None
+) -> Contents:
+    """The weights in what was loaded; our own files hold nothing else. `file` is the first of those
+    in a folder, which is the only one where it is a PyTorch file."""
     if metadata.get("format") == FORMAT:
         return Contents(path, dict(cast("Mapping[str, Tensor]", data)), metadata=metadata)
     try:
@@ -224,6 +228,7 @@ def _unwrapped(path: Path, data: object, metadata: dict[str, str]) -> Contents:
                 f"{path} must hold plain tensors; got a {kind} one, {name}; save the weights "
                 "themselves, dense and in float32 or half precision"
             )
+    refuse_changed(path if file is None else file, found.state)
     options = training_options(data)
     return Contents(path, found.state, found.source, metadata, notes=found.notes, options=options)
 
@@ -243,6 +248,6 @@ def _read_folder(path: Path) -> Contents:
         shard = _load(path / name)[0]
         if isinstance(data, dict) and isinstance(shard, dict):
             data |= shard
-    found = _unwrapped(path, data, {})
+    found = _unwrapped(path, data, {}, path / names[0])
     found.config = config
     return found

@@ -11,6 +11,8 @@ from torch import Tensor
 from asesearch.errors import CheckpointError
 
 _CHUNK = 1 << 24  # numbers looked at together
+_PAGE = 1024  # numbers in 4,096 bytes of float32; two of these in half precision
+_BLOCK = _PAGE // 2  # any page of zeros covers a block of so many
 #: Weights that begin at random and that no training makes zero, under the names of DiT, U-ViT and
 #: diffusers. Not among them: modulations, output layers of a block or a network, which may begin at
 #: zero (as in blocks that are added to make a network deeper), and biases.
@@ -51,22 +53,64 @@ def _not_finite(value: Tensor) -> int:
 
 
 def refuse_zero(state: Mapping[str, Tensor], where: str) -> None:
-    """Refuse weights that are zero throughout where no training leaves that, as a file has them of
-    which space was set aside but not all was written.
+    """Refuse weights that are zero where no training leaves that, throughout or in a hole, as a
+    file has them of which space was set aside but not all was written.
 
     Raises:
         CheckpointError: naming the first such tensors.
     """
-    bad = [k for k, v in state.items() if _NEVER_ZERO.search(k) and _is_zero(v)]
+    weights = {k: v for k, v in state.items() if _NEVER_ZERO.search(k)}
+    bad = [k for k, v in weights.items() if _is_zero(v)]
     if bad:
         more = f" and {len(bad) - 3} more" if len(bad) > 3 else ""
         raise CheckpointError(
             f"{where} must hold trained weights; got nothing but zeros in {', '.join(bad[:3])}"
             f"{more}, as an unfinished download leaves it; download it again"
         )
+    for name, value in weights.items():
+        if (hole := _hole(value)) is not None:
+            raise CheckpointError(
+                f"{where} must hold trained weights; got {len(hole):,} zeros in a row in {name} "
+                f"from number {hole.start:,} on, amid its rows, as an unfinished download leaves "
+                "it; download it again"
+            )
 
 
 def _is_zero(value: Tensor) -> bool:
     """Whether there are numbers and all are zero; of others only the first are looked at."""
     numbers = value.detach().reshape(-1)
     return len(numbers) > 0 and not (bool(numbers[:64].any()) or bool(numbers.any()))
+
+
+def _hole(value: Tensor) -> range | None:
+    """Where zeros in a row are those of pages that were not written; None where there are none."""
+    numbers = value.detach().reshape(-1)
+    blocks = numbers[: len(numbers) - len(numbers) % _BLOCK].view(-1, _BLOCK)
+    zero = blocks[:, 0] == 0
+    zero[zero.clone()] = ~blocks[zero].any(1)
+    edges = torch.diff(zero.int(), prepend=zero.new_zeros(1), append=zero.new_zeros(1))
+    firsts = (edges == 1).nonzero().flatten().tolist()
+    lasts = (edges == -1).nonzero().flatten().tolist()
+    for first, last in zip(firsts, lasts, strict=True):
+        before = numbers[max(0, first - 1) * _BLOCK : first * _BLOCK].nonzero()
+        after = numbers[last * _BLOCK : (last + 1) * _BLOCK].nonzero()
+        start = (first - 1) * _BLOCK + int(before[-1]) + 1 if len(before) else 0
+        stop = last * _BLOCK + int(after[0]) if len(after) else len(numbers)
+        if _is_torn(numbers, range(start, stop), len(numbers) // value.shape[0]):
+            return range(start, stop)
+    return None
+
+
+def _is_torn(numbers: Tensor, zeros: range, width: int) -> bool:
+    """Whether zeros in a row, in rows of `width` numbers, are no pruning or padding, which leave
+    whole rows or columns: they begin and end amid rows, with numbers above and below them, and are
+    so many pages long, unless they go on in the tensor beside."""
+    whole = zeros.start > 0 and zeros.stop < len(numbers)
+    if len(zeros) < _PAGE or (whole and len(zeros) % _PAGE):
+        return False
+    inner = []  # the edges inside the tensor, and the numbers above or below them
+    if zeros.start > 0:
+        inner.append((zeros.start, max(0, zeros.start - width)))
+    if zeros.stop < len(numbers):
+        inner.append((zeros.stop, min(zeros.stop - 1 + width, len(numbers) - 1)))
+    return all(edge % width and bool(numbers[beyond]) for edge, beyond in inner)

@@ -497,6 +497,42 @@ def test_only_weights_that_no_training_makes_zero_are_refused(
     assert load("dit", tmp_path / "net.safetensors", args={"num_heads": 2}).depth == 2
 
 
+WIDE = {**DIT, "hidden_size": 96}
+FC1 = "blocks.0.mlp.fc1.weight"  # (384, 96)
+
+
+def holed(state: dict[str, torch.Tensor], zeros: range) -> dict[str, torch.Tensor]:
+    fc1 = state[FC1].clone()
+    fc1.view(-1)[zeros.start : zeros.stop] = 0
+    return {**state, FC1: fc1}
+
+
+@pytest.mark.parametrize(
+    "zeros", [range(1000, 2024), range(40, 40 + 8 * 1024), range(9000, 36864), range(5000)]
+)
+def test_a_hole_of_zeros_in_a_tensor_is_refused(tmp_path, zeros: range) -> None:
+    state = DiT(**WIDE).state_dict()
+    save_file(holed(state, zeros), tmp_path / "net.safetensors")
+    told = rf"got {len(zeros):,} zeros in a row in {re.escape(FC1)} from number {zeros.start:,} on"
+    with pytest.raises(CheckpointError, match=told):
+        load("dit", tmp_path / "net.safetensors", args={"num_heads": 2})
+
+
+def test_pruned_and_padded_weights_have_no_holes(tmp_path) -> None:
+    state = DiT(**WIDE).state_dict()
+    fc1 = state[FC1]
+    draws = torch.Generator().manual_seed(0)
+    rows = fc1.clone()
+    rows[7:200] = rows[300:] = 0
+    columns = fc1.clone()
+    columns[:, 50:] = columns[100:] = 0
+    sparse = fc1 * (torch.rand(fc1.shape, generator=draws) > 0.95)
+    few = holed(state, range(1000, 1900))[FC1]
+    for pruned in (rows, columns, sparse, few):
+        save_file({**state, FC1: pruned}, tmp_path / "net.safetensors")
+        assert load("dit", tmp_path / "net.safetensors", args={"num_heads": 2}).depth == 2
+
+
 def test_a_diffusers_folder_with_weights_of_zeros_is_refused_as_either_kind(tmp_path) -> None:
     from diffusers import DiTTransformer2DModel
 

@@ -419,3 +419,57 @@ def test_shipped_names_resolve_within_the_package_only() -> None:
     for name in ("shipped:no-such-network", "shipped:../errors", "shipped:fashion-cnn", "shipped:"):
         with pytest.raises(ConfigError, match="no shipped network is called"):
             resolve(name)
+
+
+def flipped(path, name: str) -> None:
+    """Turn one bit round in the middle of a record."""
+    with zipfile.ZipFile(path) as archive:
+        member = archive.getinfo(f"{path.stem}/{name}")
+    data = bytearray(path.read_bytes())
+    extra = int.from_bytes(data[member.header_offset + 28 : member.header_offset + 30], "little")
+    begin = member.header_offset + 30 + len(member.filename) + extra
+    data[begin + member.file_size // 2] ^= 0x40
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize(
+    ("record", "named"), [("data/1", "blocks.0.weight"), ("version", "net/version")]
+)
+def test_bytes_that_changed_since_they_were_written_are_told(tmp_path, record, named) -> None:
+    path = tmp_path / "net.pt"
+    state = {f"blocks.{i}.weight": torch.randn(40, 40) for i in range(2)}
+    state = {
+        "x_embedder.proj.weight": torch.randn(9, 9),
+        **state,
+        "twice": state["blocks.1.weight"],
+    }
+    torch.save({"ema": state, "opt": {"exp_avg": torch.randn(50, 50)}}, path)
+    read_state_dict(path)
+    flipped(path, "data/3")  # of the optimizer, which nobody reads
+    assert len(read_state_dict(path)[0]) == 4
+    flipped(path, record)
+    with pytest.raises(CheckpointError, match=rf"got others in {named}, by the CRC-32 in the file"):
+        read_state_dict(path)
+
+
+@pytest.mark.parametrize("how", ["no crc", "skipped", "other order", "packed"])
+def test_what_has_no_crc_of_its_numbers_is_not_damaged(tmp_path, how, monkeypatch) -> None:
+    path = tmp_path / "net.pt"
+    state = {"blocks.0.weight": torch.randn(40, 40)}
+    if how == "no crc":
+        torch.serialization.set_crc32_options(False)
+        try:
+            torch.save(state, path)
+        finally:
+            torch.serialization.set_crc32_options(True)
+    elif how == "skipped":
+        with torch.serialization.skip_data():
+            torch.save(state, path)
+    else:
+        torch.save(state, path)
+    if how == "other order":
+        flipped(path, "data/0")
+        monkeypatch.setattr("asesearch.backbones.intact.sys.byteorder", "big")
+    if how == "packed":
+        packed_again(path, zipfile.ZIP_DEFLATED)
+    assert list(read_state_dict(path)[0]) == list(state)
