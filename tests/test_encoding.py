@@ -650,6 +650,42 @@ def test_decoded_images_stay_in_range_and_do_not_depend_on_the_batch(vae_path):
     torch.testing.assert_close(decoder.decode(latents.double()), pixels)
 
 
+@pytest.mark.parametrize("part", ["decoder", "half", "encoder", "quant_conv", "unknown"])
+def test_latents_are_decoded_by_a_vae_with_their_own_encoder(
+    vae_path, encoded, tmp_path, caplog, part
+):
+    other = AutoencoderKL.from_pretrained(vae_path)
+    if part == "half":
+        other.half().float()
+    else:
+        changed = other.encoder if part == "unknown" else getattr(other, part)
+        for p in changed.parameters():
+            p.data += 0.3 * torch.randn(p.shape, generator=generator())
+    other.save_pretrained(tmp_path)
+    latents = LatentShards(encoded)
+    own = LatentDecoder(vae_path)
+    own.check_encoder(latents.vae, latents.encoder)
+    decoder = LatentDecoder(tmp_path)
+    assert decoder.digest != own.digest
+    if part in ("encoder", "quant_conv"):
+        told = rf"got {tmp_path} \(SHA-256 {decoder.digest[:12]}…\).* {own.digest[:12]}….*again"
+        with pytest.raises(DataError, match=told):
+            decoder.check_encoder(latents.vae, latents.encoder)
+    else:
+        decoder.check_encoder(latents.vae, None if part == "unknown" else latents.encoder)
+    assert ("is not the one that encoded the latents" in caplog.text) is (part == "unknown")
+
+
+def test_latents_of_earlier_releases_get_to_know_their_encoder(images, vae_path, tmp_path):
+    encode_latents(images, vae_path, tmp_path, **SETTINGS)
+    index = json.loads((tmp_path / "index.json").read_text())
+    known = index.pop("encoder")
+    (tmp_path / "index.json").write_text(json.dumps(index))
+    assert LatentShards(tmp_path).encoder is None
+    encode_latents(images, vae_path, tmp_path, **SETTINGS)
+    assert LatentShards(tmp_path).encoder == known
+
+
 def test_a_vae_computes_in_float32_both_ways(vae_path):
     """A GPU would convolve in TF32, which is torch's default and changes the third digit."""
     vae = Vae(vae_path, "cpu")

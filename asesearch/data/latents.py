@@ -62,6 +62,8 @@ class Index:
         labels_by_order: labels only count the class folders, see `ImageFolder`; releases before
             this was kept did no other.
         shift, scale: of each channel; the network sees (z - shift) · scale.
+        encoder: what the VAE's encoder made of a fixed image, `Vae.probe`; None in those of
+            releases that did not keep it.
         null_prompt: the empty prompt's embedding, None without captions.
         shards: of those done, in order: part -> its file.
     """
@@ -78,6 +80,7 @@ class Index:
     shards: list[dict[str, Entry]]
     classes: dict[str, int] = field(default_factory=dict)
     labels_by_order: bool = True
+    encoder: list[float] | None = None
 
     @classmethod
     def read(cls, folder: Path) -> Index:
@@ -132,6 +135,8 @@ class Index:
             and all(isinstance(shard, dict) and "latents" in shard for shard in self.shards)
             and all(map(_is_entry, entries)),
             "classes": isinstance(self.classes, dict),
+            "encoder": self.encoder is None
+            or all(type(v) in (int, float) and math.isfinite(v) for v in _list(self.encoder)),
         }
         wrong = [name for name, ok in right.items() if not ok]
         if wrong:
@@ -249,6 +254,8 @@ class LatentShards:
         classes, labels_by_order: what the labels are, see `ImageFolder`.
         shift, scale: of each channel.
         scaling: the same, (C, 1, 1) float32 each: x_start = (z - shift) · scale.
+        vae, encoder: digest of the VAE that made them, and what its encoder is known by, see
+            `Index`.
 
     Raises:
         DataError: not such a folder, not all images encoded, a file missing, truncated or damaged,
@@ -282,6 +289,8 @@ class LatentShards:
         self._max_length = index.identity["max_length"]
         self.shift = index.shift
         self.scale = index.scale
+        self.vae = index.identity.get("vae")
+        self.encoder = index.encoder
         self.scaling = (
             torch.tensor(index.shift).view(-1, 1, 1),
             torch.tensor(index.scale).view(-1, 1, 1),

@@ -171,6 +171,7 @@ def decoder_of(bundle: Bundle, vae: Path) -> LatentDecoder:
         )
     decoder = LatentDecoder(vae, next(bundle.backbone.parameters()).device)
     decoder.check_scaling(bundle.latents["shift"], bundle.latents["scale"])
+    decoder.check_encoder(bundle.latents.get("digest"), None)
     return decoder
 
 

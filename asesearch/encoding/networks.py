@@ -3,6 +3,7 @@ and never a pickle."""
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Sequence
 from functools import cached_property
@@ -20,6 +21,7 @@ from asesearch.backbones.folders import find_folder, load_pretrained, read_confi
 from asesearch.errors import CheckpointError, ConfigError, DataError
 
 PathLike = str | os.PathLike[str]
+_log = logging.getLogger(__name__)
 MAX_LENGTH = 120  # tokens a caption, as PixArt-α's
 # say how a network was saved, not what it is
 VERSION_KEYS = {"transformers_version", "architectures", "dtype", "torch_dtype"}
@@ -138,6 +140,15 @@ class Vae(Network):
             posterior = self.net.encode(x_start.to(self.device)).latent_dist
         return torch.stack([posterior.mean, posterior.std], dim=1)
 
+    @torch.inference_mode()
+    def probe(self) -> list[float]:
+        """What the encoder makes of a small fixed image, to four digits, which tells it from
+        others whatever the decoder and the precision of the file."""
+        side = 4 * self.factor
+        waves = torch.arange(self.channels * side**2).mul(0.7).sin()
+        mean = self.moments(waves.view(1, self.channels, side, side))[0, 0]  # (C, 4, 4)
+        return [float(f"{value:.4g}") for value in mean.flatten().tolist()]
+
 
 class LatentDecoder:
     """Turns latents back into images, for evaluation.
@@ -157,6 +168,7 @@ class LatentDecoder:
     """
 
     def __init__(self, path: PathLike, device: str | torch.device = "cpu") -> None:
+        self._path = path
         self._vae = vae = Vae(path, device)
         self.digest = vae.digest
         self.factor = vae.factor
@@ -185,6 +197,35 @@ class LatentDecoder:
                 "own VAE"
             )
 
+    def check_encoder(self, digest: object, probe: Sequence[float] | None) -> None:
+        """Refuse latents that another encoder made, whose pictures would be of wrong colours and
+        texture; where the encoder is not known, another VAE is named in a warning.
+
+        Args:
+            digest: of the VAE that made the latents; None where it is not known.
+            probe: its `Vae.probe`; None where it was not recorded.
+
+        Raises:
+            DataError: this VAE's encoder is another.
+        """
+        if digest is None or self.known_as(digest) == digest:
+            return
+        shown = f"{self._path} (SHA-256 {self.digest[:12]}…)"
+        theirs = f"that of SHA-256 {str(digest)[:12]}…"
+        if probe is None:
+            _log.warning(
+                "the VAE %s is not the one that encoded the latents, %s; if it differs in more "
+                "than its decoder, use that one",
+                shown,
+                theirs,
+            )
+        elif not _alike(self._vae.probe(), probe):
+            raise DataError(
+                "the VAE must be the one that encoded the latents, or differ from it in its "
+                f"decoder only; got {shown}, whose encoder is not {theirs}, which encoded them; "
+                "use that VAE, or encode the images again with this one"
+            )
+
     @torch.inference_mode()
     def decode(self, latents: Tensor, batch_size: int = 32) -> Tensor:
         """Scaled latents (N, C, h, w) -> images (N, 3, H, W) float32 in [-1, 1], on the latents'
@@ -210,6 +251,13 @@ class LatentDecoder:
         with tf32(False):
             made = [vae.net.decode(z).sample.clamp(-1, 1).to(latents.device) for z in parts]
         return torch.cat(made)
+
+
+def _alike(probe: Sequence[float], other: Sequence[float]) -> bool:
+    """Whether two encoders are the same but for the rounding of half precision."""
+    a = np.array(probe)
+    b = np.array(other)
+    return a.shape == b.shape and float(np.abs(a - b).max()) <= 0.05 * float(np.abs(b).max())
 
 
 class TextEncoder(Network):

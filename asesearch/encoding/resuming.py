@@ -54,6 +54,7 @@ def fresh_index(
         shards=[],
         classes=getattr(source, "classes", {}),
         labels_by_order=getattr(source, "labels_by_order", False),
+        encoder=vae.probe(),
     )
 
 
@@ -95,4 +96,5 @@ def resumed(folder: Path, fresh: Index, networks: Mapping[str, Network | None]) 
         )
     index.classes = fresh.classes
     index.labels_by_order = fresh.labels_by_order
+    index.encoder = index.encoder or fresh.encoder
     return index
