@@ -106,8 +106,8 @@ def test_what_is_left_out_is_said_once(pets, caplog):
     ImageFolder(pets, 8)
     (record,) = caplog.records
     assert record.levelname == "WARNING" and record.getMessage() == (
-        f"{pets}: left out 3 .gif, 1 .txt, 1 @eaDir folder, 1 Thumbs.db file, 1 file without "
-        "suffix, 2 hidden files, 1 hidden folder"
+        f"{pets}: reads 4 of 7 images; left out 3 .gif, 1 .txt, 1 @eaDir folder, 1 Thumbs.db file, "
+        "1 file without suffix, 2 hidden files, 1 hidden folder"
     )
 
 
@@ -128,12 +128,38 @@ def test_nothing_is_said_where_all_is_read(pets, caplog):
 
 
 def test_no_images_says_what_there_is(tmp_path):
-    for name in ("a.gif", "b.tif", ".c.png"):
+    for name in ("a.gif", "b.avif", ".c.png"):
         (tmp_path / name).touch()
     with pytest.raises(
-        DataError, match=r"no images .*it holds 1 \.gif, 1 \.tif, 1 hidden file; check the path"
+        DataError, match=r"no images .*it holds 1 \.avif, 1 \.gif, 1 hidden file; check the path"
     ):
         ImageFolder(tmp_path, 8)
+
+
+def test_all_images_that_torchvision_reads_are_read(tmp_path, caplog):
+    from torchvision.datasets.folder import IMG_EXTENSIONS
+
+    pixels = np.arange(64, dtype=np.uint8).reshape(8, 8)
+    sixteen = pixels.astype(np.uint16) * 257
+    expected = ImageFolder(write(tmp_path / "one" / "a.png", pixels).parent, 8).read(0)
+    for suffix in {*IMG_EXTENSIONS, ".jfif", ".jpe", ".TIF"}:
+        root = tmp_path / suffix
+        lossy = suffix in (".jpg", ".jpeg", ".jfif", ".jpe")
+        write(root / "cat" / f"a{suffix}", pixels, **({"format": "JPEG"} if lossy else {}))
+        got = ImageFolder(root, 8).read(0)
+        assert np.abs(got.astype(int) - expected).max() <= (60 if lossy or suffix == ".webp" else 0)
+    for suffix in (".pgm", ".tif", ".tiff"):
+        deep = ImageFolder(write(tmp_path / f"deep{suffix}" / f"a{suffix}", sixteen).parent, 8)
+        assert np.array_equal(deep.read(0), expected)
+    assert caplog.records == []
+
+
+def test_a_file_in_place_of_a_folder_is_told_as_one(tmp_path):
+    (tmp_path / "images.tar").write_bytes(b"x")
+    with pytest.raises(
+        DataError, match=r"got the file \S*/images\.tar; give the folder .*unpacked"
+    ):
+        ImageFolder(tmp_path / "images.tar", 8)
 
 
 def test_the_digest_of_an_ordinary_folder_is_that_of_the_last_release(tmp_path):
@@ -453,3 +479,49 @@ def test_a_folder_is_sent_to_another_process_as_a_few_arrays(tmp_path):
     assert np.array_equal(got.read(2000), folder.read(0))
     with pytest.raises(IndexError):
         got.read(2001)
+
+
+# -- what may be meant otherwise -------------------------------------------------------------------
+
+
+def test_numbers_in_the_order_of_text_are_said_once(tmp_path, caplog):
+    for name in range(1, 12):
+        write(tmp_path / str(name) / "a.png")
+    assert ImageFolder(tmp_path, 8).classes["10"] == 1
+    ImageFolder(tmp_path, 16)
+    (record,) = caplog.records
+    told = record.getMessage()
+    assert "11 before 2: 11 is class 2, 2 class 3;" in told
+    assert 'classes = { "2" = 2, … }' in told
+    ImageFolder(tmp_path, 8, classes=[str(name) for name in range(1, 12)])
+    assert len(caplog.records) == 1
+
+
+@pytest.mark.parametrize("folders", [["0", "1", "9"], ["01", "02", "10"], ["1", "10", "2a"]])
+def test_no_order_is_questioned_where_there_is_but_one(tmp_path, caplog, folders):
+    for name in folders:
+        write(tmp_path / name / "a.png")
+    ImageFolder(tmp_path, 8)
+    assert caplog.records == []
+
+
+@pytest.mark.parametrize(
+    ("files", "refused"),
+    [
+        (["train/cat/a.png", "val/cat/b.png"], "train, val"),
+        (["Train/cat/a.png"], "Train"),
+        (["test/a.png", "train/a.png", "validation/b.png"], "test, train, validation"),
+        (["train/a.png"], None),
+        (["train/x/a.png", "plane/x/b.png"], None),
+    ],
+)
+def test_the_parts_of_a_data_set_are_no_classes(tmp_path, files, refused):
+    for name in files:
+        write(tmp_path / name)
+    if refused:
+        first = refused.split(", ")[0]
+        told = rf"the parts of a data set in {tmp_path}: {refused}; give .* {tmp_path}/{first}, or"
+        with pytest.raises(DataError, match=told):
+            ImageFolder(tmp_path, 8)
+    classes = sorted({name.split("/")[0] for name in files})
+    assert ImageFolder(tmp_path, 8, classes=classes if refused else None).num_classes

@@ -17,7 +17,14 @@ import numpy.typing as npt
 from asesearch.errors import DataError
 from asesearch.files import loads, once, printable, read_text, whence
 
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".ppm")
+#: What torchvision's ImageFolder takes, and two more names of JPEG files.
+IMAGE_SUFFIXES = (
+    *(".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp"),
+    *(".bmp", ".ppm", ".pgm", ".tif", ".tiff"),
+)
+#: Of images that are not read.
+OTHER_SUFFIXES = frozenset({".gif", ".avif", ".heic", ".heif", ".jp2", ".jxl", ".tga"})
+SPLITS = frozenset({"train", "val", "valid", "validation", "test"})
 CLASSES_FILE = "classes.json"
 #: Files of data sets that are read elsewhere, or said to be, when they lie in the folder itself.
 OWN_FILES = (CLASSES_FILE, "metadata.jsonl")
@@ -148,6 +155,14 @@ class Listing:
             )
         return ", ".join(parts)
 
+    @property
+    def told(self) -> str:
+        """How many of its images are read, where some are not, and what is left out."""
+        others = sum(n for kind, n in self.counts.items() if kind in OTHER_SUFFIXES)
+        count = len(self.files)
+        share = f"reads {count:,} of {count + others:,} images; " if others else ""
+        return f"{share}left out {self.left_out}"
+
 
 def _counted(kind: str, count: int) -> str:
     plural = kind.split()[-1] in ("file", "folder", "link") and count != 1
@@ -172,6 +187,11 @@ def list_folder(root: Path) -> Listing:
     Raises:
         DataError: no such folder, or a folder that can't be read.
     """
+    if os.path.isfile(root):
+        raise DataError(
+            f"an image folder must be a folder; got the file {printable(root)}; give the folder "
+            "that its images are in, unpacked where it is an archive"
+        )
     if not os.path.isdir(root):
         why = _why_none(root) + whence(root)
         raise DataError(f"no image folder {printable(root)}{why}; check the path")
@@ -278,6 +298,30 @@ def class_folders(root: Path, listing: Listing) -> list[str]:
             "labels of those after them would shift; fix or remove them"
         )
     return classes
+
+
+def refuse_splits(root: Path, folders: Sequence[str], listing: Listing) -> None:
+    """Refuse the parts of a data set, such as train and val, as its classes.
+
+    Raises:
+        DataError: no class folder has another name, and there are several or folders in them.
+    """
+    nested = any(f.name.count("/") > 1 for f in listing.files)
+    if folders and all(f.lower() in SPLITS for f in folders) and (nested or len(folders) > 1):
+        raise DataError(
+            f"class folders must be classes; got the parts of a data set in {printable(root)}: "
+            f"{some(folders)}; give the folder of one part, such as {printable(root / folders[0])}"
+            ", or name these as classes in the data section if they are"
+        )
+
+
+def shuffled_numbers(folders: Sequence[str]) -> tuple[str, str] | None:
+    """Two class folders that stand in the order of text, where all are numbers and theirs is
+    another."""
+    if not all(name.isascii() and name.isdecimal() for name in folders):
+        return None
+    pairs = zip(folders, folders[1:], strict=False)
+    return next(((a, b) for a, b in pairs if int(a) > int(b)), None)
 
 
 def _has_image_suffix(link: str) -> bool:

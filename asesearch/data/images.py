@@ -23,6 +23,8 @@ from asesearch.data.folder import (
     class_folders,
     class_indices,
     list_folder,
+    refuse_splits,
+    shuffled_numbers,
     some,
 )
 from asesearch.data.pixels import UnreadableImage, read_pixels
@@ -49,7 +51,8 @@ class ImageFolder:
         flip: mirror half of the images left to right, where a generator is passed.
         classes: class index of each class folder, as folder names in order of index or as name ->
             index. By default what `classes.json` in the folder says, in either form; without it the
-            folders are counted in sorted order.
+            folders are counted in sorted order, of text as torchvision has it, which is said where
+            they are numbers in another.
         skip_damaged: check all images and leave out those that are damaged.
         num_workers: processes that training and references read the images ahead with, see
             `read_ahead`; no result depends on it.
@@ -64,8 +67,9 @@ class ImageFolder:
 
     Raises:
         DataError: no such folder, no images in it, images both beside and in subfolders, a class
-            folder without images (the labels of those after it would shift), or classes that do not
-            fit the folders; on reading, a damaged file.
+            folder without images (the labels of those after it would shift), class folders that are
+            the parts of a data set, or classes that do not fit the folders; on reading, a damaged
+            file.
     """
 
     def __init__(
@@ -85,8 +89,12 @@ class ImageFolder:
         if not folders and classes is None and os.path.lexists(root / CLASSES_FILE):
             listing.counts[CLASSES_FILE] += 1
         given = class_indices(root, folders, classes) if folders or classes is not None else None
+        if given is None:
+            refuse_splits(root, folders, listing)
+            if (pair := shuffled_numbers(folders)) is not None:
+                _warn_once(_order_told(root, folders, pair))
         if listing.left_out:
-            _warn_once(f"{printable(root)}: left out {listing.left_out}")
+            _warn_once(f"{printable(root)}: {listing.told}")
         self.skipped: dict[str, str] = {}
         self._listed = Files.of(listing.files)
         if skip_damaged:
@@ -188,6 +196,18 @@ class ImageFolder:
         y = None if self.labels is None else self.labels[torch.as_tensor(indices)]
         x_start = torch.from_numpy(images).float().div_(127.5).sub_(1.0)  # (N, C, H, W)
         return mirrored(x_start, self.flip, generator), y
+
+
+def _order_told(root: Path, folders: Sequence[str], pair: tuple[str, str]) -> str:
+    """What to say of class folders that are numbers in the order of text."""
+    first, second = pair
+    place = folders.index(first)
+    return (
+        f"{printable(root)}: class folders are counted in the order of text, {first} before "
+        f"{second}: {first} is class {place}, {second} class {place + 1}; if other classes are "
+        'meant, say which in the data section, classes = { "'
+        f'{second}" = {int(second)}, … }}, or in a classes.json'
+    )
 
 
 def _reasons(faults: dict[str, str]) -> str:
