@@ -86,3 +86,20 @@ def test_while_modules_load(tmp_path, body):
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 130 and done.stdout == ""
     assert done.stderr == "interrupted: give the same command again\n"
+
+
+def test_a_working_directory_that_is_gone_is_told_before_anything_loads(tmp_path):
+    code = (
+        "import os, sys; from asesearch.cli import main; os.rmdir(os.getcwd())\n"
+        "try: main()\nfinally: print('torch' in sys.modules)"
+    )
+    (tmp_path / "gone").mkdir()
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=tmp_path / "gone",
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stdout) == (1, "False\n")
+    assert done.stderr == "error: the working directory no longer exists; cd to one that does\n"
