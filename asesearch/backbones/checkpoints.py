@@ -27,7 +27,7 @@ from asesearch.backbones.conversion import diffusers_dit_args, diffusers_to_dit,
 from asesearch.backbones.dit import DiT
 from asesearch.backbones.exit_weights import EXITS, ExitWeights, share
 from asesearch.backbones.files import FORMAT, Contents, read_checkpoint, resolve
-from asesearch.backbones.finite import refuse_not_finite, refuse_zero
+from asesearch.backbones.finite import as_float32, refuse_not_finite, refuse_zero
 from asesearch.backbones.folders import class_name
 from asesearch.backbones.scheduler import refuse_prediction
 from asesearch.backbones.shapes import Architecture, from_shapes, uvit_preset
@@ -349,17 +349,7 @@ def _fill(net: Backbone, state: dict[str, Tensor], where: str) -> None:
     missing = [k for k in needed if k not in state]
     unexpected = [k for k in state if k not in needed]
     refuse_mismatch(where, missing, unexpected, misshapen, "check preset and args in [backbone]")
-    converted = {k: _float32(k, v, where) for k, v in state.items()}
+    converted = {k: as_float32(k, v, where) for k, v in state.items()}
     refuse_not_finite(converted, where)
     refuse_zero(converted, where)
     net.load_state_dict(converted, assign=True)
-
-
-def _float32(name: str, value: Tensor, where: str) -> Tensor:
-    if not value.is_floating_point():
-        raise CheckpointError(
-            f"{where} must hold floating-point weights; got {name} of "
-            f"{str(value.dtype).removeprefix('torch.')}, as quantised networks have; give the "
-            "weights from before the quantisation"
-        )
-    return value.float()

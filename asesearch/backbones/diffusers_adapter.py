@@ -16,7 +16,7 @@ from asesearch.backbones.block_exits import SPECS, BlockExits
 from asesearch.backbones.conditioning import MASK, Conditioning, prompt_of, repeat
 from asesearch.backbones.conversion import check_eps
 from asesearch.backbones.files import read_checkpoint
-from asesearch.backbones.finite import refuse_not_finite, refuse_zero
+from asesearch.backbones.finite import as_float32, refuse_not_finite, refuse_zero
 from asesearch.backbones.folders import (
     CONFIG,
     class_name,
@@ -295,7 +295,8 @@ def _unwrap(model: nn.Module, folder: Path) -> bool:
     own = model.state_dict()
     if {k: v.shape for k, v in state.items()} != {k: v.shape for k, v in own.items()}:
         return False
-    model.load_state_dict({k: v.float() for k, v in state.items()}, assign=True)
+    single = {k: as_float32(k, v, str(folder)) for k, v in state.items()}
+    model.load_state_dict(single, assign=True)
     return True
 
 

@@ -176,6 +176,11 @@ def _refused(path: Path, head: bytes, error: Exception) -> str:
                 f"is refused (it needs {code}); where it was made, save the state dict alone, best "
                 "with safetensors"
             )
+    if head.startswith(b"\x80") and _is_whole_pickle(path):
+        return (
+            f"{path} is a pickle that torch.save did not write; save net.state_dict() with "
+            "torch.save or safetensors"
+        )
     if not head.startswith((b"PK", b"\x80")):
         begin = head[:8].hex(" ")
         return (
@@ -197,6 +202,15 @@ def _first_global(path: Path) -> str | None:
             if "UNICODE" in opcode.name:
                 texts.append(str(value))
     return None
+
+
+def _is_whole_pickle(path: Path) -> bool:
+    """Whether a file is one pickle to its end; those of torch before 1.6 are several."""
+    with path.open("rb") as file, suppress(ValueError, EOFError, UnicodeDecodeError):
+        for _ in pickletools.genops(file):
+            pass
+        return file.tell() == os.fstat(file.fileno()).st_size
+    return False
 
 
 def _damaged(path: Path, what: str, reason: str) -> str:
@@ -228,6 +242,13 @@ def _unwrapped(
                 f"{path} must hold plain tensors; got a {kind} one, {name}; save the weights "
                 "themselves, dense and in float32 or half precision"
             )
+    shapes = {k: v.shape for k, v in found.state.items() if k != "pos_embed"}
+    if shapes and all(shape.numel() == 0 for shape in shapes.values()):
+        raise CheckpointError(
+            f"{path} must hold the weights; got {len(shapes)} tensors of size 0, as DeepSpeed's "
+            "ZeRO-3 and FSDP leave them with each process; gather them where they were trained "
+            "(zero_to_fp32.py, or a full state dict), and give that file"
+        )
     refuse_changed(path if file is None else file, found.state)
     options = training_options(data)
     return Contents(path, found.state, found.source, metadata, notes=found.notes, options=options)

@@ -52,6 +52,28 @@ def _not_finite(value: Tensor) -> int:
     return count
 
 
+def as_float32(name: str, value: Tensor, where: str) -> Tensor:
+    """A weight in float32.
+
+    Raises:
+        CheckpointError: of integers or of 8 bits, as quantised networks have, or with numbers that
+            float32 can't hold.
+    """
+    if not value.is_floating_point() or value.dtype.itemsize == 1:
+        raise CheckpointError(
+            f"{where} must hold floating-point weights of 16 bits or more; got {name} of "
+            f"{str(value.dtype).removeprefix('torch.')}, as quantised networks have; give the "
+            "weights from before the quantisation"
+        )
+    single = value.float()
+    if value.dtype == torch.float64 and (lost := _not_finite(single) - _not_finite(value)):
+        raise CheckpointError(
+            f"{where} must hold numbers that float32 can; got {lost} of {value.numel()} in {name} "
+            f"beyond ±{torch.finfo(torch.float32).max:.1e}; correct them where they were made"
+        )
+    return single
+
+
 def refuse_zero(state: Mapping[str, Tensor], where: str) -> None:
     """Refuse weights that are zero where no training leaves that, throughout or in a hole, as a
     file has them of which space was set aside but not all was written.

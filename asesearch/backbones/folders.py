@@ -4,6 +4,7 @@ their config.json says, and which files hold the weights. Nothing here imports t
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -38,9 +39,36 @@ def find_folder(path: Path, component: str) -> Path:
         if (folder / CONFIG).is_file():
             return folder
     raise CheckpointError(
-        f"{path} must hold {CONFIG} and weights, itself or in {component}/; got no {CONFIG}; check "
-        "the path, or save the model or pipeline there with save_pretrained"
+        f"{path} must hold {CONFIG} and weights, itself or in {component}/; got no {CONFIG}"
+        f"{_instead(path, component)}"
     )
+
+
+def _instead(path: Path, component: str) -> str:
+    """What a folder without config.json holds, where its weights are in it, and what to do."""
+    names = sorted(p.name for p in path.iterdir()) if path.is_dir() else []
+    snapshots = [p for p in path.glob("snapshots/*") if p.is_dir()]
+    states = sorted(path.glob("global_step*/*model_states.pt"))
+    files = [name for name in names if Path(name).suffix in (".safetensors", *_PICKLES)]
+    files = [name for name in files if not name.startswith((".", "optimizer", "scheduler"))]
+    if snapshots:
+        return f", as in a cache of Hugging Face; give {max(snapshots, key=os.path.getmtime)}"
+    if any(name.endswith(".distcp") for name in names):
+        return (
+            ", but a distributed checkpoint (.distcp); join it, python -m torch.distributed."
+            f"checkpoint.format_utils dcp_to_torch {path} FILE.pt, and give that file"
+        )
+    if states and component == "transformer":
+        return (
+            f", but a checkpoint of DeepSpeed; give {states[-1]}, or with ZeRO-3 the file that "
+            "zero_to_fp32.py makes"
+        )
+    if files and component == "transformer":
+        return (
+            f", but {', '.join(files[:3])}; give the file that holds the network, or put "
+            f"{CONFIG} beside it where it is diffusers'"
+        )
+    return "; check the path, or save the model or pipeline there with save_pretrained"
 
 
 def read_config(folder: Path, name: str = CONFIG) -> dict[str, Any]:
@@ -183,7 +211,7 @@ def refuse_quantised_config(path: Path, config: Mapping[str, Any]) -> None:
 
 
 def _refuse_quantised(folder: Path) -> None:
-    """Refuse weights in integers of eight bits, which would be read as the numbers that they are.
+    """Refuse weights of eight bits or fewer, which would be read as the numbers that they are.
 
     Raises:
         CheckpointError: naming one.
@@ -193,10 +221,11 @@ def _refuse_quantised(folder: Path) -> None:
         with suppress(SafetensorError), safe_open(path, "pt") as file:
             for name in file.keys():  # noqa: SIM118 (not a dict)
                 kind = file.get_slice(name).get_dtype()
-                if kind in ("I8", "U8"):
+                if kind in ("I8", "U8") or kind.startswith(("F4", "F6", "F8")):
                     raise CheckpointError(
-                        f"{path} must hold floating-point weights; got {name} of {kind}, as "
-                        "quantised networks have; give the weights from before the quantisation"
+                        f"{path} must hold floating-point weights of 16 bits or more; got {name} "
+                        f"of {kind}, as quantised networks have; give the weights from before the "
+                        "quantisation"
                     )
 
 
@@ -263,5 +292,8 @@ def load_pretrained(
             f"{fix}"
         ) from error
     _refuse_quantised(folder)
-    keys = ("missing_keys", "unexpected_keys", "mismatched_keys")
-    return net, {key: sorted(map(str, info[key])) for key in keys if info[key]}
+    unfit = {key: set(map(str, info[key])) for key in ("unexpected_keys", "mismatched_keys")}
+    # where an index names the wrong shard, nothing is said and nothing is read
+    empty = {name for name, value in net.state_dict().items() if value.is_meta}
+    unfit["missing_keys"] = (set(map(str, info["missing_keys"])) | empty) - unfit["mismatched_keys"]
+    return net, {key: sorted(names) for key, names in unfit.items() if names}

@@ -73,13 +73,14 @@ def from_shapes(contents: Contents, given: Mapping[str, Any]) -> Architecture:
     try:
         if kind is None:
             raise KeyError("x_embedder.proj.weight (a DiT) or patch_embed.proj.weight (a U-ViT)")
-        args = readers[kind](shapes)
+        args = readers[kind]({"pos_embed": (1, 4, 1), **shapes})
         rows = _label_rows(kind, shapes)
     except (KeyError, IndexError, ValueError, ZeroDivisionError) as error:
         raise CheckpointError(
             f"{contents.path} must be an official DiT or U-ViT; got {', '.join(list(shapes)[:5])} "
             f"…, where an entry is missing or misshapen: {error}; convert it to the official names"
         ) from error
+    _check_positions(contents, shapes)
     heads, said = _heads(kind, args, given, contents.options)
     args |= heads
     if kind == "dit":
@@ -94,6 +95,20 @@ def _kind(shapes: Shapes) -> str | None:
     if "x_embedder.proj.weight" in shapes:
         return "dit"
     return "uvit" if "patch_embed.proj.weight" in shapes else None
+
+
+def _check_positions(contents: Contents, shapes: Shapes) -> None:
+    """Refuse weights whose positions don't tell the input size."""
+    if "pos_embed" not in shapes:
+        raise CheckpointError(
+            f"{contents.path} lacks pos_embed, which tells the input size; save net.state_dict() "
+            "as it is: a DiT's positions are in it, though they are not trained"
+        )
+    if len(shapes["pos_embed"]) != 3:
+        raise CheckpointError(
+            f"pos_embed in {contents.path} must be of shape (1, tokens, width); got "
+            f"{shapes['pos_embed']}; save it as the network has it"
+        )
 
 
 def _refuse_others(contents: Contents, shapes: Shapes) -> None:

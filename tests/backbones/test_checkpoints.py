@@ -432,7 +432,9 @@ def test_doubles_that_no_float32_can_hold_are_refused(tmp_path) -> None:
     state = {k: v.double() for k, v in DiT(**DIT).state_dict().items()}
     state["final_layer.linear.bias"][:2] = 1e300
     torch.save(state, tmp_path / "net.pt")
-    with pytest.raises(CheckpointError, match=r"2 of 8 in final_layer\.linear\.bias"):
+    with pytest.raises(
+        CheckpointError, match=r"float32 can; got 2 of 8 in final_layer\.linear\.bias beyond ±3\.4e"
+    ):
         load("dit", tmp_path / "net.pt", args={"num_heads": 2})
 
 
@@ -447,6 +449,38 @@ def test_quantised_weights_are_refused(tmp_path) -> None:
         match=r"got blocks\.0\.mlp\.fc1\.weight of int8, as quantised networks have",
     ):
         load("dit", tmp_path / "net.pt", args={"num_heads": 2})
+
+
+@pytest.mark.parametrize("save", [torch.save, save_file])
+def test_weights_of_eight_bits_are_refused_as_quantised(tmp_path, save) -> None:
+    state = {k: v.to(torch.float8_e4m3fn) for k, v in DiT(**DIT).state_dict().items()}
+    save(state, tmp_path / "net")
+    with pytest.raises(CheckpointError, match=r"got \S+ of float8_e4m3fn, as quantised networks"):
+        load("dit", tmp_path / "net", args={"num_heads": 2})
+
+
+def test_weights_that_were_left_with_other_processes_are_told_so(tmp_path) -> None:
+    state = DiT(**DIT).state_dict()
+    gone = {k: torch.empty(0) for k in state}
+    for name, module in {"zero3": gone, "fsdp": {**gone, "pos_embed": state["pos_embed"]}}.items():
+        torch.save({"module": module}, tmp_path / name)
+        with pytest.raises(
+            CheckpointError, match=r"tensors of size 0, as DeepSpeed's ZeRO-3.*to_fp"
+        ):
+            load("dit", tmp_path / name, args={"num_heads": 2})
+
+
+@pytest.mark.parametrize("kind", ["dit", "uvit"])
+def test_positions_that_are_missing_or_misshapen_are_named_alone(tmp_path, kind) -> None:
+    state = (DiT(**DIT) if kind == "dit" else UViT(**UVIT)).state_dict()
+    positions = state.pop("pos_embed")
+    torch.save(state, tmp_path / "net.pt")
+    with pytest.raises(CheckpointError, match=r"net\.pt lacks pos_embed, which .*state_dict\(\)"):
+        load(kind, tmp_path / "net.pt", args={"num_heads": 2})
+    torch.save({**state, "pos_embed": positions[0]}, tmp_path / "net.pt")
+    told = rf"must be of shape \(1, tokens, width\); got \({len(positions[0])}, 16\)"
+    with pytest.raises(CheckpointError, match=told):
+        load(kind, tmp_path / "net.pt", args={"num_heads": 2})
 
 
 @pytest.mark.parametrize("kind", ["dit", "uvit"])

@@ -473,3 +473,58 @@ def test_what_has_no_crc_of_its_numbers_is_not_damaged(tmp_path, how, monkeypatc
     if how == "packed":
         packed_again(path, zipfile.ZIP_DEFLATED)
     assert list(read_state_dict(path)[0]) == list(state)
+
+
+def test_a_whole_pickle_is_not_called_damaged(tmp_path) -> None:
+    (tmp_path / "net.pkl").write_bytes(pickle.dumps({"a": 1}))
+    with pytest.raises(CheckpointError, match=r"is a pickle that torch\.save did not write; save"):
+        read_state_dict(tmp_path / "net.pkl")
+    (tmp_path / "net.pkl").write_bytes(pickle.dumps({"a": 1})[:-1])
+    with pytest.raises(CheckpointError, match="damaged or truncated"):
+        read_state_dict(tmp_path / "net.pkl")
+
+
+@pytest.mark.parametrize(
+    ("names", "told"),
+    [
+        (["model.safetensors", "optimizer.bin"], r", but model\.safetensors; give the file that"),
+        (
+            ["global_step9/mp_rank_00_model_states.pt", "latest"],
+            r"DeepSpeed; give \S+global_step9/mp_",
+        ),
+        (["__0_0.distcp", ".metadata"], r"distributed checkpoint .*dcp_to_torch \S+ FILE\.pt, and"),
+        (["snapshots/abc/transformer/config.json", "refs/main"], r"Hugging Face; give \S+/abc$"),
+        ([], r"got no config\.json; check the path"),
+    ],
+)
+def test_where_the_weights_of_a_folder_without_config_are_is_told(tmp_path, names, told) -> None:
+    for name in names:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    for read in (read_state_dict, load_diffusers):
+        with pytest.raises(CheckpointError, match=told):
+            read(tmp_path)
+
+
+def test_an_index_that_names_the_wrong_shard_is_told_by_what_is_missing(tmp_path) -> None:
+    model = DiTTransformer2DModel(
+        num_attention_heads=2,
+        attention_head_dim=8,
+        in_channels=4,
+        out_channels=8,
+        num_layers=2,
+        sample_size=8,
+        num_embeds_ada_norm=3,
+    )
+    model.save_pretrained(tmp_path, max_shard_size="20KB")
+    path = tmp_path / "diffusion_pytorch_model.safetensors.index.json"
+    index = json.loads(path.read_text())
+    first = min(index["weight_map"].values())
+    lost = max(name for name, shard in index["weight_map"].items() if shard != first)
+    only = index["weight_map"][lost]
+    index["weight_map"] = {k: first if v == only else v for k, v in index["weight_map"].items()}
+    path.write_text(json.dumps(index))
+    with pytest.raises(CheckpointError, match=r"must fit its config; got \{'missing_keys': \['"):
+        load_diffusers(tmp_path)
+    model, unfit = load_pretrained(DiTTransformer2DModel, tmp_path, "DiT")
+    assert lost in unfit["missing_keys"] and list(unfit) == ["missing_keys"]
