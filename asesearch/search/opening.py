@@ -114,7 +114,7 @@ def open_decoder(
 
     Raises:
         CheckpointError: no AutoencoderKL at data.vae.
-        DataError: one that scales latents otherwise.
+        DataError: one that scales latents otherwise, or has another encoder than theirs.
         ConfigError: reference images of another size than the decoded ones.
     """
     reference = config.evaluation.reference
@@ -123,6 +123,7 @@ def open_decoder(
     assert config.data.vae is not None and reference is not None  # see `check_evaluation`
     decoder = LatentDecoder(config.data.vae, device)
     decoder.check_scaling(data.shift, data.scale)
+    decoder.check_encoder(data.vae, data.encoder)
     decoded = (decoder.channels, decoder.factor * backbone.input_size)
     wanted = (reference.channels, reference.image_size)
     if decoded != wanted:
