@@ -5,6 +5,7 @@ worker's mistake would have lost.
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 
 import optuna
 from optuna.trial import FrozenTrial, TrialState
@@ -34,12 +35,14 @@ class Ledger:
     def tell(self, number: int, record: TrialRecord | None) -> None:
         """End a trial with its record's state; one without a record has failed.
 
-        One that another worker, taking this one for dead, has ended is left as it is.
+        One that another worker, taking this one for dead, has ended is left as it is, and so is one
+        that the database had ended when its answer was lost.
         """
         state, values = self._end_of(record)
-        self.study.optuna.tell(
-            number, values, state=None if values else state, skip_if_finished=True
-        )
+        with suppress(optuna.exceptions.UpdateFinishedTrialError):
+            self.study.optuna.tell(
+                number, values, state=None if values else state, skip_if_finished=True
+            )
 
     def close(self, trial: FrozenTrial) -> None:
         """End a trial whose process is gone or broke off: with its scores, if they were on record

@@ -1,6 +1,6 @@
-"""Ctrl-C amid the storage: it waits until the storage is in order again.
+"""Calls of the storage, which Ctrl-C does not cut short, and which outlast an outage of its server.
 
-Amid a call of Optuna's storage it would leave a transaction or a cursor open, which keeps the
+Amid a call of Optuna's storage Ctrl-C would leave a transaction or a cursor open, which keeps the
 database locked for the next call: the one that is to end the interrupted trial.
 """
 
@@ -20,6 +20,20 @@ from optuna.exceptions import StorageInternalError
 from optuna.storages import BaseStorage, RDBStorage
 from optuna.storages._heartbeat import BaseHeartbeat
 from sqlalchemy.exc import SQLAlchemyError
+
+from asesearch.study.outages import Outage
+
+# these do not wait for a server that is away: a heartbeat is given again anyway, an Optuna study is
+# deleted where a command begins, and the others ask no server
+_AT_ONCE = {
+    "record_heartbeat",
+    "delete_study",
+    "get_heartbeat_interval",
+    "get_heartbeat_stale_trial_callback",
+    "get_failed_trial_callback",
+    "remove_session",
+}
+_inside = threading.local()
 
 
 @contextmanager
@@ -53,16 +67,53 @@ def _whole(method: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
+def _patient(method: Callable[..., Any]) -> Callable[..., Any]:
+    """A whole method that is called again where the server was away; Ctrl-C ends the waiting.
+
+    Where the server had done what it was told and only its answer was lost, it is told twice. What
+    comes of that is at worst a trial that nobody runs, ended like any dead worker's, or the same
+    record twice.
+    """
+    whole = _whole(method)
+
+    @wraps(whole)
+    def call(storage: WholeCalls, *args: Any, **kwargs: Any) -> Any:
+        if getattr(_inside, "call", False):  # a part of a transaction can't be tried again
+            return method(storage, *args, **kwargs)
+        while True:
+            _inside.call = True
+            try:
+                found = whole(storage, *args, **kwargs)
+            except (StorageInternalError, SQLAlchemyError) as error:
+                if not storage.outage.wait(error):
+                    raise
+            except KeyboardInterrupt:
+                storage.outage.hurry()
+                raise
+            else:
+                storage.outage.over()
+                return found
+            finally:
+                _inside.call = False
+
+    return call
+
+
 class WholeCalls(RDBStorage):
-    """Optuna's storage, whose calls Ctrl-C does not cut short; only making it may be interrupted.
+    """Optuna's storage, whose calls Ctrl-C does not cut short, and which wait for a server that is
+    away for a while. Making it may be interrupted, and does not wait.
 
     Inside the package, Optuna calls private methods of it too, so that all are wrapped.
     """
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.outage = Outage(self.engine.url)
+
 
 for _name, _method in vars(RDBStorage).items():
     if inspect.isfunction(_method) and not _name.startswith("__"):
-        setattr(WholeCalls, _name, _whole(_method))
+        setattr(WholeCalls, _name, (_whole if _name in _AT_ONCE else _patient)(_method))
 
 
 @contextmanager

@@ -24,6 +24,7 @@ from sqlalchemy.exc import ArgumentError, IntegrityError, SQLAlchemyError
 
 from asesearch.errors import StudyError
 from asesearch.study.interrupts import WholeCalls
+from asesearch.study.outages import reason_of
 from asesearch.study.sqlite import (
     creator,
     location,
@@ -31,7 +32,7 @@ from asesearch.study.sqlite import (
     why_not_writable,
     why_unusable,
 )
-from asesearch.study.urls import DRIVERS, raw_url, secrets, shown, with_driver
+from asesearch.study.urls import DRIVERS, raw_url, shown, with_driver
 
 HEARTBEAT_S = 60
 BUSY_WAIT_S = 120.0  # how long to wait for a SQLite file that another process holds
@@ -84,10 +85,8 @@ def storage_errors(where: str, url: URL | None = None, fix: str = "") -> Iterato
     try:
         yield
     except (SQLAlchemyError, optuna.exceptions.StorageInternalError, ImportError) as error:
-        reason = _reason(error)
-        for secret in [] if url is None else secrets(url):
-            reason = reason.replace(secret, "***")
         known = url or raw_url(where)
+        reason = reason_of(error, known)
         closer = why_unusable(known, reason)
         if not fix and known.get_backend_name() == "sqlite":
             fix = "check the path or URL, its permissions, and that no other program holds it"
@@ -114,14 +113,6 @@ def _is_of_tables(error: json.JSONDecodeError) -> bool:
         or str(frame.f_globals.get("__name__")).startswith("optuna.storages.")
         for frame in frames
     )
-
-
-def _reason(error: BaseException) -> str:
-    """A database driver's own words, on one line."""
-    inner = getattr(error, "orig", None) or error.__cause__ or error
-    inner = getattr(inner, "orig", None) or inner
-    lines = [line.strip() for line in str(inner).splitlines() if line.strip()]
-    return " ".join(lines)[:400].rstrip(".") or type(inner).__name__
 
 
 @contextmanager

@@ -10,7 +10,9 @@ import shutil
 import socket
 import subprocess
 import tempfile
+from collections.abc import Callable
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 PASSWORD = "p$ß w/0:rd@%7B{x}"  # what a URL has to spell otherwise
@@ -27,9 +29,31 @@ def programs():
     return next((Path(path).parent for path in found if path), None)
 
 
+@dataclass
+class Server:
+    """A server on a free port of this machine that asks for a password.
+
+    Attributes:
+        port: of the server.
+        start: make it run, and wait until it takes connections.
+        stop: end it at once, as a crash would.
+    """
+
+    port: int
+    start: Callable[[], None]
+    stop: Callable[[], None]
+
+
 @contextmanager
 def server():
-    """A server on a free port of this machine that asks for a password; gives its port."""
+    """The port of a `Server` that runs."""
+    with restartable() as made:
+        yield made.port
+
+
+@contextmanager
+def restartable():
+    """A `Server` that runs; it may be stopped and started again."""
     where = programs()
     assert where is not None, "PostgreSQL is not installed: apt-get install postgresql"
     root = os.getuid() == 0  # whom PostgreSQL refuses to run for
@@ -61,11 +85,19 @@ def server():
             "--no-sync",
         )
         options = f"-p {port} -h 127.0.0.1 -k {folder} -c fsync=off"
-        call("pg_ctl", "-w", "-o", options, "-l", str(home / "log"), "start")
-        try:
-            yield port
-        finally:
+
+        def start():
+            call("pg_ctl", "-w", "-o", options, "-l", str(home / "log"), "start")
+
+        def stop():
             call("pg_ctl", "-m", "immediate", "stop")
+
+        start()
+        try:
+            yield Server(port, start, stop)
+        finally:
+            if (home / "data" / "postmaster.pid").exists():
+                stop()
 
 
 def url_of(port, database, password=IN_URL):
