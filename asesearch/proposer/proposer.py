@@ -160,16 +160,9 @@ class DifficultySampler(optuna.samplers.BaseSampler):
             for t in trials
             if RECORD in t.user_attrs
         ]
-        pending = []
-        space = self.problem.space
-        for t in trials:
-            params = t.system_attrs.get("fixed_params", {}) | t.params
-            if (
-                not t.state.is_finished()
-                and RECORD not in t.user_attrs
-                and set(space.distributions()) <= set(params)
-            ):
-                pending.append(space.decode(params))
+        open_ = [t for t in trials if not t.state.is_finished() and RECORD not in t.user_attrs]
+        points = map(self.problem.space.point_of, open_)
+        pending = [point for point in points if point is not None]
         ended = sum(
             t.state == TrialState.COMPLETE or RECORD in t.user_attrs or REPEAT in t.user_attrs
             for t in trials

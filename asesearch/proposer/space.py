@@ -23,6 +23,7 @@ from optuna.distributions import (
     FloatDistribution,
     IntDistribution,
 )
+from optuna.trial import FrozenTrial
 
 from asesearch.errors import ScheduleError
 from asesearch.point import Point
@@ -159,6 +160,24 @@ class Space:
             sampler = Sampler.from_string(params[SAMPLER])
         return Point(self.schedule(depths), sampler)
 
+    def misfit(self, params: dict[str, Any]) -> str | None:
+        """Why parameters, which need not be all, lie outside the space; None where they do not."""
+        allowed = self.distributions()
+        for name, value in params.items():
+            if name not in allowed:
+                return f"the space's parameters are {', '.join(map(repr, allowed))}; got {name!r}"
+            if not _contains(allowed[name], value):
+                return f"{name!r} must {_range(allowed[name])}; got {str(value)[:40]!r}"
+        return None
+
+    def point_of(self, trial: FrozenTrial) -> Point | None:
+        """The point of a trial that is queued or in flight; None while it has none yet, or where it
+        lies outside the space."""
+        params = trial.system_attrs.get("fixed_params", {}) | trial.params
+        if set(params) != set(self.distributions()) or self.misfit(params) is not None:
+            return None
+        return self.decode(params)
+
     def encode(self, point: Point) -> dict[str, Any]:
         """Parameters of a point: `decode(encode(point)) == point`.
 
@@ -216,3 +235,20 @@ class Space:
             elif isinstance(dist, CategoricalDistribution):
                 params[name] = trial.suggest_categorical(name, dist.choices)
         return self.decode(params)
+
+
+def _contains(dist: BaseDistribution, value: Any) -> bool:
+    """Whether a distribution has a value; JSON's and users' may be anything."""
+    try:
+        return bool(dist._contains(dist.to_internal_repr(value)))
+    except (ValueError, TypeError, OverflowError):
+        return False
+
+
+def _range(dist: BaseDistribution) -> str:
+    """What values of a distribution must do, in words."""
+    if isinstance(dist, CategoricalDistribution):
+        return f"be one of {', '.join(map(str, dist.choices))}"
+    assert isinstance(dist, IntDistribution | FloatDistribution)
+    kind = "be an integer" if isinstance(dist, IntDistribution) else "lie"
+    return f"{kind} in {dist.low:g}…{dist.high:g}"

@@ -42,14 +42,16 @@ class Asker:
         self.again: dict[int, TrialRecord] = {}
 
     def ask(self) -> tuple[optuna.Trial, Point]:
-        """The next point, in a trial of this worker's."""
+        """The next point, in a trial of this worker's; queued ones outside the space are ended."""
         with self.fleet.turn():
-            trials = self.study.trials()
-            self.enqueue_warm_start(self.study.records(trials), trials)
-            self._seed_proposer(trials)
-            trial = ask(self.study.optuna)
-            trial.set_user_attr(WORKER, self.study.worker.mark)
-            return trial, self.fleet.space.suggest(trial)
+            while True:
+                trials = self.study.trials()
+                self.enqueue_warm_start(self.study.records(trials), trials)
+                self._seed_proposer(trials)
+                trial = ask(self.study.optuna)
+                trial.set_user_attr(WORKER, self.study.worker.mark)
+                if not self.fleet.is_refused(trial):
+                    return trial, self.fleet.space.suggest(trial)
 
     @property
     def explores(self) -> bool:
@@ -82,7 +84,7 @@ class Asker:
         for trial in trials:
             if trial.state.is_finished():
                 continue
-            if (point := self.fleet.point_of(trial)) is not None:
+            if (point := self.fleet.space.point_of(trial)) is not None:
                 known.add(point)
         warm = self.warm.values()
         again = [r for r in records if r.number in self.again and r.point not in warm]

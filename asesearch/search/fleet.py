@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 
+import optuna
 from optuna.trial import FrozenTrial, TrialState
 
 from asesearch.locks import try_lock
@@ -54,19 +55,12 @@ class Fleet:
         mark = trial.user_attrs.get(WORKER)
         return isinstance(mark, dict) and mark["id"] == self.study.worker.id
 
-    def point_of(self, trial: FrozenTrial) -> Point | None:
-        """The point of a trial that is queued or in flight; None while it has none yet."""
-        params = trial.system_attrs.get("fixed_params") or trial.params
-        if set(params) != set(self.space.distributions()):
-            return None
-        return self.space.decode(params)
-
     def schedules_in_flight(self, trials: Sequence[FrozenTrial]) -> set[ExitSchedule]:
         """Schedules that other workers are at."""
         return {
             point.weights_key
             for trial in self.in_flight(trials)
-            if (point := self.point_of(trial)) is not None
+            if (point := self.space.point_of(trial)) is not None
         }
 
     def release_dead(self) -> list[FrozenTrial]:
@@ -89,6 +83,16 @@ class Fleet:
         for trial in dead:
             self.ledger.close(trial)
         return self.study.trials() if dead else trials
+
+    def is_refused(self, trial: optuna.Trial) -> bool:
+        """Whether a trial that was queued lies outside the space: it is ended, and said why."""
+        queued = self.study.optuna._storage.get_trial(trial._trial_id)
+        params = queued.system_attrs.get("fixed_params", {}) | queued.params
+        why = self.space.misfit(params)
+        if why is not None:
+            self.ledger.tell(trial.number, None)
+            _log.warning("trial %d was queued and has failed: %s; queue another", trial.number, why)
+        return why is not None
 
     def close_own(self) -> None:
         """End this worker's trial: interrupted or broken, it must not stay open, for the process

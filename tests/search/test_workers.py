@@ -333,6 +333,37 @@ def test_a_worker_taken_for_dead_keeps_its_score(tmp_path, kind):
     assert study.record(mine.number) == mine and len({r.number for r in records}) == 4
 
 
+FITS = {"depth at data": 5, "depth at noise": 4, "between 1": 0.0, "between 2": 0.0}
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        ({"depth at data": 9}, "'depth at data' must be an integer in 1…6; got '9'"),
+        ({"depth at noise": 3.5}, "'depth at noise' must be an integer in 1…6; got '3.5'"),
+        ({"between 1": float("inf")}, "'between 1' must lie in 0…1; got 'inf'"),
+        ({"between 2": None}, "'between 2' must lie in 0…1; got 'None'"),
+        ({"sampler": "ddim-3"}, "'sampler' must be one of ddim-50, ddim-25; got 'ddim-3'"),
+        ({"depth": 3}, "'sampler'; got 'depth'"),
+    ],
+)
+@pytest.mark.parametrize("proposer", ["difficulty", "random"])
+def test_a_queued_trial_outside_the_space_fails_alone(tmp_path, caplog, proposer, change, why):
+    config = make_config(num_trials=5, proposer=proposer, samplers=["ddim-25"])
+    study = Study(config, ready(tmp_path))
+    study.optuna.enqueue_trial({**FITS, "sampler": "ddim-25", **change})
+    study.optuna.enqueue_trial({**FITS, "sampler": "ddim-25"})  # the negative control
+    bench = FakeBench(config=config)
+    run_trials(study, bench)
+    assert len(study.records()) == 5 == len(bench.tried)
+    first, second, *_ = study.optuna.get_trials()
+    assert (first.state, second.state) == (TrialState.FAIL, TrialState.COMPLETE)
+    assert study.record(1).schedule.exit_depths == (5, 4, 4, 4)
+    said = [r.getMessage() for r in caplog.records if "queued" in r.getMessage()]
+    assert len(said) == 1 and said[0].startswith("trial 0 was queued and has failed: ")
+    assert f"{why}; queue another" in said[0]
+
+
 def running(study):
     return next(t.number for t in study.optuna.get_trials() if t.state == TrialState.RUNNING)
 
