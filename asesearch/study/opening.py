@@ -33,7 +33,7 @@ from asesearch.study.storage import (
     open_to_read,
     storage_errors,
 )
-from asesearch.study.urls import parse_url, raw_url, shown, without_password
+from asesearch.study.urls import parse_url, raw_url, shown, with_driver, without_password
 
 
 @dataclass(frozen=True)
@@ -202,8 +202,9 @@ def _check(known: StudyFile | None, held: Held, url: URL, run_dir: Path, name: s
             f"{shown(url)} does not hold "
             "them; leave --storage out (and search.storage) to continue there, or copy them first: "
             'python -c "import optuna; '
-            f"optuna.copy_study(from_study_name={name!r}, from_storage='{shown(on_record)}', "
-            f"to_storage='{shown(url)}')\""
+            f"optuna.copy_study(from_study_name={name!r}, "
+            f"from_storage='{shown(with_driver(on_record))}', "
+            f"to_storage='{shown(with_driver(url))}')\""
         )
     if held.has_trials and (known is None or known.carries or not known.settled):
         raise of_another(url, name)

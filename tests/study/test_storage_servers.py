@@ -141,6 +141,19 @@ def test_a_look_ahead_at_a_begun_study(tmp_path, port):
     assert [p.read_bytes() for p in sorted(tmp_path.rglob("*.json"))] == before
 
 
+def test_the_advice_to_copy_names_drivers_that_are_here(tmp_path, port):
+    """SQLAlchemy's own for PostgreSQL is another than the package's extra brings."""
+    Study(make_config(storage=postgresql.new_database(port, "from")), tmp_path)
+    to = postgresql.new_database(port, "to")
+    with pytest.raises(StudyError, match="copy_study") as caught:
+        Study(make_config(storage=to), tmp_path)
+    command = str(caught.value).partition("copy_study(")[2]
+    for name in ("from", "to"):
+        driven = with_driver(parse_url(postgresql.url_of(port, name, "").replace(":@", "@")))
+        assert driven.drivername != "postgresql"
+        assert f"{name}_storage='{driven}'" in command
+
+
 def test_a_password_of_the_former_release_is_taken_out_of_study_json(tmp_path, port):
     url = postgresql.new_database(port, "former")
     config = make_config(storage=url).model_dump(mode="json")
