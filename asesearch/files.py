@@ -60,12 +60,23 @@ def replacing(path: str | os.PathLike[str], *, shared: bool = False) -> Iterator
             part.unlink(missing_ok=True)
 
 
+def shared_time(folder: Path) -> float:
+    """Now, in seconds, by the clock of a folder's file system, which all machines that share it
+    have in common, though their own may differ; by this machine's, where no file can be made."""
+    try:
+        with tempfile.TemporaryFile(dir=folder) as file:
+            os.utime(file.fileno())  # no time is given, so the server of the files takes its own
+            return os.fstat(file.fileno()).st_mtime
+    except (OSError, NotImplementedError):
+        return time.time()
+
+
 def remove_stale(folder: Path, pattern: str) -> None:
     """Remove files and folders of this pattern that have not changed for a day: killed processes
     left them, for living ones write all the time."""
     for path in folder.glob(pattern):
         with suppress(OSError):
-            if time.time() - path.stat().st_mtime < STALE_S:
+            if shared_time(folder) - path.stat().st_mtime < STALE_S:
                 continue
             if path.is_dir():
                 shutil.rmtree(path)

@@ -1,7 +1,8 @@
 """The workers of a study: who lives, what each is at, and how long any was at work.
 
 Every worker holds a file lock for its life and keeps a small file of the times it was at work, both
-in `workers/` in the study directory. Within one kernel the lock tells at once whether a worker
+in `workers/` in the study directory. These times are of the directory's file system, for the clocks
+of machines differ. Within one kernel the lock tells at once whether a worker
 lives, whatever the container or process namespace; from elsewhere, its file must change now and
 then. Process ids tell nothing: another namespace, or another boot, has the same ones.
 """
@@ -9,6 +10,7 @@ then. Process ids tell nothing: another namespace, or another boot, has the same
 from __future__ import annotations
 
 import json
+import logging
 import os
 import socket
 import threading
@@ -21,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from asesearch.errors import WriteError
-from asesearch.files import loads, write_json
+from asesearch.files import loads, shared_time, write_json
 from asesearch.locks import check_locks, try_lock
 from asesearch.study.directory import WORKERS, listed
 from asesearch.study.storage import HEARTBEAT_S
@@ -31,8 +33,11 @@ CONFIRMING = "confirming"
 BEAT_S = 5.0  # between two signs of life
 PAUSE_S = 60.0  # a longer gap between two signs is no time at work: the process was stopped
 GRACE_S = 2.0 * HEARTBEAT_S  # a worker elsewhere that gives no sign for so long is taken for dead
-OLD_S = 3600.0  # signs so old need not be watched; clocks of machines differ by less
+OLD_S = 3600.0  # signs so old need not be watched
+OFFSET_S = 60.0  # a clock that differs by more from the file system's is named
 POLL_S = 1.0
+
+_log = logging.getLogger(__name__)
 
 # -- this worker ---------------------------------------------------------------------------------
 
@@ -69,6 +74,7 @@ class Worker:
         }
         self._clock = 0.0  # of the last sign
         self._guard = threading.Lock()
+        self._said = False
 
     @property
     def mark(self) -> dict[str, str]:
@@ -90,7 +96,8 @@ class Worker:
         check_locks(self.folder)
         stop = threading.Event()
         with try_lock(self.folder / f"{self.id}.lock"):
-            now = time.time()
+            now = shared_time(self.folder)
+            self._say_offset(time.time() - now)
             self._clock = time.monotonic()
             self._state.update(doing=doing, earlier_s=earlier_s or self._state["earlier_s"])
             self._state["times"].append([now, now])
@@ -113,11 +120,24 @@ class Worker:
             self._clock = clock
             times = self._state["times"]
             if passed > PAUSE_S:
-                times.append([time.time(), time.time()])
+                now = shared_time(self.folder)
+                times.append([now, now])
             else:
                 times[-1][1] += passed
             with suppress(WriteError):  # where the disk is full, what is worth keeping says so
                 self._write()
+
+    def _say_offset(self, offset_s: float) -> None:
+        if abs(offset_s) > OFFSET_S and not self._said:
+            self._said = True
+            _log.warning(
+                "the clock of %s is %.0f s %s that of the file system of %s, by which the workers' "
+                "times are counted: set it, best by NTP",
+                self._state["host"],
+                abs(offset_s),
+                "ahead of" if offset_s > 0 else "behind",
+                self.folder.parent,
+            )
 
     def _write(self) -> None:
         write_json(self.folder / f"{self.id}.json", self._state)
@@ -188,9 +208,10 @@ class Others:
             if path.stem == self.own or state is None or not state["doing"]:
                 continue
             silent = self._silent_s(path.stem, json.dumps(state))
-            old = abs(time.time() - state["times"][-1][1]) > OLD_S
-            gone = silent > GRACE_S or old or self._lock_held(path.stem, state["boot"]) is False
-            if not gone and doing in (None, state["doing"]):
+            held = self._lock_held(path.stem, state["boot"])
+            if held is None:  # under another kernel
+                held = _age_s(path) < OLD_S
+            if held and silent <= GRACE_S and doing in (None, state["doing"]):
                 found.append(f"{state['host']}, process {state['pid']}")
         return found
 
@@ -227,6 +248,14 @@ def worked_s(run_dir: Path) -> float:
 def has_record(run_dir: Path) -> bool:
     """Whether any worker has put on record when it was at work."""
     return bool(listed(run_dir / WORKERS, "*.json"))
+
+
+def _age_s(path: Path) -> float:
+    """Seconds since a file was written, by the clock of its file system."""
+    try:
+        return shared_time(path.parent) - path.stat().st_mtime
+    except OSError:  # it is gone
+        return float("inf")
 
 
 def _read(path: Path) -> dict[str, Any] | None:

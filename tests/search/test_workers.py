@@ -1000,6 +1000,38 @@ def test_time_in_which_a_worker_was_stopped_does_not_count(tmp_path, monkeypatch
     assert worked_s(tmp_path) < 0.7
 
 
+@pytest.mark.parametrize("offset_s", [4000.0, -4000.0, 0.0])
+def test_a_wrong_clock_counts_no_time_twice_and_hides_no_worker(
+    tmp_path, monkeypatch, caplog, offset_s
+):
+    """By the clocks of their machines, the two would have worked one after the other."""
+    first = Worker(tmp_path)
+    second = Worker(tmp_path)
+    others = Others(tmp_path, first.id)
+    right = time.time
+    begun = time.monotonic()
+    with first.at_work("searching"), monkeypatch.context() as patch:
+        patch.setattr(time, "time", lambda: right() + offset_s)
+        with second.at_work("searching"):
+            patch.undo()
+            time.sleep(0.5)
+            first.beat()
+            second.beat()
+            assert len(others.at_work()) == 1
+            state = json.loads((tmp_path / "workers" / f"{second.id}.json").read_text())
+            assert abs(state["times"][-1][1] - right()) < 5
+            # under another kernel the file's age tells, not its content: of an earlier release
+            state = state | {"boot": "another kernel", "times": [[right() + offset_s] * 2]}
+            write_json(tmp_path / "workers" / "elsewhere.json", state)
+            assert len(others.at_work()) == 2
+            os.utime(tmp_path / "workers" / "elsewhere.json", (right() - 4000,) * 2)
+            assert len(others.at_work()) == 1
+            (tmp_path / "workers" / "elsewhere.json").unlink()
+    assert 0.5 <= worked_s(tmp_path) < time.monotonic() - begun + 0.1
+    side = "ahead of" if offset_s > 0 else "behind"
+    assert caplog.text.count(f"is 4000 s {side} that of the file system") == bool(offset_s)
+
+
 class Timed(FakeBench):
     """A trial takes a tenth of a second, and says so."""
 
