@@ -274,7 +274,8 @@ def test_a_further_worker_that_fails_is_named_and_the_first_goes_on(clone):
     (clone / "fail-further").touch()
     said = make(clone, "search", f"STUDY={QUICK}", WORKERS="2")
     assert "a further worker ended with exit code 1: error: the second" in said
-    assert calls(clone)[-2:] == after_search("fashion-mnist-quick")
+    others = [c for c in calls(clone) if not c.startswith("search ")]  # it may be the last to start
+    assert others[-2:] == after_search("fashion-mnist-quick")
 
 
 def test_a_failed_search_of_two_workers_is_said_once(clone):

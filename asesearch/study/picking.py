@@ -96,9 +96,11 @@ class Scored:
     unit: str = "time"
 
     def __str__(self) -> str:
+        frac = self.cost_frac
+        share = f"{frac:.3f} of the time" if self.unit == "time" else f"{frac:.3f} of the FLOPs"
         return (
-            f"trial {self.record.number} with {self.quality.value:.4g} at {self.cost_frac:.3f} of "
-            f"the {self.unit} ({self.record.point}{self.reservation})"
+            f"trial {self.record.number} with {self.quality.value:.4g} at {share} "
+            f"({self.record.point}{self.reservation})"
         )
 
     @property
