@@ -506,7 +506,7 @@ def test_no_order_is_questioned_where_there_is_but_one(tmp_path, caplog, folders
 
 
 @pytest.mark.parametrize(
-    ("files", "refused"),
+    ("files", "told"),
     [
         (["train/cat/a.png", "val/cat/b.png"], "train, val"),
         (["Train/cat/a.png"], "Train"),
@@ -515,13 +515,20 @@ def test_no_order_is_questioned_where_there_is_but_one(tmp_path, caplog, folders
         (["train/x/a.png", "plane/x/b.png"], None),
     ],
 )
-def test_the_parts_of_a_data_set_are_no_classes(tmp_path, files, refused):
+def test_the_parts_of_a_data_set_are_told_where_they_are_read_as_classes(
+    tmp_path, caplog, files, told
+):
     for name in files:
         write(tmp_path / name)
-    if refused:
-        first = refused.split(", ")[0]
-        told = rf"the parts of a data set in {tmp_path}: {refused}; give .* {tmp_path}/{first}, or"
-        with pytest.raises(DataError, match=told):
-            ImageFolder(tmp_path, 8)
     classes = sorted({name.split("/")[0] for name in files})
-    assert ImageFolder(tmp_path, 8, classes=classes if refused else None).num_classes
+    assert ImageFolder(tmp_path, 8).num_classes == len(classes)
+    said = [r.getMessage() for r in caplog.records if "parts of a data set" in r.getMessage()]
+    if told is None:
+        assert said == []
+    else:
+        (line,) = said
+        assert line.startswith(f"{tmp_path}: the images of {told} are all read, and these are")
+        assert line.endswith(f"such as {tmp_path}/{told.split(', ')[0]}")
+    caplog.clear()
+    ImageFolder(tmp_path, 8, classes=classes)  # said in the study file
+    assert "parts of a data set" not in caplog.text

@@ -13,6 +13,7 @@ from asesearch.errors import CheckpointError
 _CHUNK = 1 << 24  # numbers looked at together
 _PAGE = 1024  # numbers in 4,096 bytes of float32; two of these in half precision
 _BLOCK = _PAGE // 2  # any page of zeros covers a block of so many
+_CHANCE = 64  # zeros in the edge row of pruned rows that sparsity alone does not leave
 #: Weights that begin at random and that no training makes zero, under the names of DiT, U-ViT and
 #: diffusers. Not among them: modulations, output layers of a block or a network, which may begin at
 #: zero (as in blocks that are added to make a network deeper), and biases.
@@ -126,13 +127,18 @@ def _hole(value: Tensor) -> range | None:
 def _is_torn(numbers: Tensor, zeros: range, width: int) -> bool:
     """Whether zeros in a row, in rows of `width` numbers, are no pruning or padding, which leave
     whole rows or columns: they begin and end amid rows, with numbers above and below them, and are
-    so many pages long, unless they go on in the tensor beside."""
+    so many pages long; where they go on in the tensor beside, they take more of the row at their
+    edge than sparsity leaves by chance."""
     whole = zeros.start > 0 and zeros.stop < len(numbers)
     if len(zeros) < _PAGE or (whole and len(zeros) % _PAGE):
         return False
-    inner = []  # the edges inside the tensor, and the numbers above or below them
+    least = 1 if whole else _CHANCE
     if zeros.start > 0:
-        inner.append((zeros.start, max(0, zeros.start - width)))
+        above = max(0, zeros.start - width)
+        if not zeros.start % width or width - zeros.start % width < least or not numbers[above]:
+            return False
     if zeros.stop < len(numbers):
-        inner.append((zeros.stop, min(zeros.stop - 1 + width, len(numbers) - 1)))
-    return all(edge % width and bool(numbers[beyond]) for edge, beyond in inner)
+        below = min(zeros.stop - 1 + width, len(numbers) - 1)
+        if zeros.stop % width < least or not numbers[below]:
+            return False
+    return True

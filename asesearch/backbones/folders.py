@@ -46,9 +46,11 @@ def find_folder(path: Path, component: str) -> Path:
 
 def _instead(path: Path, component: str) -> str:
     """What a folder without config.json holds, where its weights are in it, and what to do."""
-    names = sorted(p.name for p in path.iterdir()) if path.is_dir() else []
+    names: list[str] = []
+    with suppress(OSError):  # it may be entered, but not listed
+        names = sorted(p.name for p in path.iterdir())
     snapshots = [p for p in path.glob("snapshots/*") if p.is_dir()]
-    states = sorted(path.glob("global_step*/*model_states.pt"))
+    states = sorted(path.glob("global_step*/*model_states.pt"), key=os.path.getmtime)
     files = [name for name in names if Path(name).suffix in (".safetensors", *_PICKLES)]
     files = [name for name in files if not name.startswith((".", "optimizer", "scheduler"))]
     if snapshots:

@@ -300,19 +300,12 @@ def class_folders(root: Path, listing: Listing) -> list[str]:
     return classes
 
 
-def refuse_splits(root: Path, folders: Sequence[str], listing: Listing) -> None:
-    """Refuse the parts of a data set, such as train and val, as its classes.
-
-    Raises:
-        DataError: no class folder has another name, and there are several or folders in them.
-    """
+def are_splits(folders: Sequence[str], listing: Listing) -> bool:
+    """Whether class folders look like the parts of a data set, such as train and val: none has
+    another name, and there are several or folders in them."""
     nested = any(f.name.count("/") > 1 for f in listing.files)
-    if folders and all(f.lower() in SPLITS for f in folders) and (nested or len(folders) > 1):
-        raise DataError(
-            f"class folders must be classes; got the parts of a data set in {printable(root)}: "
-            f"{some(folders)}; give the folder of one part, such as {printable(root / folders[0])}"
-            ", or name these as classes in the data section if they are"
-        )
+    named = bool(folders) and all(f.lower() in SPLITS for f in folders)
+    return named and (nested or len(folders) > 1)
 
 
 def shuffled_numbers(folders: Sequence[str]) -> tuple[str, str] | None:

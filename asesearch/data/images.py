@@ -20,10 +20,10 @@ from asesearch.data.folder import (
     CLASSES_FILE,
     ClassMap,
     Files,
+    are_splits,
     class_folders,
     class_indices,
     list_folder,
-    refuse_splits,
     shuffled_numbers,
     some,
 )
@@ -67,9 +67,8 @@ class ImageFolder:
 
     Raises:
         DataError: no such folder, no images in it, images both beside and in subfolders, a class
-            folder without images (the labels of those after it would shift), class folders that are
-            the parts of a data set, or classes that do not fit the folders; on reading, a damaged
-            file.
+            folder without images (the labels of those after it would shift), or classes that do not
+            fit the folders; on reading, a damaged file.
     """
 
     def __init__(
@@ -90,7 +89,12 @@ class ImageFolder:
             listing.counts[CLASSES_FILE] += 1
         given = class_indices(root, folders, classes) if folders or classes is not None else None
         if given is None:
-            refuse_splits(root, folders, listing)
+            if are_splits(folders, listing):
+                _warn_once(
+                    f"{printable(root)}: the images of {some(folders)} are all read, and these are "
+                    "its classes; if they are the parts of a data set, give the folder of one, "
+                    f"such as {printable(root / folders[0])}"
+                )
             if (pair := shuffled_numbers(folders)) is not None:
                 _warn_once(_order_told(root, folders, pair))
         if listing.left_out:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,8 @@ from asesearch.files import check_writable
 from asesearch.sampling import SampleResult
 
 DECODED = 32  # images that a VAE decodes together, at most
+
+_log = logging.getLogger(__name__)
 
 
 class BundleImages:
@@ -171,7 +174,15 @@ def decoder_of(bundle: Bundle, vae: Path) -> LatentDecoder:
         )
     decoder = LatentDecoder(vae, next(bundle.backbone.parameters()).device)
     decoder.check_scaling(bundle.latents["shift"], bundle.latents["scale"])
-    decoder.check_encoder(bundle.latents.get("digest"), None)
+    digest = bundle.latents.get("digest")
+    if digest is not None and decoder.known_as(digest) != digest:
+        _log.warning(
+            "the VAE %s (SHA-256 %s…) is not the one that decoded the study's images, that of "
+            "SHA-256 %s…; if it differs in more than its decoder, use that one",
+            vae,
+            decoder.digest[:12],
+            str(digest)[:12],
+        )
     return decoder
 
 

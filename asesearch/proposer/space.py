@@ -239,6 +239,8 @@ class Space:
 
 def _contains(dist: BaseDistribution, value: Any) -> bool:
     """Whether a distribution has a value; JSON's and users' may be anything."""
+    if isinstance(value, str) and not isinstance(dist, CategoricalDistribution):
+        return False
     try:
         return bool(dist._contains(dist.to_internal_repr(value)))
     except (ValueError, TypeError, OverflowError):

@@ -54,7 +54,7 @@ def embedded(results: StudyResults, chosen: int | None) -> str:
 
 
 def _payload(results: StudyResults, chosen: int | None) -> dict[str, Any]:
-    kinds: list[tables.Kind] = ["confirmed", "search"] if results.confirmations else ["search"]
+    kinds: list[tables.Kind] = ["confirmed", "search"] if results.stands_confirmed else ["search"]
     found = {kind: _kind(results, kind) for kind in kinds}
     full = results.full
     if chosen is None:

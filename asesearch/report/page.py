@@ -104,7 +104,7 @@ def render_page(results: StudyResults, shown: list[tuple[Drawing, bytes]]) -> st
     kind = tables.kind_of(results)
     search = tables.protocol_of(results, "search")
     confirmed = tables.protocol_of(results, "confirmed")
-    used = confirmed or search
+    used = confirmed if kind == "confirmed" else search
     answer = headline(results)
     return (
         environment()

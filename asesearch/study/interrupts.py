@@ -24,9 +24,10 @@ from sqlalchemy.exc import SQLAlchemyError
 from asesearch.study.outages import Outage
 
 # these do not wait for a server that is away: a heartbeat is given again anyway, an Optuna study is
-# deleted where a command begins, and the others ask no server
+# made or deleted where a command begins, and the others ask no server
 _AT_ONCE = {
     "record_heartbeat",
+    "create_new_study",
     "delete_study",
     "get_heartbeat_interval",
     "get_heartbeat_stale_trial_callback",

@@ -322,6 +322,9 @@ def _engine_kwargs(url: URL, read_only: bool) -> dict[str, object]:
         options["connect_timeout"] = CONNECT_WAIT_S
     if backend == "postgresql":  # else psycopg gives bytes for the texts of a SQL_ASCII database
         options["client_encoding"] = "utf8"
+        # one that vanished without a word would be waited for as long as the kernel resends
+        options |= {"keepalives_idle": 30, "keepalives_interval": 10, "keepalives_count": 3}
+        options["tcp_user_timeout"] = 60_000  # ms
     connect_args = {key: value for key, value in options.items() if key not in url.query}
     return {"pool_pre_ping": True, "connect_args": connect_args}
 

@@ -1,11 +1,14 @@
 """A study in the middle of its confirmation: nothing is claimed of what is not confirmed yet."""
 
+import html
+import json
 from dataclasses import replace
 
 import pytest
 
 from asesearch.report import tables
 from asesearch.report.comparison import compare_results
+from asesearch.report.explorer import embedded
 from asesearch.report.page import render_page
 from asesearch.report.wording import headline
 from asesearch.study import answers
@@ -19,6 +22,12 @@ def whole():
     results = build(16, failed=())
     confirm = {**results.config["confirm"], "max_points": 50}
     return replace(results, config={**results.config, "confirm": confirm})
+
+
+def single(quality):
+    """A score of one repeat."""
+    protocol = replace(quality.protocol, seeds=quality.protocol.seeds[:1])
+    return replace(quality, protocol=protocol, values=quality.values[:1])
 
 
 def begun(results, count):
@@ -62,6 +71,13 @@ def test_the_full_network_alone_is_no_confirmed_front(whole):
     assert found.chosen is not None and found.chosen != part.full.number
     assert any("only the full network is confirmed yet" in d for d in found.details)
     assert not any(a.point.confirmed for a in answers(part))
+    shown = json.loads(embedded(part, found.chosen))
+    assert list(shown["kinds"]) == ["search"] and shown["chosen"] == found.chosen
+    once = replace(
+        part,
+        records=tuple(replace(r, quality=r.quality and single(r.quality)) for r in part.records),
+    )
+    assert "Here it can't be decided" in html.unescape(render_page(once, []))
     assert told_unconfirmed(part).endswith(": picked by the search's scores")
 
 

@@ -341,6 +341,7 @@ FITS = {"depth at data": 5, "depth at noise": 4, "between 1": 0.0, "between 2": 
     [
         ({"depth at data": 9}, "'depth at data' must be an integer in 1…6; got '9'"),
         ({"depth at noise": 3.5}, "'depth at noise' must be an integer in 1…6; got '3.5'"),
+        ({"depth at noise": "3.0"}, "'depth at noise' must be an integer in 1…6; got '3.0'"),
         ({"between 1": float("inf")}, "'between 1' must lie in 0…1; got 'inf'"),
         ({"between 2": None}, "'between 2' must lie in 0…1; got 'None'"),
         ({"sampler": "ddim-3"}, "'sampler' must be one of ddim-50, ddim-25; got 'ddim-3'"),

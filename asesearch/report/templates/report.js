@@ -379,7 +379,7 @@
           make("span", { class: "value" }, `${relative(frac)}${gain}`));
       }));
       const clock = this.kind === "confirmed" ? p.time : trial.predicted;
-      const promised = 1 - trial.blocks;
+      const promised = trial.blocks === null ? 0 : 1 - trial.blocks;
       const saved = 1 - clock > 0 ? `${Math.round((100 * (1 - clock)) / promised)} %` : "nothing";
       const what = this.kind === "confirmed" ? "clock" : "prediction";
       const beyond = p.credited !== p.time
