@@ -280,7 +280,7 @@ def reference(place, image_size=PIXELS):
 
 
 @pytest.mark.thorough
-def test_imagenet(imagenet, tmp_path):
+def test_imagenet(imagenet, tmp_path, caplog):
     config = imagenet_study(imagenet)
     bundle = run(config, tmp_path)
     record = Study.open(tmp_path / "run").record(1)
@@ -300,6 +300,11 @@ def test_imagenet(imagenet, tmp_path):
     call("sample", bundle, "--num", 3, "--vae", imagenet / "vae", "-o", tmp_path / "y.npz")
     decoded = decoder_of(loaded, imagenet / "vae").decode(torch.from_numpy(latents))
     assert np.array_equal(np.load(tmp_path / "y.npz")["images"], parts.to_uint8(decoded).numpy())
+    assert "is not the one that decoded" not in caplog.text
+    make_other_decoder(imagenet / "vae", tmp_path / "other")
+    decoder_of(loaded, tmp_path / "other")
+    assert f"the VAE {tmp_path}/other (SHA-256" in caplog.text
+    assert "is not the one that decoded the study's images" in caplog.text
     with pytest.raises(ConfigError, match="picture needs --vae"):
         call("sample", bundle, "-o", tmp_path / "z.png")
 
