@@ -61,6 +61,7 @@ def test_all_blocks_and_depths_share_one_graph(cls, args, only_traced):
     assert torch.equal(compiled_out, other(*inputs(other, 5)))  # and not the first one's weights
 
 
+@pytest.mark.thorough
 @torch.no_grad()
 def test_a_second_graph_would_be_counted(only_traced):
     """Negative control of the count: one image, other arithmetic and another width have their
@@ -79,6 +80,7 @@ def test_a_second_graph_would_be_counted(only_traced):
     assert only_traced() == 4
 
 
+@pytest.mark.thorough
 @torch.no_grad()
 def test_many_widths_in_one_process_stay_compiled(only_traced):
     """torch refuses one function too many variants: each width has a function of its own."""
@@ -215,6 +217,7 @@ def _eager(net, given):
     return copy.deepcopy(net)(*given)
 
 
+@pytest.mark.thorough
 def test_training_runs_the_teachers_blocks_compiled_too(only_traced, monkeypatch):
     """And leaves them as they were. The student's are compiled by torch alone."""
     monkeypatch.setattr(torch.nn.Module, "compile", lambda _self: None)

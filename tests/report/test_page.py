@@ -394,6 +394,7 @@ def heads(folder):
     return {p.stem: p.read_text().splitlines()[0].split(",") for p in folder.rglob("*.csv")}
 
 
+@pytest.mark.thorough
 def test_a_study_of_flops_is_shown_by_them(study, tmp_path):
     """Before it is confirmed nothing is called a time but what was predicted of each trial."""
     results = by_flops(study(12, failed=(), confirm=False))
@@ -423,6 +424,7 @@ def test_a_study_of_flops_is_shown_by_them(study, tmp_path):
     assert '"unit":"FLOPs"' in page.embedded(results, None)
 
 
+@pytest.mark.thorough
 def test_a_confirmed_study_of_flops_is_shown_by_measured_time(study, tmp_path):
     write_report(by_flops(study(8, failed=())), tmp_path / "both")
     written = heads(tmp_path / "both")

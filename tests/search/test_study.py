@@ -264,6 +264,7 @@ def test_an_unexpected_error_is_not_swallowed(tmp_path):
     assert study.records() == [] and all(t.state.is_finished() for t in study.optuna.get_trials())
 
 
+@pytest.mark.thorough
 def test_two_workers_share_a_study(tmp_path):
     search = {"num_trials": 10}
     Study(make_config(**search), tmp_path)

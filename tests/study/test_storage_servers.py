@@ -94,6 +94,7 @@ def files_with(folder, texts):
     return found + [p for p in folder.rglob("*") if any(t in p.name for t in texts)]
 
 
+@pytest.mark.thorough
 def test_two_workers_on_an_empty_database_one_killed_and_resumed(tmp_path, port, monkeypatch):
     url = postgresql.new_database(port, "study")
     search = {"num_trials": 8, "storage": url}
