@@ -5,7 +5,9 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 import unicodedata
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -354,6 +356,25 @@ def test_latents_are_read_through_once(encoded, tmp_path, own_cache, monkeypatch
     with pytest.raises(DataError, match=r"latents-00001\.npy must have the SHA-256"):
         check_readable(LatentShards(out))
     assert reads[4:] == ["latents-00001.npy"]
+
+
+def test_headers_are_parsed_one_at_a_time(encoded, monkeypatch):
+    """Python before 3.11.8 fails now and then where threads parse together."""
+    load, inside, most = np.load, [], []
+
+    def watched(*args, **kwargs):
+        inside.append(None)
+        most.append(len(inside))
+        time.sleep(0.01)
+        inside.pop()
+        return load(*args, **kwargs)
+
+    shards = LatentShards(encoded)
+    monkeypatch.setattr(latents.np, "load", watched)
+    entry = shards._entries[0]
+    with ThreadPoolExecutor(4) as pool:
+        opened = list(pool.map(lambda _: latents.open_array(encoded, entry, False), range(8)))
+    assert len(opened) == len(most) == 8 and set(most) == {1}
 
 
 def test_latents_that_are_not_finite_are_named(encoded, tmp_path):

@@ -21,6 +21,7 @@ import json
 import math
 import os
 import resource
+import threading
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
@@ -186,6 +187,11 @@ def write_array(path: Path, array: Array) -> Entry:
     }
 
 
+#: NumPy parses the header as Python, which before 3.11.8 fails now and then where threads do so
+#: together (SystemError, https://github.com/python/cpython/issues/106905).
+_opening = threading.Lock()
+
+
 def open_array(folder: Path, entry: Entry, verify: bool) -> Array:
     """Map an array of the index into memory.
 
@@ -195,7 +201,8 @@ def open_array(folder: Path, entry: Entry, verify: bool) -> Array:
     """
     path = folder / entry["file"]
     try:
-        array: Array = np.load(path, mmap_mode="r", allow_pickle=False)
+        with _opening:
+            array: Array = np.load(path, mmap_mode="r", allow_pickle=False)
     except (OSError, EOFError, ValueError) as error:
         full = getattr(error, "errno", None) in (errno.EMFILE, errno.ENFILE)
         fix = "allow the process more open files (ulimit -n)" if full else AGAIN
