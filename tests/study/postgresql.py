@@ -15,6 +15,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import pytest
+
 PASSWORD = "p$ß w/0:rd@%7B{x}"  # what a URL has to spell otherwise
 IN_URL = "p%24%C3%9F%20w%2F0%3Ard%40%257B%7Bx%7D"
 REQUIRED = os.environ.get("ASESEARCH_REQUIRE_POSTGRESQL") == "1"
@@ -27,6 +29,14 @@ def programs():
         *map(str, sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb"), reverse=True)),
     ]
     return next((Path(path).parent for path in found if path), None)
+
+
+def skip_where_missing():
+    """Skip what needs the server where it isn't installed, unless it is required."""
+    if programs() is None and not REQUIRED:
+        pytest.skip(
+            "PostgreSQL is not installed; ASESEARCH_REQUIRE_POSTGRESQL=1 makes this a failure"
+        )
 
 
 @dataclass

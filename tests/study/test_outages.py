@@ -29,10 +29,7 @@ from tests.study import postgresql
 
 @pytest.fixture(scope="module")
 def server():
-    if postgresql.programs() is None and not postgresql.REQUIRED:
-        pytest.skip(
-            "PostgreSQL is not installed; ASESEARCH_REQUIRE_POSTGRESQL=1 makes this a failure"
-        )
+    postgresql.skip_where_missing()
     with postgresql.restartable() as server:
         yield server
 

@@ -20,10 +20,7 @@ from tests.study import open_at_once, postgresql
 
 @pytest.fixture(scope="module")
 def port():
-    if postgresql.programs() is None and not postgresql.REQUIRED:
-        pytest.skip(
-            "PostgreSQL is not installed; ASESEARCH_REQUIRE_POSTGRESQL=1 makes this a failure"
-        )
+    postgresql.skip_where_missing()
     with postgresql.server() as port:
         yield port
 
