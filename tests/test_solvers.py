@@ -81,12 +81,12 @@ def test_guidance_on_other_channels_is_not(channels: int) -> None:
 
 
 def diffusers_states(
-    scheduler: object, model: Callable, x: Tensor, steps: int, **options: object
+    scheduler: object, model: Callable, x: Tensor, steps: int, drop: bool = False, **options: object
 ) -> Tensor:
     scheduler.set_timesteps(timesteps=list(Diffusion().timesteps(steps)))
     for i, t in enumerate(scheduler.timesteps.tolist()):
-        if i == steps - 2 and hasattr(scheduler, "lower_order_nums"):
-            scheduler.lower_order_nums = 0  # first order into the last timestep, as ours
+        if i == steps - 2 and drop:
+            scheduler.lower_order_nums = 0  # first order into the last timestep
         x = scheduler.step(model(x, t), t, x, **options).prev_sample
     return x
 
@@ -124,15 +124,16 @@ def test_ddpm_agrees_with_diffusers(net: DiT, learned: bool, steps: int) -> None
 # inside diffusers
 @pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 @pytest.mark.parametrize("steps", [2, 3, 6, 20])
-def test_dpmpp_2m_agrees_with_diffusers(net: DiT, steps: int) -> None:
+@pytest.mark.parametrize(("solver", "drop"), [("dpm++2m", True), ("dpm++2m-order2", False)])
+def test_dpmpp_2m_agrees_with_diffusers(net: DiT, solver: str, drop: bool, steps: int) -> None:
     model = model_of(net, False, torch.tensor([1, 2]))
     scheduler = DPMSolverMultistepScheduler(
         trained_betas=Diffusion().betas.numpy(), final_sigmas_type="zero"
     )
     x = image_noise((3, 4), (4, 8, 8), torch.device("cpu"))()
     with torch.no_grad():
-        theirs = diffusers_states(scheduler, model, x, steps)
-        ours = SOLVERS["dpm++2m"].integrate(
+        theirs = diffusers_states(scheduler, model, x, steps, drop)
+        ours = SOLVERS[solver].integrate(
             model, x, pairs_of(Diffusion(), steps), Diffusion(), no_noise
         )
         first = SOLVERS["ddim"].integrate(
@@ -214,6 +215,7 @@ def flow_errors(solver: str, steps: Sequence[int]) -> list[float]:
         ("ddim", 1, (50, 100, 200)),
         ("dpm++2m", 2, (250, 500, 1000)),
         ("dpm++2m-quadratic", 2, (100, 200, 400)),
+        ("dpm++2m-order2", 2, (250, 500, 1000)),
         ("unipc-quadratic", 3, (100, 200, 400)),
     ],
 )
@@ -282,7 +284,7 @@ def test_bias_of_the_stochastic_solvers_falls_as_the_first_order(
 # -- grids by name ---------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("algorithm", ["ddim", "dpm++2m", "unipc"])
+@pytest.mark.parametrize("algorithm", ["ddim", "dpm++2m", "dpm++2m-order2", "unipc"])
 @pytest.mark.parametrize("power", [0.5, 1.5, 3])
 def test_a_solvers_name_tells_the_power_of_its_grid(algorithm: str, power: float) -> None:
     solver = find_solver(f"{algorithm}-power{power}", Diffusion())
@@ -294,7 +296,16 @@ def test_a_solvers_name_tells_the_power_of_its_grid(algorithm: str, power: float
 
 @pytest.mark.parametrize(
     "name",
-    ["unipc", "ddim-power2", "ddim-power1", "ddim-power1.50", "ddim-power0", "ddim-power5"]
+    [
+        "unipc-order2",
+        "ddim-order2",
+        "dpm++2m-quadratic-order2",
+        "ddim-power2",
+        "ddim-power1",
+        "ddim-power1.50",
+        "ddim-power0",
+        "ddim-power5",
+    ]
     + ["ddpm-power1.5", "euler-maruyama-quadratic", "dpm-power1.5", "ddim-power1.5-quadratic"],
 )
 def test_a_grid_has_one_name_and_a_solver_that_takes_it(name: str) -> None:
@@ -307,7 +318,11 @@ def test_a_grid_has_one_name_and_a_solver_that_takes_it(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["ddim-power0.7", "ddim-power1.5", "ddim-power3", "unipc-power1.5"]
+    "name",
+    [
+        *("ddim-power0.7", "ddim-power1.5", "ddim-power3"),
+        *("dpm++2m-order2", "unipc", "unipc-power1.5"),
+    ],
 )
 def test_every_grid_converges(name: str) -> None:
     """On a Gaussian, whose denoiser is exact."""

@@ -29,10 +29,10 @@ from asesearch.backbones.exit_weights import EXITS, ExitWeights, share
 from asesearch.backbones.files import FORMAT, Contents, read_checkpoint, resolve
 from asesearch.backbones.finite import as_float32, refuse_not_finite, refuse_zero
 from asesearch.backbones.folders import class_name
-from asesearch.backbones.scheduler import refuse_prediction
+from asesearch.backbones.scheduler import check_betas, refuse_prediction
 from asesearch.backbones.shapes import Architecture, from_shapes, uvit_preset
-from asesearch.backbones.uvit import UViT
-from asesearch.config import BackboneConfig
+from asesearch.backbones.uvit import UViT, trained_under
+from asesearch.config import BackboneConfig, DiffusionConfig
 from asesearch.errors import CheckpointError, ConfigError
 from asesearch.files import loads
 
@@ -259,6 +259,37 @@ def load_backbone(
     for note in notes:
         _say_once(note)
     return net
+
+
+def load_trained(
+    config: BackboneConfig,
+    diffusion: DiffusionConfig,
+    seed: int = 0,
+    null_condition: Mapping[str, Tensor] | None = None,
+) -> Backbone:
+    """As `load_backbone`, and what is known of the training must be as `diffusion` has it; a log
+    line where the shapes are those of a network released under another process.
+
+    Raises:
+        ConfigError, CheckpointError: as said there, or by `scheduler.check_betas`.
+    """
+    check_betas(config, diffusion)
+    net = load_backbone(config, seed, null_condition)
+    name = uvit_preset(net.config) if config.kind == "uvit" else None
+    if name is not None and config.checkpoint is not None:
+        right = trained_under(name)
+        given = {key: value for key, value in diffusion.model_dump().items() if key in right}
+        if given != right:
+            _say_once(
+                f"{config.checkpoint} has the shapes of {name}, which was released trained under "
+                f"{_in_toml(right)}; [diffusion] has {_in_toml(given)}; "
+                "change it, unless these weights were trained so"
+            )
+    return net
+
+
+def _in_toml(values: Mapping[str, Any]) -> str:
+    return ", ".join(f'{k} = "{v}"' for k, v in values.items())
 
 
 class _NothingDrawn(TorchFunctionMode):

@@ -35,6 +35,7 @@ _OTHERS = {
 #: Words that say that a network predicts noise, and those that may stand beside them.
 _NOISE = {"noise", "epsilon", "eps"}
 _FILLING = {"pred", "predict", "prediction", "theta"}
+_TIMES = {"time_offset"}
 _PREDICTION = ("prediction", "prediction_type", "parameterization", "pred")
 
 
@@ -87,8 +88,9 @@ def from_shapes(contents: Contents, given: Mapping[str, Any]) -> Architecture:
         labels, unsure = _dit_labels(rows, given, contents)
     else:
         labels, unsure = _uvit_labels(rows, given, args)
-    doubtful = (unsure,) if unsure else ()
-    return Architecture(kind, args | labels, (*said, *doubtful), doubtful)
+    times, unsure_too = _times(kind, args, given)
+    doubtful = tuple(filter(None, (unsure, unsure_too)))
+    return Architecture(kind, args | labels | times, (*said, *doubtful), doubtful)
 
 
 def _kind(shapes: Shapes) -> str | None:
@@ -232,7 +234,10 @@ def _official(kind: str, args: Mapping[str, Any]) -> tuple[str, int] | None:
         return None
     usual = {"mlp_ratio": 4, "qkv_bias": False, "mlp_time_embed": False, "skip": True}
     for name, preset in uvit.PRESETS.items():
-        data = ("img_size", "in_chans", "num_classes", "num_heads", "has_null_label")
+        data = (
+            *("img_size", "in_chans", "num_classes", "num_heads"),
+            *("has_null_label", "time_offset"),
+        )
         wanted = usual | {k: v for k, v in preset.items() if k not in data}
         if all(args[k] == v for k, v in wanted.items()):
             return name.rpartition("-")[0], preset["num_heads"]
@@ -240,12 +245,28 @@ def _official(kind: str, args: Mapping[str, Any]) -> tuple[str, int] | None:
 
 
 def uvit_preset(args: Mapping[str, Any]) -> str | None:
-    """The released U-ViT of these arguments."""
+    """The released U-ViT of these shapes."""
+    others = ("has_null_label", "time_offset")
 
     def same(preset: Mapping[str, Any]) -> bool:
-        return all(args.get(k) == v for k, v in preset.items() if k != "has_null_label")
+        return all(args.get(k) == v for k, v in preset.items() if k not in others)
 
     return next((name for name, preset in uvit.PRESETS.items() if same(preset)), None)
+
+
+def _times(
+    kind: str, args: Mapping[str, Any], given: Mapping[str, Any]
+) -> tuple[dict[str, Any], str]:
+    """The argument about timesteps that a released network has, and what was assumed."""
+    name = uvit_preset(args) if kind == "uvit" else None
+    offset = {} if name is None else {k: v for k, v in uvit.PRESETS[name].items() if k in _TIMES}
+    if not offset or _TIMES & given.keys():
+        return {}, ""
+    return offset, (
+        f"the weights have the shapes of {name}, which counts timesteps from 1, and so they are "
+        "counted; set args.time_offset in [backbone] to 0 for a network that counts from 0, or to "
+        "1 to say so"
+    )
 
 
 # -- labels ----------------------------------------------------------------------------------------

@@ -32,6 +32,8 @@ _L: dict[str, Any] = {"embed_dim": 1024, "depth": 20, "num_heads": 16, "conv": T
 _H: dict[str, Any] = {"embed_dim": 1152, "depth": 28, "num_heads": 16, "conv": False}
 _PIXELS: dict[str, Any] = {"in_chans": 3, "num_classes": 1000, "has_null_label": False}
 _LATENTS: dict[str, Any] = {"in_chans": 4, "num_classes": 1001}
+#: Of those trained in discrete time, whose steps their code counts from 1.
+_FROM_ONE: dict[str, Any] = {"time_offset": 1.0}
 
 #: The released networks of this class: name -> constructor arguments. The two ImageNet-64 ones have
 #: no null label, so no classifier-free guidance. (The two for text, `libs/uvit_t2i.py`, are another
@@ -42,10 +44,21 @@ PRESETS: dict[str, dict[str, Any]] = {
     "U-ViT-M/4-ImageNet64": {"img_size": 64, "patch_size": 4, **_M, **_PIXELS},
     "U-ViT-L/4-ImageNet64": {"img_size": 64, "patch_size": 4, **_L, **_PIXELS},
     "U-ViT-L/2-ImageNet256": {"img_size": 32, "patch_size": 2, **_L, **_LATENTS},
-    "U-ViT-H/2-ImageNet256": {"img_size": 32, "patch_size": 2, **_H, **_LATENTS},
+    "U-ViT-H/2-ImageNet256": {"img_size": 32, "patch_size": 2, **_H, **_LATENTS, **_FROM_ONE},
     "U-ViT-L/4-ImageNet512": {"img_size": 64, "patch_size": 4, **_L, **_LATENTS},
-    "U-ViT-H/4-ImageNet512": {"img_size": 64, "patch_size": 4, **_H, **_LATENTS},
+    "U-ViT-H/4-ImageNet512": {"img_size": 64, "patch_size": 4, **_H, **_LATENTS, **_FROM_ONE},
 }
+
+
+def trained_under(name: str) -> dict[str, str]:
+    """The forward process of a released network, as `[diffusion]` gives it.
+
+    Source: baofff/U-ViT, the training commands of its README: `train.py` and `train_ldm.py` are in
+    continuous time, `train_ldm_discrete.py` has Stable Diffusion's betas.
+    """
+    if "time_offset" in PRESETS[name]:
+        return {"process": "discrete", "beta_schedule": "scaled_linear"}
+    return {"process": "vp-sde"}
 
 
 class UViTBlock(nn.Module):
@@ -129,9 +142,11 @@ class UViT(Backbone):
     on top. `depth` the attribute counts what may be dropped, the decoder blocks; `exit_depth` 0
     drops all of them. A dropped block keeps its `skip_linear`, so every long skip arrives.
 
-    Arguments are the official constructor's (but `norm_layer`), and `has_null_label`: whether the
-    last of the `num_classes` embeddings is the null label of classifier-free guidance (the official
-    code knows that from the data set). `num_classes` the attribute does not count the null label.
+    Arguments are the official constructor's (but `norm_layer`), and two that the official code has
+    elsewhere. `has_null_label`: whether the last of the `num_classes` embeddings is the null label
+    of classifier-free guidance. `time_offset`: what is added to the timestep, 1 for networks that
+    count discrete timesteps from 1, as `train_ldm_discrete.py` does. `num_classes` the attribute
+    does not count the null label.
 
     Raises:
         ConfigError: sizes that do not fit each other.
@@ -157,6 +172,7 @@ class UViT(Backbone):
         conv: bool = True,
         skip: bool = True,
         has_null_label: bool = True,
+        time_offset: float = 0.0,
     ) -> None:
         super().__init__()
         _check_sizes(img_size, patch_size, embed_dim, num_heads, depth)
@@ -178,6 +194,9 @@ class UViT(Backbone):
             "skip": skip,
             "has_null_label": has_null_label,
         }
+        if time_offset:
+            self.config["time_offset"] = time_offset
+        self.time_offset = time_offset
         labelled = num_classes > 0
         self.depth = depth // 2
         self.input_size = img_size
@@ -248,7 +267,9 @@ class UViT(Backbone):
     def _embed(self, x_t: Tensor, t: Tensor, y: Tensor | None) -> Tensor:
         """Tokens, label first, then time, then patches: (N, extras + L, D)."""
         patches = self.patch_embed(x_t)  # (N, L, D)
-        time = self.time_embed(timestep_embedding(t, self.embed_dim).to(patches.dtype))  # (N, D)
+        t = t + self.time_offset if self.time_offset else t
+        freqs = timestep_embedding(t, self.embed_dim)
+        time = self.time_embed(freqs.to(patches.dtype))  # (N, D)
         parts = [time[:, None], patches]
         if y is not None:
             parts.insert(0, self.label_emb(y)[:, None])

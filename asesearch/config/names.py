@@ -11,12 +11,12 @@ from asesearch.errors import ConfigError
 from asesearch.sampler import GRID, acceleration_of
 
 #: The solvers: those with any grid of timesteps, and those with one.
-_SOLVER = rf"(?:(?:ddim|dpm\+\+2m)(?:{GRID})?|unipc{GRID}|ddpm|euler-maruyama)"
+_SOLVER = rf"(?:(?:ddim|dpm\+\+2m(?:-order2)?|unipc)(?:{GRID})?|ddpm|euler-maruyama)"
 
 
 _SOLVERS = (
-    "ddpm, euler-maruyama, ddim, dpm++2m or unipc, with -quadratic or -powerX (X from 0.1 to 4, "
-    "shortest form) behind unipc and maybe ddim and dpm++2m"
+    "ddpm, euler-maruyama, ddim, dpm++2m, dpm++2m-order2 or unipc, the last four maybe with "
+    "-quadratic or -powerX behind them (X from 0.1 to 4, shortest form)"
 )
 
 

@@ -32,6 +32,7 @@ SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {
     # the first-order solver is DDIM on any grid; diffusers' DDIMScheduler knows even strides only
     "ddim": ("DPMSolverMultistepScheduler", {"solver_order": 1, "final_sigmas_type": "zero"}),
     "dpm++2m": ("DPMSolverMultistepScheduler", {"final_sigmas_type": "zero"}),
+    "dpm++2m-order2": ("DPMSolverMultistepScheduler", {"final_sigmas_type": "zero"}),
     "unipc": ("UniPCMultistepScheduler", {"final_sigmas_type": "zero"}),
 }
 #: Precisions that the fixed positions of exported weights may have been rounded to.
@@ -109,7 +110,7 @@ class ExportedDiTPipeline(DiTPipeline):
         steps = how.num_steps if num_inference_steps is None else num_inference_steps
         exported = self._has_exported_scheduler(how)
         timesteps = self._set_timesteps(how, steps, exported)
-        drop_order = exported and how.solver.startswith("dpm++2m")
+        drop_order = exported and grid_of(how.solver)[0] == "dpm++2m"
         options = {"generator": generator} if how.solver == "ddpm" else {}
         for i, t in enumerate(self.progress_bar(timesteps)):
             if i == len(timesteps) - 2 and drop_order:

@@ -7,10 +7,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from asesearch.backbones.checkpoints import load_backbone
+from asesearch.backbones.checkpoints import load_trained
 from asesearch.backbones.exit_weights import own_exits
 from asesearch.backbones.saving import save_backbone
-from asesearch.backbones.scheduler import check_betas
 from asesearch.config import StudyConfig
 from asesearch.data import check_not_read, check_output, check_readable, open_data
 from asesearch.diffusion import make_diffusion
@@ -61,8 +60,8 @@ class StudyTraining:
         check_writable(run_dir, f"{'0' * SLUG_BYTES}/{CHECKPOINT}" if by_schedule else CHECKPOINT)
         data = open_data(config.data)
         null = getattr(data, "null_condition", None)
-        check_betas(config.backbone, config.diffusion)
-        self.backbone = load_backbone(config.backbone, config.train.seed, null)
+        seed = config.train.seed
+        self.backbone = load_trained(config.backbone, config.diffusion, seed, null)
         num_timesteps = config.diffusion.num_train_timesteps
         self.schedule = schedule_from_text(schedule, self.backbone.depth, num_timesteps)
         self.run_dir = run_dir

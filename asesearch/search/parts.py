@@ -16,11 +16,10 @@ from torch import Tensor
 
 from asesearch.backbones.acceleration import Acceleration
 from asesearch.backbones.base import Backbone
-from asesearch.backbones.checkpoints import load_backbone
+from asesearch.backbones.checkpoints import load_trained
 from asesearch.backbones.device import default_device
 from asesearch.backbones.digests import weights_fingerprint
 from asesearch.backbones.guidance import check_guided
-from asesearch.backbones.scheduler import check_betas
 from asesearch.calibration import SEEDS, calibrated
 from asesearch.config import StudyConfig
 from asesearch.data import open_data
@@ -88,8 +87,8 @@ class Parts:
         self.device = default_device()
         self.data = open_data(config.data)
         null = getattr(self.data, "null_condition", None)
-        check_betas(config.backbone, config.diffusion)
-        self.backbone = load_backbone(config.backbone, null_condition=null).to(self.device).eval()
+        net = load_trained(config.backbone, config.diffusion, null_condition=null)
+        self.backbone = net.to(self.device).eval()
         self.diffusion = make_diffusion(config.diffusion)
         self.full = ExitSchedule.full(self.backbone.depth, config.diffusion.num_train_timesteps)
         check_fit(self.backbone, self.data, self.diffusion, self.full)

@@ -6,9 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from asesearch.backbones.checkpoints import load_backbone
+from asesearch.backbones.checkpoints import load_backbone, load_trained
 from asesearch.backbones.device import default_device
-from asesearch.backbones.scheduler import check_betas
 from asesearch.config import StudyConfig
 from asesearch.data import check_output, open_data
 from asesearch.diffusion import make_diffusion
@@ -41,8 +40,8 @@ class StudyMap:
         section = "data" if config.map.data is None else "map.data"
         data = open_data(config.map.data or config.data, section)
         null = getattr(data, "null_condition", None)
-        check_betas(config.backbone, config.diffusion)
-        backbone = load_backbone(config.backbone, config.train.seed, null).to(device)
+        seed = config.train.seed
+        backbone = load_trained(config.backbone, config.diffusion, seed, null).to(device)
         reference = None
         own = config.backbone.checkpoint
         if weights is not None:

@@ -25,7 +25,7 @@ def make_betas(
 
     `linear` is DDPM's and DiT's (1e-4 … 0.02 at 1000 steps, scaled to other lengths);
     `scaled_linear` is Stable Diffusion's (0.00085 … 0.012, linear in the square root), which the
-    latent U-ViTs use.
+    latent U-ViT-H have; the latent U-ViT-L are in continuous time, as those of pixels.
 
     Raises:
         ConfigError: unknown schedule or fewer than two timesteps.
@@ -141,9 +141,9 @@ class VPSDELevels(NoiseLevels):
         beta_max: β at s = 1.
         num_train_timesteps: scale of the network's time.
 
-    Source: Song et al. 2021, eq. 11 and appendix C; baofff/U-ViT, `sde.py` (its pixel-space
-    CIFAR-10 and CelebA models: β 0.1 … 20, network time 999·s, sampling from s = 1 to 1e-3 and then
-    to 0).
+    Source: Song et al. 2021, eq. 11 and appendix C; baofff/U-ViT, `sde.py` (its models of pixels
+    and its latent U-ViT-L: β 0.1 … 20, network time 999·s, sampling from s = 1 to 1e-3 and then to
+    0).
 
     Raises:
         ConfigError: betas that are not ascending, or fewer than two timesteps.

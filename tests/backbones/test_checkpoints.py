@@ -102,6 +102,8 @@ def test_a_training_state_is_loaded_from_its_ema(net, tmp_path) -> None:
         ("dit", "DiT-XL/2"),
         ("uvit", "U-ViT-S/4-CelebA64"),
         ("uvit", "U-ViT-M/4-ImageNet64"),
+        ("uvit", "U-ViT-L/2-ImageNet256"),
+        ("uvit", "U-ViT-H/4-ImageNet512"),
     ],
 )
 def test_official_sizes_are_named_and_need_no_args(tmp_path, kind: str, preset: str) -> None:

@@ -1,4 +1,5 @@
-"""What shapes do not tell of a network: heads and labels. Known, asked for, or said."""
+"""What shapes do not tell of a network: heads, labels and how timesteps are
+counted. Known, asked for, or said."""
 
 import argparse
 import re
@@ -6,8 +7,9 @@ import re
 import pytest
 import torch
 
-from asesearch.backbones import DiT, UViT, inspect_checkpoint, load_backbone, save_backbone
-from asesearch.config import BackboneConfig
+from asesearch.backbones import DiT, UViT, inspect_checkpoint, load_backbone, save_backbone, uvit
+from asesearch.backbones.checkpoints import load_trained
+from asesearch.config import BackboneConfig, DiffusionConfig
 from asesearch.errors import CheckpointError, ConfigError
 from asesearch.sampling import check_sampling
 
@@ -428,3 +430,64 @@ def test_what_another_network_predicts_is_no_matter(tmp_path, sections, refused:
         _refused_for(tmp_path / "net.pt", "prediction_type", "v_prediction")
     else:
         assert load(tmp_path / "net.pt", num_heads=2).depth == 1
+
+
+# -- timesteps of released U-ViTs ------------------------------------------------------------------
+
+
+@pytest.fixture
+def from_one(tmp_path, monkeypatch):
+    """Weights that have the shapes of a network released with timesteps counted from 1."""
+    args = {
+        **{"img_size": 4, "patch_size": 2, "in_chans": 1, "embed_dim": 16, "depth": 2},
+        **{"num_heads": 2, "num_classes": 4},
+    }
+    monkeypatch.setitem(uvit.PRESETS, "U-ViT-Ti/2-Test", {**args, "time_offset": 1.0})
+    torch.manual_seed(0)
+    net = UViT(**args)
+    torch.save(net.state_dict(), tmp_path / "net.pt")
+    return net, tmp_path / "net.pt"
+
+
+def test_timesteps_are_counted_from_one_where_the_release_does(from_one, caplog) -> None:
+    net, path = from_one
+    x, y = torch.randn(2, 1, 4, 4), torch.tensor([0, 3])
+    for offset, given in ((1, {}), (1, {"time_offset": 1}), (0, {"time_offset": 0})):
+        caplog.clear()
+        loaded = load(path, "uvit", num_heads=2, **given)
+        for t in (0, 500, 999):
+            want = net(x, torch.full((2,), t + offset), y)
+            assert torch.equal(loaded(x, torch.full((2,), t), y), want)
+        assert ("counts timesteps from 1" in caplog.text) == (not given)
+    assert not torch.equal(net(x, torch.tensor([1, 1]), y), net(x, torch.tensor([0, 0]), y))
+
+
+def test_a_copy_counts_as_its_original(from_one, tmp_path, caplog) -> None:
+    loaded = load(from_one[1], "uvit", num_heads=2)
+    save_backbone(loaded, tmp_path / "own.safetensors")
+    caplog.clear()
+    again = load(tmp_path / "own.safetensors", "uvit")
+    assert again.config == loaded.config and again.time_offset == 1 and not caplog.text
+
+
+@pytest.mark.parametrize(
+    ("process", "said"),
+    [
+        ({}, True),
+        ({"process": "vp-sde"}, True),
+        ({"beta_schedule": "scaled_linear"}, False),
+    ],
+)
+def test_another_process_than_the_releases_is_told(from_one, process, said, caplog) -> None:
+    config = BackboneConfig(
+        kind="uvit", checkpoint=str(from_one[1]), args={"num_heads": 2, "time_offset": 1}
+    )
+    load_trained(config, DiffusionConfig(**process))
+    expected = 'U-ViT-Ti/2-Test, which was released trained under process = "discrete", '
+    assert (expected in caplog.text) == said
+
+
+def test_the_processes_of_released_networks() -> None:
+    discrete = {n for n in uvit.PRESETS if uvit.trained_under(n)["process"] == "discrete"}
+    assert discrete == {"U-ViT-H/2-ImageNet256", "U-ViT-H/4-ImageNet512"}
+    assert uvit.trained_under("U-ViT-L/2-ImageNet256") == {"process": "vp-sde"}

@@ -54,7 +54,9 @@ def gap(images, expected):
 
 @pytest.mark.thorough
 @pytest.mark.parametrize(
-    "solver", ["ddpm", "ddim", "dpm++2m", "dpm++2m-quadratic", "unipc-quadratic", "ddim-power1.5"]
+    "solver",
+    ["ddpm", "ddim", "dpm++2m", "dpm++2m-quadratic", "dpm++2m-order2", "unipc", "unipc-quadratic"]
+    + ["ddim-power1.5"],
 )
 @pytest.mark.parametrize("betas", ["linear", "scaled_linear"])
 def test_the_latents_are_the_bundles(tmp_path, solver, betas):
