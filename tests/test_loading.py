@@ -166,6 +166,32 @@ def test_a_program_that_is_stopped_takes_its_workers_with_it(tmp_path, how):
     assert not is_running(worker)
 
 
+READS_AT_ONCE = """
+import threading
+from asesearch.data import read_ahead
+from tests.reads import square
+
+print("begins")
+one = threading.Thread(target=lambda: print(*read_ahead(square, range(4), 1)))
+one.start()
+one.join()
+print(*read_ahead(square, range(3), 1), __file__ is not None)
+"""
+
+
+@pytest.mark.thorough
+def test_a_script_without_a_guard_is_run_once(tmp_path):
+    """As the snippets of the README and a notebook are."""
+    script = tmp_path / "reads.py"
+    script.write_text(READS_AT_ONCE)
+    env = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)}
+    done = subprocess.run(
+        [sys.executable, script], capture_output=True, text=True, env=env, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == ["begins", "0 1 4 9", "0 1 4 True"]
+
+
 # -- training and references -----------------------------------------------------------------------
 
 

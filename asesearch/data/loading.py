@@ -8,8 +8,9 @@ import os
 import pickle
 import sys
 import threading
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import Any, Generic, TypeVar, cast
 
 import torch
@@ -35,8 +36,8 @@ def read_ahead(
     Without workers one thread reads one key ahead. With workers, processes of a PyTorch DataLoader
     read two keys each ahead; they live until the last key, an exception or `close()`. They start
     from a fork server, as forking a process that has threads, a GPU or locked files is not safe:
-    so `read` and what it holds must be picklable, and a script that trains must keep what it does
-    under `if __name__ == "__main__":`.
+    so `read` and what it holds must be picklable. They don't run the script again, unless `read`
+    holds what it defines: it must then keep what it does under `if __name__ == "__main__":`.
 
     Args:
         read: must depend on the key alone.
@@ -125,6 +126,28 @@ def _end_with_the_parent(worker: int) -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
+_hiding = threading.Lock()
+
+
+@contextmanager
+def _script_not_run_again(read: object) -> Iterator[None]:
+    """Inside, processes start without running the main script for its definitions, where `read`
+    needs none of them: a script or notebook without a guard would begin anew in each."""
+    main = sys.modules["__main__"]
+    if b"__main__" in pickle.dumps(read):
+        yield
+        return
+    with _hiding:
+        kept = {key: main.__dict__.get(key) for key in ("__spec__", "__file__")}
+        main.__dict__.update(dict.fromkeys(kept))
+        try:
+            yield
+        finally:
+            main.__dict__.update(kept)
+            if kept["__file__"] is None:  # a shell or a notebook has none
+                del main.__dict__["__file__"]
+
+
 def _by_processes(
     read: Callable[[Key], Value], keys: Sequence[Key], num_workers: int
 ) -> Generator[Value, None, None]:
@@ -140,7 +163,8 @@ def _by_processes(
         worker_init_fn=_end_with_the_parent,
         multiprocessing_context=context,
     )
-    found = iter(loader)
+    with _script_not_run_again(read):
+        found = iter(loader)
     try:
         for pickled in found:
             value, error = pickle.loads(pickled)

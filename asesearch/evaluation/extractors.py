@@ -8,7 +8,12 @@ Fashion-MNIST that travel in the package.
 
 from __future__ import annotations
 
+import ast
+import hashlib
+import inspect
 import os
+import sys
+import textwrap
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -46,7 +51,7 @@ class Extractor:
     Attributes:
         name: its name in the registry.
         digest: SHA-256 of its weights (names, types, shapes and values), whatever file they came
-            from.
+            from; of a class of one's own with its code.
         channels: C of the images it takes; grey images are repeated where it takes three.
         dim: D, the number of features.
         net: the network, in eval mode.
@@ -230,7 +235,28 @@ def make_extractor(
             f"an extractor must give the same features of the same images; got others from {name} "
             "at a second call; leave out what is random in it"
         )
-    return Extractor(name, weights_digest(net), channels, dim, net.to(device), torch.device(device))
+    digest = weights_digest(net)
+    if code := _own_code(cls):
+        digest = hashlib.sha256(f"{digest} {code}".encode()).hexdigest()
+    return Extractor(name, digest, channels, dim, net.to(device), torch.device(device))
+
+
+def _own_code(cls: type) -> str:
+    """What a class of one's own is written in, without comments and layout: its module and those of
+    its bases; of what a script or a notebook defines, the class alone.
+
+    Empty for torch-fidelity's and ours.
+    """
+    parts = []
+    for base in cls.__mro__[:-1]:
+        package = base.__module__.partition(".")[0]
+        if package in ("torch", "torch_fidelity", "asesearch", "abc"):
+            continue
+        alone = base.__module__ == "__main__"
+        with suppress(OSError, TypeError, SyntaxError):  # no source: compiled, or typed in
+            source = inspect.getsource(base if alone else sys.modules[base.__module__])
+            parts.append(ast.unparse(ast.parse(textwrap.dedent(source))))
+    return "\n".join(parts)
 
 
 def _dummy_of(net: FeatureExtractorBase, channels: int) -> Tensor:

@@ -1,7 +1,9 @@
 """Extractors: what they take, what their digest covers, and what happens without their weights."""
 
 import email.message
+import importlib
 import io
+import sys
 import urllib.error
 import warnings
 
@@ -12,7 +14,9 @@ import torch_fidelity
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch_fidelity.feature_extractor_clip import CLIPVisual
+from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY
 
+from asesearch.backbones.digests import weights_digest
 from asesearch.data import ImageArray
 from asesearch.errors import AseSearchError, DataError, EvaluationError
 from asesearch.evaluation import extractors
@@ -290,6 +294,28 @@ def test_a_class_of_the_users_own_is_an_extractor_by_its_name(
     images = shipped_images.images[:3]
     halves = make_extractor("fashion-cnn")(images).unflatten(1, (-1, 2)).mean(2)
     assert torch.allclose(made(images), halves)
+
+
+def loaded_anew(module: str, name: str):
+    """An extractor as a new process loads it."""
+    sys.modules.pop(module, None)
+    FEATURE_EXTRACTORS_REGISTRY.pop(f"{module}:{name}", None)
+    importlib.invalidate_caches()
+    return make_extractor(f"{module}:{name}", FashionCNN.shipped())
+
+
+def test_an_edited_extractor_is_another(tmp_path, monkeypatch) -> None:
+    """With the same weights; a comment or a line break makes no other."""
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    file = tmp_path / "edited_features.py"
+    file.write_text(OWN_MODULE)
+    first = loaded_anew("edited_features", "Pooled").digest
+    file.write_text("# a comment\n\n" + OWN_MODULE + "\n\n")
+    assert loaded_anew("edited_features", "Pooled").digest == first
+    file.write_text(OWN_MODULE + "\nSCALE = 3.0\n")
+    assert loaded_anew("edited_features", "Pooled").digest != first
+    assert make_extractor("fashion-cnn").digest == weights_digest(make_extractor("fashion-cnn").net)
 
 
 @pytest.mark.parametrize(
