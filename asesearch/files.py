@@ -128,6 +128,31 @@ def check_writable(
         raise WriteError(_why_not(Path(named or path), error)) from error
 
 
+def check_room(folder: str | os.PathLike[str], size: int, what: str) -> None:
+    """Find out before hours of work whether a folder's file system has room for `size` bytes.
+
+    Args:
+        folder: there or not.
+        size: bytes that will be written at once, at least.
+        what: they are, for the message.
+
+    Raises:
+        WriteError: it has not.
+    """
+    place = Path(folder)
+    while not place.exists() and place != place.parent:
+        place = place.parent
+    try:
+        free = shutil.disk_usage(place).free
+    except OSError:  # a file system that does not tell
+        return
+    if free < size:
+        raise WriteError(
+            f"{what} takes {size / 1e6:,.1f} MB; got {free / 1e6:,.1f} MB of free space for "
+            f"{_short(Path(folder))}; make room there, or choose another folder"
+        )
+
+
 def check_weights_file(path: Path) -> None:
     """Find out before hours of work whether weights can be written to `path`.
 

@@ -4,6 +4,7 @@ schedule."""
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -28,6 +29,7 @@ from asesearch.errors import (
     DataError,
     ScheduleError,
     TrainingDiverged,
+    WriteError,
 )
 from asesearch.finetuning import (
     CHECKPOINT,
@@ -90,6 +92,21 @@ def test_killed_and_resumed_gives_the_same_result(tiny_dit, tiny_images, tmp_pat
     resumed = trainer.run()
     assert same(weights(straight.backbone), weights(resumed.backbone))
     assert straight.losses == resumed.losses and len(resumed.losses) == 12
+
+
+def test_there_is_room_for_a_checkpoint_before_anything_is_trained(
+    tiny_dit, tiny_images, tmp_path, monkeypatch
+):
+    run_dir = tmp_path / "run"
+    before = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: before._replace(free=100_000))
+    with pytest.raises(WriteError, match=r"takes .* MB; got 0\.1 MB of free space for .*run; make"):
+        finetune(tiny_dit, tiny_images, Diffusion(), SCHEDULE, CONFIG, run_dir)
+    assert not run_dir.exists()
+    size = sum(p.numel() for p in tiny_dit.parameters()) * 16
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: before._replace(free=size))
+    finetune(tiny_dit, tiny_images, Diffusion(), SCHEDULE, CONFIG, run_dir)
+    assert (run_dir / "training.safetensors").stat().st_size < size  # the largest was before
 
 
 def test_a_finished_run_is_not_repeated(tiny_dit, tiny_images, tmp_path):

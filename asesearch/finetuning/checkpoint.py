@@ -11,12 +11,23 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from asesearch.errors import CheckpointError
-from asesearch.files import loads, replacing
+from asesearch.files import check_room, loads, replacing
 
 CHECKPOINT = "training.safetensors"
+
+
+def check_checkpoint_room(run_dir: Path, net: nn.Module) -> None:
+    """Refuse to train into a folder that has no room for a checkpoint: weights, their moving
+    average and the optimiser's two moments, beside the last one.
+
+    Raises:
+        WriteError: as said.
+    """
+    size = sum(4 * p.numel() for p in net.parameters())
+    check_room(run_dir, 4 * size, "the checkpoint of a training")
 
 
 def write_checkpoint(

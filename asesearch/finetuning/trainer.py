@@ -19,14 +19,19 @@ from asesearch.backbones import conditioning
 from asesearch.backbones.base import Backbone
 from asesearch.backbones.device import check_memory
 from asesearch.backbones.digests import weights_fingerprint
-from asesearch.backbones.exit_weights import ExitWeights
+from asesearch.backbones.exit_weights import ExitWeights, weight_sets
 from asesearch.config import TrainConfig
 from asesearch.data import DataSource
 from asesearch.diffusion import Process
 from asesearch.errors import ScheduleError, TrainingDiverged
 from asesearch.finetuning.annealing import SYNC_EVERY, Depths
 from asesearch.finetuning.batches import batches, draw_batch, strata_below
-from asesearch.finetuning.checkpoint import CHECKPOINT, read_checkpoint, write_checkpoint
+from asesearch.finetuning.checkpoint import (
+    CHECKPOINT,
+    check_checkpoint_room,
+    read_checkpoint,
+    write_checkpoint,
+)
 from asesearch.finetuning.fit import check_fit
 from asesearch.finetuning.step import TrainingStep
 from asesearch.schedule import ExitSchedule
@@ -262,7 +267,10 @@ def trainer_of(
 
     Raises:
         ScheduleError: such weights, and a schedule without an early exit.
+        WriteError: no room for a checkpoint in `run_dir`.
     """
+    if run_dir is not None:
+        check_checkpoint_room(run_dir, weight_sets(backbone)[-1])
     if not isinstance(backbone, ExitWeights):
         return Trainer(backbone, data, diffusion, schedule, config, run_dir, teacher)
     if schedule.is_full:

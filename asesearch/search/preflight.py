@@ -25,6 +25,7 @@ from asesearch.config import StudyConfig, TrainConfig
 from asesearch.data import check_readable, open_data
 from asesearch.errors import AseSearchError, ConfigError, EvaluationError, is_out_of_memory
 from asesearch.finetuning import Depths, Trainer, draw_batch
+from asesearch.finetuning.checkpoint import check_checkpoint_room
 from asesearch.search.costs import elastic_depths
 from asesearch.search.mapping import check_map
 from asesearch.search.setup import warm_starts
@@ -90,6 +91,8 @@ def preflight(bench: Workbench, run_dir: Path | None = None) -> Preflight:
     )
     if run_dir is not None:
         check_study_dir(run_dir, bench.config.search.storage)
+        if bench.config.elastic is not None or bench.config.train.num_steps:
+            check_checkpoint_room(run_dir, weight_sets(bench.backbone)[-1])
         checked.append(f"{run_dir} can be written")
     check_readable(bench.data)
     checked.append(f"training data: {len(bench.data)} of {bench.data.name}")

@@ -233,6 +233,13 @@ def test_a_study_directory_that_can_not_be_written(study, unpaid, tmp_path):
         search(study(), tmp_path / "file" / "run")
 
 
+def test_a_disk_without_room_for_a_checkpoint(study, unpaid, tmp_path, monkeypatch):
+    before = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: before._replace(free=1000))
+    with pytest.raises(WriteError, match=r"the checkpoint of a training takes .*; make room there"):
+        search(study(), tmp_path / "run")
+
+
 def test_outputs_among_the_images_are_refused(study, unpaid, tmp_path):
     images = {"kind": "image-folder", "path": str(tmp_path), "image_size": 28, "channels": 1}
     for changes in ({"data": images}, {"map": {"num_bins": 4, "num_images": 4, "data": images}}):
