@@ -45,7 +45,7 @@ def identities(url):
 
 
 def opened_at_once(cases, processes=4):
-    code, out, err = Child(open_at_once.main, processes, cases).ended()
+    code, out, err = Child(open_at_once.main, processes, cases).ended(120 + 60 * len(cases))
     assert code == 0, err
     return json.loads(out), err
 
