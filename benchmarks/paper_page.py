@@ -11,6 +11,7 @@ import base64
 import html
 import math
 import shutil
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -275,10 +276,14 @@ def facts(experiment: Experiment) -> Iterator[str]:
                 f"calls at full depth, where {warm['full_frac'] or 'none'} of the warm-up's "
                 "samples are."
             )
-    seeds = 1 + max(line["training_seed"] or 0 for line in lines)
+    trainings = Counter(
+        tuple(line["row"].values()) for line in lines if line["training_seed"] is not None
+    )
+    fewest, seeds = min(trainings.values(), default=1), max(trainings.values(), default=1)
     yield html.escape(
         f"{protocol.metric_name}, {protocol.num_samples:,} images for each of "
-        f"{len(protocol.seeds)} seed sets (from {protocol.seeds[0]} on), {seeds} training "
+        f"{len(protocol.seeds)} seed sets (from {protocol.seeds[0]} on), "
+        f"{f'{fewest} to ' if fewest < seeds else ''}{seeds} training "
         f"seed{'s' if seeds > 1 else ''} of own steps; {settings['network']} (weights "
         f"{settings['weights'][:8]}). {trained_as}"
     )
