@@ -10,10 +10,11 @@ import json
 import os
 import re
 import shutil
+import stat
 import tempfile
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,7 @@ def replacing(path: str | os.PathLike[str], *, shared: bool = False) -> Iterator
     place of `path` at the end.
 
     If the body fails, the process is killed or the power goes, `path` is as it was before, or
-    whole.
+    whole. Who may read and write it is for the umask to say, whatever its writer set.
 
     Args:
         path: the file to write.
@@ -49,6 +50,7 @@ def replacing(path: str | os.PathLike[str], *, shared: bool = False) -> Iterator
         if shared:
             remove_stale(path.parent, f"{glob.escape(path.name)}.{'[0-9a-f]' * 8}.part")
         yield part
+        follow_umask([part])
         _to_disk(part, os.O_RDWR)
         os.replace(part, path)
         with suppress(OSError):  # a folder can't be opened everywhere
@@ -58,6 +60,27 @@ def replacing(path: str | os.PathLike[str], *, shared: bool = False) -> Iterator
     finally:
         with suppress(OSError):
             part.unlink(missing_ok=True)
+
+
+def follow_umask(paths: Sequence[Path]) -> None:
+    """Give files of one folder the permissions that the umask leaves, which some writers, as that
+    of safetensors, give to nobody but the user."""
+    probe = paths[0].with_name(f".{uuid.uuid4().hex[:8]}.umask.part")
+    try:
+        # not by `os.umask`, which can't be read without changing it for other threads, and does
+        # not know what a folder's access control lists say
+        handle = os.open(probe, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o666)
+        left = stat.S_IMODE(os.fstat(handle).st_mode)
+        os.close(handle)
+        for path in paths:
+            mode = stat.S_IMODE(path.stat().st_mode)
+            if mode | left != mode:
+                path.chmod(mode | left)
+    except OSError:
+        pass  # a file system without permissions; a full or lost one is told by the write itself
+    finally:
+        with suppress(OSError):
+            probe.unlink(missing_ok=True)
 
 
 def shared_time(folder: Path) -> float:

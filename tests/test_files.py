@@ -7,7 +7,10 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
+from asesearch.deployment.writing import whole_folder
 from asesearch.errors import AseSearchError, ConfigError, WriteError
 from asesearch.files import (
     check_writable,
@@ -29,6 +32,26 @@ def test_a_failed_write_leaves_what_was_there(tmp_path, shared):
         part.write_text("half")
         raise ZeroDivisionError
     assert path.read_text() == "old" and [p.name for p in path.parent.iterdir()] == ["file"]
+
+
+@pytest.mark.parametrize(("umask", "mode"), [(0o002, 0o664), (0o022, 0o644), (0o077, 0o600)])
+def test_the_umask_decides_who_may_read_weights(tmp_path, umask, mode):
+    path = tmp_path / "weights.safetensors"
+    path.touch(0o600)  # as they were before
+    before = os.umask(umask)
+    try:
+        with replacing(path) as part:
+            save_file({"a": torch.zeros(1)}, part)
+        with whole_folder(tmp_path / "bundle") as folder:
+            (folder / "deep").mkdir()
+            save_file({"a": torch.zeros(1)}, folder / "deep/parity.safetensors")
+            (folder / "library.so").touch(0o700)
+    finally:
+        os.umask(before)
+    written = [path, folder.parent / "bundle/deep/parity.safetensors"]
+    assert [p.stat().st_mode & 0o777 for p in written] == [mode, mode]
+    assert (tmp_path / "bundle/library.so").stat().st_mode & 0o777 == mode | 0o700
+    assert len([p for p in tmp_path.rglob("*") if p.is_file()]) == 3
 
 
 def test_two_processes_write_one_file_and_what_killed_ones_left_goes_after_a_day(tmp_path):

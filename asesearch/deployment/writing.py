@@ -20,7 +20,7 @@ from asesearch.deployment.bundle import FILES, FORMAT, VERSION, Bundle
 from asesearch.deployment.manifest import MANIFEST, file_entries
 from asesearch.deployment.parity import make_parity, parity_count
 from asesearch.errors import CheckpointError
-from asesearch.files import check_utf8, check_writable, remove_stale
+from asesearch.files import check_utf8, check_writable, follow_umask, remove_stale
 
 # behind a bundle's name and the process: a new one that is not finished, and the one it replaces
 PART = ".part"
@@ -59,6 +59,9 @@ def whole_folder(folder: Path, *, overwrite: bool = False) -> Iterator[Path]:
             remove_stale(folder.parent, f"{glob.escape(folder.name)}.[0-9]*[0-9]{kind}")
         part.mkdir(parents=True)
         yield part
+        for place in (part, *(p for p in part.rglob("*") if p.is_dir())):
+            if files := [p for p in place.iterdir() if p.is_file()]:
+                follow_umask(files)
         _take_place(part, folder)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(
