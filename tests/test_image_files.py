@@ -153,6 +153,19 @@ def test_twelve_bits_in_sixteen_are_refused(tmp_path):
         read(tmp_path / "a.png")
 
 
+def test_what_a_tiff_says_of_its_white_is_heeded(tmp_path):
+    path = tmp_path / "a.tif"
+    Image.fromarray(65535 - WIDE).save(path, tiffinfo={262: 0})  # min is white
+    assert (read(path) == RAMP).all()
+    Image.fromarray(np.rot90(65535 - WIDE).copy()).save(path, tiffinfo={262: 0, 274: 6})
+    assert (read(path) == RAMP).all()
+    Image.fromarray(WIDE).save(path, tiffinfo={281: 65535})
+    assert (read(path) == RAMP).all()
+    Image.fromarray(WIDE // 16).save(path, tiffinfo={281: 4095})  # 12 bits in 16
+    with pytest.raises(DataError, match=r"a\.tif: mode I;16 of a TIFF file has no fixed white"):
+        read(path)
+
+
 # -- transparency and orientation ------------------------------------------------------------------
 
 

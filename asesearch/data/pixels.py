@@ -30,6 +30,10 @@ ORIENTATIONS = {
 LEVELS = {"L;2": 85, "L;4": 17}
 #: Of 8 bits, and what Pillow converts to grey and colour alike.
 MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr")
+#: Tags of TIFF, and what is said by the third that 0 is white.
+BITS_PER_SAMPLE, MAX_SAMPLE, PHOTOMETRIC, WHITE_IS_ZERO = 258, 281, 262, 0
+#: The white of 9 to 15 bits, such as a camera's 12, that lie in samples of 16.
+FEWER_BITS = tuple(2**bits - 1 for bits in range(9, 16))
 LONG = 32  # sides of a ratio beyond this are cropped before they are enlarged
 MARGIN = 8  # pixels beside a crop that the bicubic filter may look at: at most 4, and rounding
 
@@ -87,9 +91,10 @@ def read_pixels(path: Path, size: int, channels: int) -> npt.NDArray[np.uint8]:
     """
     with _opened(path) as image:
         _load(image, path)  # not left to `getexif`, whose errors are passed over
-        upright = _upright(image)
-        flat = _flat(upright).convert("L" if channels == 1 else "RGB")
-        return np.asarray(centre_crop(flat, size)).reshape(size, size, channels)
+        turn = _turn(image)
+        flat = _flat(image).convert("L" if channels == 1 else "RGB")
+        upright = flat if turn is None else flat.transpose(turn)
+        return np.asarray(centre_crop(upright, size)).reshape(size, size, channels)
 
 
 def check_image(path: Path) -> None:
@@ -131,19 +136,14 @@ def _low_bytes(path: Path) -> npt.NDArray[np.uint8]:
         return np.asarray(image)
 
 
-def _upright(image: Image.Image) -> Image.Image:
-    """The image as its EXIF orientation says; as it is where there is none, or none that can be
-    read."""
+def _turn(image: Image.Image) -> Image.Transpose | None:
+    """What makes the image upright, by its EXIF orientation; None where it is, or where that can't
+    be read."""
     try:
-        turn = ORIENTATIONS.get(image.getexif().get(ExifTags.Base.Orientation, 1))
+        return ORIENTATIONS.get(image.getexif().get(ExifTags.Base.Orientation, 1))
     # damaged EXIF data say nothing about the pixels, and come in as many errors as decoders
     except Exception:
-        turn = None
-    if turn is None:
-        return image
-    turned = image.transpose(turn)
-    turned.format = image.format  # which `transpose` does not keep
-    return turned
+        return None
 
 
 def _flat(image: Image.Image) -> Image.Image:
@@ -165,8 +165,8 @@ def _eight_bits(image: Image.Image) -> Image.Image:
     sixteen = image.mode.startswith("I;16") or (
         image.mode == "I" and image.format in ("PNG", "PPM")
     )
-    # bits, such as 12, in each sample
-    if image.format == "TIFF" and getattr(image, "tag_v2", {}).get(258, (16,)) != (16,):
+    tags = getattr(image, "tag_v2", {}) if image.format == "TIFF" else {}
+    if tags.get(BITS_PER_SAMPLE, (16,)) != (16,) or tags.get(MAX_SAMPLE, (0,))[0] in FEWER_BITS:
         sixteen = False
     if not sixteen:
         raise UnreadableImage(
@@ -177,6 +177,8 @@ def _eight_bits(image: Image.Image) -> Image.Image:
     grey = ((values + 128) // 257).clip(max=255).astype(np.uint8)
     if isinstance(clear := image.info.get("transparency"), int):
         grey[values == clear] = 255
+    if tags.get(PHOTOMETRIC) == WHITE_IS_ZERO:  # which Pillow turns round for 8 bits alone
+        grey = 255 - grey
     return Image.fromarray(grey)
 
 
