@@ -13,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 from PIL import Image, ImageOps
+from PIL.PngImagePlugin import PngInfo
 
 from asesearch.config import DataConfig
 from asesearch.data import (
@@ -332,6 +333,13 @@ def test_a_line_is_not_enlarged_as_a_whole(tmp_path, size):
     grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
     assert pixels.shape == (3, 256, 256) and (pixels == np.array([1, 2, 3]).reshape(3, 1, 1)).all()
     assert grown < 200  # MB; the whole line would take 3,900
+
+
+def test_long_texts_in_a_png_are_no_damage(tmp_path):
+    info = PngInfo()
+    info.add_text("workflow", "node " * (1 << 19), zip=True)  # 2.5 MB
+    Image.fromarray(RAMP).save(tmp_path / "a.png", pnginfo=info)
+    assert (read(tmp_path / "a.png") == RAMP).all()
 
 
 def test_too_many_pixels_are_said_to_be_that(tmp_path, monkeypatch):

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from PIL import ExifTags, Image, ImageFile, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageFile, PngImagePlugin, UnidentifiedImageError
 
 from asesearch.files import replacing
 from asesearch.foreign import PULL, foreign
@@ -36,6 +36,11 @@ BITS_PER_SAMPLE, MAX_SAMPLE, PHOTOMETRIC, WHITE_IS_ZERO = 258, 281, 262, 0
 FEWER_BITS = tuple(2**bits - 1 for bits in range(9, 16))
 LONG = 32  # sides of a ratio beyond this are cropped before they are enlarged
 MARGIN = 8  # pixels beside a crop that the bicubic filter may look at: at most 4, and rounding
+
+# of texts in a PNG, to which image generators write their whole workflow: Pillow's own limits call
+# what is beyond 1 MB damage
+PngImagePlugin.MAX_TEXT_CHUNK = 64 << 20
+PngImagePlugin.MAX_TEXT_MEMORY = 256 << 20
 
 
 class UnreadableImage(Exception):
