@@ -6,6 +6,7 @@ import logging
 import os
 import resource
 import struct
+import subprocess
 import time
 import zlib
 from concurrent.futures import ThreadPoolExecutor
@@ -344,14 +345,38 @@ def test_long_texts_in_a_png_are_no_damage(tmp_path):
 
 def test_too_many_pixels_are_said_to_be_that(tmp_path, monkeypatch):
     Image.fromarray(RAMP).save(tmp_path / "a.png")
-    # Pillow refuses twice its limit, and warns from the limit on, which is an error here
-    for limit in (400, 1000):
-        monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
-        with pytest.raises(
-            DataError,
-            match=r"a\.png: too large: Image size \(1024 pixels\) exceeds limit of .* shrink it",
-        ):
-            read(tmp_path / "a.png")
+    # Pillow refuses twice its limit, and warns from the limit on
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 400)
+    with pytest.raises(
+        DataError,
+        match=r"a\.png: too large: Image size \(1024 pixels\) exceeds limit of .* shrink it",
+    ):
+        read(tmp_path / "a.png")
+
+
+def test_what_pillow_warns_of_is_not_printed(tmp_path, monkeypatch, recwarn):
+    Image.fromarray(RAMP).save(tmp_path / "a.tif", tiffinfo={305: "a program"})
+    content = bytearray((tmp_path / "a.tif").read_bytes())
+    entry = content.index(struct.pack("<HH", 305, 2))  # its text, which is far behind the end now
+    struct.pack_into("<II", content, entry + 4, 500, 1 << 20)
+    (tmp_path / "a.tif").write_bytes(content)
+    with pytest.warns(UserWarning, match="Truncated"), Image.open(tmp_path / "a.tif") as image:
+        image.load()
+        image.getexif()
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
+    assert (read(tmp_path / "a.tif") == RAMP).all() and not recwarn.list
+
+
+def test_no_program_is_run_for_a_picture(tmp_path, monkeypatch):
+    def fail(*args, **kwargs):
+        raise AssertionError("a program was run")
+
+    monkeypatch.setattr(subprocess, "check_call", fail)
+    (tmp_path / "a.png").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EOF\n")
+    with pytest.raises(DataError, match=r"a\.png: it is a text that begins .%!PS"):
+        read(tmp_path / "a.png")
+    Image.fromarray(RAMP).save(tmp_path / "a.png", format="GIF")  # which is but misnamed
+    assert (read(tmp_path / "a.png") == RAMP).all()
 
 
 # -- damaged images --------------------------------------------------------------------------------
@@ -516,10 +541,10 @@ def test_a_class_of_damaged_images_only_is_refused(some_damaged):
 def test_what_can_not_be_reached_is_not_skipped_as_damaged(some_damaged, monkeypatch):
     true_open = Image.open
 
-    def failing(path):
+    def failing(path, **how):
         if path.name == "2.webp":
             raise OSError(errno.EIO, "Input/output error")
-        return true_open(path)
+        return true_open(path, **how)
 
     monkeypatch.setattr(Image, "open", failing)
     with pytest.raises(DataError, match=r"2 of 12 images.*cat/2\.webp \(Input/output error\)"):

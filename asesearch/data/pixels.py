@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import math
+import re
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +44,14 @@ MARGIN = 8  # pixels beside a crop that the bicubic filter may look at: at most 
 # what is beyond 1 MB damage
 PngImagePlugin.MAX_TEXT_CHUNK = 64 << 20
 PngImagePlugin.MAX_TEXT_MEMORY = 256 << 20
+#: What a file may be by its content, whatever its suffix. Pillow would run another program for some
+#: that are not among them, such as EPS.
+FORMATS = (
+    *("PNG", "JPEG", "WEBP", "BMP", "PPM", "TIFF", "GIF", "JPEG2000"),
+    *("AVIF",) * (find_spec("PIL.AvifImagePlugin") is not None),  # since Pillow 11.3
+)
+#: The filter of warnings that come from Pillow's own modules, as `warnings` keeps it.
+_PILLOWS = ("ignore", None, Warning, re.compile(r"PIL\."), 0)
 
 
 class UnreadableImage(Exception):
@@ -55,9 +66,12 @@ class UnreadableImage(Exception):
 
 @contextmanager
 def _opened(path: Path) -> Iterator[ImageFile.ImageFile]:
-    """An open image; whatever Pillow's many decoders raise becomes an `UnreadableImage`."""
+    """An open image; whatever Pillow's many decoders raise becomes an `UnreadableImage`, and what
+    they warn of, such as many pixels or damaged EXIF data, is none of a reader's concern."""
+    if _PILLOWS not in warnings.filters:  # once, since each change makes others' lines come again
+        warnings.filterwarnings("ignore", module=_PILLOWS[3].pattern)
     try:
-        with Image.open(path) as image:
+        with Image.open(path, formats=FORMATS) as image:
             yield image
     except UnreadableImage:
         raise
@@ -134,7 +148,7 @@ def _load(image: ImageFile.ImageFile, path: Path) -> None:
 
 def _low_bytes(path: Path) -> npt.NDArray[np.uint8]:
     """The lower bytes of a colour PNG of 16 bits, of which Pillow decodes the upper ones."""
-    with Image.open(path) as image:
+    with Image.open(path, formats=["PNG"]) as image:
         codec, box, offset, _ = image.tile[0]
         # Pillow before 11 has plain tuples
         image.tile = [(codec, box, offset, "RGB;16L")]  # type: ignore[list-item]
