@@ -75,6 +75,8 @@ class StudyFile:
             raise StudyError(f"{path} has no identity; {RESTORE}")
         if storage is None:
             return cls(config, identity)
+        if not all(isinstance(storage.get(key), str | None) for key in ("url", "given")):
+            raise StudyError(f"{path} has a storage whose URL is no text; {RESTORE}")
         return cls(
             config,
             identity,

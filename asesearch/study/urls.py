@@ -72,7 +72,8 @@ def parse_url(text: str) -> URL:
         with warnings.catch_warnings():
             warnings.simplefilter("error", SAWarning)  # of a parameter that would be ignored
             driven.get_dialect()().create_connect_args(driven)
-    except (ArgumentError, SAWarning, ValueError) as error:
+    # TypeError: of a parameter that is given twice
+    except (ArgumentError, SAWarning, ValueError, TypeError) as error:
         raise StudyError(
             f"the parameters of a storage URL must be what its driver takes; got {masked(text)!r} "
             f"({str(error).partition(' (Background')[0].rstrip('.')}); correct them"

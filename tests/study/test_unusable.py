@@ -15,6 +15,7 @@ from asesearch.errors import StudyError
 from asesearch.search.runner import run_trials
 from asesearch.study.changes import is_in_use, other_inputs
 from asesearch.study.directory import is_whole
+from asesearch.study.identity import StudyFile
 from asesearch.study.opening import check_to_search
 from asesearch.study.storage import storage_errors
 from asesearch.study.study import Study
@@ -83,10 +84,21 @@ def test_a_look_ahead_refuses_what_may_not_be_written(tmp_path, monkeypatch, ite
     )
 
 
+@pytest.mark.parametrize("key", ["url", "given"])
+def test_a_storage_on_record_that_is_no_text_is_named(tmp_path, key):
+    StudyFile(make_config(), "0" * 32, "sqlite:////a/s.db", settled=True).write(tmp_path)
+    data = json.loads((tmp_path / "study.json").read_text())
+    data["storage"][key] = float("nan")
+    (tmp_path / "study.json").write_text(json.dumps(data))
+    with pytest.raises(StudyError, match=r"study\.json has a storage whose URL is no text; "):
+        StudyFile.read(tmp_path)
+
+
 @pytest.mark.parametrize(
     ("parameters", "why"),
     [
         ("timeout=abc", "could not convert string to float: 'abc'"),
+        ("timeout=1&timeout=2", r"float\(\) argument must be .* not 'tuple'"),
         ("mode=ro", "'mode' are not accepted by the pysqlite driver"),
     ],
 )
