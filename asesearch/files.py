@@ -11,6 +11,7 @@ import os
 import re
 import shutil
 import stat
+import sys
 import tempfile
 import time
 import uuid
@@ -205,6 +206,13 @@ def check_utf8(path: str | os.PathLike[str], what: str, error: type[AseSearchErr
         text.encode("utf-8")
     except UnicodeEncodeError as cause:
         shown = text.encode("utf-8", "backslashreplace").decode("utf-8")
+        with suppress(UnicodeError):
+            os.fsencode(text).decode("utf-8")
+            raise error(
+                f"the path of {what} can't be given to libraries as UTF-8 under the locale's "
+                f"encoding, {sys.getfilesystemencoding()}; got {shown}; set LC_ALL=C.UTF-8 or "
+                "PYTHONUTF8=1"
+            ) from cause
         raise error(f"the path of {what} must be UTF-8; got {shown}; rename it") from cause
 
 

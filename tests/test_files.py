@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from asesearch.deployment.writing import whole_folder
 from asesearch.errors import AseSearchError, ConfigError, WriteError
 from asesearch.files import (
+    check_utf8,
     check_writable,
     file_sha256,
     printable,
@@ -158,6 +159,16 @@ def test_names_are_shown_on_one_line():
     assert printable(" é…\u2009%.jpg") == " é…\u2009%.jpg"
     with pytest.raises(ConfigError, match=r"can't read no\\nwhere: "):
         read_text("no\nwhere")
+
+
+def test_a_locale_that_is_not_utf_8_is_told_apart_from_a_name_that_is_not(monkeypatch):
+    check_utf8("é", "weights", ConfigError)
+    with pytest.raises(ConfigError, match=r"weights must be UTF-8; got \\udcff; rename it"):
+        check_utf8("\udcff", "weights", ConfigError)
+    # as the é comes out under LC_ALL=C, where file names are taken for ASCII
+    monkeypatch.setattr(os, "fsencode", lambda text: text.encode("ascii", "surrogateescape"))
+    with pytest.raises(ConfigError, match=r"locale.*; got \\udcc3\\udca9; set LC_ALL=C\.UTF-8"):
+        check_utf8("\udcc3\udca9", "weights", ConfigError)
 
 
 def test_a_relative_path_that_leads_nowhere_says_from_where(tmp_path, monkeypatch):
