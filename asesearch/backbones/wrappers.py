@@ -149,8 +149,8 @@ def find_weights(data: object) -> Weights:
         raise NoWeightsError(
             f"must hold a state dict of tensors; it holds {contents(data)}; save net.state_dict()"
         )
-    ema = _one(averaged) if averaged else None
-    model = _one(plain) if plain else None
+    ema = _one(averaged, found) if averaged else None
+    model = _one(plain, found) if plain else None
     if ema is None:
         assert model is not None
         weights = _unaveraged(model, idle, _empty_averages(data))
@@ -276,8 +276,8 @@ def _unprefixed(names: dict[str, str]) -> dict[str, str]:
     return names
 
 
-def _one(found: list[_Candidate]) -> _Candidate:
-    """The candidate that is meant.
+def _one(found: list[_Candidate], there: list[_Candidate]) -> _Candidate:
+    """The candidate that is meant; `there` are all, to be named where it can't be told.
 
     Raises:
         NoWeightsError: it can't be told.
@@ -286,7 +286,7 @@ def _one(found: list[_Candidate]) -> _Candidate:
     chosen = found if len(found) == 1 else usual
     if len(chosen) == 1:
         return chosen[0]
-    names = ", ".join(c.source for c in found[:6])
+    names = ", ".join(c.source for c in there[:6])
     raise NoWeightsError(
         f"holds several sets of weights: {names}; save the one that is meant by itself"
     )

@@ -358,6 +358,10 @@ def test_names_of_an_unknown_network(tmp_path, wrap, names: set) -> None:
         ),
         ({str(i): i for i in range(12)}, "and 4 more; save"),
         (
+            {"student": STATE, "student_ema": STATE, "teacher": STATE},
+            "several sets of weights: student, student_ema, teacher; save the one",
+        ),
+        (
             {"gen": STATE, "disc": STATE},
             "several sets of weights: gen, disc; save the one that is meant",
         ),
