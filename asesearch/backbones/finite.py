@@ -57,14 +57,16 @@ def as_float32(name: str, value: Tensor, where: str) -> Tensor:
     """A weight in float32.
 
     Raises:
-        CheckpointError: of integers or of 8 bits, as quantised networks have, or with numbers that
-            float32 can't hold.
+        CheckpointError: of integers or of 8 bits, as quantised networks have, complex, or with
+            numbers that float32 can't hold.
     """
     if not value.is_floating_point() or value.dtype.itemsize == 1:
+        why = "as quantised networks have; give the weights from before the quantisation"
+        if value.is_complex():
+            why = "complex numbers; give the weights of a network that computes with real ones"
         raise CheckpointError(
             f"{where} must hold floating-point weights of 16 bits or more; got {name} of "
-            f"{str(value.dtype).removeprefix('torch.')}, as quantised networks have; give the "
-            "weights from before the quantisation"
+            f"{str(value.dtype).removeprefix('torch.')}, {why}"
         )
     single = value.float()
     if value.dtype == torch.float64 and (lost := _not_finite(single) - _not_finite(value)):

@@ -453,6 +453,14 @@ def test_quantised_weights_are_refused(tmp_path) -> None:
         load("dit", tmp_path / "net.pt", args={"num_heads": 2})
 
 
+def test_complex_weights_are_refused_as_that(tmp_path) -> None:
+    state = DiT(**DIT).state_dict()
+    state["blocks.0.mlp.fc1.weight"] = state["blocks.0.mlp.fc1.weight"].to(torch.complex64)
+    torch.save(state, tmp_path / "net.pt")
+    with pytest.raises(CheckpointError, match=r"got \S+ of complex64, complex numbers; give"):
+        load("dit", tmp_path / "net.pt", args={"num_heads": 2})
+
+
 @pytest.mark.parametrize("save", [torch.save, save_file])
 def test_weights_of_eight_bits_are_refused_as_quantised(tmp_path, save) -> None:
     state = {k: v.to(torch.float8_e4m3fn) for k, v in DiT(**DIT).state_dict().items()}
