@@ -82,14 +82,14 @@ def from_shapes(contents: Contents, given: Mapping[str, Any]) -> Architecture:
             f"…, where an entry is missing or misshapen: {error}; convert it to the official names"
         ) from error
     _check_positions(contents, shapes)
-    heads, said = _heads(kind, args, given, contents.options)
+    heads, said, unsure_heads = _heads(kind, args, rows, given, contents.options)
     args |= heads
     if kind == "dit":
         labels, unsure = _dit_labels(rows, given, contents)
     else:
         labels, unsure = _uvit_labels(rows, given, args)
     times, unsure_too = _times(kind, args, given)
-    doubtful = tuple(filter(None, (unsure, unsure_too)))
+    doubtful = tuple(filter(None, (unsure_heads, unsure, unsure_too)))
     return Architecture(kind, args | labels | times, (*said, *doubtful), doubtful)
 
 
@@ -208,20 +208,38 @@ def _label_rows(kind: str, shapes: Shapes) -> int:
 
 
 def _heads(
-    kind: str, args: Mapping[str, Any], given: Mapping[str, Any], options: Mapping[str, Any]
-) -> tuple[dict[str, int], tuple[str, ...]]:
-    """The number of heads, if it can be known, and what was assumed."""
+    kind: str,
+    args: Mapping[str, Any],
+    rows: int,
+    given: Mapping[str, Any],
+    options: Mapping[str, Any],
+) -> tuple[dict[str, int], tuple[str, ...], str]:
+    """The number of heads, if it can be known; what was assumed; and what was where the network is
+    not a released one by what it was trained on."""
     told = options.get("num_heads")
     width = args["hidden_size" if kind == "dit" else "embed_dim"]
     if told is not None and told > 0 and width % told == 0:
-        return {"num_heads": told}, ()
+        return {"num_heads": told}, (), ""
     if "num_heads" in given:
-        return {"num_heads": given["num_heads"]}, ()
+        return {"num_heads": given["num_heads"]}, (), ""
     official = _official(kind, args)
     if official is None:
-        return {}, ()
+        return {}, (), ""
     name, heads = official
-    return {"num_heads": heads}, (f"{heads} attention heads, as {name} has, whose shape this is",)
+    known = {"num_heads": heads}
+    if kind == "dit":
+        released = args["in_channels"] == 4 and args["input_size"] in (32, 64)
+        released = released and rows == IMAGENET_ROWS
+    else:
+        released = uvit_preset({**args, **known}) is not None
+    said = f"{heads} attention heads, as {name} has, whose shape this is"
+    if released:
+        return known, (said,), ""
+    unsure = (
+        f"{said}: weights don't tell the number; set args.num_heads in [backbone] to that of "
+        f"their training, or to {heads} to say so"
+    )
+    return known, (), unsure
 
 
 def _official(kind: str, args: Mapping[str, Any]) -> tuple[str, int] | None:
@@ -324,7 +342,8 @@ def _told_classes(rows: int, options: Mapping[str, Any]) -> tuple[int, str]:
     if rows == IMAGENET_ROWS:
         return rows - 1, ""
     return rows - 1, (
-        f"{rows} label embeddings are taken for {rows - 1} classes and the null label, as the "
+        f"{rows} label embeddings are taken for {rows - 1} class{'es' * (rows > 2)} and the null "
+        "label, as the "
         f"official training makes them; set args.num_classes = {rows} in [backbone] if no labels "
         f"were dropped in training, or {rows - 1} to say so"
     )

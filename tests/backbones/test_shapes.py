@@ -9,6 +9,8 @@ import torch
 
 from asesearch.backbones import DiT, UViT, inspect_checkpoint, load_backbone, save_backbone, uvit
 from asesearch.backbones.checkpoints import load_trained
+from asesearch.backbones.files import read_checkpoint
+from asesearch.backbones.shapes import from_shapes
 from asesearch.config import BackboneConfig, DiffusionConfig
 from asesearch.errors import CheckpointError, ConfigError
 from asesearch.sampling import check_sampling
@@ -106,6 +108,34 @@ def test_heads_are_known_where_the_whole_shape_is_official(
     info = inspect_checkpoint(tmp_path / "net.pt")
     assert info.args.get("num_heads") == heads
     assert sum(f"{heads} attention heads, as" in note for note in info.notes) == (heads is not None)
+
+
+@pytest.mark.parametrize(
+    ("args", "said"),
+    [
+        ({"in_channels": 4, "input_size": 64}, False),
+        ({"in_channels": 4, "input_size": 64, "num_heads": 12}, False),  # the user says so
+        ({"in_channels": 3, "input_size": 32}, True),
+        ({"in_channels": 4, "input_size": 32, "num_classes": 10}, True),
+    ],
+)
+def test_heads_of_an_official_shape_are_doubted_where_the_data_are_others(
+    tmp_path, args: dict, said: bool
+) -> None:
+    shape = {**OFFICIAL_S, "patch_size": 4, **args}
+    shaped_like(on_meta(DiT, **shape), tmp_path / "net.pt")
+    given = {"num_heads": args["num_heads"]} if "num_heads" in args else {}
+    found = from_shapes(read_checkpoint(tmp_path / "net.pt"), given)
+    assert found.args["num_heads"] == args.get("num_heads", 6)
+    doubts = [note for note in found.doubtful if "or to 6 to say so" in note]
+    assert len(doubts) == said and set(doubts) <= set(found.assumed)
+
+
+@pytest.mark.parametrize("size", [32, 64])
+def test_heads_of_a_released_u_vit_are_not_doubted(tmp_path, size: int) -> None:
+    shaped_like(on_meta(UViT, **{**OFFICIAL_UVIT, "img_size": size}), tmp_path / "net.pt")
+    found = from_shapes(read_checkpoint(tmp_path / "net.pt"), {})
+    assert any("8 attention heads" in note for note in found.doubtful) == (size == 32)
 
 
 def test_heads_of_an_official_shape_can_be_overridden_and_must_divide_the_width(tmp_path) -> None:
@@ -220,8 +250,9 @@ def test_labels_that_nobody_tells_of_are_the_official_ones_and_it_is_said(
     again = load(tmp_path / "net.pt", num_heads=2)
     assert (again.num_classes, again.has_null_label) == (classes, null)
     both = (
-        f"set args.num_classes = {rows} in [backbone] if no labels were dropped in training, "
-        f"or {classes} to say so"
+        f"{'class' if classes == 1 else 'classes'} and the null label, as the official training "
+        f"makes them; set args.num_classes = {rows} in [backbone] if no labels were dropped in "
+        f"training, or {classes} to say so"
     )
     assert [both in r.getMessage() for r in caplog.records] == [True] * said
     info = inspect_checkpoint(tmp_path / "net.pt")
