@@ -4,6 +4,7 @@ import inspect
 import json
 import os
 import pickle
+import re
 import subprocess
 import sys
 import unicodedata
@@ -497,7 +498,62 @@ def test_numbers_in_the_order_of_text_are_said_once(tmp_path, caplog):
     assert len(caplog.records) == 1
 
 
-@pytest.mark.parametrize("folders", [["0", "1", "9"], ["01", "02", "10"], ["1", "10", "2a"]])
+@pytest.mark.parametrize(
+    ("folders", "told"),
+    [
+        (["class_1", "class_2", "class_10"], "class_10 before class_2"),
+        (["1.0", "2.0", "10.0"], "10.0 before 2.0"),
+        (["v2 kind 9", "v2 kind 30"], "v2 kind 30 before v2 kind 9"),
+    ],
+)
+def test_numbers_with_the_same_words_around_are_said(tmp_path, caplog, folders, told):
+    for name in folders:
+        write(tmp_path / name / "a.png")
+    ImageFolder(tmp_path, 8)
+    (record,) = caplog.records
+    second = told.rpartition(" before ")[2]
+    number = re.findall(r"\d+", second.removesuffix(".0"))[-1]
+    assert told in record.getMessage() and f'"{second}" = {number}' in record.getMessage()
+
+
+def test_a_folder_around_the_class_folders_is_said(tmp_path, caplog):
+    for name in ("cat/a.png", "dog/b.png"):
+        write(tmp_path / "images" / name)
+    assert ImageFolder(tmp_path, 8).num_classes == 1
+    (record,) = caplog.records
+    assert record.getMessage() == (
+        f"{tmp_path}: the images of cat, dog are all of one class, images; if these are its "
+        f"classes, give the folder {tmp_path / 'images'}"
+    )
+    caplog.clear()
+    ImageFolder(tmp_path / "images", 8)
+    ImageFolder(tmp_path, 8, classes=["images"])
+    assert caplog.records == []
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("metadata.jsonl", '{"file_name": "a.png", "label": 3}', True),
+        ("metadata.jsonl", '{"file_name": "a.png", "text": "no label"}', False),  # captions
+        ("metadata.csv", "file_name,label", True),
+        ("dataset.json", '{"labels": [["a.png", 3]]}', True),
+    ],
+)
+def test_labels_in_a_table_are_said_not_to_be_read(tmp_path, caplog, name, content, said):
+    write(tmp_path / "a.png")
+    (tmp_path / name).write_text(content)
+    assert ImageFolder(tmp_path, 8).labels is None
+    lines = [r.getMessage() for r in caplog.records if ": labels in" in r.getMessage()]
+    assert [f"labels in {name} are not read, and it has no classes; if" in x for x in lines] == (
+        [True] * said
+    )
+
+
+@pytest.mark.parametrize(
+    "folders",
+    [["0", "1", "9"], ["01", "02", "10"], ["1", "10", "2a"], ["a10", "b2"], ["cat", "dog10"]],
+)
 def test_no_order_is_questioned_where_there_is_but_one(tmp_path, caplog, folders):
     for name in folders:
         write(tmp_path / name / "a.png")
@@ -511,7 +567,11 @@ def test_no_order_is_questioned_where_there_is_but_one(tmp_path, caplog, folders
         (["train/cat/a.png", "val/cat/b.png"], "train, val"),
         (["Train/cat/a.png"], "Train"),
         (["test/a.png", "train/a.png", "validation/b.png"], "test, train, validation"),
+        (["training/a.png", "testing/b.png"], "testing, training"),
+        (["train2017/a.png", "val2017/b.png"], "train2017, val2017"),
+        (["test_set/a.png", "training_set/b.png"], "test_set, training_set"),
         (["train/a.png"], None),
+        (["trains/a.png", "testers/b.png"], None),
         (["train/x/a.png", "plane/x/b.png"], None),
     ],
 )

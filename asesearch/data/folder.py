@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import unicodedata
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
@@ -24,10 +25,17 @@ IMAGE_SUFFIXES = (
 )
 #: Of images that are not read.
 OTHER_SUFFIXES = frozenset({".gif", ".avif", ".heic", ".heif", ".jp2", ".jxl", ".tga"})
-SPLITS = frozenset({"train", "val", "valid", "validation", "test"})
+#: Names of parts of a data set, such as train, test_set and val2017.
+SPLIT = re.compile(
+    r"(?:train|training|val|valid|validation|test|testing)(?:[_-]?(?:set|data|images|split|\d{4}))*",
+    re.IGNORECASE,
+)
 CLASSES_FILE = "classes.json"
 #: Files of data sets that are read elsewhere, or said to be, when they lie in the folder itself.
 OWN_FILES = (CLASSES_FILE, "metadata.jsonl")
+#: Files that tell of images in other layouts; captions are read of the first, by their option.
+TABLES = ("metadata.jsonl", "metadata.csv", "labels.csv", "labels.json", "dataset.json")
+_LABEL_KEY = re.compile(r'"(?:label|class|category)(?:s|_?id|_?name)?"\s*:', re.IGNORECASE)
 #: What operating systems and network storage leave in folders beside what is hidden by its dot; in
 #: lower case.
 SYSTEM_NAMES = frozenset(
@@ -304,17 +312,50 @@ def are_splits(folders: Sequence[str], listing: Listing) -> bool:
     """Whether class folders look like the parts of a data set, such as train and val: none has
     another name, and there are several or folders in them."""
     nested = any(f.name.count("/") > 1 for f in listing.files)
-    named = bool(folders) and all(f.lower() in SPLITS for f in folders)
+    named = bool(folders) and all(SPLIT.fullmatch(f) for f in folders)
     return named and (nested or len(folders) > 1)
 
 
-def shuffled_numbers(folders: Sequence[str]) -> tuple[str, str] | None:
-    """Two class folders that stand in the order of text, where all are numbers and theirs is
-    another."""
-    if not all(name.isascii() and name.isdecimal() for name in folders):
-        return None
-    pairs = zip(folders, folders[1:], strict=False)
-    return next(((a, b) for a, b in pairs if int(a) > int(b)), None)
+def wrapped(folders: Sequence[str], listing: Listing) -> list[str]:
+    """The subfolders, two or more, that hold all images of the one class folder there is; none
+    elsewhere."""
+    parts = [f.name.split("/") for f in listing.files]
+    if len(folders) != 1 or any(len(p) < 3 for p in parts):
+        return []
+    inner = sorted({p[1] for p in parts})
+    return inner if len(inner) > 1 else []
+
+
+def label_tables(root: Path) -> list[str]:
+    """Names of files in a folder that tell labels in layouts that are not read."""
+    found = [name for name in TABLES if (root / name).is_file()]
+    if TABLES[0] in found and not _tells_labels(root / TABLES[0]):
+        found.remove(TABLES[0])
+    return found
+
+
+def _tells_labels(path: Path) -> bool:
+    """Whether the first line of a metadata.jsonl has a label, not captions alone."""
+    try:
+        with path.open(encoding="utf-8-sig", errors="replace") as file:
+            return bool(_LABEL_KEY.search(file.readline(1 << 16)))
+    except OSError:
+        return False
+
+
+def shuffled_numbers(folders: Sequence[str]) -> tuple[str, str, int] | None:
+    """Two class folders that stand in the order of text, where all are numbers, maybe with the same
+    words around, and theirs is another; and the number of the second."""
+    for form in (r"([^0-9]*)([0-9]+)(.*)", r"(.*?)([0-9]+)([^0-9]*)"):  # first number, or last
+        found = [re.fullmatch(form, name, re.DOTALL) for name in folders]
+        parts = [m.groups() for m in found if m]
+        if len(parts) < len(folders) or len({(before, after) for before, _, after in parts}) > 1:
+            continue
+        numbers = [int(number) for _, number, _ in parts]
+        for i, number in enumerate(numbers[1:]):
+            if numbers[i] > number:
+                return folders[i], folders[i + 1], number
+    return None
 
 
 def _has_image_suffix(link: str) -> bool:

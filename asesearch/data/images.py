@@ -23,9 +23,11 @@ from asesearch.data.folder import (
     are_splits,
     class_folders,
     class_indices,
+    label_tables,
     list_folder,
     shuffled_numbers,
     some,
+    wrapped,
 )
 from asesearch.data.pixels import UnreadableImage, read_pixels
 from asesearch.data.sources import mirrored
@@ -95,8 +97,20 @@ class ImageFolder:
                     "its classes; if they are the parts of a data set, give the folder of one, "
                     f"such as {printable(root / folders[0])}"
                 )
+            elif inner := wrapped(folders, listing):
+                _warn_once(
+                    f"{printable(root)}: the images of {some(inner)} are all of one class, "
+                    f"{printable(folders[0])}; if these are its classes, give the folder "
+                    f"{printable(root / folders[0])}"
+                )
             if (pair := shuffled_numbers(folders)) is not None:
-                _warn_once(_order_told(root, folders, pair))
+                _warn_once(_order_told(root, folders, *pair))
+            if tables := label_tables(root):
+                _warn_once(
+                    f"{printable(root)}: labels in {some(tables)} are not read, "
+                    f"{'and the folders are its classes' if folders else 'and it has no classes'}; "
+                    "if they are meant, move the images into a folder for each class"
+                )
         if listing.left_out:
             _warn_once(f"{printable(root)}: {listing.told}")
         self.skipped: dict[str, str] = {}
@@ -202,15 +216,14 @@ class ImageFolder:
         return mirrored(x_start, self.flip, generator), y
 
 
-def _order_told(root: Path, folders: Sequence[str], pair: tuple[str, str]) -> str:
+def _order_told(root: Path, folders: Sequence[str], first: str, second: str, number: int) -> str:
     """What to say of class folders that are numbers in the order of text."""
-    first, second = pair
     place = folders.index(first)
     return (
         f"{printable(root)}: class folders are counted in the order of text, {first} before "
         f"{second}: {first} is class {place}, {second} class {place + 1}; if other classes are "
         'meant, say which in the data section, classes = { "'
-        f'{second}" = {int(second)}, … }}, or in a classes.json'
+        f'{second}" = {number}, … }}, or in a classes.json'
     )
 
 
