@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from itertools import pairwise
@@ -19,7 +19,7 @@ from asesearch.backbones import conditioning
 from asesearch.backbones.acceleration import Acceleration, Begin
 from asesearch.backbones.base import Backbone, check_schedule
 from asesearch.backbones.compiled import compiled
-from asesearch.backbones.conditioning import Conditioning, labels_of
+from asesearch.backbones.conditioning import Conditioning, Given, conditioning_of, labels_of
 from asesearch.backbones.device import tf32
 from asesearch.backbones.exit_weights import attached
 from asesearch.backbones.guidance import GuidanceInterval, check_guided
@@ -165,8 +165,8 @@ def sample(
     *,
     diffusion: Process,
     num_steps: int,
-    seeds: Sequence[int],
-    y: Conditioning | None = None,
+    seeds: Iterable[int],
+    y: Given | None = None,
     cfg_scale: float = 1.0,
     batch_size: int = 100,
     precision: str = "float32",
@@ -186,8 +186,8 @@ def sample(
         diffusion: the process the network was trained with.
         num_steps: calls of the network an image (twice as many under guidance).
         seeds: one int from 0 to 2^32 - 1 an image.
-        y: (N,) labels, or a prompt's tensors with leading dimension N; None for an unconditional
-            network.
+        y: (N,) labels, as a tensor, list or array, or a prompt's tensors with leading dimension N;
+            None for an unconditional network.
         cfg_scale: strength of classifier-free guidance, 1 = none.
         batch_size: images at a time; under guidance the network sees twice as many.
         precision: of the network's arithmetic, see `SamplingConfig`; the solver's is float32.
@@ -204,6 +204,8 @@ def sample(
         ScheduleError: a schedule for another network or number of timesteps.
     """
     solver, timesteps = check_sampling(backbone, solver, diffusion, num_steps, cfg_scale)
+    seeds = seeds_of(seeds)
+    y = conditioning_of(y)
     check_images(backbone, seeds, y, batch_size)
     check_schedule(backbone, diffusion.num_train_timesteps, schedule)
     check_acceleration(acceleration, len(timesteps), compile, cfg_scale)
@@ -355,34 +357,49 @@ def check_eager(compile: bool) -> None:
         )
 
 
-def check_images(
-    backbone: Backbone, seeds: Sequence[int], y: Conditioning | None, batch_size: int
-) -> None:
-    """The errors of `sample` about what to make."""
-    if len(seeds) == 0:
+def seeds_of(seeds: Iterable[int]) -> Sequence[int]:
+    """The seeds that a caller gave, those of a generator as a list.
+
+    Raises:
+        ConfigError: none, or other than integers from 0 to 2^32 - 1.
+    """
+    if not isinstance(seeds, Iterable):
+        raise ConfigError(
+            f"seeds must be one for each image; got {seeds!r}; give a list, such as range(10)"
+        )
+    found = seeds if isinstance(seeds, Sequence) else list(seeds)
+    if len(found) == 0:
         raise ConfigError("seeds must be one for each image; got none; give at least one")
-    for seed in seeds:
+    for seed in found:
         if not (isinstance(seed, (int, np.integer)) and 0 <= seed < 2**32):
             raise ConfigError(
                 "seeds must be integers from 0 to 2^32 - 1 (torch's CPU generator ignores higher "
                 f"bits), one per image; got {seed!r}; choose others"
             )
-    if batch_size < 1:
+    return found
+
+
+def check_images(
+    backbone: Backbone, seeds: Sequence[int], y: Conditioning | None, batch_size: int
+) -> None:
+    """The errors of `sample` about what to make."""
+    seeds = seeds_of(seeds)
+    if not isinstance(batch_size, (int, np.integer)) or batch_size < 1:
         raise ConfigError(
-            f"batch_size must be at least 1; got {batch_size}; 100 suits most networks"
+            "batch_size must be an integer of at least 1; got "
+            f"{batch_size!r}; 100 suits most networks"
         )
     backbone.check_conditioning(y, len(seeds))
     top = backbone.num_classes - 1 + backbone.has_null_label
     labels = labels_of(y)
-    if labels is not None and (
-        labels.dtype not in (torch.int32, torch.int64)
-        or int(labels.min()) < 0
-        or int(labels.max()) > top
-    ):
+    if labels is None:
+        return
+    integers = labels.dtype in (torch.int32, torch.int64)
+    if not integers or int(labels.min()) < 0 or int(labels.max()) > top:
         null = f" ({top} is the null label)" if backbone.has_null_label else ""
+        ends = "" if labels.is_complex() else f" from {labels.min()} to {labels.max()}"
         raise ConfigError(
-            f"labels must be integers in 0…{top}{null}; got {labels.dtype} from {labels.min()} "
-            f"to {labels.max()}; correct them"
+            f"labels must be integers in 0…{top}{null}; got {labels.dtype}{ends}; correct them"
         )
 
 

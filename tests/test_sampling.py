@@ -50,7 +50,8 @@ def net() -> DiT:
 def make(
     net: Backbone, solver: str, process: Process, seeds: Sequence[int], **changes: object
 ) -> SampleResult:
-    y = torch.tensor([s % 10 for s in seeds]) if net.num_classes else None
+    labelled = net.num_classes and "y" not in changes
+    y = torch.tensor([s % 10 for s in seeds]) if labelled else None
     schedule = ExitSchedule.from_string(
         "4 3 3 1", 4, num_train_timesteps=process.num_train_timesteps
     )
@@ -259,6 +260,13 @@ def test_numpy_seeds_and_a_network_without_parameters() -> None:
     torch.testing.assert_close(a, make(net, "ddim", Diffusion(), [0, 1, 2]).images, rtol=0, atol=0)
 
 
+def test_labels_in_any_list_and_seeds_of_a_generator(net: DiT) -> None:
+    wanted = make(net, "ddim", Diffusion(), [4, 5], y=torch.tensor([1, 2])).images
+    for y in ([1, 2], range(1, 3), (np.int64(1), 2), np.array([1, 2], np.uint8)):
+        made = make(net, "ddim", Diffusion(), (s for s in (4, 5)), y=y)
+        assert torch.equal(made.images, wanted)
+
+
 BAD = {
     "solver": ({"solver": "heun"}, ConfigError, "unknown solver 'heun'.*ddpm, ddim"),
     "em on a chain": (
@@ -287,7 +295,23 @@ BAD = {
         ConfigError,
         "must be integers in 0…10 .10 is the null label.",
     ),
+    "labels no list": ({"y": 3}, ConfigError, "y must be class labels, .*; got 3; pass"),
+    "labels text": ({"y": ["1", "2"]}, ConfigError, r"y must be .*; got \['1', '2'\]; pass"),
+    "labels none": ({"y": [None, None]}, ConfigError, "y must be class labels"),
+    "labels empty": ({"y": []}, ConfigError, r"y must have shape \(2,\); got \(0,\)"),
+    "labels huge": ({"y": [0, 2**70]}, ConfigError, "y must be class labels"),
+    "labels complex": (
+        {"y": torch.zeros(2, dtype=torch.complex64)},
+        ConfigError,
+        "must be integers in .*; got torch.complex64; correct",
+    ),
+    "prompt of numbers": ({"y": {"a": 1}}, ConfigError, "y must be class labels"),
+    "seeds no list": ({"seeds": 3}, ConfigError, "seeds must be one for each image; got 3"),
+    "seeds text": ({"seeds": ["1"]}, ConfigError, "must be integers .*; got '1'"),
+    "seeds none": ({"seeds": [None]}, ConfigError, "must be integers .*; got None"),
     "batch size": ({"batch_size": 0}, ConfigError, "batch_size"),
+    "half a batch": ({"batch_size": 1.5}, ConfigError, "batch_size must be .*; got 1.5;"),
+    "batch size text": ({"batch_size": "2"}, ConfigError, "batch_size must be .*; got '2';"),
     "negative guidance": ({"cfg_scale": -1.0}, ConfigError, "cfg_scale"),
     "guidance not a number": ({"cfg_scale": math.nan}, ConfigError, "cfg_scale"),
     "depth": ({"schedule": ExitSchedule.full(5)}, ScheduleError, "rescaled"),

@@ -12,7 +12,12 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from asesearch.backbones.conditioning import Conditioning, labels_of, prompt_of
+from asesearch.backbones.conditioning import (
+    Conditioning,
+    conditioning_of,
+    labels_of,
+    prompt_of,
+)
 from asesearch.errors import ConfigError, ScheduleError
 from asesearch.schedule import ElasticDepths, ExitSchedule
 
@@ -152,7 +157,7 @@ class Backbone(nn.Module):
         """
         if not self.takes_prompt:
             return check_labels(self, y, batch)
-        sizes = {k: len(v) for k, v in (prompt_of(y) or {}).items()}
+        sizes = {k: len(v) for k, v in (prompt_of(conditioning_of(y)) or {}).items()}
         if set(sizes.values()) != {batch}:
             got = sizes or type(y).__name__
             raise ConfigError(
@@ -203,6 +208,7 @@ def check_labels(net: Backbone, y: Conditioning | None, batch: int) -> None:
     Raises:
         ConfigError: y missing, unexpected, a prompt's tensors, or not of shape (N,).
     """
+    y = conditioning_of(y)
     if (prompt := prompt_of(y)) is not None:
         raise ConfigError(
             f"this network takes no prompts; got y with {', '.join(prompt)}; pass class "

@@ -4,16 +4,48 @@ unconditional network, passes through them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import overload
+import operator
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, overload
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from asesearch.errors import ConfigError
+
 Conditioning = Tensor | dict[str, Tensor]
+#: What a caller may give for it.
+Given = Conditioning | Sequence[int] | npt.NDArray[Any]
 #: A prompt's embedding (N, L, D), and which of its tokens count (N, L), all where there is none.
 TOKENS, MASK = "encoder_hidden_states", "encoder_attention_mask"
+
+
+def conditioning_of(y: Given | None) -> Conditioning | None:
+    """What a caller gave, labels as a tensor.
+
+    Raises:
+        ConfigError: neither labels nor a prompt's tensors.
+    """
+    if y is None or isinstance(y, Tensor):
+        return y
+    if isinstance(y, Mapping) and all(isinstance(v, Tensor) and v.ndim for v in y.values()):
+        return dict(y)
+    if isinstance(y, np.ndarray) and y.dtype.kind in "iu":
+        return torch.from_numpy(y.astype(np.int64))
+    try:
+        if not isinstance(y, Sequence) or isinstance(y, str | bytes):
+            raise TypeError
+        return torch.tensor([operator.index(label) for label in y], dtype=torch.int64)
+    except (TypeError, ValueError, RuntimeError, OverflowError):  # the latter three: a huge one
+        shown = repr(y)
+        raise ConfigError(
+            "y must be class labels, an integer for each image in a list, array or tensor, or a "
+            f"prompt's tensors by name; got {shown[:60]}{'…' if len(shown) > 60 else ''}; pass "
+            "these, or leave y out"
+        ) from None
 
 
 def labels_of(y: Conditioning | None) -> Tensor | None:

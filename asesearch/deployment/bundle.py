@@ -3,7 +3,7 @@ written by `writing`. Sampling one needs torch, numpy, safetensors and pydantic 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +12,13 @@ from torch import Tensor
 
 from asesearch.backbones.acceleration import Acceleration
 from asesearch.backbones.base import Backbone
-from asesearch.backbones.conditioning import Conditioning, labels_of, take
+from asesearch.backbones.conditioning import (
+    Conditioning,
+    Given,
+    conditioning_of,
+    labels_of,
+    take,
+)
 from asesearch.config import DiffusionConfig, SamplingConfig
 from asesearch.diffusion import make_diffusion
 from asesearch.errors import ConfigError
@@ -23,6 +29,7 @@ from asesearch.sampling import (
     check_images,
     check_sampling,
     sample,
+    seeds_of,
 )
 from asesearch.schedule import ExitSchedule
 
@@ -70,8 +77,8 @@ class Bundle:
 
     def sample(
         self,
-        seeds: Sequence[int],
-        y: Conditioning | None = None,
+        seeds: Iterable[int],
+        y: Given | None = None,
         num_steps: int | None = None,
         *,
         compile: bool | None = None,
@@ -80,16 +87,17 @@ class Bundle:
         """Images (or latents) for these seeds, (N, C, H, W) float32, by the bundle's solver,
         guidance and (unless given) steps.
 
-        `y` is (N,) class labels or a prompt's tensors; by default seed modulo the number of
-        classes, or of `prompts`. `compile` runs the blocks as compiled code, by default where the
-        bundle's `sampling` says so; the first call takes seconds more. `batch_size` is how many
-        images go through the network together, by default as many as in the study: fewer take less
-        memory and give the same images, up to rounding.
+        `y` is (N,) class labels, as a tensor, list or array, or a prompt's tensors; by default
+        seed modulo the number of classes, or of `prompts`. `compile` runs the blocks as compiled
+        code, by default where the bundle's `sampling` says so; the first call takes seconds more.
+        `batch_size` is how many images go through the network together, by default as many as in
+        the study: fewer take less memory and give the same images, up to rounding.
 
         Raises:
             ConfigError: labels that are no classes of the network (the null label is none),
                 another number of steps than an acceleration was made for, or as `sampling.sample`.
         """
+        seeds = seeds_of(seeds)
         return sample(
             self.backbone,
             self.sampling.solver,
@@ -105,12 +113,13 @@ class Bundle:
             acceleration=self.acceleration,
         )
 
-    def _conditioning(self, seeds: Sequence[int], y: Conditioning | None) -> Conditioning | None:
+    def _conditioning(self, seeds: Sequence[int], y: Given | None) -> Conditioning | None:
         """`y` of `sample`, its default filled in; labels are classes.
 
         Raises:
             ConfigError: labels that are no classes.
         """
+        y = conditioning_of(y)
         labels = labels_of(y)
         if labels is not None and labels.dtype in (torch.int32, torch.int64) and labels.numel():
             self._check_classes(labels.flatten().tolist())
@@ -122,7 +131,7 @@ class Bundle:
         return y
 
     def plan(
-        self, seeds: Sequence[int], y: Conditioning | None = None, num_steps: int | None = None
+        self, seeds: Iterable[int], y: Given | None = None, num_steps: int | None = None
     ) -> tuple[SamplingConfig, tuple[float, ...]]:
         """How `sample` would sample with these arguments, and the timesteps of its network calls.
 
@@ -131,6 +140,7 @@ class Bundle:
         """
         steps = self.sampling.num_steps if num_steps is None else num_steps
         how = self.sampling.model_copy(update={"num_steps": steps})
+        seeds = seeds_of(seeds)
         check_images(self.backbone, seeds, self._conditioning(seeds, y), how.batch_size)
         diffusion = make_diffusion(self.diffusion)
         _, timesteps = check_sampling(

@@ -111,6 +111,17 @@ def test_a_bundle_of_a_compiled_study_samples_compiled(bundle, tmp_path, only_tr
     assert only_traced() == 1
 
 
+def test_seeds_and_labels_of_a_bundle_as_lists(bundle):
+    wanted = bundle.sample([3, 4], torch.tensor([1, 2])).images
+    assert torch.equal(bundle.sample((s for s in (3, 4)), [1, 2]).images, wanted)
+    for seeds, y in (([0], ["1"]), (["1"], None), (3, None), ([None], None), ([0], 1)):
+        for use in (bundle.sample, bundle.plan):
+            with pytest.raises(ConfigError, match="^(y|seeds) must be"):
+                use(seeds, y)
+    with pytest.raises(ConfigError, match="labels must be classes of the bundle's network"):
+        bundle.sample([0], [bundle.backbone.num_classes])
+
+
 def test_a_batch_of_ones_own(folder, tmp_path):
     images = BundleImages(folder, tmp_path / "x.npz", num=5, batch_size=2)
     assert images.plan["sampling"]["batch_size"] == 2 and images.bundle.sampling.batch_size == 5
@@ -119,7 +130,7 @@ def test_a_batch_of_ones_own(folder, tmp_path):
     made = images.sample().images
     assert sizes == {4, 2}  # under guidance each image is there twice
     torch.testing.assert_close(made, images.bundle.sample(range(5)).images, rtol=0, atol=1e-5)
-    with pytest.raises(ConfigError, match="batch_size must be at least 1; got 0"):
+    with pytest.raises(ConfigError, match="batch_size must be an integer of at least 1; got 0"):
         images.bundle.sample([0], batch_size=0)
 
 
