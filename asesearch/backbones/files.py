@@ -10,7 +10,7 @@ import pickletools
 import re
 import warnings
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from importlib import resources
@@ -23,9 +23,14 @@ from torch import Tensor
 
 from asesearch.backbones.folders import (
     CONFIG,
+    INDEX,
     find_folder,
+    find_index,
+    has_config,
     read_config,
     refuse_quantised_config,
+    refuse_shard,
+    shards_of,
     weight_files,
 )
 from asesearch.backbones.intact import refuse_changed
@@ -107,6 +112,9 @@ def read_checkpoint(path: Path) -> Contents:
     check_utf8(path, "weights", CheckpointError)
     if path.is_dir():
         return _read_folder(path)
+    if path.name.endswith(INDEX) and path.is_file() and not has_config(path.parent):
+        return _read_shards(path)
+    refuse_shard(path)
     return _unwrapped(path, *_load(path))
 
 
@@ -255,20 +263,32 @@ def _unwrapped(
 
 
 def _read_folder(path: Path) -> Contents:
-    """A diffusers model or pipeline, or a checkpoint folder of U-ViT's training."""
+    """A diffusers model or pipeline, shards with their index, or a checkpoint folder of U-ViT's
+    training."""
     if (path / "nnet_ema.pth").is_file():
         contents = read_checkpoint(path / "nnet_ema.pth")
         contents.source = "ema"
         return contents
+    if (index := find_index(path)) is not None:
+        return _read_shards(index)
     path = find_folder(path, "transformer")
     config = read_config(path)
     refuse_quantised_config(path / CONFIG, config)
-    names = weight_files(path)
+    found = _joined(path, weight_files(path))
+    found.config = config
+    return found
+
+
+def _read_shards(index: Path) -> Contents:
+    """A network under official names, whose weights lie in several files."""
+    return _joined(index.parent, shards_of(index))
+
+
+def _joined(path: Path, names: Sequence[str]) -> Contents:
+    """The weights in files of a folder together."""
     data: object = _load(path / names[0])[0]
     for name in names[1:]:
         shard = _load(path / name)[0]
         if isinstance(data, dict) and isinstance(shard, dict):
             data |= shard
-    found = _unwrapped(path, data, {}, path / names[0])
-    found.config = config
-    return found
+    return _unwrapped(path, data, {}, path / names[0])

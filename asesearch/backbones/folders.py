@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -19,6 +20,8 @@ from asesearch.foreign import foreign
 
 CONFIG = "config.json"
 WEIGHTS = "diffusion_pytorch_model"
+INDEX = ".safetensors.index.json"  # ends the name of a file that tells which shard holds what
+_SHARD = re.compile(r"(.+)-\d+-of-(\d+)\.safetensors")
 #: Released DiT and PixArt folders name the class they were first made with; its `norm_type` tells
 #: which is meant.
 LEGACY_CLASS = "Transformer2DModel"
@@ -44,6 +47,56 @@ def find_folder(path: Path, component: str) -> Path:
     )
 
 
+def has_config(path: Path) -> bool:
+    """Whether a folder is that of a transformer, or of a whole pipeline with one."""
+    return any((folder / CONFIG).is_file() for folder in (path, path / "transformer"))
+
+
+def find_index(path: Path) -> Path | None:
+    """The index of the shards that a folder holds without a config.json; None where it has a
+    config.json, or no index, or several."""
+    if has_config(path):
+        return None
+    found = list(path.glob(f"[!.]*{INDEX}"))
+    return found[0] if len(found) == 1 else None
+
+
+def shards_of(index: Path) -> list[str]:
+    """Names of the shards of an index, which are all there.
+
+    Raises:
+        CheckpointError: one is missing or something else, or the index is damaged.
+    """
+    names = _shards(index)
+    folder = index.parent
+    if missing := [name for name in names if not (folder / name).is_file()]:
+        raise CheckpointError(
+            f"{folder} must hold the {len(names)} shards that {index.name} names; got no "
+            f"{', '.join(missing[:3])}; fetch them too"
+        )
+    for name in names:
+        if (what := foreign(folder / name, plain_text=False)) is not None:
+            raise CheckpointError(f"{folder / name} {what}")
+    _refuse_doubled(folder, names)
+    return names
+
+
+def refuse_shard(path: Path) -> None:
+    """Refuse one shard of several, by its name.
+
+    Raises:
+        CheckpointError: saying what to give instead.
+    """
+    found = _SHARD.fullmatch(path.name)
+    if found is None or int(found[2]) < 2:
+        return
+    index = path.with_name(f"{found[1]}{INDEX}")
+    raise CheckpointError(
+        f"{path} is one of the {int(found[2])} shards of a network; give the folder, with all of "
+        f"them and {index.name}{'' if index.is_file() else ', which is missing: fetch it too'}"
+    )
+
+
 def _instead(path: Path, component: str) -> str:
     """What a folder without config.json holds, where its weights are in it, and what to do."""
     names: list[str] = []
@@ -65,6 +118,8 @@ def _instead(path: Path, component: str) -> str:
             f", but a checkpoint of DeepSpeed; give {states[-1]}, or with ZeRO-3 the file that "
             "zero_to_fp32.py makes"
         )
+    if any(_SHARD.fullmatch(name) for name in files) and (fix := _naming_fix(path)):
+        return f", but {', '.join(files[:3])}; {fix}"
     if files and component == "transformer":
         return (
             f", but {', '.join(files[:3])}; give the file that holds the network, or put "

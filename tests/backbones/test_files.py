@@ -118,6 +118,34 @@ def test_diffusers_folders_whole_sharded_and_in_a_pipeline(tmp_path) -> None:
         assert same(read_state_dict(folder)[0])
 
 
+def test_shards_under_official_names_are_read_by_their_index(tmp_path) -> None:
+    names = [f"model-0000{i}-of-00002.safetensors" for i in (1, 2)]
+    for name, key in zip(names, STATE, strict=True):
+        save_file({key: STATE[key]}, tmp_path / name)
+    for given in (tmp_path, tmp_path / names[0]):
+        with pytest.raises(CheckpointError, match=r"model\.safetensors\.index\.json") as caught:
+            read_state_dict(given)
+        assert "fetch" in str(caught.value)  # the index, which is missing
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": dict(zip(STATE, names, strict=True))}))
+    assert same(read_state_dict(tmp_path)[0]) and same(read_state_dict(index)[0])
+    with pytest.raises(
+        CheckpointError,
+        match=r"is one of the 2 shards of a network; give the folder, with all of them and "
+        r"model\.safetensors\.index\.json$",
+    ):
+        read_state_dict(tmp_path / names[1])
+    (tmp_path / "config.json").write_text("{}")  # of diffusers, whose scheduler tells the betas
+    with pytest.raises(CheckpointError, match="is a JSON text; .* the folder that holds both"):
+        read_state_dict(index)
+    (tmp_path / "config.json").unlink()
+    (tmp_path / names[1]).unlink()
+    with pytest.raises(CheckpointError, match=f"the 2 shards .*; got no {names[1]}; fetch"):
+        read_state_dict(index)
+    save_file(STATE, tmp_path / "whole-00001-of-00001.safetensors")
+    assert same(read_state_dict(tmp_path / "whole-00001-of-00001.safetensors")[0])
+
+
 def test_a_tensor_in_two_shards_is_refused(tmp_path) -> None:
     names = [f"diffusion_pytorch_model-{i}.safetensors" for i in range(2)]
     write_folder(tmp_path / "net", {n: {k: STATE[k]} for n, k in zip(names, STATE, strict=True)})
