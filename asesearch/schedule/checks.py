@@ -95,7 +95,7 @@ def require_depth(depth: int) -> None:
 
 
 def equal_intervals(count: int, depth: int, num_train_timesteps: int) -> tuple[int, ...]:
-    """Boundaries of `count` equal intervals, to the nearest timestep.
+    """Boundaries of `count` equal intervals, rounded down to whole timesteps.
 
     Raises:
         ScheduleError: no interval, or more than there are timesteps.

@@ -63,7 +63,8 @@ class ExitSchedule:
     def uniform_intervals(
         cls, exit_depths: Sequence[int], depth: int, num_train_timesteps: int = 1000
     ) -> ExitSchedule:
-        """A schedule over equal intervals (to the nearest timestep), data side first."""
+        """A schedule over equal intervals (ends rounded down to whole timesteps), data side
+        first."""
         bounds = equal_intervals(len(exit_depths), depth, num_train_timesteps)
         return cls(depth, num_train_timesteps, bounds, tuple(exit_depths))
 
