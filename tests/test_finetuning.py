@@ -1,4 +1,4 @@
-"""The trainer: resumable, independent of what should not matter, and as low_fidelity as its
+"""The trainer: resumable, independent of what should not matter, and as cheap as its
 schedule."""
 
 import json
