@@ -17,6 +17,8 @@ MAY_CHANGE = frozenset(
         "search.keep_weights",
         "train.checkpoint_every",
         "train.compile",
+        "elastic.checkpoint_every",
+        "elastic.compile",
         "promotion.threshold",
         "promotion.always",
         "promotion.explore",

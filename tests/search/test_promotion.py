@@ -159,6 +159,16 @@ def test_settings_that_scores_depend_on_may_not_change(sections, changed):
     assert bool(found) if changed is None else found == changed
 
 
+def test_what_no_elastic_weights_depend_on_may_change():
+    was = make_config({"elastic": {"num_steps": 5}})
+    changes = {"checkpoint_every": 7, "compile": True}
+    assert changed_fields(was, make_config({"elastic": {"num_steps": 5, **changes}})) == []
+    assert changed_fields(was, make_config({"elastic": {"num_steps": 6, **changes}})) == [
+        "elastic.num_steps: 5 -> 6"
+    ]
+    assert changed_fields(make_config(), make_config({"elastic": changes}))
+
+
 def test_the_low_fidelity_metric_of_a_study_may_not_change():
     was, now = ({"promotion": {"metric": m, "num_samples": 20}} for m in ("auto", "kid"))
     assert changed_fields(make_config(was), make_config(now)) == [

@@ -349,6 +349,7 @@ def test_every_field_that_may_change_exists():
     names = {
         "search": "SearchConfig",
         "train": "TrainConfig",
+        "elastic": "ElasticConfig",
         "sampling": "SamplingConfig",
         "data": "DataConfig",
     }
