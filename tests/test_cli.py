@@ -85,7 +85,7 @@ def place(tmp_path_factory):
     """A folder with study files, trained weights and a finished search."""
     folder = tmp_path_factory.mktemp("cli")
     (folder / "scratch.toml").write_text(STUDY.format(backbone=ARGS))
-    call(
+    _, err = call(
         "train",
         folder / "scratch.toml",
         "--out",
@@ -93,6 +93,7 @@ def place(tmp_path_factory):
         "--run-dir",
         folder / "runs/train",
     )
+    assert "loss=" in err and "loss=nan" not in err  # a bar without a loss until there is one
     (folder / "tiny.toml").write_text(
         STUDY.format(backbone=f'checkpoint = "{folder}/net.safetensors"')
     )

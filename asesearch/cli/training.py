@@ -88,7 +88,8 @@ def _fit(
         "from it"
     )
     with interruptible(kept), bar_of_steps(config.train.num_steps, "train") as on_step:
-        on_step(trainer.step, trainer.losses[-1] if trainer.losses else float("nan"))
+        if trainer.losses:
+            on_step(trainer.step, trainer.losses[-1])
         result = training.run(on_step)
     if not trainer.accelerator.is_main_process:
         return
