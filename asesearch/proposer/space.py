@@ -198,12 +198,14 @@ class Space:
             )
         depths = [int(d) for d in schedule.exit_depth_at(self.boundaries[:-1])]
         if Point(self.schedule(depths), point.sampler) != point:
-            own = f"{self.num_intervals} equal intervals"
+            own, write = f"{self.num_intervals} equal intervals", ""
             if self.interval_power != 1.0:
                 own = f"intervals between {', '.join(map(str, self.boundaries))}"
+                ends = " ".join(map(str, self.boundaries))
+                write = f'write it with their ends ("DEPTHS @ {ends}"), '
             raise ScheduleError(
-                f"the space has {own}; got boundaries {schedule.boundaries}; set num_intervals and "
-                "interval_power, or leave the schedule out"
+                f"the space has {own}; got boundaries {schedule.boundaries}; {write}set "
+                "num_intervals and interval_power, or leave the schedule out"
             )
         if min(depths) < self.min_exit_depth:
             raise ScheduleError(

@@ -68,6 +68,16 @@ def test_an_interval_without_a_timestep_is_refused():
         Space(12, (OWN,), interval_power=2.0).encode(Point(published, OWN))
 
 
+def test_a_schedule_over_equal_intervals_is_told_how_it_is_written_over_the_spaces_own():
+    space = Space(3, (OWN,), 1000, 4, interval_power=2.0)
+    with pytest.raises(ScheduleError) as error:
+        space.encode(Point(ExitSchedule.from_string("3 2 1 1", 3), OWN))
+    written = str(error.value).split('"')[1]
+    assert written == "DEPTHS @ 0 62 250 562 1000"
+    point = Point(ExitSchedule.from_string(written.replace("DEPTHS", "3 2 1 1"), 3), OWN)
+    assert space.decode(space.encode(point)) == point
+
+
 @given(st.integers(1, 28), st.integers(1, 12), st.integers(0, 2**31))
 def test_every_proposal_is_noise_easy_and_in_range(depth, num_intervals, seed):
     space = Space(depth, (OWN,), 1000, num_intervals, True, max(1, depth // 3))
