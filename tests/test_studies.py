@@ -559,3 +559,19 @@ def test_the_costs_in_a_files_head_follow_from_its_settings(name):
     exact = costs.training_gflops(depths, once) / costs.training_gflops(full, once)
     assert share == pytest.approx(exact, abs=0.006)
     assert steps == pytest.approx(costs.equal_compute_steps(), rel=0.005)
+
+
+@pytest.mark.parametrize(("distill_frac", "calls"), [(0.0, 3), (1.0, 4)])
+def test_without_a_warm_up_equal_compute_is_the_fine_tunings_own(distill_frac, calls):
+    """To the step, though the quotient of the FLOPs is rounded: a step on noise is three calls, one
+    with a teacher four."""
+    config = load_study(FOLDER / "imagenet256-dit-xl2.toml")
+    full = ExitSchedule.full(3)
+    for num_steps in range(0, 700, 10):
+        train = config.train.model_copy(
+            update={"num_steps": num_steps, "batch_size": 32, "distill_frac": distill_frac}
+        )
+        made = config.model_copy(update={"train": train, "elastic": None})
+        costs = Costs(SimpleNamespace(config=made, full=full))
+        costs.__dict__["flops"] = (1_000_003, 2_000_007, 3_100_000)
+        assert costs.equal_compute_steps() == -(-num_steps * calls // 3)
