@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -77,6 +78,26 @@ def kill_at(step):
             raise Killed
 
     return on_step
+
+
+def test_its_seconds_are_those_of_training_steps(tiny_dit, tiny_images, tmp_path, monkeypatch):
+    """Neither what a checkpoint takes nor what is done at a look at the losses."""
+    import asesearch.finetuning.trainer as module
+
+    clock = [0.0]
+
+    def take(seconds):
+        clock[0] += seconds
+
+    step, save = Trainer.train_step, Trainer._save
+    monkeypatch.setattr(module, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
+    monkeypatch.setattr(Trainer, "train_step", lambda *a: take(1.0) or step(*a))
+    monkeypatch.setattr(Trainer, "_save", lambda *a: take(1000.0) or save(*a))
+    run = (tiny_dit, tiny_images, Diffusion(), SCHEDULE, CONFIG, tmp_path)
+    with pytest.raises(Killed):
+        finetune(*run, on_step=kill_at(12))  # its checkpoint is of step 10
+    assert finetune(*run, on_step=lambda *_: take(50.0)).seconds == CONFIG.num_steps
+    assert clock[0] == 14 + 3 * 1000 + 50
 
 
 @pytest.mark.parametrize(

@@ -169,13 +169,13 @@ class Trainer(TrainingStep):
                     continue
                 self._absorb(stats)
                 self.seconds += time.perf_counter() - start
-                start = time.perf_counter()
                 stats = []
                 if on_step is not None and self.accelerator.is_main_process:
                     last = self.losses[-SYNC_EVERY:]
                     on_step(self.step, sum(last) / len(last))
                 if due or (self.step == total and self.run_dir is not None):
                     self._save()
+                start = time.perf_counter()
         for name in self._learnt:
             self.ema_of[name].requires_grad_(True)  # so that it can be trained further
         ended = self.weight.ended_at
