@@ -466,6 +466,22 @@ def test_other_weights_behind_the_path_are_not_taken_for_the_studys(place, tmp_p
     call("evaluate", run, "--dry-run")
 
 
+def test_other_data_than_the_studys_are_the_cause_that_every_check_names(place):
+    """Not that the score isn't reproduced."""
+    from asesearch.errors import StudyError
+
+    run = place / "runs/tiny"
+    path = run / "inputs.json"
+    kept = path.read_text()
+    path.write_text(json.dumps({**json.loads(kept), "data": "others"}))
+    try:
+        for args in (("recheck", run, 0), ("evaluate", run, "--trial", 0, "--check")):
+            with pytest.raises(StudyError, match=r"begun with other data .*; restore them"):
+                call(*args)
+    finally:
+        path.write_text(kept)
+
+
 RNG = np.random.default_rng(0)
 
 

@@ -11,10 +11,30 @@ from asesearch.point import Point
 from asesearch.schedule import ExitSchedule, schedule_from_text
 from asesearch.score import EvaluationResult, Protocol
 from asesearch.search.confirmation import load_trial
+from asesearch.search.parts import Parts
 from asesearch.search.workbench import Workbench
 from asesearch.study.changes import other_inputs
+from asesearch.study.records import TrialRecord
 from asesearch.study.reproduce import compare
 from asesearch.study.study import Study
+
+
+def check_inputs(study: Study, parts: Parts, record: TrialRecord | None) -> None:
+    """Refuse to measure a score again where what it depends on is not what it was.
+
+    Args:
+        study: on whose record it is.
+        parts: of the study, as they are now.
+        record: of the trial; None for the pretrained weights.
+
+    Raises:
+        StudyError: network or data are not those of the study any more, where the score depends on
+            them.
+    """
+    depends_on = parts.identity
+    if record is not None and not record.sampler.acceleration:
+        del depends_on["weights"]  # a trial has its own
+    other_inputs(study.optuna, study.run_dir, depends_on)
 
 
 class PointEvaluation:
@@ -61,10 +81,7 @@ class PointEvaluation:
         else:
             self.net = load_trial(study, self.record, self.bench.device)
             self.point = self.record.point
-        depends_on = self.bench.identity
-        if self.record is not None and not self.point.sampler.acceleration:
-            del depends_on["weights"]  # a trial has its own
-        other_inputs(study.optuna, run_dir, depends_on)
+        check_inputs(study, self.bench, self.record)
 
     def _schedule(self, text: str) -> ExitSchedule:
         num_timesteps = self.bench.full.num_train_timesteps

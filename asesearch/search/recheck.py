@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from asesearch.errors import StudyError
+from asesearch.search.again import check_inputs
 from asesearch.search.confirmation import load_trial
 from asesearch.search.parts import Parts
 from asesearch.study import directory
@@ -83,9 +84,12 @@ def recheck(
         on_trial: called after each.
 
     Raises:
-        StudyError: a trial's weights were deleted, or are damaged.
+        StudyError: a trial's weights were deleted, or are damaged; network or data are not those of
+            the study any more, where a score depends on them.
         EvaluationError: the study's protocol is not the recorded one.
     """
+    for record in records:
+        check_inputs(study, parts, record)
     found = []
     for record in records:
         assert record.quality is not None  # see `to_recheck`
