@@ -16,7 +16,7 @@ class Answer:
     """A point of the front and the question that it answers.
 
     Attributes:
-        question: in words.
+        question: in words; "nearest to the …" where no point is within the budget.
         point: with the score and time that it was chosen by.
         full_score: the full network's score under the same protocol; None where it has none.
         same: numbers of the other points that can't be told apart from it at the confidence of
@@ -111,6 +111,8 @@ def answers(
     found = []
     for question, how in asked:
         point, shortfall = choose(results, *how, early_exit)
+        if shortfall:
+            question = f"nearest to the {question}"
         found.append(_answer(question, point, points, shortfall))
     exits = [p for p in points if p.early] if early_exit else points
     if exits:

@@ -39,6 +39,9 @@ def test_confirmed_scores_come_first_and_a_missed_budget_is_said():
     found = answers(results([confirmed(0, 5.0, 1.0), confirmed(2, 7.0, 0.65)]), "+1%", 0.5)
     assert [a.point.record.number for a in found[:2]] == [0, 2]
     assert "the nearest is trial 2" in found[1].shortfall and found[1].shortfall in str(found[1])
+    assert found[1].to_dict()["question"] == "nearest to the best quality within 0.5x the time"
+    assert "\nnearest to the best quality within 0.5x the time: trial 2, " in str(found[1])
+    assert found[0].question == "fastest with quality within +1%" and not found[0].shortfall
     assert all(a.point.confirmed for a in found)
 
 
