@@ -139,7 +139,9 @@ def pick(
     """
     point, shortfall = choose(results, mode, quality, time_frac, early_exit)
     if shortfall:
-        raise StudyError(f"{shortfall}; --or-nearest takes it, or change the budget")
+        told = told_unconfirmed(results)
+        why = f"{told}; {shortfall}" if told else shortfall
+        raise StudyError(f"{why}; --or-nearest takes it, or change the budget")
     return point.record
 
 
@@ -293,10 +295,10 @@ def _with_unconfirmed(
     shortfall: str, results: StudyResults, point: Scored, time_frac: float | None, early_exit: bool
 ) -> str:
     """Before a shortfall of time, the points of the search's front that would be fast enough and
-    are not confirmed."""
+    are not confirmed nor will be; for those that will see `told_unconfirmed`."""
     if not shortfall or time_frac is None or not point.confirmed:
         return shortfall
-    known = {c.number for c in results.confirmations}
+    known = {c.number for c in results.confirmations} | {r.number for r in results.unconfirmed}
     fast = [
         p
         for p in _searched(results)

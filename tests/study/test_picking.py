@@ -9,7 +9,13 @@ from asesearch.point import Point
 from asesearch.sampler import Sampler
 from asesearch.schedule import ExitSchedule
 from asesearch.score import EvaluationResult
-from asesearch.study.picking import pick, pick_nearest, told_difference, within_quality
+from asesearch.study.picking import (
+    pick,
+    pick_and_tell,
+    pick_nearest,
+    told_difference,
+    within_quality,
+)
 from asesearch.study.records import Confirmation, StudyResults, TrialRecord, left_out, select
 from tests.search.fake_search import OWN, PROTOCOL
 
@@ -312,6 +318,18 @@ def test_a_shortfall_of_time_names_the_points_that_were_not_confirmed():
     for budget, told in ((0.15, False), (0.35, False), (0.2, True)):  # not where it is too slow
         _, said = pick_nearest(made, "best-within", time_frac=budget)
         assert ("not confirmed" in said) == told
+
+
+def test_points_still_to_be_confirmed_are_named_once():
+    fresh = [confirmed(n, RECORDS[n].quality.value, RECORDS[n].time_frac) for n in (0, 1, 2)]
+    made = results(fresh, RECORDS[:4], {"confirm": {"max_points": 8}})
+    assert [r.number for r in made.unconfirmed] == [3]
+    _, lines = pick_and_tell(made, "best-within", time_frac=0.4, or_nearest=True)
+    assert "still to be confirmed by the same `asesearch search`, trial 3, and not" in lines[0]
+    assert "\n".join(lines).count("trial 3") == 1 and "the nearest is trial 2" in lines[1]
+    with pytest.raises(StudyError) as error:
+        pick(made, "best-within", time_frac=0.4)
+    assert str(error.value).count("trial 3") == 1
 
 
 def test_a_pick_says_between_what_its_loss_lies():
