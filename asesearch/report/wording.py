@@ -196,7 +196,10 @@ def _takes(row: pd.Series) -> str:
         )
     if row["cost"] == tables.FLOPS:
         return f"takes {shown} the FLOPs"
-    verb = "is predicted to take" if row["kind"] == "search" else "takes"
+    predicted = row["kind"] == "search"
+    if time > 1 and shown != relative(1.0):
+        return f"{'is predicted to be' if predicted else 'is'} slower ({shown} the time)"
+    verb = "is predicted to take" if predicted else "takes"
     return f"{verb} {shown} the time ({speed_up(time)} as fast)"
 
 
@@ -270,8 +273,12 @@ def _verdict(others: pd.DataFrame, partly: bool) -> Headline:
         rest = f"the best was {_name(best)}, which {_takes(best)}"
     else:
         faster = others[others["credited_frac"] < 1]
-        pool = others if faster.empty else faster
-        best = pool.iloc[int(pool["difference"].to_numpy().argmin())]
+        as_good = others[others["difference"] <= others["difference_margin"]]
+        if faster.empty and not as_good.empty:
+            best = as_good.iloc[0]  # what they miss is the time
+        else:
+            pool = others if faster.empty else faster
+            best = pool.iloc[int(pool["difference"].to_numpy().argmin())]
         rest = f"the closest was {_name(best)}, which {_takes(best)} and {_apart(best)}"
     unit = tables.unit_of(others["cost"].iloc[0])
     none = "Of what is confirmed so far no schedule" if partly else "No schedule"

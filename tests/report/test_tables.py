@@ -413,13 +413,28 @@ FULL = (1.0, (9.0, 9.1, 9.2))
         ),
         (
             [FULL, (1.6, (8.0, 8.0, 8.1))],
-            "the closest was D3-DiT, which is predicted to take 1.60× the time (0.63× as fast) and "
-            "is better by 1.067",
+            "the closest was D3-DiT, which is predicted to be slower (1.60× the time) and is "
+            "better by 1.067",
             False,
         ),
         (
             [FULL, (1.6, (9.1, 9.1, 9.1))],
-            "1.60× the time (0.63× as fast) and can't be told apart from it.",
+            "is predicted to be slower (1.60× the time) and can't be told apart from it.",
+            False,
+        ),
+        (  # all as good as the full network: it is the time that is missed
+            [FULL, (1.6, (8.9, 9.1, 9.1)), (1.02, (9.0, 9.05, 9.2))],
+            "the closest was D4-DiT, which is predicted to be slower (1.02× the time) and can't",
+            False,
+        ),
+        (
+            [FULL, (1.001, (9.1, 9.1, 9.1))],
+            "the closest was D3-DiT, which is predicted to take 1.00× the time (1.00× as fast) and",
+            False,
+        ),
+        (
+            [FULL, (1.6, (9.5, 9.6, 9.7)), (1.02, (10.0, 10.1, 10.2))],
+            "the closest was D3-DiT, which is predicted to be slower (1.60× the time) and is worse",
             False,
         ),
         ([FULL], "Only the full network has a score so far.", False),
