@@ -15,7 +15,7 @@ from asesearch.report.explorer import embedded, scripts
 from asesearch.report.folder import MARK, check_folder, environment, write_folder
 from asesearch.report.plots import drawings
 from asesearch.report.style import Drawing
-from asesearch.report.wording import UNKNOWN, headline
+from asesearch.report.wording import UNKNOWN, headline, repeatability
 from asesearch.study.picking import pick, told_difference
 from asesearch.study.records import StudyResults
 
@@ -141,6 +141,7 @@ def render_page(results: StudyResults, shown: list[tuple[Drawing, bytes]]) -> st
             unknown=UNKNOWN,
             level=tables.LEVEL,
             check=_checked(results, answer.chosen),
+            repeatable=repeatability(results),
             finished=max(r.finished_at for r in results.records),
         )
     )

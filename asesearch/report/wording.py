@@ -75,6 +75,25 @@ def plus_minus(value: float, std_error: float) -> str:
     return f"{number(value, std_error)} ± {number(std_error, std_error)}"
 
 
+def repeatability(results: StudyResults) -> str:
+    """What it takes for another search to give the same trials, in a sentence."""
+    if results.most_at_once > 1:
+        return (
+            f"Another search by this study file need not give the same trials: up to "
+            f"{results.most_at_once} workers were at it at once, and what each proposes depends on "
+            "which trials have ended by then."
+        )
+    text = "The same study file, seeds and device give the same trials"
+    if results.cost == "time":
+        text += (
+            " to searches that share the latency table, which each study directory measures once "
+            "and keeps"
+        )
+    if (budget := results.config.get("search", {}).get("budget")) is not None:
+        text += f"; how many fit into the budget of {budget} depends on the time they take"
+    return f"{text}."
+
+
 @dataclass(frozen=True)
 class Headline:
     """The answer.

@@ -288,6 +288,7 @@ class StudyResults:
         importance: of each interval; None where the search had no difficulty map, or is of a
             release that did not keep it.
         unconfirmable: why a trial can't be confirmed, by its number.
+        most_at_once: the most workers that were at it at one time; 0 where it is not on record.
     """
 
     name: str
@@ -301,6 +302,7 @@ class StudyResults:
     warm_up: dict[str, Any] = field(default_factory=dict)
     importance: Importance | None = None
     unconfirmable: Mapping[int, str] = field(default_factory=dict)
+    most_at_once: int = 0
 
     @property
     def complete(self) -> tuple[TrialRecord, ...]:

@@ -33,7 +33,7 @@ from asesearch.study.importance import Importance
 from asesearch.study.opening import Opened, open_to_report, open_to_search
 from asesearch.study.records import RECORD, StudyResults, TrialRecord
 from asesearch.study.storage import storage_errors
-from asesearch.study.workers import Worker
+from asesearch.study.workers import Worker, most_at_once
 
 MAX_NAME_BYTES = 250  # of a folder whose name has a lock of five more bytes
 
@@ -167,6 +167,7 @@ class Study:
                 run_dir / directory.IMPORTANCE, Importance.from_dict, "the report goes without"
             ),
             {number: why for _, stored in confirmed for number, why in stored["failed"].items()},
+            most_at_once(run_dir),
         )
 
     def _warm_up(self) -> dict[str, Any]:

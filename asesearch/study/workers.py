@@ -235,14 +235,19 @@ class Others:
 def worked_s(run_dir: Path) -> float:
     """Seconds in which at least one worker was at work; the time between two runs does not
     count."""
-    files = listed(run_dir / WORKERS, "*.json")
-    states = [s for path in files if (s := _read(path)) is not None]
+    states = _states(run_dir)
     total = max((float(s["earlier_s"]) for s in states), default=0.0)
     until = float("-inf")
     for begun, ended in sorted(pair for s in states for pair in s["times"]):
         total += max(0.0, ended - max(begun, until))
         until = max(until, ended)
     return total
+
+
+def most_at_once(run_dir: Path) -> int:
+    """The most workers that were at work at one time; 0 where none has put it on record."""
+    times = [pair for state in _states(run_dir) for pair in state["times"]]
+    return max((sum(a <= begun < b for a, b in times) for begun, _ in times), default=0)
 
 
 def has_record(run_dir: Path) -> bool:
@@ -256,6 +261,12 @@ def _age_s(path: Path) -> float:
         return shared_time(path.parent) - path.stat().st_mtime
     except OSError:  # it is gone
         return float("inf")
+
+
+def _states(run_dir: Path) -> list[dict[str, Any]]:
+    """What is on record of a study's workers."""
+    files = listed(run_dir / WORKERS, "*.json")
+    return [s for path in files if (s := _read(path)) is not None]
 
 
 def _read(path: Path) -> dict[str, Any] | None:

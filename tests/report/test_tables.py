@@ -12,8 +12,17 @@ from asesearch.errors import EvaluationError, StudyError
 from asesearch.point import Point
 from asesearch.report import evidence, exhibits, opinions, tables
 from asesearch.report.grids import confirmation_grid, cost_grid, retrained_grid, spaces_grid
+from asesearch.report.page import render_page
 from asesearch.report.plots import drawings
-from asesearch.report.wording import headline, number, percent, plus_minus, relative, speed_up
+from asesearch.report.wording import (
+    headline,
+    number,
+    percent,
+    plus_minus,
+    relative,
+    repeatability,
+    speed_up,
+)
 from asesearch.sampler import Sampler
 from asesearch.schedule import ExitSchedule
 from asesearch.score import EvaluationResult, PrecisionRecall
@@ -470,6 +479,23 @@ def test_headline_of_one_repeat_claims_nothing(study):
 def test_headline_speaks_of_measured_time_once_confirmed(study):
     answer = headline(study(24))
     assert "predicted" not in answer.answer and any("fresh seeds" in d for d in answer.details)
+
+
+@pytest.mark.parametrize(
+    ("search", "workers", "words"),
+    [
+        ({"cost": "flops"}, 1, "The same study file, seeds and device give the same trials."),
+        ({"cost": "flops"}, 0, "The same study file, seeds and device give the same trials."),
+        ({}, 1, "give the same trials to searches that share the latency table, which each study "),
+        ({"budget": "2h"}, 1, "keeps; how many fit into the budget of 2h depends on the time they"),
+        ({"cost": "flops"}, 3, "need not give the same trials: up to 3 workers were at it at once"),
+    ],
+)
+def test_the_page_says_what_gives_the_same_trials(study, search, workers, words):
+    made = study(4, confirm=False)
+    config = {**made.config, "search": {**made.config["search"], **search}}
+    found = replace(made, config=config, most_at_once=workers)
+    assert words in repeatability(found) and repeatability(found) in render_page(found, [])
 
 
 def measured(results, times):

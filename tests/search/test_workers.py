@@ -39,7 +39,7 @@ from asesearch.study.interrupts import beating
 from asesearch.study.records import EXPLORATION, EXPLORES, RECORD, select
 from asesearch.study.storage import ask
 from asesearch.study.study import Study
-from asesearch.study.workers import Others, Worker, worked_s
+from asesearch.study.workers import Others, Worker, most_at_once, worked_s
 from tests.processes import Child
 from tests.search.fake_search import OWN, FakeBench, SharedBench, make_config, work
 from tests.search.test_study import ready
@@ -977,11 +977,13 @@ def test_wall_time_is_the_union_of_all_workers_times(tmp_path):
         }
         write_json(tmp_path / "workers" / f"{name}.json", state)
 
-    assert worked_s(tmp_path) == 0.0
+    assert worked_s(tmp_path) == 0.0 == most_at_once(tmp_path)
     worker("a", [[1000, 1060], [2000, 2030]])
     assert worked_s(tmp_path) == 90  # not the time between two runs
+    worker("z", [[1060, 1060]])  # one after the other are not at once
+    assert most_at_once(tmp_path) == 1
     worker("b", [[1030, 1100], [2010, 2020]])
-    assert worked_s(tmp_path) == 130
+    assert worked_s(tmp_path) == 130 and most_at_once(tmp_path) == 2
     worker("c", [[5000, 5001]], earlier_s=7.0)
     worker("d", [[5000, 5001]], earlier_s=7.0)  # begun in the same second
     assert worked_s(tmp_path) == 138
