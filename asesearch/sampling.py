@@ -44,7 +44,8 @@ class SampleResult:
         nfe: network calls per image; guidance makes two of each, where it acts.
         block_calls: transformer blocks an image that really ran, also those that run in every call,
             in the mean over the images, of which each may have its own exits. A block of which a
-            part is reused, or that sees merged tokens, has run.
+            part is reused, or that sees merged tokens, has run (a study's `block_frac` counts what
+            that saves).
         seconds: time spent making all the images, noise included, the device synchronised.
     """
 

@@ -1016,11 +1016,11 @@ def test_sample_reports_the_steps_and_blocks_that_it_runs(place, tmp_path):
             == len(depths)
         )
         assert (
-            said["block_frac"]
-            == plan["block_frac"]
-            == pytest.approx(said["block_calls"] / (3 * said["nfe"]))
+            said["blocks_run_frac"]
+            == plan["blocks_run_frac"]
+            == pytest.approx(said["blocks_run"] / (3 * said["nfe"]))
         )
-        assert said["block_calls"] <= sum(depths) + 2
+        assert said["blocks_run"] <= sum(depths) + 2
 
 
 @pytest.mark.parametrize(

@@ -92,7 +92,7 @@ class BundleImages:
             "sampling": self.how.model_dump(mode="json"),
             "acceleration": self.bundle.acceleration_name or None,
             "num": num,
-            "block_frac": None  # an acceleration may save some, which is seen when it has run
+            "blocks_run_frac": None  # an acceleration may save some, which is seen when it has run
             if self.bundle.acceleration_name
             else self.bundle.schedule.block_frac(calls, net.fixed_blocks),
         }
@@ -104,8 +104,12 @@ class BundleImages:
             self.seeds, self.y, how.num_steps, compile=how.compile, batch_size=how.batch_size
         )
 
-    def block_frac(self, result: SampleResult) -> float:
-        """Block calls that were really made, over the full network's."""
+    def blocks_run_frac(self, result: SampleResult) -> float:
+        """Blocks that really ran, over the full network's in as many steps.
+
+        Not `block_frac` of the study and of bundle.json, which is over the full network's under the
+        study's own sampler, and counts what an acceleration saves of a block.
+        """
         net = self.bundle.backbone
         passes = 1 if self.bundle.sampling.cfg_scale == 1 else 2
         full = passes * len(result.timesteps) * (net.fixed_blocks + net.depth)
@@ -117,8 +121,8 @@ class BundleImages:
             **self.plan,
             "out": str(self.out),
             "nfe": result.nfe,
-            "block_calls": result.block_calls,
-            "block_frac": self.block_frac(result),
+            "blocks_run": result.block_calls,
+            "blocks_run_frac": self.blocks_run_frac(result),
             "seconds": round(result.seconds, 3),
         }
 
