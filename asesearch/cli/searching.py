@@ -292,9 +292,8 @@ def recheck(
     dry_run: DryRun = False,
 ) -> None:
     """Run recorded evaluations again from their recipe; exit 1 if any can't be reproduced."""
-    from asesearch.search import Workbench
-    from asesearch.search.recheck import recheck as check_again
-    from asesearch.search.recheck import to_recheck
+    from asesearch.search import Workbench, to_recheck
+    from asesearch.search import recheck as check_again
     from asesearch.study import Study
 
     study = Study.open(run_dir, storage)

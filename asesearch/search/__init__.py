@@ -1,9 +1,9 @@
 """Doing it: `search` runs a whole study."""
 
-from asesearch.search.again import PointEvaluation
 from asesearch.search.confirmation import confirm
 from asesearch.search.mapping import measure_map
 from asesearch.search.preflight import preflight
+from asesearch.search.reevaluation import PointEvaluation, recheck, to_recheck
 from asesearch.search.runner import run_trials
 from asesearch.search.study_map import StudyMap
 from asesearch.search.whole import SearchRun, search
@@ -17,6 +17,8 @@ __all__ = [
     "confirm",
     "measure_map",
     "preflight",
+    "recheck",
     "run_trials",
     "search",
+    "to_recheck",
 ]
