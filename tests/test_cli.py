@@ -330,7 +330,9 @@ def test_a_point_and_its_bundle_in_another_format(place, tmp_path, format):
     hashes = [{k: v for k, v in h.items() if not k.endswith(free)} for h in hashes]
     assert hashes[0] == hashes[1]
     checks = json.loads(call("verify", made, "--no-speed", "--json")[0])
-    assert [c["name"] for c in checks if c["passed"]] == ["files", "network", "parity"], checks
+    assert [c["name"] for c in checks if c["passed"]] == ["files", "network", "parity", "images"], (
+        checks
+    )
 
 
 @pytest.mark.parametrize(

@@ -167,7 +167,8 @@ def _use(net: Backbone, code: Code) -> None:
 
 
 class _Call:
-    """A block's call by the compiled code.
+    """A block's call by the compiled code, in the precision that it was compiled for: under
+    autocast some layers give tokens of another.
 
     Args:
         code: compiled.
@@ -179,4 +180,5 @@ class _Call:
         self._weights = weights
 
     def __call__(self, *tensors: Tensor) -> Tensor:
-        return self._code(*tensors, self._weights)
+        dtype = self._weights[0].dtype
+        return self._code(*(tensor.to(dtype) for tensor in tensors), self._weights)

@@ -40,7 +40,7 @@ class Check:
     """One thing that was looked at.
 
     Attributes:
-        name: "files", "network", "parity" or "speed".
+        name: "files", "network", "parity", "images" or "speed".
         passed: whether it is as it should be.
         found: what was found, in words.
         numbers: the same as plain data.
@@ -72,8 +72,8 @@ class Opened:
             the outputs on record over the largest of them.
         tolerance: the largest such error that is right.
         run: samples so many images in so many steps as exported, or under another schedule of this
-            network (and then without acceleration); gives the timesteps of its network calls. None
-            where the folder can't run at full depth.
+            network (and then without acceleration); gives the timesteps of its network calls, and
+            refuses images that are not finite. None where the folder can't run at full depth.
         compiled: the first run compiles, which takes longer than what is timed.
         acceleration: of its sampler, which runs in all its steps or not at all; empty for none.
         fixed_blocks: see `Backbone`.
@@ -114,7 +114,9 @@ def _of_bundle(made: bundle.Bundle, recorded: Mapping[str, torch.Tensor]) -> Ope
     def run(schedule: ExitSchedule | None, num_steps: int, num_images: int) -> Sequence[float]:
         plain = replace(made, schedule=schedule or made.schedule, acceleration=None)
         chosen = made if schedule is None else plain
-        return chosen.sample(range(num_images), None, num_steps).timesteps
+        samples = chosen.sample(range(num_images), None, num_steps)
+        _check_finite(samples.images)
+        return samples.timesteps
 
     def errors() -> Mapping[int, float]:
         with compiled(net, made.sampling.compile):
@@ -157,7 +159,7 @@ def _diffusers(folder: Path, data: Mapping[str, Any]) -> Opened:
         applied().schedule = other or schedule
         labels = [i % classes for i in range(num_images)]
         generators = [torch.Generator().manual_seed(i) for i in range(num_images)]
-        pipeline(labels, None, generators, num_steps, "latent")
+        _check_finite(pipeline(labels, None, generators, num_steps, "latent").images)
         return [float(t) for t in pipeline.scheduler.timesteps]
 
     with diffusers_hook.apply_exit_schedule(pipeline, folder) as handle:
@@ -180,7 +182,9 @@ def _onnx(folder: Path, data: Mapping[str, Any]) -> Opened:
 
     def run(schedule: ExitSchedule | None, num_steps: int, num_images: int) -> Sequence[float]:
         chosen = schedule or made.schedule
-        return made.sample(range(num_images), None, num_steps, schedule=chosen).timesteps
+        samples = made.sample(range(num_images), None, num_steps, schedule=chosen)
+        _check_finite(torch.from_numpy(samples.images))
+        return samples.timesteps
 
     net = made.network
     return Opened(
@@ -194,6 +198,20 @@ def _onnx(folder: Path, data: Mapping[str, Any]) -> Opened:
         run=run,
         fixed_blocks=net.fixed_blocks,
     )
+
+
+def _check_finite(images: torch.Tensor) -> None:
+    """Refuse what are no images.
+
+    Raises:
+        CheckpointError: not all of it is finite.
+    """
+    wrong = sum(not image.isfinite().all() for image in images)
+    if wrong:
+        raise CheckpointError(
+            f"all images must be finite; got {wrong} of {len(images)} with NaN or infinite values; "
+            "export it again, or check versions and device"
+        )
 
 
 #: Format of a manifest -> what opens such a folder, whose files are those on record.
@@ -210,7 +228,8 @@ def verify(
     folder: str | os.PathLike[str], *, speed: bool = True, compile: bool | None = None
 ) -> list[Check]:
     """Look at an exported folder: the hashes of its files, its network, its outputs against those
-    on record, and its measured speed on this machine beside what its blocks promise.
+    on record, whether the images that it makes are finite, and its measured speed on this machine
+    beside what its blocks promise.
 
     What fails ends the list, since the rest could not be relied on.
 
@@ -231,9 +250,12 @@ def verify(
         checks.append(Check(name, True, opened.what, {"schedule": str(opened.schedule)}))
         name = "parity"
         checks.append(_parity(opened))
-        name = "speed"
-        if speed and checks[-1].passed and opened.run is not None:
-            checks.append(_speed(opened, opened.run))
+        if checks[-1].passed and opened.run is not None:
+            name = "images"
+            checks.append(_images(opened, opened.run))
+            name = "speed"
+            if speed:
+                checks.append(_speed(opened, opened.run))
     except AseSearchError as error:
         checks.append(Check(name, False, str(error), {}))
     return checks
@@ -272,6 +294,14 @@ def _parity(opened: Opened) -> Check:
     )
     numbers = {"errors": {str(d): e for d, e in errors.items()}, "tolerance": opened.tolerance}
     return Check("parity", passed, found, numbers)
+
+
+def _images(opened: Opened, run: Run) -> Check:
+    """A few steps of a sampling, in its own arithmetic, which the outputs on record are not of."""
+    steps = min(opened.num_steps, FEWEST_STEPS)
+    run(opened.schedule, steps, parity.IMAGES)
+    found = f"{parity.IMAGES} images in {steps} of {opened.num_steps} steps, finite"
+    return Check("images", True, found, {"images": parity.IMAGES, "steps": steps})
 
 
 def _speed(opened: Opened, run: Run) -> Check:

@@ -85,9 +85,26 @@ def test_u_vit(tmp_path):
     assert gap(loaded.sample([1, 2]).images, made.sample([1, 2]).images) < 1e-4
 
 
+@pytest.mark.parametrize("kind", ["dit", "uvit"])
+def test_under_autocast_blocks_compute_in_what_they_were_compiled_for(bundle, tmp_path, kind):
+    """U-ViT's merging of skips hands them bfloat16."""
+    if kind == "uvit":
+        net = randomised(UViT(img_size=8, patch_size=4, embed_dim=16, depth=4, num_heads=2))
+        bundle = bundle_of(net, "uvit", ExitSchedule.from_string("2 1", 2), cfg_scale=1.0)
+    how = bundle.sampling.model_copy(update={"precision": "bf16"})
+    made = replace(bundle, sampling=how)
+    folder = formats.write(made, tmp_path / "made", "aoti")
+    images = load_aoti(folder).sample([1, 2]).images
+    assert 0 < gap(images, made.sample([1, 2]).images) < 0.02
+    assert gap(images, bundle.sample([1, 2]).images) < 0.02
+    assert verify(folder, speed=False)[-1].name == "images"
+
+
 def test_verify_takes_it(folder):
     checks = verify(folder, speed=False)
-    assert [c.name for c in checks if c.passed] == ["files", "network", "parity"], checks[-1]
+    assert [c.name for c in checks if c.passed] == ["files", "network", "parity", "images"], checks[
+        -1
+    ]
     assert "its block compiled" in checks[1].found
 
 

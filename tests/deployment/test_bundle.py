@@ -510,5 +510,5 @@ def test_other_formats_refuse_an_acceleration(cached, tmp_path):
 def test_a_cached_bundle_is_verified_in_all_its_steps(cached, tmp_path, monkeypatch):
     monkeypatch.setattr("asesearch.deployment.verify.SPEED_S", 0.01)
     checks = verify(write_bundle(cached, tmp_path / "cached"))
-    assert [c.name for c in checks] == ["files", "network", "parity", "speed"]
+    assert [c.name for c in checks] == ["files", "network", "parity", "images", "speed"]
     assert "ddim-4+cache-block-0.5" in checks[1].found and checks[-1].numbers["steps"] == 4

@@ -373,7 +373,7 @@ def test_an_exported_pipeline_samples_as_its_bundle(tmp_path, solver):
 def test_an_exported_pipeline_is_verified_with_both(tmp_path):
     folder = formats.write(own_bundle(), tmp_path / "made", "diffusers")
     checks = verify(folder)
-    assert [c.name for c in checks] == ["files", "network", "parity", "speed"], checks[-1]
+    assert [c.name for c in checks] == ["files", "network", "parity", "images", "speed"], checks[-1]
     assert checks[2].passed and set(checks[2].numbers["errors"]) == {"1", "2", "4"}
     own = load_file(folder / EXITS_FILE)
     assert "transformer_blocks.0.attn1.to_q.weight" in own

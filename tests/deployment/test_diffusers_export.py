@@ -12,6 +12,7 @@ from asesearch.config import DiffusionConfig, SamplingConfig
 from asesearch.deployment import formats
 from asesearch.deployment.bundle import Bundle
 from asesearch.deployment.diffusers_hook import apply_exit_schedule
+from asesearch.deployment.diffusers_pipeline import ExportedDiTPipeline
 from asesearch.deployment.manifest import file_entries
 from asesearch.deployment.verify import verify
 from asesearch.errors import CheckpointError, ConfigError, DataError
@@ -251,8 +252,17 @@ def test_wrong_labels_are_refused(tmp_path):
 def test_verify_takes_it(tmp_path):
     folder = formats.write(made_bundle(), tmp_path / "made", "diffusers")
     checks = verify(folder, speed=False)
-    assert [c.name for c in checks if c.passed] == ["files", "network", "parity"], checks[-1]
+    assert [c.name for c in checks if c.passed] == ["files", "network", "parity", "images"], checks[
+        -1
+    ]
     assert "diffusers pipeline" in checks[1].found
+
+
+def test_verify_refuses_images_that_are_not_finite(tmp_path, monkeypatch):
+    folder = formats.write(made_bundle(), tmp_path / "made", "diffusers")
+    monkeypatch.setattr(ExportedDiTPipeline, "_output", lambda self, x, _: x / 0 * 0)
+    last = verify(folder, speed=False)[-1]
+    assert (last.name, last.passed) == ("images", False) and "got 2 of 2 with NaN" in last.found
 
 
 def test_what_is_no_pipeline_of_ours_is_refused(tmp_path):

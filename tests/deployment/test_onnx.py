@@ -17,7 +17,7 @@ from asesearch.config import DiffusionConfig, SamplingConfig
 from asesearch.deployment import formats, onnx_export
 from asesearch.deployment.bundle import Bundle
 from asesearch.deployment.manifest import file_entries
-from asesearch.deployment.onnx_runtime import FILES, GRAPH, WEIGHTS, load_onnx
+from asesearch.deployment.onnx_runtime import FILES, GRAPH, WEIGHTS, OnnxBundle, load_onnx
 from asesearch.deployment.reading import load_bundle
 from asesearch.deployment.torch_noise import image_noise
 from asesearch.deployment.verify import verify
@@ -99,7 +99,7 @@ def test_early_exits_with_weights_of_their_own(tmp_path, kind):
     assert gap(loaded.sample([5, 2]).images, one) > 1e-4  # the calls at full depth are not its
     stored = (tmp_path / "made" / WEIGHTS).stat().st_size / 4
     assert stored < 1.1 * sum(p.numel() for p in net.parameters())
-    assert all(check.passed for check in verify(tmp_path / "made")[:3])
+    assert all(check.passed for check in verify(tmp_path / "made")[:4])
 
 
 def test_another_schedule_gives_other_images(bundle, folder):
@@ -196,8 +196,14 @@ def test_it_samples_where_there_is_no_torch(bundle, folder, tmp_path):
 
 def test_verify_takes_it(folder):
     checks = verify(folder, speed=False)
-    assert [c.name for c in checks if c.passed] == ["files", "network", "parity"]
+    assert [c.name for c in checks if c.passed] == ["files", "network", "parity", "images"]
     assert "onnxruntime" in checks[1].found
+
+
+def test_verify_refuses_images_that_are_not_finite(folder, monkeypatch):
+    monkeypatch.setattr(OnnxBundle, "_model", lambda self, *_: lambda x, t: np.nan * x)
+    last = verify(folder, speed=False)[-1]
+    assert (last.name, last.passed) == ("images", False) and "got 2 of 2 with NaN" in last.found
 
 
 # -- what is refused -------------------------------------------------------------------------------

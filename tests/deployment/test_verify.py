@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -44,12 +45,13 @@ def resealed(folder):
 def test_a_whole_bundle_passes(folder, monkeypatch):
     monkeypatch.setattr(module, "SPEED_S", 0.5)
     checks = asesearch.verify(str(folder))
-    assert [c.name for c in checks] == ["files", "network", "parity", "speed"]
-    assert all(c.passed for c in checks[:3])
+    assert [c.name for c in checks] == ["files", "network", "parity", "images", "speed"]
+    assert all(c.passed for c in checks[:4])
     assert "DiT of 4 blocks" in checks[1].found and str(SCHEDULE) in checks[1].found
     assert set(checks[2].numbers["errors"]) == {"1", "2", "4"}
     assert max(checks[2].numbers["errors"].values()) < 1e-5
-    assert 0 < checks[3].numbers["block_frac"] < 1 and checks[3].numbers["images"] <= 5
+    assert 0 < checks[4].numbers["block_frac"] < 1 and checks[4].numbers["images"] <= 5
+    assert checks[3].found == "2 images in 2 of 4 steps, finite"
 
 
 def test_what_fits_the_memory_is_timed(folder, monkeypatch):
@@ -64,7 +66,7 @@ def test_what_fits_the_memory_is_timed(folder, monkeypatch):
 
     monkeypatch.setattr(Bundle, "sample", on_a_small_machine)
     checks = verify(folder)
-    assert max(sizes) == 4 and checks[3].name == "speed" and checks[3].numbers["images"] == 1
+    assert max(sizes) == 4 and checks[4].name == "speed" and checks[4].numbers["images"] == 1
 
 
 def test_damage_fails_files_and_ends_there(folder):
@@ -89,6 +91,16 @@ def test_another_network_fails_network_or_parity(folder):
     save_file({k: v for k, v in whole.items() if k != "out.2"}, path)
     resealed(folder)
     assert [(c.name, c.passed) for c in verify(folder)][1:] == [("network", False)]
+
+
+@pytest.mark.parametrize("speed", [False, True])
+def test_images_that_are_not_finite_fail(folder, monkeypatch, speed):
+    """Outputs on record are float32's, and a network may compute otherwise in its sampling."""
+    nothing = SimpleNamespace(images=torch.full((2, 1, 8, 8), torch.nan))
+    monkeypatch.setattr(Bundle, "sample", lambda *_: nothing)
+    last = verify(folder, speed=speed)[-1]
+    assert (last.name, last.passed) == ("images", False)
+    assert "must be finite; got 2 of 2 with NaN" in last.found
 
 
 def test_a_bundle_of_compiled_blocks_is_verified_as_such(tiny_dit, tmp_path, only_traced):
@@ -163,7 +175,7 @@ def test_a_u_vit_is_promised_no_saving_of_blocks_that_always_run(form, tmp_path,
     made = Bundle(net.eval(), schedule, "uvit", DiffusionConfig(), how, {}, {})
     folder = formats.write(made, tmp_path / "made", form)
     monkeypatch.setattr(module, "SPEED_S", 0.5)
-    assert verify(folder)[3].numbers["block_frac"] == pytest.approx(4 / 5)
+    assert verify(folder)[4].numbers["block_frac"] == pytest.approx(4 / 5)
 
 
 @pytest.mark.parametrize(("jitter", "passed"), [(0.0, False), (0.3, True)])
@@ -205,6 +217,7 @@ def test_the_command_prints_a_table_or_json_and_exits(folder):
         ["files", "ok"],
         ["network", "ok"],
         ["parity", "ok"],
+        ["images", "ok"],
     ]
     (folder / "parity.safetensors").unlink()
     failed = run(app, ["verify", str(folder), "--json"])
