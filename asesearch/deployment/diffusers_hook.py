@@ -169,7 +169,9 @@ class ScheduleHandle:
         scale = self._exits.time_scale
         if scale != 1:
             eps = torch.finfo(given.dtype).eps if given.is_floating_point() else 0.0
-            t = _snapped(t * scale, self.schedule.boundaries, eps)
+            now = _current_timestep(getattr(self._pipeline(), "scheduler", None), t * scale)
+            handed = np.abs(t * scale - now) <= 2 * eps * now  # rounded, divided, rounded; not NaN
+            t = np.where(handed, now, _snapped(t * scale, self.schedule.boundaries, eps))
         end = self.schedule.num_train_timesteps
         # rectified flow begins at t = num_train_timesteps itself, SanaSprint 4e-6 of it above: that
         # is the noisiest interval
@@ -324,6 +326,26 @@ def _schedule_in(folder: Path, data: dict[str, Any]) -> ExitSchedule:
             f"{folder / MANIFEST} must hold an exit schedule; got none that can be read "
             f"({reason}); export it again"
         ) from error
+
+
+def _current_timestep(scheduler: Any, t: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    """The timestep that a scheduler's next step begins at, for each entry of t; the nearest of its
+    timesteps before the first step, where nobody told it which of them that is; NaN where no
+    sampling is under way.
+
+    bfloat16 has a number of every four near 900, so what is handed over in it tells neither which
+    of the scheduler's timesteps it was nor on which side of a boundary.
+    """
+    none = np.full_like(t, np.nan)
+    if getattr(scheduler, "num_inference_steps", None) is None:
+        return none
+    timesteps = scheduler.timesteps.detach().cpu().double().numpy()
+    index = getattr(scheduler, "step_index", None)
+    if index is None:
+        index = getattr(scheduler, "begin_index", None)
+    if index is None:
+        return timesteps[np.abs(timesteps - t[:, None]).argmin(1)] if len(timesteps) else none
+    return np.full_like(t, timesteps[index]) if index < len(timesteps) else none
 
 
 def _snapped(
