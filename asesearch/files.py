@@ -15,7 +15,7 @@ import sys
 import tempfile
 import time
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -49,7 +49,7 @@ def replacing(path: str | os.PathLike[str], *, shared: bool = False) -> Iterator
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         if shared:
-            remove_stale(path.parent, f"{glob.escape(path.name)}.{'[0-9a-f]' * 8}.part")
+            remove_stale(path.parent.glob(f"{glob.escape(path.name)}.{'[0-9a-f]' * 8}.part"))
         yield part
         follow_umask([part])
         _to_disk(part, os.O_RDWR)
@@ -95,12 +95,12 @@ def shared_time(folder: Path) -> float:
         return time.time()
 
 
-def remove_stale(folder: Path, pattern: str) -> None:
-    """Remove files and folders of this pattern that have not changed for a day: killed processes
+def remove_stale(paths: Iterable[Path]) -> None:
+    """Remove those of these files and folders that have not changed for a day: killed processes
     left them, for living ones write all the time."""
-    for path in folder.glob(pattern):
+    for path in paths:
         with suppress(OSError):
-            if shared_time(folder) - path.stat().st_mtime < STALE_S:
+            if shared_time(path.parent) - path.stat().st_mtime < STALE_S:
                 continue
             if path.is_dir():
                 shutil.rmtree(path)

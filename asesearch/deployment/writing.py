@@ -5,6 +5,7 @@ from __future__ import annotations
 import glob
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -55,8 +56,7 @@ def whole_folder(folder: Path, *, overwrite: bool = False) -> Iterator[Path]:
     check_bundle_dir(folder, overwrite=overwrite)
     part = folder.with_name(f"{folder.name}.{os.getpid()}{PART}")
     try:
-        for kind in (PART, OLD):
-            remove_stale(folder.parent, f"{glob.escape(folder.name)}.[0-9]*[0-9]{kind}")
+        remove_stale([*_left(folder, PART), *_left(folder, OLD)])
         part.mkdir(parents=True)
         yield part
         for place in (part, *(p for p in part.rglob("*") if p.is_dir())):
@@ -88,9 +88,16 @@ def _take_place(part: Path, folder: Path) -> None:
     os.replace(old, part)  # to be removed
 
 
+def _left(folder: Path, kind: str) -> list[Path]:
+    """What processes left of a bundle: its name, digits, and `kind`."""
+    name = re.compile(rf"{re.escape(folder.name)}\.[0-9]+{re.escape(kind)}")
+    found = folder.parent.glob(f"{glob.escape(folder.name)}.*{kind}")
+    return sorted(path for path in found if name.fullmatch(path.name))
+
+
 def _put_back(folder: Path) -> None:
     """Give a bundle its name again that a killed process had set aside to overwrite it."""
-    for old in folder.parent.glob(f"{glob.escape(folder.name)}.[0-9]*[0-9]{OLD}"):
+    for old in _left(folder, OLD):
         if not os.path.lexists(folder):
             os.replace(old, folder)
 

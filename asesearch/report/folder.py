@@ -74,7 +74,7 @@ def write_folder(out_dir: Path, what: str, write: Callable[[Path], None]) -> Pat
     given, out_dir = out_dir, _named(out_dir, what)
     try:
         out_dir.parent.mkdir(parents=True, exist_ok=True)
-        remove_stale(out_dir.parent, f".{glob.escape(out_dir.name)}.{'?' * 8}.part")
+        remove_stale(out_dir.parent.glob(f".{glob.escape(out_dir.name)}.{'?' * 8}.part"))
         with tempfile.TemporaryDirectory(
             prefix=f".{out_dir.name}.", suffix=".part", dir=out_dir.parent
         ) as temporary:

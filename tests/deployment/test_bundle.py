@@ -27,7 +27,7 @@ from asesearch.deployment.diffusers_hook import apply_exit_schedule
 from asesearch.deployment.images import BundleImages
 from asesearch.deployment.reading import load_bundle
 from asesearch.deployment.verify import verify
-from asesearch.deployment.writing import PART, check_bundle_dir, write_bundle
+from asesearch.deployment.writing import OLD, PART, check_bundle_dir, write_bundle
 from asesearch.diffusion import Diffusion
 from asesearch.errors import CheckpointError, ConfigError, ScheduleError
 from asesearch.sampling import sample
@@ -326,6 +326,25 @@ def test_a_process_that_dies_while_it_overwrites_loses_no_bundle(bundle, folder)
     assert load_bundle(write_bundle(again, folder, overwrite=True)).provenance == {"new": 1}
     left = [path for path in folder.parent.iterdir() if path != folder]
     assert [path.name.endswith(PART) for path in left] == [True]  # removed after a day
+
+
+def test_what_was_left_of_another_name_is_left_alone(bundle, tmp_path):
+    """v1.2.12345.old.part is v1.2's, and not v1's."""
+    write_bundle(bundle, tmp_path / "v1.2")
+    others = [tmp_path / f"v1.2.12345{kind}" for kind in (OLD, PART)]
+    own = [tmp_path / f"v1.{pid}{kind}" for pid in (7, 123) for kind in (OLD, PART)]
+    (tmp_path / "v1.2").rename(others[0])
+    others[1].mkdir()
+    write_bundle(bundle, tmp_path / "v1")
+    for path in own:
+        path.mkdir()
+    for path in (*others, *own):
+        os.utime(path, (0, 0))
+    write_bundle(bundle, tmp_path / "v1", overwrite=True)
+    assert all(path.is_dir() for path in others) and not any(path.exists() for path in own)
+    with pytest.raises(CheckpointError, match="exists already"):
+        check_bundle_dir(tmp_path / "v1.2")
+    assert load_bundle(tmp_path / "v1.2").schedule == bundle.schedule and not others[0].exists()
 
 
 def test_a_path_that_is_not_utf_8_is_refused_before_any_work(bundle, folder):
