@@ -14,6 +14,7 @@ import os
 import platform
 import warnings
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +58,7 @@ def write_aoti(bundle: Bundle, folder: Path, *, overwrite: bool = False) -> Path
         ScheduleError: the schedule does not fit the network.
     """
     folder = Path(folder)
+    bundle = _without_torch_compile(bundle)
     check_schedule(bundle.backbone, bundle.diffusion.num_train_timesteps, bundle.schedule)
     net = bundle.backbone.cpu()
     parts = cut(weight_sets(net)[0])
@@ -156,7 +158,13 @@ def open_aoti(folder: Path, data: Mapping[str, Any]) -> tuple[Bundle, dict[str, 
             "it again"
         ) from error
     _use(bundle.backbone, code)
-    return bundle, parity
+    return _without_torch_compile(bundle), parity
+
+
+def _without_torch_compile(bundle: Bundle) -> Bundle:
+    """Whose sampling leaves the blocks as they are, for what `torch.compile` makes of them would
+    run in place of the package. Folders of earlier releases may say otherwise."""
+    return replace(bundle, sampling=bundle.sampling.model_copy(update={"compile": False}))
 
 
 def _use(net: Backbone, code: Code) -> None:

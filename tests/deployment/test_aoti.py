@@ -100,6 +100,24 @@ def test_under_autocast_blocks_compute_in_what_they_were_compiled_for(bundle, tm
     assert verify(folder, speed=False)[-1].name == "images"
 
 
+def test_a_bundle_of_compiled_blocks_runs_the_package(bundle, tmp_path, monkeypatch, only_traced):
+    how = bundle.sampling.model_copy(update={"compile": True})
+    folder = formats.write(replace(bundle, sampling=how), tmp_path / "made", "aoti")
+    path = folder / "bundle.json"
+    data = json.loads(path.read_text())
+    assert data["sampling"]["compile"] is False
+    data["sampling"]["compile"] = True  # as earlier releases wrote it
+    path.write_text(json.dumps(data))
+    calls = []
+    call = aoti._Call.__call__
+    monkeypatch.setattr(aoti._Call, "__call__", lambda *a: calls.append(1) or call(*a))
+    loaded = load_aoti(folder, check_parity=False)
+    made = loaded.sample([5, 2])
+    assert 2 * len(calls) == made.block_calls  # guidance is one call of two halves
+    assert gap(made.images, bundle.sample([5, 2]).images) < 1e-4
+    assert only_traced() == 0 and "compiled blocks" not in verify(folder)[1].found
+
+
 def test_verify_takes_it(folder):
     checks = verify(folder, speed=False)
     assert [c.name for c in checks if c.passed] == ["files", "network", "parity", "images"], checks[
