@@ -80,7 +80,7 @@ class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
-Section = TypeVar("Section", bound=_Section)
+Section = TypeVar("Section", bound=BaseModel)
 
 
 class LossWeight(_Section):

@@ -30,8 +30,10 @@ from asesearch.deployment.diffusers_pipeline import (
 )
 from asesearch.deployment.images import decoder_of
 from asesearch.deployment.manifest import MANIFEST, check_format
+from asesearch.deployment.recorded import check_tensors
 from asesearch.deployment.writing import whole_folder, write_manifest
 from asesearch.errors import CheckpointError, ConfigError
+from asesearch.schedule import ExitSchedule
 
 PARITY = "parity.safetensors"
 INDEX = "model_index.json"
@@ -158,11 +160,13 @@ def open_diffusers(folder: Path, data: Mapping[str, Any]) -> Any:
         ) from error
 
 
-def parity_errors(pipeline: Any, folder: Path, data: Mapping[str, Any]) -> dict[int, float]:
+def parity_errors(
+    pipeline: Any, folder: Path, data: Mapping[str, Any], schedule: ExitSchedule
+) -> dict[int, float]:
     """Exit depth -> the largest difference from the outputs on record over the largest of them.
 
     Raises:
-        CheckpointError: no parity file that can be read.
+        CheckpointError: no parity file that can be read, or one of another network or schedule.
     """
     try:
         recorded = load_file(folder / PARITY)
@@ -174,6 +178,7 @@ def parity_errors(pipeline: Any, folder: Path, data: Mapping[str, Any]) -> dict[
     second.load_state_dict(own, strict=False)
     net = DiffusersBackbone(pipeline.transformer)
     try:
+        check_tensors(folder / PARITY, recorded, net, schedule, schedule.num_train_timesteps)
         both = ExitWeights(net, DiffusersBackbone(second)) if own else net
         return parity.parity_errors(both, recorded)
     finally:

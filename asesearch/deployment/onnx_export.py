@@ -12,7 +12,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterable, Sequence
 from contextlib import closing
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -150,7 +150,7 @@ def write_onnx(bundle: Bundle, folder: Path, *, overwrite: bool = False) -> Path
             "format": FORMAT,
             "version": VERSION,
             "opset": OPSET,
-            "network": asdict(network_of(net)),
+            "network": network_of(net).model_dump(),
         }
         write_manifest(part, own, bundle, FILES)
     return folder

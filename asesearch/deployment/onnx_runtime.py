@@ -19,15 +19,18 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
+from pydantic import BaseModel, Field
 from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
 from asesearch.config import DiffusionConfig, SamplingConfig, parse_section
 from asesearch.deployment.manifest import check_files, check_format, check_names, read_manifest
+from asesearch.deployment.recorded import OUTPUT as RECORDED
+from asesearch.deployment.recorded import check_tensors
 from asesearch.deployment.torch_noise import image_noise
 from asesearch.errors import AseSearchError, CheckpointError, ConfigError
 from asesearch.schedule import ExitSchedule
@@ -43,25 +46,29 @@ EXIT_DEPTH = "exit_depth"
 OUTPUT = "output"
 TOLERANCE = 1e-3  # of the largest output
 
+_Count = Annotated[int, Field(ge=0, lt=2**40)]
+_Size = Annotated[int, Field(ge=1, lt=2**40)]
 Floats = npt.NDArray[np.float32]
 Labels = npt.NDArray[np.int64]
 
 
-@dataclass(frozen=True)
-class Network:
+class Network(BaseModel):
     """What a sampler must know of the network in a graph; see `Backbone` for the words."""
 
+    model_config = SamplingConfig.model_config  # as strictly typed
+
     name: str
-    parameters: int
-    depth: int
-    min_exit_depth: int
-    in_channels: int
-    input_size: int
-    num_classes: int
+    parameters: _Size
+    depth: _Size
+    min_exit_depth: _Count
+    in_channels: _Size
+    input_size: _Size
+    num_classes: _Count
     has_null_label: bool
-    guided_channels: int
+    guided_channels: _Size
     learn_sigma: bool
-    fixed_blocks: int = 0  # graphs of earlier releases do not tell
+    fixed_blocks: _Count = 0  # graphs of earlier releases do not tell
+    takes_prompt: ClassVar[bool] = False
 
 
 @dataclass(frozen=True)
@@ -245,8 +252,8 @@ class OnnxBundle:
         them."""
         errors = {}
         for name, want in self.parity.items():
-            if name.startswith("out."):
-                depth = int(name.removeprefix("out."))
+            if name.startswith(RECORDED):
+                depth = int(name.removeprefix(RECORDED))
                 t = self.parity["t"].astype(self._time_type)
                 made = self.run(self.parity["x_t"], t, self.parity.get("y"), depth)
                 errors[depth] = float(np.abs(made - want).max() / max(np.abs(want).max(), 1e-6))
@@ -323,7 +330,7 @@ def open_onnx(
     try:
         bundle = OnnxBundle(
             session=None,
-            network=Network(**data["network"]),
+            network=parse_section(Network, data["network"], "network"),
             schedule=ExitSchedule.from_dict(data["schedule"]),
             diffusion=parse_section(DiffusionConfig, data["diffusion"], "diffusion"),
             sampling=parse_section(SamplingConfig, data["sampling"], "sampling"),
@@ -334,14 +341,33 @@ def open_onnx(
         )
         find_solver(bundle.sampling.solver, make_levels(bundle.diffusion))
         bundle._check([0], bundle.schedule)
+        _check_network(bundle.network, bundle.sampling)
+        steps = bundle.diffusion.num_train_timesteps
     except (AseSearchError, KeyError, TypeError, ValueError, SafetensorError) as error:
         reason = " ".join(str(error).split())[:300]
         raise CheckpointError(
             f"{folder} holds an ONNX export that does not fit together: {reason}; export it again"
         ) from error
+    check_tensors(folder / PARITY, bundle.parity, bundle.network, bundle.schedule, steps)
     session = _session(folder / GRAPH, threads, providers)
     _check_inputs(folder / GRAPH, session, bundle)
     return OnnxBundle(**{**vars(bundle), "session": session})
+
+
+def _check_network(net: Network, how: SamplingConfig) -> None:
+    """Refuse numbers that no network has together, and guidance of one that can't be guided.
+
+    Raises:
+        ConfigError: naming what does not fit.
+    """
+    for name, top in (("min_exit_depth", "depth"), ("guided_channels", "in_channels")):
+        if getattr(net, name) > getattr(net, top):
+            raise ConfigError(
+                f"network: {name} should be at most {top}, {getattr(net, top)} "
+                f"(got {getattr(net, name)})"
+            )
+    if how.cfg_scale != 1.0 and not net.has_null_label:
+        raise ConfigError(f"network: cfg_scale {how.cfg_scale} needs a null label (got none)")
 
 
 def _session(graph: Path, threads: int | None, providers: Sequence[str]) -> Any:

@@ -9,19 +9,16 @@ the schedule uses.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from asesearch.backbones.base import Backbone
 from asesearch.backbones.device import tf32
+from asesearch.deployment.recorded import OUTPUT, PROMPT, parity_count, prompts_of
 from asesearch.errors import CheckpointError
 from asesearch.schedule import ExitSchedule
 
-IMAGES = 2  # or one a prompt
-PROMPT = "y."  # begins the names of the prompts' tensors
-OUTPUT = "out."  # begins those of the outputs, the exit depth behind it
 TOLERANCE = 2e-3  # of the largest output; float32 on another processor stays far below
 
 
@@ -40,16 +37,6 @@ def make_parity(
     if net.num_classes:
         tensors["y"] = torch.arange(count) % net.num_classes
     return tensors | _outputs(net, tensors, sorted(set(schedule.exit_depths)))
-
-
-def parity_count(prompts: Mapping[str, Tensor] | None) -> int:
-    """Images in the file."""
-    return len(next(iter(prompts.values()))) if prompts else IMAGES
-
-
-def prompts_of(parity: Mapping[str, Tensor]) -> dict[str, Tensor] | None:
-    """The prompts among the tensors of the file."""
-    return {k.removeprefix(PROMPT): v for k, v in parity.items() if k.startswith(PROMPT)} or None
 
 
 @torch.no_grad()
@@ -76,53 +63,6 @@ def parity_errors(net: Backbone, parity: Mapping[str, Tensor]) -> dict[int, floa
         )
         for depth, want in expected.items()
     }
-
-
-def check_tensors(
-    path: Path,
-    parity: Mapping[str, Tensor],
-    net: Backbone,
-    schedule: ExitSchedule,
-    num_train_timesteps: int,
-) -> None:
-    """Refuse a file at `path` whose tensors are not those of the network and its schedule.
-
-    Raises:
-        CheckpointError: names, shapes or types that do not fit, or values out of range.
-    """
-    prompts = prompts_of(parity) if net.takes_prompt else None
-    inputs = {"x_t", "t", *(("y",) if net.num_classes else ())}
-    inputs |= {f"{PROMPT}{k}" for k in prompts or {}}
-    wanted = inputs | {f"{OUTPUT}{d}" for d in schedule.exit_depths}
-    if wanted != parity.keys() or (net.takes_prompt and prompts is None):
-        odd = sorted(wanted ^ parity.keys())
-        raise CheckpointError(
-            f"{path} must hold inputs, and outputs at the exit depths of the schedule, "
-            f"{', '.join(sorted(wanted))}; missing or unknown: {', '.join(odd)[:80]}; export it "
-            "again"
-        )
-    count = parity_count(prompts)
-    image = (count, net.in_channels, net.input_size, net.input_size)
-    out = (count, net.in_channels * (2 if net.learn_sigma else 1), *image[2:])
-    shapes = {"x_t": image, "t": (count,), "y": (count,)}
-    for name, value in parity.items():
-        whole = name in ("t", "y")
-        shape = shapes.get(name, (count, *value.shape[1:]) if name in inputs else out)
-        kind = torch.int64 if whole else torch.float32
-        if value.shape != shape or (value.dtype != kind and not name.startswith(PROMPT)):
-            raise CheckpointError(
-                f"{name} in {path} must be {_type(kind)} {tuple(shape)}; got "
-                f"{_type(value.dtype)} {tuple(value.shape)}; export it again"
-            )
-        top = {"t": num_train_timesteps, "y": net.num_classes}.get(name)
-        if top is not None and not 0 <= int(value.min()) <= int(value.max()) < top:
-            raise CheckpointError(
-                f"{name} in {path} must lie in 0…{top - 1}; got {value.tolist()}; export it again"
-            )
-
-
-def _type(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 def refuse_errors(errors: Mapping[int, float], folder: object) -> None:

@@ -34,7 +34,8 @@ from asesearch.deployment.manifest import (
     check_names,
     read_manifest,
 )
-from asesearch.deployment.parity import check_tensors, parity_errors, prompts_of, refuse_errors
+from asesearch.deployment.parity import parity_errors, refuse_errors
+from asesearch.deployment.recorded import check_tensors, prompts_of
 from asesearch.diffusion import make_diffusion
 from asesearch.errors import CheckpointError, ConfigError, ScheduleError
 from asesearch.files import loads

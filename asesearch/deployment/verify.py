@@ -23,6 +23,7 @@ from asesearch.config import SamplingConfig, parse_section
 from asesearch.deployment import bundle, onnx_runtime, parity
 from asesearch.deployment.manifest import check_files, check_format, check_names, read_manifest
 from asesearch.deployment.reading import open_bundle
+from asesearch.deployment.recorded import IMAGES
 from asesearch.errors import AseSearchError, CheckpointError, ConfigError, is_out_of_memory
 from asesearch.evaluation.clock import compare_sampling_time
 from asesearch.sampling import check_eager
@@ -170,7 +171,7 @@ def _diffusers(folder: Path, data: Mapping[str, Any]) -> Opened:
         schedule=schedule,
         num_steps=how.num_steps,
         batch_size=how.batch_size,
-        errors=lambda: diffusers_export.parity_errors(pipeline, folder, data),
+        errors=lambda: diffusers_export.parity_errors(pipeline, folder, data, schedule),
         tolerance=diffusers_export.TOLERANCE,
         run=run,
     )
@@ -299,9 +300,9 @@ def _parity(opened: Opened) -> Check:
 def _images(opened: Opened, run: Run) -> Check:
     """A few steps of a sampling, in its own arithmetic, which the outputs on record are not of."""
     steps = min(opened.num_steps, FEWEST_STEPS)
-    run(opened.schedule, steps, parity.IMAGES)
-    found = f"{parity.IMAGES} images in {steps} of {opened.num_steps} steps, finite"
-    return Check("images", True, found, {"images": parity.IMAGES, "steps": steps})
+    run(opened.schedule, steps, IMAGES)
+    found = f"{IMAGES} images in {steps} of {opened.num_steps} steps, finite"
+    return Check("images", True, found, {"images": IMAGES, "steps": steps})
 
 
 def _speed(opened: Opened, run: Run) -> Check:

@@ -19,7 +19,8 @@ from asesearch.backbones.base import check_schedule
 from asesearch.backbones.saving import save_backbone
 from asesearch.deployment.bundle import FILES, FORMAT, VERSION, Bundle
 from asesearch.deployment.manifest import MANIFEST, file_entries
-from asesearch.deployment.parity import make_parity, parity_count
+from asesearch.deployment.parity import make_parity
+from asesearch.deployment.recorded import parity_count
 from asesearch.errors import CheckpointError
 from asesearch.files import check_utf8, check_writable, follow_umask, remove_stale
 

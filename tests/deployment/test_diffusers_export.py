@@ -258,6 +258,17 @@ def test_verify_takes_it(tmp_path):
     assert "diffusers pipeline" in checks[1].found
 
 
+def test_verify_misses_outputs_that_are_not_on_record(tmp_path):
+    folder = formats.write(made_bundle(), tmp_path / "made", "diffusers")
+    path = folder / "bundle.json"
+    data = json.loads(path.read_text())
+    other = ExitSchedule.from_string("4 3 3 3", DEPTH).to_dict()
+    path.write_text(json.dumps(data | {"schedule": other}))
+    last = verify(folder, speed=False)[-1]
+    assert (last.name, last.passed) == ("parity", False)
+    assert "missing or unknown: out.1, out.2, out.3; export it again" in last.found
+
+
 def test_verify_refuses_images_that_are_not_finite(tmp_path, monkeypatch):
     folder = formats.write(made_bundle(), tmp_path / "made", "diffusers")
     monkeypatch.setattr(ExportedDiTPipeline, "_output", lambda self, x, _: x / 0 * 0)

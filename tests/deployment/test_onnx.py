@@ -10,6 +10,7 @@ import onnx
 import pytest
 import torch
 from onnx import numpy_helper
+from safetensors.numpy import load_file, save_file
 
 from asesearch.backbones import DiT, UViT
 from asesearch.backbones.exit_weights import ExitWeights
@@ -312,13 +313,55 @@ def test_missing_and_damaged_files_are_refused(copy):
         ({"version": 2}, "bundle version 2; this release reads 1"),
         ({"schedule": ExitSchedule.full(5).to_dict()}, "must be for 4 blocks"),
         ({"sampling": {"solver": "euler-maruyama"}}, "is for a vp-sde process"),
-        ({"network": {}}, "does not fit together"),
+        ({"network": {}}, "does not fit together: network: name is missing"),
+        ({"network": []}, "does not fit together: network: "),
+        (
+            {"schedule": ExitSchedule.from_string("4 4 3 3", DEPTH).to_dict()},
+            r"missing or unknown: out.1, out.2, out.3; export",
+        ),
     ],
 )
 def test_a_forged_manifest_is_refused(copy, changes, message):
     signed(copy, **changes)
     with pytest.raises(CheckpointError, match=message):
         load_onnx(copy)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"min_exit_depth": None}, "min_exit_depth: Input should be a valid integer"),
+        ({"min_exit_depth": [1]}, "min_exit_depth: Input should be a valid integer"),
+        ({"min_exit_depth": 5}, "min_exit_depth should be at most depth, 4"),
+        ({"num_classes": "3"}, "num_classes: Input should be a valid integer"),
+        ({"num_classes": 10**30}, "num_classes: Input should be less than"),
+        ({"num_classes": -1}, "num_classes: Input should be greater than or equal to 0"),
+        ({"guided_channels": 1.5}, "guided_channels: Input should be a valid integer"),
+        ({"guided_channels": 2}, "guided_channels should be at most in_channels, 1"),
+        ({"fixed_blocks": None}, "fixed_blocks: Input should be a valid integer"),
+        ({"in_channels": True}, "in_channels: Input should be a valid integer"),
+        ({"depth": 0}, "depth: Input should be greater than or equal to 1"),
+        ({"has_null_label": False}, "needs a null label"),
+        ({"colour": 1}, "unknown key colour"),
+    ],
+)
+def test_a_network_on_record_that_is_none_is_refused(copy, changes, message):
+    network = json.loads((copy / "bundle.json").read_text())["network"]
+    signed(copy, network=network | changes)
+    with pytest.raises(CheckpointError, match=message) as error:
+        load_onnx(copy)
+    assert "\n" not in str(error.value)
+
+
+def test_outputs_that_are_not_on_record_are_missed(copy):
+    tensors = load_file(copy / "parity.safetensors")
+    kept = {k: v for k, v in tensors.items() if not k.startswith("out.")}
+    save_file(kept, copy / "parity.safetensors")
+    signed(copy)
+    with pytest.raises(CheckpointError, match=r"missing or unknown: out.1, out.2, out.4; export"):
+        load_onnx(copy)
+    last = verify(copy, speed=False)[-1]
+    assert (last.name, last.passed) == ("network", False) and "outputs at the exit" in last.found
 
 
 def test_neither_format_is_taken_for_the_other(bundle, folder, tmp_path):
