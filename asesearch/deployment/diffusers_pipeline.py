@@ -37,6 +37,7 @@ SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 #: Precisions that the fixed positions of exported weights may have been rounded to.
 POSITIONS = ("float32", "float16", "bfloat16")
+INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 Restored = Callable[[], None]
 
 
@@ -98,12 +99,7 @@ class ExportedDiTPipeline(DiTPipeline):
         output_type = output_type or ("latent" if self.vae is None else "pil")
         config = self.transformer.config
         device = self._execution_device
-        labels = torch.as_tensor(list(class_labels), device=device).reshape(-1)
-        top = config.num_embeds_ada_norm - 1
-        if labels.is_floating_point() or not 0 <= int(labels.min()) <= int(labels.max()) <= top:
-            raise ConfigError(
-                f"class_labels must be integers in 0…{top}; got {list(class_labels)[:5]}"
-            )
+        labels = _labels(class_labels, config.num_embeds_ada_norm).to(device)
         shape = (len(labels), config.in_channels, config.sample_size, config.sample_size)
         # the solver's arithmetic is float32, whatever the network's
         x = randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
@@ -195,6 +191,25 @@ class ExportedDiTPipeline(DiTPipeline):
             return images
         array = images.cpu().permute(0, 2, 3, 1).numpy()
         return self.numpy_to_pil(array) if output_type == "pil" else array
+
+
+def _labels(class_labels: Any, num_classes: int) -> Tensor:
+    """(N,) class labels.
+
+    Raises:
+        ConfigError: none, or others than the network's.
+    """
+    try:
+        labels = torch.as_tensor(list(class_labels)).reshape(-1)
+        fit = labels.dtype in INTEGERS and bool(((labels >= 0) & (labels < num_classes)).all())
+    except (TypeError, ValueError, RuntimeError, OverflowError):  # torch raises each of them
+        fit = False
+    if not fit or not len(labels):
+        raise ConfigError(
+            f"class_labels must be integers in 0…{num_classes - 1}, one per image; got "
+            f"{' '.join(repr(class_labels).split())[:80]}"
+        )
+    return labels.long()
 
 
 # what save_pretrained writes, and from_pretrained of diffusers alone looks for

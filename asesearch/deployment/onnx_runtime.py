@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -159,10 +159,10 @@ class OnnxBundle:
         Raises:
             ConfigError: seeds, labels, steps, a batch or a schedule that do not fit.
         """
-        batch = self._batch(len(seeds), noise is not None, batch_size)
         levels = make_levels(self.diffusion)
         schedule = schedule or self.schedule
         self._check(seeds, schedule)
+        batch = self._batch(len(seeds), noise is not None, batch_size)
         labels = self._labels(seeds, y)
         num_steps = self.sampling.num_steps if num_steps is None else num_steps
         solver = find_solver(self.sampling.solver, levels)
@@ -209,8 +209,8 @@ class OnnxBundle:
         """How many of the images go through the network together."""
         if batch_size is None:
             return count if as_one else self.sampling.batch_size
-        if as_one or batch_size < 1:
-            wanted = "be left out with noise of your own" if as_one else "be at least 1"
+        if as_one or not isinstance(batch_size, (int, np.integer)) or batch_size < 1:
+            wanted = "be left out with noise of your own" if as_one else "be at least 1, an integer"
             raise ConfigError(f"batch_size must {wanted}; got {batch_size}; correct it")
         return batch_size
 
@@ -221,7 +221,10 @@ class OnnxBundle:
             if y is not None:
                 raise ConfigError("this network is unconditional and takes no labels; leave y out")
             return None
-        labels = np.asarray([int(s) % count for s in seeds] if y is None else y)
+        try:
+            labels = np.asarray([int(s) % count for s in seeds] if y is None else y)
+        except ValueError:  # lists of several lengths
+            labels = np.asarray(y, dtype=object)
         if (
             labels.shape != (len(seeds),)
             or labels.dtype.kind not in "iu"
@@ -229,16 +232,18 @@ class OnnxBundle:
         ):
             raise ConfigError(
                 f"y must be one class in 0…{count - 1} per image, {len(seeds)} integers; got "
-                f"{labels.dtype} {labels.tolist()[:5]}"
+                f"{labels.dtype} {labels.reshape(-1)[:5].tolist()}"
             )
         return labels.astype(np.int64)
 
     def _check(self, seeds: Sequence[int], schedule: ExitSchedule) -> None:
-        if len(seeds) == 0 or not all(
-            isinstance(seed, (int, np.integer)) and 0 <= seed < 2**32 for seed in seeds
+        given = list(seeds) if isinstance(seeds, Iterable) else []
+        if not given or not all(
+            isinstance(seed, (int, np.integer)) and 0 <= seed < 2**32 for seed in given
         ):
             raise ConfigError(
-                f"seeds must be integers from 0 to 2^32 - 1, one per image; got {list(seeds)[:5]}"
+                "seeds must be integers from 0 to 2^32 - 1, one per image; got "
+                f"{given[:5] or repr(seeds)[:40]}"
             )
         own = (self.network.depth, self.diffusion.num_train_timesteps)
         if (schedule.depth, schedule.num_train_timesteps) != own:

@@ -81,8 +81,12 @@ class NoiseLevels(ABC):
         noise end.
 
         Raises:
-            ConfigError: num_steps below 1, or above the number of diffusion timesteps.
+            ConfigError: num_steps no integer, below 1, or above the number of diffusion timesteps.
         """
+
+
+def _is_whole(number: object) -> bool:
+    return isinstance(number, (int, np.integer)) and not isinstance(number, bool)
 
 
 class DiscreteLevels(NoiseLevels):
@@ -114,10 +118,10 @@ class DiscreteLevels(NoiseLevels):
         running sum it repeats; that function would call a single step at t = 0.
         """
         last = self.num_train_timesteps - 1
-        if not 1 <= num_steps <= last + 1:
+        if not (_is_whole(num_steps) and 1 <= num_steps <= last + 1):
             raise ConfigError(
-                f"num_steps must lie in 1…{last + 1}, the number of diffusion timesteps; got "
-                f"{num_steps}"
+                f"num_steps must lie in 1…{last + 1}, an integer up to the number of diffusion "
+                f"timesteps; got {num_steps!r}"
             )
         if num_steps == 1:
             return (last,)
@@ -181,10 +185,10 @@ class VPSDELevels(NoiseLevels):
         return math.exp(-0.5 * integral), math.sqrt(-math.expm1(-integral))
 
     def timesteps(self, num_steps: int, power: float = 1.0) -> tuple[float, ...]:
-        if num_steps < 1:
+        if not (_is_whole(num_steps) and num_steps >= 1):
             raise ConfigError(
-                f"num_steps must be at least 1; got {num_steps}; U-ViT takes 1000 Euler-Maruyama "
-                "steps"
+                f"num_steps must be at least 1, an integer; got {num_steps!r}; U-ViT takes 1000 "
+                "Euler-Maruyama steps"
             )
         s = np.linspace(1.0, self.s_min ** (1 / power), num_steps) ** power
         return tuple((s * self.t_max).tolist())

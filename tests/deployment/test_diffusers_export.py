@@ -244,9 +244,12 @@ def test_wrong_labels_are_refused(tmp_path):
     folder = formats.write(made_bundle(), tmp_path / "made", "diffusers")
     pipeline = load(folder, vae=None)
     with apply_exit_schedule(pipeline, folder):
-        for wrong in ([10], [-1], [0.5]):
-            with pytest.raises(ConfigError, match="must be integers in 0…9; got"):
+        for wrong in ([10], [-1], [0.5], ["cat"], "cat", 3, None, [], [None], [True], [10**30]):
+            with pytest.raises(ConfigError, match="must be integers in 0…9, one per image; got"):
                 pipeline(wrong)
+        for steps in (2.5, "2", True):
+            with pytest.raises(ConfigError, match="num_steps must lie in 1…1000, an integer .*got"):
+                pipeline([1], num_inference_steps=steps)
 
 
 def test_verify_takes_it(tmp_path):

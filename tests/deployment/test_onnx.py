@@ -152,7 +152,8 @@ def test_a_batch_of_ones_own(bundle, folder, monkeypatch):
     passes = 1 if loaded.sampling.cfg_scale == 1 else 2
     assert set(sizes) == {3 * passes, passes}
     assert np.abs(parts - whole).max() < 1e-5 * np.abs(whole).max()
-    for options in ({"batch_size": 0}, {"batch_size": 2, "noise": lambda: image_noise([0], (1,))}):
+    own = {"batch_size": 2, "noise": lambda: image_noise([0], (1,))}
+    for options in ({"batch_size": 0}, {"batch_size": 2.5}, own):
         with pytest.raises(ConfigError, match="batch_size must"):
             loaded.sample(range(4), **options)
 
@@ -389,6 +390,13 @@ def test_formats_that_can_not_be_written_are_refused(bundle, tmp_path):
         (([0], [0, 1]), "one class in 0…2 per image"),
         (([0], None, 1001), "num_steps must lie in 1…1000"),
         (([0], None, 0), "num_steps must lie in 1…1000"),
+        (([0], None, 2.5), "num_steps must lie in 1…1000, an integer .*; got 2.5"),
+        ((5,), "one per image; got 5"),
+        ((None,), "one per image; got None"),
+        (([0.5],), "one per image; got .0.5."),
+        (([0], ["cat"]), "one class in 0…2 per image"),
+        (([0, 1], [[0], [0, 1]]), "one class in 0…2 per image"),
+        (([0], 3), "one class in 0…2 per image"),
     ],
 )
 def test_wrong_arguments_are_refused(folder, arguments, message):
