@@ -114,7 +114,10 @@ class ExportedDiTPipeline(DiTPipeline):
             output = self._predict(x, t, labels, scale).float()
             if getattr(self.scheduler.config, "variance_type", None) != "learned_range":
                 output = output[:, : config.in_channels]
-            x = self.scheduler.step(output, t, x, **options).prev_sample
+            step = self.scheduler.step(output, t, x, **options)
+            # DDPMScheduler adds noise at the end of a step that begins above t = 0, as a single one
+            ends = exported and how.solver == "ddpm" and i == len(timesteps) - 1
+            x = step.pred_original_sample if ends else step.prev_sample
         images = self._output(x, output_type)
         self.maybe_free_model_hooks()
         output_class: Any = ImagePipelineOutput

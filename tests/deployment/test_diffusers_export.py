@@ -73,6 +73,19 @@ def test_the_latents_are_the_bundles(tmp_path, solver, betas):
         assert gap(sample(pipeline), full.images) > 1e-3
 
 
+@pytest.mark.thorough
+@pytest.mark.parametrize("solver", ["ddpm", "ddim", "dpm++2m", "dpm++2m-order2", "unipc"])
+def test_so_are_they_in_one_step_and_in_two(tmp_path, solver):
+    """diffusers' DDPMScheduler adds noise at the end of a single step, which begins above 0."""
+    bundle = made_bundle(solver)
+    folder = formats.write(bundle, tmp_path / "made", "diffusers")
+    pipeline = load(folder, vae=None)
+    with apply_exit_schedule(pipeline, folder):
+        for steps in (1, 2):
+            images = sample(pipeline, num_inference_steps=steps)
+            assert gap(images, bundle.sample(SEEDS, num_steps=steps).images) < 1e-4
+
+
 @pytest.mark.parametrize("precision", ["float16", "bfloat16"])
 def test_positions_rounded_by_weights_in_half_precision_stay_so(tmp_path, precision):
     bundle = made_bundle()
