@@ -297,10 +297,12 @@ def _check_settings(data: Mapping[str, Any], transformer: Any) -> None:
     latents = data.get("latents")
     try:
         parse_section(SamplingConfig, data["sampling"], "sampling")
-        parse_section(DiffusionConfig, data["diffusion"], "diffusion")
+        diffusion = parse_section(DiffusionConfig, data["diffusion"], "diffusion")
+        steps = data["schedule"]["num_train_timesteps"]
         wrong = [
             name
             for name, right in (
+                ("diffusion.num_train_timesteps", diffusion.num_train_timesteps == steps),
                 ("frequency_shift", data["frequency_shift"] in (0, 1)),
                 ("positions", data.get("positions", POSITIONS[0]) in POSITIONS),
                 ("guided_channels", data["guided_channels"] in range(1, channels + 1)),

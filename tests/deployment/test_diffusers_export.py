@@ -233,6 +233,11 @@ def test_another_pipeline_is_refused_and_left_as_it_was(tmp_path):
     ("changes", "message"),
     [
         ({"frequency_shift": "1"}, "got wrong frequency_shift"),
+        (
+            {"diffusion": DiffusionConfig(num_train_timesteps=7).model_dump()},
+            "got wrong diffusion.num_train_timesteps",
+        ),
+        ({"diffusion": {"num_train_timesteps": 0}}, "got wrong diffusion: num_train_timesteps"),
         ({"positions": "int8"}, "got wrong positions"),
         ({"guided_channels": 5}, "got wrong guided_channels"),
         ({"latents": {"shift": [0.0], "scale": [1.0]}}, "got wrong latents"),
