@@ -41,9 +41,13 @@ def bar_of_parts(what: str, *, hidden: bool = False) -> Iterator[Callable[[int, 
 
 
 @contextmanager
-def bar_of_steps(total: int, what: str) -> Iterator[Callable[[int, float], None]]:
+def bar_of_steps(
+    total: int, what: str, *, hidden: bool = False
+) -> Iterator[Callable[[int, float], None]]:
     """A progress bar on stderr; the callback takes (steps done, loss)."""
-    with tqdm(total=total, desc=what, file=sys.stderr, dynamic_ncols=True, leave=False) as bar:
+    with tqdm(
+        total=total, desc=what, file=sys.stderr, dynamic_ncols=True, leave=False, disable=hidden
+    ) as bar:
 
         def on_step(done: int, loss: float) -> None:
             bar.update(done - bar.n)

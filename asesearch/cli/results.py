@@ -212,7 +212,11 @@ def _export(
         kept += (
             "; the last checkpoint of the fine-tuning is kept, and the same command resumes from it"
         )
-    with interruptible(kept), bar_of_steps(finetune_steps or 0, "fine-tune") as on_step:
+    hidden = finetune_steps is None
+    with (
+        interruptible(kept),
+        bar_of_steps(finetune_steps or 0, "fine-tune", hidden=hidden) as on_step,
+    ):
         return write(study, record, out, finetune_steps=finetune_steps, on_step=on_step, **options)
 
 
