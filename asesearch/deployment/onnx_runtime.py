@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -68,7 +68,11 @@ class Network(BaseModel):
     guided_channels: _Size
     learn_sigma: bool
     fixed_blocks: _Count = 0  # graphs of earlier releases do not tell
-    takes_prompt: ClassVar[bool] = False
+
+    @property
+    def takes_prompt(self) -> bool:
+        """No graph is made of a network that takes prompts."""
+        return False
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,10 @@ class Recorded(Protocol):
     input_size: int
     num_classes: int
     learn_sigma: bool
-    takes_prompt: bool
+
+    @property
+    def takes_prompt(self) -> bool:
+        """Whether it takes prompts."""
 
 
 def parity_count(prompts: Mapping[str, Any] | None) -> int:
