@@ -54,8 +54,7 @@ def replacing(path: str | os.PathLike[str], *, shared: bool = False) -> Iterator
         follow_umask([part])
         _to_disk(part, os.O_RDWR)
         os.replace(part, path)
-        with suppress(OSError):  # a folder can't be opened everywhere
-            _to_disk(path.parent, os.O_RDONLY)
+        names_to_disk(path.parent)
     except (OSError, SafetensorError) as error:
         raise WriteError(_why_not(path, error)) from error
     finally:
@@ -118,6 +117,22 @@ def _to_disk(path: Path, flags: int) -> None:
             raise  # a file system that has no such call is not an error, a full disk is
     finally:
         os.close(handle)
+
+
+def folder_to_disk(folder: Path) -> None:
+    """Wait until a folder's files and their names would survive a power cut."""
+    paths = sorted(folder.rglob("*"))
+    for path in paths:
+        if path.is_file():
+            _to_disk(path, os.O_RDWR)
+    for path in (*filter(Path.is_dir, paths), folder):
+        names_to_disk(path)
+
+
+def names_to_disk(folder: Path) -> None:
+    """Wait until a folder's list of names would survive a power cut."""
+    with suppress(OSError):  # a folder can't be opened everywhere
+        _to_disk(folder, os.O_RDONLY)
 
 
 def check_writable(

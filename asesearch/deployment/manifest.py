@@ -6,7 +6,10 @@ apart, and `files` gives size and SHA-256 of every other file.
 
 from __future__ import annotations
 
+import glob
 import json
+import os
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -17,6 +20,9 @@ from asesearch.files import check_utf8, file_sha256, once
 MANIFEST = "bundle.json"
 MAX_BYTES = 1 << 24  # of a manifest; those of real studies have a few thousand
 MAX_DIGITS = 40  # of an integer in it
+# behind a bundle's name and the process: a new one that is not finished, and the one it replaces
+PART = ".part"
+OLD = ".old.part"
 _EXPORT = "export it again"
 _COPY = "copy the bundle again"
 
@@ -43,6 +49,12 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         raise CheckpointError(f"can't read {path}: it is nested too deep; {_EXPORT}") from error
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or str(error)
+        aside = [] if os.path.lexists(folder) else left_of(folder, OLD)
+        if aside:
+            raise CheckpointError(
+                f"can't read {path}: {reason}; the bundle is {aside[0]}, as a process that was to "
+                f"overwrite it was killed; rename that to {folder.name}"
+            ) from error
         raise CheckpointError(
             f"can't read {path}: {reason}; is {folder} a bundle written by `asesearch export`?"
         ) from error
@@ -53,6 +65,13 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     ):
         raise CheckpointError(f"{path} is not the manifest of an asesearch bundle; {_EXPORT}")
     return data
+
+
+def left_of(folder: Path, kind: str) -> list[Path]:
+    """What processes left of a bundle: its name, digits, and `kind`."""
+    name = re.compile(rf"{re.escape(folder.name)}\.[0-9]+{re.escape(kind)}")
+    found = folder.parent.glob(f"{glob.escape(folder.name)}.*{kind}")
+    return sorted(path for path in found if name.fullmatch(path.name))
 
 
 def _integer(text: str) -> int:

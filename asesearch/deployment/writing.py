@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import glob
 import json
 import os
-import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -18,15 +16,18 @@ from safetensors.torch import save_file
 from asesearch.backbones.base import check_schedule
 from asesearch.backbones.saving import save_backbone
 from asesearch.deployment.bundle import FILES, FORMAT, VERSION, Bundle
-from asesearch.deployment.manifest import MANIFEST, file_entries
+from asesearch.deployment.manifest import MANIFEST, OLD, PART, file_entries, left_of
 from asesearch.deployment.parity import make_parity
 from asesearch.deployment.recorded import parity_count
 from asesearch.errors import CheckpointError
-from asesearch.files import check_utf8, check_writable, follow_umask, remove_stale
-
-# behind a bundle's name and the process: a new one that is not finished, and the one it replaces
-PART = ".part"
-OLD = ".old.part"
+from asesearch.files import (
+    check_utf8,
+    check_writable,
+    folder_to_disk,
+    follow_umask,
+    names_to_disk,
+    remove_stale,
+)
 
 
 def write_bundle(bundle: Bundle, folder: Path, *, overwrite: bool = False) -> Path:
@@ -49,7 +50,7 @@ def write_bundle(bundle: Bundle, folder: Path, *, overwrite: bool = False) -> Pa
 @contextmanager
 def whole_folder(folder: Path, *, overwrite: bool = False) -> Iterator[Path]:
     """A new folder to fill, which takes the place of `folder` at the end; if that or the body
-    fails, `folder` is as it was.
+    fails, `folder` is as it was. If the power goes, it has all of its files or not its name.
 
     Raises:
         CheckpointError, WriteError: see `check_bundle_dir`; or it can't be written.
@@ -57,13 +58,15 @@ def whole_folder(folder: Path, *, overwrite: bool = False) -> Iterator[Path]:
     check_bundle_dir(folder, overwrite=overwrite)
     part = folder.with_name(f"{folder.name}.{os.getpid()}{PART}")
     try:
-        remove_stale([*_left(folder, PART), *_left(folder, OLD)])
+        remove_stale([*left_of(folder, PART), *left_of(folder, OLD)])
         part.mkdir(parents=True)
         yield part
         for place in (part, *(p for p in part.rglob("*") if p.is_dir())):
             if files := [p for p in place.iterdir() if p.is_file()]:
                 follow_umask(files)
+        folder_to_disk(part)
         _take_place(part, folder)
+        names_to_disk(folder.parent)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(
             f"can't write the bundle {folder}: {error}; choose a folder you may write to, with "
@@ -89,16 +92,9 @@ def _take_place(part: Path, folder: Path) -> None:
     os.replace(old, part)  # to be removed
 
 
-def _left(folder: Path, kind: str) -> list[Path]:
-    """What processes left of a bundle: its name, digits, and `kind`."""
-    name = re.compile(rf"{re.escape(folder.name)}\.[0-9]+{re.escape(kind)}")
-    found = folder.parent.glob(f"{glob.escape(folder.name)}.*{kind}")
-    return sorted(path for path in found if name.fullmatch(path.name))
-
-
 def _put_back(folder: Path) -> None:
     """Give a bundle its name again that a killed process had set aside to overwrite it."""
-    for old in _left(folder, OLD):
+    for old in left_of(folder, OLD):
         if not os.path.lexists(folder):
             os.replace(old, folder)
 

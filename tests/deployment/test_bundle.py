@@ -25,9 +25,10 @@ from asesearch.deployment import verify as verify_module
 from asesearch.deployment.bundle import Bundle
 from asesearch.deployment.diffusers_hook import apply_exit_schedule
 from asesearch.deployment.images import BundleImages
+from asesearch.deployment.manifest import OLD, PART
 from asesearch.deployment.reading import load_bundle
 from asesearch.deployment.verify import verify
-from asesearch.deployment.writing import OLD, PART, check_bundle_dir, write_bundle
+from asesearch.deployment.writing import check_bundle_dir, write_bundle
 from asesearch.diffusion import Diffusion
 from asesearch.errors import CheckpointError, ConfigError, ScheduleError
 from asesearch.sampling import sample
@@ -319,6 +320,9 @@ def test_a_process_that_dies_while_it_overwrites_loses_no_bundle(bundle, folder)
     before = (folder / "bundle.json").read_bytes()
     assert subprocess.run([sys.executable, "-c", DIES, folder]).returncode == 9
     assert not folder.exists()
+    aside = r"the bundle is .*/bundle\.\d+\.old\.part, .* was killed; rename that to bundle$"
+    with pytest.raises(CheckpointError, match=aside):
+        load_bundle(folder)
     with pytest.raises(CheckpointError, match="exists already"):  # it is back before any work
         check_bundle_dir(folder)
     assert (folder / "bundle.json").read_bytes() == before
@@ -345,6 +349,24 @@ def test_what_was_left_of_another_name_is_left_alone(bundle, tmp_path):
     with pytest.raises(CheckpointError, match="exists already"):
         check_bundle_dir(tmp_path / "v1.2")
     assert load_bundle(tmp_path / "v1.2").schedule == bundle.schedule and not others[0].exists()
+
+
+def test_a_bundle_is_on_disk_before_it_has_its_name(bundle, folder, monkeypatch):
+    calls = []
+    sync = os.fsync
+    replace = os.replace
+
+    def synced(handle):
+        calls.append(os.path.basename(os.readlink(f"/proc/self/fd/{handle}")))
+        sync(handle)
+
+    monkeypatch.setattr(os, "fsync", synced)
+    monkeypatch.setattr(os, "replace", lambda a, b: calls.append("replace") or replace(a, b))
+    write_bundle(bundle, folder, overwrite=True)
+    files = sorted(path.name for path in folder.iterdir())
+    part = f"{folder.name}.{os.getpid()}{PART}"
+    wanted = [*files, part, *["replace"] * 3, folder.parent.name]
+    assert calls[-len(wanted) :] == wanted
 
 
 def test_a_path_that_is_not_utf_8_is_refused_before_any_work(bundle, folder):
