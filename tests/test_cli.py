@@ -307,6 +307,7 @@ def test_export_and_sample_in_another_process(place, tmp_path):
     assert (tmp_path / "x.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # in diffusers
 @pytest.mark.parametrize(
     "format", ["diffusers", *(pytest.param(f, marks=pytest.mark.slow) for f in ("onnx", "aoti"))]
 )

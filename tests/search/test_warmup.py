@@ -373,6 +373,7 @@ def test_a_whole_search_on_the_ladder(study, tmp_path):
     assert json.loads((folder / "bundle.json").read_text())["sampling"]["num_steps"] == 2
 
 
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # in diffusers
 @pytest.mark.thorough
 def test_a_search_with_the_pretrained_weights_at_full_depth(study, tmp_path):
     """Elastic weights, map, trials and export: full depth is the pretrained network's everywhere
