@@ -19,7 +19,7 @@ from asesearch.deployment.bundle import FILES, FORMAT, VERSION, Bundle
 from asesearch.deployment.manifest import MANIFEST, OLD, PART, file_entries, left_of
 from asesearch.deployment.parity import make_parity
 from asesearch.deployment.recorded import parity_count
-from asesearch.errors import CheckpointError
+from asesearch.errors import CheckpointError, WriteError
 from asesearch.files import (
     check_utf8,
     check_writable,
@@ -68,8 +68,9 @@ def whole_folder(folder: Path, *, overwrite: bool = False) -> Iterator[Path]:
         _take_place(part, folder)
         names_to_disk(folder.parent)
     except (OSError, SafetensorError) as error:
+        reason = error.__cause__ if isinstance(error, WriteError) else error
         raise CheckpointError(
-            f"can't write the bundle {folder}: {error}; choose a folder you may write to, with "
+            f"can't write the bundle {folder}: {reason}; choose a folder you may write to, with "
             "room in it"
         ) from error
     finally:
