@@ -55,7 +55,7 @@ NO_TORCH = [
 ]
 # the only rooms that may import these at module level
 OWNERS = {
-    "pydantic": {"config"},
+    "pydantic": {"config", "deployment"},
     "torch_fidelity": {"evaluation"},
     "torchvision": {"data", "evaluation"},
     "PIL": {"data", "report"},

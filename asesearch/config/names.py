@@ -16,7 +16,7 @@ _SOLVER = rf"(?:(?:ddim|dpm\+\+2m(?:-order2)?|unipc)(?:{GRID})?|ddpm|euler-maruy
 
 _SOLVERS = (
     "ddpm, euler-maruyama, ddim, dpm++2m, dpm++2m-order2 or unipc, the last four maybe with "
-    "-quadratic or -powerX behind them (X from 0.1 to 4, shortest form)"
+    "-quadratic or -powerX (X from 0.1 to 4, shortest form)"
 )
 
 
