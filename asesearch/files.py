@@ -33,7 +33,7 @@ def replacing(path: str | os.PathLike[str], *, shared: bool = False) -> Iterator
     place of `path` at the end.
 
     If the body fails, the process is killed or the power goes, `path` is as it was before, or
-    whole. Who may read and write it is for the umask to say, whatever its writer set.
+    whole. Weights may be read by all whom the umask lets, whatever their writer set.
 
     Args:
         path: the file to write.
@@ -51,7 +51,8 @@ def replacing(path: str | os.PathLike[str], *, shared: bool = False) -> Iterator
         if shared:
             remove_stale(path.parent.glob(f"{glob.escape(path.name)}.{'[0-9a-f]' * 8}.part"))
         yield part
-        follow_umask([part])
+        if path.suffix == ".safetensors":  # its writer gives them to nobody but the user
+            follow_umask([part])
         _to_disk(part, os.O_RDWR)
         os.replace(part, path)
         names_to_disk(path.parent)

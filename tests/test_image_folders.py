@@ -528,6 +528,9 @@ def test_a_folder_around_the_class_folders_is_said(tmp_path, caplog):
     caplog.clear()
     ImageFolder(tmp_path / "images", 8)
     ImageFolder(tmp_path, 8, classes=["images"])
+    for name in ("00000/a.png", "01000/b.png"):  # parts, as FFHQ has them
+        write(tmp_path / "faces" / "images1024x1024" / name)
+    ImageFolder(tmp_path / "faces", 8)
     assert caplog.records == []
 
 
@@ -537,6 +540,9 @@ def test_a_folder_around_the_class_folders_is_said(tmp_path, caplog):
         ("metadata.jsonl", '{"file_name": "a.png", "label": 3}', True),
         ("metadata.jsonl", '{"file_name": "a.png", "text": "no label"}', False),  # captions
         ("metadata.csv", "file_name,label", True),
+        ("metadata.csv", "file_name;class_id;text\na.png;3;a cat", True),
+        ("metadata.csv", "file_name,text\na.png,a label", False),
+        ("dataset.json", '{"labels": null}', False),
         ("dataset.json", '{"labels": [["a.png", 3]]}', True),
     ],
 )

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from contextlib import closing
 from pathlib import Path
@@ -16,7 +17,7 @@ import torch
 from PIL import Image
 
 from asesearch.config import DataConfig, TrainConfig
-from asesearch.data import ImageFolder, open_data, read_ahead, workers_of
+from asesearch.data import ImageFolder, loading, open_data, read_ahead, workers_of
 from asesearch.diffusion import Diffusion
 from asesearch.errors import DataError
 from asesearch.evaluation import features
@@ -177,6 +178,20 @@ one.start()
 one.join()
 print(*read_ahead(square, range(3), 1), __file__ is not None)
 """
+
+
+def mine(key):
+    return key
+
+
+def test_readers_of_the_main_script_need_it(monkeypatch):
+    assert not loading._needs_script(square)
+    monkeypatch.setattr(mine, "__module__", "__main__")
+    monkeypatch.setattr(sys.modules["__main__"], "mine", mine, raising=False)
+    assert loading._needs_script(mine)
+    assert loading._needs_script(threading.Lock())  # which can't be pickled here
+    big = torch.zeros(1 << 28, dtype=torch.int8)[:1].expand(1 << 40)  # its values are not read
+    assert not loading._needs_script((square, big))
 
 
 @pytest.mark.thorough

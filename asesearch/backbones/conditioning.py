@@ -38,6 +38,8 @@ def conditioning_of(y: Given | None) -> Conditioning | None:
     try:
         if not isinstance(y, Sequence) or isinstance(y, str | bytes):
             raise TypeError
+        if any(isinstance(label, bool) for label in y):
+            raise TypeError
         return torch.tensor([operator.index(label) for label in y], dtype=torch.int64)
     except (TypeError, ValueError, RuntimeError, OverflowError):  # the latter three: a huge one
         shown = repr(y)

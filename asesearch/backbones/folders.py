@@ -21,7 +21,7 @@ from asesearch.foreign import foreign
 CONFIG = "config.json"
 WEIGHTS = "diffusion_pytorch_model"
 INDEX = ".safetensors.index.json"  # ends the name of a file that tells which shard holds what
-_SHARD = re.compile(r"(.+)-\d+-of-(\d+)\.safetensors")
+_SHARD = re.compile(r"(.+)-\d{5}-of-(\d{5})\.safetensors")
 #: Released DiT and PixArt folders name the class they were first made with; its `norm_type` tells
 #: which is meant.
 LEGACY_CLASS = "Transformer2DModel"

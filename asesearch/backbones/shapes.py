@@ -88,9 +88,10 @@ def from_shapes(contents: Contents, given: Mapping[str, Any]) -> Architecture:
         labels, unsure = _dit_labels(rows, given, contents)
     else:
         labels, unsure = _uvit_labels(rows, given, args)
-    times, unsure_too = _times(kind, args, given)
-    doubtful = tuple(filter(None, (unsure_heads, unsure, unsure_too)))
-    return Architecture(kind, args | labels | times, (*said, *doubtful), doubtful)
+    times, counted = _times(kind, args, given)
+    doubtful = tuple(filter(None, (unsure_heads, unsure)))
+    notes = tuple(filter(None, (*said, counted, *doubtful)))
+    return Architecture(kind, args | labels | times, notes, doubtful)
 
 
 def _kind(shapes: Shapes) -> str | None:

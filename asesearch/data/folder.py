@@ -35,7 +35,9 @@ CLASSES_FILE = "classes.json"
 OWN_FILES = (CLASSES_FILE, "metadata.jsonl")
 #: Files that tell of images in other layouts; captions are read of the first, by their option.
 TABLES = ("metadata.jsonl", "metadata.csv", "labels.csv", "labels.json", "dataset.json")
-_LABEL_KEY = re.compile(r'"(?:label|class|category)(?:s|_?id|_?name)?"\s*:', re.IGNORECASE)
+_LABEL = r"(?:label|class|category)(?:e?s|_?id|_?name)?"
+_LABEL_KEY = re.compile(rf'"{_LABEL}"\s*:(?!\s*null)', re.IGNORECASE)
+_LABEL_COLUMN = re.compile(rf'(?:^|[,;\t])\s*"?{_LABEL}"?\s*(?:$|[,;\t])', re.IGNORECASE)
 #: What operating systems and network storage leave in folders beside what is hidden by its dot; in
 #: lower case.
 SYSTEM_NAMES = frozenset(
@@ -323,24 +325,23 @@ def wrapped(folders: Sequence[str], listing: Listing) -> list[str]:
     if len(folders) != 1 or any(len(p) < 3 for p in parts):
         return []
     inner = sorted({p[1] for p in parts})
-    return inner if len(inner) > 1 else []
+    # numbers alone are parts, such as FFHQ's thousands, more often than classes
+    return inner if len(inner) > 1 and not all(name.isdecimal() for name in inner) else []
 
 
 def label_tables(root: Path) -> list[str]:
     """Names of files in a folder that tell labels in layouts that are not read."""
-    found = [name for name in TABLES if (root / name).is_file()]
-    if TABLES[0] in found and not _tells_labels(root / TABLES[0]):
-        found.remove(TABLES[0])
-    return found
+    return [name for name in TABLES if _tells_labels(root / name)]
 
 
 def _tells_labels(path: Path) -> bool:
-    """Whether the first line of a metadata.jsonl has a label, not captions alone."""
+    """Whether the first line of a table has labels, not captions or none."""
     try:
         with path.open(encoding="utf-8-sig", errors="replace") as file:
-            return bool(_LABEL_KEY.search(file.readline(1 << 16)))
+            begin = file.readline(1 << 16)
     except OSError:
         return False
+    return bool((_LABEL_COLUMN if path.suffix == ".csv" else _LABEL_KEY).search(begin))
 
 
 def shuffled_numbers(folders: Sequence[str]) -> tuple[str, str, int] | None:

@@ -11,8 +11,10 @@ import threading
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from multiprocessing import spawn
 from typing import Any, Generic, TypeVar, cast
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
@@ -126,26 +128,56 @@ def _end_with_the_parent(worker: int) -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-_hiding = threading.Lock()
+class _Mentions(pickle.Pickler):
+    """Finds out whether a pickle would need the main script; numbers are not written for it."""
+
+    def __init__(self) -> None:
+        self.script = False
+        super().__init__(self, pickle.HIGHEST_PROTOCOL)
+
+    def write(self, data: Any) -> int:
+        self.script = self.script or b"__main__" in bytes(data)
+        return len(data)
+
+    def reducer_override(self, obj: Any) -> Any:
+        return (str, ()) if isinstance(obj, (Tensor, np.ndarray)) else NotImplemented
+
+
+def _needs_script(read: object) -> bool:
+    """Whether workers need what the main script defines; also where that can't be known here."""
+    mentions = _Mentions()
+    try:
+        mentions.dump(read)
+    except Exception:  # locks and shared values can be written to a starting process alone
+        return True
+    return mentions.script
+
+
+_apart = threading.local()
+_data_for = spawn.get_preparation_data
+
+
+def _without_script(name: str) -> dict[str, Any]:
+    """What a starting process is told, in threads that `_script_not_run_again` is in without its
+    main script."""
+    told: dict[str, Any] = _data_for(name)
+    if getattr(_apart, "here", False):
+        told = {k: v for k, v in told.items() if not k.startswith("init_main_from_")}
+    return told
+
+
+spawn.get_preparation_data = _without_script
 
 
 @contextmanager
 def _script_not_run_again(read: object) -> Iterator[None]:
-    """Inside, processes start without running the main script for its definitions, where `read`
-    needs none of them: a script or notebook without a guard would begin anew in each."""
-    main = sys.modules["__main__"]
-    if b"__main__" in pickle.dumps(read):
+    """Inside, processes that this thread starts don't run the main script, where `read` needs
+    nothing that it defines: a script or notebook without a guard would begin anew in each."""
+    _apart.here = not _needs_script(read)
+    try:
         yield
-        return
-    with _hiding:
-        kept = {key: main.__dict__.get(key) for key in ("__spec__", "__file__")}
-        main.__dict__.update(dict.fromkeys(kept))
-        try:
-            yield
-        finally:
-            main.__dict__.update(kept)
-            if kept["__file__"] is None:  # a shell or a notebook has none
-                del main.__dict__["__file__"]
+    finally:
+        _apart.here = False
 
 
 def _by_processes(

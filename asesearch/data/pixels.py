@@ -7,7 +7,6 @@ import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -42,14 +41,10 @@ MARGIN = 8  # pixels beside a crop that the bicubic filter may look at: at most 
 
 # of texts in a PNG, to which image generators write their whole workflow: Pillow's own limits call
 # what is beyond 1 MB damage
-PngImagePlugin.MAX_TEXT_CHUNK = 64 << 20
-PngImagePlugin.MAX_TEXT_MEMORY = 256 << 20
-#: What a file may be by its content, whatever its suffix. Pillow would run another program for some
-#: that are not among them, such as EPS.
-FORMATS = (
-    *("PNG", "JPEG", "WEBP", "BMP", "PPM", "TIFF", "GIF", "JPEG2000"),
-    *("AVIF",) * (find_spec("PIL.AvifImagePlugin") is not None),  # since Pillow 11.3
-)
+PngImagePlugin.MAX_TEXT_CHUNK = max(PngImagePlugin.MAX_TEXT_CHUNK, 64 << 20)
+PngImagePlugin.MAX_TEXT_MEMORY = max(PngImagePlugin.MAX_TEXT_MEMORY, 256 << 20)
+#: What Pillow runs another program for.
+FOREIGN_FORMATS = ("EPS",)
 #: The filter of warnings that come from Pillow's own modules, as `warnings` keeps it.
 _PILLOWS = ("ignore", None, Warning, re.compile(r"PIL\."), 0)
 
@@ -70,8 +65,10 @@ def _opened(path: Path) -> Iterator[ImageFile.ImageFile]:
     they warn of, such as many pixels or damaged EXIF data, is none of a reader's concern."""
     if _PILLOWS not in warnings.filters:  # once, since each change makes others' lines come again
         warnings.filterwarnings("ignore", module=_PILLOWS[3].pattern)
+    Image.init()
+    formats = [name for name in Image.ID if name not in FOREIGN_FORMATS]
     try:
-        with Image.open(path, formats=FORMATS) as image:
+        with Image.open(path, formats=formats) as image:
             yield image
     except UnreadableImage:
         raise
@@ -93,7 +90,7 @@ def _unidentified(path: Path) -> UnreadableImage:
     if fix == PULL:
         return UnreadableImage(f"it {what}", reachable=False, fix=PULL)
     if not what or what.endswith(" image"):  # the head of one
-        return UnreadableImage("no image that Pillow knows, by its content")
+        return UnreadableImage("no image that is read, by its content")
     return UnreadableImage(f"it {what}")
 
 

@@ -165,7 +165,7 @@ class OnnxBundle:
         """
         levels = make_levels(self.diffusion)
         schedule = schedule or self.schedule
-        self._check(seeds, schedule)
+        seeds = self._check(seeds, schedule)
         batch = self._batch(len(seeds), noise is not None, batch_size)
         labels = self._labels(seeds, y)
         num_steps = self.sampling.num_steps if num_steps is None else num_steps
@@ -240,7 +240,8 @@ class OnnxBundle:
             )
         return labels.astype(np.int64)
 
-    def _check(self, seeds: Sequence[int], schedule: ExitSchedule) -> None:
+    def _check(self, seeds: Iterable[int], schedule: ExitSchedule) -> list[int]:
+        """The seeds, each one fit, as is the schedule."""
         given = list(seeds) if isinstance(seeds, Iterable) else []
         if not given or not all(
             isinstance(seed, (int, np.integer)) and 0 <= seed < 2**32 for seed in given
@@ -255,6 +256,7 @@ class OnnxBundle:
                 f"the schedule must be for {own[0]} blocks and {own[1]} timesteps; got one for "
                 f"{schedule.depth} and {schedule.num_train_timesteps}"
             )
+        return given
 
     def parity_errors(self) -> dict[int, float]:
         """Exit depth -> the largest difference from the outputs on record over the largest of

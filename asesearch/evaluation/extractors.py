@@ -8,12 +8,10 @@ Fashion-MNIST that travel in the package.
 
 from __future__ import annotations
 
-import ast
 import hashlib
 import inspect
 import os
 import sys
-import textwrap
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -242,21 +240,23 @@ def make_extractor(
 
 
 def _own_code(cls: type) -> str:
-    """What a class of one's own is written in, without comments and layout: its module and those of
-    its bases; of what a script or a notebook defines, the class alone.
+    """What a class of one's own is written in, without empty lines and lines of comments: its
+    module and those of its bases in the same package; of what a script or a notebook defines,
+    the class alone.
 
     Empty for torch-fidelity's and ours.
     """
-    parts = []
-    for base in cls.__mro__[:-1]:
-        package = base.__module__.partition(".")[0]
-        if package in ("torch", "torch_fidelity", "asesearch", "abc"):
+    package = cls.__module__.partition(".")[0]
+    if package in ("torch_fidelity", "asesearch"):
+        return ""
+    lines: list[str] = []
+    for base in cls.__mro__:
+        if base.__module__.partition(".")[0] != package:
             continue
-        alone = base.__module__ == "__main__"
-        with suppress(OSError, TypeError, SyntaxError):  # no source: compiled, or typed in
-            source = inspect.getsource(base if alone else sys.modules[base.__module__])
-            parts.append(ast.unparse(ast.parse(textwrap.dedent(source))))
-    return "\n".join(parts)
+        module = None if base.__module__ == "__main__" else sys.modules.get(base.__module__)
+        with suppress(OSError, TypeError):  # no source: compiled, or typed in
+            lines += inspect.getsource(module or base).splitlines()
+    return "\n".join(x for line in lines if (x := line.rstrip()) and not x.lstrip().startswith("#"))
 
 
 def _dummy_of(net: FeatureExtractorBase, channels: int) -> Tensor:

@@ -13,21 +13,25 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from asesearch.config import TrainConfig
 from asesearch.errors import CheckpointError
 from asesearch.files import check_room, loads, replacing
 
 CHECKPOINT = "training.safetensors"
 
 
-def check_checkpoint_room(run_dir: Path, net: nn.Module) -> None:
-    """Refuse to train into a folder that has no room for a checkpoint: weights, their moving
-    average and the optimiser's two moments, beside the last one.
+def check_checkpoint_room(run_dir: Path, net: nn.Module, config: TrainConfig) -> None:
+    """Refuse to begin a training in a folder that has no room for its checkpoint: the weights, and
+    where one is written before the end their moving average and the optimiser's two moments too.
 
     Raises:
         WriteError: as said.
     """
+    if config.num_steps == 0 or (run_dir / CHECKPOINT).is_file():
+        return
     size = sum(4 * p.numel() for p in net.parameters())
-    check_room(run_dir, 4 * size, "the checkpoint of a training")
+    copies = 4 if config.num_steps > config.checkpoint_every else 1
+    check_room(run_dir, copies * size, "the checkpoint of a training")
 
 
 def write_checkpoint(

@@ -270,7 +270,7 @@ def trainer_of(
         WriteError: no room for a checkpoint in `run_dir`.
     """
     if run_dir is not None:
-        check_checkpoint_room(run_dir, weight_sets(backbone)[-1])
+        check_checkpoint_room(run_dir, weight_sets(backbone)[-1], config)
     if not isinstance(backbone, ExitWeights):
         return Trainer(backbone, data, diffusion, schedule, config, run_dir, teacher)
     if schedule.is_full:

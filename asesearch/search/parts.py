@@ -230,8 +230,11 @@ class Parts:
     @property
     def identity(self) -> dict[str, Any]:
         """Fingerprints of what the scores depend on and the study file only names."""
+        weights = weights_fingerprint(self.backbone)
+        if offset := self.backbone.config.get("time_offset"):
+            weights += f", timesteps from {offset:g}"  # studies begun before counted them from 0
         out = {
-            "weights": weights_fingerprint(self.backbone),
+            "weights": weights,
             "data": self.data.digest,
             "protocol": self.protocols.search.to_dict(),
         }

@@ -31,7 +31,7 @@ from asesearch.search.mapping import check_map
 from asesearch.search.setup import warm_starts
 from asesearch.search.warmup import needs_map
 from asesearch.search.workbench import Workbench
-from asesearch.study.directory import check_study_dir
+from asesearch.study.directory import STUDY, check_study_dir
 
 # of the training step on a CPU; a GPU, whose memory may not suffice, takes a whole batch
 TRIED_IMAGES = 2
@@ -91,8 +91,9 @@ def preflight(bench: Workbench, run_dir: Path | None = None) -> Preflight:
     )
     if run_dir is not None:
         check_study_dir(run_dir, bench.config.search.storage)
-        if bench.config.elastic is not None or bench.config.train.num_steps:
-            check_checkpoint_room(run_dir, weight_sets(bench.backbone)[-1])
+        if not (run_dir / STUDY).exists():  # one begun may have nothing left to train
+            for config in filter(None, (bench.config.elastic, bench.config.train)):
+                check_checkpoint_room(run_dir, weight_sets(bench.backbone)[-1], config)
         checked.append(f"{run_dir} can be written")
     check_readable(bench.data)
     checked.append(f"training data: {len(bench.data)} of {bench.data.name}")

@@ -305,7 +305,7 @@ def loaded_anew(module: str, name: str):
 
 
 def test_an_edited_extractor_is_another(tmp_path, monkeypatch) -> None:
-    """With the same weights; a comment or a line break makes no other."""
+    """With the same weights; a line of comment or an empty one makes no other."""
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setattr(sys, "dont_write_bytecode", True)
     file = tmp_path / "edited_features.py"
