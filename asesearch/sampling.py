@@ -383,8 +383,7 @@ def seeds_of(seeds: Iterable[int]) -> Sequence[int]:
 def check_images(
     backbone: Backbone, seeds: Sequence[int], y: Conditioning | None, batch_size: int
 ) -> None:
-    """The errors of `sample` about what to make."""
-    seeds = seeds_of(seeds)
+    """The errors of `sample` about what to make; `seeds` are those of `seeds_of`."""
     if not isinstance(batch_size, (int, np.integer)) or batch_size < 1:
         raise ConfigError(
             "batch_size must be an integer of at least 1; got "
