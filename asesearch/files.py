@@ -43,9 +43,7 @@ def replacing(path: str | os.PathLike[str], *, shared: bool = False) -> Iterator
         WriteError: folder or file can't be written.
     """
     path = Path(path)
-    part = path.with_name(
-        f"{path.name}.{uuid.uuid4().hex[:8]}.part" if shared else f"{path.name}.part"
-    )
+    part = path.with_name(f"{path.name}{_suffix(shared)}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         if shared:
@@ -61,6 +59,11 @@ def replacing(path: str | os.PathLike[str], *, shared: bool = False) -> Iterator
     finally:
         with suppress(OSError):
             part.unlink(missing_ok=True)
+
+
+def _suffix(shared: bool) -> str:
+    """What `replacing` appends to a name, of the same length each time."""
+    return f".{uuid.uuid4().hex[:8]}.part" if shared else ".part"
 
 
 def follow_umask(paths: Sequence[Path]) -> None:
@@ -163,7 +166,7 @@ def check_writable(
         with tempfile.TemporaryDirectory(prefix=".try-", dir=base) as temporary:
             probe = Path(temporary) / target.relative_to(base)
             probe.parent.mkdir(parents=True, exist_ok=True)
-            probe.with_name(f"{probe.name}{_SUFFIX}").write_bytes(bytes(4096))
+            probe.with_name(f"{probe.name}{_suffix(shared=True)}").write_bytes(bytes(4096))
     except OSError as error:
         raise WriteError(_why_not(Path(named or path), error)) from error
 
@@ -230,10 +233,6 @@ def check_utf8(path: str | os.PathLike[str], what: str, error: type[AseSearchErr
                 "PYTHONUTF8=1"
             ) from cause
         raise error(f"the path of {what} must be UTF-8; got {shown}; rename it") from cause
-
-
-#: As long as the longest that `replacing` and `write_bundle` append to a name.
-_SUFFIX = f".{2**22}.part"
 
 
 def real_path(path: str | os.PathLike[str]) -> Path:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from asesearch.deployment.writing import whole_folder
+from asesearch.deployment.writing import check_bundle_dir, whole_folder
 from asesearch.errors import AseSearchError, ConfigError, WriteError
 from asesearch.files import (
     check_utf8,
@@ -103,6 +103,29 @@ def test_what_can_t_be_written_is_known_before_and_leaves_nothing(tmp_path, path
     said = str(caught.value)
     assert reason in said and "\n" not in said and len(said) < 400
     assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_no_name_passes_the_check_that_is_too_long_while_it_is_written(tmp_path, shared):
+    passed = []
+    for length in (240, 241, 242, 246, 255):
+        path = tmp_path / ("a" * length)
+        try:
+            check_writable(path)
+        except WriteError as error:
+            assert "File name too long" in str(error)
+            continue
+        with replacing(path, shared=shared) as part:
+            part.write_text("whole")
+        passed.append(length)
+    assert passed == [240, 241] and len(list(tmp_path.iterdir())) == len(passed)
+
+
+def test_a_bundles_name_passes_the_check_only_if_it_can_be_overwritten(tmp_path):
+    longest = 255 - len(f".{2**22}.old.part")  # with the largest number of a process
+    check_bundle_dir(tmp_path / ("a" * longest))
+    with pytest.raises(WriteError, match="File name too long"):
+        check_bundle_dir(tmp_path / ("a" * (longest + 1)))
 
 
 def test_a_folder_is_checked_with_the_longest_name_in_it(tmp_path):
