@@ -118,7 +118,6 @@ def _short(value: float) -> float | None:
 
 
 def _trials(results: StudyResults) -> dict[int, dict[str, Any]]:
-    kept = _kept(results)
     return {
         r.number: {
             "label": tables.label(r, results),
@@ -129,21 +128,12 @@ def _trials(results: StudyResults) -> dict[int, dict[str, Any]]:
             "edges": list(r.schedule.boundaries),
             "blocks": None if r.block_frac is None else _short(r.block_frac),
             "predicted": None if r.time_frac is None else _short(r.time_frac),
-            "kept": r.number in kept,
+            "kept": results.has_weights(r),
             "command": f"asesearch export runs/{results.name} --out {results.name}-bundle --trial "
             f"{r.number}",
         }
         for r in results.complete
     }
-
-
-def _kept(results: StudyResults) -> set[int]:
-    """Trials whose weights the study keeps."""
-    if results.config.get("search", {}).get("keep_weights") != "front":
-        return {r.number for r in results.complete}
-    full = (results.full,) if results.full else ()
-    keys = {r.point.weights_key for r in (*results.front(), *full)}
-    return {r.number for r in results.complete if r.point.weights_key in keys}
 
 
 # -- samples -------------------------------------------------------------------------------------

@@ -351,11 +351,9 @@ class Runner:
             return
         config = self.config.shareable()
         results = StudyResults(self.config.name, config, tuple(self.study.records()), (), (), {})
-        kept = [*results.front(), *((results.full,) if results.full else ())]
-        keep = {r.point.weights_key for r in kept}
         for record in results.complete:
             path = self.study.trial_dir(record.schedule) / directory.WEIGHTS
-            if record.point.weights_key not in keep and path.is_file():
+            if not results.has_weights(record) and path.is_file():
                 with self.fleet.claim(record.schedule) as mine:
                     if mine:
                         path.unlink(missing_ok=True)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -353,12 +354,17 @@ class StudyResults:
         return bool(schedules) or (bool(self.confirmations) and not self.unconfirmed)
 
     def has_weights(self, record: TrialRecord) -> bool:
-        """Whether the study keeps the weights of a complete trial: all, or those of the search's
-        front and of the full network."""
-        if self.config.get("search", {}).get("keep_weights") != "front":
-            return True
-        kept = (*self.front(), *((self.full,) if self.full else ()))
-        return record.point.weights_key in {r.point.weights_key for r in kept}
+        """Whether the study keeps the weights of a complete trial."""
+        return record.point.weights_key in self._kept_weights
+
+    @cached_property
+    def _kept_weights(self) -> frozenset[ExitSchedule]:
+        """Keys of the weights that the study keeps: all, or those of the search's front and of the
+        full network."""
+        kept = self.complete
+        if self.config.get("search", {}).get("keep_weights") == "front":
+            kept = (*self.front(), *((self.full,) if self.full else ()))
+        return frozenset(r.point.weights_key for r in kept)
 
     def front(self) -> tuple[TrialRecord, ...]:
         """Non-dominated trials under the search protocol by the study's second objective, the

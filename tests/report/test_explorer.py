@@ -46,11 +46,12 @@ def test_the_data_hold_every_point_and_cannot_end_their_element(study, images):
 def test_weights_off_the_front_are_said_to_be_gone(study):
     results = study(24, failed=())
     front = {r.number for r in results.front()} | {0}
-    kept = explorer._kept(results)
+    kept = {number for number, trial in explorer._trials(results).items() if trial["kept"]}
     assert results.config["search"]["keep_weights"] == "front" and kept == front
     search = {**results.config["search"], "keep_weights": "all"}
     everything = replace(results, config={**results.config, "search": search})
-    assert len(explorer._kept(everything)) == 24 > len(front)
+    assert all(trial["kept"] for trial in explorer._trials(everything).values())
+    assert len(results.complete) == 24 > len(front)
 
 
 def test_samples_lie_side_by_side_and_differ_as_told(study, images):

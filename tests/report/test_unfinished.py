@@ -163,3 +163,15 @@ def test_deleted_weights_are_not_offered(whole):
     one = Confirmation(gone.number, whole.confirmations[0].quality, 0.01, 0.001)
     kept = (*whole.confirmations, one)
     assert headline(replace(results, confirmations=kept)).chosen != gone.number
+
+
+def test_whose_weights_are_kept_is_worked_out_once(whole, monkeypatch):
+    search = {**whole.config["search"], "keep_weights": "front"}
+    results = replace(whole, config={**whole.config, "search": search})
+    fronts = []
+    front = type(results).front
+    monkeypatch.setattr(type(results), "front", lambda self: fronts.append(1) or front(self))
+    kept = {r.number for r in results.complete if results.has_weights(r)}
+    shared = {r.point.weights_key for r in (*front(results), results.full)}
+    assert kept == {r.number for r in results.complete if r.point.weights_key in shared}
+    assert len(fronts) == 1 and len(kept) < len(results.complete)
