@@ -18,24 +18,21 @@ import numpy as np
 import numpy.typing as npt
 import optuna
 from optuna.distributions import BaseDistribution
-from optuna.trial import FrozenTrial, TrialState
+from optuna.trial import FrozenTrial
 from scipy.stats import qmc
 
 from asesearch.point import Point
 from asesearch.proposer.belief import FrontBelief, one_thread
 from asesearch.proposer.candidates import Candidates
-from asesearch.proposer.encoder import ErrorMap
 from asesearch.proposer.problem import Problem
 from asesearch.proposer.quality_model import Level, QualityModel
-from asesearch.proposer.space import Space
-from asesearch.sampler import Sampler
 from asesearch.schedule import ExitSchedule
 from asesearch.study.records import (
     EXPLORATIONS,
     EXPLORES,
     RECORD,
-    REPEAT,
     TrialRecord,
+    num_ended,
     rung_in,
 )
 
@@ -79,11 +76,7 @@ class DifficultySampler(optuna.samplers.BaseSampler):
     there are several, samplers.
 
     Args:
-        space: of schedules.
-        samplers: sampler -> timesteps of its network calls; the first is the study's own.
-        call_costs: see `Problem`.
-        full_cost: see `Problem`.
-        difficulty_map: errors by timestep and exit depth.
+        problem: what can be tried, and what it costs.
         seed: of all random choices.
         num_draws: see `FrontBelief`.
         explore: so many proposals first follow the front of low-fidelity scores; see
@@ -93,18 +86,14 @@ class DifficultySampler(optuna.samplers.BaseSampler):
 
     def __init__(
         self,
-        space: Space,
-        samplers: dict[Sampler, tuple[float, ...]],
-        call_costs: dict[Sampler, Array],
-        full_cost: float,
-        difficulty_map: ErrorMap,
+        problem: Problem,
         *,
         seed: int = 0,
         num_draws: int = 64,
         explore: int = 0,
         busy: Collection[ExitSchedule] = (),
     ) -> None:
-        self.problem = Problem(space, samplers, call_costs, full_cost, difficulty_map)
+        self.problem = problem
         self.seed = seed
         self.num_draws = num_draws
         self.explore = explore
@@ -163,11 +152,8 @@ class DifficultySampler(optuna.samplers.BaseSampler):
         open_ = [t for t in trials if not t.state.is_finished() and RECORD not in t.user_attrs]
         points = map(self.problem.space.point_of, open_)
         pending = [point for point in points if point is not None]
-        ended = sum(
-            t.state == TrialState.COMPLETE or RECORD in t.user_attrs or REPEAT in t.user_attrs
-            for t in trials
-        )
-        return records, pending, np.random.default_rng([self.seed, ended, len(pending)])
+        seed = [self.seed, num_ended(trials), len(pending)]
+        return records, pending, np.random.default_rng(seed)
 
     # -- choosing --------------------------------------------------------------------------------
 

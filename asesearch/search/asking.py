@@ -14,7 +14,7 @@ from asesearch.proposer.proposer import NAME, DifficultySampler
 from asesearch.search.fleet import WORKER, Fleet
 from asesearch.search.promotion import num_explored
 from asesearch.search.setup import make_proposer
-from asesearch.study.records import RECORD, REPEAT, TrialRecord
+from asesearch.study.records import TrialRecord, num_ended
 from asesearch.study.storage import ask
 from asesearch.study.study import Study
 
@@ -93,22 +93,14 @@ class Asker:
 
     def _seed_proposer(self, trials: Sequence[FrozenTrial]) -> None:
         """A proposer whose seed follows from the study's and from what is on record."""
-        ended = sum(
-            t.state == TrialState.COMPLETE or RECORD in t.user_attrs or REPEAT in t.user_attrs
-            for t in trials
-        )
         running = sum(t.state == TrialState.RUNNING for t in trials)
-        words = np.random.SeedSequence([self.config.search.seed, ended, running]).generate_state(1)
+        own = self.config.search.seed
+        words = np.random.SeedSequence([own, num_ended(trials), running]).generate_state(1)
         seed = int(words[0]) % 2**31
         if self.config.search.proposer == NAME:
-            problem = self.problem
-            assert problem is not None
+            assert self.problem is not None
             self.study.optuna.sampler = DifficultySampler(
-                problem.space,
-                problem.samplers,
-                problem.call_costs,
-                problem.full_cost,
-                problem.difficulty_map,
+                self.problem,
                 seed=seed,
                 explore=num_explored(self.config),
                 busy=self.fleet.refused,

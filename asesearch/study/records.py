@@ -11,6 +11,7 @@ from functools import cached_property
 from typing import Any
 
 import numpy as np
+from optuna.trial import FrozenTrial, TrialState
 
 from asesearch.errors import OUT_OF_MEMORY
 from asesearch.point import Point
@@ -376,6 +377,15 @@ class StudyResults:
         ]
         keep = non_dominated([point for _, point in scored])
         return tuple(sorted((scored[i][0] for i in keep), key=lambda r: self.cost_frac(r) or 0.0))
+
+
+def num_ended(trials: Sequence[FrozenTrial]) -> int:
+    """How many trials have ended with something to know: a point on record, or that it is a repeat.
+    Seeds of proposals follow from it, so that those of a study depend on its record alone."""
+    return sum(
+        t.state == TrialState.COMPLETE or RECORD in t.user_attrs or REPEAT in t.user_attrs
+        for t in trials
+    )
 
 
 def spent_s(results: StudyResults) -> float:

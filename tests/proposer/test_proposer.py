@@ -73,14 +73,7 @@ def make_problem(difficulty_map=None, space=SPACE, samplers=None, depth=DEPTH):
 
 
 def make_sampler(problem, seed=0):
-    return DifficultySampler(
-        problem.space,
-        problem.samplers,
-        problem.call_costs,
-        problem.full_cost,
-        problem.difficulty_map,
-        seed=seed,
-    )
+    return DifficultySampler(problem, seed=seed)
 
 
 def some_records(count, seed=0, depth=DEPTH, calls=CALLS):
@@ -175,6 +168,7 @@ def test_nothing_is_kept_between_proposals():
     straight, _ = search(make_sampler(problem), problem, truth, 6)
     found, study = search(make_sampler(problem), problem, truth, 4)
     study.sampler = make_sampler(problem)
+    assert study.sampler.problem is problem  # and what was worked out of it
     assert (
         problem.cost_frac(problem.space.decode(study.ask(problem.space.distributions()).params))
         == straight[4][0]
