@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from asesearch.backbones import conditioning
 from asesearch.backbones.acceleration import Acceleration, Begin
-from asesearch.backbones.base import Backbone, check_schedule
+from asesearch.backbones.base import Backbone, check_schedule, evaluating
 from asesearch.backbones.compiled import compiled
 from asesearch.backbones.conditioning import Conditioning, Given, conditioning_of, labels_of
 from asesearch.backbones.device import tf32
@@ -248,7 +248,7 @@ def _prepared(
     """
     with (
         _ONE_AT_A_TIME,
-        _evaluating(backbone.to(place)),
+        evaluating(backbone.to(place)),
         arithmetic(precision, place),
         compiled(backbone, compile),
         nullcontext() if acceleration is None else attached(acceleration, backbone) as begin,
@@ -278,18 +278,6 @@ def _counting(backbone: Backbone, acceleration: Acceleration | None) -> Iterator
     finally:
         for hook in hooks:
             hook.remove()
-
-
-@contextmanager
-def _evaluating(backbone: Backbone) -> Iterator[None]:
-    """No gradients, and the network in eval mode until the end."""
-    was_training = backbone.training
-    backbone.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        backbone.train(was_training)
 
 
 def check_sampling(

@@ -235,6 +235,10 @@ def test_mode_is_restored_and_progress_told(net: DiT) -> None:
             y=torch.tensor([0]),
         )
     assert net.training
+    net.block_at(0).eval()
+    modes = [module.training for module in net.modules()]
+    make(net, "ddim", Diffusion(), range(1))
+    assert [module.training for module in net.modules()] == modes
     net.eval()
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, Self
 
 import torch
@@ -200,6 +201,21 @@ class Backbone(nn.Module):
                 f"{low}…{high}; rescale the schedule to the network's depth"
             )
         return result
+
+
+@contextmanager
+def evaluating(*nets: nn.Module) -> Iterator[None]:
+    """Inside there are no gradients and the networks are in eval mode; afterwards every part of
+    them is in the mode it was in."""
+    before = [(module, module.training) for net in nets for module in net.modules()]
+    for net in nets:
+        net.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module, training in before:
+            module.training = training
 
 
 def check_labels(net: Backbone, y: Conditioning | None, batch: int) -> None:

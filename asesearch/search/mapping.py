@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from functools import partial
 from itertools import chain, islice
 
@@ -18,7 +17,7 @@ import torch
 from torch import Tensor
 
 from asesearch.backbones import conditioning
-from asesearch.backbones.base import Backbone, own_labels
+from asesearch.backbones.base import Backbone, evaluating, own_labels
 from asesearch.backbones.conditioning import Conditioning
 from asesearch.backbones.digests import weights_fingerprint
 from asesearch.config import MapConfig
@@ -69,7 +68,7 @@ def measure_map(
     bins = config.num_bins
     edges = tuple(i * end // bins for i in range(bins + 1))
     tables: list[list[tuple[float, ...]]] = [[] for _ in TABLES]
-    with torch.no_grad(), _evaluating(backbone, reference):
+    with evaluating(backbone, reference):
         reuse = _reusable(backbone, _Draws(data, diffusion, config, 0, edges[:2]))
         for b in range(bins):
             draws = _Draws(data, diffusion, config, b, edges[b : b + 2])
@@ -279,17 +278,3 @@ def _inputs(
 def _eps(output: Tensor, x_t: Tensor) -> Tensor:
     """The predicted noise (N, C, H, W) in float32 of a network's output."""
     return output[:, : x_t.shape[1]].float()
-
-
-@contextmanager
-def _evaluating(*nets: Backbone) -> Iterator[None]:
-    """Inside, the networks are in eval mode; afterwards every part of them is in the mode it was
-    in."""
-    before = [(module, module.training) for net in nets for module in net.modules()]
-    for net in nets:
-        net.eval()
-    try:
-        yield
-    finally:
-        for module, training in before:
-            module.training = training
