@@ -5,6 +5,7 @@ from __future__ import annotations
 from asesearch.config import KINDS, DataConfig
 from asesearch.data.fashion import fashion_mnist
 from asesearch.data.images import ImageFolder
+from asesearch.data.latents import LatentShards
 from asesearch.data.sources import DataSource
 from asesearch.errors import ConfigError, DataError
 
@@ -44,10 +45,6 @@ def _opened(config: DataConfig, section: str) -> DataSource:
             f"{section}.path is needed for data of kind {config.kind!r}; got none; give the folder"
         )
     if config.kind == "latents":
-        from asesearch.data.latents import (
-            LatentShards,  # here, because that module imports this one
-        )
-
         return LatentShards(config.path, config.flip)
     if config.image_size is None:
         raise ConfigError(
