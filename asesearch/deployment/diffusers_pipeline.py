@@ -9,7 +9,6 @@ alone, guides every channel, spaces timesteps its own way and always has a VAE.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -20,7 +19,8 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from asesearch.config import DiffusionConfig, SamplingConfig, parse_section
-from asesearch.errors import CheckpointError, ConfigError
+from asesearch.deployment.manifest import has_scaling
+from asesearch.errors import CheckpointError, ConfigError, in_one_line
 from asesearch.sampler import grid_of
 from asesearch.solvers import DiscreteLevels, find_solver, make_betas
 
@@ -294,7 +294,6 @@ def rounded(positions: Tensor, precision: str) -> Tensor:
 def _check_settings(data: Mapping[str, Any], transformer: Any) -> None:
     """Refuse a manifest whose settings were not exported with such a transformer."""
     channels = transformer.config.in_channels
-    latents = data.get("latents")
     try:
         parse_section(SamplingConfig, data["sampling"], "sampling")
         diffusion = parse_section(DiffusionConfig, data["diffusion"], "diffusion")
@@ -306,15 +305,7 @@ def _check_settings(data: Mapping[str, Any], transformer: Any) -> None:
                 ("frequency_shift", data["frequency_shift"] in (0, 1)),
                 ("positions", data.get("positions", POSITIONS[0]) in POSITIONS),
                 ("guided_channels", data["guided_channels"] in range(1, channels + 1)),
-                (
-                    "latents",
-                    latents is None
-                    or all(
-                        len(latents[key]) == channels
-                        and all(math.isfinite(v) for v in latents[key])
-                        for key in ("shift", "scale")
-                    ),
-                ),
+                ("latents", has_scaling(data.get("latents"), channels)),
             )
             if not right
         ]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import glob
 import json
+import math
 import os
 import re
 from collections.abc import Iterable, Mapping
@@ -102,6 +103,26 @@ def check_format(folder: Path, data: Mapping[str, Any], name: str, version: int)
             f"{path} has bundle version {repr(found)[:40]}; this release reads "
             f"{version}; update asesearch"
         )
+
+
+def has_scaling(latents: object, channels: int | None = None) -> bool:
+    """Whether a manifest's `latents` is null, or gives shift and scale as lists of as many finite
+    numbers.
+
+    Args:
+        latents: what the manifest has.
+        channels: how many numbers there must be; None for any.
+    """
+    if latents is None:
+        return True
+    if not isinstance(latents, dict):
+        return False
+    lists = [v for v in (latents.get("shift"), latents.get("scale")) if isinstance(v, list)]
+    if len(lists) < 2 or len(lists[0]) != len(lists[1]) or not lists[0]:
+        return False
+    if channels not in (None, len(lists[0])):
+        return False
+    return all(type(v) in (int, float) and math.isfinite(v) for v in (*lists[0], *lists[1]))
 
 
 def file_entries(folder: Path, names: Iterable[str]) -> dict[str, dict[str, Any]]:

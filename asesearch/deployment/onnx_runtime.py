@@ -28,7 +28,13 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
 from asesearch.config import DiffusionConfig, SamplingConfig, parse_section
-from asesearch.deployment.manifest import check_files, check_format, check_names, read_manifest
+from asesearch.deployment.manifest import (
+    check_files,
+    check_format,
+    check_names,
+    has_scaling,
+    read_manifest,
+)
 from asesearch.deployment.recorded import OUTPUT as RECORDED
 from asesearch.deployment.recorded import check_tensors
 from asesearch.deployment.torch_noise import image_noise
@@ -353,6 +359,7 @@ def open_onnx(
         find_solver(bundle.sampling.solver, make_levels(bundle.diffusion))
         bundle._check([0], bundle.schedule)
         _check_network(bundle.network, bundle.sampling)
+        _check_latents(bundle.latents, bundle.network.in_channels)
         steps = bundle.diffusion.num_train_timesteps
     except (AseSearchError, KeyError, TypeError, ValueError, SafetensorError) as error:
         reason = " ".join(str(error).split())[:300]
@@ -379,6 +386,19 @@ def _check_network(net: Network, how: SamplingConfig) -> None:
             )
     if how.cfg_scale != 1.0 and not net.has_null_label:
         raise ConfigError(f"network: cfg_scale {how.cfg_scale} needs a null label (got none)")
+
+
+def _check_latents(latents: object, channels: int) -> None:
+    """Refuse a scaling of latents other than the network's.
+
+    Raises:
+        ConfigError: see `has_scaling`.
+    """
+    if not has_scaling(latents, channels):
+        raise ConfigError(
+            f"latents must give shift and scale of {channels} channels, or be null (got "
+            f"{str(latents)[:80]})"
+        )
 
 
 def _session(graph: Path, threads: int | None, providers: Sequence[str]) -> Any:

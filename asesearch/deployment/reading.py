@@ -32,6 +32,7 @@ from asesearch.deployment.manifest import (
     check_files,
     check_format,
     check_names,
+    has_scaling,
     read_manifest,
 )
 from asesearch.deployment.parity import parity_errors, refuse_errors
@@ -162,16 +163,8 @@ def _read_sections(folder: Path, data: Mapping[str, Any]) -> _Told:
 
 
 def _latents(path: Path, data: object) -> dict[str, Any] | None:
-    """`latents`, whose shift and scale are lists of finite numbers."""
-    if data is None:
-        return None
-    ok = isinstance(data, dict) and all(
-        isinstance(data.get(name), list)
-        and all(type(v) in (int, float) for v in data[name])
-        and len(data[name]) > 0
-        for name in ("shift", "scale")
-    )
-    if not ok:
+    """`latents`, see `has_scaling`."""
+    if not has_scaling(data):
         raise CheckpointError(
             f"{path}: latents must give shift and scale of each channel, or be null; got "
             f"{str(data)[:80]}; {_EXPORT}"
@@ -277,7 +270,8 @@ def _check_together(folder: Path, net: Backbone, told: _Told) -> None:
                 pass  # it fits the blocks
     except (ConfigError, ScheduleError) as error:
         raise _unfit(folder, error) from error
-    if told.latents is not None and len(told.latents["scale"]) != net.in_channels:
+    if not has_scaling(told.latents, net.in_channels):
+        assert told.latents is not None
         raise CheckpointError(
             f"{folder / MANIFEST}: the latents' scale must have one number for each of "
             f"{net.in_channels} channels; got {len(told.latents['scale'])}; {_EXPORT}"

@@ -241,6 +241,8 @@ def test_another_pipeline_is_refused_and_left_as_it_was(tmp_path):
         ({"positions": "int8"}, "got wrong positions"),
         ({"guided_channels": 5}, "got wrong guided_channels"),
         ({"latents": {"shift": [0.0], "scale": [1.0]}}, "got wrong latents"),
+        ({"latents": {"shift": [0.0] * 4, "scale": [True] * 4}}, "got wrong latents"),
+        ({"latents": {"shift": "0000", "scale": [1.0] * 4}}, "got wrong latents"),
         ({"sampling": {"solver": "magic"}}, "got wrong sampling: solver"),
         ({"schedule": {}}, "must hold an exit schedule"),
         ({"version": 2}, "has bundle version 2; this release reads 1"),

@@ -316,6 +316,7 @@ def test_missing_and_damaged_files_are_refused(copy):
         ({"sampling": {"solver": "euler-maruyama"}}, "is for a vp-sde process"),
         ({"network": {}}, "does not fit together: network: name is missing"),
         ({"network": []}, "does not fit together: network: "),
+        ({"latents": {"shift": [0, 0], "scale": [1, 1]}}, "shift and scale of 1 channels"),
         (
             {"schedule": ExitSchedule.from_string("4 4 3 3", DEPTH).to_dict()},
             r"missing or unknown: out.1, out.2, out.3; export",

@@ -327,6 +327,14 @@ CASES = {
         said("latents", value={"shift": [0.0, 0.0], "scale": [1.0, 1.0], "digest": ""}),
         "one number for each of 1 channels; got 2",
     ),
+    "latents infinite": (
+        text(lambda t: t.replace('"latents": null', '"latents": {"shift": [0], "scale": [1e999]}')),
+        "latents must give shift and scale",
+    ),
+    "latents of other channels in shift": (
+        said("latents", value={"shift": [0.0, 0.0], "scale": [1.0]}),
+        "latents must give shift and scale",
+    ),
     # inputs and outputs on record
     "output missing": (sealed(tensors(PARITY, without("out.2"))), "missing or unknown: out.2"),
     "output surplus": (sealed(tensors(PARITY, put("out.x", lambda _: NAN))), "unknown: out.x"),
