@@ -68,3 +68,15 @@ def memory_told(error: BaseException) -> str:
     """What an error for which `is_out_of_memory` holds says, in one line."""
     reason = (str(error).strip().splitlines() or [""])[0].rpartition("err == 0. ")[2]
     return f"{OUT_OF_MEMORY}: {reason}" if reason else OUT_OF_MEMORY
+
+
+def in_one_line(error: BaseException, most: int = 300) -> str:
+    """What an error says, in one line of at most so many characters; its class where it says
+    nothing."""
+    return " ".join(str(error).split())[:most] or type(error).__name__
+
+
+def first_line(error: BaseException, most: int = 300) -> str:
+    """The first line of what an error says, at most so many characters of it, where more lines are
+    of no use; its class where it says nothing."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:most]

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 from asesearch.backbones.base import Backbone
 from asesearch.backbones.device import check_memory
-from asesearch.errors import AseSearchError, ConfigError
+from asesearch.errors import AseSearchError, ConfigError, first_line
 
 MOST = 1000.0  # of a number among a constructor's arguments
 Net = TypeVar("Net", bound=Backbone)
@@ -68,7 +68,7 @@ def made(cls: type[Net], args: Mapping[str, Any]) -> Net:
     except (MemoryError, OverflowError, RuntimeError, TypeError) as error:
         if isinstance(error, AseSearchError):
             raise
-        reason = str(error).strip().splitlines()[0]
+        reason = first_line(error)
         raise ConfigError(
             f"the network of [backbone] can't be made with {dict(args)} ({reason}); correct args"
         ) from error

@@ -19,7 +19,7 @@ from asesearch.backbones import conditioning
 from asesearch.backbones.base import Backbone, ExitDepth
 from asesearch.backbones.conditioning import Conditioning
 from asesearch.backbones.device import tf32_state
-from asesearch.errors import ConfigError
+from asesearch.errors import ConfigError, first_line
 
 _Inputs = tuple[Tensor, Tensor, Conditioning | None]
 _COMPILERS = ("torch._dynamo.exc", "torch._inductor.exc")  # where the compiler's errors are
@@ -85,7 +85,7 @@ def _call(code: Callable[..., Any], block: nn.Module, /, *args: Any, **kwargs: A
     except Exception as error:
         if type(error).__module__ not in _COMPILERS:
             raise
-        reason = str(error).strip().splitlines()[0][:200]
+        reason = first_line(error, 200)
         raise ConfigError(
             f"the blocks can't be compiled here ({reason}); leave --compile out, or set "
             "compile = false in the study file"

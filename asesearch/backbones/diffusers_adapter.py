@@ -26,7 +26,7 @@ from asesearch.backbones.folders import (
     weight_files,
 )
 from asesearch.backbones.scheduler import refuse_prediction
-from asesearch.errors import CheckpointError, ConfigError
+from asesearch.errors import CheckpointError, ConfigError, in_one_line
 
 
 def _build(config: Mapping[str, Any]) -> nn.Module:
@@ -281,7 +281,7 @@ def _without_weights(folder: Path, name: str) -> nn.Module:
     try:
         made: nn.Module = getattr(diffusers, name).from_config(read_config(folder))
     except (ValueError, TypeError, KeyError, RuntimeError) as error:
-        reason = " ".join(str(error).split())[:300]
+        reason = in_one_line(error)
         raise CheckpointError(
             f"{folder / CONFIG} must describe a {name}; got {reason}; fetch it again"
         ) from error

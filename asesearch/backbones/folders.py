@@ -14,7 +14,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from asesearch.errors import CheckpointError
+from asesearch.errors import CheckpointError, in_one_line
 from asesearch.files import check_utf8, has_mark, loads, read_text
 from asesearch.foreign import foreign
 
@@ -339,7 +339,7 @@ def load_pretrained(
             with suppress(OSError):
                 if (told := foreign(path, plain_text=False)) is not None:
                     raise CheckpointError(f"{path} {told}") from error
-        reason = " ".join(str(error).split())[:300]
+        reason = in_one_line(error)
         fix = _naming_fix(folder) or "fetch it again, or save it with save_pretrained"
         for path in (folder / CONFIG, *folder.glob("*.safetensors.index.json")):
             if has_mark(path):

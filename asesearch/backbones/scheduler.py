@@ -12,7 +12,7 @@ import numpy.typing as npt
 from asesearch.backbones.files import resolve
 from asesearch.backbones.folders import CONFIG, class_name, find_folder, read_config
 from asesearch.config import BackboneConfig, DiffusionConfig
-from asesearch.errors import CheckpointError, ConfigError
+from asesearch.errors import CheckpointError, ConfigError, in_one_line
 from asesearch.solvers import make_betas
 from asesearch.solvers.noise import BETA_SCHEDULES
 
@@ -107,7 +107,7 @@ def _signal(path: Path, config: dict[str, Any]) -> npt.NDArray[np.float64] | Non
     try:
         left = getattr(cls.from_config(config), "alphas_cumprod", None)
     except (ValueError, TypeError, RuntimeError, NotImplementedError) as error:
-        reason = " ".join(str(error).split())[:200]
+        reason = in_one_line(error, 200)
         raise CheckpointError(
             f"{path} must describe a scheduler of diffusers; got {reason}; fetch it again"
         ) from error

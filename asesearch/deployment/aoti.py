@@ -37,7 +37,7 @@ from asesearch.deployment.parity import parity_errors, refuse_errors
 from asesearch.deployment.parts import Part, cut
 from asesearch.deployment.reading import open_bundle
 from asesearch.deployment.writing import whole_folder, write_files
-from asesearch.errors import CheckpointError, ConfigError
+from asesearch.errors import CheckpointError, ConfigError, in_one_line
 
 FORMAT = "asesearch.aoti"
 VERSION = 1
@@ -98,7 +98,7 @@ def _compile(block: Part, tokens: tuple[Tensor, ...], path: Path) -> None:
             )
             torch._inductor.aoti_compile_and_package(program, package_path=str(path))
     except Exception as error:  # the compiler raises what its parts raise
-        reason = " ".join(str(error).split())[:300]
+        reason = in_one_line(error)
         raise ConfigError(
             f"the block can't be compiled here: {reason}; AOTInductor needs a C++ compiler (g++)"
         ) from error
@@ -152,7 +152,7 @@ def open_aoti(folder: Path, data: Mapping[str, Any]) -> tuple[Bundle, dict[str, 
     try:
         code: Code = torch._inductor.aoti_load_package(str(folder / PACKAGE))
     except Exception as error:  # torch raises what its parts raise
-        reason = " ".join(str(error).split())[:300]
+        reason = in_one_line(error)
         raise CheckpointError(
             f"{folder / PACKAGE} is no compiled block that this torch can load: {reason}; export "
             "it again"

@@ -32,7 +32,7 @@ from asesearch.deployment.images import decoder_of
 from asesearch.deployment.manifest import MANIFEST, check_format
 from asesearch.deployment.recorded import check_tensors
 from asesearch.deployment.writing import whole_folder, write_manifest
-from asesearch.errors import CheckpointError, ConfigError
+from asesearch.errors import CheckpointError, ConfigError, in_one_line
 from asesearch.schedule import ExitSchedule
 
 PARITY = "parity.safetensors"
@@ -154,7 +154,7 @@ def open_diffusers(folder: Path, data: Mapping[str, Any]) -> Any:
         cls: Any = DiTPipeline
         return cls.from_pretrained(folder, local_files_only=True, use_safetensors=True, **parts)
     except Exception as error:  # diffusers raises what its parts raise
-        reason = " ".join(str(error).split())[:300]
+        reason = in_one_line(error)
         raise CheckpointError(
             f"{folder} holds a pipeline that does not load: {reason}; export it again"
         ) from error

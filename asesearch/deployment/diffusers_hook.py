@@ -33,7 +33,7 @@ from asesearch.deployment.diffusers_exits import (
 from asesearch.deployment.diffusers_pipeline import Restored, as_exported, with_settings
 from asesearch.deployment.manifest import MANIFEST, check_format, read_manifest
 from asesearch.deployment.reading import load_bundle
-from asesearch.errors import CheckpointError, ConfigError, ScheduleError
+from asesearch.errors import CheckpointError, ConfigError, ScheduleError, in_one_line
 from asesearch.schedule import ExitSchedule
 
 #: The formats that have a schedule, and the version of each that is read.
@@ -321,7 +321,7 @@ def _schedule_in(folder: Path, data: dict[str, Any]) -> ExitSchedule:
     try:
         return ExitSchedule.from_dict(data["schedule"])
     except (KeyError, TypeError, ValueError, ScheduleError) as error:
-        reason = " ".join(str(error).split())[:200]
+        reason = in_one_line(error, 200)
         raise CheckpointError(
             f"{folder / MANIFEST} must hold an exit schedule; got none that can be read "
             f"({reason}); export it again"

@@ -310,7 +310,7 @@ def _check_settings(data: Mapping[str, Any], transformer: Any) -> None:
             if not right
         ]
     except (ConfigError, KeyError, TypeError) as error:
-        wrong = [" ".join(str(error).split())[:200]]
+        wrong = [in_one_line(error, 200)]
     if wrong:
         raise CheckpointError(
             f"the manifest must hold the settings of the exported DiT; got wrong {wrong[0]}; "

@@ -38,7 +38,8 @@ from asesearch.deployment.manifest import (
 from asesearch.deployment.recorded import OUTPUT as RECORDED
 from asesearch.deployment.recorded import check_tensors
 from asesearch.deployment.torch_noise import image_noise
-from asesearch.errors import AseSearchError, CheckpointError, ConfigError
+from asesearch.errors import AseSearchError, CheckpointError, ConfigError, in_one_line
+from asesearch.sampler import passes_per_call
 from asesearch.schedule import ExitSchedule
 from asesearch.solvers import find_solver, make_levels
 
@@ -362,7 +363,7 @@ def open_onnx(
         _check_latents(bundle.latents, bundle.network.in_channels)
         steps = bundle.diffusion.num_train_timesteps
     except (AseSearchError, KeyError, TypeError, ValueError, SafetensorError) as error:
-        reason = " ".join(str(error).split())[:300]
+        reason = in_one_line(error)
         raise CheckpointError(
             f"{folder} holds an ONNX export that does not fit together: {reason}; export it again"
         ) from error
@@ -415,7 +416,7 @@ def _session(graph: Path, threads: int | None, providers: Sequence[str]) -> Any:
     try:
         return onnxruntime.InferenceSession(str(graph), options, providers=list(providers))
     except Exception as error:  # onnxruntime has no base class of its own
-        reason = " ".join(str(error).split())[:300]
+        reason = in_one_line(error)
         raise CheckpointError(
             f"onnxruntime {onnxruntime.__version__} can't run {graph}: {reason}; export it again, "
             "or use another version of onnxruntime"

@@ -38,7 +38,7 @@ from asesearch.deployment.manifest import (
 from asesearch.deployment.parity import parity_errors, refuse_errors
 from asesearch.deployment.recorded import check_tensors, prompts_of
 from asesearch.diffusion import make_diffusion
-from asesearch.errors import CheckpointError, ConfigError, ScheduleError
+from asesearch.errors import CheckpointError, ConfigError, ScheduleError, first_line, in_one_line
 from asesearch.files import loads
 from asesearch.sampler import acceleration_of
 from asesearch.sampling import check_acceleration, check_sampling
@@ -111,7 +111,7 @@ def open_bundle(
 
 
 def _unfit(folder: Path, error: Exception) -> CheckpointError:
-    reason = " ".join(str(error).split())[:300] or type(error).__name__
+    reason = in_one_line(error)
     return CheckpointError(
         f"{folder} holds a bundle that does not fit together: {reason}; {_EXPORT}"
     )
@@ -241,7 +241,7 @@ def _check_weights(path: Path, told: _Told) -> None:
 
 
 def _no_safetensors(path: Path, error: Exception) -> str:
-    reason = str(error).strip().splitlines()[0][:200]
+    reason = first_line(error, 200)
     with path.open("rb") as file:
         head = file.read(4)
     what = "is a pickle, which is never opened" if head[:2] in (b"\x80\x02", b"PK") else ""

@@ -18,7 +18,7 @@ from asesearch.backbones.device import tf32
 from asesearch.backbones.digests import weights_digest
 from asesearch.backbones.finite import refuse_not_finite
 from asesearch.backbones.folders import find_folder, load_pretrained, read_config
-from asesearch.errors import CheckpointError, ConfigError, DataError
+from asesearch.errors import CheckpointError, ConfigError, DataError, in_one_line
 
 PathLike = str | os.PathLike[str]
 _log = logging.getLogger(__name__)
@@ -345,7 +345,7 @@ def _load_tokenizer(folder: Path) -> Any:
     try:
         return AutoTokenizer.from_pretrained(place, local_files_only=True)
     except Exception as error:  # of damaged files it raises anything
-        reason = " ".join(str(error).split())[:300]
+        reason = in_one_line(error)
         raise CheckpointError(
             f"can't load the tokenizer {place}: {reason}; fetch it again; is sentencepiece there?"
         ) from error

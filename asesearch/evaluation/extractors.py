@@ -31,7 +31,7 @@ from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY
 
 from asesearch.backbones.device import tf32
 from asesearch.backbones.digests import weights_digest
-from asesearch.errors import AseSearchError, EvaluationError, is_out_of_memory
+from asesearch.errors import AseSearchError, EvaluationError, first_line, is_out_of_memory
 from asesearch.evaluation.fashion_cnn import FashionCNN
 from asesearch.evaluation.fashion_vit import FashionViT
 from asesearch.files import file_sha256
@@ -377,7 +377,7 @@ def _download_inception(target: Path) -> None:
         )
     except (OSError, RuntimeError) as error:
         raise EvaluationError(
-            f"can't download the weights of {INCEPTION}: {str(error).splitlines()[0]}; fetch "
+            f"can't download the weights of {INCEPTION}: {first_line(error)}; fetch "
             f"{URL_INCEPTION_V3} elsewhere and put it at {target}, or give its path as "
             "extractor_weights"
         ) from error

@@ -28,6 +28,7 @@ from asesearch.errors import (
     StudyError,
     TrainingDiverged,
     WriteError,
+    first_line,
     is_out_of_memory,
     memory_told,
 )
@@ -169,7 +170,7 @@ class _Confirming:
             except EvaluationError as error:
                 if record.number == full.number:
                     raise
-                why = {str(record.number): str(error).splitlines()[0]}
+                why = {str(record.number): first_line(error)}
                 self._write(record, {"confirmations": [], "failed": why})
                 return True
             except StudyError:
@@ -239,7 +240,7 @@ class _Confirming:
                 net = self.bench.trials.tuned(record.schedule, folder, seed).backbone
             found, _ = self.bench.evaluate(net, record.point, self.protocol)
         except (TrainingDiverged, EvaluationError) as error:  # it would be the same again
-            found = str(error).splitlines()[0]
+            found = first_line(error)
             _log.warning("trial %d under training seed %d: %s", record.number, seed, found)
         return replace(
             made,

@@ -23,7 +23,13 @@ from asesearch.backbones.device import check_memory
 from asesearch.backbones.exit_weights import weight_sets
 from asesearch.config import StudyConfig, TrainConfig
 from asesearch.data import check_readable, open_data
-from asesearch.errors import AseSearchError, ConfigError, EvaluationError, is_out_of_memory
+from asesearch.errors import (
+    AseSearchError,
+    ConfigError,
+    EvaluationError,
+    first_line,
+    is_out_of_memory,
+)
 from asesearch.finetuning import Depths, Trainer, draw_batch
 from asesearch.finetuning.checkpoint import check_checkpoint_room
 from asesearch.search.costs import elastic_depths
@@ -186,7 +192,7 @@ def try_step(bench: Workbench, depths: Depths, config: TrainConfig) -> int:
             ) from error
         if not config.compile or isinstance(error, AseSearchError):
             raise
-        reason = str(error).strip().splitlines()[0]
+        reason = first_line(error)
         raise ConfigError(
             f"the blocks can't be compiled here ({reason}); set compile = false"
         ) from error

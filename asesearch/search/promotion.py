@@ -15,7 +15,13 @@ from pathlib import Path
 
 from asesearch.backbones.device import collect_cycles
 from asesearch.config import StudyConfig
-from asesearch.errors import EvaluationError, TrainingDiverged, is_out_of_memory, memory_told
+from asesearch.errors import (
+    EvaluationError,
+    TrainingDiverged,
+    first_line,
+    is_out_of_memory,
+    memory_told,
+)
 from asesearch.proposer.belief import judge
 from asesearch.proposer.problem import Problem
 from asesearch.proposer.proposer import NAME
@@ -82,7 +88,7 @@ def _own_failure(error: Exception) -> str | None:
     if is_out_of_memory(error):
         return memory_told(error)
     if isinstance(error, (TrainingDiverged, EvaluationError)):
-        return str(error).splitlines()[0]
+        return first_line(error)
     return None
 
 

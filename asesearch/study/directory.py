@@ -16,8 +16,8 @@ from typing import Any, TypeVar
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from asesearch.errors import ScheduleError, StudyError, WriteError
-from asesearch.files import check_writable, loads, real_path
+from asesearch.errors import ScheduleError, StudyError, WriteError, first_line
+from asesearch.files import check_writable, loads, real_path, warn_once
 from asesearch.sampler import Sampler
 from asesearch.schedule import SLUG_BYTES, ExitSchedule
 
@@ -273,7 +273,7 @@ def _reason(path: Path, error: Exception | str) -> str:
         return "it is empty, as a power cut may leave it"
     if isinstance(error, KeyError):
         return f"{error} is missing"
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return error if isinstance(error, str) else first_line(error)
 
 
 @cache
