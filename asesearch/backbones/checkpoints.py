@@ -12,8 +12,7 @@ import logging
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from functools import cache
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -259,6 +258,25 @@ def load_backbone(
     for note in notes:
         _say_once(note)
     return net
+
+
+def load_saved(
+    path: str | os.PathLike[str],
+    kind: Literal["dit", "uvit", "diffusers"],
+    device: torch.device | str = "cpu",
+) -> Backbone:
+    """The network that `save_backbone` wrote to a file, in eval mode.
+
+    Args:
+        path: the file.
+        kind: of the network.
+        device: where to put it.
+
+    Raises:
+        ConfigError, CheckpointError: see `load_backbone`.
+    """
+    config = BackboneConfig(kind=kind, checkpoint=str(path))
+    return load_backbone(config).to(device).eval()
 
 
 def load_trained(

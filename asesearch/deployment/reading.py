@@ -21,7 +21,7 @@ from torch import Tensor
 from asesearch.backbones.acceleration import Acceleration
 from asesearch.backbones.base import Backbone, check_schedule
 from asesearch.backbones.checkpoints import VERSION as WEIGHTS_VERSION
-from asesearch.backbones.checkpoints import load_backbone
+from asesearch.backbones.checkpoints import load_saved
 from asesearch.backbones.exit_weights import attached
 from asesearch.backbones.files import FORMAT as WEIGHTS
 from asesearch.calibration import check_named, read_acceleration
@@ -85,8 +85,7 @@ def open_bundle(
     _check_weights(folder / FILES[0], told)
     parity = _read_tensors(folder / FILES[1])
     try:
-        config = BackboneConfig(kind=told.kind, checkpoint=str((folder / FILES[0]).absolute()))
-        net = load_backbone(config).eval()
+        net = load_saved((folder / FILES[0]).absolute(), told.kind)
     except CheckpointError as error:  # which ends with what to do about a checkpoint
         raise CheckpointError(f"{str(error).rpartition('; ')[0]}; {_EXPORT}") from error
     except (KeyError, TypeError, ValueError, IndexError, RuntimeError, OverflowError) as error:
@@ -169,7 +168,7 @@ def _latents(path: Path, data: object) -> dict[str, Any] | None:
             f"{path}: latents must give shift and scale of each channel, or be null; got "
             f"{str(data)[:80]}; {_EXPORT}"
         )
-    assert isinstance(data, dict)
+    assert data is None or isinstance(data, dict)
     return data
 
 

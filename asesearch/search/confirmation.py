@@ -20,9 +20,8 @@ from typing import Any
 import torch
 
 from asesearch.backbones.base import Backbone
-from asesearch.backbones.checkpoints import load_backbone
+from asesearch.backbones.checkpoints import load_saved
 from asesearch.backbones.device import collect_cycles
-from asesearch.config import BackboneConfig
 from asesearch.errors import (
     EvaluationError,
     StudyError,
@@ -371,7 +370,4 @@ def load_trial(study: Study, record: TrialRecord, device: torch.device) -> Backb
     Raises:
         StudyError: see `trial_weights`.
     """
-    config = BackboneConfig(
-        kind=study.config.backbone.kind, checkpoint=str(trial_weights(study, record))
-    )
-    return load_backbone(config).to(device).eval()
+    return load_saved(trial_weights(study, record), study.config.backbone.kind, device)

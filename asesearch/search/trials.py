@@ -12,12 +12,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from asesearch.backbones.base import Backbone, check_schedule
-from asesearch.backbones.checkpoints import inspect_checkpoint, load_backbone
+from asesearch.backbones.checkpoints import inspect_checkpoint, load_saved
 from asesearch.backbones.compiled import forget_graphs
 from asesearch.backbones.device import collect_cycles
 from asesearch.backbones.exit_weights import own_exits
 from asesearch.backbones.saving import save_backbone
-from asesearch.config import BackboneConfig, TrainConfig
+from asesearch.config import TrainConfig
 from asesearch.data import save_images
 from asesearch.files import replacing
 from asesearch.finetuning import CHECKPOINT, TrainResult, finetune
@@ -108,8 +108,7 @@ class Trials:
         """
         path = folder / directory.WEIGHTS
         if directory.is_whole(path, "the schedule is fine-tuned again", schedule):
-            own = BackboneConfig(kind=self.parts.config.backbone.kind, checkpoint=str(path))
-            net = load_backbone(own).to(self.parts.device).eval()
+            net = load_saved(path, self.parts.config.backbone.kind, self.parts.device)
             took = json.loads(inspect_checkpoint(path).metadata.get(TOOK, "null")) or {
                 "seconds": 0.0,
                 "losses": [],

@@ -16,9 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from asesearch.backbones.base import Backbone
-from asesearch.backbones.checkpoints import load_backbone
+from asesearch.backbones.checkpoints import load_saved
 from asesearch.backbones.saving import save_backbone
-from asesearch.config import BackboneConfig
 from asesearch.data import open_data
 from asesearch.files import write_json
 from asesearch.finetuning import CHECKPOINT, finetune
@@ -122,8 +121,7 @@ def _elastic(
         write_json(run_dir / directory.WARM_UP, _cost_of(made))
         save_backbone(tuned.backbone, path, {"elastic_depths": json.dumps(depths.to_dict())})
         (folder / CHECKPOINT).unlink(missing_ok=True)
-    own = BackboneConfig(kind=bench.config.backbone.kind, checkpoint=str(path))
-    return load_backbone(own).to(bench.device).eval()
+    return load_saved(path, bench.config.backbone.kind, bench.device)
 
 
 def _map(bench: Workbench, run_dir: Path, made: WarmUp) -> DifficultyMap:
