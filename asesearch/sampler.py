@@ -36,6 +36,12 @@ GRID = r"-(?:quadratic|power(?!(?:1|2)(?:-|$))(?:[1-3](?:\.[0-9]?[1-9])?|0\.[1-9
 _GRIDDED = re.compile(rf"(.+?)({GRID})?")
 
 
+def passes_per_call(cfg_scale: float) -> int:
+    """How often a network runs in a call of a sampler: guidance takes two passes, with the
+    condition and without."""
+    return 1 if cfg_scale == 1 else 2
+
+
 def grid_of(solver: str) -> tuple[str, float]:
     """A solver's name without its grid, and the power of the grid: "unipc-quadratic" has 2,
     "ddim-power1.5" has 1.5, "ddim" has 1.

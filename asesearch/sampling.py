@@ -26,6 +26,7 @@ from asesearch.backbones.guidance import GuidanceInterval, check_guided
 from asesearch.config import SamplingConfig
 from asesearch.diffusion import Process
 from asesearch.errors import ConfigError
+from asesearch.sampler import passes_per_call
 from asesearch.schedule import ExitSchedule
 from asesearch.solvers import Noise, Solver, find_solver
 
@@ -119,7 +120,7 @@ class _ScheduledModel:
         output = guided(self.backbone, x, t, self.y, self.cfg_scale, exit_depth)
         how = self.acceleration
         alone = isinstance(how, GuidanceInterval) and not how.inside[call]
-        passes = 1 if self.cfg_scale == 1.0 or alone else 2
+        passes = 1 if alone else passes_per_call(self.cfg_scale)
         self.timesteps.append(t_cur)
         self.nfe += passes
         self.block_calls += passes * (self.backbone.fixed_blocks + exit_depth)

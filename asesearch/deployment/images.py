@@ -19,6 +19,7 @@ from asesearch.encoding import LatentDecoder, encode_prompts
 from asesearch.errors import ConfigError
 from asesearch.evaluation.features import to_uint8
 from asesearch.files import check_writable
+from asesearch.sampler import passes_per_call
 from asesearch.sampling import SampleResult
 
 DECODED = 32  # images that a VAE decodes together, at most
@@ -111,7 +112,7 @@ class BundleImages:
         study's own sampler, and counts what an acceleration saves of a block.
         """
         net = self.bundle.backbone
-        passes = 1 if self.bundle.sampling.cfg_scale == 1 else 2
+        passes = passes_per_call(self.bundle.sampling.cfg_scale)
         full = passes * len(result.timesteps) * (net.fixed_blocks + net.depth)
         return result.block_calls / full
 

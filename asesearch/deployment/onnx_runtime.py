@@ -188,7 +188,7 @@ class OnnxBundle:
             model = self._model(schedule, None if labels is None else labels[own])
             parts.append(solver.integrate(model, draw(), pairs, levels, draw))
         seconds = time.perf_counter() - start
-        passes = 1 if self.sampling.cfg_scale == 1.0 else 2
+        passes = passes_per_call(self.sampling.cfg_scale)
         images = np.concatenate(parts)
         nfe = passes * len(timesteps)
         blocks = nfe * self.network.fixed_blocks + passes * schedule.block_calls(timesteps)

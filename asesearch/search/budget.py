@@ -22,7 +22,7 @@ def image_s(bench: Workbench, results: StudyResults) -> float:
     if full is not None and full.quality is not None and full.seconds.get("sample"):
         parts = sum(full.seconds.get(part, 0.0) for part in ("sample", "decode", "evaluate"))
         return parts / (full.quality.protocol.num_samples * len(full.quality.values))
-    calls = len(next(iter(bench.samplers.values())))
+    calls = len(bench.samplers[bench.own_sampler])
     return calls * bench.costs.latency.median_ms[-1] / 1000 / bench.batch_size
 
 

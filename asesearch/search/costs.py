@@ -26,7 +26,7 @@ from asesearch.evaluation.cost import (
 )
 from asesearch.finetuning import Depths
 from asesearch.point import Point
-from asesearch.sampler import Sampler
+from asesearch.sampler import Sampler, passes_per_call
 from asesearch.sampling import arithmetic
 from asesearch.schedule import ElasticDepths
 from asesearch.score import Protocol
@@ -187,7 +187,7 @@ class Costs:
     def fracs(self, point: Point) -> tuple[float, float, float]:
         """Predicted time, FLOPs and block calls of a whole sampling over the full network's under
         the study's own sampler."""
-        own = next(iter(self.parts.samplers.values()))
+        own = self.parts.samplers[self.parts.own_sampler]
         steps = self.parts.samplers[point.sampler]
         schedule = point.schedule
         if point.sampler.acceleration:
@@ -262,7 +262,7 @@ class Costs:
         else:
             steps = self.parts.samplers[point.sampler]
             calls = sum(self.flops[d - 1] for d in point.schedule.exit_depth_at(steps))
-        passes = 1 if self.parts.config.sampling.cfg_scale == 1 else 2
+        passes = passes_per_call(self.parts.config.sampling.cfg_scale)
         return float(passes * calls) * protocol.num_samples * len(protocol.seeds) / 1e9
 
     def training_gflops(self, depths: Depths, config: TrainConfig) -> float:

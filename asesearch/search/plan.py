@@ -12,6 +12,7 @@ import torch
 from asesearch.calibration import NUM_IMAGES, num_looks
 from asesearch.config import StudyConfig, TrainConfig
 from asesearch.finetuning import Depths, Trainer, seconds_per_step
+from asesearch.sampler import passes_per_call
 from asesearch.search.budget import MARGIN, confirmation_s, confirmed_points
 from asesearch.search.costs import elastic_depths
 from asesearch.search.promotion import num_explored
@@ -159,7 +160,7 @@ def _rates(bench: Workbench) -> _Rates:
     """Time a few steps and calls."""
     config = bench.config
     rung = config.promotion
-    calls = len(next(iter(bench.samplers.values())))
+    calls = len(bench.samplers[bench.own_sampler])
     return _Rates(
         image_s=calls * bench.costs.full_call_ms / 1000 / bench.batch_size,
         decode_s=_decode_s(bench),
@@ -224,7 +225,7 @@ def make_plan(bench: Workbench, results: StudyResults | None = None, worked_s: f
     left = _Left.of(config, results)
     rates = _rates(bench)
     made_s = rates.image_s + rates.decode_s
-    calls = len(next(iter(bench.samplers.values())))
+    calls = len(bench.samplers[bench.own_sampler])
     elastic = config.elastic
     budget_s = config.search.budget_s
     if budget_s is not None:
@@ -234,7 +235,7 @@ def make_plan(bench: Workbench, results: StudyResults | None = None, worked_s: f
         if elastic is None or "elastic" in left.warm_up
         else elastic.num_steps * _step_s(bench, elastic_depths(bench), elastic)
     )
-    passes = 2 if config.sampling.cfg_scale != 1 else 1  # of a sampler's call; the map makes one
+    passes = passes_per_call(config.sampling.cfg_scale)  # the map makes one
     mapped = config.map.num_bins * config.map.num_images * 3
     maps = needs_map(bench) and "map" not in left.warm_up
     map_s = mapped * rates.image_s / (calls * passes) if maps else 0.0

@@ -45,6 +45,7 @@ def bench(monkeypatch):
     return SimpleNamespace(
         config=config,
         samplers={Sampler("ddim", 10): range(10), Sampler("unipc", 5): range(5)},
+        own_sampler=Sampler("ddim", 10),
         decoder=None,
         batch_size=10,
         costs=SimpleNamespace(full_call_ms=1000.0),
