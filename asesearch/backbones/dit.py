@@ -40,6 +40,15 @@ def timestep_embedding(
     args = t[:, None].float() * freqs[None]  # (N, dim/2)
     emb = torch.cat([torch.cos(args), torch.sin(args)], dim=-1)  # (N, dim)
     return F.pad(emb, (0, dim % 2))
+def unpatchify(x: Tensor, grid: int, patch_size: int) -> Tensor:
+    """Patches to an image of `grid` × `grid` of them: (N, grid², patch²·C) -> (N, C, H, W)."""
+    n = x.shape[0]
+    p = patch_size
+    c = x.shape[2] // p**2
+    x = x.view(n, grid, grid, p, p, c).permute(0, 5, 1, 3, 2, 4)  # (N, C, grid, p, grid, p)
+    return x.reshape(n, c, grid * p, grid * p)
+
+
 
 
 def sincos_pos_embed(dim: int, grid: int) -> Tensor:
@@ -310,12 +319,7 @@ class DiT(Backbone):
 
     def unpatchify(self, x: Tensor) -> Tensor:
         """(N, L, patch²·C) -> (N, C, H, W)."""
-        n = x.shape[0]
-        p = self.patch_size
-        c = self.out_channels
-        grid = self.input_size // p
-        x = x.view(n, grid, grid, p, p, c).permute(0, 5, 1, 3, 2, 4)  # (N, C, grid, p, grid, p)
-        return x.reshape(n, c, grid * p, grid * p)
+        return unpatchify(x, self.input_size // self.patch_size, self.patch_size)
 
     def _embed(self, x_t: Tensor, t: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         """Tokens (N, L, D), and what the blocks are conditioned on (N, D)."""

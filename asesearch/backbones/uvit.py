@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from asesearch.backbones.base import Backbone, ExitDepth, check_labels
 from asesearch.backbones.conditioning import Conditioning, labels_of
-from asesearch.backbones.dit import Attention, Mlp, PatchEmbed, timestep_embedding
+from asesearch.backbones.dit import Attention, Mlp, PatchEmbed, timestep_embedding, unpatchify
 from asesearch.errors import ConfigError
 
 _S: dict[str, Any] = {
@@ -275,15 +275,6 @@ class UViT(Backbone):
             parts.insert(0, self.label_emb(y)[:, None])
         return torch.cat(parts, dim=1) + self.pos_embed
 
-    def _unpatchify(self, x: Tensor) -> Tensor:
-        """(N, L, patch²·C) -> (N, C, H, W)."""
-        n = x.shape[0]
-        p = self.patch_size
-        c = self.in_channels
-        grid = self.input_size // p
-        x = x.view(n, grid, grid, p, p, c).permute(0, 5, 1, 3, 2, 4)  # (N, C, grid, p, grid, p)
-        return x.reshape(n, c, grid * p, grid * p)
-
     def forward(
         self, x_t: Tensor, t: Tensor, y: Tensor | None = None, *, exit_depth: ExitDepth = None
     ) -> Tensor:
@@ -338,5 +329,6 @@ class UViT(Backbone):
     def _head(self, x: Tensor) -> Tensor:
         """(N, extras + L, D) -> (N, C, H, W)."""
         x = self.decoder_pred(self.norm(x))[:, self.extras :]  # (N, L, patch²·C)
-        out: Tensor = self.final_layer(self._unpatchify(x))
+        grid = self.input_size // self.patch_size
+        out: Tensor = self.final_layer(unpatchify(x, grid, self.patch_size))
         return out
