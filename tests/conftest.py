@@ -9,7 +9,8 @@ import sqlalchemy
 import torch
 
 from asesearch.backbones import DiT, compiled
-from asesearch.data import ImageArray, images
+from asesearch.data import ImageArray
+from asesearch.files import warn_once
 from tests.processes import poll_often
 
 # files that take longest; first, so that two processes that share the files out end together
@@ -62,7 +63,7 @@ def tiny_images():
 def own_cache(tmp_path_factory, monkeypatch):
     """An empty cache folder, and warnings that come once a process not given yet."""
     monkeypatch.setenv("ASESEARCH_CACHE", str(tmp_path_factory.mktemp("cache")))
-    images._warn_once.cache_clear()
+    warn_once.cache_clear()
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import logging
 import os
 import re
 from pathlib import Path
@@ -20,6 +21,8 @@ from asesearch.files import (
     read_text,
     real_path,
     replacing,
+    some,
+    warn_once,
     write_json,
 )
 
@@ -182,6 +185,20 @@ def test_names_are_shown_on_one_line():
     assert printable(" é…\u2009%.jpg") == " é…\u2009%.jpg"
     with pytest.raises(ConfigError, match=r"can't read no\\nwhere: "):
         read_text("no\nwhere")
+
+
+def test_some_of_many_names_are_told_and_how_many_more_there_are():
+    assert some([]) == "" and some(["a", "b", "c"]) == "a, b, c"
+    assert some([f"a{i}\n" for i in range(1500)]) == r"a0\n, a1\n, a2\n and 1,497 more"
+    assert some("abcdef", 5) == "a, b, c, d, e and 1 more"
+
+
+def test_a_warning_comes_once_from_whom_it_is_of(caplog):
+    one, two = logging.getLogger("asesearch.one"), logging.getLogger("asesearch.two")
+    for log in (one, one, two):
+        warn_once(log, "100 % of it is damaged")
+    told = [(record.name, record.getMessage()) for record in caplog.records]
+    assert told == [(log.name, "100 % of it is damaged") for log in (one, two)]
 
 
 def test_a_locale_that_is_not_utf_8_is_told_apart_from_a_name_that_is_not(monkeypatch):

@@ -23,10 +23,10 @@ from asesearch.data import (
     centre_crop,
     check_readable,
     checking,
-    images,
     open_data,
 )
 from asesearch.errors import ConfigError, DataError
+from asesearch.files import warn_once
 from tests.test_image_folders import write
 
 pytestmark = pytest.mark.usefixtures("own_cache")
@@ -512,7 +512,7 @@ def test_two_that_begin_at_once_check_each_image_once(tmp_path, monkeypatch):
 
 def test_damaged_images_are_skipped_where_asked(some_damaged, caplog):
     whole = ImageFolder(some_damaged, 16)
-    images._warn_once.cache_clear()
+    warn_once.cache_clear()
     folder = open_data(
         DataConfig(kind="image-folder", path=str(some_damaged), image_size=16, skip_damaged=True)
     )

@@ -33,7 +33,7 @@ from asesearch.backbones.shapes import Architecture, from_shapes, uvit_preset
 from asesearch.backbones.uvit import UViT, trained_under
 from asesearch.config import BackboneConfig, DiffusionConfig
 from asesearch.errors import CheckpointError, ConfigError
-from asesearch.files import loads
+from asesearch.files import loads, warn_once
 
 VERSION = "1"
 NULL = "null_condition."  # begins the names of a null condition's tensors in the files we write
@@ -256,7 +256,7 @@ def load_backbone(
 
     net = _filled(empty, state, f"{contents.path} ({info.model})")
     for note in notes:
-        _say_once(note)
+        warn_once(_log, note)
     return net
 
 
@@ -298,10 +298,11 @@ def load_trained(
         right = trained_under(name)
         given = {key: value for key, value in diffusion.model_dump().items() if key in right}
         if given != right:
-            _say_once(
+            warn_once(
+                _log,
                 f"{config.checkpoint} has the shapes of {name}, which was released trained under "
                 f"{_in_toml(right)}; [diffusion] has {_in_toml(given)}; "
-                "change it, unless these weights were trained so"
+                "change it, unless these weights were trained so",
             )
     return net
 
@@ -341,11 +342,6 @@ def _open(
         info,
         [f"{contents.path}: {note}" for note in (*contents.notes, *found.doubtful)],
     )
-
-
-@cache
-def _say_once(line: str) -> None:
-    _log.warning("%s", line)
 
 
 def _load_diffusers(

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from asesearch.backbones.dit import sincos_pos_embed
 from asesearch.errors import CheckpointError, ConfigError
+from asesearch.files import some
 
 _PARTS = ("weight", "bias")
 _NETWORK = {
@@ -81,8 +82,7 @@ def refuse_mismatch(
         ("of another shape", misshapen),
     ):
         if names:
-            more = f" and {len(names) - 5} more" if len(names) > 5 else ""
-            parts.append(f"{len(names)} {kind}: {', '.join(names[:5])}{more}")
+            parts.append(f"{len(names)} {kind}: {some(names, 5)}")
     if parts:
         raise CheckpointError(
             f"{where} does not hold what the network needs; {'; '.join(parts)}; {fix}"

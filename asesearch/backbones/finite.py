@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from asesearch.errors import CheckpointError
+from asesearch.files import some
 
 _CHUNK = 1 << 24  # numbers looked at together
 _PAGE = 1024  # numbers in 4,096 bytes of float32; two of these in half precision
@@ -87,10 +88,9 @@ def refuse_zero(state: Mapping[str, Tensor], where: str) -> None:
     weights = {k: v for k, v in state.items() if _NEVER_ZERO.search(k)}
     bad = [k for k, v in weights.items() if _is_zero(v)]
     if bad:
-        more = f" and {len(bad) - 3} more" if len(bad) > 3 else ""
         raise CheckpointError(
-            f"{where} must hold trained weights; got nothing but zeros in {', '.join(bad[:3])}"
-            f"{more}, as an unfinished download leaves it; download it again"
+            f"{where} must hold trained weights; got nothing but zeros in {some(bad)}"
+            ", as an unfinished download leaves it; download it again"
         )
     for name, value in weights.items():
         if (hole := _hole(value)) is not None:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from asesearch.errors import CheckpointError
+from asesearch.files import some
 
 _known: set[tuple[str, int, int]] = set()  # files that this process has found whole
 
@@ -38,10 +39,9 @@ def refuse_changed(path: Path, state: Mapping[str, Tensor]) -> None:
     if mark in _known or not zipfile.is_zipfile(path):
         return
     if bad := _changed(path, state):
-        more = f" and {len(bad) - 3} more" if len(bad) > 3 else ""
         raise CheckpointError(
             f"{path} must hold the bytes that were written into it; got others in "
-            f"{', '.join(bad[:3])}{more}, by the CRC-32 in the file: it was damaged on its way or "
+            f"{some(bad)}, by the CRC-32 in the file: it was damaged on its way or "
             "on the disk; copy or download it again"
         )
     _known.add(mark)

@@ -14,6 +14,8 @@ from typing import Any
 
 from torch import Tensor
 
+from asesearch.files import some
+
 #: What wrappers put into parameter names, at their beginning or in between.
 _SEGMENTS = {
     "module",
@@ -332,9 +334,7 @@ def contents(data: object) -> str:
     """What something that was loaded holds, in a few words."""
     if not isinstance(data, Mapping):
         return _kind(data)
-    shown = ", ".join(f"{k} ({_kind(v)})" for k, v in list(data.items())[:8])
-    more = f" and {len(data) - 8} more" if len(data) > 8 else ""
-    return f"{shown}{more}" if shown else "an empty dict"
+    return some([f"{k} ({_kind(v)})" for k, v in data.items()], 8) or "an empty dict"
 
 
 def _kind(value: object) -> str:

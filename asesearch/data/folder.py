@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from asesearch.errors import DataError
-from asesearch.files import loads, once, printable, read_text, whence
+from asesearch.files import loads, once, printable, read_text, some, whence
 
 #: What torchvision's ImageFolder takes, and two more names of JPEG files.
 IMAGE_SUFFIXES = (
@@ -68,13 +68,6 @@ SYSTEM_NAMES = frozenset(
     }
 )
 LIMIT = 10**9  # of class indices; no network comes near
-SHOWN = 3  # names given in a message
-
-
-def some(names: Sequence[str]) -> str:
-    """The first few of many names."""
-    rest = f" and {len(names) - SHOWN:,} more" if len(names) > SHOWN else ""
-    return ", ".join(map(printable, names[:SHOWN])) + rest
 
 
 @dataclass(frozen=True, slots=True)

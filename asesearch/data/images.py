@@ -7,7 +7,6 @@ import json
 import logging
 import os
 from collections.abc import Sequence
-from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -26,13 +25,12 @@ from asesearch.data.folder import (
     label_tables,
     list_folder,
     shuffled_numbers,
-    some,
     wrapped,
 )
 from asesearch.data.pixels import UnreadableImage, read_pixels
 from asesearch.data.sources import mirrored
 from asesearch.errors import DataError
-from asesearch.files import printable, real_path
+from asesearch.files import printable, real_path, some, warn_once
 
 _log = logging.getLogger(__name__)
 
@@ -92,27 +90,30 @@ class ImageFolder:
         given = class_indices(root, folders, classes) if folders or classes is not None else None
         if given is None:
             if are_splits(folders, listing):
-                _warn_once(
+                warn_once(
+                    _log,
                     f"{printable(root)}: the images of {some(folders)} are all read, and these are "
                     "its classes; if they are the parts of a data set, give the folder of one, "
-                    f"such as {printable(root / folders[0])}"
+                    f"such as {printable(root / folders[0])}",
                 )
             elif inner := wrapped(folders, listing):
-                _warn_once(
+                warn_once(
+                    _log,
                     f"{printable(root)}: the images of {some(inner)} are all of one class, "
                     f"{printable(folders[0])}; if these are its classes, give the folder "
-                    f"{printable(root / folders[0])}"
+                    f"{printable(root / folders[0])}",
                 )
             if (pair := shuffled_numbers(folders)) is not None:
-                _warn_once(_order_told(root, folders, *pair))
+                warn_once(_log, _order_told(root, folders, *pair))
             if tables := label_tables(root):
-                _warn_once(
+                warn_once(
+                    _log,
                     f"{printable(root)}: labels in {some(tables)} are not read, "
                     f"{'and the folders are its classes' if folders else 'and it has no classes'}; "
-                    "if they are meant, move the images into a folder for each class"
+                    "if they are meant, move the images into a folder for each class",
                 )
         if listing.left_out:
-            _warn_once(f"{printable(root)}: {listing.told}")
+            warn_once(_log, f"{printable(root)}: {listing.told}")
         self.skipped: dict[str, str] = {}
         self._listed = Files.of(listing.files)
         if skip_damaged:
@@ -152,9 +153,10 @@ class ImageFolder:
                 f"({_reasons({n: str(f) for n, f in faults.items()})}); replace them"
             )
         self.skipped = {n: str(f) for n, f in faults.items()}
-        _warn_once(
+        warn_once(
+            _log,
             f"{printable(self.root)}: skipped {len(faults):,} damaged of {len(self._listed):,} "
-            f"images: {_reasons(self.skipped)}"
+            f"images: {_reasons(self.skipped)}",
         )
         self._listed = Files.of(kept)
 
@@ -229,9 +231,3 @@ def _order_told(root: Path, folders: Sequence[str], first: str, second: str, num
 
 def _reasons(faults: dict[str, str]) -> str:
     return some([f"{name} ({reason})" for name, reason in faults.items()])
-
-
-@cache
-def _warn_once(text: str) -> None:
-    """Once a process, however many sources are made of the folder."""
-    _log.warning("%s", text)

@@ -9,7 +9,7 @@ import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from fnmatch import fnmatchcase
-from functools import cache, lru_cache
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -276,7 +276,6 @@ def _reason(path: Path, error: Exception | str) -> str:
     return error if isinstance(error, str) else first_line(error)
 
 
-@cache
 def say_once(line: str) -> None:
     """A line on stderr about the study's state, once in a process."""
-    _log.warning(line)
+    warn_once(_log, line)
