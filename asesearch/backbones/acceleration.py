@@ -21,6 +21,8 @@ from asesearch.errors import ConfigError
 
 #: Begins a network call, by its number in the sampling of one batch, from 0.
 Begin = Callable[[int], None]
+#: (calls,) or (calls, blocks): whether something is done there.
+Flags = npt.NDArray[np.bool_]
 #: Parts of one call's cost: the fraction of it, an exit depth, and whether the call is changed.
 Mix = tuple[tuple[float, int, bool], ...]
 
@@ -126,10 +128,22 @@ def check_width(net: Backbone, width: int) -> None:
         )
 
 
+def written(flags: Flags) -> str:
+    """(calls,) flags as a row of 0 and 1."""
+    return "".join(map(str, flags.astype(int)))
+
+
+def read_flags(row: object) -> Flags | None:
+    """Inverse of `written`; None for what is not a row of 0 and 1, or an empty one."""
+    if not isinstance(row, str) or not row or not set(row) <= {"0", "1"}:
+        return None
+    return np.array([c == "1" for c in row], dtype=np.bool_)
+
+
 PARTS = ("attn", "mlp", "block")
 
 
-def run_at(net: Backbone, exit_depth: int) -> npt.NDArray[np.bool_]:
+def run_at(net: Backbone, exit_depth: int) -> Flags:
     """Which of the transformer blocks of one set of weights run at an exit depth."""
     return np.arange(net.fixed_blocks + net.depth) < net.fixed_blocks + exit_depth
 

@@ -16,9 +16,9 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from asesearch.backbones.acceleration import Begin, Looking
+from asesearch.backbones.acceleration import Begin, Flags, Looking
 from asesearch.backbones.base import Backbone
-from asesearch.backbones.caching import Caching, Flags, Half, adjusted
+from asesearch.backbones.caching import Caching, Half, adjusted
 
 #: A channel that varies less than this part of its mean square is as good as constant.
 _CONSTANT = 1e-9

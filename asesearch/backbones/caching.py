@@ -24,18 +24,20 @@ from torch import Tensor, nn
 from asesearch.backbones.acceleration import (
     PARTS,
     Begin,
+    Flags,
     Looking,
     Mix,
     as_tokens,
     check_width,
     led,
     plain_blocks,
+    read_flags,
     run_at,
+    written,
 )
 from asesearch.backbones.base import Backbone
 from asesearch.errors import ConfigError
 
-Flags = npt.NDArray[np.bool_]
 Array = npt.NDArray[np.float64]
 Half = npt.NDArray[np.float16]
 #: What is reused, given the number of its flag, what was kept, and a way to compute it after all.
@@ -134,7 +136,7 @@ class Caching:
             yield begin
 
     def to_dict(self) -> dict[str, Any]:
-        rows = ["".join(map(str, row)) for row in self.reuse.astype(int)]
+        rows = [written(flags) for flags in self.reuse]
         out = {"kind": "cache", "part": self.part, "reuse": rows}
         if self.adjustment is not None:
             little = self.adjustment.astype("<f2").tobytes()
@@ -150,16 +152,15 @@ class Caching:
                 or an adjustment that is not that of so many flags.
         """
         rows = data.get("reuse")
-        ok = isinstance(rows, list) and bool(rows)
-        ok = ok and all(isinstance(row, str) and set(row) <= {"0", "1"} for row in rows or ())
-        keys = {"kind", "part", "reuse"}
-        if not ok or len({*map(len, rows or ())}) != 1 or set(data) - {"adjustment"} != keys:
+        found = list(map(read_flags, rows)) if isinstance(rows, list) else []
+        read = [row for row in found if row is not None]
+        ok = len(read) == len(found) and len({*map(len, read)}) == 1
+        if not ok or set(data) - {"adjustment"} != {"kind", "part", "reuse"}:
             raise ConfigError(
                 "caching has the keys kind, part and reuse, rows of 0 and 1, and maybe adjustment; "
                 f"got {str(data)[:80]}; calibrate it again"
             )
-        assert rows is not None
-        flags = np.array([[c == "1" for c in row] for row in rows], dtype=np.bool_)
+        flags = np.stack(read)
         if "adjustment" not in data:
             return cls(data["part"], flags)
         return cls(data["part"], flags, _adjustment(data["adjustment"], int(flags.sum())))

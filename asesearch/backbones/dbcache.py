@@ -19,23 +19,24 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 from torch import Tensor, nn
 
 from asesearch.backbones.acceleration import (
     Acceleration,
     Begin,
+    Flags,
     Looking,
     Mix,
     diffusers_transformer,
     led,
     library,
     one_depth,
+    read_flags,
+    written,
 )
 from asesearch.backbones.base import Backbone, ExitDepth
 from asesearch.errors import ConfigError
 
-Flags = npt.NDArray[np.bool_]
 #: Told of each call: its number, its rows, and whether it reused.
 OnCall = Callable[[int, int, bool], None]
 
@@ -72,7 +73,7 @@ class DBCache:
         return DBCache(np.array([False, True]))
 
     def to_dict(self) -> dict[str, Any]:
-        return {"kind": "dbcache", "reuse": "".join(map(str, self.reuse.astype(int)))}
+        return {"kind": "dbcache", "reuse": written(self.reuse)}
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> DBCache:
@@ -81,14 +82,13 @@ class DBCache:
         Raises:
             ConfigError: a missing or unknown key, or flags that are not a row of 0 and 1.
         """
-        row = data.get("reuse")
-        ok = isinstance(row, str) and bool(row) and set(row) <= {"0", "1"}
-        if not ok or set(data) != {"kind", "reuse"}:
+        flags = read_flags(data.get("reuse"))
+        if flags is None or set(data) != {"kind", "reuse"}:
             raise ConfigError(
                 "DBCache has the keys kind and reuse, a row of 0 and 1; got "
                 f"{str(data)[:80]}; calibrate it again"
             )
-        return cls(np.array([c == "1" for c in str(row)], dtype=np.bool_))
+        return cls(flags)
 
     def mix(self, net: Backbone, exit_depths: Sequence[int], apart: bool = False) -> list[Mix]:
         seen = set()

@@ -14,16 +14,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from asesearch.backbones.acceleration import Begin, Mix, led
+from asesearch.backbones.acceleration import Begin, Flags, Mix, led, read_flags, written
 from asesearch.backbones.base import Backbone, ExitDepth
 from asesearch.backbones.conditioning import take
 from asesearch.errors import ConfigError
-
-Flags = npt.NDArray[np.bool_]
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,7 +78,7 @@ class GuidanceInterval:
         return GuidanceInterval(np.array([True, False]))
 
     def to_dict(self) -> dict[str, Any]:
-        return {"kind": "guide", "inside": "".join(map(str, self.inside.astype(int)))}
+        return {"kind": "guide", "inside": written(self.inside)}
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> GuidanceInterval:
@@ -90,14 +87,13 @@ class GuidanceInterval:
         Raises:
             ConfigError: a missing or unknown key, or flags that are not a row of 0 and 1.
         """
-        row = data.get("inside")
-        ok = isinstance(row, str) and bool(row) and set(row) <= {"0", "1"}
-        if not ok or set(data) != {"kind", "inside"}:
+        flags = read_flags(data.get("inside"))
+        if flags is None or set(data) != {"kind", "inside"}:
             raise ConfigError(
                 "a guidance interval has the keys kind and inside, a row of 0 and 1; got "
                 f"{str(data)[:80]}; calibrate it again"
             )
-        return cls(np.array([c == "1" for c in str(row)], dtype=np.bool_))
+        return cls(flags)
 
     def mix(self, net: Backbone, exit_depths: Sequence[int], apart: bool = False) -> list[Mix]:
         pairs = zip(self.inside, exit_depths, strict=True)

@@ -25,18 +25,20 @@ from torch import Tensor, nn
 from asesearch.backbones.acceleration import (
     Acceleration,
     Begin,
+    Flags,
     Looking,
     Mix,
     diffusers_transformer,
     led,
     library,
     one_depth,
+    read_flags,
     run_at,
+    written,
 )
 from asesearch.backbones.base import Backbone, ExitDepth
 from asesearch.errors import ConfigError
 
-Flags = npt.NDArray[np.bool_]
 Array = npt.NDArray[np.float64]
 #: Layers of diffusers' BasicTransformerBlock: self-attention, cross-attention, feed-forward.
 LAYERS = ("attn1", "attn2", "ff")
@@ -115,7 +117,7 @@ class SmoothCache:
         return SmoothCache(dict.fromkeys(self.reuse, np.array([False, True])), self.shares)
 
     def to_dict(self) -> dict[str, Any]:
-        rows = {name: "".join(map(str, row.astype(int))) for name, row in self.reuse.items()}
+        rows = {name: written(flags) for name, flags in self.reuse.items()}
         return {"kind": "smoothcache", "reuse": rows, "shares": self.shares}
 
     @classmethod
@@ -128,14 +130,15 @@ class SmoothCache:
         rows, shares = data.get("reuse"), data.get("shares")
         ok = set(data) == {"kind", "reuse", "shares"}
         ok = ok and isinstance(rows, dict) and isinstance(shares, dict)
-        rows, shares = rows or {}, shares or {}
-        ok = ok and all(isinstance(r, str) and r and set(r) <= {"0", "1"} for r in rows.values())
+        rows, shares = (rows or {}, shares or {}) if ok else ({}, {})
+        found = {name: read_flags(row) for name, row in rows.items()}
+        flags = {name: row for name, row in found.items() if row is not None}
+        ok = ok and flags.keys() == found.keys()
         if not ok or not all(type(s) in (int, float) and 0 <= s <= 1 for s in shares.values()):
             raise ConfigError(
                 "SmoothCache has the keys kind, reuse, a row of 0 and 1 for each layer, and "
                 f"shares, a number for each; got {str(data)[:80]}; calibrate it again"
             )
-        flags = {k: np.array([c == "1" for c in row], dtype=np.bool_) for k, row in rows.items()}
         return cls(flags, {name: float(share) for name, share in shares.items()})
 
     def mix(self, net: Backbone, exit_depths: Sequence[int], apart: bool = False) -> list[Mix]:
