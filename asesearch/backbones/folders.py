@@ -167,7 +167,7 @@ def weight_files(folder: Path) -> list[str]:
         CheckpointError: a file is missing or something else, or the index is damaged.
     """
     names = [f"{WEIGHTS}.safetensors"]
-    index = folder / f"{WEIGHTS}.safetensors.index.json"
+    index = folder / f"{WEIGHTS}{INDEX}"
     if index.is_file():
         names = _shards(index)
     elif not (folder / names[0]).is_file() and (folder / f"{WEIGHTS}.bin").is_file():
@@ -191,15 +191,20 @@ def weight_files(folder: Path) -> list[str]:
     return names
 
 
+def _index_of(variant: str) -> str:
+    """How the name of a variant's index ends, such as fp16's; an empty name stands for none."""
+    return INDEX.replace(".json", f".{variant}.json") if variant else INDEX
+
+
 def _naming_fix(folder: Path) -> str:
     """What to do in a folder with shards whose index is missing, or with the weights of a variant
     alone, such as fp16; empty elsewhere."""
     for path in sorted(folder.glob("*-*-of-*.safetensors")):
         stem, _, kind = path.name.rsplit("-", 3)[0].partition(".")
-        index = f"{stem}.safetensors.index{f'.{kind}' if kind else ''}.json"
+        index = f"{stem}{_index_of(kind)}"
         if stem and not (folder / index).exists():
             return f"fetch {index} too, which tells what is in {path.name} and the other shards"
-    indexes = sorted(folder.glob("*.safetensors.index.*.json"))
+    indexes = sorted(folder.glob(f"*{_index_of('*')}"))
     for path in [*indexes, *sorted(folder.glob("*.*.safetensors"))]:
         *name, variant, suffix = path.name.split(".")
         plain = ".".join([*name, suffix])
@@ -319,7 +324,7 @@ def load_pretrained(
         CheckpointError: unreadable, quantised, or not safetensors; or a path that is not UTF-8.
     """
     check_utf8(folder, "weights", CheckpointError)
-    for index in folder.glob("*.safetensors.index.json"):
+    for index in folder.glob(f"*{INDEX}"):
         _refuse_doubled(folder, [name for name in _shards(index) if (folder / name).is_file()])
     config: Mapping[str, Any] = {}
     with suppress(CheckpointError):  # an unreadable one is told below
@@ -341,7 +346,7 @@ def load_pretrained(
                     raise CheckpointError(f"{path} {told}") from error
         reason = in_one_line(error)
         fix = _naming_fix(folder) or "fetch it again, or save it with save_pretrained"
-        for path in (folder / CONFIG, *folder.glob("*.safetensors.index.json")):
+        for path in (folder / CONFIG, *folder.glob(f"*{INDEX}")):
             if has_mark(path):
                 fix = f"save its {path.name} as UTF-8 without a byte order mark"
         raise CheckpointError(
