@@ -30,16 +30,16 @@ PRESETS: dict[str, tuple[int, int, int]] = {
 PATCH_SIZES = (2, 4, 8)
 
 
-def timestep_embedding(
-    t: Tensor, dim: int, max_period: int = 10000, frequency_shift: int = 0
-) -> Tensor:
+def timestep_embedding(t: Tensor, dim: int, frequency_shift: int = 0) -> Tensor:
     """Sinusoidal embedding of t, cosines first: (N,) -> (N, dim) float32."""
     half = dim // 2
     steps = torch.arange(half, dtype=torch.float32, device=t.device)
-    freqs = torch.exp(-math.log(max_period) * steps / (half - frequency_shift))
+    freqs = torch.exp(-math.log(10000) * steps / (half - frequency_shift))
     args = t[:, None].float() * freqs[None]  # (N, dim/2)
     emb = torch.cat([torch.cos(args), torch.sin(args)], dim=-1)  # (N, dim)
     return F.pad(emb, (0, dim % 2))
+
+
 def unpatchify(x: Tensor, grid: int, patch_size: int) -> Tensor:
     """Patches to an image of `grid` × `grid` of them: (N, grid², patch²·C) -> (N, C, H, W)."""
     n = x.shape[0]
@@ -47,8 +47,6 @@ def unpatchify(x: Tensor, grid: int, patch_size: int) -> Tensor:
     c = x.shape[2] // p**2
     x = x.view(n, grid, grid, p, p, c).permute(0, 5, 1, 3, 2, 4)  # (N, C, grid, p, grid, p)
     return x.reshape(n, c, grid * p, grid * p)
-
-
 
 
 def sincos_pos_embed(dim: int, grid: int) -> Tensor:
@@ -89,9 +87,7 @@ class TimestepEmbedder(nn.Module):
         self.frequency_shift = frequency_shift
 
     def forward(self, t: Tensor) -> Tensor:
-        freqs = timestep_embedding(
-            t, self.frequency_embedding_size, frequency_shift=self.frequency_shift
-        )
+        freqs = timestep_embedding(t, self.frequency_embedding_size, self.frequency_shift)
         out: Tensor = self.mlp(freqs.to(next(self.mlp.parameters()).dtype))
         return out
 

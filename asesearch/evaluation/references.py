@@ -30,6 +30,7 @@ from asesearch.files import replacing
 from asesearch.locks import waited_if_possible
 
 KID_SEED = 2020
+_BATCH_SIZE = 200
 #: References keep the features of so many of their images (chosen with KID_SEED) for the kernel
 #: distance.
 KID_REFERENCE_SIZE = 5000
@@ -134,9 +135,7 @@ def reference_statistics(
         return made
 
 
-def _make_reference(
-    source: DataSource | str, extractor: Extractor, batch_size: int = 200
-) -> ReferenceStats:
+def _make_reference(source: DataSource | str, extractor: Extractor) -> ReferenceStats:
     """Moments in one pass, so that a large data set's features need not fit in memory."""
     if isinstance(source, str):
         raise EvaluationError(
@@ -156,9 +155,9 @@ def _make_reference(
     scatter = np.zeros((extractor.dim, extractor.dim))
     kept = []
     bar = tqdm(  # of a large network or data set it takes minutes to hours, once
-        feature_batches(extractor, source, batch_size),
+        feature_batches(extractor, source, _BATCH_SIZE),
         f"{extractor.name} features of {source.name}, kept for next time",
-        math.ceil(len(source) / batch_size),
+        math.ceil(len(source) / _BATCH_SIZE),
         file=sys.stderr,
         dynamic_ncols=True,
         leave=False,

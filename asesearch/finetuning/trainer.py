@@ -299,11 +299,11 @@ def whole(result: TrainResult, trainer: Trainer, backbone: Backbone) -> TrainRes
     return replace(result, backbone=tuned)
 
 
-def seconds_per_step(trainer: Trainer, steps: int = 3) -> float:
-    """Median time of a few training steps of a trainer that is thrown away afterwards, after one to
+def seconds_per_step(trainer: Trainer) -> float:
+    """Median time of three training steps of a trainer that is thrown away afterwards, after one to
     warm up."""
     times = []
-    for step in range(steps + 1):
+    for step in range(4):
         start = time.perf_counter()
         batch = draw_batch(
             trainer.data,

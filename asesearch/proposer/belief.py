@@ -29,7 +29,7 @@ Array = npt.NDArray[np.float64]
 
 
 class FrontBelief:
-    """What the trials on record say of the front of one level's figures.
+    """What the trials on record say of the front of one level's scores.
 
     Args:
         problem: what can be tried.
@@ -73,7 +73,7 @@ class FrontBelief:
         )
 
     def probability(self, point: Point) -> float:
-        """That a point is on the front, and better than twice the full network's figure.
+        """That a point is on the front, and better than twice the full network's score.
 
         A point whose score is on record is compared with the others.
         """

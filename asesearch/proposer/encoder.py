@@ -170,7 +170,7 @@ class Encoder:
         self, weights: Array, sampler: Sampler, boundaries: Sequence[int], shape: str
     ) -> Array:
         """Additive errors for `optimal_schedules`: (…, NUM_WEIGHTS) weights -> (…, intervals,
-        depth) in log figure."""
+        depth) in log score."""
         timesteps = self.samplers[sampler]
         # (calls, depth), (calls, weights)
         table = self._shaped(timesteps)[SHAPES.index(shape)]

@@ -23,7 +23,7 @@ class ElasticDepths:
         max_exit_depth: most blocks that the others draw; None for all.
 
     Raises:
-        ScheduleError: a least depth outside 1…depth.
+        ScheduleError: a least depth outside 1…depth, or a largest one outside min_exit_depth…depth.
     """
 
     depth: int

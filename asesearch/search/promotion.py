@@ -1,5 +1,5 @@
 """One trial from rung to rung: low-fidelity score, decision, brief fine-tuning, the search
-protocol's figure.
+protocol's score.
 
 Optuna refuses pruning where there are two objectives, so the rungs lie within a trial. The third
 rung, the full protocol on fresh seeds, is `confirmation`. Scores of different rungs are never
@@ -52,7 +52,7 @@ def run_trial(
             score, and one of the same schedule its fine-tuning, which is counted once.
         problem: what the quality model needs to judge a point; None without promotion.
         explores: whether the trial is part of the exploration phase, so that it ends with its
-            low-fidelity figure.
+            low-fidelity score.
 
     Returns:
         The finished record; that of the same point where it was stopped before and is again. A

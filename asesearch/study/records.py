@@ -308,7 +308,7 @@ class StudyResults:
 
     @property
     def complete(self) -> tuple[TrialRecord, ...]:
-        """Trials with a figure."""
+        """Trials with a score."""
         return tuple(r for r in self.records if r.state == "complete")
 
     @property
