@@ -129,7 +129,7 @@ def _groups_grid(comparison: Comparison) -> grids.Grid:
         "studies",
         "hypervolume, mean",
         "least … largest",
-        "budgets where it clearly wins",
+        "budgets it wins",
     )
     return grids.Grid(head, rows)
 

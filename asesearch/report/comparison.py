@@ -16,13 +16,14 @@ import pandas as pd
 from asesearch.errors import ConfigError, EvaluationError, StudyError
 from asesearch.report import attainment, tables
 from asesearch.report.wording import percent
-from asesearch.score import EvaluationResult, Protocol
+from asesearch.score import CONFIDENCE, EvaluationResult, Protocol
 from asesearch.study.records import REFERENCE_QUALITY, REFERENCE_TIME, StudyResults
 
 Array = npt.NDArray[np.float64]
 ALONE = "no other has a point as fast"
 APART = "every repeat is better"
 OVERLAP = "repeats overlap"
+FEW_STUDIES = "ranges don't overlap, which so few studies can't tell from chance"
 FEW = "fewer than half of the repeats have a point as fast"
 TOLD_APART = "told apart"
 TIMES = "times can't be told apart"
@@ -90,12 +91,12 @@ class Comparison:
         studies: one row a study: its group, trials, the full network's score, `hypervolume`, and
             its `share` of the area that all studies together dominate.
         groups: one row a group: number of studies, mean, least and largest hypervolume, and the
-            part of the time axis on which it `wins`.
+            part of the time axis on which it `wins`, each budget judged on its own.
         points: every point of every study, see `claimed`.
         attained: see `asesearch.report.attainment.surfaces`, for groups of two studies or more.
         wins: stretches of the time axis (budgets): who reaches the lowest score within it, if that
-            is more than noise, else an empty `winner`; the lead of the lowest over the next; and
-            why. Empty where there is one group.
+            is told apart from noise there, else an empty `winner`; the lead of the lowest over the
+            next; and why. Empty where there is one group.
         reference: time and score of the reference point.
         scale: "log" where areas are taken over the logarithm of the score, else "linear".
     """
@@ -137,14 +138,36 @@ class Comparison:
             },
         }
 
+    @property
+    def caveat(self) -> str:
+        """How far its wins can be trusted, in a sentence without its full stop; empty where there
+        is nothing to add."""
+        if self.wins.empty:
+            return ""
+        sizes = [int(n) for n in self.groups["studies"]]
+        if max(sizes) == 1:
+            return (
+                f"Each budget is judged on its own, at {tables.LEVEL}, and by one search of each: "
+                "over many budgets some are won by chance, and another search may find another "
+                "front"
+            )
+        if FEW_STUDIES not in set(self.wins["verdict"]):
+            return ""
+        counts = f"{', '.join(map(str, sizes[:-1]))} and {sizes[-1]} studies"
+        return (
+            f"Some ranges don't overlap, but of groups of {counts} that happens too often by "
+            "chance to be a win; it takes four of each, or three and five"
+        )
+
     def __str__(self) -> str:
         lines = []
+        told = "clearly" if self.groups["studies"].max() > 1 else "told apart as"
         for _, row in self.groups.sort_values("hypervolume", ascending=False).iterrows():
             repeats = f" ({row['studies']} studies)" if row["studies"] > 1 else ""
-            wins = f"clearly the lowest score on {percent(row['wins'])} of the {self.unit} budgets"
+            wins = f"{told} the lowest score on {percent(row['wins'])} of the {self.unit} budgets"
             line = f"{row['group']}{repeats}: hypervolume {row['hypervolume']:.4g}"
             lines.append(line if self.wins.empty else f"{line}, {wins}")
-        return "\n".join(lines)
+        return "\n".join([*lines, *filter(None, [self.caveat])])
 
 
 def claimed(points: pd.DataFrame) -> pd.DataFrame:
@@ -409,7 +432,8 @@ def _winner(members: Sequence[Member], time: float) -> tuple[str, float, str]:
     reached = pd.DataFrame(mine)
     slowest = float((reached["time_frac"] + _spread(reached)).max())
     verdicts = [_verdict(groups[first], groups[name], time) for name in others]
-    verdict = next((v for v in verdicts if v not in CLEAR), verdicts[0])
+    unclear = sorted((v for v in verdicts if v not in CLEAR), key=FEW_STUDIES.__eq__)
+    verdict = unclear[0] if unclear else verdicts[0]
     if verdict in CLEAR:
         within = [_verdict(groups[first], groups[name], time, slowest) for name in others]
         verdict = verdict if all(v in CLEAR for v in within) else TIMES
@@ -429,19 +453,28 @@ def _median(points: Sequence[pd.Series | None]) -> float:
     return float(np.median([math.inf if p is None else p["quality"] for p in points]))
 
 
+def chance_of_separation(first: int, second: int) -> float:
+    """How often the ranges of so many studies each don't overlap where nothing but noise tells the
+    studies apart: all orders are then alike, and two of them separate the groups."""
+    return 2 / math.comb(first + second, first)
+
+
 def _verdict(
     mine: Sequence[Member], theirs: Sequence[Member], time: float, slowest: float = -math.inf
 ) -> str:
     """Why one group is ahead of another within a time budget, or is not: two single studies by
-    their scores repeat by repeat on the same seeds, others by their ranges; `slowest` see
-    `Member.best_within`."""
+    their scores repeat by repeat on the same seeds, others by their ranges, where there are enough
+    studies; `slowest` see `Member.best_within`."""
     a = [m.best_within(time) for m in mine]
     b = [m.best_within(time, slowest) for m in theirs]
-    if all(point is None for point in b):
-        return ALONE
+    reason = ALONE if all(point is None for point in b) else APART
     if len(a) > 1 or len(b) > 1:
-        most = max(_median([p]) for p in a)
-        return APART if most < min(_median([p]) for p in b) else OVERLAP
+        if max(_median([p]) for p in a) >= min(_median([p]) for p in b):
+            return OVERLAP
+        by_chance = chance_of_separation(len(a), len(b))
+        return reason if by_chance < 1 - CONFIDENCE else FEW_STUDIES
+    if reason == ALONE:
+        return ALONE
     (own,), (other,) = a, b
     assert own is not None and other is not None
     score, against = mine[0].score_of(own), theirs[0].score_of(other)

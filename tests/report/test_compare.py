@@ -6,11 +6,12 @@ import re
 from dataclasses import replace
 
 import numpy as np
+import pandas as pd
 import pytest
 
 import asesearch
 from asesearch.errors import ConfigError, EvaluationError, StudyError
-from asesearch.report import attainment, compare, comparison
+from asesearch.report import attainment, compare, comparison, tables
 from asesearch.report.compare import drawings
 from asesearch.report.comparison import compare_results
 from asesearch.score import EvaluationResult
@@ -132,8 +133,9 @@ def test_a_time_that_cannot_be_told_apart_wins_nothing(three, first, second):
     assert set(found.wins["winner"]) == {""} and set(found.groups["wins"]) == {0}
     early = found.wins.iloc[0]
     assert (early["time_from"], early["verdict"]) == (0.660, comparison.TIMES)
-    groups = compare_results([slow, slow, fast, fast], ["slow", "slow", "fast", "fast"])
+    groups = compare_results([slow] * 4 + [fast] * 4, ["slow"] * 4 + ["fast"] * 4)
     assert set(groups.wins["winner"]) == {""}
+    assert groups.wins.iloc[0]["verdict"] == comparison.TIMES
 
 
 def test_the_best_within_a_time_counts_points_that_may_be_as_fast(three):
@@ -193,13 +195,19 @@ def test_one_repeat_of_the_evaluation_names_no_winner(study):
 
 @pytest.mark.thorough
 def test_seeds_of_one_study_are_repeats(three):
-    others = [shifted(one, 5.0) for one in three]
-    found = compare_results([*three, *others])
+    four = [*three, build(16, seed=3, failed=())]
+    others = [shifted(one, 5.0) for one in four]
+    found = compare_results([*four, *others])
     assert found.studies["study"].tolist()[:3] == ["demo (1)", "demo (2)", "demo (3)"]
-    assert found.groups["studies"].tolist() == [3, 3]
+    assert found.groups["studies"].tolist() == [4, 4]
     assert set(found.attained["group"]) == {"demo", "other"}
     far = found.wins[found.wins["verdict"] == comparison.APART]
     assert set(far["winner"]) == {"demo"} and len(far)
+    assert "demo (4 studies): hypervolume" in str(found) and "clearly the lowest" in str(found)
+    assert not found.caveat
+    few = compare_results([*three, *others[:3]])  # negative control: too few to tell from chance
+    assert set(few.wins["winner"]) == {""} and comparison.FEW_STUDIES in set(few.wins["verdict"])
+    assert "of groups of 3 and 3 studies that happens too often by chance" in str(few)
     overlap = compare_results([*three, *(shifted(one, 0.001) for one in three)])
     assert comparison.OVERLAP in set(overlap.wins["verdict"])
     grouped = compare_results([*three, others[0]], ["a", "a", "b", "b"])
@@ -307,7 +315,47 @@ def test_a_group_of_which_one_has_a_better_point_has_not_lost(three, values):
     assert (early["winner"], early["verdict"]) == ("", comparison.OVERLAP)
     none = [one_point(three[0], "b", None, 0.5)] * len(values)
     early = compare_results([*mine, *none]).wins.iloc[0]
+    assert (early["winner"], early["verdict"]) == ("", comparison.FEW_STUDIES)
+    early = compare_results([*mine * 2, *none * 4]).wins.iloc[0]
     assert (early["winner"], early["verdict"]) == ("a", comparison.ALONE)
+    some = [*mine * 2, one_point(three[0], "a", None, 0.5)]  # of which one has none either
+    early = compare_results([*some, *none * 4]).wins.iloc[0]
+    assert (early["winner"], early["verdict"]) == ("", comparison.OVERLAP)
+
+
+@pytest.mark.parametrize(("m", "n"), [(1, 1), (1, 2), (2, 2), (3, 3), (3, 4), (3, 5), (4, 4)])
+def test_ranges_of_noise_are_apart_as_often_as_is_said(m, n):
+    draws = np.random.default_rng(m * 10 + n).standard_normal((20_000, m + n))
+    a, b = draws[:, :m], draws[:, m:]
+    apart = (a.max(axis=1) < b.min(axis=1)) | (b.max(axis=1) < a.min(axis=1))
+    chance = comparison.chance_of_separation(m, n)
+    assert apart.mean() == pytest.approx(chance, abs=0.015)
+    assert (chance < 0.05) == ((m, n) in [(3, 5), (4, 4)])
+
+
+@pytest.mark.parametrize("n", [2, 3, 4])
+def test_studies_that_differ_by_noise_alone_hardly_ever_win(n):
+    """Of small groups none does; of four and four fewer than one comparison of twenty has one."""
+
+    def member(score):
+        row = {"label": "#1", "cost": tables.MEASURED, "time_frac": 0.5, "time_spread": 0.001}
+        return comparison.Member("", "", None, pd.DataFrame([row | {"quality": score}]))
+
+    rng = np.random.default_rng(n)
+    found = []
+    for _ in range(80):
+        a, b = ([member(score) for score in rng.standard_normal(n)] for _ in range(2))
+        found.append(comparison._verdict(a, b, 1.0))
+        found.append(comparison._verdict(b, a, 1.0))
+    won = found.count(comparison.APART)
+    assert won == 0 if n < 4 else won < 0.08 * 80
+    assert (comparison.FEW_STUDIES in found) == (n < 4)
+
+
+def test_single_studies_are_said_to_be_judged_budget_by_budget(three):
+    told = str(compare_results([three[0], shifted(three[0], 0.5)]))
+    assert "clearly" not in told and "told apart as the lowest score on 100" in told
+    assert "over many budgets some are won by chance" in told
 
 
 def test_a_winner_is_ahead_of_every_other(three):
