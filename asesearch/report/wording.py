@@ -7,15 +7,18 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from decimal import ROUND_HALF_UP, Context, Decimal
 
+import numpy as np
 import pandas as pd
 
 from asesearch.report import tables
-from asesearch.score import EvaluationResult
+from asesearch.score import EvaluationResult, Protocol
 from asesearch.study.records import NOT_CONFIRMED, StudyResults, left_out
 from asesearch.study.timing import UNEXPLAINED
 
 #: Relative sampling time, or FLOPs, that the headline looks for.
 WORTHWHILE_TIME = 0.75
+#: A loss that can't be ruled out counts as told up to this share of the full network's score.
+TOLD_LOSS = 0.25
 UNKNOWN = "spread unknown (one repeat)"
 TWO_REPEATS = (
     "From two repeats the interval of a difference reaches 12.7 standard errors either way, from "
@@ -101,9 +104,10 @@ class Headline:
     Attributes:
         answer: one sentence.
         details: the scores it rests on, and what it leaves open, a sentence each.
-        success: a schedule is fast enough at a score that is not worse, by a measured time that its
-            block calls can explain, or a predicted one, or, before any is measured in a study of
-            FLOPs, by those.
+        success: a schedule is fast enough at a score that is not worse, with no larger loss left
+            open than TOLD_LOSS of the full network's score, by a measured time that its block calls
+            can explain, or a predicted one, or, before any is measured in a study of FLOPs, by
+            those.
         chosen: number of the trial it speaks of; None if there is none.
     """
 
@@ -138,8 +142,9 @@ def headline(results: StudyResults) -> Headline:
         "credited_frac", kind="stable", ignore_index=True
     )
     records = tables.by_number(results)
-    kept = others[[results.has_weights(records[n]) for n in others["number"]]]
-    others = (others if kept.empty else kept).reset_index(drop=True)
+    weights = np.array([results.has_weights(records[n]) for n in others["number"]], dtype=bool)
+    gone = others[~weights] if weights.any() else others[:0]
+    others = others.drop(gone.index).reset_index(drop=True)
     if baseline.empty:
         return Headline(
             "There is nothing to compare with: the full network has no score of this kind.",
@@ -147,15 +152,18 @@ def headline(results: StudyResults) -> Headline:
         )
     if others.empty:
         return Headline("Only the full network has a score so far.", (status, counts))
+    protocol = tables.protocol_of(results, kind)
     if others["difference_se"].isna().all():
         found = _unknown_spread(others)
     else:
-        found = _verdict(others, partly=kind == "confirmed" and bool(results.unconfirmed))
-    protocol = tables.protocol_of(results, kind)
+        partly = kind == "confirmed" and bool(results.unconfirmed)
+        found = _verdict(others, gone, partly, _told_loss(baseline.iloc[0], protocol))
     notes = (TWO_REPEATS,) if protocol is not None and len(protocol.seeds) == 2 else found.details
     compared = _compared(others, baseline.iloc[0], found.chosen)
     beside = _beside(others, found.chosen, tables.scores_of(results, kind))
-    details = (compared, *beside, *_disturbed(others), status, counts)
+    deep = {n for n, r in records.items() if r.schedule.is_full}
+    alone = _sampler_alone(others, found.chosen, deep)
+    details = (compared, *alone, *beside, *_disturbed(others), status, counts)
     return Headline(found.answer, (*notes, *details), found.success, found.chosen)
 
 
@@ -252,6 +260,30 @@ def _beside(
     )
 
 
+def _sampler_alone(others: pd.DataFrame, chosen: int | None, deep: set[int]) -> tuple[str, ...]:
+    """What a sampler gives without a schedule: the fastest point of full depth (`deep`) that is
+    faster than the full network and not worse, so that its gain is not taken for the schedule's."""
+    row = others[others["number"] == chosen].iloc[0]
+    known = others["verdict"].isin(("better", "can't be told apart"))
+    alone = others[others["number"].isin(deep) & known & (others["credited_frac"] < 1)]
+    if chosen in deep or alone.empty:
+        return ()
+    best = alone.iloc[0]  # fastest first
+    return (
+        f"Full depth under {best['sampler']} alone has {best['metric']} "
+        f"{plus_minus(best['quality'], best['std_error'])} at {_cost(best)}, beside {_cost(row)} "
+        f"of {_name(row)}: that much is to be had without a schedule.",
+    )
+
+
+def _cost(row: pd.Series) -> str:
+    """What may be claimed of a point's time, or FLOPs: "0.598 ± 0.004× the time"."""
+    if row["credited_frac"] != row["time_frac"]:
+        return f"{relative(row['credited_frac'])} the block calls"
+    unit = tables.unit_of(row["cost"])
+    return f"{relative(row['time_frac'], row['time_spread'])} the {unit}"
+
+
 def _disturbed(others: pd.DataFrame) -> tuple[str, ...]:
     """What is to be said of measured times that block calls can't explain."""
     found = others[others["credited_frac"] > others["time_frac"]]
@@ -269,30 +301,41 @@ def _disturbed(others: pd.DataFrame) -> tuple[str, ...]:
     )
 
 
-def _verdict(others: pd.DataFrame, partly: bool) -> Headline:
-    """With a known spread: the fastest schedule that is not worse, or the closest; `partly`: more
-    of the front is still to be confirmed."""
+def _told_loss(full: pd.Series, protocol: Protocol | None) -> float:
+    """The largest loss that may be left open where a schedule is called a success; of a metric that
+    may be 0 or less by chance (KID) no share means anything, and any may."""
+    if protocol is not None and protocol.metric == "kid":
+        return math.inf
+    return TOLD_LOSS * abs(float(full["quality"]))
+
+
+def _verdict(others: pd.DataFrame, gone: pd.DataFrame, partly: bool, told: float) -> Headline:
+    """With a known spread: the fastest schedule that is not worse, or the closest.
+
+    Args:
+        others: points that may be chosen, fastest first.
+        gone: further points, whose weights are deleted.
+        partly: more of the front is still to be confirmed.
+        told: see `_told_loss`.
+    """
     metric = others["metric"].iloc[0]
-    matching = others[
-        (others["difference"] <= others["difference_margin"]) & (others["credited_frac"] < 1)
-    ]
+    matching = _as_good(others, faster_than=1.0)
     if not matching.empty:
         explained = matching["credited_frac"] == matching["time_frac"]
-        sure = matching[explained & (matching["credited_frac"] <= WORTHWHILE_TIME)]
-        best = (matching if sure.empty else sure).iloc[0]  # fastest first
+        fast = matching["credited_frac"] <= WORTHWHILE_TIME
+        firm = matching["difference"] + matching["difference_margin"] <= told
+        kinds = (explained & fast & firm, fast & firm, explained & fast)
+        best = next((matching[k] for k in kinds if k.any()), matching).iloc[0]  # fastest first
         if best["credited_frac"] <= WORTHWHILE_TIME:
-            at = (
-                f"at a better {metric} than the full network's"
-                if best["difference"] < -best["difference_margin"]
-                else f"at a {metric} that can't be told apart from the full network's"
-            )
-            answer = f"{_name(best)} {_takes(best)} {at} ({tables.LEVEL}: {_interval(best)})."
+            takes = _takes(best)
+            at = _at(best, told)
+            answer = f"{_name(best)} {takes.rstrip(',') if at[0] == ',' else takes}{at}."
             answer = answer[0].upper() + answer[1:]
-            return Headline(answer, (), not sure.empty, int(best["number"]))
+            return Headline(answer, (), bool(kinds[0].any()), int(best["number"]))
         rest = f"the best was {_name(best)}, which {_takes(best)}"
     else:
         faster = others[others["credited_frac"] < 1]
-        as_good = others[others["difference"] <= others["difference_margin"]]
+        as_good = _as_good(others)
         if faster.empty and not as_good.empty:
             best = as_good.iloc[0]  # what they miss is the time
         else:
@@ -300,13 +343,39 @@ def _verdict(others: pd.DataFrame, partly: bool) -> Headline:
             best = pool.iloc[int(pool["difference"].to_numpy().argmin())]
         rest = f"the closest was {_name(best)}, which {_takes(best)} and {_apart(best)}"
     unit = tables.unit_of(others["cost"].iloc[0])
+    lost = _as_good(gone)
+    lost = lost[lost["credited_frac"] <= WORTHWHILE_TIME]
     none = "Of what is confirmed so far no schedule" if partly else "No schedule"
+    none += "" if lost.empty else " whose weights are kept"
     answer = (
         f"{none} takes at most {relative(WORTHWHILE_TIME)} the {unit} at a {metric} that "
         "can't be told apart from the "
     )
     answer += f"full network's ({tables.LEVEL})"
+    if not lost.empty:
+        answer += f"; {_name(lost.iloc[0])} does, but its weights are deleted"
     return Headline(f"{answer}; {rest}.", (), False, int(best["number"]))
+
+
+def _as_good(points: pd.DataFrame, faster_than: float = math.inf) -> pd.DataFrame:
+    """Those that are not shown to be worse than the full network."""
+    as_good = points["difference"] <= points["difference_margin"]
+    return points[as_good & (points["credited_frac"] < faster_than)]
+
+
+def _at(row: pd.Series, told: float) -> str:
+    """At which score, after the time it takes: of a point that is not worse than the full
+    network."""
+    metric = row["metric"]
+    between = f"{tables.LEVEL}: {_interval(row)}"
+    if (loss := row["difference"] + row["difference_margin"]) > told:
+        return (
+            f", but too little is measured to tell at what {metric}: a loss of up to "
+            f"{number(loss, row['difference_se'])} can't be ruled out ({between})"
+        )
+    if row["difference"] < -row["difference_margin"]:
+        return f" at a better {metric} than the full network's ({between})"
+    return f" at a {metric} that can't be told apart from the full network's ({between})"
 
 
 def _apart(row: pd.Series) -> str:

@@ -471,6 +471,58 @@ def test_headline_of_two_repeats_says_how_wide_their_interval_is(study):
     )
 
 
+@pytest.mark.parametrize(
+    ("metric", "values", "words", "success"),
+    [
+        (
+            "frechet",
+            (19.0, 29.0),
+            "D3-DiT is predicted to take 0.50× the time (2.00× as fast), but too little is "
+            "measured to tell at what FID: a loss of up to 77.2 can't be ruled out (95 % "
+            "confidence: the difference lies between −47.4 and +77.2).",
+            False,
+        ),
+        ("frechet", (9.05, 9.15), "0.50× the time (2.00× as fast) at a FID that can't be", True),
+        ("kid", (19.0, 29.0), "at a KID that can't be told apart", True),  # no share of it
+    ],
+)
+def test_a_loss_that_is_not_told_is_no_success(study, metric, values, words, success):
+    """Two repeats of which noise alone makes the interval wide had been the headline's success."""
+    made = study(4, repeats=2, failed=(), confirm=False, metric=metric)
+    answer = headline(with_figures(made, [(1.0, (9.0, 9.2)), (0.5, values)]))
+    assert words in answer.answer.replace("\N{NO-BREAK SPACE}", " ")
+    assert answer.success is success and answer.chosen == 1
+
+
+def test_a_score_that_is_told_comes_before_a_faster_one_that_is_not(study):
+    made = study(4, failed=(), confirm=False)
+    figures = [FULL, (0.5, (5.0, 9.0, 16.0)), (0.6, (9.05, 9.0, 9.3))]
+    answer = headline(with_figures(made, figures))
+    assert answer.success and answer.chosen == 2
+
+
+def test_what_the_sampler_alone_gives_stands_beside_the_schedule(study):
+    made = with_figures(
+        study(4, failed=(), confirm=False),
+        [FULL, (0.5, (9.05, 9.0, 9.3)), (0.6, (9.0, 9.15, 9.19)), (0.4, (12.0, 12.1, 12.2))],
+    )
+    assert not any("without a schedule" in d for d in headline(made).details)
+    sampler = Sampler("unipc-quadratic", 6)
+    full, first, second, last = made.records
+    deep = replace(second, point=Point(full.schedule, sampler))
+    worse = replace(last, point=Point(full.schedule, Sampler("unipc-quadratic", 4)))
+    answer = headline(replace(made, records=(full, first, deep, worse)))
+    assert answer.chosen == 1
+    (said,) = (d for d in answer.details if "without a schedule" in d)
+    score = plus_minus(deep.quality.value, deep.quality.std_error)
+    words = f"Full depth under {sampler} alone has FID {score} at 0.60× the time, beside 0.50×"
+    assert words in said
+    # where it is itself what the headline speaks of there is nothing to add
+    fastest = headline(replace(made, records=(full, replace(deep, time_frac=0.3), worse)))
+    assert fastest.chosen == 2
+    assert not any("without a schedule" in d for d in fastest.details)
+
+
 def test_headline_of_one_repeat_claims_nothing(study):
     answer = headline(study(6, repeats=1, confirm=False))
     assert "spread unknown (one repeat)" in answer.answer and not answer.success

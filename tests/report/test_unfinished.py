@@ -175,3 +175,30 @@ def test_whose_weights_are_kept_is_worked_out_once(whole, monkeypatch):
     shared = {r.point.weights_key for r in (*front(results), results.full)}
     assert kept == {r.number for r in results.complete if r.point.weights_key in shared}
     assert len(fronts) == 1 and len(kept) < len(results.complete)
+
+
+def test_a_schedule_whose_weights_are_deleted_is_not_denied(whole):
+    search = {**whole.config["search"], "keep_weights": "front"}
+    results = replace(whole, config={**whole.config, "search": search, "confirm": {}})
+    front = {r.number for r in results.front()}
+    kept = next(r for r in results.front() if r.origin != "full")
+    gone = next(r for r in results.complete if r.number not in front and r.origin != "full")
+    full = whole.confirmations[0]
+    far = replace(full.quality, values=tuple(v + 5 for v in full.quality.values))
+    slow = replace(kept, block_frac=None)
+    records = tuple(
+        {kept.number: slow, gone.number: replace(gone, block_frac=0.5)}.get(r.number, r)
+        for r in results.records
+    )
+    confirmed = (
+        full,
+        Confirmation(kept.number, far, 0.6, 0.001),
+        Confirmation(gone.number, full.quality, 0.55, 0.001),
+    )
+    found = headline(replace(results, records=records, confirmations=confirmed))
+    assert found.chosen == kept.number and not found.success
+    assert "o schedule whose weights are kept takes at most 0.75× the time" in found.answer
+    name = tables.label(gone, results).replace("#", "trial ")
+    assert f"; {name} does, but its weights are deleted; the closest was" in found.answer
+    denied = headline(replace(results, records=records, confirmations=confirmed[:2])).answer
+    assert "weights" not in denied  # negative control
