@@ -173,6 +173,15 @@ def _training_seeds(row: pd.Series) -> str:
     return f"{row['training_seeds']}{failed}"
 
 
+def _over_pairs(row: pd.Series, seeds_of_full: int) -> str:
+    """A difference and its margin, with the seeds that it is over where one of the two scores is
+    over others (0: of no training)."""
+    told = _signed(row)
+    if told == "–" or {row["training_seeds"], seeds_of_full} <= {0, row["pairs"]}:
+        return told
+    return f"{told} over {row['pairs']} common seed{'s' if row['pairs'] > 1 else ''}"
+
+
 def retrained_grid(results: StudyResults) -> Grid:
     head = (
         "schedule",
@@ -184,6 +193,9 @@ def retrained_grid(results: StudyResults) -> Grid:
         "verdict",
         "time measured",
     )
+    table = opinions.retrained(results)
+    full = table[table["label"] == tables.FULL] if len(table) else table
+    of_full = int(full["training_seeds"].iloc[0]) if len(full) else 0
     rows = [
         (
             row["label"],
@@ -191,11 +203,11 @@ def retrained_grid(results: StudyResults) -> Grid:
             number(row["quality"]),
             number(row["training_se"]),
             number(row["sampling_se"]),
-            _signed(row),
+            _over_pairs(row, of_full),
             row["verdict"],
             relative(row["time_frac"]),
         )
-        for _, row in opinions.retrained(results).iterrows()
+        for _, row in table.iterrows()
     ]
     return Grid(head, rows)
 

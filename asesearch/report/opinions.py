@@ -8,7 +8,7 @@ import pandas as pd
 
 from asesearch.report import tables
 from asesearch.score import CONFIDENCE
-from asesearch.study.records import StudyResults
+from asesearch.study.records import Confirmation, StudyResults
 
 
 def retrained(results: StudyResults) -> pd.DataFrame:
@@ -18,7 +18,8 @@ def retrained(results: StudyResults) -> pd.DataFrame:
     failed; `training_se` its standard error (from training; none of the pretrained network, which
     is not trained), `sampling_se` that of the search's own network (from sampling, on other
     images); `difference` and `margin` compare with the full network seed by seed and repeat by
-    repeat, for both to be trained and sampled again, and `verdict` is by them.
+    repeat, over the `pairs` seeds under which both have a score, for both to be trained and sampled
+    again, and `verdict` is by them.
     """
     records = tables.by_number(results)
     full = next(
@@ -30,6 +31,7 @@ def retrained(results: StudyResults) -> pd.DataFrame:
             continue
         difference, margin = (math.nan, None) if full is None else c.trained_minus(full)
         record = records[c.number]
+        pairs = 0 if full is None else len(_seeds(c) & _seeds(full))
         trained = not (record.schedule.is_full and results.two_weights)
         rows.append(
             {
@@ -41,16 +43,22 @@ def retrained(results: StudyResults) -> pd.DataFrame:
                 "quality": c.trained.value,
                 "training_se": tables.nan(c.trained.std_error if trained else None),
                 "sampling_se": tables.std_error(c.quality),
+                "pairs": pairs,
                 "difference": difference,
                 "margin": tables.nan(margin),
                 "confidence": CONFIDENCE,
                 "verdict": "the reference"
                 if c is full
-                else tables.verdict(difference, margin, "training"),
+                else tables.verdict(difference, margin, "training" if pairs == 1 else "repeat"),
                 "time_frac": c.measured_time_frac,
             }
         )
     return pd.DataFrame(rows)
+
+
+def _seeds(c: Confirmation) -> set[int]:
+    """The training seeds under which it has a score, the search's own as 0."""
+    return {i for i, q in enumerate((c.quality, *c.retrained)) if not isinstance(q, str)}
 
 
 def failed_seeds(results: StudyResults) -> list[str]:

@@ -884,3 +884,35 @@ def test_one_training_is_not_called_one_repeat(study):
     again = replace(full, retrained=(full.quality, full.quality))
     table = opinions.retrained(no_more(results, (again, failed, *others))).set_index("number")
     assert table.loc[first.number, "verdict"] == "spread unknown (one training)"
+
+
+def test_one_repeat_is_not_called_one_training(study):
+    full, first, *_ = study(8, repeats=1).confirmations
+    several = [replace(c, retrained=(c.quality, c.quality)) for c in (full, first)]
+    table = opinions.retrained(no_more(study(8, repeats=1), several)).set_index("number")
+    assert table.loc[first.number, "training_seeds"] == 3
+    assert table.loc[first.number, "verdict"] == "spread unknown (one repeat)"
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs", "pairs", "said"),  # which of the further trainings have a score
+    [
+        ((False, True), (True, False), 1, " over 1 common seed"),
+        ((True, True), (True, False), 2, " over 2 common seeds"),
+        ((True, False), (True, True), 2, " over 2 common seeds"),
+        ((True, True), (True, True), 3, ""),
+        ((True,), (True,), 2, ""),
+    ],
+)
+def test_a_difference_over_common_training_seeds_says_so(study, ours, theirs, pairs, said):
+    results = study(8)
+    full, first, *_ = results.confirmations
+    trained = [
+        replace(c, retrained=tuple(c.quality if ended else "diverged" for ended in kept))
+        for c, kept in ((full, theirs), (first, ours))
+    ]
+    results = no_more(results, trained)
+    table = opinions.retrained(results).set_index("number")
+    assert table.loc[first.number, "pairs"] == pairs
+    told = next(row for row in retrained_grid(results).rows if row[0] != tables.FULL)[5]
+    assert ("common" in told) == bool(said) and told.endswith(said)
