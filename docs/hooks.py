@@ -111,5 +111,8 @@ def on_files(files: Files, config: Any) -> Files:
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
-    """Links that leave `docs/` for the repository stay in the site."""
+    """Links that leave `docs/` for the repository stay in the site, those to a module's source lead
+    to its page of the API."""
+    top = markdown.replace("](../asesearch/__init__.py)", "](api/index.md)")
+    markdown = re.sub(r"\]\(\.\./asesearch/(\w+)(?:/__init__)?\.py\)", r"](api/\1.md)", top)
     return re.sub(r"(\]\(|src=\"|href=\")\.\./", r"\1", markdown)

@@ -254,6 +254,19 @@ def test_a_dead_link_is_seen():
     assert "what-is-never-compared" in anchors(ROOT / "docs/protocol.md")
 
 
+def test_links_to_sources_lead_to_the_api_pages_of_the_site():
+    hooks = script("hooks")
+    made = hooks.api_pages()
+    linked = set()
+    for name in ("architecture", "commands", "index"):
+        page = ROOT / f"docs/{name}.md"
+        assert "](api/" not in text_of(page)  # which a reader without the site does not have
+        shown = hooks.on_page_markdown(text_of(page))
+        linked |= set(re.findall(r"\]\((api/[^)]+)\)", shown))
+        assert "asesearch/" not in "".join(re.findall(r"\]\(([^)]+)\)", shown))
+    assert {"api/index.md", "api/errors.md", "api/study.md"} <= linked <= set(made)
+
+
 def test_every_page_is_in_the_navigation():
     navigation = text_of(ROOT / "mkdocs.yml").partition("\nnav:\n")[2]
     named = set(re.findall(r": ([\w-]+\.md)$", navigation, flags=re.MULTILINE))
