@@ -37,8 +37,9 @@ def place_labels(
     choose first.
 
     Limits and scales of the axes must be final, `obstacles` are data points that text must not
-    cover. A text that has to move away gets a thin line to its point; one that finds no place is
-    left out (the table beside the figure has it).
+    cover. A text that has to move away gets a thin line to its point, and so does one whose nearest
+    mark beside its point would be another; one that finds no place is left out (the table beside
+    the figure has it).
     """
     figure = ax.figure.figure  # of a subfigure too
     renderer = FigureCanvasAgg(figure).get_renderer()  # type: ignore[no-untyped-call]
@@ -49,6 +50,7 @@ def place_labels(
         np.array([*obstacles, *((x, y) for x, y, _ in labels)], dtype=np.float64)
     )
     taken: list[Bbox] = []
+    lines = np.empty((0, 2))
     for x, y, text in labels:
         note = ax.annotate(
             text, (x, y), (0, 0), textcoords="offset points", fontsize=size, zorder=6
@@ -58,12 +60,19 @@ def place_labels(
         at = ax.transData.transform((x, y))
         places = [(side, distance) for distance in _DISTANCES for side in _SIDES]
         boxes = [_box(at, side, distance * pixels, extent) for side, distance in places]
-        free = next(
-            (i for i, box in enumerate(boxes) if _is_free(box, frame, taken, dots, 2 * pixels)),
-            None,
-        )
+        covered = np.concatenate((dots, lines))
+        found = [
+            i for i, box in enumerate(boxes) if _is_free(box, frame, taken, covered, 2 * pixels)
+        ]
+        beside = [i for i in found if places[i][1] == _DISTANCES[0]]
+        away = found[len(beside) :]
+        clear = [i for i in away if _is_clear(_line(at, boxes[i]), taken, dots, 3 * pixels)]
+        near = [i for i in beside if _is_nearest(boxes[i], at, dots)]
+        free = next(iter((*near, *clear, *away)), None)
         if free is None:
             continue
+        if free in away:
+            lines = np.concatenate((lines, _line(at, boxes[free])))
         taken.append(boxes[free])
         (dx, dy), distance = places[free]
         line = {"arrowstyle": "-", "lw": 0.6, "color": "0.45", "shrinkA": 0.0, "shrinkB": 3.0}
@@ -97,6 +106,34 @@ def _is_free(
         return False
     wide = box.padded(margin)
     return not any(wide.overlaps(other) for other in taken) and wide.count_contains(dots) == 0
+
+
+def _line(at: npt.NDArray[np.float64], box: Bbox) -> npt.NDArray[np.float64]:
+    """(24, 2) pixels from a point to the nearest place of its text."""
+    return np.linspace(at, np.clip(at, box.min, box.max), 24)
+
+
+def _is_clear(
+    line: npt.NDArray[np.float64],
+    taken: Sequence[Bbox],
+    dots: npt.NDArray[np.float64],
+    margin: float,
+) -> bool:
+    """Whether a line from a point to its text passes through no other text and over no other
+    dot."""
+    others = dots[np.hypot(*(dots - line[0]).T) > 2 * margin]
+    gaps = np.hypot(*(others[:, None] - line[None]).transpose(2, 0, 1))
+    return not any(box.count_contains(line) for box in taken) and bool((gaps > margin).all())
+
+
+def _is_nearest(box: Bbox, at: npt.NDArray[np.float64], dots: npt.NDArray[np.float64]) -> bool:
+    """Whether no dot (n, 2) is nearer to the text than its own."""
+
+    def gaps(points: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+        beyond = np.maximum(np.maximum(box.min - points, points - box.max), 0.0)
+        return np.hypot(beyond[:, 0], beyond[:, 1])
+
+    return bool(gaps(dots).min() >= gaps(at[None])[0] - 1e-9)
 
 
 def two_lines(label: str) -> str:

@@ -23,7 +23,7 @@ from asesearch.errors import EvaluationError, StudyError, WriteError
 from asesearch.point import Point
 from asesearch.report import exhibits, grids, page, plots, style, tables, write_report
 from asesearch.report import folder as folder_of_page
-from asesearch.report.labels import spread_out
+from asesearch.report.labels import place_labels, spread_out
 from asesearch.sampler import Sampler
 from asesearch.study import directory
 from tests.report.conftest import by_flops, protocol
@@ -163,6 +163,29 @@ def test_labels_do_not_overlap_and_are_readable(study, draw):
     assert "full network" in {t.get_text() for t in notes} and len(notes) >= 4
     assert not any(a.overlaps(b) for a, b in combinations(boxes, 2))
     assert min(t.get_fontsize() for t in figure.findobj(Text) if t.get_text()) >= style.SMALL
+
+
+def test_a_label_beside_its_mark_is_nearest_to_it():
+    """Or has a line to its own mark: in a row of marks the text of one had stood above the next."""
+    figure, ax = style.axes(4.4)
+    row = [(24.0, 3.74, "38 steps"), (28.0, 3.81, "36 steps"), (32.0, 3.83, "34 steps")]
+    labels = [(0.0, 3.64, "full"), *row, (36.0, 3.89, "32 steps"), (22.0, 5.47, "D1-U-ViT")]
+    ax.set(xlim=(-5, 55), ylim=(3, 15), yscale="log")
+    style.settle(figure)
+    place_labels(ax, labels, [(x, y) for x, y, _ in labels], 8.0)
+    figure.draw_without_rendering()
+    marks = {text: ax.transData.transform((x, y)) for x, y, text in labels}
+    renderer = FigureCanvasAgg(figure).get_renderer()
+    notes = [t for t in figure.findobj(Annotation) if t.get_text()]
+    assert {t.get_text() for t in notes} == set(marks)
+    for note in notes:
+        box = Text.get_window_extent(note, renderer)
+        away = {
+            text: np.hypot(*np.maximum(np.maximum(box.min - at, at - box.max), 0.0))
+            for text, at in marks.items()
+        }
+        own = away.pop(note.get_text())
+        assert note.arrow_patch is not None or own <= min(away.values()), note.get_text()
 
 
 @pytest.fixture(scope="module")
