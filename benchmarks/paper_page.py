@@ -21,6 +21,7 @@ from paper_rows import EXPERIMENTS, PAY
 from paper_shown import Experiment, Shown
 
 from asesearch.files import replacing
+from asesearch.report import tables
 from asesearch.report.wording import number, plus_minus, relative
 
 TITLES = {
@@ -80,11 +81,11 @@ def cells(experiment: Experiment, shown: Shown) -> tuple[str, ...]:
         return (*start, NONE, *("–" for _ in HEAD[3:]))
     own, warm = shown.tuning_tflop
     difference, margin = experiment.difference(shown)
-    error = _nan(shown.trained.std_error)
+    error = tables.nan(shown.trained.std_error)
     retrained = number(error, error)
     return (
         *start,
-        plus_minus(shown.score.value, _nan(shown.score.std_error)),
+        plus_minus(shown.score.value, tables.nan(shown.score.std_error)),
         f"{retrained} ({len(shown.lines)})" if row.trained else "–",
         _signed(difference, margin),
         relative(shown.get("block_frac")),
@@ -95,13 +96,9 @@ def cells(experiment: Experiment, shown: Shown) -> tuple[str, ...]:
     )
 
 
-def _nan(value: float | None) -> float:
-    return math.nan if value is None else value
-
-
 def _time(shown: Shown) -> str:
     """The measured time, and what may be claimed where its block calls can't explain it."""
-    told = relative(shown.get("time_frac"), _nan(shown.get("time_spread")))
+    told = relative(shown.get("time_frac"), tables.nan(shown.get("time_spread")))
     if shown.credited_frac > shown.get("time_frac"):
         told += f" (better than its block calls can explain: claim {relative(shown.credited_frac)})"
     return told
@@ -121,7 +118,7 @@ def answer_cell(experiment: Experiment, shown: Shown) -> str:
     own, warm = shown.tuning_tflop
     difference, margin = experiment.difference(shown)
     lines = [
-        f"<b>{plus_minus(shown.score.value, _nan(shown.score.std_error))}</b>",
+        f"<b>{plus_minus(shown.score.value, tables.nan(shown.score.std_error))}</b>",
         f"time {_time(shown)}",
         f"blocks {relative(shown.get('block_frac'))}",
         f"training {number(own + warm)} TFLOP" if own + warm else "no training",
@@ -129,7 +126,7 @@ def answer_cell(experiment: Experiment, shown: Shown) -> str:
     if not math.isnan(difference):
         lines.insert(1, f"{_signed(difference, margin)} from full")
     if len(shown.lines) > 1:
-        error = _nan(shown.trained.std_error)
+        error = tables.nan(shown.trained.std_error)
         lines.insert(1, f"± {number(error, error)} over {len(shown.lines)} trainings")
     if shown.row.method != "full":
         lines.append(html.escape(shown.row.label))
@@ -237,7 +234,7 @@ def sheets(experiment: Experiment, folder: Path, source: Path) -> str:
             if source.resolve() != folder.resolve():
                 (folder / name).parent.mkdir(exist_ok=True)
                 shutil.copyfile(path, folder / name)
-            score = plus_minus(shown.score.value, _nan(shown.score.std_error))
+            score = plus_minus(shown.score.value, tables.nan(shown.score.std_error))
             label = html.escape(f"{shown.row.label}, {shown.row.sampler}: {score}")
             out.append(
                 f'<figure class="sheet"><img alt="samples, {label}" '

@@ -13,6 +13,7 @@ import pandas as pd
 from paper_record import Line, key_of, read_lines, score_of
 from paper_rows import FIXED, Choice, Row
 
+from asesearch.report import tables
 from asesearch.score import EvaluationResult, TrainedScore, student_factor
 from asesearch.study.timing import credited_time
 
@@ -122,8 +123,8 @@ class Experiment:
         return {
             **row.to_dict(),
             "score": shown.score.value if shown.measured else math.nan,
-            "resampling": _or_nan(shown.score.std_error) if shown.measured else math.nan,
-            "retraining": _or_nan(shown.trained.std_error) if shown.measured else math.nan,
+            "resampling": tables.nan(shown.score.std_error) if shown.measured else math.nan,
+            "retraining": tables.nan(shown.trained.std_error) if shown.measured else math.nan,
             "training_seeds": len(shown.lines) if row.trained else 0,
             "difference": difference,
             "margin": margin,
@@ -154,7 +155,3 @@ class Experiment:
             return shown.trained.minus(reference.trained)[1]
         error = shown.trained.std_error
         return None if error is None else student_factor(len(shown.lines)) * error
-
-
-def _or_nan(value: float | None) -> float:
-    return math.nan if value is None else value

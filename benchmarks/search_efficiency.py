@@ -24,6 +24,7 @@ from asesearch.config import StudyConfig, TrainConfig, parse_study
 from asesearch.files import write_json
 from asesearch.locks import waited_lock
 from asesearch.point import Point
+from asesearch.report.attainment import volume
 from asesearch.schedule import ExitSchedule
 from asesearch.score import EvaluationResult, Protocol
 from asesearch.search import Workbench, run_trials
@@ -31,7 +32,6 @@ from asesearch.search.confirmation import load_trial
 from asesearch.search.protocols import FRESH_SEEDS
 from asesearch.search.trials import Outcome, Trials
 from asesearch.study import Study
-from asesearch.study.front import hypervolume_2d
 from asesearch.study.records import RECORD, REFERENCE_QUALITY, REFERENCE_TIME, TrialRecord
 
 RIVALS = ("random", "tpe", "nsga2", "gp")
@@ -218,10 +218,10 @@ def fresh_scores(study: Study, bench: Workbench, front: list[TrialRecord]) -> li
 
 
 def hypervolume(points: list[tuple[float, float]], full_quality: float) -> float:
-    """Area in relative cost × log figure that the points dominate below 1.1 times the full
-    network's cost, twice its figure."""
+    """Area in relative cost × logarithm of the score that the points dominate below 1.1 times the
+    full network's cost, twice its score."""
     found = np.array([(cost, math.log(quality)) for cost, quality in points]).reshape(-1, 2)
-    return hypervolume_2d(found, (REFERENCE_TIME, math.log(REFERENCE_QUALITY * full_quality)))
+    return volume(found, (REFERENCE_TIME, math.log(REFERENCE_QUALITY * full_quality)))
 
 
 def curve(result: dict[str, Any], full_quality: float) -> list[tuple[float, float]]:

@@ -6,14 +6,11 @@ import base64
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from asesearch.report import grids, tables
-from asesearch.report.attainment import along
 from asesearch.report.comparison import UNKNOWN_SPREAD, Comparison, compare_results
 from asesearch.report.explorer import scripts
 from asesearch.report.folder import MARK, environment, write_folder
@@ -27,8 +24,10 @@ from asesearch.report.style import (
     SMALL,
     VERMILION,
     Drawing,
+    attained_band,
     axes,
-    log_axis,
+    front_line,
+    log_if_wide,
     relative_axis,
     score_axis,
 )
@@ -199,10 +198,11 @@ def draw_fronts(points: pd.DataFrame, attained: pd.DataFrame) -> Figure:
         mine = front[front["group"] == group]
         surfaces = attained[attained["group"] == group]
         if surfaces.empty:
-            _step(ax, mine, end, color=colour, ls=style, lw=1.6)
+            front_line(ax, mine, end, style, color=colour, lw=1.6)
         else:
-            _band(ax, surfaces, end, colour)
-            _step(ax, surfaces[surfaces["level"] == "median"], end, color=colour, ls=style, lw=1.8)
+            attained_band(ax, surfaces, end, colour)
+            median = surfaces[surfaces["level"] == "median"]
+            front_line(ax, median, end, style, color=colour, lw=1.8)
         count = len(set(mine["study"]))
         label = group if count < 2 else f"{group} ({count} studies)"
         ax.errorbar(
@@ -221,27 +221,8 @@ def draw_fronts(points: pd.DataFrame, attained: pd.DataFrame) -> Figure:
     score_axis(ax, points["metric"].iloc[0], 4.2)
     relative_axis(ax.xaxis)
     ax.legend(frameon=False, loc="upper right", fontsize=SMALL)
-    if front["quality"].min() > 0 and front["quality"].max() > 4 * front["quality"].min():
-        log_axis(ax)
+    log_if_wide(ax, front["quality"])
     return figure
-
-
-def _step(ax: Axes, corners: pd.DataFrame, end: float, **how: object) -> None:
-    """The line of a front: each corner's score holds until the next, the last to the end."""
-    x = [*corners["time_frac"], end]
-    y = [*corners["quality"], corners["quality"].iloc[-1]]
-    ax.step(x, y, where="post", **how)  # type: ignore[arg-type]
-
-
-def _band(ax: Axes, surfaces: pd.DataFrame, end: float, colour: str) -> None:
-    """Between what the best and what all repeats attained; where not all have a point, from the
-    best up to the highest score of the surfaces."""
-    edges = np.array(sorted({*surfaces["time_frac"], end}))
-    top = float(surfaces["quality"].max())
-    low, high = (
-        along(surfaces[surfaces["level"] == level], edges, top) for level in ("best", "worst")
-    )
-    ax.fill_between(edges, low, high, step="post", color=colour, alpha=0.15, lw=0)
 
 
 def draw_hypervolume(studies: pd.DataFrame) -> Figure:

@@ -19,7 +19,7 @@ from asesearch.report.style import (
     VERMILION,
     Drawing,
     axes,
-    log_axis,
+    log_if_wide,
     relative_axis,
     score_axis,
     settle,
@@ -142,8 +142,7 @@ def draw_trials(data: pd.DataFrame) -> Figure:
     bar.outline.set_visible(False)
     _over_trials(ax)
     score_axis(ax, data["metric"].iloc[0])
-    if data["quality"].min() > 0 and data["quality"].max() > 4 * data["quality"].min():
-        log_axis(ax)
+    log_if_wide(ax, data["quality"])
     ax.margins(0.08)
     settle(figure)
     last = data.iloc[-1]
@@ -273,8 +272,7 @@ def draw_losses(data: pd.DataFrame) -> Figure:
             lw=1.4,
             marker="o" if len(mine) == 1 else None,
         )
-    if data["loss"].min() > 0 and data["loss"].max() > 4 * data["loss"].min():
-        log_axis(ax)
+    log_if_wide(ax, data["loss"])
     last = data.groupby("label")["step"].max()
     if last.max() > 4 * last.min():  # the full network's equal compute
         ax.set_xscale("log")

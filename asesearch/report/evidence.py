@@ -15,8 +15,10 @@ from asesearch.report.style import (
     VERMILION,
     WIDTH,
     Drawing,
+    attained_band,
     axes,
-    log_axis,
+    front_line,
+    log_if_wide,
     relative_axis,
     score_axis,
 )
@@ -88,23 +90,16 @@ def draw_attainment(data: pd.DataFrame, points: pd.DataFrame) -> Figure:
     """
     figure, ax = axes(3.9)
     end = max(1.0, float(data["time_frac"].max()))
-    edges = np.array(sorted({*data["time_frac"], end}))
-    lines = {str(level): mine for level, mine in data.groupby("level", sort=False)}
-    top = float(data["quality"].max())
-    low, high = (attainment.along(lines[level], edges, top) for level in ("best", "worst"))
-    ax.fill_between(edges, low, high, step="post", color=BLUE, alpha=0.15, lw=0)
+    attained_band(ax, data, end, BLUE)
     for level, style in (("best", ":"), ("median", "-"), ("worst", "--")):
-        mine = lines[level]
-        x = [*mine["time_frac"], end]
-        y = [*mine["quality"], mine["quality"].iloc[-1]]
+        mine = data[data["level"] == level]
         by = int(mine["attained_by"].iloc[0])
-        ax.step(x, y, style, where="post", color=BLUE, lw=1.4, label=f"{level} (by {by})")
+        front_line(ax, mine, end, style, color=BLUE, lw=1.4, label=f"{level} (by {by})")
     ax.set_xlabel(tables.AXES[points["cost"].iloc[0]])
     score_axis(ax, points["metric"].iloc[0], 3.6)
     relative_axis(ax.xaxis)
     figure.legend(frameon=False, loc="outside upper center", ncols=3)
-    if data["quality"].min() > 0 and top > 4 * data["quality"].min():
-        log_axis(ax)
+    log_if_wide(ax, data["quality"])
     return figure
 
 

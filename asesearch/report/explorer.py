@@ -83,7 +83,7 @@ def _kind(results: StudyResults, kind: tables.Kind) -> dict[str, Any]:
             "credited": _short(row["credited_frac"]),
             "quality": _short(row["quality"]),
             "error": _short(row["std_error"]),
-            "difference": _short(row["difference"]) if row["verdict"] != _REFERENCE else None,
+            "difference": _short(row["difference"]) if row["verdict"] != tables.REFERENCE else None,
             "margin": _short(row["difference_margin"]),
             "verdict": row["verdict"],
             "front": bool(row["on_front"]),
@@ -107,9 +107,6 @@ def _kind(results: StudyResults, kind: tables.Kind) -> dict[str, Any]:
             for level, mine in attained.groupby("level", sort=False)
         },
     }
-
-
-_REFERENCE = "the reference"
 
 
 def _short(value: float) -> float | None:

@@ -10,7 +10,7 @@ from typing import Any
 import pandas as pd
 
 from asesearch.report import evidence, ladder, opinions, tables
-from asesearch.report.wording import number, plus_minus, relative, speed_up
+from asesearch.report.wording import number, plus_minus, relative, signed, speed_up
 from asesearch.score import Protocol
 from asesearch.study.answers import indistinguishable
 from asesearch.study.picking import scored_points
@@ -41,7 +41,7 @@ def front_grid(results: StudyResults, chosen: int | None) -> Grid:
             _time(row),
             *((speed_up(row["credited_frac"]),) if timed else ()),
             plus_minus(row["quality"], row["std_error"]),
-            _difference(row),
+            _difference(row, "difference_margin"),
             row["verdict"] if row["on_front"] else f"{row['verdict']}, off the front",
             same[row["number"]],
             *((row["sampler"],) if several else ()),
@@ -95,12 +95,11 @@ def _several(results: StudyResults) -> bool:
     return len({r.sampler for r in results.records}) > 1
 
 
-def _difference(row: pd.Series) -> str:
-    if row["verdict"] == "the reference":
+def _difference(row: pd.Series, margin: str = "margin") -> str:
+    """A difference and its margin, of that column; "–" of the reference itself."""
+    if row["verdict"] == tables.REFERENCE:
         return "–"
-    return ("+" if row["difference"] > 0 else "") + plus_minus(
-        row["difference"], row["difference_margin"]
-    )
+    return signed(row["difference"], plus_minus(row["difference"], row[margin]))
 
 
 def confirmation_grid(results: StudyResults) -> Grid:
@@ -123,7 +122,9 @@ def confirmation_grid(results: StudyResults) -> Grid:
             plus_minus(row["confirmed_quality"], row["confirmed_std_error"]),
             "–"
             if math.isnan(row["selection_bias"])
-            else _with_sign(row["selection_bias"], row["selection_bias_se"]),
+            else signed(
+                row["selection_bias"], plus_minus(row["selection_bias"], row["selection_bias_se"])
+            ),
             *(
                 plus_minus(row[name], row[f"{name}_se"])
                 for name in (("precision", "recall") if both else ())
@@ -144,25 +145,13 @@ def spaces_grid(results: StudyResults) -> Grid:
             row["label"],
             row["metric"],
             plus_minus(row["quality"], row["std_error"]),
-            _signed(row),
+            _difference(row),
             row["verdict"],
             relative(row["time_frac"]),
         )
         for _, row in opinions.feature_spaces(results).iterrows()
     ]
     return Grid(head, rows)
-
-
-def _with_sign(value: float, error: float) -> str:
-    """A difference with its sign, ± its error where that is known."""
-    return ("+" if value > 0 else "") + plus_minus(value, error)
-
-
-def _signed(row: pd.Series) -> str:
-    """A difference and its margin; "–" of the reference itself."""
-    return (
-        "–" if row["verdict"] == "the reference" else _with_sign(row["difference"], row["margin"])
-    )
 
 
 def _training_seeds(row: pd.Series) -> str:
@@ -176,7 +165,7 @@ def _training_seeds(row: pd.Series) -> str:
 def _over_pairs(row: pd.Series, seeds_of_full: int) -> str:
     """A difference and its margin, with the seeds that it is over where one of the two scores is
     over others (0: of no training)."""
-    told = _signed(row)
+    told = _difference(row)
     if told == "–" or {row["training_seeds"], seeds_of_full} <= {0, row["pairs"]}:
         return told
     return f"{told} over {row['pairs']} common seed{'s' if row['pairs'] > 1 else ''}"

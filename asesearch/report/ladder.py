@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 
 import pandas as pd
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from asesearch.report import tables
@@ -26,7 +25,7 @@ from asesearch.report.style import (
     VERMILION,
     Drawing,
     axes,
-    log_axis,
+    log_if_wide,
     relative_axis,
 )
 from asesearch.study.records import StudyResults
@@ -137,7 +136,7 @@ def draw_rungs(data: pd.DataFrame) -> Figure:
     )
     relative_axis(ax.xaxis)
     ax.legend(frameon=False)
-    _log_if_wide(ax, data["low_fidelity_score"])
+    log_if_wide(ax, data["low_fidelity_score"])
     return figure
 
 
@@ -157,13 +156,8 @@ def draw_fidelity(data: pd.DataFrame) -> Figure:
             va="top",
             fontsize=SMALL,
         )
-    _log_if_wide(ax, data["high_fidelity_score"])
+    log_if_wide(ax, data["high_fidelity_score"])
     return figure
-
-
-def _log_if_wide(ax: Axes, values: pd.Series) -> None:
-    if values.min() > 0 and values.max() > 4 * values.min():
-        log_axis(ax)
 
 
 def draw_spending(data: pd.DataFrame) -> Figure:

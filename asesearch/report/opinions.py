@@ -47,7 +47,7 @@ def retrained(results: StudyResults) -> pd.DataFrame:
                 "difference": difference,
                 "margin": tables.nan(margin),
                 "confidence": CONFIDENCE,
-                "verdict": "the reference"
+                "verdict": tables.REFERENCE
                 if c is full
                 else tables.verdict(difference, margin, "training" if pairs == 1 else "repeat"),
                 "time_frac": c.measured_time_frac,
@@ -94,7 +94,7 @@ def feature_spaces(results: StudyResults) -> pd.DataFrame:
                     "difference": difference,
                     "margin": tables.nan(margin),
                     "confidence": CONFIDENCE,
-                    "verdict": "the reference"
+                    "verdict": tables.REFERENCE
                     if c.number == number
                     else tables.verdict(difference, margin),
                     "time_frac": c.measured_time_frac,

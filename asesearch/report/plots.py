@@ -24,7 +24,7 @@ from asesearch.report.style import (
     WIDTH,
     Drawing,
     axes,
-    log_axis,
+    log_if_wide,
     relative_axis,
     score_axis,
     settle,
@@ -154,8 +154,7 @@ def draw_front(data: pd.DataFrame) -> Figure:
     low, high = ax.get_xlim()
     if high - low < 0.2:
         ax.set_xlim((low + high) / 2 - 0.1, (low + high) / 2 + 0.1)
-    if data["quality"].min() > 0 and data["quality"].max() > 4 * data["quality"].min():
-        log_axis(ax)
+    log_if_wide(ax, data["quality"])
     settle(figure)
     steps = _step_points(front)
     first = data["label"].isin([tables.FULL, *PUBLISHED]) | data["label"].str.startswith("full")

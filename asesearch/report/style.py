@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib
+import numpy as np
 import pandas as pd
 import seaborn
 from matplotlib.axes import Axes
@@ -21,6 +22,7 @@ from matplotlib.textpath import TextPath
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from asesearch.report import tables
+from asesearch.report.attainment import along
 
 #: Colour-blind safe: what a mark means is never said by its colour alone.
 BLUE, ORANGE, GREEN, VERMILION, PURPLE, _, _, GREY, _, SKY = seaborn.color_palette(
@@ -135,6 +137,33 @@ def relative_axis(axis: Axis) -> None:
     """Ticks as relative costs."""
     axis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:.2g}×"))
     axis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10]))
+
+
+def log_if_wide(ax: Axes, values: pd.Series) -> None:
+    """A logarithmic vertical axis where the values drawn are positive and span more than a factor
+    of four."""
+    if values.min() > 0 and values.max() > 4 * values.min():
+        log_axis(ax)
+
+
+def front_line(
+    ax: Axes, corners: pd.DataFrame, end: float, style: str | tuple[Any, ...], **how: Any
+) -> None:
+    """The line of a front: each corner's score holds until the next, the last to the end."""
+    x = [*corners["time_frac"], end]
+    y = [*corners["quality"], corners["quality"].iloc[-1]]
+    ax.step(x, y, where="post", ls=style, **how)
+
+
+def attained_band(ax: Axes, surfaces: pd.DataFrame, end: float, colour: str) -> None:
+    """Between what the best and what all repeats attained; where not all have a point, from the
+    best up to the highest score of the surfaces."""
+    edges = np.array(sorted({*surfaces["time_frac"], end}))
+    top = float(surfaces["quality"].max())
+    low, high = (
+        along(surfaces[surfaces["level"] == level], edges, top) for level in ("best", "worst")
+    )
+    ax.fill_between(edges, low, high, step="post", color=colour, alpha=0.15, lw=0)
 
 
 def log_axis(ax: Axes) -> None:

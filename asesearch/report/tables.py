@@ -15,10 +15,11 @@ import numpy as np
 import pandas as pd
 
 from asesearch.errors import StudyError
+from asesearch.report.attainment import volume
 from asesearch.sampler import Sampler
 from asesearch.schedule import PUBLISHED
 from asesearch.score import CONFIDENCE, EvaluationResult, Protocol
-from asesearch.study.front import hypervolume_2d, non_dominated
+from asesearch.study.front import non_dominated
 from asesearch.study.records import (
     REFERENCE_QUALITY,
     REFERENCE_TIME,
@@ -29,6 +30,7 @@ from asesearch.study.records import (
 from asesearch.study.timing import credited_time
 
 FULL = "full network"
+REFERENCE = "the reference"  # verdict of the full network, which the others are compared with
 LEVEL = f"{100 * CONFIDENCE:.0f}\N{NO-BREAK SPACE}% confidence"  # said with every verdict
 #: Kind of a score: as the search saw it (predicted time), or confirmed on fresh seeds (measured
 #: time).
@@ -242,7 +244,7 @@ def points(results: StudyResults, kind: Kind) -> pd.DataFrame:
                 "difference_se": nan(error),
                 "difference_margin": nan(margin),
                 "confidence": CONFIDENCE,
-                "verdict": "the reference" if r is full else verdict(difference, margin),
+                "verdict": REFERENCE if r is full else verdict(difference, margin),
                 "on_front": i in front,
                 "confirmed": r.number in confirmed,
             }
@@ -348,7 +350,7 @@ def hypervolume(results: StudyResults) -> pd.DataFrame:
     reference = (REFERENCE_TIME, math.log(limit) if log and len(values) else limit)
     columns = {
         "number": [r.number for r in done],
-        "hypervolume": [hypervolume_2d(scaled[: i + 1], reference) for i in range(len(done))],
+        "hypervolume": [volume(scaled[: i + 1], reference) for i in range(len(done))],
         "metric": protocol.metric_name if protocol else "",
         "scale": "log" if log else "linear",
         "cost": cost_of(results, "search"),

@@ -78,6 +78,11 @@ def plus_minus(value: float, std_error: float) -> str:
     return f"{number(value, std_error)} ± {number(std_error, std_error)}"
 
 
+def signed(value: float, text: str) -> str:
+    """A difference as it is written, with a plus where it is above 0: "+0.35 ± 0.12"."""
+    return f"+{text}" if value > 0 else text
+
+
 def repeatability(results: StudyResults) -> str:
     """What it takes for another search to give the same trials, in a sentence."""
     if results.most_at_once > 1:
@@ -137,8 +142,8 @@ def headline(results: StudyResults) -> Headline:
     status = _status(results, kind)
     if kind == "confirmed":
         counts += _not_confirmed(results)
-    baseline = points[points["verdict"] == "the reference"]
-    others = points[points["verdict"] != "the reference"].sort_values(
+    baseline = points[points["verdict"] == tables.REFERENCE]
+    others = points[points["verdict"] != tables.REFERENCE].sort_values(
         "credited_frac", kind="stable", ignore_index=True
     )
     records = tables.by_number(results)
@@ -389,14 +394,11 @@ def _interval(row: pd.Series) -> str:
     """Between what the true difference lies: "the difference lies between −0.21 and +0.48"."""
     low = row["difference"] - row["difference_margin"]
     high = row["difference"] + row["difference_margin"]
+    error = row["difference_se"]
     return (
-        f"the difference lies between {_signed(low, row['difference_se'])} and "
-        f"{_signed(high, row['difference_se'])}"
+        f"the difference lies between {signed(low, number(low, error))} and "
+        f"{signed(high, number(high, error))}"
     )
-
-
-def _signed(value: float, std_error: float) -> str:
-    return f"{'+' if value > 0 else ''}{number(value, std_error)}"
 
 
 def _unknown_spread(others: pd.DataFrame) -> Headline:
@@ -422,6 +424,7 @@ def _compared(others: pd.DataFrame, full: pd.Series, chosen: int | None) -> str:
     text = f"{full['metric']} {plus_minus(row['quality'], row['std_error'])} against the full "
     text += f"network's {plus_minus(full['quality'], full['std_error'])}"
     if not math.isnan(row["difference_se"]):
-        text += f" (difference {_signed(row['difference'], row['difference_se'])}, "
+        difference = number(row["difference"], row["difference_se"])
+        text += f" (difference {signed(row['difference'], difference)}, "
         text += f"standard error {number(row['difference_se'], row['difference_se'])})"
     return f"{text}. Blocks run, data to noise: {row['schedule']}, sampled by {row['sampler']}."

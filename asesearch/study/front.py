@@ -1,13 +1,10 @@
-"""The front of points with several objectives, lower being better in each: what is not dominated,
-and how much it dominates."""
+"""The front of points with several objectives, lower being better in each: what is not
+dominated."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-
-import numpy as np
-import numpy.typing as npt
 
 
 def non_dominated(points: Sequence[tuple[float, ...]]) -> list[int]:
@@ -39,12 +36,3 @@ def _sweep(points: Sequence[tuple[float, ...]]) -> list[int]:
             keep.append(i)
             best = points[i][1]
     return sorted(keep)
-
-
-def hypervolume_2d(found: npt.NDArray[np.float64], reference: tuple[float, float]) -> float:
-    """Area that `found` (n, 2) dominates below the reference point, lower being better in both
-    columns. Exact sweep."""
-    inside = found[(found < reference).all(axis=1)]
-    inside = inside[np.lexsort((inside[:, 1], inside[:, 0]))]
-    widths = np.diff(np.append(inside[:, 0], reference[0]))
-    return float((widths * (reference[1] - np.minimum.accumulate(inside[:, 1]))).sum())

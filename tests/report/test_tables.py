@@ -11,6 +11,7 @@ import scipy.stats
 from asesearch.errors import EvaluationError, StudyError
 from asesearch.point import Point
 from asesearch.report import evidence, exhibits, opinions, tables
+from asesearch.report.attainment import volume
 from asesearch.report.grids import confirmation_grid, cost_grid, retrained_grid, spaces_grid
 from asesearch.report.page import render_page
 from asesearch.report.plots import drawings
@@ -26,7 +27,6 @@ from asesearch.report.wording import (
 from asesearch.sampler import Sampler
 from asesearch.schedule import ExitSchedule
 from asesearch.score import EvaluationResult, PrecisionRecall
-from asesearch.study.front import hypervolume_2d
 from asesearch.study.picking import pick
 from asesearch.study.records import Confirmation, shortened
 from tests.report.conftest import OWN, no_more
@@ -60,15 +60,15 @@ def test_hypervolume_agrees_with_monte_carlo():
     for n in (1, 4, 15):
         found = rng.uniform(0, 1.2, (n, 2))
         hit = (found[None] <= darts[:, None]).all(axis=2).any(axis=1).mean()
-        assert hypervolume_2d(found, (1.0, 1.0)) == pytest.approx(hit, abs=0.005)
+        assert volume(found, (1.0, 1.0)) == pytest.approx(hit, abs=0.005)
 
 
 def test_hypervolume_of_known_shapes():
-    assert hypervolume_2d(np.empty((0, 2)), (1.0, 1.0)) == 0
-    assert hypervolume_2d(np.array([[0.25, 0.5]]), (1.0, 1.0)) == 0.375
-    assert hypervolume_2d(np.array([[0.25, 0.5], [0.5, 0.25], [0.5, 0.25]]), (1.0, 1.0)) == 0.5
+    assert volume(np.empty((0, 2)), (1.0, 1.0)) == 0
+    assert volume(np.array([[0.25, 0.5]]), (1.0, 1.0)) == 0.375
+    assert volume(np.array([[0.25, 0.5], [0.5, 0.25], [0.5, 0.25]]), (1.0, 1.0)) == 0.5
     outside = np.array([[1.0, 0.0], [0.0, 1.5]])
-    assert hypervolume_2d(outside, (1.0, 1.0)) == 0
+    assert volume(outside, (1.0, 1.0)) == 0
 
 
 def test_hypervolume_never_falls_and_states_its_reference(study):
