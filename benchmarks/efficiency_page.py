@@ -88,7 +88,7 @@ def front_table(results: list[dict[str, Any]]) -> pd.DataFrame:
 
 
 def draw_fronts(data: pd.DataFrame) -> Picture:
-    """Fresh-seed figures of each method's final front, all repeats."""
+    """Fresh-seed scores of each method's final front, all repeats."""
     figure, ax = axes(HEIGHT + 0.4)
     for method, mine in data.groupby("method", sort=False):
         ax.plot(
@@ -140,7 +140,7 @@ def write_page(
             f'href="{drawing.name}.csv">data</a></figcaption></figure>'
         )
     rows = "".join(
-        f"<tr><th>{html.escape(f.name)}</th><td>{cell(f)}</td><td>{goal(f)}</td></tr>"
+        f"<tr><th>{html.escape(shown_name(f))}</th><td>{cell(f)}</td><td>{goal(f)}</td></tr>"
         for f in figures
     )
     settings = ", ".join(
@@ -164,10 +164,17 @@ def write_page(
         part.write_text(text, encoding="utf-8")
 
 
+def shown_name(figure: Figure) -> str:
+    """Its name, with a method as the page calls it."""
+    what, found, method = figure.name.rpartition(": ")
+    return f"{what}{found}{NAMES.get(method, method)}"
+
+
 def cell(figure: Figure) -> str:
-    """Value, unit and spread."""
+    """Value, unit and spread; a ratio has its sign of multiplication."""
     spread = "" if figure.spread is None else f" ± {figure.spread:.3g}"
-    return f"{figure.value:.4g}{spread} {figure.unit}".strip()
+    unit = "×" if figure.unit == "x" else f" {figure.unit}"
+    return f"{figure.value:.4g}{spread}{unit}".rstrip()
 
 
 def goal(figure: Figure) -> str:
@@ -198,9 +205,10 @@ def answer(figures: list[Figure]) -> str:
 
 COMPUTE = (
     "Every trial, mean over repeats thick. All arithmetic counts: warm-up, map, fine-tuning, "
-    "sampling. Reference point: 1.1 times the full network's cost, twice its figure; area in cost "
-    "fraction times log figure. The first trials are the same for all baselines: warm starts, then "
-    "random draws (up to the 8th for TPE and GP, the 10th for NSGA-II)."
+    "sampling. Reference point: 1.1 times the full network's cost, twice its score; area in "
+    "relative cost times the logarithm of the score. The first trials are the same for all "
+    "baselines: warm starts, then random draws (up to the 8th for TPE and GP, the 10th for "
+    "NSGA-II)."
 )
 RECIPES = {
     "tuned": "The full network is tuned alike for all; baselines learn from images, ours distils.",
@@ -234,8 +242,8 @@ what its low-fidelity scores promote. One study a method and repeat, on the ship
 {network} and the 10,000 shipped images, sampled in 8 steps of DPM-Solver++(2M). Baselines
 share the warm starts full, D2, D3, D4 and D7; ours starts from the full network alone. {recipe}</p>
 <div class="figures">{pictures}</div>
-<h2>Figures</h2><div class="scroll"><table>
-<thead><tr><th>figure</th><td>value ± half the range over repeats</td><td>goal</td></tr></thead>
+<h2>Numbers</h2><div class="scroll"><table>
+<thead><tr><th>number</th><td>value ± half the range over repeats</td><td>goal</td></tr></thead>
 <tbody>{rows}</tbody></table></div>
 <h2>Reproduce</h2>
 <p><code>{command}</code> ({settings})</p>

@@ -42,3 +42,8 @@ def test_the_first_sentence_of_a_search_efficiency_page_tells_its_own_figures(na
     ratio = next(v for k, v in values.items() if k.endswith("hypervolume / all of its"))
     share = next(v for k, v in values.items() if "fresh front that ours dominates" in k)
     assert told.groups() == (f"{ratio:.2f}", f"{100 * share:.0f}")
+    words = re.sub(r"<[^>]*>", " ", page)  # in the table methods are called as in the figures
+    for what in ("hypervolume, fresh seeds", "compute"):
+        for method in ("asesearch", "random", "TPE", "NSGA-II", "GP"):
+            assert f" {what}: {method} " in words
+    assert "log figure" not in words and not re.search(r"\d x\b", words)
