@@ -110,7 +110,7 @@ def _is_free(
 
 def _line(at: npt.NDArray[np.float64], box: Bbox) -> npt.NDArray[np.float64]:
     """(24, 2) pixels from a point to the nearest place of its text."""
-    return np.linspace(at, np.clip(at, box.min, box.max), 24)
+    return np.linspace(at, np.clip(at, box.min, box.max), 24, dtype=np.float64)
 
 
 def _is_clear(
@@ -131,7 +131,8 @@ def _is_nearest(box: Bbox, at: npt.NDArray[np.float64], dots: npt.NDArray[np.flo
 
     def gaps(points: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
         beyond = np.maximum(np.maximum(box.min - points, points - box.max), 0.0)
-        return np.hypot(beyond[:, 0], beyond[:, 1])
+        found: npt.NDArray[np.float64] = np.hypot(beyond[:, 0], beyond[:, 1])
+        return found
 
     return bool(gaps(dots).min() >= gaps(at[None])[0] - 1e-9)
 
