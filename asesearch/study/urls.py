@@ -106,7 +106,7 @@ def with_driver(url: URL) -> URL:
     names, fix = DRIVERS.get(backend, ((), f"install a Python driver for {backend}"))
     given = url.drivername
     choices = [f"{backend}+{name}" for name in names] if given == backend and names else [given]
-    missing = ""
+    reasons: dict[str, str] = {}  # by how to get the driver that is missing
     for choice in choices:
         try:
             dialect = url.set(drivername=choice).get_dialect()
@@ -117,7 +117,7 @@ def with_driver(url: URL) -> URL:
                 f"{given}; write sqlite:///PATH, postgresql://… or mysql://…"
             ) from None
         except ImportError as error:
-            missing = str(error)
+            reasons[_NAMED.get(choice.partition("+")[2], fix)] = str(error).partition("\n")[0]
             continue
         if dialect.is_async:
             raise StudyError(
@@ -131,6 +131,7 @@ def with_driver(url: URL) -> URL:
         fix = _NAMED.get(driver, f"install the Python driver {driver}")
         if any(_is_here(f"{backend}+{name}") for name in names):
             other = f", or write {backend}://… for the driver that is here"
+    missing = reasons.get(fix) or next(iter(reasons.values()))
     raise StudyError(
         f"the study's storage {shown(url)} can't be used: its driver is not installed ({missing}); "
         f"{fix}{other}"

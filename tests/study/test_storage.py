@@ -104,7 +104,7 @@ def test_a_missing_driver_is_named_with_what_to_install(monkeypatch):
     no_drivers(monkeypatch, "psycopg", "psycopg2", "MySQLdb", "pymysql")
     for url in ("postgresql://u:s3cret@host/db", "postgres://u:s3cret@host/db"):
         with pytest.raises(
-            StudyError, match=r"postgresql://u@host/db .*pip install 'asesearch\[post"
+            StudyError, match=r"postgresql://u@host/db .*psycopg\b.* pip install 'asesearch\[post"
         ) as caught:
             parse_url(url)
         assert "s3cret" not in str(caught.value)
