@@ -74,9 +74,8 @@ def open_to_search(config: StudyConfig, run_dir: Path) -> Opened:
             if changed:
                 study = _rebased(study, url, run_dir, config, changed, file)
             own = url == own_storage(run_dir)
-            known_at = study.user_attrs.get(DIRECTORIES, [])
-            if not own and str(real_path(run_dir)) not in known_at:
-                study.set_user_attr(DIRECTORIES, [*known_at, str(real_path(run_dir))])
+            if not own:
+                _put_last(study, run_dir)
         file = replace(
             file,
             config=without_storage(config),
@@ -216,19 +215,29 @@ def _check(known: StudyFile | None, held: Held, url: URL, run_dir: Path, name: s
         )
 
 
+def _put_last(study: optuna.Study, run_dir: Path) -> None:
+    """Put on record that this directory is the last that a search of the study opened."""
+    here = str(real_path(run_dir))
+    known_at = study.user_attrs.get(DIRECTORIES, [])
+    if known_at[-1:] != [here]:
+        others = [path for path in known_at if path != here]
+        study.set_user_attr(DIRECTORIES, [*others, here])
+
+
 def _refuse_copy(run_dir: Path, identity: str, held: Held, url: URL) -> None:
     """Refuse one of two directories of one study: each would delete and miss the other's weights.
 
-    The other is found where it can be seen from here.
+    The one to go on with is the last that a search opened, of those that can be seen from here.
 
     Raises:
-        StudyError: the other directory holds the study too.
+        StudyError: this directory is another one.
     """
-    for other in map(Path, held.directories):
+    for other in map(Path, reversed(held.directories)):
         try:
-            other_id = read_json(other / directory.STUDY).get("id")
-            if other_id != identity or _is_same(run_dir, other):
+            if read_json(other / directory.STUDY).get("id") != identity:
                 continue
+            if _is_same(run_dir, other):
+                return
         except (OSError, StudyError, AttributeError):
             continue  # it is elsewhere, or no study any more
         raise StudyError(

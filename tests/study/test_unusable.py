@@ -277,6 +277,22 @@ def test_a_copied_directory_does_not_take_over_the_storage_of_the_original(tmp_p
         Study(config, tmp_path / "kept")
 
 
+def test_of_two_copies_the_one_that_was_searched_last_goes_on(tmp_path):
+    """Else each would be refused and send to the other."""
+    one, two, kept = (tmp_path / name for name in ("one", "two", "kept"))
+    config = begun(one, storage=f"sqlite:///{tmp_path}/s.db")
+    for last, other in ((two, one), (one, two)):
+        shutil.rmtree(two, ignore_errors=True)
+        shutil.copytree(one, two)
+        other.rename(kept)
+        Study(config, last)
+        kept.rename(other)
+        Study(config, last)
+        for use in (check_to_search, Study):
+            with pytest.raises(StudyError, match=f"continued in {last}; search there"):
+                use(config, other)
+
+
 def test_one_directory_under_several_paths_is_no_copy(tmp_path):
     config = begun(tmp_path / "one", storage=f"sqlite:///{tmp_path}/s.db")
     (tmp_path / "mounted").symlink_to(tmp_path / "one")
