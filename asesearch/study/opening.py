@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import tempfile
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -25,6 +25,7 @@ from asesearch.study.sqlite import is_relative
 from asesearch.study.storage import (
     DIRECTORIES,
     Held,
+    check_rights,
     check_writable_file,
     delete,
     look,
@@ -107,6 +108,7 @@ def check_to_search(config: StudyConfig, run_dir: Path) -> optuna.Study | None:
     with storage_errors(where, url, _advice(url, config)):
         held = look(url, name, read_only=True)
         _check(known, held, url, run_dir, name)
+        check_rights(url)
         if known is None or held.study_id is None:
             return None
         study = open_to_read(url, name)
@@ -268,19 +270,29 @@ def _lost(run_dir: Path) -> StudyError:
     )
 
 
-def _advice(url: URL, config: StudyConfig, takes_storage: bool = True) -> str:
-    """What to do where a storage can't be used."""
-    if url.get_backend_name() == "sqlite":
-        return ""
-    again = ""
-    if config.search.storage is None and url.password is None:
-        ways = ["give --storage again with it"] if takes_storage else []
-        ways += ["set PGPASSWORD"] if url.get_backend_name() == "postgresql" else []
-        again = "; study.json keeps no password" + (f": {', or '.join(ways)}" if ways else "")
-    return (
-        "check that the server runs and takes more connections, and the URL's host, port, user, "
-        f"password and database{again}"
-    )
+def _advice(
+    url: URL, config: StudyConfig, takes_storage: bool = True
+) -> Callable[[str], str] | None:
+    """What to do where a storage can't be used, by the reason; None for the usual."""
+    backend = url.get_backend_name()
+    if backend == "sqlite":
+        return None
+    password = ""
+    if url.password is None and "password" not in url.query:
+        on_record = config.search.storage is None
+        ways = ["give --storage again with it"] if on_record and takes_storage else []
+        ways += ["set PGPASSWORD or ~/.pgpass"] if backend == "postgresql" else []
+        held = ["study.json keeps no password"] if on_record else []
+        password = ": ".join([*held, *filter(None, [", or ".join(ways)])])
+
+    def advice(reason: str) -> str:
+        if password and "no password supplied" in reason:
+            return password
+        usual = "check that the server runs and takes more connections, and the URL's host, port, "
+        usual += "user, password and database"
+        return f"{usual}; {password}" if password else usual
+
+    return advice
 
 
 # -- changed settings ----------------------------------------------------------------------------

@@ -12,7 +12,7 @@ import time
 import traceback
 import warnings
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache
@@ -25,6 +25,7 @@ from sqlalchemy.exc import ArgumentError, IntegrityError, SQLAlchemyError
 from asesearch.errors import StudyError
 from asesearch.study.interrupts import WholeCalls
 from asesearch.study.outages import reason_of
+from asesearch.study.privileges import FIX, is_denied, why_denied
 from asesearch.study.sqlite import (
     creator,
     location,
@@ -74,13 +75,15 @@ _RACE_SIGNS = (
 
 
 @contextmanager
-def storage_errors(where: str, url: URL | None = None, fix: str = "") -> Iterator[None]:
+def storage_errors(
+    where: str, url: URL | None = None, advice: Callable[[str], str] | None = None
+) -> Iterator[None]:
     """Turn a database's errors into one line.
 
     Args:
         where: the storage as it is shown.
         url: of the storage, with the secrets that the line must not hold.
-        fix: in place of the usual advice.
+        advice: what to do, by the reason, in place of the usual.
     """
     try:
         yield
@@ -88,9 +91,13 @@ def storage_errors(where: str, url: URL | None = None, fix: str = "") -> Iterato
         known = url or raw_url(where)
         reason = reason_of(error, known)
         closer = why_unusable(known, reason)
-        if not fix and known.get_backend_name() == "sqlite":
+        fix = "check that the server runs, takes more connections, and may be written"
+        if is_denied(error, reason):
+            fix = FIX
+        elif advice is not None:
+            fix = advice(reason)
+        elif known.get_backend_name() == "sqlite":
             fix = "check the path or URL, its permissions, and that no other program holds it"
-        fix = fix or "check that the server runs, takes more connections, and may be written"
         if url is None:  # it was open already
             fix += "; the trials on record are kept, and the same command resumes"
         raise StudyError(
@@ -147,6 +154,20 @@ def check_writable_file(url: URL) -> None:
         raise StudyError(f"the study's storage {shown(url)} can't be used: {why}")
 
 
+def check_rights(url: URL) -> None:
+    """Refuse a PostgreSQL database whose user may not write a search's trials; nothing is created.
+
+    Raises:
+        StudyError: with what the user lacks.
+    """
+    if url.get_backend_name() != "postgresql":
+        return
+    with _connected(url, read_only=True) as connection:
+        why = why_denied(connection)
+    if why is not None:
+        raise StudyError(f"the study's storage {shown(url)} can't be used: {why}")
+
+
 # -- looking into it -----------------------------------------------------------------------------
 
 
@@ -178,10 +199,17 @@ def look(url: URL, name: str, *, read_only: bool) -> Held:
     path = location(url)
     if path is not None and not path.exists():
         return Held()
+    with _connected(url, read_only) as connection:
+        return _look(url, connection, name)
+
+
+@contextmanager
+def _connected(url: URL, read_only: bool) -> Iterator[sa.Connection]:
+    """A connection for a few questions."""
     engine = _engine(url, read_only)
     try:
         with engine.connect() as connection:
-            return _look(url, connection, name)
+            yield connection
     except TypeError as error:  # a driver's answer to a parameter that it does not know
         raise ArgumentError(str(error)) from error
     finally:

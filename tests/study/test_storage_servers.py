@@ -6,6 +6,7 @@ from pathlib import Path
 
 import optuna
 import pytest
+import sqlalchemy as sa
 
 from asesearch.errors import StudyError
 from asesearch.search.runner import run_trials
@@ -204,9 +205,74 @@ def test_a_password_that_is_missing_later_is_asked_for(tmp_path, port, monkeypat
             StudyError, match="keeps no password: give --storage again with it, or set PGPASSWORD"
         ):
             use(tmp_path)
-    with pytest.raises(StudyError, match="keeps no password: set PGPASSWORD$"):  # as `compare`
-        Study.open(tmp_path, takes_storage=False)
+    with pytest.raises(StudyError, match="; study.json keeps no password: set PGPASSWORD or"):
+        Study.open(tmp_path, takes_storage=False)  # as `compare`
     assert Study.open(tmp_path, storage=url).records() == []
+
+
+def test_a_password_that_was_never_given_is_asked_for(tmp_path, port, monkeypatch):
+    """And not whether the server runs, which has just asked for it."""
+    monkeypatch.delenv("PGPASSWORD", raising=False)
+    monkeypatch.setenv("PGPASSFILE", str(tmp_path / "none"))
+    url = postgresql.url_of(port, "postgres", "").replace(":@", "@")
+    with pytest.raises(StudyError, match="supplied; set PGPASSWORD or ~/.pgpass$"):
+        check_to_search(make_config(storage=url), tmp_path / "run")
+
+
+def as_guest(port, name, *statements):
+    """An empty database in which a role may do what it is let; its URL."""
+    import psycopg
+
+    postgresql.new_database(port, name)
+    how = {"password": postgresql.PASSWORD, "autocommit": True}
+    where = f"host=127.0.0.1 port={port} user=owner dbname={name}"
+    with psycopg.connect(where, **how) as connection:
+        for statement in (f"create role {name} login password 'a'", *statements):
+            connection.execute(statement)
+    return f"postgresql://{name}:a@127.0.0.1:{port}/{name}"
+
+
+@pytest.mark.parametrize(
+    ("name", "statements", "why"),
+    [
+        ("guest", ["revoke create on schema public from public"], "create tables in the schema"),
+        ("hidden", ["revoke all on schema public from public"], "create tables in any schema"),
+        ("standby", ["alter role standby set default_transaction_read_only = on"], "is on, as on"),
+    ],
+)
+def test_a_role_that_may_not_make_tables_is_refused_ahead(tmp_path, port, name, statements, why):
+    url = as_guest(port, name, *statements)
+    with pytest.raises(StudyError, match=f"can't be used: its .*{why}") as caught:
+        check_to_search(make_config(storage=url), tmp_path / "run")
+    assert len(str(caught.value)) <= 300
+    if name == "guest":
+        with pytest.raises(
+            StudyError, match=r"permission denied .*; let that user .* \(GRANT\), or"
+        ):
+            Study(make_config(storage=url), tmp_path / "run")
+
+
+def test_a_role_that_may_not_write_in_the_tables_is_refused_ahead(tmp_path, port):
+    url = as_guest(port, "reader", "grant all on schema public to public")
+    owners = postgresql.url_of(port, "reader")
+    Study(make_config(storage=owners), tmp_path / "run")
+    grants = [
+        "grant insert, update on all tables in schema public to reader",
+        "grant usage on all sequences in schema public to reader",
+    ]
+    engine = sa.create_engine(with_driver(parse_url(owners)))
+    with engine.connect() as connection:
+        connection.exec_driver_sql("grant select on all tables in schema public to reader")
+        for statement in grants:
+            connection.commit()
+            with pytest.raises(StudyError, match="'reader' may not write to the table"):
+                check_to_search(make_config(storage=url), tmp_path / "run")
+            connection.exec_driver_sql(statement)
+        connection.commit()
+    engine.dispose()
+    assert check_to_search(make_config(storage=url), tmp_path / "run") is not None
+    config = make_config(num_trials=1, storage=url)
+    run_trials(Study(config, tmp_path / "run"), FakeBench(config=config))
 
 
 def test_no_server_is_one_line(tmp_path):
