@@ -41,6 +41,16 @@ INCEPTION = "inception-v3-compat"
 INCEPTION_FILE = URL_INCEPTION_V3.rsplit("/", 1)[-1]
 INCEPTION_SHA256_PREFIX = INCEPTION_FILE.rsplit("-", 1)[-1].removesuffix(".pth")
 
+#: Features of extractors whose weights may still have to be fetched, by name.
+KNOWN_DIMS = {
+    INCEPTION: 2048,
+    "vgg16": 4096,
+    "dinov2-vit-s-14": 384,
+    "dinov2-vit-b-14": 768,
+    "dinov2-vit-l-14": 1024,
+    "dinov2-vit-g-14": 1536,
+}
+
 
 @dataclass(frozen=True)
 class Extractor:

@@ -94,11 +94,12 @@ def build_protocol(
     )
 
 
-def check_sample_counts(config: StudyConfig, dim: int) -> None:
+def check_sample_counts(config: StudyConfig, dim: int, also: str | None = None) -> None:
     """Refuse a study whose scores can't exist, all of them at once, from the numbers alone.
 
     Args:
         dim: features of the study's extractor.
+        also: name of an extractor of `confirm.also`, whose features they are instead.
 
     Raises:
         EvaluationError: too few images for the Fréchet distance.
@@ -111,13 +112,16 @@ def check_sample_counts(config: StudyConfig, dim: int) -> None:
         counts = {}
     if config.promotion is not None and config.promotion.metric == "frechet":
         counts["promotion.num_samples"] = config.promotion.num_samples
+    if also is not None:
+        counts = {name: count for name, count in counts.items() if name == "confirm.num_samples"}
     few = {name: count for name, count in counts.items() if count <= dim}
     if few:
         fixes = {"promotion.num_samples": "promotion.metric = 'auto'"}
         others = dict.fromkeys(fixes.get(name, "evaluation.metric = 'kid'") for name in few)
+        extractor = also or config.evaluation.extractor
         raise EvaluationError(
-            f"{' and '.join(few)} must exceed the {dim} features of {config.evaluation.extractor} "
-            "for the Fréchet distance (their covariance is singular otherwise); got "
+            f"{' and '.join(few)} must exceed the {dim} features of {extractor} for the Fréchet "
+            "distance (their covariance is singular otherwise); got "
             f"{' and '.join(map(str, few.values()))}; set at least {dim + 1}, or "
             f"{' and '.join(others)}"
         )

@@ -27,7 +27,7 @@ from asesearch.diffusion import make_diffusion
 from asesearch.errors import ConfigError, EvaluationError
 from asesearch.evaluation.clock import TimeRatio, compare_sampling_time
 from asesearch.evaluation.distances import NEIGHBOURS, precision_recall
-from asesearch.evaluation.extractors import make_extractor
+from asesearch.evaluation.extractors import KNOWN_DIMS, make_extractor
 from asesearch.evaluation.features import Floats, to_uint8
 from asesearch.evaluation.fidelity import (
     Space,
@@ -96,6 +96,7 @@ class Parts:
         how = config.sampling
         check_sampling(self.backbone, how.solver, self.diffusion, how.num_steps, how.cfg_scale)
         self.decoder = open_decoder(config, self.backbone, self.data, self.device)
+        _check_known_counts(config)
         self.extractor = make_extractor(
             evaluation.extractor, evaluation.extractor_weights, self.device
         )
@@ -359,3 +360,16 @@ class Parts:
             lambda: self.sample(full_net, full, seeds),
             confirm.time_repeats,
         )
+
+
+def _check_known_counts(config: StudyConfig) -> None:
+    """Refuse too few images before weights of an extractor are fetched for them.
+
+    Raises:
+        EvaluationError: see `check_sample_counts`.
+    """
+    if (name := config.evaluation.extractor) in KNOWN_DIMS:
+        check_sample_counts(config, KNOWN_DIMS[name])
+    for name in config.confirm.also:
+        if name in KNOWN_DIMS:
+            check_sample_counts(config, KNOWN_DIMS[name], name)

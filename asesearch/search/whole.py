@@ -11,6 +11,7 @@ from asesearch.config import StudyConfig
 from asesearch.data.outputs import KNOWN, check_output
 from asesearch.errors import ConfigError
 from asesearch.files import real_path
+from asesearch.locks import check_locks
 from asesearch.search.confirmation import confirm
 from asesearch.search.plan import Plan, make_plan
 from asesearch.search.preflight import preflight
@@ -134,7 +135,8 @@ def check_outputs(config: StudyConfig, run_dir: Path, report_dir: Path | None = 
     behind.
 
     Raises:
-        StudyError: the storage's URL, or a report folder that holds something else.
+        StudyError: the storage's URL, a file system without locks, or a report folder that holds
+            something else.
         WriteError: a folder can't be written.
         ConfigError: the report would take the place of the study.
     """
@@ -144,6 +146,7 @@ def check_outputs(config: StudyConfig, run_dir: Path, report_dir: Path | None = 
     if report_dir is not None:
         check_output(config, report_dir, "--report", KNOWN)  # `check_report_dir` looks into it
     check_study_dir(run_dir, config.search.storage)
+    _check_locks(run_dir)
     if report_dir is None:
         return
     if real_path(report_dir) in (real_path(run_dir), *real_path(run_dir).parents):
@@ -154,6 +157,18 @@ def check_outputs(config: StudyConfig, run_dir: Path, report_dir: Path | None = 
     from asesearch.report.page import check_report_dir  # which draws: not for every search
 
     check_report_dir(report_dir)
+
+
+def _check_locks(run_dir: Path) -> None:
+    """Try file locks where the study directory is or will be, and leave nothing behind.
+
+    Raises:
+        StudyError: they do not work there.
+    """
+    folder = real_path(run_dir)
+    while not folder.exists():
+        folder = folder.parent
+    check_locks(folder)
 
 
 def search(

@@ -9,8 +9,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from filelock import SoftFileLock
 from PIL import Image
 
+from asesearch import locks
 from asesearch.backbones import DiT, load_backbone
 from asesearch.backbones.exit_weights import own_exits
 from asesearch.backbones.saving import save_backbone
@@ -29,6 +31,7 @@ from asesearch.search import Workbench, opening, parts, preflight, search
 from asesearch.search.plan import Plan, make_plan
 from asesearch.search.preflight import weights_of_a_start
 from asesearch.search.runner import run_trials
+from asesearch.search.whole import check_outputs
 from asesearch.study import Study, directory
 from tests.shapes import SHAPE
 from tests.test_cli import call
@@ -198,6 +201,27 @@ def test_finite_weights_may_give_images_that_are_not(study, unpaid, tmp_path):
         search(study(**changes), tmp_path / "run")
 
 
+@pytest.mark.parametrize(
+    ("changes", "text"),
+    [
+        (
+            {"evaluation": {"extractor": "inception-v3-compat"}},
+            "evaluation.num_samples and confirm.num_samples must exceed the 2048 features of inc",
+        ),
+        (
+            {"confirm": {"also": ["vgg16"]}},
+            "^confirm.num_samples must exceed the 4096 features of vgg16",
+        ),
+    ],
+)
+def test_images_are_counted_before_weights_are_fetched_for_them(
+    study, unpaid, tmp_path, monkeypatch, changes, text
+):
+    monkeypatch.setattr(parts, "make_extractor", lambda *_: pytest.fail("weights are fetched"))
+    with pytest.raises(EvaluationError, match=text):
+        search(study(**changes), tmp_path / "run")
+
+
 def test_few_reference_images_are_counted_before_their_features_are_made(
     study, unpaid, tmp_path, monkeypatch
 ):
@@ -210,6 +234,21 @@ def test_few_reference_images_are_counted_before_their_features_are_made(
         EvaluationError, match="more images than the 64 features of fashion-cnn.*got 5 in.*'kid'"
     ):
         search(study(evaluation={"reference": reference}), tmp_path / "run")
+
+
+@pytest.mark.parametrize("begun", [True, False])
+def test_a_file_system_without_locks_is_refused_and_nothing_is_left_of_the_try(
+    study, tmp_path, monkeypatch, begun
+):
+    run_dir = tmp_path / "runs" / "run"
+    if begun:
+        run_dir.mkdir(parents=True)
+    check_outputs(study(), run_dir)
+    monkeypatch.setattr(locks, "FileLock", SoftFileLock)  # what filelock takes in its place
+    place = run_dir if begun else tmp_path
+    with pytest.raises(StudyError, match=f"can't lock a file in {place} .flock is not supported"):
+        check_outputs(study(), run_dir)
+    assert list(tmp_path.rglob("*")) == ([run_dir.parent, run_dir] if begun else [])
 
 
 def test_damaged_training_images_are_found_first(study, unpaid, tmp_path):
