@@ -64,12 +64,15 @@ class Outage:
 
     Args:
         url: of the storage; a SQLite file has no server.
+
+    Attributes:
+        until: when calls stop waiting, by `time.monotonic`; None while all get through.
     """
 
     def __init__(self, url: URL) -> None:
         self.url = url
         self.has_server = url.get_backend_name() != "sqlite"
-        self._until: float | None = None
+        self.until: float | None = None
         self._pause_s = PAUSE_S
         self._said = False
 
@@ -77,21 +80,10 @@ class Outage:
         """Wait a while after a call that failed; whether it is to be tried again."""
         if not (self.has_server and is_away(error)):
             return False
-        now = time.monotonic()
-        if self._until is None:
-            self._until = now + PATIENCE_S
-            self._pause_s = PAUSE_S
-        if now >= self._until:
+        self._begin(time.monotonic())
+        if self.is_hurried:
             return False
-        if not self._said:
-            self._said = True
-            _log.warning(
-                "the study's storage %s does not answer (%s); waiting up to %.0f minutes for it: "
-                "see that its server runs",
-                self._where,
-                reason_of(error, self.url),
-                PATIENCE_S / 60,
-            )
+        self._say(reason_of(error, self.url))
         try:
             time.sleep(self._pause_s)
         except KeyboardInterrupt:
@@ -100,15 +92,46 @@ class Outage:
         self._pause_s = min(2 * self._pause_s, LONGEST_PAUSE_S)
         return True
 
+    def silent(self, begun: float) -> None:
+        """Take a call for one that waits, though its driver has raised nothing.
+
+        Args:
+            begun: when, by `time.monotonic`.
+        """
+        self._begin(begun)
+        if not self.is_hurried:
+            self._say(f"no answer for {time.monotonic() - begun:.0f} s")
+
+    def _begin(self, now: float) -> None:
+        if self.until is None:
+            self.until = now + PATIENCE_S
+            self._pause_s = PAUSE_S
+
+    def _say(self, reason: str) -> None:
+        if not self._said:
+            self._said = True
+            _log.warning(
+                "the study's storage %s does not answer (%s); waiting up to %.0f minutes for it: "
+                "see that its server runs",
+                self._where,
+                reason,
+                PATIENCE_S / 60,
+            )
+
     def hurry(self) -> None:
         """Wait no longer."""
-        self._until = time.monotonic()
+        self.until = time.monotonic()
+
+    @property
+    def is_hurried(self) -> bool:
+        """Whether calls do not wait."""
+        return self.until is not None and time.monotonic() >= self.until
 
     def over(self) -> None:
         """A call has got through."""
         if self._said:
             _log.warning("the study's storage %s answers again", self._where)
-        self._until = None
+        self.until = None
         self._said = False
 
     @property

@@ -7,6 +7,7 @@ CI can't skip them.
 
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import tempfile
@@ -15,6 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
 import pytest
 
 PASSWORD = "p$ß w/0:rd@%7B{x}"  # what a URL has to spell otherwise
@@ -47,11 +49,15 @@ class Server:
         port: of the server.
         start: make it run, and wait until it takes connections.
         stop: end it at once, as a crash would.
+        pause: stop its processes, so that it is silent.
+        go_on: let them run again.
     """
 
     port: int
     start: Callable[[], None]
     stop: Callable[[], None]
+    pause: Callable[[], None]
+    go_on: Callable[[], None]
 
 
 @contextmanager
@@ -102,11 +108,19 @@ def restartable():
         def stop():
             call("pg_ctl", "-m", "immediate", "stop")
 
+        def send(number):
+            first = psutil.Process(int((home / "data" / "postmaster.pid").read_text().split()[0]))
+            for process in (first, *first.children()):
+                process.send_signal(number)
+
         start()
         try:
-            yield Server(port, start, stop)
+            yield Server(
+                port, start, stop, lambda: send(signal.SIGSTOP), lambda: send(signal.SIGCONT)
+            )
         finally:
             if (home / "data" / "postmaster.pid").exists():
+                send(signal.SIGCONT)
                 stop()
 
 

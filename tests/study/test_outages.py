@@ -3,22 +3,25 @@
 import logging
 import random
 import signal
+import socket
 import threading
 import time
+from dataclasses import replace
 from itertools import count
 
 import optuna
 import pytest
 from optuna.exceptions import StorageInternalError
 from optuna.trial import TrialState
+from sqlalchemy import create_engine
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import OperationalError
 from sqlalchemy.orm import Session
 
 from asesearch.errors import StudyError
 from asesearch.search.runner import run_trials
-from asesearch.study import outages, workers
-from asesearch.study.interrupts import WholeCalls
+from asesearch.study import interrupts, outages, silence, workers
+from asesearch.study.interrupts import WholeCalls, undisturbed
 from asesearch.study.outages import Outage, is_away
 from asesearch.study.records import RECORD
 from asesearch.study.study import Study
@@ -37,6 +40,8 @@ def server():
 class Crashing(FakeBench):
     """The server is away when its second trial has been evaluated, and comes back by itself."""
 
+    away_s = 1.5
+
     def __init__(self, server, comes_back=True, **how):
         super().__init__(**how)
         self.server = server
@@ -47,7 +52,7 @@ class Crashing(FakeBench):
         if len(self.tried) == 2:
             self.server.stop()
             if self.comes_back:
-                threading.Timer(1.5, self.server.start).start()
+                threading.Timer(self.away_s, self.server.start).start()
         return found
 
 
@@ -231,3 +236,78 @@ def test_a_trial_that_had_been_ended_is_ended_once(tmp_path, monkeypatch):
     with pytest.raises(optuna.exceptions.UpdateFinishedTrialError):
         study.tell(trial, 1.0)
     assert lost and study.trials[0].state == TrialState.COMPLETE
+
+
+# -- a server that is silent ---------------------------------------------------------------------
+
+
+def watched(monkeypatch, **limits):
+    """A watch with short limits over one connection, and the other end of that."""
+    for name, seconds in {"SILENT_S": 0.05, "HURRY_S": 0.1, "POLL_S": 0.01, **limits}.items():
+        monkeypatch.setattr(silence, name, seconds)
+    outage = Outage(make_url("postgresql+psycopg://owner@host/name"))
+    watch = silence.Watch(create_engine("sqlite://"), outage)
+    ours, theirs = socket.socketpair()
+    watch._connected(ours, None)
+    return watch, ours, theirs
+
+
+@pytest.mark.parametrize(
+    ("waits", "patience_s", "lines"), [(True, 0.3, 1), (False, 60.0, 0), (True, -1.0, 0)]
+)
+def test_a_call_without_an_answer_is_said_and_cut(monkeypatch, caplog, waits, patience_s, lines):
+    """After the patience; sooner where it does not wait, or where nothing waits any more."""
+    monkeypatch.setattr(outages, "PATIENCE_S", patience_s)
+    watch, ours, theirs = watched(monkeypatch, AT_ONCE_S=0.3)
+    with theirs, ours, watch.over(waits=waits):
+        ours.settimeout(20)
+        assert ours.recv(1) == b""
+    watch.end.set()
+    assert len(caplog.records) == lines == caplog.text.count("does not answer (no answer for")
+
+
+def test_an_answer_that_comes_late_is_taken(monkeypatch, caplog):
+    watch, ours, theirs = watched(monkeypatch)
+    late = threading.Timer(0.3, theirs.send, [b"x"])
+    with theirs, ours, watch.over(waits=True):
+        late.start()
+        assert ours.recv(1) == b"x"
+    watch._outage.over()
+    watch.end.set()
+    said = [r.getMessage() for r in caplog.records]
+    assert len(said) == 2 and "does not answer" in said[0] and "answers again" in said[1]
+
+
+def test_ctrl_c_ends_a_call_without_an_answer(monkeypatch):
+    """And without a socket a second one does, a while later."""
+    watch, ours, theirs = watched(monkeypatch, SILENT_S=60.0)
+    monkeypatch.setattr(interrupts, "HURRY_S", 0.1)
+    begun = time.monotonic()
+    with theirs, ours, pytest.raises(KeyboardInterrupt):
+        main = threading.main_thread().ident
+        threading.Timer(0.05, signal.pthread_kill, [main, signal.SIGINT]).start()
+        with undisturbed(watch._outage), watch.over(waits=True):
+            ours.settimeout(20)
+            assert ours.recv(1) == b""
+    watch.end.set()
+    with pytest.raises(KeyboardInterrupt), undisturbed(watch._outage):
+        for _ in range(3):
+            signal.raise_signal(signal.SIGINT)
+            time.sleep(0.2)
+        pytest.fail("it goes on")
+    assert time.monotonic() - begun < 15
+
+
+@pytest.mark.thorough
+def test_a_search_outlasts_a_server_that_is_stopped(tmp_path, server, monkeypatch, caplog):
+    """Its processes, as the machine of one that swaps does: TCP goes on."""
+    monkeypatch.setattr(silence, "SILENT_S", 1.0)
+    config = make_config(num_trials=4, storage=postgresql.new_database(server.port, "stopped"))
+    bench = Crashing(server, config=config)
+    bench.away_s = 4.0
+    bench.server = replace(server, stop=server.pause, start=server.go_on)
+    study = Study(config, tmp_path)
+    run_trials(study, bench)
+    assert len(study.records()) == 4 == len(bench.tried)
+    lines = [r.getMessage() for r in caplog.records if "storage" in r.getMessage()]
+    assert "does not answer (no answer for" in lines[0] and "answers again" in lines[1]
