@@ -54,8 +54,9 @@ def why_denied(connection: sa.Connection) -> str | None:
     if not there >= {*_WRITTEN, *_VERSIONS}:
         schema = _told(connection, "current_schema()")
         if not _told(connection, "has_schema_privilege(current_schema(), 'CREATE')"):
-            place = "any schema" if schema is None else f"the schema {schema!r}"
-            return f"its user {user!r} may not create tables in {place}; {FIX}"
+            if schema is None:
+                return f"its user {user!r} may not create tables in any schema; {FIX}"
+            return f"its user {user!r} may not create tables in the schema {schema!r}; {FIX}"
     for table, column in _WRITTEN.items():
         if table in there and not _told(connection, _may_write(table, column)):
             return f"its user {user!r} may not write to the table {table!r}; {FIX}"
