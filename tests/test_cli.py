@@ -1105,8 +1105,18 @@ INTERRUPTED = [
         "kept in t",
     ),
     (
+        "asesearch.finetuning.from_file.save_backbone",
+        ("train", "SCRATCH", "-o", "x.safetensors", "--run-dir", "t"),
+        "kept in t",
+    ),
+    (
         "asesearch.deployment.bundle.Bundle.sample",
         ("sample", "BUNDLE", "-o", "x.png"),
+        "no image was written to x.png",
+    ),
+    (
+        "asesearch.deployment.images.save_images",
+        ("sample", "BUNDLE", "-o", "x.png", "--num", "2"),
         "no image was written to x.png",
     ),
     ("asesearch.search.Workbench.evaluate", ("evaluate", "RUN"), "begins again"),

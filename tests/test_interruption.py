@@ -2,12 +2,19 @@
 
 import subprocess
 import sys
+import time
+import weakref
 
 import pytest
 from typer.testing import CliRunner
 
 from asesearch import cli
-from asesearch.cli.interruption import Interrupted, interruptible
+from asesearch.cli.interruption import (
+    Interrupted,
+    interruptible,
+    interruptible_command,
+    none_lost,
+)
 from asesearch.errors import StudyError
 
 
@@ -64,6 +71,50 @@ def test_where_what_is_kept_can_t_be_found_out_the_line_is_shorter(capsys, error
         raise KeyboardInterrupt
     assert caught.value.code == 130
     assert capsys.readouterr().err == "interrupted: give the same command again\n"
+
+
+def test_it_is_not_lost_amid_what_nobody_called(capsys):
+    """Python throws away what is raised in the callback of a weak reference, as SQLAlchemy's."""
+
+    def callback(_):
+        raise KeyboardInterrupt
+
+    told = sys.unraisablehook
+    with pytest.raises(Interrupted), interruptible("kept"), none_lost():
+        thing = Interrupted()
+        reference = weakref.ref(thing, callback)
+        del thing
+        for _ in range(500):  # not one sleep, which a signal to another thread would not end
+            time.sleep(0.01)
+        pytest.fail(f"went on after Ctrl-C, {reference}")
+    assert capsys.readouterr().err == "interrupted: kept\n"
+    assert sys.unraisablehook is told
+
+
+def test_another_error_there_is_told_as_ever(monkeypatch):
+    told = []
+    monkeypatch.setattr(sys, "unraisablehook", told.append)
+
+    def callback(_):
+        raise ValueError
+
+    with none_lost():
+        thing = Interrupted()
+        reference = weakref.ref(thing, callback)
+        del thing
+    assert reference() is None and [type(t.exc_value) for t in told] == [ValueError]
+
+
+def test_after_its_work_a_command_does_not_say_that_it_had_not_begun(capsys):
+    with pytest.raises(Interrupted), interruptible_command():
+        with interruptible("kept"):
+            pass
+        raise KeyboardInterrupt
+    with pytest.raises(Interrupted), interruptible_command():
+        raise KeyboardInterrupt
+    done, not_begun = capsys.readouterr().err.splitlines()
+    assert done == "interrupted: its work was done, and only what it prints may be missing"
+    assert not_begun == "interrupted: its work had not begun; give the same command again"
 
 
 def test_before_the_command_line_is_read(monkeypatch, capsys):

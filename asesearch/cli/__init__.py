@@ -9,7 +9,7 @@ import os
 import sys
 from typing import TYPE_CHECKING, Any
 
-from asesearch.cli.interruption import AGAIN, interruptible
+from asesearch.cli.interruption import AGAIN, interruptible, none_lost
 
 if TYPE_CHECKING:
     from asesearch.cli.program import app as app
@@ -20,7 +20,7 @@ __all__ = ["app", "main"]
 def main() -> None:
     """Entry point: asesearch's own errors become one line and exit code 1; wrong usage exits with
     2, Ctrl-C with 130."""
-    with interruptible(AGAIN):
+    with none_lost(), interruptible(AGAIN):
         _check_working_directory()
         from asesearch.cli.program import run
         from asesearch.cli.streams import guard

@@ -68,22 +68,24 @@ def latents(
     refuse_among_data([images], out, "--out")
     check_writable(out, "null-prompt.npy")
     kept = f"what is encoded is kept in {out}; the same command resumes"
-    with interruptible(kept), bar_of_parts("encode", hidden=dry_run) as progress:
-        plan = encode_folder(
-            images,
-            vae,
-            out,
-            captions=captions,
-            text_encoder=text_encoder,
-            batch_size=batch_size,
-            flips=flips,
-            device=default_device(),
-            max_length=MAX_LENGTH if max_length is None else max_length,
-            dtype=dtype,
-            progress=progress,
-            dry_run=dry_run,
-        )
-    print_json(encoded_facts(out, flips, verify) if plan is None else vars(plan))
+    with interruptible(kept):
+        with bar_of_parts("encode", hidden=dry_run) as progress:
+            plan = encode_folder(
+                images,
+                vae,
+                out,
+                captions=captions,
+                text_encoder=text_encoder,
+                batch_size=batch_size,
+                flips=flips,
+                device=default_device(),
+                max_length=MAX_LENGTH if max_length is None else max_length,
+                dtype=dtype,
+                progress=progress,
+                dry_run=dry_run,
+            )
+        facts = encoded_facts(out, flips, verify) if plan is None else vars(plan)
+    print_json(facts)
 
 
 def train_extractor_(

@@ -6,12 +6,20 @@ takes its place. So an error counts as Ctrl-C where one is among those that led 
 
 from __future__ import annotations
 
+import _thread
+import os
+import signal
 import sys
+import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 
 AGAIN = "give the same command again"
 NOT_BEGUN = f"its work had not begun; {AGAIN}"
+DONE = "its work was done, and only what it prints may be missing"
+LATER_S = 0.01  # after a Ctrl-C that was thrown away
+
+_ended = 0  # bodies of `interruptible` that ran to their end, in this process
 
 
 class Interrupted(SystemExit):
@@ -35,9 +43,48 @@ def led_to(error: BaseException) -> list[BaseException]:
 
 def is_unanswered(error: BaseException) -> bool:
     """Whether an error comes of Ctrl-C that nothing has been said of yet."""
-    found = led_to(error)
-    by_hand = any(isinstance(e, KeyboardInterrupt) for e in found)
-    return by_hand and not any(isinstance(e, Interrupted) for e in found)
+    return _is_by_hand(error) and not any(isinstance(e, Interrupted) for e in led_to(error))
+
+
+def _is_by_hand(error: BaseException) -> bool:
+    return any(isinstance(e, KeyboardInterrupt) for e in led_to(error))
+
+
+@contextmanager
+def none_lost() -> Iterator[None]:
+    """Inside, no Ctrl-C is thrown away.
+
+    Python does that where it comes amid what nobody called: the callback of a weak reference, a
+    `__del__`, the garbage collector's. There it prints a traceback and goes on, so that the signal
+    is sent again, a moment later.
+    """
+    told = sys.unraisablehook
+
+    def hook(lost: sys.UnraisableHookArgs) -> None:
+        if lost.exc_value is None or not _is_by_hand(lost.exc_value):
+            told(lost)
+            return
+        with suppress(RuntimeError):  # no thread begins while Python ends
+            # not a `threading.Timer`, whose locks may be held where this was called
+            _thread.start_new_thread(_interrupt_later, ())
+
+    sys.unraisablehook = hook
+    try:
+        yield
+    finally:
+        sys.unraisablehook = told
+
+
+def _interrupt_later() -> None:
+    time.sleep(LATER_S)
+    os.kill(os.getpid(), signal.SIGINT)
+
+
+def interruptible_command() -> AbstractContextManager[None]:
+    """`interruptible` around a whole command: what is outside of its own comes before the work, or
+    after it."""
+    before = _ended
+    return interruptible(lambda: NOT_BEGUN if _ended == before else DONE)
 
 
 @contextmanager
@@ -47,8 +94,10 @@ def interruptible(kept: str | Callable[[], str]) -> Iterator[None]:
     Args:
         kept: the line, or what makes it.
     """
+    global _ended
     try:
         yield
+        _ended += 1
     except BaseException as error:
         if not is_unanswered(error):
             raise

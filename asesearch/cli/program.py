@@ -13,7 +13,7 @@ from typer.core import TyperGroup
 
 from asesearch import __version__
 from asesearch.cli import data, results, searching, training
-from asesearch.cli.interruption import NOT_BEGUN, interruptible
+from asesearch.cli.interruption import interruptible_command
 from asesearch.cli.printing import say
 from asesearch.errors import AseSearchError, is_out_of_memory, memory_told
 from asesearch.files import printable
@@ -30,8 +30,8 @@ class _Program(TyperGroup):
         return super().parse_args(ctx, [a for a in args[:end] if a != "--debug"] + args[end:])
 
     def invoke(self, ctx: Any) -> Any:
-        """Run the command; Ctrl-C outside of `interruptible` comes before any work."""
-        with interruptible(NOT_BEGUN):
+        """Run the command; Ctrl-C outside of its work is answered too."""
+        with interruptible_command():
             return super().invoke(ctx)
 
 

@@ -324,7 +324,7 @@ def sample(
         return
     with interruptible(f"no image was written to {out}; the same command begins again"):
         result = images.sample()
-    images.write(result)
+        images.write(result)
     print_json(images.told(result))
 
 

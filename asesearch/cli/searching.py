@@ -224,7 +224,8 @@ def map_(
     )
     with interruptible(kept), bar:
         found = chosen.measure(lambda done, _: bar.update(done - bar.n))
-    files = [str(path) for path in chosen.write(found)]
+    with interruptible(f"the map may not be whole in {folder}; the same command begins again"):
+        files = [str(path) for path in chosen.write(found)]
     ends = {"data": 0, "middle": found.num_bins // 2, "noise": found.num_bins - 1}
     means = {name: [float(f"{v:.4g}") for v in found.error_full[i]] for name, i in ends.items()}
     print_json({**chosen.facts, "files": files, "error_by_exit_depth": means})

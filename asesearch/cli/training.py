@@ -87,13 +87,14 @@ def _fit(
         f"the last checkpoint ({every}) is kept in {training.run_dir}; the same command resumes "
         "from it"
     )
-    with interruptible(kept), bar_of_steps(config.train.num_steps, "train") as on_step:
-        if trainer.losses:
-            on_step(trainer.step, trainer.losses[-1])
-        result = training.run(on_step)
+    with interruptible(kept):
+        with bar_of_steps(config.train.num_steps, "train") as on_step:
+            if trainer.losses:
+                on_step(trainer.step, trainer.losses[-1])
+            result = training.run(on_step)
+        training.write(result)
     if not trainer.accelerator.is_main_process:
         return
-    training.write(result)
     last = result.losses[-100:]
     print_json(
         {
