@@ -57,7 +57,7 @@ def replacing(path: str | os.PathLike[str], *, shared: bool = False) -> Iterator
         os.replace(part, path)
         names_to_disk(path.parent)
     except (OSError, SafetensorError) as error:
-        raise WriteError(_why_not(path, error)) from error
+        raise WriteError(why_not(path, error)) from error
     finally:
         with suppress(OSError):
             part.unlink(missing_ok=True)
@@ -71,19 +71,31 @@ def _suffix(shared: bool) -> str:
 def follow_umask(paths: Sequence[Path]) -> None:
     """Give files of one folder the permissions that the umask leaves, which some writers, as that
     of safetensors, give to nobody but the user."""
-    probe = paths[0].with_name(f".{uuid.uuid4().hex[:8]}.umask.part")
-    try:
-        # not by `os.umask`, which can't be read without changing it for other threads, and does
-        # not know what a folder's access control lists say
-        handle = os.open(probe, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o666)
-        left = stat.S_IMODE(os.fstat(handle).st_mode)
-        os.close(handle)
+    with suppress(OSError):
+        # a file system without permissions; a full or lost one is told by the write itself
+        left = stat.S_IMODE(new_file(paths[0].parent).st_mode)
         for path in paths:
             mode = stat.S_IMODE(path.stat().st_mode)
             if mode | left != mode:
                 path.chmod(mode | left)
-    except OSError:
-        pass  # a file system without permissions; a full or lost one is told by the write itself
+
+
+def new_file(folder: Path) -> os.stat_result:
+    """Owner, group and permissions that a file gets which is made in a folder now.
+
+    Not by `os.umask`, which can't be read without changing it for other threads, and does not know
+    what a folder's access control lists say.
+
+    Raises:
+        OSError: none can be made.
+    """
+    probe = folder / f".{uuid.uuid4().hex[:8]}.umask.part"
+    try:
+        handle = os.open(probe, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o666)
+        try:
+            return os.fstat(handle)
+        finally:
+            os.close(handle)
     finally:
         with suppress(OSError):
             probe.unlink(missing_ok=True)
@@ -170,7 +182,7 @@ def check_writable(
             probe.parent.mkdir(parents=True, exist_ok=True)
             probe.with_name(f"{probe.name}{_suffix(shared=True)}").write_bytes(bytes(4096))
     except OSError as error:
-        raise WriteError(_why_not(Path(named or path), error)) from error
+        raise WriteError(why_not(Path(named or path), error)) from error
 
 
 def check_room(folder: str | os.PathLike[str], size: int, what: str) -> None:
@@ -184,11 +196,8 @@ def check_room(folder: str | os.PathLike[str], size: int, what: str) -> None:
     Raises:
         WriteError: it has not.
     """
-    place = Path(folder)
-    while not place.exists() and place != place.parent:
-        place = place.parent
     try:
-        free = shutil.disk_usage(place).free
+        free = shutil.disk_usage(_there(Path(folder))).free
     except OSError:  # a file system that does not tell
         return
     if free < size:
@@ -196,6 +205,21 @@ def check_room(folder: str | os.PathLike[str], size: int, what: str) -> None:
             f"{what} takes {size / 1e6:,.1f} MB; got {free / 1e6:,.1f} MB of free space for "
             f"{_short(Path(folder))}; make room there, or choose another folder"
         )
+
+
+def share_room(one: Path, other: Path) -> bool:
+    """Whether what is written to two paths, there or not, goes to one file system."""
+    try:
+        return _there(one).stat().st_dev == _there(other).stat().st_dev
+    except OSError:
+        return False
+
+
+def _there(place: Path) -> Path:
+    """A path, or the first of its parents that is there."""
+    while not place.exists() and place != place.parent:
+        place = place.parent
+    return place
 
 
 def check_weights_file(path: Path) -> None:
@@ -276,16 +300,34 @@ def _short(path: Path) -> str:
     return text if len(text) <= 200 else f"{text[:197]}…"
 
 
-def _why_not(path: Path, error: Exception) -> str:
-    """One line on why `path` can't be written, and what to do about it."""
-    number = getattr(error, "errno", None)
+def why_not(path: Path, error: Exception) -> str:
+    """One line on why `path` can't be written, and what to do about it.
+
+    Args:
+        path: the file or folder.
+        error: that writing it, or a file in it, came to.
+    """
+    number, reason = _told_by(error)
     fix = "choose a folder you may write to, with room in it"
     if number == errno.ENAMETOOLONG:
         fix = "a file system takes names of 255 bytes and paths of 4,096: give a shorter one"
     elif number in (errno.ENOSPC, errno.EDQUOT):
         fix = "make room there, or choose another folder"
-    reason = getattr(error, "strerror", None) or str(error)
     return f"can't write to {_short(path)}: {reason}; {fix}"
+
+
+def _told_by(error: Exception) -> tuple[int | None, str]:
+    """The system's number and words for what went wrong, or an error's own words, on one line."""
+    if isinstance(error, WriteError) and isinstance(error.__cause__, Exception):
+        return _told_by(error.__cause__)  # of a file inside
+    number = getattr(error, "errno", None)
+    if isinstance(error, SafetensorError) and (found := _OS_ERROR.search(str(error))) is not None:
+        number = int(found[1])
+    reason = str(error) if number is None else getattr(error, "strerror", "") or os.strerror(number)
+    return number, (printable(reason).strip() or type(error).__name__)[:200]
+
+
+_OS_ERROR = re.compile(r"\(os error (\d+)\)")  # as Rust tells it
 
 
 def read_text(

@@ -1,5 +1,6 @@
 """Files appear whole or not at all."""
 
+import errno
 import hashlib
 import json
 import logging
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from asesearch.deployment.writing import check_bundle_dir, whole_folder
@@ -21,10 +23,12 @@ from asesearch.files import (
     read_text,
     real_path,
     replacing,
+    share_room,
     some,
     warn_once,
     write_json,
 )
+from asesearch.report.folder import write_folder
 
 
 @pytest.mark.parametrize("shared", [False, True])
@@ -160,6 +164,45 @@ def test_a_full_disk_is_known_before(tmp_path, monkeypatch):
     with pytest.raises(WriteError, match="No space left on device; make room there"):
         check_writable(tmp_path / "x")
     assert list(tmp_path.iterdir()) == []
+
+
+FULL = "No space left on device"
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ENOSPC, FULL, "part"),
+        SafetensorError(f"Error while serializing: I/O error: {FULL} (os error {errno.ENOSPC})"),
+    ],
+    ids=["system", "safetensors"],
+)
+def test_every_writer_tells_a_full_disk_in_the_same_words(tmp_path, error):
+    def fail(_=None):
+        raise error
+
+    def write_file():
+        with replacing(tmp_path / "w.safetensors"):
+            fail()
+
+    def write_folder_of_a_bundle():
+        with whole_folder(tmp_path / "bundle"), replacing(tmp_path / "bundle.part" / "w"):
+            fail()
+
+    writers = [write_file, write_folder_of_a_bundle]
+    if isinstance(error, OSError):
+        writers.append(lambda: write_folder(tmp_path / "page", "report", fail))
+    for write in writers:
+        with pytest.raises(WriteError) as caught:
+            write()
+        said = re.fullmatch(rf"can't write to {tmp_path}/(.*): (.*)", str(caught.value))
+        assert said is not None and said[1] in ("w.safetensors", "bundle", "page")
+        assert said[2] == f"{FULL}; make room there, or choose another folder"
+
+
+def test_two_paths_share_room_whether_they_are_there_or_not(tmp_path):
+    assert share_room(tmp_path / "deep" / "file", tmp_path)
+    assert not share_room(tmp_path / "file", Path("/proc/nowhere"))
 
 
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-be", "utf-32"])

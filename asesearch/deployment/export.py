@@ -16,7 +16,7 @@ from asesearch.data import check_readable
 from asesearch.deployment import formats
 from asesearch.deployment.bundle import Bundle
 from asesearch.deployment.writing import check_bundle_dir
-from asesearch.errors import ConfigError, StudyError
+from asesearch.errors import ConfigError, StudyError, WriteError
 from asesearch.files import check_writable
 from asesearch.finetuning import CHECKPOINT, finetune
 from asesearch.finetuning.from_file import LOCK
@@ -173,8 +173,23 @@ def _check_outputs(
     if finetune_steps is None:
         trial_weights(study, record)
     else:
-        inside = f"finetune-{finetune_steps}/{CHECKPOINT}"
-        check_writable(study.trial_dir(record.schedule), inside)
+        check_checkpoint(study.trial_dir(record.schedule) / f"finetune-{finetune_steps}")
+
+
+def check_checkpoint(folder: Path) -> None:
+    """Refuse a full fine-tuning whose checkpoint can't be written, which goes into the study.
+
+    Raises:
+        WriteError: as said.
+    """
+    try:
+        check_writable(folder, CHECKPOINT, named=folder.parent)
+    except WriteError as error:
+        reason, _, _ = str(error).rpartition("; ")
+        raise WriteError(
+            f"{reason}; a full fine-tuning keeps its checkpoint in the study's directory: copy "
+            "that to a folder that you may write to, with room in it"
+        ) from error
 
 
 def plan_export(

@@ -27,6 +27,7 @@ from asesearch.files import (
     follow_umask,
     names_to_disk,
     remove_stale,
+    why_not,
 )
 
 
@@ -53,7 +54,7 @@ def whole_folder(folder: Path, *, overwrite: bool = False) -> Iterator[Path]:
     fails, `folder` is as it was. If the power goes, it has all of its files or not its name.
 
     Raises:
-        CheckpointError, WriteError: see `check_bundle_dir`; or it can't be written.
+        CheckpointError, WriteError: see `check_bundle_dir`.
     """
     check_bundle_dir(folder, overwrite=overwrite)
     part = folder.with_name(f"{folder.name}.{os.getpid()}{PART}")
@@ -68,11 +69,7 @@ def whole_folder(folder: Path, *, overwrite: bool = False) -> Iterator[Path]:
         _take_place(part, folder)
         names_to_disk(folder.parent)
     except (OSError, SafetensorError) as error:
-        reason = error.__cause__ if isinstance(error, WriteError) else error
-        raise CheckpointError(
-            f"can't write the bundle {folder}: {reason}; choose a folder you may write to, with "
-            "room in it"
-        ) from error
+        raise WriteError(why_not(folder, error)) from error
     finally:
         shutil.rmtree(part, ignore_errors=True)
 

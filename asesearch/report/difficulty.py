@@ -22,7 +22,7 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
 
 from asesearch.config import DiffusionConfig
 from asesearch.errors import WriteError
-from asesearch.files import write_json
+from asesearch.files import why_not, write_json
 from asesearch.report.style import HEIGHT, SMALL, Drawing, axes
 from asesearch.solvers import make_levels
 from asesearch.study.difficulty import TABLES, DifficultyMap
@@ -247,8 +247,6 @@ def write_map(difficulty_map: DifficultyMap, folder: Path) -> list[Path]:
             for name in names:
                 os.replace(Path(temporary) / name, folder / name)
     except OSError as error:
-        raise WriteError(
-            f"can't write the map to {folder}: {error}; choose a folder you may write to"
-        ) from error
+        raise WriteError(why_not(folder, error)) from error
     write_json(folder / "map.json", difficulty_map.to_dict())
     return [folder / name for name in (*names, "map.json")]

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import jinja2
 
-from asesearch.errors import StudyError
-from asesearch.files import check_writable, remove_stale
+from asesearch.errors import StudyError, WriteError
+from asesearch.files import check_writable, remove_stale, why_not
 
 MARK = '<meta name="generator" content="asesearch {what}">'
 _SUBFOLDERS = ("figures", "tables")
@@ -68,7 +68,7 @@ def write_folder(out_dir: Path, what: str, write: Callable[[Path], None]) -> Pat
         write: makes the files in an empty folder that has the subfolders.
 
     Raises:
-        StudyError, WriteError: see `check_folder`; or the folder can't be written.
+        StudyError, WriteError: see `check_folder`.
     """
     check_folder(out_dir, what)
     given, out_dir = out_dir, _named(out_dir, what)
@@ -84,9 +84,7 @@ def write_folder(out_dir: Path, what: str, write: Callable[[Path], None]) -> Pat
             write(made)
             _move(made, out_dir)
     except OSError as error:
-        raise StudyError(
-            f"can't write the {what} to {out_dir}: {error}; choose a folder you may write to"
-        ) from error
+        raise WriteError(why_not(given, error)) from error
     return given / "index.html"
 
 

@@ -24,13 +24,14 @@ from asesearch.deployment import formats
 from asesearch.deployment import verify as verify_module
 from asesearch.deployment.bundle import Bundle
 from asesearch.deployment.diffusers_hook import apply_exit_schedule
+from asesearch.deployment.export import check_checkpoint
 from asesearch.deployment.images import BundleImages
 from asesearch.deployment.manifest import OLD, PART
 from asesearch.deployment.reading import load_bundle
 from asesearch.deployment.verify import verify
 from asesearch.deployment.writing import check_bundle_dir, write_bundle
 from asesearch.diffusion import Diffusion
-from asesearch.errors import CheckpointError, ConfigError, ScheduleError
+from asesearch.errors import CheckpointError, ConfigError, ScheduleError, WriteError
 from asesearch.sampling import sample
 from asesearch.schedule import ExitSchedule
 
@@ -263,9 +264,20 @@ def test_nothing_is_overwritten_unasked(bundle, folder, tmp_path):
     assert (other / "thesis.tex").read_text() == "words"
 
 
+def test_who_may_not_write_to_the_study_is_told_to_copy_it(tmp_path):
+    """Export has no option for the folder of the checkpoint."""
+    (tmp_path / "3").write_text("no folder")
+    with pytest.raises(WriteError) as caught:
+        check_checkpoint(tmp_path / "3" / "finetune-9")
+    assert str(caught.value) == (
+        f"can't write to {tmp_path}/3: Not a directory; a full fine-tuning keeps its checkpoint in "
+        "the study's directory: copy that to a folder that you may write to, with room in it"
+    )
+
+
 def test_a_failed_export_leaves_nothing(bundle, tmp_path, monkeypatch):
     monkeypatch.setattr(os, "replace", lambda *a: (_ for _ in ()).throw(OSError("disk full")))
-    with pytest.raises(CheckpointError, match="disk full"):
+    with pytest.raises(WriteError, match="disk full"):
         write_bundle(bundle, tmp_path / "bundle")
     assert list(tmp_path.iterdir()) == []
 
@@ -294,7 +306,7 @@ def test_an_overwriting_that_fails_leaves_the_bundle_as_it_was(bundle, folder, m
         really(source, target)
 
     monkeypatch.setattr(os, "replace", fails)
-    with pytest.raises(CheckpointError, match="disk full"):
+    with pytest.raises(WriteError, match="disk full"):
         write_bundle(replace(bundle, provenance={"new": 1}), folder, overwrite=True)
     assert list(folder.parent.iterdir()) == [folder]
     assert (folder / "bundle.json").read_bytes() == before

@@ -178,7 +178,7 @@ def test_files_are_whole_equal_and_readable(tmp_path):
 
 def test_a_folder_that_can_not_be_written_is_one_line(tmp_path):
     (tmp_path / "file").write_text("not a folder")
-    with pytest.raises(WriteError, match="can't write the map to .*choose a folder"):
+    with pytest.raises(WriteError, match="can't write to .*choose a folder"):
         write_map(make(), tmp_path / "file")
 
 
