@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import logging
+import os
 import time
 import uuid
 from collections.abc import Iterator
@@ -30,7 +31,7 @@ def try_lock(path: Path) -> Iterator[bool]:
 
     Raises:
         StudyError: the folder's file system has no locks.
-        WriteError: the folder can't be written.
+        WriteError: the folder or the lock's file can't be written.
     """
     lock = _acquired(path)
     try:
@@ -125,14 +126,23 @@ def _acquired(path: Path) -> BaseFileLock | None:
         reason = error.strerror or str(error)
         if error.errno in _NO_LOCKS:
             raise _no_locks(path.parent, reason) from error
-        raise WriteError(
-            f"can't write to {path.parent}: {reason}; choose a folder you may write to"
-        ) from error
+        raise WriteError(_refused(path, reason)) from error
     # a mark in its place, which a process that dies leaves behind
     if isinstance(lock, SoftFileLock):
         lock.release()
         raise _no_locks(path.parent, "flock is not supported")
     return lock
+
+
+def _refused(path: Path, reason: str) -> str:
+    """Why a lock's file can't be opened, and what to do about it."""
+    if path.is_file() and os.access(path.parent, os.W_OK):
+        return (
+            f"can't write to {path}: {reason}; all who share a folder set umask 002, and whoever "
+            f"owns what others can't write there runs chmod -R g+w on it"
+        )
+    place = path if os.path.isdir(path) else path.parent
+    return f"can't write to {place}: {reason}; choose a folder you may write to"
 
 
 def _no_locks(folder: Path, reason: str) -> StudyError:

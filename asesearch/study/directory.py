@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import logging
 import os
+import stat
 import struct
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from fnmatch import fnmatchcase
 from functools import lru_cache
 from pathlib import Path
@@ -17,7 +19,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from asesearch.errors import ScheduleError, StudyError, WriteError, first_line
-from asesearch.files import check_writable, loads, real_path, warn_once
+from asesearch.files import check_writable, loads, new_file, real_path, warn_once
 from asesearch.sampler import Sampler
 from asesearch.schedule import SLUG_BYTES, ExitSchedule
 
@@ -73,12 +75,54 @@ def check_study_dir(run_dir: Path, storage: str | None) -> None:
         storage: URL of the storage, if it is not the database in that directory.
 
     Raises:
-        WriteError: it can't be written, or its path is too long.
+        WriteError: it can't be written, others who write to it would be shut out, or its path is
+            too long.
     """
     longest = f"{TRIALS}/{'0' * SLUG_BYTES}/finetune-1000000/training.safetensors"
     check_writable(run_dir, longest)
+    _check_shared(Path(run_dir))
     if storage is None and (why := why_too_long(Path(run_dir) / DATABASE)) is not None:
         raise WriteError(why)
+
+
+def _check_shared(run_dir: Path) -> None:
+    """Refuse to make files that the others could not write in a directory that a group shares: they
+    would end the others' searches in mid-work.
+
+    Raises:
+        WriteError: as said.
+    """
+    try:
+        of = run_dir.stat()
+        # files of another group than the directory's are out of the others' reach at any umask
+        if not of.st_mode & stat.S_IWGRP or not _has_others(run_dir):
+            return
+        made = new_file(run_dir)
+    except OSError:  # it is not there yet
+        return
+    if made.st_gid == of.st_gid and not made.st_mode & stat.S_IWGRP:
+        raise WriteError(
+            f"a directory that a group shares takes files that all of it may write; got {run_dir}, "
+            f"where yours would have the permissions {stat.S_IMODE(made.st_mode):04o} and shut the "
+            "others out; set umask 002"
+        )
+
+
+def _has_others(run_dir: Path) -> bool:
+    """Whether a directory, or a file in it or of its workers, is another user's.
+
+    Raises:
+        OSError: it can't be read.
+    """
+    own = os.geteuid() if hasattr(os, "geteuid") else 0  # on Windows all files are of user 0
+    paths = [run_dir, *run_dir.iterdir()]
+    if (run_dir / WORKERS).is_dir():
+        paths += (run_dir / WORKERS).iterdir()
+    for path in paths:
+        with suppress(FileNotFoundError):  # another worker's, a moment ago
+            if path.lstat().st_uid != own:
+                return True
+    return False
 
 
 def why_too_long(database: Path) -> str | None:

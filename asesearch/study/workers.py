@@ -209,19 +209,21 @@ class Others:
                 continue
             silent = self._silent_s(path.stem, json.dumps(state))
             held = self._lock_held(path.stem, state["boot"])
-            if held is None:  # under another kernel
+            if held is None:
                 held = _age_s(path) < OLD_S
             if held and silent <= GRACE_S and doing in (None, state["doing"]):
                 found.append(f"{state['host']}, process {state['pid']}")
         return found
 
     def _lock_held(self, worker: str, boot: str) -> bool | None:
-        """Whether a worker under this kernel holds its lock; None under another."""
+        """Whether a worker under this kernel holds its lock; None under another, or where the lock
+        is of another user, who lets nobody else open it."""
         path = self.folder / f"{worker}.lock"
         if not boot or boot != boot_id() or not path.exists():
             return None
-        with try_lock(path) as free:
+        with suppress(WriteError), try_lock(path) as free:
             return not free
+        return None
 
     def _silent_s(self, worker: str, content: str) -> float:
         """Seconds that this worker has seen another's file unchanged, by its own clock."""

@@ -1,5 +1,7 @@
 """Names in a study directory fit a file system, and those of earlier releases are found again."""
 
+import os
+
 import numpy as np
 import pytest
 
@@ -62,3 +64,33 @@ def test_a_path_that_sqlite_can_t_open_is_refused_and_no_shorter_one(tmp_path):
     with pytest.raises(WriteError, match="at most 504 bytes.*got 505"):
         check_study_dir(longer, None)
     check_study_dir(longer, "postgresql://host/name")
+
+
+@pytest.mark.parametrize(
+    ("mode", "umask", "own", "refused"),
+    [
+        (0o2775, 0o022, False, True),
+        (0o2775, 0o002, False, False),
+        (0o2755, 0o022, False, False),  # the group may not write there
+        (0o2775, 0o022, True, False),  # nobody else has written there
+    ],
+    ids=["shared", "umask 002", "not shared", "alone"],
+)
+def test_who_would_shut_the_group_out_is_refused(tmp_path, monkeypatch, mode, umask, own, refused):
+    """The files of a user with umask 022 would end the others' searches in mid-work."""
+    run_dir = tmp_path / "run"
+    run_dir.mkdir()
+    run_dir.chmod(mode)
+    if not own:
+        monkeypatch.setattr(os, "geteuid", lambda: 54_321)
+    before = os.umask(umask)
+    try:
+        check_study_dir(run_dir, None)
+    except WriteError as error:
+        assert refused and len(str(error)) < 300 + len(str(run_dir))
+        assert "permissions 0644 and shut the others out; set umask 002" in str(error)
+    else:
+        assert not refused
+    finally:
+        os.umask(before)
+    assert list(run_dir.iterdir()) == []

@@ -20,7 +20,7 @@ import torch
 from optuna.trial import TrialState
 
 from asesearch import locks
-from asesearch.errors import EvaluationError, StudyError, TrainingDiverged
+from asesearch.errors import EvaluationError, StudyError, TrainingDiverged, WriteError
 from asesearch.evaluation.cost import LatencyTable
 from asesearch.files import write_json
 from asesearch.locks import try_lock, waited_lock
@@ -439,6 +439,31 @@ def test_who_waits_for_a_lock_says_so_once(tmp_path, caplog, monkeypatch):
         assert got == []
     thread.join()
     assert got == [1] and caplog.text.count("waiting for another worker, which makes tea") == 1
+
+
+def test_a_lock_of_a_user_who_lets_nobody_open_it_is_named_and_kills_no_worker(
+    tmp_path, monkeypatch
+):
+    def refuse(*_, **__):
+        raise PermissionError(13, "Permission denied")
+
+    other = Worker(tmp_path)
+    with other.at_work(workers.SEARCHING):
+        monkeypatch.setattr(locks.FileLock, "acquire", refuse)
+        others = Others(tmp_path, "mine")
+        assert others.alive(other.mark, 0) is True  # by its signs
+        assert len(others.at_work()) == 1
+        lock = next((tmp_path / "workers").glob("*.lock"))
+        with (
+            pytest.raises(WriteError, match=rf"{lock.name}: Permission denied; .* umask 002, and"),
+            try_lock(lock),
+        ):
+            pass
+        with (
+            pytest.raises(WriteError, match=rf"to {tmp_path}: Permission denied; choose a folder"),
+            try_lock(tmp_path / "new.lock"),
+        ):
+            pass
 
 
 # -- the exploration phase -
