@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -45,6 +46,7 @@ from asesearch.finetuning import (
     make_accelerator,
     seeded_generator,
 )
+from asesearch.finetuning.checkpoint import check_checkpoint_room, write_checkpoint
 from asesearch.finetuning.from_file import StudyTraining
 from asesearch.locks import try_lock
 from asesearch.schedule import ElasticDepths, ExitSchedule
@@ -132,6 +134,56 @@ def test_there_is_room_for_a_checkpoint_before_anything_is_trained(
     finetune(tiny_dit, tiny_images, Diffusion(), SCHEDULE, at_the_end, run_dir)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: before._replace(free=0))
     finetune(tiny_dit, tiny_images, Diffusion(), SCHEDULE, at_the_end, run_dir)  # is only read
+
+
+@pytest.mark.parametrize(
+    ("steps", "every", "done", "copies"),
+    [
+        (12, 12, 0, 1),  # one in the end, of the weights alone
+        (12, 6, 0, 5),  # which is written beside the one before it
+        (12, 5, 0, 8),
+        (12, 5, 5, 4),
+        (12, 5, 10, 1),
+    ],
+)
+def test_a_checkpoint_is_whole_before_the_one_before_it_goes(
+    tiny_dit, tmp_path, monkeypatch, steps, every, done, copies
+):
+    each = sum(4 * p.numel() for p in tiny_dit.parameters())
+    if done:
+        write_checkpoint(tmp_path / CHECKPOINT, {"w": torch.zeros(each)}, {}, {"step": done})
+    config = with_(CONFIG, num_steps=steps, checkpoint_every=every)
+    before = shutil.disk_usage(tmp_path)
+
+    def room(size):
+        monkeypatch.setattr(shutil, "disk_usage", lambda path: before._replace(free=size))
+
+    room(copies * each)
+    check_checkpoint_room(tmp_path, tiny_dit, config)
+    room(copies * each - 1)
+    with pytest.raises(WriteError, match="the checkpoint of a training takes"):
+        check_checkpoint_room(tmp_path, tiny_dit, config)
+
+
+def test_there_is_room_for_the_trained_weights_before_anything_is_trained(tmp_path, monkeypatch):
+    text = {
+        "name": "room",
+        "backbone": {"kind": "dit", "args": SHAPE},
+        "data": {"kind": "fashion-mnist", "split": "test"},
+        "train": {"num_steps": 2, "batch_size": 4},
+    }
+    make = partial(StudyTraining, parse_study(text, "t"), "full", tmp_path / "w.safetensors")
+    size = sum(p.numel() * 4 for p in make(tmp_path / "run").backbone.parameters())
+    before = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: before._replace(free=1.5 * size))
+    with pytest.raises(WriteError, match="checkpoint of a training, with its result, takes"):
+        make(tmp_path / "run")
+    monkeypatch.setattr("asesearch.finetuning.from_file.share_room", lambda *_: False)
+    make(tmp_path / "run")
+    config = parse_study({**text, "train": {"num_steps": 0, "batch_size": 4}}, "t")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: before._replace(free=0.5 * size))
+    with pytest.raises(WriteError, match=f"the trained network takes .* for {tmp_path}; make"):
+        StudyTraining(config, "full", tmp_path / "w.safetensors", tmp_path / "run")
 
 
 def test_a_finished_run_is_not_repeated(tiny_dit, tiny_images, tmp_path):

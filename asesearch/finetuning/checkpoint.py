@@ -20,18 +20,44 @@ from asesearch.files import check_room, loads, replacing
 CHECKPOINT = "training.safetensors"
 
 
-def check_checkpoint_room(run_dir: Path, net: nn.Module, config: TrainConfig) -> None:
-    """Refuse to begin a training in a folder that has no room for its checkpoint: the weights, and
-    where one is written before the end their moving average and the optimiser's two moments too.
+def check_checkpoint_room(
+    run_dir: Path, net: nn.Module, config: TrainConfig, *, result: int = 0
+) -> None:
+    """Refuse to begin a training in a folder that has no room for its checkpoints: the weights, and
+    in those written before the end their moving average and the optimiser's two moments too. Each
+    is whole before the one before it goes.
+
+    Args:
+        run_dir: folder of the checkpoint, there or not.
+        net: whose weights are trained.
+        config: of the training.
+        result: bytes that its result takes on the same file system, beside the last checkpoint.
 
     Raises:
         WriteError: as said.
     """
-    if config.num_steps == 0 or (run_dir / CHECKPOINT).is_file():
-        return
-    size = sum(4 * p.numel() for p in net.parameters())
-    copies = 4 if config.num_steps > config.checkpoint_every else 1
-    check_room(run_dir, copies * size, "the checkpoint of a training")
+    path = run_dir / CHECKPOINT
+    done = _steps_done(path)
+    each = sum(4 * p.numel() for p in net.parameters())
+    left = (config.num_steps - 1) // config.checkpoint_every - done // config.checkpoint_every
+    sizes = [4 * each] * min(left, 2) + [each] * (done < config.num_steps)
+    there = held = path.stat().st_size if done else 0
+    most = 0
+    for size in sizes:
+        most = max(most, held + size)
+        held = size
+    most = max(most, held + result)
+    what = "the checkpoint of a training"
+    check_room(run_dir, most - there, f"{what}, with its result," if result else what)
+
+
+def _steps_done(path: Path) -> int:
+    """Of a checkpoint's run; 0 where there is none to be read."""
+    try:
+        with safe_open(path, "pt") as file:
+            return int(loads(file.metadata()["progress"])["step"])
+    except (SafetensorError, KeyError, ValueError, TypeError, OSError):
+        return 0
 
 
 def write_checkpoint(

@@ -8,14 +8,20 @@ from pathlib import Path
 from typing import Any
 
 from asesearch.backbones.checkpoints import load_trained
-from asesearch.backbones.exit_weights import own_exits
+from asesearch.backbones.exit_weights import own_exits, weight_sets
 from asesearch.backbones.saving import save_backbone
 from asesearch.config import StudyConfig
 from asesearch.data import check_not_read, check_output, check_readable, open_data
 from asesearch.diffusion import make_diffusion
 from asesearch.errors import ConfigError
-from asesearch.files import check_utf8, check_weights_file, check_writable
-from asesearch.finetuning.checkpoint import CHECKPOINT, schedule_in
+from asesearch.files import (
+    check_room,
+    check_utf8,
+    check_weights_file,
+    check_writable,
+    share_room,
+)
+from asesearch.finetuning.checkpoint import CHECKPOINT, check_checkpoint_room, schedule_in
 from asesearch.finetuning.trainer import TrainResult, seconds_per_step, trainer_of, whole
 from asesearch.locks import alone
 from asesearch.schedule import SLUG_BYTES, schedule_from_text
@@ -39,8 +45,9 @@ class StudyTraining:
         run_dir: folder of the checkpoint.
 
     Raises:
-        AseSearchError: a path that can't be written, or whose weights the study reads; parts that
-            can't be opened or do not fit each other, or images that can't be read.
+        AseSearchError: a path that can't be written, has no room for what goes there, or whose
+            weights the study reads; parts that can't be opened or do not fit each other, or images
+            that can't be read.
     """
 
     def __init__(
@@ -70,6 +77,7 @@ class StudyTraining:
             self.run_dir = run_dir / self.schedule.slug
         if config.search.own_exits and not self.schedule.is_full:
             self.backbone = own_exits(self.backbone)
+        self._check_room(config, out)
         self.trainer = trainer_of(
             self.backbone,
             data,
@@ -81,6 +89,19 @@ class StudyTraining:
         check_readable(data)
         self.config = config
         self.out = out
+
+    def _check_room(self, config: StudyConfig, out: Path) -> None:
+        """Refuse to begin where the checkpoints or the weights in the end would have no room.
+
+        Raises:
+            WriteError: as said.
+        """
+        full, *_ = sets = weight_sets(self.backbone)
+        size = sum(t.numel() * t.element_size() for t in full.state_dict().values())
+        together = share_room(self.run_dir, out)
+        check_checkpoint_room(self.run_dir, sets[-1], config.train, result=size if together else 0)
+        if not together:
+            check_room(out.parent, size, "the trained network")
 
     def plan(self) -> dict[str, Any]:
         """Settings, sizes, and the time it will take, measured on a few steps of a dry run."""
