@@ -8,6 +8,7 @@ import glob
 import hashlib
 import json
 import logging
+import math
 import os
 import re
 import shutil
@@ -201,8 +202,9 @@ def check_room(folder: str | os.PathLike[str], size: int, what: str) -> None:
     except OSError:  # a file system that does not tell
         return
     if free < size:
+        needed = math.ceil(size / 1e5) / 10  # never as much as there is
         raise WriteError(
-            f"{what} takes {size / 1e6:,.1f} MB; got {free / 1e6:,.1f} MB of free space for "
+            f"{what} takes {needed:,.1f} MB; got {free // 1e5 / 10:,.1f} MB of free space for "
             f"{_short(Path(folder))}; make room there, or choose another folder"
         )
 
@@ -323,11 +325,14 @@ def _told_by(error: Exception) -> tuple[int | None, str]:
     number = getattr(error, "errno", None)
     if isinstance(error, SafetensorError) and (found := _OS_ERROR.search(str(error))) is not None:
         number = int(found[1])
+    if number is None and _CUT_SHORT.fullmatch(str(error)):
+        return errno.ENOSPC, "only a part of it could be written"
     reason = str(error) if number is None else getattr(error, "strerror", "") or os.strerror(number)
     return number, (printable(reason).strip() or type(error).__name__)[:200]
 
 
 _OS_ERROR = re.compile(r"\(os error (\d+)\)")  # as Rust tells it
+_CUT_SHORT = re.compile(r"\d+ requested and \d+ written")  # as NumPy does, which loses the number
 
 
 def read_text(

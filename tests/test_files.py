@@ -200,6 +200,13 @@ def test_every_writer_tells_a_full_disk_in_the_same_words(tmp_path, error):
         assert said[2] == f"{FULL}; make room there, or choose another folder"
 
 
+def test_an_array_that_numpy_could_write_in_part_is_told_to_make_room(tmp_path):
+    with pytest.raises(WriteError) as caught, replacing(tmp_path / "a.npy"):
+        raise OSError("819200 requested and 1984 written")
+    why = "only a part of it could be written; make room there, or choose another folder"
+    assert str(caught.value) == f"can't write to {tmp_path}/a.npy: {why}"
+
+
 def test_two_paths_share_room_whether_they_are_there_or_not(tmp_path):
     assert share_room(tmp_path / "deep" / "file", tmp_path)
     assert not share_room(tmp_path / "file", Path("/proc/nowhere"))
