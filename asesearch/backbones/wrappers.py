@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from argparse import Namespace
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -206,10 +206,15 @@ def _unaveraged(chosen: _Candidate, idle: list[_Candidate], empty: list[str]) ->
 
 
 def _candidates(data: object, path: tuple[str, ...], idle: bool = False) -> Iterator[_Candidate]:
-    """Every set of tensors that may be a network's; `idle` ones are averages of nothing yet."""
-    if not isinstance(data, Mapping) or len(path) > _MAX_NESTING:
+    """Every set of tensors that may be a network's; `idle` ones are averages of nothing yet. Of
+    what is numbered, as in a list, where much else stands, it must be of a kind that is known."""
+    if not isinstance(data, Mapping | list | tuple) or len(path) > _MAX_NESTING:
         return
-    if not all(isinstance(key, str) for key in data):
+    if not isinstance(data, Mapping) or not all(isinstance(key, str) for key in data):
+        for key, value in _entries(data):
+            if not _NO_WEIGHTS.match(key):
+                found = _candidates(value, (*path, key), idle)
+                yield from (c for c in found if c.anchored)
         return
     tensors = {k: v for k, v in data.items() if isinstance(v, Tensor)}
     counters = _counters(tensors)
@@ -238,6 +243,19 @@ def _candidates(data: object, path: tuple[str, ...], idle: bool = False) -> Iter
         if not _NO_WEIGHTS.match(key):
             inner_idle = idle or (waits and _says_average(key))
             yield from _candidates(value, (*path, key), inner_idle)
+
+
+def _entries(data: Mapping[Any, Any] | Sequence[Any]) -> Iterator[tuple[str, Any]]:
+    """What a dict, list or tuple holds, by name or number; what a list has in a pair with its
+    name, as Composer saves its algorithms, by that."""
+    if isinstance(data, Mapping):
+        yield from ((str(key), value) for key, value in data.items())
+        return
+    for i, value in enumerate(data):
+        if isinstance(value, list | tuple) and len(value) == 2 and isinstance(value[0], str):
+            yield value[0], value[1]
+        else:
+            yield str(i), value
 
 
 def _says_average(name: str) -> bool:
@@ -294,20 +312,30 @@ def _one(found: list[_Candidate], there: list[_Candidate]) -> _Candidate:
     )
 
 
-def _empty_averages(data: object, nesting: int = 1) -> list[str]:
-    """What should be averaged weights; to be asked for where none were found."""
-    if isinstance(data, list | tuple):
-        return list(dict.fromkeys(name for v in data for name in _empty_averages(v, nesting)))
-    if not isinstance(data, Mapping) or nesting < 0:
+def _empty_averages(data: object, depth: int = 0, deepest: int = _MAX_NESTING) -> list[str]:
+    """What should be averaged weights; to be asked for where none were found. Down below, where
+    settings stand too, it must hold tensors."""
+    if not isinstance(data, Mapping | list | tuple) or depth > deepest:
         return []
+    inner = depth + isinstance(data, Mapping)
     found: dict[str, None] = {}
-    for key, value in data.items():
-        first = str(key).split(".")[0]
-        if _seems_averaged(first, value):
+    for key, value in _entries(data):
+        first = key.split(".")[0]
+        if _seems_averaged(first, value) and (depth < 2 or _has_tensors(value)):
             found[first] = None
         else:
-            found |= dict.fromkeys(_empty_averages(value, nesting - 1))
+            lowest = 1 if _NO_WEIGHTS.match(first) else deepest
+            found |= dict.fromkeys(_empty_averages(value, inner, lowest))
     return list(found)
+
+
+def _has_tensors(data: object) -> bool:
+    """Whether a tensor is, or stands in, what was loaded."""
+    if isinstance(data, Mapping):
+        return any(map(_has_tensors, data.values()))
+    return isinstance(data, Tensor) or (
+        isinstance(data, list | tuple) and any(map(_has_tensors, data))
+    )
 
 
 def _seems_averaged(name: str, value: object) -> bool:

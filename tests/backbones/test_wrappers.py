@@ -127,6 +127,26 @@ FORMS = {
         },
         "ema",
     ),
+    "ema of Composer": (
+        lambda s: {
+            "state": {
+                "model": others(s),
+                "algorithms": [("EMA", {"ema_model": {"named_parameters_dict": s}})],
+            }
+        },
+        "state.algorithms.EMA.ema_model.named_parameters_dict",
+    ),
+    "ema in a list": (lambda s: {"models": [others(s)], "ema_models": [s]}, "ema_models.0"),
+    "ema in a tuple": (lambda s: {"model": others(s), "ema": (s, 0.99)}, "ema.0"),
+    "ema of a callback": (
+        lambda s: {"model": others(s), "callbacks": [{"ema": s}]},
+        "callbacks.0.ema",
+    ),
+    "ema by its rate": (lambda s: {"model": others(s), "ema": {0.99: s}}, "ema.0.99"),
+    "lists of other things": (
+        lambda s: {"model": s, "rng": [("torch", torch.zeros(3)), {"mean": torch.zeros(1)}]},
+        "model",
+    ),
     "averaged model": (averaged, "weights"),
     "averaged model, every tensor in float32": (
         lambda s: {k: v.float() for k, v in averaged(s).items()},
@@ -177,6 +197,28 @@ FORMS = {
         "model",
     ),
     "ema empty": (lambda s: {"model": s, "ema": {}}, "model"),
+    "ema of Composer under other names": (
+        lambda s: {
+            "state": {
+                "model": s,
+                "algorithms": [("EMA", {"ema_model": {"a": torch.ones(2)}})],
+            }
+        },
+        "state.model",
+    ),
+    "ema deep down under other names": (
+        lambda s: {"a": {"b": {"net": s, "c": [{"ema": {"a": torch.ones(2)}}]}}},
+        "a.b.net",
+    ),
+    "ema of a list": (lambda s: {"model": s, "ema_state": [3]}, "model"),
+    "ema in settings": (
+        lambda s: {"model": s, "config": {"train": {"ema": {"decay": 0.99}}}},
+        "model",
+    ),
+    "ema in an optimiser": (
+        lambda s: {"model": s, "optimizer": {"state": {0: {"ema": torch.ones(2)}}}},
+        "model",
+    ),
     "ema of nothing": (lambda s: {"ema": {"decay": 0.99}, "model": s}, "model"),
     "ema None": (lambda s: {"model": s, "ema": None}, "model"),
     "ema in part": (
@@ -214,6 +256,9 @@ def test_a_network_is_found_in_what_training_programs_save(tmp_path, form: str) 
             r"^ema holds no weights under the network's names, so they are those of model$",
         ),
         ("ema of nothing", "^ema holds no weights"),
+        ("ema of Composer under other names", "^EMA holds no weights"),
+        ("ema deep down under other names", "^ema holds no weights"),
+        ("ema of a list", "^ema_state holds no weights"),
         (
             "ema in part",
             r"^ema lacks 10 of the 32 tensors of model, such as blocks\.1\..*, so the weights are "
@@ -246,7 +291,11 @@ def test_what_was_decided_about_averaged_weights_is_said(
 
 
 @pytest.mark.parametrize(
-    "form", ["ema", "swa", "torchvision", "averaged as it was saved", "swa's learning rates"]
+    "form",
+    [
+        *("ema", "swa", "torchvision", "averaged as it was saved", "swa's learning rates"),
+        *("ema of Composer", "lists of other things", "ema in settings", "ema in an optimiser"),
+    ],
 )
 def test_nothing_is_said_of_a_plain_training_state(tmp_path, caplog, form: str) -> None:
     torch.save(FORMS[form][0](random_dit().state_dict()), tmp_path / "net.pt")
