@@ -335,6 +335,11 @@ _OS_ERROR = re.compile(r"\(os error (\d+)\)")  # as Rust tells it
 _CUT_SHORT = re.compile(r"\d+ requested and \d+ written")  # as NumPy does, which loses the number
 
 
+def encoding_of(raw: bytes) -> str:
+    """The encoding of a text, by the byte order mark that it begins with; UTF-8 without one."""
+    return next((name for mark, name in _MARKS if raw.startswith(mark)), "utf-8")
+
+
 def read_text(
     path: str | os.PathLike[str],
     error: type[AseSearchError] = ConfigError,
@@ -356,7 +361,7 @@ def read_text(
     except (OSError, ValueError) as cause:  # ValueError: a NUL character in the path
         reason = getattr(cause, "strerror", None) or str(cause)
         raise error(f"can't read {shown}: {reason}; check the path") from cause
-    encoding = next((name for mark, name in _MARKS if raw.startswith(mark)), "utf-8")
+    encoding = encoding_of(raw)
     try:
         text = raw.decode(encoding, errors)
     except UnicodeDecodeError as cause:

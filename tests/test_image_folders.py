@@ -1,5 +1,6 @@
 """Which files of a folder are images, and which class each folder is."""
 
+import errno
 import inspect
 import json
 import os
@@ -8,6 +9,7 @@ import re
 import subprocess
 import sys
 import unicodedata
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -264,6 +266,35 @@ def test_a_folder_of_broken_links_says_so(tmp_path):
         DataError, match=r"it holds 5 broken links \(0.png -> /nowhere/0.png, .* and 2 more\)"
     ):
         ImageFolder(tmp_path, 8)
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.ENAMETOOLONG, errno.ESTALE])
+def test_what_can_not_be_looked_at_is_no_broken_link(pets, monkeypatch, number):
+    """As in a folder that may be listed, but not entered: part of the data would be left out."""
+    true_scan = os.scandir
+
+    class Entry:
+        def __init__(self, entry):
+            self.name = entry.name
+            self.path = entry.path
+            self.stat = entry.stat if pets / "cat" not in Path(entry.path).parents else self.fail
+            self.is_dir = entry.is_dir
+            self.is_file = entry.is_file
+            self.is_symlink = entry.is_symlink
+
+        def fail(self):
+            raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "scandir", lambda path: map(Entry, true_scan(path)))
+    why = rf"can't read {re.escape(str(pets))}/cat/.*: {os.strerror(number)}; check the permissions"
+    with pytest.raises(DataError, match=why):
+        ImageFolder(pets, 8)
+
+
+def test_a_class_of_images_that_are_not_read_says_so(pets):
+    write(pets / "cow" / "a.gif")
+    with pytest.raises(DataError, match=r"only \.gif, which is not read, in cow; convert it$"):
+        ImageFolder(pets, 8)
 
 
 # -- names that are not UTF-8 ----------------------------------------------------------------------
@@ -544,11 +575,23 @@ def test_a_folder_around_the_class_folders_is_said(tmp_path, caplog):
         ("metadata.csv", "file_name,text\na.png,a label", False),
         ("dataset.json", '{"labels": null}', False),
         ("dataset.json", '{"labels": [["a.png", 3]]}', True),
+        ("labels.tsv", "file_name\tlabel\na.png\t3", True),
+        ("labels.jsonl", '{"file_name": "a.png", "label": 3}', True),
+        ("Labels.csv", "file_name,label", True),
+        ("labels.csv", "file_name,label\n".encode("utf-16"), True),
+        ("labels.json", '{"a.png": 1}', True),
+        ("labels.json", '{\n  "a.png": "cat",\n  "b.png": "dog"\n}', True),
+        ("train.csv", "id,label\na,3", True),
+        ("annotations.csv", "a.png,3\n", True),
+        ("captions.json", '{"a.png": "a cat on a mat"}', False),
+        ("captions.csv", "a.png,a cat on a mat\n", False),
+        ("sizes.csv", "file_name,width\na.png,3", False),
+        ("settings.json", '{"lr": 1}', False),
     ],
 )
 def test_labels_in_a_table_are_said_not_to_be_read(tmp_path, caplog, name, content, said):
     write(tmp_path / "a.png")
-    (tmp_path / name).write_text(content)
+    (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
     assert ImageFolder(tmp_path, 8).labels is None
     lines = [r.getMessage() for r in caplog.records if ": labels in" in r.getMessage()]
     assert [f"labels in {name} are not read, and it has no classes; if" in x for x in lines] == (
@@ -576,6 +619,12 @@ def test_no_order_is_questioned_where_there_is_but_one(tmp_path, caplog, folders
         (["training/a.png", "testing/b.png"], "testing, training"),
         (["train2017/a.png", "val2017/b.png"], "train2017, val2017"),
         (["test_set/a.png", "training_set/b.png"], "test_set, training_set"),
+        (["train_64x64/a.png", "valid_64x64/b.png"], "train_64x64, valid_64x64"),
+        (["images_train/a.png", "images_val/b.png"], "images_train, images_val"),
+        (["dev/a.png", "eval/b.png"], "dev, eval"),
+        (["images/a.png", "masks/b.png"], "images, masks"),
+        (["images/a.png"], None),
+        (["images/a.png", "cats/b.png"], None),
         (["train/a.png"], None),
         (["trains/a.png", "testers/b.png"], None),
         (["train/x/a.png", "plane/x/b.png"], None),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -16,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from asesearch.errors import DataError
-from asesearch.files import loads, once, printable, read_text, some, whence
+from asesearch.files import encoding_of, loads, once, printable, read_text, some, whence
 
 #: What torchvision's ImageFolder takes, and two more names of JPEG files.
 IMAGE_SUFFIXES = (
@@ -25,18 +26,30 @@ IMAGE_SUFFIXES = (
 )
 #: Of images that are not read.
 OTHER_SUFFIXES = frozenset({".gif", ".avif", ".heic", ".heif", ".jp2", ".jxl", ".tga"})
-#: Names of parts of a data set, such as train, test_set and val2017.
+_FILLING = r"(?:set|data|images?|imgs?|split|\d+(?:x\d+)?(?:px)?)"
+#: Names of parts of a data set, such as train, test_set, images_val, val2017 and train_64x64.
 SPLIT = re.compile(
-    r"(?:train|training|val|valid|validation|test|testing)(?:[_-]?(?:set|data|images|split|\d{4}))*",
+    rf"(?:{_FILLING}[_-]?)*(?:train|training|val|valid|validation|dev|eval|evaluation|test|testing)"
+    rf"(?:[_-]?{_FILLING})*",
+    re.IGNORECASE,
+)
+#: Names of folders of images beside those of what was drawn or said of them.
+BESIDE = re.compile(
+    r"(?:images?|imgs?|(?:seg(?:mentation)?_?)?masks?|labels?|annotations?|segmentations?|depth)",
     re.IGNORECASE,
 )
 CLASSES_FILE = "classes.json"
 #: Files of data sets that are read elsewhere, or said to be, when they lie in the folder itself.
 OWN_FILES = (CLASSES_FILE, "metadata.jsonl")
-#: Files that tell of images in other layouts; captions are read of the first, by their option.
-TABLES = ("metadata.jsonl", "metadata.csv", "labels.csv", "labels.json", "dataset.json")
+#: How files end that may tell of images in other layouts.
+TABLE_SUFFIXES = (".csv", ".tsv", ".json", ".jsonl")
+LOOKED_AT = 32  # of such files, at most: more are one for each image
 _LABEL = r"(?:label|class|category)(?:e?s|_?id|_?name)?"
 _LABEL_KEY = re.compile(rf'"{_LABEL}"\s*:(?!\s*null)', re.IGNORECASE)
+_NAME = rf"[^\",;\t]*\.(?:{'|'.join(s[1:] for s in IMAGE_SUFFIXES)})"
+#: A table of labels that has no names of columns, and an object of images and labels.
+_BARE_LABEL = re.compile(rf'\s*"?{_NAME}"?\s*[,;\t]\s*"?\d+"?\s*', re.IGNORECASE)
+_LABEL_OF = re.compile(rf'"{_NAME}"\s*:\s*(?:\d+|"\w+")\s*[,}}\n]', re.IGNORECASE)
 _LABEL_COLUMN = re.compile(rf'(?:^|[,;\t])\s*"?{_LABEL}"?\s*(?:$|[,;\t])', re.IGNORECASE)
 #: What operating systems and network storage leave in folders beside what is hidden by its dot; in
 #: lower case.
@@ -135,6 +148,8 @@ class Listing:
         counts: what is not read, by kind.
         broken: links that lead nowhere, as "NAME -> TARGET".
         loops: links that lead back to a folder they lie in.
+        unread: for each subfolder, the suffixes of images in it that are not read.
+        tables: files in the folder itself that may tell of its images.
     """
 
     files: list[ImageFile] = field(default_factory=list)
@@ -142,6 +157,8 @@ class Listing:
     counts: Counter[str] = field(default_factory=Counter)
     broken: list[str] = field(default_factory=list)
     loops: list[str] = field(default_factory=list)
+    unread: dict[str, set[str]] = field(default_factory=dict)
+    tables: list[str] = field(default_factory=list)
 
     @property
     def left_out(self) -> str:
@@ -207,6 +224,8 @@ def list_folder(root: Path) -> Listing:
     return found
 
 
+#: Errors of what is gone, or is a link to nothing or to itself.
+_NOWHERE = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP)
 #: Its path, what names in it begin with, and device and number of the folders above it.
 _Folder = tuple[str, str, tuple[tuple[int, int], ...]]
 
@@ -230,7 +249,12 @@ def _list(
         try:
             facts = entry.stat()
             is_folder = entry.is_dir()
-        except OSError:  # gone, or a link to nothing or to itself
+        except OSError as error:
+            if entry.name[0] != "." and error.errno not in _NOWHERE:
+                raise DataError(
+                    f"can't read {printable(entry.path)}: {error.strerror}; check the permissions "
+                    "of what it lies in or links to, and that the storage is mounted"
+                ) from error
             _note_broken(found, entry, name)
             continue
         if entry.name[0] == "." or entry.name.lower() in SYSTEM_NAMES:
@@ -246,11 +270,20 @@ def _list(
             found.counts["special file"] += 1
         elif os.path.splitext(entry.name)[1].lower() in IMAGE_SUFFIXES:
             found.files.append(ImageFile(name, facts.st_size, facts.st_mtime_ns))
-        elif prefix or entry.name not in OWN_FILES:
-            found.counts[
-                printable(os.path.splitext(entry.name)[1].lower()) or "file without suffix"
-            ] += 1
+        else:
+            _note_other(found, entry.name, prefix)
     return below
+
+
+def _note_other(found: Listing, name: str, prefix: str) -> None:
+    """Note a file that is no image that is read."""
+    suffix = os.path.splitext(name)[1].lower()
+    if prefix and suffix in OTHER_SUFFIXES:
+        found.unread.setdefault(prefix.split("/")[0], set()).add(suffix)
+    if not prefix and suffix in TABLE_SUFFIXES and name != CLASSES_FILE:
+        found.tables.append(name)
+    if prefix or name not in OWN_FILES:
+        found.counts[printable(suffix) or "file without suffix"] += 1
 
 
 def _note_broken(found: Listing, entry: os.DirEntry[str], name: str) -> None:
@@ -286,6 +319,13 @@ def class_folders(root: Path, listing: Listing) -> list[str]:
         )
     classes = sorted({f.name.split("/", 1)[0] for f in listing.files})
     if empty := [name for name in listing.folders if name not in set(classes)]:
+        unread = [name for name in empty if name in listing.unread]
+        if unread:
+            kinds = ", ".join(sorted(set().union(*(listing.unread[name] for name in unread))))
+            raise DataError(
+                f"every class folder of {shown} must hold images; got only {kinds}, which is not "
+                f"read, in {some(unread)}; convert it"
+            )
         raise DataError(
             f"every class folder of {shown} must hold images; got none in {some(empty)}; remove or "
             "fill it"
@@ -304,11 +344,12 @@ def class_folders(root: Path, listing: Listing) -> list[str]:
 
 
 def are_splits(folders: Sequence[str], listing: Listing) -> bool:
-    """Whether class folders look like the parts of a data set, such as train and val: none has
-    another name, and there are several or folders in them."""
+    """Whether class folders look like the parts of a data set, such as train and val, or images and
+    masks: none has another name, and there are several or folders in them."""
     nested = any(f.name.count("/") > 1 for f in listing.files)
     named = bool(folders) and all(SPLIT.fullmatch(f) for f in folders)
-    return named and (nested or len(folders) > 1)
+    beside = len(folders) > 1 and all(BESIDE.fullmatch(f) for f in folders)
+    return beside or (named and (nested or len(folders) > 1))
 
 
 def wrapped(folders: Sequence[str], listing: Listing) -> list[str]:
@@ -322,19 +363,26 @@ def wrapped(folders: Sequence[str], listing: Listing) -> list[str]:
     return inner if len(inner) > 1 and not all(name.isdecimal() for name in inner) else []
 
 
-def label_tables(root: Path) -> list[str]:
+def label_tables(root: Path, listing: Listing) -> list[str]:
     """Names of files in a folder that tell labels in layouts that are not read."""
-    return [name for name in TABLES if _tells_labels(root / name)]
+    names = sorted(listing.tables)
+    return [name for name in names if len(names) <= LOOKED_AT and _tells_labels(root / name)]
 
 
 def _tells_labels(path: Path) -> bool:
-    """Whether the first line of a table has labels, not captions or none."""
+    """Whether a table begins with labels, not with captions or none."""
     try:
-        with path.open(encoding="utf-8-sig", errors="replace") as file:
-            begin = file.readline(1 << 16)
+        with path.open("rb") as file:
+            raw = file.read(1 << 16)
     except OSError:
         return False
-    return bool((_LABEL_COLUMN if path.suffix == ".csv" else _LABEL_KEY).search(begin))
+    text = raw.decode(encoding_of(raw), "replace").removeprefix("\ufeff")
+    if path.suffix.lower() == ".json":
+        return bool(_LABEL_KEY.search(text) or _LABEL_OF.search(text))
+    line = text.partition("\n")[0]
+    if path.suffix.lower() == ".jsonl":
+        return bool(_LABEL_KEY.search(line))
+    return bool(_LABEL_COLUMN.search(line) or _BARE_LABEL.fullmatch(line))
 
 
 def shuffled_numbers(folders: Sequence[str]) -> tuple[str, str, int] | None:

@@ -105,7 +105,7 @@ class ImageFolder:
                 )
             if (pair := shuffled_numbers(folders)) is not None:
                 warn_once(_log, _order_told(root, folders, *pair))
-            if tables := label_tables(root):
+            if tables := label_tables(root, listing):
                 warn_once(
                     _log,
                     f"{printable(root)}: labels in {some(tables)} are not read, "
