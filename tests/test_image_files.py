@@ -168,6 +168,18 @@ def test_what_a_tiff_says_of_its_white_is_heeded(tmp_path):
         read(path)
 
 
+def test_a_tiff_of_signed_bytes_is_refused(tmp_path):
+    path = tmp_path / "a.tif"
+    Image.fromarray(RAMP).save(path, tiffinfo={339: 1})
+    assert (read(path) == RAMP).all()
+    ImageFolder(tmp_path, 32, 1).check()
+    Image.fromarray(RAMP).save(path, tiffinfo={339: 2})
+    os.utime(path, ns=(1, 1))
+    for use in (lambda: read(path), ImageFolder(tmp_path, 32, 1).check):
+        with pytest.raises(DataError, match=r"a\.tif.*signed bytes of a TIFF file have no fixed"):
+            use()
+
+
 # -- transparency and orientation ------------------------------------------------------------------
 
 
@@ -190,6 +202,19 @@ def half_clear(mode):
     if mode == "RGB colour":
         return image.convert("RGB"), {"transparency": (255, 0, 0)}
     raise AssertionError(mode)
+
+
+@pytest.mark.parametrize("alpha", [0, 128])
+def test_a_bitmap_whose_fourth_byte_is_not_used_is_opaque(tmp_path, alpha):
+    masks = [0xFF0000, 0xFF00, 0xFF, 0xFF000000]
+    pixels = np.tile(np.array([30, 20, 10, 0], np.uint8), (32, 32, 1))  # blue, green, red
+    pixels[0, 0, 3] = alpha
+    head = struct.pack("<IiiHHIIiiII4I", 108, 32, 32, 1, 32, 3, 4096, 0, 0, 0, 0, *masks)
+    head = head.ljust(108, b"\0")
+    content = b"BM" + struct.pack("<IHHI", 122 + 4096, 0, 0, 122) + head + pixels.tobytes()
+    (tmp_path / "a.bmp").write_bytes(content)
+    wanted = [255, 255, 255] if alpha else [10, 20, 30]
+    assert read(tmp_path / "a.bmp", channels=3)[:, 9, 9].tolist() == wanted
 
 
 @pytest.mark.parametrize("mode", ["RGBA", "P bytes", "P index", "RGB colour"])
@@ -547,7 +572,8 @@ def test_what_can_not_be_reached_is_not_skipped_as_damaged(some_damaged, monkeyp
         return true_open(path, **how)
 
     monkeypatch.setattr(Image, "open", failing)
-    with pytest.raises(DataError, match=r"2 of 12 images.*cat/2\.webp \(Input/output error\)"):
+    why = r"2 of 12 images.*cat/2\.webp \(Input/output error\).*; check permissions, and"
+    with pytest.raises(DataError, match=why):
         ImageFolder(some_damaged, 16, skip_damaged=True)
 
 

@@ -24,7 +24,7 @@ from asesearch.locks import waited_if_possible
 
 READERS = 16  # threads, at most
 KEEP_EVERY = 20_000  # files between writes of what is known
-VERSION = 1  # of what `check_image` finds
+VERSION = 2  # of what `check_image` finds
 
 Fault = TypeVar("Fault")
 _log = logging.getLogger(__name__)

@@ -34,6 +34,7 @@ LEVELS = {"L;2": 85, "L;4": 17}
 MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr")
 #: Tags of TIFF, and what is said by the third that 0 is white.
 BITS_PER_SAMPLE, MAX_SAMPLE, PHOTOMETRIC, WHITE_IS_ZERO = 258, 281, 262, 0
+SAMPLE_FORMAT, SIGNED = 339, 2
 #: The white of 9 to 15 bits, such as a camera's 12, that lie in samples of 16.
 FEWER_BITS = tuple(2**bits - 1 for bits in range(9, 16))
 LONG = 32  # sides of a ratio beyond this are cropped before they are enlarged
@@ -77,9 +78,9 @@ def _opened(path: Path) -> Iterator[ImageFile.ImageFile]:
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise UnreadableImage(f"too large: {str(error).split(', could')[0]}; shrink it") from error
     except OSError as error:
-        raise UnreadableImage(
-            error.strerror or str(error), reachable=error.errno is None
-        ) from error
+        damaged = error.errno is None
+        fix = "" if damaged else "check permissions, and that the storage is mounted"
+        raise UnreadableImage(error.strerror or str(error), damaged, fix) from error
     except Exception as error:
         raise UnreadableImage(str(error) or type(error).__name__) from error
 
@@ -124,6 +125,7 @@ def check_image(path: Path) -> None:
         if image.format == "JPEG":
             image.draft("L", (1, 1))
         image.load()
+        _refuse_signed(image)
         if image.mode not in ("1", "L", "LA", "P", "RGB", "RGBA"):
             _flat(image).convert("RGB")
 
@@ -166,14 +168,31 @@ def _flat(image: Image.Image) -> Image.Image:
     """The image in 8 bits without transparency, in a mode that converts to grey and colour."""
     if image.mode == "F" or image.mode[0] == "I":
         return _eight_bits(image)
+    _refuse_signed(image)
     if image.mode not in MODES:
         raise UnreadableImage(
             f"mode {image.mode} of a {image.format} file is not read; convert it to RGB"
         )
     if not image.has_transparency_data:
         return image
+    if image.format == "BMP" and image.getextrema()[-1] == (0, 0):  # a byte that is not used
+        return image.convert("RGB")
     layer = image.convert("RGBA")
     return Image.alpha_composite(Image.new("RGBA", image.size, "white"), layer).convert("RGB")
+
+
+def _refuse_signed(image: Image.Image) -> None:
+    """Refuse a TIFF of signed bytes, which Pillow decodes as those without a sign.
+
+    Raises:
+        UnreadableImage: as said.
+    """
+    tags = getattr(image, "tag_v2", {}) if image.format == "TIFF" else {}
+    if image.mode[0] not in "IF" and SIGNED in tags.get(SAMPLE_FORMAT, ()):
+        raise UnreadableImage(
+            "signed bytes of a TIFF file have no fixed white to scale by; convert it to 8 or 16 "
+            "bits without a sign"
+        )
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:
