@@ -103,6 +103,8 @@ def test_a_file_that_is_no_study_is_told_why(tmp_path, content, reason):
             'budget = "2y"',
             "search.budget: should be a number and one of s, m, h, d",
         ),
+        ("search", 'budget = "0s"', "search.budget: should be a finite time above 0"),
+        ("search", f'budget = "{"9" * 310}d"', "search.budget: should be a finite time above 0"),
         ("confirm", 'also = "x"', "confirm.also: Input should be a valid array (got 'x': write"),
         ("confirm", "also = { x = 3 }", "confirm.also.x: Input should be a valid string (got 3)"),
         ("confirm", 'also = ["x", 3]', "confirm.also.1: Input should be a valid string (got 3)"),

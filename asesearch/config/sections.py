@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -43,6 +44,17 @@ def _path(text: str) -> str:
             "should be a path, not empty and without NUL characters: correct it, or leave it out"
         )
     return text
+
+
+def _budget(text: str) -> str:
+    """A time that is one."""
+    if not 0 < _seconds(text) < math.inf:
+        raise ValueError('should be a finite time above 0, as in "90m" or "1.5h"')
+    return text
+
+
+def _seconds(text: str) -> float:
+    return float(text[:-1]) * {"s": 1, "m": 60, "h": 3600, "d": 86400}[text[-1]]
 
 
 #: Of a file or folder.
@@ -352,7 +364,7 @@ class SearchConfig(_Section):
 
     proposer: Literal["difficulty", "tpe", "nsga2", "gp", "random"] = "tpe"
     num_trials: PositiveInt = 20
-    budget: str | None = Field(default=None, pattern=BUDGET)
+    budget: Annotated[str, Field(pattern=BUDGET), AfterValidator(_budget)] | None = None
     num_intervals: int = Field(default=10, ge=1, lt=2**53)
     interval_power: float = Field(default=1.0, ge=0.1, le=4.0)
     noise_easy: bool = True
@@ -373,9 +385,7 @@ class SearchConfig(_Section):
     @property
     def budget_s(self) -> float | None:
         """`budget` in seconds."""
-        if self.budget is None:
-            return None
-        return float(self.budget[:-1]) * {"s": 1, "m": 60, "h": 3600, "d": 86400}[self.budget[-1]]
+        return None if self.budget is None else _seconds(self.budget)
 
 
 class StudyConfig(_Section):
