@@ -22,7 +22,8 @@ import sqlalchemy as sa
 from sqlalchemy.engine import URL, Engine
 from sqlalchemy.exc import ArgumentError, IntegrityError, SQLAlchemyError
 
-from asesearch.errors import StudyError
+from asesearch.errors import StudyError, WriteError
+from asesearch.files import check_writable
 from asesearch.study.interrupts import WholeCalls
 from asesearch.study.outages import reason_of
 from asesearch.study.privileges import FIX, is_denied, why_denied
@@ -145,12 +146,20 @@ def of_another(url: URL, name: str) -> StudyError:
 
 
 def check_writable_file(url: URL) -> None:
-    """Refuse a SQLite file that a search could not write or make; nothing is created.
+    """Refuse a SQLite file that a search could not write or make; nothing is left behind.
 
     Raises:
         StudyError: with what stands in the way.
     """
-    if (why := why_not_writable(url)) is not None:
+    why = why_not_writable(url)
+    path = location(url)
+    if why is None and path is not None and not path.exists():
+        try:
+            check_writable(path.with_name("new.db"))  # how long its own name may be is known
+        except WriteError as error:
+            reason = getattr(error.__cause__, "strerror", None) or error.__cause__
+            why = f"no file can be made in {path.parent} ({reason}); name another place"
+    if why is not None:
         raise StudyError(f"the study's storage {shown(url)} can't be used: {why}")
 
 

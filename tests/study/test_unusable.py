@@ -74,6 +74,13 @@ def test_a_look_ahead_knows_how_long_a_path_sqlite_takes(tmp_path, monkeypatch):
     assert check_to_search(make_config(storage=f"sqlite:///{'n' * 244}.db"), tmp_path) is None
 
 
+@pytest.mark.skipif(not Path("/proc/self").is_dir(), reason="needs /proc, where no file is made")
+def test_a_look_ahead_tries_to_make_a_new_database(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "access", lambda path, mode: True)  # as root has it everywhere
+    why = refused("sqlite:////proc/new.db", tmp_path / "run")
+    assert "no file can be made in /proc (" in why and why.endswith("; name another place")
+
+
 @pytest.mark.parametrize("item", ["s.db", "."])
 def test_a_look_ahead_refuses_what_may_not_be_written(tmp_path, monkeypatch, item):
     (tmp_path / "s.db").touch()
