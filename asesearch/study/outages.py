@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import time
 
 from optuna.exceptions import StorageInternalError
@@ -29,6 +30,8 @@ _FOR_GOOD = (
     "unknown database",
 )
 
+_SHORT = 4  # characters: a shorter secret may be a part of any word
+
 _log = logging.getLogger(__name__)
 
 
@@ -39,7 +42,10 @@ def reason_of(error: BaseException, url: URL) -> str:
     lines = [line.strip() for line in str(inner).splitlines() if line.strip()]
     reason = " ".join(lines)[:400].rstrip(".") or type(inner).__name__
     for secret in secrets(url):
-        reason = reason.replace(secret, "***")
+        text = re.escape(secret)
+        if len(secret) < _SHORT:  # else it would be put into other words
+            text = rf"(?<=[:=]){text}(?=[@&\s'\"]|$)"
+        reason = re.sub(text, "***", reason)
     return reason
 
 

@@ -22,7 +22,7 @@ from asesearch.errors import StudyError
 from asesearch.search.runner import run_trials
 from asesearch.study import interrupts, outages, silence, workers
 from asesearch.study.interrupts import WholeCalls, undisturbed
-from asesearch.study.outages import Outage, is_away
+from asesearch.study.outages import Outage, is_away, reason_of
 from asesearch.study.records import RECORD
 from asesearch.study.study import Study
 from asesearch.study.urls import with_driver
@@ -114,6 +114,20 @@ def test_a_login_that_is_refused_later_is_not_waited_for(tmp_path, server, monke
         connection.exec_driver_sql("drop table study_directions cascade")
     with pytest.raises(StorageInternalError):
         storage.get_all_studies()
+
+
+@pytest.mark.parametrize(
+    ("password", "text", "said"),
+    [
+        ("p", "port 1 failed for up", "port 1 failed for up"),
+        ("p", "can't reach x://u:p@host, password=p", "can't reach x://u:***@host, password=***"),
+        ("1", "port 15 of u:1@host:15", "port 15 of u:***@host:15"),
+        ("pass", "no pass, no u:pass@host", "no ***, no u:***@host"),
+    ],
+)
+def test_a_short_password_is_masked_where_it_stands_as_one(password, text, said):
+    error = OperationalError(None, None, OSError(text))
+    assert reason_of(error, make_url(f"postgresql://u:{password}@host/x")) == said
 
 
 @pytest.mark.parametrize(
