@@ -112,6 +112,8 @@ def _text(path: Path, head: bytes, size: int, plain_text: bool) -> str | None:
         return (
             f"is a web page{shown}; download the file itself, signed in where the site asks for it"
         )
+    if lower.startswith("<") and "<svg" in lower:
+        return f"is an SVG drawing; {_CONVERT}"
     if lower.startswith("<?xml") or (lower.startswith("<") and "</" in lower):
         return f"is an XML text, often a server's error message; {_AGAIN}"
     if not plain_text:

@@ -74,6 +74,12 @@ def shards_of(index: Path) -> list[str]:
             f"{folder} must hold the {len(names)} shards that {index.name} names; got no "
             f"{', '.join(missing[:3])}; fetch them too"
         )
+    count = max(int(m[2]) if (m := _SHARD.fullmatch(name)) else 0 for name in names)
+    if count > len(names):
+        raise CheckpointError(
+            f"{index} must name all {count} shards of its network; got {', '.join(names[:3])}; "
+            "fetch it again, or save the model again"
+        )
     for name in names:
         if (what := foreign(folder / name, plain_text=False)) is not None:
             raise CheckpointError(f"{folder / name} {what}")
@@ -108,10 +114,10 @@ def _instead(path: Path, component: str) -> str:
     files = [name for name in files if not name.startswith((".", "optimizer", "scheduler"))]
     if snapshots:
         return f", as in a cache of Hugging Face; give {max(snapshots, key=os.path.getmtime)}"
-    if any(name.endswith(".distcp") for name in names):
+    if (place := _distributed(path)) is not None:
         return (
             ", but a distributed checkpoint (.distcp); join it, python -m torch.distributed."
-            f"checkpoint.format_utils dcp_to_torch {path} FILE.pt, and give that file"
+            f"checkpoint.format_utils dcp_to_torch {place} FILE.pt, and give that file"
         )
     if states and component == "transformer":
         return (
@@ -126,6 +132,15 @@ def _instead(path: Path, component: str) -> str:
             f"{CONFIG} beside it where it is diffusers'"
         )
     return "; check the path, or save the model or pipeline there with save_pretrained"
+
+
+def _distributed(path: Path) -> Path | None:
+    """Where a folder holds the network in a distributed checkpoint: itself, or one in it, as
+    accelerate's `pytorch_model_fsdp_0`."""
+    if next(path.glob("*.distcp"), None) is not None:
+        return path
+    inner = sorted({p.parent for p in path.glob("*/*.distcp")})
+    return next((p for p in inner if not p.name.startswith("optim")), None)
 
 
 def read_config(folder: Path, name: str = CONFIG) -> dict[str, Any]:
@@ -177,6 +192,7 @@ def weight_files(folder: Path) -> list[str]:
         if name not in missing and (what := foreign(folder / name, plain_text=False)) is not None:
             raise CheckpointError(f"{folder / name} {what}")
     if missing:
+        _refuse_unnamed(folder)
         pickled = sorted(p.name for p in folder.iterdir() if p.suffix in _PICKLES)
         fix = f"call a PyTorch file {WEIGHTS}.bin" if pickled else f"copy them beside {CONFIG}"
         if any("-of-" in name for name in pickled):
@@ -194,6 +210,29 @@ def weight_files(folder: Path) -> list[str]:
 def _index_of(variant: str) -> str:
     """How the name of a variant's index ends, such as fp16's; an empty name stands for none."""
     return INDEX.replace(".json", f".{variant}.json") if variant else INDEX
+
+
+def _refuse_unnamed(folder: Path) -> None:
+    """Refuse a folder whose config.json is not of diffusers, such as that of a class with
+    huggingface_hub's PyTorchModelHubMixin, by the weights that lie beside it.
+
+    Raises:
+        CheckpointError: as said.
+    """
+    if class_name(read_config(folder)) is not None:
+        return
+    others = ("optimizer", "scheduler", ".")
+    found = [p for p in sorted(folder.iterdir()) if p.suffix in (".safetensors", *_PICKLES)]
+    files = [p for p in found if not p.name.startswith(others)]
+    if not files or any(p.name.startswith(WEIGHTS) for p in files):
+        return
+    fix = f"where its names are the official ones, give {files[0]} itself"
+    if any(_SHARD.fullmatch(p.name) for p in files):
+        fix = f"where its names are the official ones, take {CONFIG} out of the folder"
+    raise CheckpointError(
+        f"{folder / CONFIG} must name the class of diffusers, _class_name; got none beside "
+        f"{', '.join(p.name for p in files[:3])}; {fix}"
+    )
 
 
 def _naming_fix(folder: Path) -> str:

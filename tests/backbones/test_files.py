@@ -139,6 +139,10 @@ def test_shards_under_official_names_are_read_by_their_index(tmp_path) -> None:
     with pytest.raises(CheckpointError, match="is a JSON text; .* the folder that holds both"):
         read_state_dict(index)
     (tmp_path / "config.json").unlink()
+    index.write_text(json.dumps({"weight_map": dict.fromkeys(STATE, names[0])}))
+    with pytest.raises(CheckpointError, match=f"name all 2 shards .*; got {names[0]}; fetch it"):
+        read_state_dict(tmp_path)
+    index.write_text(json.dumps({"weight_map": dict(zip(STATE, names, strict=True))}))
     (tmp_path / names[1]).unlink()
     with pytest.raises(CheckpointError, match=f"the 2 shards .*; got no {names[1]}; fetch"):
         read_state_dict(index)
@@ -324,6 +328,8 @@ FOREIGN = {
         "an XML text, often a server's error message",
     ),
     "bare error": (b"<Error><Code>AccessDenied</Code></Error>", "an XML text"),
+    "drawing": (b"<?xml version='1.0'?><svg><path d=''/></svg>", "is an SVG drawing; convert it"),
+    "bare drawing": (b"<svg xmlns='http://www.w3.org/2000/svg'></svg>", "is an SVG drawing"),
     "json": (b'{"error": "gated"}', "is a JSON text; give the file of weights"),
     "json with a brace where safetensors has one": (b'{"abcde":{"a": 1}}', "is a JSON text"),
     "text": (
@@ -521,6 +527,10 @@ def test_a_whole_pickle_is_not_called_damaged(tmp_path) -> None:
             r"DeepSpeed; give \S+global_step9/mp_",
         ),
         (["__0_0.distcp", ".metadata"], r"distributed checkpoint .*dcp_to_torch \S+ FILE\.pt, and"),
+        (
+            ["optimizer_0/__0_0.distcp", "pytorch_model_fsdp_0/__0_0.distcp"],
+            r"dcp_to_torch \S+/pytorch_model_fsdp_0 FILE\.pt, and",
+        ),
         (["snapshots/abc/transformer/config.json", "refs/main"], r"Hugging Face; give \S+/abc$"),
         ([], r"got no config\.json; check the path"),
     ],
@@ -532,6 +542,22 @@ def test_where_the_weights_of_a_folder_without_config_are_is_told(tmp_path, name
     for read in (read_state_dict, load_diffusers):
         with pytest.raises(CheckpointError, match=told):
             read(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "fix"),
+    [
+        ("model.safetensors", r"give \S+/model\.safetensors itself$"),
+        ("pytorch_model.bin", r"give \S+/pytorch_model\.bin itself$"),
+        ("model-00001-of-00002.safetensors", r"take config\.json out of the folder$"),
+    ],
+)
+def test_a_config_of_another_library_is_told(tmp_path, name: str, fix: str) -> None:
+    (tmp_path / "config.json").write_text('{"num_heads": 2}')  # as PyTorchModelHubMixin
+    (tmp_path / name).touch()
+    (tmp_path / "optimizer.bin").touch()
+    with pytest.raises(CheckpointError, match=rf"_class_name; got none beside {name}; .*{fix}"):
+        read_state_dict(tmp_path)
 
 
 def test_an_index_that_names_the_wrong_shard_is_told_by_what_is_missing(tmp_path) -> None:
