@@ -183,6 +183,7 @@ def test_official_weights_without_label_dropout(tmp_path, monkeypatch, classes):
     file says so."""
     monkeypatch.chdir(tmp_path)
     net = DiT(**{**SHAPE, "num_classes": classes}, class_dropout_prob=0.0)
+    torch.nn.init.normal_(net.final_layer.linear.weight, std=0.05)
     torch.save(net.state_dict(), "net.pt")
     (tmp_path / "one.toml").write_text(
         STUDY.format(backbone='checkpoint = "net.pt"\nargs = { num_heads = 2 }', bins=2)

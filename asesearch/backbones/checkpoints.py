@@ -26,9 +26,14 @@ from asesearch.backbones.conversion import diffusers_dit_args, diffusers_to_dit,
 from asesearch.backbones.dit import DiT
 from asesearch.backbones.exit_weights import EXITS, ExitWeights, share
 from asesearch.backbones.files import FORMAT, Contents, read_checkpoint, resolve
-from asesearch.backbones.finite import as_float32, refuse_not_finite, refuse_zero
+from asesearch.backbones.finite import (
+    as_float32,
+    refuse_not_finite,
+    refuse_untrained,
+    refuse_zero,
+)
 from asesearch.backbones.folders import class_name
-from asesearch.backbones.scheduler import check_betas, refuse_prediction
+from asesearch.backbones.scheduler import check_betas, check_options, refuse_prediction
 from asesearch.backbones.shapes import Architecture, from_shapes, uvit_preset
 from asesearch.backbones.uvit import UViT, trained_under
 from asesearch.config import BackboneConfig, DiffusionConfig
@@ -222,15 +227,22 @@ def load_backbone(
             numbers that are not finite, zeros where no training leaves them, or a diffusers
             pipeline that takes the output for something else than noise.
     """
+    return _loaded(config, seed, null_condition)[0]
+
+
+def _loaded(
+    config: BackboneConfig, seed: int, null_condition: Mapping[str, Tensor] | None
+) -> tuple[Backbone, Mapping[str, Any]]:
+    """As `load_backbone`; and the options of the training, where the checkpoint has them."""
     if config.kind == "diffusers":
-        return _load_diffusers(config, null_condition)
+        return _load_diffusers(config, null_condition), {}
     cls = BACKBONES[config.kind]
     args = {**(cls.preset_args(config.preset) if config.preset else {}), **config.args}
     check_args(cls, args)
     if config.checkpoint is None:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            return made(cls, args)
+            return made(cls, args), {}
     contents, info, notes = _open(config, args)
     state = contents.state
     if contents.config is not None:
@@ -257,7 +269,7 @@ def load_backbone(
     net = _filled(empty, state, f"{contents.path} ({info.model})")
     for note in notes:
         warn_once(_log, note)
-    return net
+    return net, contents.options
 
 
 def load_saved(
@@ -284,15 +296,25 @@ def load_trained(
     diffusion: DiffusionConfig,
     seed: int = 0,
     null_condition: Mapping[str, Tensor] | None = None,
+    *,
+    untrained: bool = False,
 ) -> Backbone:
     """As `load_backbone`, and what is known of the training must be as `diffusion` has it; a log
     line where the shapes are those of a network released under another process.
 
+    Args:
+        untrained: the checkpoint may be from before any training, since that is what follows.
+
     Raises:
-        ConfigError, CheckpointError: as said there, or by `scheduler.check_betas`.
+        ConfigError, CheckpointError: as said there, or by `scheduler.check_betas`; options in the
+            checkpoint that contradict `diffusion`, or weights of which nothing was trained.
     """
     check_betas(config, diffusion)
-    net = load_backbone(config, seed, null_condition)
+    net, options = _loaded(config, seed, null_condition)
+    if config.checkpoint is not None:
+        check_options(config.checkpoint, options, diffusion)
+        if not untrained:
+            refuse_untrained(net.state_dict(), config.checkpoint)
     name = uvit_preset(net.config) if config.kind == "uvit" else None
     if name is not None and config.checkpoint is not None:
         right = trained_under(name)
@@ -393,7 +415,11 @@ def _fill(net: Backbone, state: dict[str, Tensor], where: str) -> None:
     ]
     missing = [k for k in needed if k not in state]
     unexpected = [k for k in state if k not in needed]
-    refuse_mismatch(where, missing, unexpected, misshapen, "check preset and args in [backbone]")
+    fix = "check preset and args in [backbone]"
+    parts = {k.split(".")[0] for k in needed}
+    if not (missing or misshapen or any(k.split(".")[0] in parts for k in unexpected)):
+        fix = "they are no part of it: save the weights without them"
+    refuse_mismatch(where, missing, unexpected, misshapen, fix)
     converted = {k: as_float32(k, v, where) for k, v in state.items()}
     refuse_not_finite(converted, where)
     refuse_zero(converted, where)

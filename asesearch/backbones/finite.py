@@ -15,13 +15,21 @@ _CHUNK = 1 << 24  # numbers looked at together
 _PAGE = 1024  # numbers in 4,096 bytes of float32; two of these in half precision
 _BLOCK = _PAGE // 2  # any page of zeros covers a block of so many
 _CHANCE = 64  # zeros in the edge row of pruned rows that sparsity alone does not leave
-#: Weights that begin at random and that no training makes zero, under the names of DiT, U-ViT and
-#: diffusers. Not among them: modulations, output layers of a block or a network, which may begin at
-#: zero (as in blocks that are added to make a network deeper), and biases.
+_POSITIONS = "pos_embed"
+#: Weights that begin at random, or as positions, and that no training makes zero, under the names
+#: of DiT, U-ViT and diffusers. Not among them: modulations, output layers of a block or of a DiT,
+#: which may begin at zero (as in blocks that are added to make a network deeper), and biases.
 _NEVER_ZERO = re.compile(
     r"(?:^|\.)(?:(?:x_embedder|patch_embed|pos_embed)\.proj|attn1?\.(?:qkv|to_[qkv])"
-    r"|mlp\.fc1|ff\.net\.0\.proj)\.weight$"
+    r"|mlp\.fc1|ff\.net\.0\.proj|t_embedder\.mlp\.[02]|time_embed\.[02]"
+    r"|timestep_embedder\.linear_[12]|decoder_pred)\.weight$"
+    rf"|^{_POSITIONS}$"
 )
+#: Embeddings of labels, which are so too where there are classes: a network without is given zeros.
+_LABELS = re.compile(r"(?:^|\.)(?:embedding_table|label_emb)\.weight$")
+_CLASSLESS = 2  # rows: one label, and the null label
+#: The last layer of a DiT or of diffusers' transformers, which begins at zero: what is put out.
+_LAST = re.compile(r"(?:^|\.)(?:final_layer\.linear|proj_out(?:_2)?)\.weight$")
 
 
 def refuse_not_finite(state: Mapping[str, Tensor], where: str) -> None:
@@ -85,7 +93,11 @@ def refuse_zero(state: Mapping[str, Tensor], where: str) -> None:
     Raises:
         CheckpointError: naming the first such tensors.
     """
-    weights = {k: v for k, v in state.items() if _NEVER_ZERO.search(k)}
+    weights = {
+        k: v
+        for k, v in state.items()
+        if _NEVER_ZERO.search(k) or (_LABELS.search(k) and len(v) > _CLASSLESS)
+    }
     bad = [k for k, v in weights.items() if _is_zero(v)]
     if bad:
         raise CheckpointError(
@@ -93,11 +105,26 @@ def refuse_zero(state: Mapping[str, Tensor], where: str) -> None:
             ", as an unfinished download leaves it; download it again"
         )
     for name, value in weights.items():
-        if (hole := _hole(value)) is not None:
+        # the first of the fixed positions are partly zero
+        if name != _POSITIONS and (hole := _hole(value)) is not None:
             raise CheckpointError(
                 f"{where} must hold trained weights; got {len(hole):,} zeros in a row in {name} "
                 f"from number {hole.start:,} on, amid its rows, as an unfinished download leaves "
                 "it; download it again"
+            )
+
+
+def refuse_untrained(state: Mapping[str, Tensor], where: str) -> None:
+    """Refuse a network as it is before any training, whose output is zero whatever its input.
+
+    Raises:
+        CheckpointError: naming its last layer.
+    """
+    for name, value in state.items():
+        if _LAST.search(name) and _is_zero(value):
+            raise CheckpointError(
+                f"{where} must hold a trained network; got nothing but zeros in {name}, its last "
+                "layer, so nothing was trained yet; give a later checkpoint, or train it first"
             )
 
 

@@ -1,8 +1,9 @@
-"""What the scheduler beside a diffusers transformer says of the training: noise or something else
-is predicted, under which betas."""
+"""What the scheduler beside a diffusers transformer, or the options in a checkpoint, say of the
+training: noise or something else is predicted, under which betas."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import numpy.typing as npt
 
 from asesearch.backbones.files import resolve
 from asesearch.backbones.folders import CONFIG, class_name, find_folder, read_config
+from asesearch.backbones.wrappers import NOISE_SCHEDULE, TIMESTEPS
 from asesearch.config import BackboneConfig, DiffusionConfig
 from asesearch.errors import CheckpointError, ConfigError, in_one_line
 from asesearch.solvers import make_betas
@@ -21,6 +23,13 @@ SCHEDULER_CONFIG = "scheduler_config.json"
 #: Networks that predict noise, whatever their pipeline's scheduler does.
 _OF_NOISE = ("DiTTransformer2DModel", "PixArtTransformer2DModel")
 _BETAS = ("beta_schedule", "beta_start", "beta_end", "num_train_timesteps")
+#: Names of noise schedules in training options: which of ours each may be. Not among them:
+#: `linear`, which latent diffusion calls what others call scaled_linear.
+_SCHEDULES: dict[str, tuple[str, ...]] = {
+    "scaled_linear": ("scaled_linear",),
+    **dict.fromkeys(("cosine", "squaredcos_cap_v2", "sqrt", "sigmoid"), ()),
+    **dict.fromkeys(("quadratic", "quad", "const", "jsd", "warmup10", "warmup50"), ()),
+}
 _TOLERANCE = 1e-3  # of the signal's fraction, from 0 to 1
 
 
@@ -82,6 +91,34 @@ def check_betas(backbone: BackboneConfig, diffusion: DiffusionConfig) -> None:
         f'"{given[0]}" and num_train_timesteps = {given[1]}, and {path} has '
         f"{', '.join(f'{key} {value}' for key, value in said.items())}; {fix}"
     )
+
+
+def check_options(checkpoint: str, options: Mapping[str, Any], diffusion: DiffusionConfig) -> None:
+    """Refuse a study whose [diffusion] is not that of the options beside its network's weights.
+
+    Args:
+        checkpoint: its path, for the message.
+        options: of the training, see `training_options`.
+        diffusion: of the study.
+
+    Raises:
+        ConfigError: as said.
+    """
+    if diffusion.process != "discrete":
+        return
+    given = dict.fromkeys(TIMESTEPS, diffusion.num_train_timesteps)
+    other = {key: options[key] for key in given if options.get(key, given[key]) != given[key]}
+    schedule = options.get(NOISE_SCHEDULE, "").lower()
+    if schedule in _SCHEDULES and diffusion.beta_schedule not in _SCHEDULES[schedule]:
+        other[NOISE_SCHEDULE] = options[NOISE_SCHEDULE]
+    if other:
+        raise ConfigError(
+            "[diffusion] must be as the network was trained; got beta_schedule = "
+            f'"{diffusion.beta_schedule}" and num_train_timesteps = '
+            f"{diffusion.num_train_timesteps}, and {checkpoint} says "
+            f"{', '.join(f'{k} = {v!r}' for k, v in other.items())}; change it, give another "
+            "network, or the weights alone where these options are not theirs"
+        )
 
 
 def _read(folder: Path) -> tuple[Path, dict[str, Any]]:

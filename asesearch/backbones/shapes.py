@@ -11,6 +11,7 @@ the official training makes them, which `Architecture.assumed` says.
 from __future__ import annotations
 
 import math
+import operator
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from typing import Any
 
 from asesearch.backbones import dit, uvit
 from asesearch.backbones.files import Contents
+from asesearch.backbones.wrappers import FLAGS, HINTS, NOISE_FLAGS, PATH, PREDICTIONS
 from asesearch.errors import CheckpointError, ConfigError
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -32,11 +34,21 @@ _OTHERS = {
     "joint_blocks.": ("Stable Diffusion 3", "stabilityai/stable-diffusion-3-medium-diffusers"),
     "double_blocks.": ("FLUX", None),
 }
+#: Last parts of the names of FSDP's flattened parameters.
+_FLAT = ("_flat_param", "flat_param")
 #: Words that say that a network predicts noise, and those that may stand beside them.
 _NOISE = {"noise", "epsilon", "eps"}
 _FILLING = {"pred", "predict", "prediction", "theta"}
 _TIMES = {"time_offset"}
-_PREDICTION = ("prediction", "prediction_type", "parameterization", "pred")
+#: What a network predicts that is no noise, written together and without what stands around it.
+_OTHERWISE = re.compile(
+    r"(?:modelmeantype)?(?:pred(?:ict(?:ion|s)?)?)?"
+    r"(?:v(?:el(?:ocity)?)?|x0|xstart|startx|previousx|sample|rf|cfm|flow|(?:conditional)?flowmatching"
+    r"|rectifiedflow)"
+    r"(?:pred(?:iction)?|param(?:eteri[sz]ation)?|objective|target|loss)?"
+)
+#: Of SiT's paths from data to noise, those that no diffusion process of ours has.
+_PATHS = ("linear", "gvp")
 
 
 @dataclass(frozen=True)
@@ -117,6 +129,12 @@ def _check_positions(contents: Contents, shapes: Shapes) -> None:
 def _refuse_others(contents: Contents, shapes: Shapes) -> None:
     """Refuse weights of networks that asesearch reads elsewhere, or not at all."""
     path = contents.path
+    if flat := [k for k in shapes if k.split(".")[-1] in _FLAT]:
+        raise CheckpointError(
+            f"{path} must hold the weights by name; got {flat[0]}, in which FSDP keeps those of "
+            "several layers, or a part of them, together; save a full state dict where it was "
+            "trained, and give that file"
+        )
     if any(k.startswith("transformer_blocks.") for k in shapes):
         raise CheckpointError(
             f"{path} is the weight file of a diffusers folder; give the folder, with config.json"
@@ -138,19 +156,35 @@ def _refuse_others(contents: Contents, shapes: Shapes) -> None:
             raise CheckpointError(
                 f"{path} holds {name}'s weights as its authors released them; {fix}"
             )
-    for key in _PREDICTION:
+    for key, is_other in _IS_OTHER.items():
         value = contents.options.get(key)
-        if value is not None and not _is_noise(value):
+        if value is not None and is_other(value):
             raise CheckpointError(
                 f"{path} was trained with {key} = {value!r}, as its options say; asesearch's DiT "
                 "and U-ViT predict noise; give a network that does"
             )
 
 
-def _is_noise(value: str) -> bool:
-    """Whether an option's value, such as "EPSILON" or "eps_theta", names noise alone."""
+def _is_not_noise(value: str) -> bool:
+    """Whether an option's value, unlike "EPSILON" or "eps_theta", names not noise alone."""
     words = set(re.findall(r"[^\W_]+", value.lower()))
-    return bool(words & _NOISE) and words <= _NOISE | _FILLING
+    return not words & _NOISE or not words <= _NOISE | _FILLING
+
+
+def _names_another(value: str) -> bool:
+    """Whether an option's value, such as "pred_v" or "START_X", names something else than noise
+    that a network may predict; "mse" or "models.DiT" does not."""
+    return _OTHERWISE.fullmatch("".join(re.findall(r"[^\W_]+", value.lower()))) is not None
+
+
+#: By training option: whether its value says that the network predicts something else than noise.
+_IS_OTHER: dict[str, Callable[[Any], bool]] = {
+    **dict.fromkeys(PREDICTIONS, _is_not_noise),
+    **dict.fromkeys(HINTS, _names_another),
+    **dict.fromkeys(FLAGS, bool),
+    **dict.fromkeys(NOISE_FLAGS, operator.not_),
+    PATH: lambda value: value.lower() in _PATHS,
+}
 
 
 def _count(shapes: Shapes, prefix: str) -> int:

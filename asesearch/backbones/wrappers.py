@@ -52,15 +52,34 @@ _RAW = ("online_model", "current_model_state")
 _COUNTER = "n_averaged"
 _NO_WEIGHTS = re.compile(r"^(opt|sched|lr_|scaler|grad|exp_avg|momentum)", re.IGNORECASE)
 _MAX_NESTING = 5
+#: Training options whose text names what the network predicts.
+PREDICTIONS = ("prediction", "prediction_type", "parameterization", "pred")
+#: Those whose text may name it, and much else.
+HINTS = (
+    *("objective", "parametrization", "pred_type", "pred_mode", "mean_type", "model_mean_type"),
+    *("target", "target_type", "loss", "loss_type"),
+)
+#: Those that say, if true, that it is something else than noise.
+FLAGS = (
+    *("predict_xstart", "predict_x0", "pred_xstart", "pred_x0"),
+    *("v_prediction", "v_pred", "predict_v", "pred_v", "predict_velocity"),
+    *("flow_matching", "use_flow_matching", "rectified_flow", "use_rectified_flow"),
+)
+#: Those that say so if they are false.
+NOISE_FLAGS = ("predict_epsilon", "predict_eps", "predict_noise")
+#: That of SiT, which names what lies between data and noise.
+PATH = "path_type"
+#: Those that tell of the diffusion process.
+NOISE_SCHEDULE = "noise_schedule"
+TIMESTEPS = ("diffusion_steps", "num_train_timesteps", "num_diffusion_timesteps")
 #: What training options may tell of the network that shapes don't.
-_OPTIONS = {
+_OPTIONS: dict[str, tuple[type, ...]] = {
     "num_classes": (int,),
     "num_heads": (int,),
     "class_dropout_prob": (int, float),
-    "prediction": (str,),
-    "prediction_type": (str,),
-    "parameterization": (str,),
-    "pred": (str,),
+    **dict.fromkeys((*PREDICTIONS, *HINTS, PATH, NOISE_SCHEDULE), (str,)),
+    **dict.fromkeys((*FLAGS, *NOISE_FLAGS), (bool,)),
+    **dict.fromkeys(TIMESTEPS, (int,)),
 }
 _COUNTS = ("num_classes", "num_heads", "class_dropout_prob")
 _MAX_SECTIONS = 3

@@ -68,7 +68,7 @@ class StudyTraining:
         data = open_data(config.data)
         null = getattr(data, "null_condition", None)
         seed = config.train.seed
-        self.backbone = load_trained(config.backbone, config.diffusion, seed, null)
+        self.backbone = load_trained(config.backbone, config.diffusion, seed, null, untrained=True)
         num_timesteps = config.diffusion.num_train_timesteps
         self.schedule = schedule_from_text(schedule, self.backbone.depth, num_timesteps)
         self.run_dir = run_dir

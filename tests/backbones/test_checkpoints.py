@@ -13,8 +13,8 @@ from safetensors.torch import save_file
 
 from asesearch.backbones import DiT, UViT, inspect_checkpoint, load_backbone, save_backbone
 from asesearch.backbones.base import Backbone
-from asesearch.backbones.checkpoints import BACKBONES
-from asesearch.config import BackboneConfig
+from asesearch.backbones.checkpoints import BACKBONES, load_trained
+from asesearch.config import BackboneConfig, DiffusionConfig
 from asesearch.errors import CheckpointError, ConfigError
 
 DIT = {
@@ -510,7 +510,7 @@ def test_a_file_whose_end_is_zeros_is_refused(tmp_path, kind: str) -> None:
     }[kind]
     with pytest.raises(
         CheckpointError,
-        match=rf"nothing but zeros in {lost}, as an unfinished download leaves it; download it",
+        match=rf"nothing but zeros in .*{lost}.*, as an unfinished download leaves it; download it",
     ):
         load(kind, path, args={"num_heads": 2})
 
@@ -523,8 +523,12 @@ def test_a_file_whose_end_is_zeros_is_refused(tmp_path, kind: str) -> None:
         ("blocks.1.mlp.fc2.weight", False),  # of a block that was added
         ("blocks.1.attn.proj.weight", False),
         ("blocks.1.mlp.fc2.bias", False),
-        ("y_embedder.embedding_table.weight", False),
-        ("pos_embed", False),
+        ("blocks.1.adaLN_modulation.1.weight", False),
+        ("final_layer.linear.weight", False),  # before any training
+        ("y_embedder.embedding_table.weight", True),
+        ("t_embedder.mlp.0.weight", True),
+        ("t_embedder.mlp.2.weight", True),
+        ("pos_embed", True),
     ],
 )
 def test_only_weights_that_no_training_makes_zero_are_refused(
@@ -536,9 +540,54 @@ def test_only_weights_that_no_training_makes_zero_are_refused(
     if refused:
         with pytest.raises(CheckpointError, match=f"nothing but zeros in {re.escape(name)}, as"):
             load("dit", tmp_path / "net.safetensors", args={"num_heads": 2})
-        state[name].view(-1)[-1] = 1e-3
+        state[name].view(-1)[::512] = 1e-3
         save_file(state, tmp_path / "net.safetensors")
     assert load("dit", tmp_path / "net.safetensors", args={"num_heads": 2}).depth == 2
+
+
+@pytest.mark.parametrize("name", ["label_emb.weight", "pos_embed", "decoder_pred.weight"])
+def test_weights_of_a_u_vit_that_no_training_makes_zero_are_refused(tmp_path, name: str) -> None:
+    state = UViT(**{**UVIT, "num_classes": 5}).state_dict()
+    state[name].zero_()
+    save_file(state, tmp_path / "net.safetensors")
+    with pytest.raises(CheckpointError, match=f"nothing but zeros in {re.escape(name)}, as"):
+        load("uvit", tmp_path / "net.safetensors", args={"num_heads": 2})
+
+
+def test_a_network_without_classes_may_have_labels_of_zeros(tmp_path) -> None:
+    state = DiT(**{**DIT, "num_classes": 1}).state_dict()
+    state["y_embedder.embedding_table.weight"].zero_()
+    save_file(state, tmp_path / "net.safetensors")
+    assert load("dit", tmp_path / "net.safetensors", args={"num_heads": 2}).num_classes == 1
+
+
+def test_a_network_of_which_nothing_was_trained_is_refused_but_for_its_training(tmp_path) -> None:
+    save_file(DiT(**DIT).state_dict(), tmp_path / "net.safetensors")
+    config = BackboneConfig(checkpoint=str(tmp_path / "net.safetensors"), args={"num_heads": 2})
+    with pytest.raises(
+        CheckpointError,
+        match=r"zeros in final_layer\.linear\.weight, its last layer, so nothing was trained yet",
+    ):
+        load_trained(config, DiffusionConfig())
+    assert load_trained(config, DiffusionConfig(), untrained=True).depth == DIT["depth"]
+    assert load_trained(BackboneConfig(args=DIT), DiffusionConfig()).depth == DIT["depth"]
+
+
+@pytest.mark.parametrize(
+    ("extra", "fix"),
+    [
+        (["decay", "num_updates"], "they are no part of it: save the weights without them$"),
+        (["alphas_cumprod"], "save the weights without them$"),
+        (["blocks.7.mlp.fc1.bias", "decay"], r"check preset and args in \[backbone\]$"),
+    ],
+)
+def test_what_stands_beside_the_weights_is_told_from_those_of_another_network(
+    tmp_path, extra: list[str], fix: str
+) -> None:
+    state = DiT(**DIT).state_dict() | {name: torch.zeros(3) for name in extra}
+    save_file(state, tmp_path / "net.safetensors")
+    with pytest.raises(CheckpointError, match=fix):
+        load("dit", tmp_path / "net.safetensors", args={"num_heads": 2, "depth": 2})
 
 
 WIDE = {**DIT, "hidden_size": 96}

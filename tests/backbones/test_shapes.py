@@ -407,6 +407,13 @@ def test_original_weights_of_other_networks_are_named(tmp_path, key: str, rule: 
         inspect_checkpoint(tmp_path / "net.pth")
 
 
+@pytest.mark.parametrize("prefix", ["", "_fsdp_wrapped_module.", "_fsdp_wrapped_module.blocks.0."])
+def test_flattened_parameters_are_told(tmp_path, prefix: str) -> None:
+    torch.save({f"{prefix}_flat_param": torch.zeros(9)}, tmp_path / "net.pt")
+    with pytest.raises(CheckpointError, match=r"in which FSDP keeps .*; save a full state dict"):
+        inspect_checkpoint(tmp_path / "net.pt")
+
+
 @pytest.mark.parametrize(
     ("options", "refused"),
     [
@@ -419,6 +426,25 @@ def test_original_weights_of_other_networks_are_named(tmp_path, key: str, rule: 
         ({"prediction": "V_PREDICTION"}, True),
         ({"prediction": "prediction"}, True),
         ({"prediction": "noise_and_velocity"}, True),
+        ({"predict_xstart": True}, True),
+        ({"objective": "pred_v"}, True),
+        ({"objective": "pred_x0"}, True),
+        ({"pred_type": "v"}, True),
+        ({"v_prediction": True}, True),
+        ({"predict_v": True}, True),
+        ({"model_mean_type": "START_X"}, True),
+        ({"model_mean_type": "ModelMeanType.PREVIOUS_X"}, True),
+        ({"mean_type": "xstart"}, True),
+        ({"target": "velocity"}, True),
+        ({"path_type": "Linear", "prediction": "noise"}, True),
+        ({"loss": "flow_matching"}, True),
+        ({"loss_type": "rectified-flow"}, True),
+        ({"predict_epsilon": False}, True),
+        ({"predict_xstart": False, "learn_sigma": True, "sigma_small": False}, False),
+        ({"rescale_learned_sigmas": False, "noise_schedule": "linear", "use_kl": False}, False),
+        ({"objective": "pred_noise", "predict_epsilon": True, "v_prediction": False}, False),
+        ({"model_mean_type": "EPSILON", "target": "ldm.models.DiT", "loss": "mse"}, False),
+        ({"mean_type": "epsilon", "path_type": "VP", "loss_type": "l2"}, False),
     ],
 )
 def test_a_network_trained_to_predict_something_else_is_refused(
@@ -518,6 +544,37 @@ def test_another_process_than_the_releases_is_told(from_one, process, said, capl
     load_trained(config, DiffusionConfig(**process))
     expected = 'U-ViT-Ti/2-Test, which was released trained under process = "discrete", '
     assert (expected in caplog.text) == said
+
+
+@pytest.mark.parametrize(
+    ("options", "diffusion", "said"),
+    [
+        ({"noise_schedule": "cosine"}, {}, "noise_schedule = 'cosine'"),
+        ({"noise_schedule": "scaled_linear"}, {}, "noise_schedule = 'scaled_linear'"),
+        ({"diffusion_steps": 4000}, {}, "diffusion_steps = 4000"),
+        ({"num_train_timesteps": 1000}, {"num_train_timesteps": 100}, "num_train_timesteps = 1000"),
+        ({"noise_schedule": "scaled_linear"}, {"beta_schedule": "scaled_linear"}, None),
+        ({"diffusion_steps": 4000}, {"num_train_timesteps": 4000}, None),
+        ({"diffusion_steps": 4000}, {"process": "vp-sde"}, None),
+        ({"noise_schedule": "linear", "diffusion_steps": 1000}, {}, None),
+        ({}, {"num_train_timesteps": 4000}, None),
+    ],
+)
+def test_another_process_than_the_options_tell_is_refused(
+    tmp_path, options: dict, diffusion: dict, said: str | None
+) -> None:
+    torch.manual_seed(0)
+    net = DiT(**SMALL, num_classes=3)
+    torch.nn.init.normal_(net.final_layer.linear.weight)
+    torch.save(
+        {"ema": net.state_dict(), "args": argparse.Namespace(**options)}, tmp_path / "net.pt"
+    )
+    config = BackboneConfig(checkpoint=str(tmp_path / "net.pt"), args={"num_heads": 2})
+    if said is None:
+        assert load_trained(config, DiffusionConfig(**diffusion)).depth == 1
+        return
+    with pytest.raises(ConfigError, match=f"as the network was trained; .*net.pt says {said}; "):
+        load_trained(config, DiffusionConfig(**diffusion))
 
 
 def test_the_processes_of_released_networks() -> None:
