@@ -583,6 +583,7 @@ def test_a_folder_around_the_class_folders_is_said(tmp_path, caplog):
         ("labels.json", '{\n  "a.png": "cat",\n  "b.png": "dog"\n}', True),
         ("train.csv", "id,label\na,3", True),
         ("annotations.csv", "a.png,3\n", True),
+        ("labels.csv", "a.png,cat\nb.png,dog\n", True),
         ("captions.json", '{"a.png": "a cat on a mat"}', False),
         ("captions.csv", "a.png,a cat on a mat\n", False),
         ("sizes.csv", "file_name,width\na.png,3", False),

@@ -10,6 +10,7 @@ from __future__ import annotations
 import inspect
 import logging
 import os
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -45,6 +46,11 @@ NULL = "null_condition."  # begins the names of a null condition's tensors in th
 RESERVED = ("format", "version", "kind", "config")
 BACKBONES: dict[str, type[DiT] | type[UViT]] = {"dit": DiT, "uvit": UViT}
 
+#: Names of tensors that averages of weights and diffusion processes keep beside those of a network.
+_BESIDE = re.compile(
+    r"decay|num_updates|initted|(?:global_)?step|betas|sigmas|timesteps|loss_weights?"
+    r"|(?:\w+_)?alphas?(?:_\w+)?|(?:posterior|sqrt|log|lvlb|p2)_\w+"
+)
 _log = logging.getLogger(__name__)
 
 
@@ -416,9 +422,8 @@ def _fill(net: Backbone, state: dict[str, Tensor], where: str) -> None:
     missing = [k for k in needed if k not in state]
     unexpected = [k for k in state if k not in needed]
     fix = "check preset and args in [backbone]"
-    parts = {k.split(".")[0] for k in needed}
-    if not (missing or misshapen or any(k.split(".")[0] in parts for k in unexpected)):
-        fix = "they are no part of it: save the weights without them"
+    if not (missing or misshapen) and all(map(_BESIDE.fullmatch, unexpected)):
+        fix = "they are of the averaging or the diffusion process: save the weights without them"
     refuse_mismatch(where, missing, unexpected, misshapen, fix)
     converted = {k: as_float32(k, v, where) for k, v in state.items()}
     refuse_not_finite(converted, where)

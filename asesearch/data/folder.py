@@ -48,7 +48,7 @@ _LABEL = r"(?:label|class|category)(?:e?s|_?id|_?name)?"
 _LABEL_KEY = re.compile(rf'"{_LABEL}"\s*:(?!\s*null)', re.IGNORECASE)
 _NAME = rf"[^\",;\t]*\.(?:{'|'.join(s[1:] for s in IMAGE_SUFFIXES)})"
 #: A table of labels that has no names of columns, and an object of images and labels.
-_BARE_LABEL = re.compile(rf'\s*"?{_NAME}"?\s*[,;\t]\s*"?\d+"?\s*', re.IGNORECASE)
+_BARE_LABEL = re.compile(rf'\s*"?{_NAME}"?\s*[,;\t]\s*"?[\w-]+"?\s*', re.IGNORECASE)
 _LABEL_OF = re.compile(rf'"{_NAME}"\s*:\s*(?:\d+|"\w+")\s*[,}}\n]', re.IGNORECASE)
 _LABEL_COLUMN = re.compile(rf'(?:^|[,;\t])\s*"?{_LABEL}"?\s*(?:$|[,;\t])', re.IGNORECASE)
 #: What operating systems and network storage leave in folders beside what is hidden by its dot; in
