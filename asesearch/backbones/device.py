@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -60,6 +60,34 @@ def tf32(on: bool) -> Iterator[None]:
         yield
     finally:
         _set(before)
+
+
+@contextmanager
+def own_casts() -> Iterator[None]:
+    """Inside, weights that the caller's autocast keeps in another type, as they once were, are not
+    used; nor are those of inside, which may have no gradient, used outside."""
+    torch.clear_autocast_cache()
+    try:
+        yield
+    finally:
+        torch.clear_autocast_cache()
+
+
+@contextmanager
+def plain_torch() -> Iterator[None]:
+    """Inside, networks compute and learn as in a program that has set nothing, whatever the caller
+    is in: without autocast, with gradients, outside `torch.inference_mode`.
+
+    Of weights that autocast keeps in another type, see `own_casts`.
+    """
+    kinds = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
+    with ExitStack() as stack:
+        stack.enter_context(own_casts())
+        for kind in kinds:
+            stack.enter_context(torch.autocast(kind, enabled=False))
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.enable_grad())
+        yield
 
 
 class _Older(NamedTuple):

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from asesearch.backbones.base import Backbone
-from asesearch.backbones.device import tf32
+from asesearch.backbones.device import plain_torch, tf32
 from asesearch.deployment.recorded import OUTPUT, PROMPT, parity_count, prompts_of
 from asesearch.errors import CheckpointError
 from asesearch.schedule import ExitSchedule
@@ -31,7 +31,8 @@ def make_parity(
     """The tensors of the file: random images and timesteps, and what the network gives for them."""
     count = parity_count(prompts)
     generator = torch.Generator().manual_seed(0)
-    x_t = torch.randn(count, net.in_channels, net.input_size, net.input_size, generator=generator)
+    shape = (count, net.in_channels, net.input_size, net.input_size)
+    x_t = torch.randn(shape, generator=generator, dtype=torch.float32)
     t = torch.randint(num_train_timesteps, (count,), generator=generator)
     tensors = {"x_t": x_t, "t": t} | {f"{PROMPT}{k}": v for k, v in (prompts or {}).items()}
     if net.num_classes:
@@ -39,6 +40,7 @@ def make_parity(
     return tensors | _outputs(net, tensors, sorted(set(schedule.exit_depths)))
 
 
+@plain_torch()
 @torch.no_grad()
 def _outputs(
     net: Backbone, tensors: Mapping[str, Tensor], depths: Sequence[int]
