@@ -50,7 +50,7 @@ SHIPPED_DIR = Path(str(resources.files("asesearch"))) / "assets" / "references"
 _log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class ReferenceStats:
     """What generated images are compared with.
 

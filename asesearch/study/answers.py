@@ -7,7 +7,7 @@ from typing import Any
 
 from asesearch.errors import StudyError
 from asesearch.score import CONFIDENCE
-from asesearch.study.picking import Scored, choose, scored_points
+from asesearch.study.picking import Scored, check_question, choose, scored_points
 from asesearch.study.records import StudyResults
 
 
@@ -99,9 +99,11 @@ def answers(
         early_exit: only schedules that exit early, not all blocks under a faster sampler.
 
     Raises:
-        ConfigError: a budget of no known form.
+        ConfigError: a budget of no known form, or out of range.
         StudyError: the study has no score at all.
     """
+    check_question(results, "fastest-within", quality, None)
+    check_question(results, "best-within", None, time_frac)
     points = scored_points(results)
     unit = points[0].unit if points else "time"
     asked: list[tuple[str, tuple[str, str | None, float | None]]] = [

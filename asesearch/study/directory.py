@@ -246,6 +246,9 @@ class SampleFiles(Mapping[int, np.ndarray]):
         self._files = files
         self._read = lru_cache(maxsize=KEPT_IMAGES)(self._images)
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self._files,)  # without the images that are held
+
     def _images(self, number: int) -> np.ndarray | None:
         return read_images(self._files[number], "the trial is shown without")
 

@@ -23,6 +23,10 @@ def parse_budget(text: str) -> tuple[str, float]:
     Raises:
         ConfigError: it has none of these forms.
     """
+    if not isinstance(text, str):
+        raise ConfigError(
+            f"a quality budget is text: {FORMS}; got {text!r}; write it in quotes, as '{text}'"
+        )
     if text.strip() == "ci":
         return "ci", 0.0
     number = r"\d+(?:\.\d*)?|\.\d+"
@@ -30,7 +34,7 @@ def parse_budget(text: str) -> tuple[str, float]:
         rf"\+(?P<percent>{number})%|(?P<se>{number})se|(?P<score>-?(?:{number}))", text.strip()
     )
     if form is None:
-        raise ConfigError(f"a quality budget is {FORMS}; got {text!r}; write one of these")
+        raise ConfigError(f"a quality budget is {FORMS}; got {text[:60]!r}; write one of these")
     kind = form.lastgroup
     assert kind is not None
     return kind, float(form[kind])
@@ -134,7 +138,7 @@ def pick(
         early_exit: only schedules that exit early, not all blocks under a faster sampler.
 
     Raises:
-        ConfigError: unknown mode, or its budget is missing.
+        ConfigError: unknown mode, or its budget is missing, of no known form or out of range.
         StudyError: no point meets the budget; the message names the nearest.
     """
     point, shortfall = choose(results, mode, quality, time_frac, early_exit)
@@ -162,7 +166,7 @@ def pick_nearest(
         The point, and one line in words; empty where it is what was asked for.
 
     Raises:
-        ConfigError: unknown mode, or its budget is missing.
+        ConfigError: unknown mode, or its budget is missing, of no known form or out of range.
         StudyError: the study has no score at all.
     """
     point, shortfall = choose(results, mode, quality, time_frac, early_exit)
@@ -232,7 +236,7 @@ def choose(
     early_exit: bool,
 ) -> tuple[Scored, str]:
     """The point picked, and what it falls short of in words that name it last; empty if nothing."""
-    _check_question(mode, quality, time_frac)
+    check_question(results, mode, quality, time_frac)
     points = scored_points(results)
     if not points:
         raise StudyError(
@@ -322,12 +326,19 @@ def told_unconfirmed(results: StudyResults) -> str:
     return f"still to be confirmed by the same `asesearch search`, {names}{by}"
 
 
-def _check_question(mode: str, quality: str | None, time_frac: float | None) -> None:
-    """Refuse a mode without its budget, and a budget without its mode, before the study is read.
+def check_question(
+    results: StudyResults, mode: str, quality: str | None, time_frac: float | None
+) -> None:
+    """Refuse a mode without its budget, and a budget without its mode, before anything is chosen.
 
     Raises:
-        ConfigError: as said, or a budget of no known form.
+        ConfigError: as said, a budget of no known form or range, or no results of a study.
     """
+    if not isinstance(results, StudyResults):
+        raise ConfigError(
+            f"a point is picked from the results of a study; got {type(results).__name__}; give "
+            "those of Study.results()"
+        )
     if mode not in MODES:
         raise ConfigError(f"pick one of {', '.join(MODES)}; got {mode!r}")
     if (mode == "fastest-within") != (quality is not None) or (mode == "best-within") != (
@@ -339,6 +350,13 @@ def _check_question(mode: str, quality: str | None, time_frac: float | None) -> 
         )
     if quality is not None:
         parse_budget(quality)
+    if time_frac is not None:
+        number = isinstance(time_frac, (int, float)) and not isinstance(time_frac, bool)
+        if not (number and 0 < time_frac <= 1):
+            raise ConfigError(
+                "a time budget is a part of the full network's time, above 0 and at most 1; got "
+                f"{time_frac!r}; give a number such as 0.7"
+            )
 
 
 def _searched(results: StudyResults) -> list[Scored]:

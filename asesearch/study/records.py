@@ -270,7 +270,7 @@ class Confirmation:
         return cls(**{**data, "quality": quality, **several, "precision_recall": both})
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class StudyResults:
     """All that a report or an export reads.
 

@@ -1,7 +1,10 @@
 """Picking a point: by confirmed scores, within budgets, or not at all."""
 
 import dataclasses
+import pickle
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
 from asesearch.errors import ConfigError, StudyError
@@ -9,6 +12,8 @@ from asesearch.point import Point
 from asesearch.sampler import Sampler
 from asesearch.schedule import ExitSchedule
 from asesearch.score import EvaluationResult
+from asesearch.study.answers import answers
+from asesearch.study.directory import SampleFiles
 from asesearch.study.picking import (
     pick,
     pick_and_tell,
@@ -343,3 +348,37 @@ def test_a_pick_says_between_what_its_loss_lies():
     assert f"minus the full network's 5.1 lies between {0.5 - end:+.3g} and {end:+.3g}" in told
     assert told_difference(found, found.full) == ""
     assert told_difference(results(), RECORDS[3]) != ""  # by the search's scores
+
+
+def test_what_is_nearly_a_question_is_refused_with_the_fix():
+    for how, words in (
+        (
+            ("fastest-within", 7.5),
+            "quality budget is text: .*; got 7.5; write it in quotes, as '7.5'",
+        ),
+        (("best-within", None, "0.7"), "above 0 and at most 1; got '0.7'; give a number"),
+        (("best-within", None, 2.0), "above 0 and at most 1; got 2.0"),
+        (("best-within", None, 0), "got 0;"),
+        (("best-within", None, -1.0), "got -1.0;"),
+        (("best-within", None, float("nan")), "got nan;"),
+        (("best-within", None, True), "got True;"),
+    ):
+        for ask in (pick, pick_nearest):
+            with pytest.raises(ConfigError, match=words):
+                ask(results(), *how)
+    with pytest.raises(ConfigError, match=r"got SimpleNamespace; give those of Study.results\(\)"):
+        pick(SimpleNamespace(), "best-quality")
+    for wrong in (2.0, 0, "0.7"):
+        with pytest.raises(ConfigError, match="above 0 and at most 1"):
+            answers(results(), time_frac=wrong)
+    with pytest.raises(ConfigError, match="quality budget is text"):
+        answers(results(), 7.5)
+
+
+def test_results_with_images_can_be_pickled_and_compared(tmp_path):
+    np.savez(tmp_path / "samples.npz", images=np.zeros((2, 1, 8, 8), np.uint8))
+    found = dataclasses.replace(results(), samples=SampleFiles({1: tmp_path / "samples.npz"}))
+    assert found.samples[1].shape == (2, 1, 8, 8)  # and is held
+    again = pickle.loads(pickle.dumps(found))
+    assert again.records == found.records and np.array_equal(again.samples[1], found.samples[1])
+    assert found == found and found != again  # they hold arrays, which are not compared
