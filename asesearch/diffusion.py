@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from asesearch.config import DiffusionConfig
+from asesearch.errors import ConfigError
 from asesearch.solvers.noise import (
     DiscreteLevels,
     NoiseLevels,
@@ -209,6 +210,19 @@ class VPSDE(VPSDELevels, Process):
 
     def draw_t(self, u: Tensor) -> Tensor:
         return (u * self.t_max).to(self.time_dtype)
+
+
+def check_process(diffusion: Process) -> None:
+    """Refuse what is no forward process.
+
+    Raises:
+        ConfigError: as said.
+    """
+    if not isinstance(diffusion, Process):
+        raise ConfigError(
+            f"diffusion must be a process; got {type(diffusion).__name__}; make one by "
+            "make_diffusion(DiffusionConfig(...)), or give Diffusion() or VPSDE()"
+        )
 
 
 def make_diffusion(config: DiffusionConfig) -> Process:

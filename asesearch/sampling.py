@@ -17,25 +17,25 @@ from torch import Tensor, nn
 
 from asesearch.backbones import conditioning
 from asesearch.backbones.acceleration import Acceleration, Begin
-from asesearch.backbones.base import Backbone, check_schedule, evaluating
+from asesearch.backbones.base import Backbone, check_network, check_schedule, evaluating
 from asesearch.backbones.compiled import compiled
 from asesearch.backbones.conditioning import Conditioning, Given, conditioning_of, labels_of
-from asesearch.backbones.device import tf32
+from asesearch.backbones.device import cpu_by_default, device_of, own_casts, tf32
 from asesearch.backbones.exit_weights import attached
 from asesearch.backbones.guidance import GuidanceInterval, check_guided
 from asesearch.config import SamplingConfig
-from asesearch.diffusion import Process
+from asesearch.diffusion import Process, check_process
 from asesearch.errors import ConfigError
 from asesearch.sampler import passes_per_call
 from asesearch.schedule import ExitSchedule
-from asesearch.solvers import Noise, Solver, find_solver
+from asesearch.solvers import Noise, Solver, find_solver, seeds_of
 
 #: A sampling changes how the process computes and what the network's blocks do, and then changes
 #: it back.
 _ONE_AT_A_TIME = threading.RLock()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class SampleResult:
     """Images and what they cost.
 
@@ -140,6 +140,7 @@ def arithmetic(precision: str, device: torch.device) -> Iterator[None]:
             f"precision must be one of {', '.join(known)}; got {precision!r}; choose one of them"
         )
     with (
+        own_casts(),
         tf32(precision == "tf32" and device.type == "cuda"),
         torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"),
     ):
@@ -148,18 +149,21 @@ def arithmetic(precision: str, device: torch.device) -> Iterator[None]:
 
 def image_noise(seeds: Sequence[int], shape: tuple[int, ...], device: torch.device) -> Noise:
     """Noise whose image i follows from seeds[i] alone: one CPU generator per image, the same on
-    every device."""
+    every device; each call gives fresh (N, *shape) float32."""
     generators = [torch.Generator().manual_seed(int(seed)) for seed in seeds]
 
     def noise() -> Tensor:
-        draws = torch.empty(len(generators), *shape, pin_memory=device.type == "cuda")
+        draws = torch.empty(
+            len(generators), *shape, dtype=torch.float32, pin_memory=device.type == "cuda"
+        )
         for generator, row in zip(generators, draws, strict=True):
-            torch.randn(shape, generator=generator, out=row)
+            torch.randn(shape, generator=generator, dtype=torch.float32, out=row)
         return draws.to(device, non_blocking=True)
 
     return noise
 
 
+@cpu_by_default()
 def sample(
     backbone: Backbone,
     solver: str | Solver,
@@ -212,9 +216,11 @@ def sample(
     check_schedule(backbone, diffusion.num_train_timesteps, schedule)
     check_acceleration(acceleration, len(timesteps), compile, cfg_scale)
     pairs = list(pairwise((*timesteps, diffusion.t_clean)))
-    place = torch.device(device or next(backbone.parameters(), torch.empty(0)).device)
+    place = next(backbone.parameters(), torch.empty(0)).device
+    if device is not None:
+        place = device_of(device)
     shape = (backbone.in_channels, backbone.input_size, backbone.input_size)
-    images = torch.empty(len(seeds), *shape)
+    images = torch.empty(len(seeds), *shape, dtype=torch.float32)
     seconds = 0.0
     with _prepared(backbone, place, precision, compile, acceleration) as (begin, counted):
         for first in range(0, len(seeds), batch_size):
@@ -290,8 +296,11 @@ def check_sampling(
         The solver, and the timesteps it calls the network at.
 
     Raises:
-        ConfigError: solver, process, network, steps and guidance do not fit each other.
+        ConfigError: solver, process, network, steps and guidance do not fit each other, or are
+            something else; a network whose weights are not float32.
     """
+    check_network(backbone, "precision = 'bf16'")
+    check_process(diffusion)
     if backbone.prediction_type != "epsilon":
         raise ConfigError(
             "these solvers need a network that predicts noise (epsilon); got "
@@ -299,11 +308,18 @@ def check_sampling(
         )
     if isinstance(solver, str):
         solver = find_solver(solver, diffusion)
-    else:
+    elif isinstance(solver, Solver):
         solver.check_process(diffusion)
-    if not (math.isfinite(cfg_scale) and cfg_scale >= 0):
+    else:
         raise ConfigError(
-            f"cfg_scale must be a finite number of at least 0; got {cfg_scale}; 1 means no guidance"
+            f"solver must be the name of one, or a Solver; got {type(solver).__name__}; "
+            + ("give its .solver and .num_steps" if hasattr(solver, "solver") else "give a name")
+        )
+    number = isinstance(cfg_scale, (int, float, np.integer, np.floating))
+    if not (number and math.isfinite(cfg_scale) and cfg_scale >= 0):
+        raise ConfigError(
+            f"cfg_scale must be a finite number of at least 0; got {cfg_scale!r}; 1 means no "
+            "guidance"
         )
     if cfg_scale != 1.0 and not backbone.has_null_label:
         raise ConfigError(
@@ -320,10 +336,15 @@ def check_acceleration(
 
     Raises:
         ConfigError: one made for another number of network calls, beside compiled blocks, or of
-            guidance where there is none.
+            guidance where there is none; a name alone.
     """
     if acceleration is None:
         return
+    if not hasattr(acceleration, "attached"):
+        raise ConfigError(
+            "acceleration must be what was calibrated for a sampler, not its name; got "
+            f"{str(acceleration)[:60]!r}; take the .acceleration of a bundle"
+        )
     check_eager(compile)
     if isinstance(acceleration, GuidanceInterval):
         check_guided(cfg_scale)
@@ -345,28 +366,6 @@ def check_eager(compile: bool) -> None:
             "an acceleration leads calls of the network or of its blocks elsewhere, which compiled "
             "blocks are not made for; got compile with one; leave compile or the acceleration out"
         )
-
-
-def seeds_of(seeds: Iterable[int]) -> Sequence[int]:
-    """The seeds that a caller gave, those of a generator as a list.
-
-    Raises:
-        ConfigError: none, or other than integers from 0 to 2^32 - 1.
-    """
-    if not isinstance(seeds, Iterable):
-        raise ConfigError(
-            f"seeds must be one for each image; got {seeds!r}; give a list, such as range(10)"
-        )
-    found = seeds if isinstance(seeds, Sequence) else list(seeds)
-    if len(found) == 0:
-        raise ConfigError("seeds must be one for each image; got none; give at least one")
-    for seed in found:
-        if not (isinstance(seed, (int, np.integer)) and 0 <= seed < 2**32):
-            raise ConfigError(
-                "seeds must be integers from 0 to 2^32 - 1 (torch's CPU generator ignores higher "
-                f"bits), one per image; got {seed!r}; choose others"
-            )
-    return found
 
 
 def check_images(

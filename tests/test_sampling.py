@@ -1,6 +1,7 @@
 """`sample`: one contract for every solver, and what it refuses. The solvers' mathematics:
 test_solvers.py."""
 
+import copy
 import math
 import subprocess
 import sys
@@ -8,6 +9,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from itertools import pairwise
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,10 +18,13 @@ from torch import Tensor
 
 from asesearch.backbones import Backbone, DiT
 from asesearch.backbones.merging import Merging
+from asesearch.config import DiffusionConfig
 from asesearch.diffusion import VPSDE, Diffusion, Process
 from asesearch.errors import ConfigError, ScheduleError
+from asesearch.point import Point
+from asesearch.sampler import Sampler
 from asesearch.sampling import SampleResult, arithmetic, guided, image_noise, sample
-from asesearch.schedule import ExitSchedule
+from asesearch.schedule import ElasticDepths, ExitSchedule
 from asesearch.solvers import SOLVERS, Solver
 from tests.exact_networks import Gaussian, grid_of, load, pairs_of
 
@@ -287,6 +292,19 @@ BAD = {
     "too many steps": ({"num_steps": 1001}, ConfigError, "1…1000.*got 1001"),
     "no steps of the sde": ({"num_steps": 0, "diffusion": VPSDE()}, ConfigError, "got 0"),
     "no seeds": ({"seeds": []}, ConfigError, "seeds"),
+    "seed true": ({"seeds": [True]}, ConfigError, "must be integers .*; got True"),
+    "seed of a tensor": ({"seeds": torch.tensor(3)}, ConfigError, "one for each image"),
+    "seed of an array": ({"seeds": np.array(3)}, ConfigError, "one for each image"),
+    "seeds in rows": ({"seeds": np.zeros((2, 1), int)}, ConfigError, r"integers .*got \[0\]"),
+    "sampler": ({"solver": Sampler("ddim", 4)}, ConfigError, r"give its \.solver and \.num_steps"),
+    "solver's number": ({"solver": 3}, ConfigError, "must be the name of one.*got int"),
+    "text": ({"schedule": "4 4 3 2"}, ScheduleError, r"got '4 4 3 2'; make one of text by Exit"),
+    "a point": ({"schedule": Point(SCHEDULE, Sampler("ddim", 4))}, ScheduleError, "its .schedule"),
+    "elastic": ({"schedule": ElasticDepths(4, 1000)}, ScheduleError, "got ElasticDepths"),
+    "settings": ({"diffusion": DiffusionConfig()}, ConfigError, "got DiffusionConfig; .*make_diff"),
+    "guidance in text": ({"cfg_scale": "1.5"}, ConfigError, "finite number .*got '1.5'"),
+    "acceleration's name": ({"acceleration": "cache-block-0.1"}, ConfigError, "not its name"),
+    "device": ({"device": "gpu"}, ConfigError, "must be one of torch's; got 'gpu'"),
     "negative seed": ({"seeds": [0, -1]}, ConfigError, "seeds"),
     "seed torch cuts": ({"seeds": [0, 2**32]}, ConfigError, "2\\^32"),
     "fraction": ({"seeds": [0, 1.5]}, ConfigError, "must be integers"),
@@ -338,6 +356,38 @@ def test_bad_arguments_are_refused_before_the_network_is_called(
     }
     with pytest.raises(error, match=message):
         make(net, options.pop("solver"), options.pop("diffusion"), options.pop("seeds"), **options)
+
+
+def test_what_is_no_network_of_float32_is_refused(net: DiT) -> None:
+    for dtype in (torch.float16, torch.float64):
+        with pytest.raises(ConfigError, match=f"must be float32; got {dtype} in .*'bf16' for fast"):
+            make(copy.deepcopy(net).to(dtype), "ddim", Diffusion(), [0])
+    with pytest.raises(ConfigError, match=r"must be a Backbone; got SimpleNamespace; .*\.backbone"):
+        make(SimpleNamespace(num_classes=0), "ddim", Diffusion(), [0])
+
+
+def test_casts_of_the_callers_autocast_are_not_used_nor_left_behind(net: DiT) -> None:
+    net = copy.deepcopy(net)
+    x_t = torch.randn(1, 4, 8, 8)
+    given = {"y": torch.tensor([1]), "num_steps": 2, "precision": "bf16"}
+    with torch.autocast("cpu", torch.bfloat16):
+        net(x_t, torch.tensor([5]), given["y"])
+        with torch.no_grad():
+            net.final_layer.linear.weight.mul_(2)
+        made = make(net, "ddim", Diffusion(), [0], **given).images
+        net(x_t, torch.tensor([5]), given["y"]).sum().backward()
+    assert torch.equal(made, make(net, "ddim", Diffusion(), [0], **given).images)
+    assert net.final_layer.linear.weight.grad is not None
+
+
+def test_another_default_device_changes_no_image(net: DiT) -> None:
+    wanted = make(net, "dpm++2m", Diffusion(), [0, 1], cfg_scale=1.5, y=[1, 2]).images
+    torch.set_default_device("meta")
+    try:
+        made = make(net, "dpm++2m", Diffusion(), [0, 1], cfg_scale=1.5, y=[1, 2]).images
+    finally:
+        torch.set_default_device(None)
+    assert torch.equal(made, wanted)
 
 
 def test_guidance_needs_a_null_label() -> None:

@@ -259,14 +259,46 @@ def own_labels(net: Backbone, y: Conditioning | None, batch: int) -> Conditionin
     return torch.zeros(batch, dtype=torch.long) if net.num_classes == 1 else y
 
 
-def check_schedule(
-    backbone: Backbone, num_train_timesteps: int, schedule: ExitSchedule | ElasticDepths
-) -> None:
-    """Refuse a schedule that was made for another network or number of timesteps.
+def check_network(net: Backbone, faster: str) -> None:
+    """Refuse what is no network, or one whose weights are not float32; `faster` is the setting that
+    computes in bfloat16.
 
     Raises:
-        ScheduleError: depth, number of diffusion timesteps or smallest exit depth do not fit.
+        ConfigError: as said.
     """
+    if not isinstance(net, Backbone):
+        raise ConfigError(
+            f"the network must be a Backbone; got {type(net).__name__}; of a bundle take its "
+            ".backbone, and put a transformer of diffusers into DiffusersBackbone"
+        )
+    for name, value in net.named_parameters():
+        if value.is_floating_point() and value.dtype != torch.float32:
+            raise ConfigError(
+                f"the network's weights must be float32; got {value.dtype} in {name}; make them so "
+                f"with .float(), and set {faster} for faster arithmetic"
+            )
+
+
+def check_schedule(
+    backbone: Backbone,
+    num_train_timesteps: int,
+    schedule: ExitSchedule | ElasticDepths,
+    *,
+    elastic: bool = False,
+) -> None:
+    """Refuse a schedule that was made for another network or number of timesteps, or is none;
+    `elastic` allows the distribution of a warm-up.
+
+    Raises:
+        ScheduleError: depth, number of diffusion timesteps or smallest exit depth do not fit, or it
+            is something else.
+    """
+    if not isinstance(schedule, (ExitSchedule, ElasticDepths) if elastic else ExitSchedule):
+        fix = f"make one of text by ExitSchedule.from_string(text, {backbone.depth})"
+        if hasattr(schedule, "schedule"):
+            fix = "give its .schedule"
+        got = repr(schedule)[:60] if isinstance(schedule, str) else type(schedule).__name__
+        raise ScheduleError(f"the schedule must be an ExitSchedule; got {got}; {fix}")
     if schedule.depth != backbone.depth:
         raise ScheduleError(
             f"the schedule is for a network of {schedule.depth} blocks; got one of "

@@ -38,6 +38,23 @@ def default_device() -> torch.device:
     return torch.device("cuda")
 
 
+def device_of(device: torch.device | str) -> torch.device:
+    """The device that a caller named.
+
+    Raises:
+        ConfigError: no device of torch's, or a GPU where there is none.
+    """
+    try:
+        found = torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        raise ConfigError(
+            f"device must be one of torch's; got {device!r}; choose cuda or cpu"
+        ) from error
+    if found.type == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(f"torch sees no GPU here; got the device {found}; choose cpu")
+    return found
+
+
 def collect_cycles() -> None:
     """Free what only cycles of references hold. A compiled or mixed-precision training leaves its
     network, gradients and moments in such cycles, and the allocator of a GPU does not ask Python to
@@ -74,15 +91,27 @@ def own_casts() -> Iterator[None]:
 
 
 @contextmanager
+def cpu_by_default() -> Iterator[None]:
+    """Inside, new tensors are on the CPU where nothing else is said, whatever the process has set
+    by `torch.set_default_device`."""
+    if torch.get_default_device().type == "cpu":
+        yield
+        return
+    with torch.device("cpu"):
+        yield
+
+
+@contextmanager
 def plain_torch() -> Iterator[None]:
     """Inside, networks compute and learn as in a program that has set nothing, whatever the caller
-    is in: without autocast, with gradients, outside `torch.inference_mode`.
+    is in: without autocast, with gradients, outside `torch.inference_mode`, and `cpu_by_default`.
 
     Of weights that autocast keeps in another type, see `own_casts`.
     """
     kinds = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
     with ExitStack() as stack:
         stack.enter_context(own_casts())
+        stack.enter_context(cpu_by_default())
         for kind in kinds:
             stack.enter_context(torch.autocast(kind, enabled=False))
         stack.enter_context(torch.inference_mode(False))

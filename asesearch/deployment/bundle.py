@@ -19,6 +19,7 @@ from asesearch.backbones.conditioning import (
     labels_of,
     take,
 )
+from asesearch.backbones.device import cpu_by_default
 from asesearch.config import DiffusionConfig, SamplingConfig
 from asesearch.diffusion import make_diffusion
 from asesearch.errors import ConfigError
@@ -29,16 +30,16 @@ from asesearch.sampling import (
     check_images,
     check_sampling,
     sample,
-    seeds_of,
 )
 from asesearch.schedule import ExitSchedule
+from asesearch.solvers import seeds_of
 
 FORMAT = "asesearch.bundle"
 VERSION = 1
 FILES = ("model.safetensors", "parity.safetensors")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Bundle:
     """A loaded bundle.
 
@@ -75,6 +76,7 @@ class Bundle:
         """Solver, number of steps, and acceleration."""
         return Sampler(self.sampling.solver, self.sampling.num_steps, self.acceleration_name)
 
+    @cpu_by_default()
     def sample(
         self,
         seeds: Iterable[int],
@@ -130,6 +132,7 @@ class Bundle:
             return take(self.prompts, [s % count for s in seeds])
         return y
 
+    @cpu_by_default()
     def plan(
         self, seeds: Iterable[int], y: Given | None = None, num_steps: int | None = None
     ) -> tuple[SamplingConfig, tuple[float, ...]]:

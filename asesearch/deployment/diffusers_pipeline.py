@@ -185,7 +185,8 @@ class ExportedDiTPipeline(DiTPipeline):
                     'use "latent", or set pipeline.vae'
                 )
             shift, scale = (
-                torch.tensor(latents[k], device=x.device).view(-1, 1, 1) for k in ("shift", "scale")
+                torch.tensor(latents[k], dtype=torch.float32, device=x.device).view(-1, 1, 1)
+                for k in ("shift", "scale")
             )
             z = x / scale + shift
             images = self.vae.decode(z.to(self.vae.dtype)).sample

@@ -41,7 +41,7 @@ from asesearch.deployment.torch_noise import image_noise
 from asesearch.errors import AseSearchError, CheckpointError, ConfigError, in_one_line
 from asesearch.sampler import passes_per_call
 from asesearch.schedule import ExitSchedule
-from asesearch.solvers import find_solver, make_levels
+from asesearch.solvers import find_solver, make_levels, seeds_of
 
 FORMAT = "asesearch.onnx"
 VERSION = 1
@@ -82,7 +82,7 @@ class Network(BaseModel):
         return False
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class OnnxSamples:
     """Images and what they cost, as `asesearch.sampling.SampleResult`, in numpy.
 
@@ -102,7 +102,7 @@ class OnnxSamples:
     seconds: float
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class OnnxBundle:
     """A loaded folder.
 
@@ -233,7 +233,7 @@ class OnnxBundle:
                 raise ConfigError("this network is unconditional and takes no labels; leave y out")
             return None
         try:
-            labels = np.asarray([int(s) % count for s in seeds] if y is None else y)
+            labels = np.asarray([s % count for s in seeds] if y is None else y)
         except ValueError:  # lists of several lengths
             labels = np.asarray(y, dtype=object)
         if (
@@ -247,16 +247,9 @@ class OnnxBundle:
             )
         return labels.astype(np.int64)
 
-    def _check(self, seeds: Iterable[int], schedule: ExitSchedule) -> list[int]:
+    def _check(self, seeds: Iterable[int], schedule: ExitSchedule) -> Sequence[int]:
         """The seeds, each one fit, as is the schedule."""
-        given = list(seeds) if isinstance(seeds, Iterable) else []
-        if not given or not all(
-            isinstance(seed, (int, np.integer)) and 0 <= seed < 2**32 for seed in given
-        ):
-            raise ConfigError(
-                "seeds must be integers from 0 to 2^32 - 1, one per image; got "
-                f"{given[:5] or repr(seeds)[:40]}"
-            )
+        given = seeds_of(seeds)
         own = (self.network.depth, self.diffusion.num_train_timesteps)
         if (schedule.depth, schedule.num_train_timesteps) != own:
             raise ConfigError(

@@ -22,6 +22,7 @@ from asesearch.backbones.acceleration import Acceleration
 from asesearch.backbones.base import Backbone, check_schedule
 from asesearch.backbones.checkpoints import VERSION as WEIGHTS_VERSION
 from asesearch.backbones.checkpoints import load_saved
+from asesearch.backbones.device import device_of, plain_torch
 from asesearch.backbones.exit_weights import attached
 from asesearch.backbones.files import FORMAT as WEIGHTS
 from asesearch.calibration import check_named, read_acceleration
@@ -49,6 +50,7 @@ _OTHERS = ("format", "version", "files", "latents", "acceleration")
 _EXPORT = "export it again"
 
 
+@plain_torch()
 def load_bundle(
     folder: str | os.PathLike[str],
     device: torch.device | str = "cpu",
@@ -94,7 +96,7 @@ def open_bundle(
     steps = told.diffusion.num_train_timesteps
     check_tensors(folder / FILES[1], parity, net, told.schedule, steps)
     bundle = Bundle(
-        backbone=net.to(device),
+        backbone=net.to(device_of(device)),
         schedule=told.schedule,
         kind=told.kind,
         diffusion=told.diffusion,

@@ -2,22 +2,43 @@
 
 from __future__ import annotations
 
-from asesearch.backbones.base import Backbone, check_schedule
+from asesearch.backbones.base import Backbone, check_network, check_schedule
+from asesearch.config import TrainConfig
 from asesearch.data import DataSource
-from asesearch.diffusion import Process
+from asesearch.diffusion import Process, check_process
 from asesearch.errors import ConfigError, DataError
 from asesearch.finetuning.annealing import Depths
 
 
-def check_fit(backbone: Backbone, data: DataSource, diffusion: Process, schedule: Depths) -> None:
+def check_fit(
+    backbone: Backbone,
+    data: DataSource,
+    diffusion: Process,
+    schedule: Depths,
+    config: TrainConfig | None = None,
+) -> None:
     """Refuse parts that do not belong together.
 
     Raises:
+        ConfigError: no network, or one whose weights are not float32; no data source, process or
+            config.
         DataError: images of another shape, labels out of the network's range, or not the prompts it
             takes.
         ScheduleError: a schedule of another depth or other diffusion timesteps, or shallower than
             the network allows.
     """
+    check_network(backbone, "mixed_precision = 'bf16'")
+    check_process(diffusion)
+    if not hasattr(data, "batch"):
+        raise ConfigError(
+            f"data must be a data source; got {type(data).__name__}; open a folder by ImageFolder, "
+            "or put images held in memory into ImageArray"
+        )
+    if config is not None and not isinstance(config, TrainConfig):
+        raise ConfigError(
+            f"config must be a TrainConfig; got {type(config).__name__}; make one, such as "
+            "TrainConfig(num_steps=200, batch_size=64)"
+        )
     if backbone.prediction_type != "epsilon":
         raise ConfigError(
             "fine-tuning is for networks that predict noise; got one that predicts "
@@ -39,7 +60,7 @@ def check_fit(backbone: Backbone, data: DataSource, diffusion: Process, schedule
             raise DataError(
                 f"{data.name} must give the prompts that the network takes: {error}"
             ) from error
-    check_schedule(backbone, diffusion.num_train_timesteps, schedule)
+    check_schedule(backbone, diffusion.num_train_timesteps, schedule, elastic=True)
 
 
 def _check_classes(backbone: Backbone, data: DataSource) -> None:

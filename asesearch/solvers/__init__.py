@@ -21,6 +21,7 @@ from asesearch.solvers.noise import (
     make_betas,
     make_levels,
 )
+from asesearch.solvers.seeds import seeds_of
 
 __all__ = [
     "BETA_SCHEDULES",
@@ -36,4 +37,5 @@ __all__ = [
     "find_solver",
     "make_betas",
     "make_levels",
+    "seeds_of",
 ]

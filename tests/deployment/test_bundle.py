@@ -133,6 +133,39 @@ def test_seeds_and_labels_of_a_bundle_as_lists(bundle):
         bundle.sample([0], [bundle.backbone.num_classes])
 
 
+@pytest.mark.parametrize("dtype", ["uint8", "int8", "int16", "uint32", "uint64"])
+def test_seeds_of_any_integer_type(bundle, dtype):
+    wanted = bundle.sample([3, 4], num_steps=1).images
+    seeds = np.array([3, 4], dtype)
+    for given in (seeds, list(seeds), torch.from_numpy(seeds)):
+        assert torch.equal(bundle.sample(given, num_steps=1).images, wanted)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_a_bundle_under_another_default_type_makes_the_same_images(bundle, folder, dtype):
+    wanted = bundle.sample([3, 4])
+    torch.set_default_dtype(dtype)
+    try:
+        made = load_bundle(folder).sample([3, 4])
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert made.images.dtype == torch.float32 and torch.equal(made.images, wanted.images)
+    assert made != wanted and made == made  # they hold tensors, which are not compared
+
+
+def test_a_bundle_of_half_precision_says_what_to_do(bundle):
+    half = replace(bundle, backbone=copy.deepcopy(bundle.backbone).half())
+    with pytest.raises(
+        ConfigError, match=r"must be float32; got torch.float16 in .*precision = 'b"
+    ):
+        half.sample([3])
+
+
+def test_a_device_that_is_none_is_refused(folder):
+    with pytest.raises(ConfigError, match="must be one of torch's; got 'gpu'"):
+        load_bundle(folder, "gpu")
+
+
 def test_a_batch_of_ones_own(folder, tmp_path):
     images = BundleImages(folder, tmp_path / "x.npz", num=5, batch_size=2)
     assert images.plan["sampling"]["batch_size"] == 2 and images.bundle.sampling.batch_size == 5
