@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from asesearch.backbones.base import Backbone, ExitDepth, check_labels
 from asesearch.backbones.block_exits import SPECS, BlockExits
-from asesearch.backbones.conditioning import MASK, Conditioning, prompt_of, repeat
+from asesearch.backbones.conditioning import MASK, TOKENS, Conditioning, prompt_of, repeat
 from asesearch.backbones.conversion import check_eps
 from asesearch.backbones.files import read_checkpoint
 from asesearch.backbones.finite import as_float32, refuse_not_finite, refuse_zero
@@ -53,18 +53,18 @@ class DiffusersBackbone(Backbone):
     `transformer.`.
 
     `y` is (N,) class labels for DiT. The other networks take a prompt's conditioning: a dict of
-    tensors with leading dimension N, keys as in `SPECS` (PixArt's micro-conditions `resolution` (N,
-    2) and `aspect_ratio` (N, 1) stand beside the rest); `num_classes` is 0, and guidance needs
-    `null_condition`. `prediction_type` is `flow` where the network
-    gives a velocity rather than noise: such a network can be trained and sampled by a flow-matching
-    method only.
+    tensors with leading dimension N in any floating type, keys as in `SPECS` (PixArt's
+    micro-conditions `resolution` (N, 2) and `aspect_ratio` (N, 1) stand beside the rest);
+    `num_classes` is 0, and guidance needs `null_condition`. `prediction_type` is `flow` where the
+    network gives a velocity rather than noise: such a network can be trained and sampled by a
+    flow-matching method only.
 
     Args:
         transformer: the network, which stays attached until `detach()`; or its diffusers config
             (`_class_name` and the constructor's arguments), for one with random weights.
         null_condition: what stands for "no prompt", as a rule the embedding of an empty one:
-            tensors with leading dimension 1. It is in neither state dict nor config, but in the
-            files of `save_backbone`.
+            tensors with leading dimension 1, in any floating type. It is in neither state dict nor
+            config, but in the files of `save_backbone`.
 
     Raises:
         ConfigError: as `BlockExits`; a config that makes no network; a null condition of other
@@ -106,9 +106,9 @@ class DiffusersBackbone(Backbone):
             )
         self.learn_sigma = channels == 2 * self.in_channels
         self._check_null(null_condition or {})
-        self.null_condition = (
-            {k: v.cpu() for k, v in null_condition.items()} if null_condition else None
-        )
+        if null_condition:
+            null_condition = self._cast(null_condition)
+            self.null_condition = {k: v.cpu() for k, v in null_condition.items()}
         for name, value in (null_condition or {}).items():
             self.register_buffer(f"null_{name}", value, persistent=False)
         self.train(model.training)
@@ -128,6 +128,35 @@ class DiffusersBackbone(Backbone):
                 f"{', '.join(allowed) or '(none)'}; got {got}; class labels have a null label of "
                 "their own"
             )
+        self._check_shapes(null_condition)
+
+    def _check_shapes(self, prompt: Mapping[str, Tensor]) -> None:
+        """Refuse an embedding, its mask or its width, that the transformer would fail on."""
+        cls = type(self.transformer).__name__
+        tokens = prompt.get(TOKENS)
+        if tokens is None:
+            return
+        if tokens.ndim != 3:
+            raise ConfigError(
+                f"{TOKENS} of {cls} must have shape (N, L, {self._width}), L tokens a prompt; got "
+                f"{tuple(tokens.shape)}; give all of the text encoder's output"
+            )
+        if tokens.shape[-1] != self._width:
+            raise ConfigError(
+                f"{cls} takes prompt embeddings {self._width} wide; got {tokens.shape[-1]}; use "
+                "the text encoder it was trained with"
+            )
+        mask = prompt.get(MASK)
+        if mask is not None and mask.shape != tokens.shape[:2]:
+            raise ConfigError(
+                f"{MASK} must be {tuple(tokens.shape[:2])}, one entry for each token; got "
+                f"{tuple(mask.shape)}; give the text encoder's own"
+            )
+
+    def _cast(self, prompt: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Floating tensors in the network's type, which text encoders may not have."""
+        dtype = next(self.transformer.parameters()).dtype
+        return {k: v.to(dtype) if v.is_floating_point() else v for k, v in prompt.items()}
 
     def train(self, mode: bool = True) -> DiffusersBackbone:
         """As usual, but diffusers' own label dropout, one draw a block, stays off: the training
@@ -163,13 +192,7 @@ class DiffusersBackbone(Backbone):
 
     def check_conditioning(self, y: Conditioning | None, batch: int) -> None:
         self._arguments(y, batch)
-        prompt = prompt_of(y)
-        width = self._width if prompt is None else prompt["encoder_hidden_states"].shape[-1]
-        if self.takes_prompt and width != self._width:
-            raise ConfigError(
-                f"{type(self.transformer).__name__} takes prompt embeddings {self._width} wide; "
-                f"got {width}; use the text encoder it was trained with"
-            )
+        self._check_shapes(prompt_of(y) or {})
 
     def _arguments(self, y: Conditioning | None, batch: int) -> dict[str, Any]:
         """`y` as arguments of the transformer's forward.
@@ -198,6 +221,7 @@ class DiffusersBackbone(Backbone):
                 f"y of {type(self.transformer).__name__} must be {wanted}, N = {batch}; got "
                 f"{got or type(y).__name__}; it may hold {', '.join(self._keys)} and no more"
             )
+        prompt = self._cast(prompt)
         added = {name: prompt[name] for name in spec.added if name in prompt}
         rest = {name: value for name, value in prompt.items() if name not in added}
         return {**rest, "added_cond_kwargs": added} if added else rest

@@ -345,9 +345,28 @@ def test_prompts_are_checked_before_the_forward():
     net.check_conditioning(y, N)
     with pytest.raises(ConfigError, match="embeddings 12 wide; got 11"):
         net.check_conditioning({**y, "encoder_hidden_states": torch.zeros(N, TOKENS, 11)}, N)
+    with pytest.raises(ConfigError, match=r"must have shape \(N, L, 12\).*; got \(5, 12\)"):
+        net.check_conditioning({**y, "encoder_hidden_states": torch.zeros(N, 12)}, N)
+    for shape in ((N, TOKENS + 1), (N, 1, TOKENS)):
+        with pytest.raises(ConfigError, match="encoder_attention_mask must be .5, 3., one entry"):
+            net.check_conditioning({**y, "encoder_attention_mask": torch.ones(shape)}, N)
+    with pytest.raises(ConfigError, match="embeddings 12 wide; got 11"):
+        DiffusersBackbone(pixart(), {"encoder_hidden_states": torch.zeros(1, TOKENS, 11)})
     for wrong in (None, torch.zeros(N, dtype=torch.int64), rows(y, slice(2))):
         with pytest.raises(ConfigError, match="must be a dict with encoder_hidden_states, N = 5"):
             net.check_conditioning(wrong, N)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
+def test_prompts_of_another_type_are_taken(dtype):
+    model, x_t, t, y = case("pixart")
+    y = {k: v.half() if v.is_floating_point() else v for k, v in y.items()}
+    null = {"encoder_hidden_states": torch.randn(1, TOKENS, 12).half()}
+    net = DiffusersBackbone(model, {k: v.to(dtype) for k, v in null.items()})
+    theirs = {k: v.to(dtype) if v.is_floating_point() else v for k, v in y.items()}
+    ours = {k: v.float() if v.is_floating_point() else v for k, v in y.items()}
+    with torch.no_grad():
+        assert torch.equal(guided(net, x_t, t, theirs, 2.0), guided(net, x_t, t, ours, 2.0))
 
 
 @pytest.mark.parametrize("name", ["pixart", "sana"])
