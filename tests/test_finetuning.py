@@ -1,12 +1,14 @@
 """The trainer: resumable, independent of what should not matter, and as cheap as its
 schedule."""
 
+import copy
 import json
 import math
 import os
 import shutil
 import subprocess
 import sys
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,10 +24,11 @@ from safetensors.torch import load_file
 
 from asesearch.backbones import DiT, UViT, load_backbone
 from asesearch.backbones.exit_weights import EXITS
-from asesearch.config import LossWeight, TrainConfig, parse_study
+from asesearch.config import DiffusionConfig, LossWeight, TrainConfig, parse_study
 from asesearch.data import ImageArray, ImageFolder, check_not_read
 from asesearch.diffusion import Diffusion
 from asesearch.errors import (
+    AseSearchError,
     CheckpointError,
     ConfigError,
     DataError,
@@ -80,6 +83,89 @@ def kill_at(step):
             raise Killed
 
     return on_step
+
+
+def in_two_steps(net, images, config=CONFIG, **options):
+    config = with_(config, num_steps=2, distill_frac=0.5)
+    return finetune(net, images, Diffusion(), SCHEDULE, config, **options)
+
+
+@pytest.mark.parametrize(
+    "inside",
+    [
+        lambda: torch.autocast("cpu", torch.bfloat16),
+        torch.no_grad,
+        torch.inference_mode,
+        lambda: default_device("meta"),
+        lambda: default_dtype(torch.float64),
+        lambda: default_dtype(torch.bfloat16),
+    ],
+)
+def test_what_the_caller_is_in_changes_no_training(tiny_dit, tiny_images, inside):
+    wanted = in_two_steps(tiny_dit, tiny_images)
+    with inside():
+        made = in_two_steps(tiny_dit, tiny_images)
+    assert made.losses == wanted.losses
+    assert same(weights(made.backbone), weights(wanted.backbone))
+    in_two_steps(made.backbone, tiny_images)  # it can be trained further
+
+
+@contextmanager
+def default_dtype(dtype):
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+@contextmanager
+def default_device(device):
+    torch.set_default_device(device)
+    try:
+        yield
+    finally:
+        torch.set_default_device(None)
+
+
+def test_a_network_without_anything_to_train_is_refused(tiny_dit, tiny_images):
+    tiny_dit.requires_grad_(False)
+    with pytest.raises(
+        ConfigError, match=r"all of them frozen; thaw it with .requires_grad_\(True"
+    ):
+        in_two_steps(tiny_dit, tiny_images)
+    tiny_dit.time_embedder().requires_grad_(True)
+    with pytest.raises(ConfigError, match="all of them frozen but the time embedder's, which"):
+        in_two_steps(tiny_dit, tiny_images, with_(CONFIG, freeze_time_embedder=True))
+
+
+def test_a_checkpoints_folder_may_be_text(tiny_dit, tiny_images, tmp_path):
+    in_two_steps(tiny_dit, tiny_images, run_dir=str(tmp_path / "run"))
+    assert (tmp_path / "run" / CHECKPOINT).is_file()
+
+
+def test_what_is_nearly_right_is_refused_with_the_fix(tiny_dit, tiny_images):
+    right = [tiny_dit, tiny_images, Diffusion(), SCHEDULE, CONFIG]
+    wrong = [
+        (0, tiny_dit.half(), "must be float32; got torch.float16 in .*mixed_precision = 'bf16'"),
+        (1, torch.zeros(1, 1, 8, 8), "must be a data source; got Tensor"),
+        (2, DiffusionConfig(), "got DiffusionConfig; make one by make_diffusion"),
+        (3, "4 3 2 1", "got '4 3 2 1'; make one of text by ExitSchedule.from_string"),
+        (4, {"num_steps": 2}, "must be a TrainConfig; got dict"),
+    ]
+    for place, value, words in wrong:
+        with pytest.raises(AseSearchError, match=words):
+            finetune(*right[:place], value, *right[place + 1 :])
+        tiny_dit.float()
+    with pytest.raises(ConfigError, match="must be float32; got torch.float64"):
+        finetune(*right, teacher=copy.deepcopy(tiny_dit).double())
+
+
+def test_a_setting_of_the_wrong_type_is_an_error_of_its_own():
+    with pytest.raises(ConfigError, match="^TrainConfig: num_steps: .*valid integer"):
+        TrainConfig(num_steps=np.int64(3))
+    with pytest.raises(ConfigError, match="^TrainConfig: unknown key learning_rate$"):
+        TrainConfig(learning_rate=0.1)
 
 
 def test_its_seconds_are_those_of_training_steps(tiny_dit, tiny_images, tmp_path, monkeypatch):

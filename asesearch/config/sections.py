@@ -87,9 +87,22 @@ def _file_name(name: str) -> str:
 
 
 class _Section(BaseModel):
-    """Strictly typed: true is no number, "10" no integer, 1.0 no integer; an integer is a float."""
+    """Strictly typed: true is no number, "10" no integer, 1.0 no integer; an integer is a float.
+
+    Raises:
+        ConfigError: an unknown key or a value out of range.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+    def __init__(self, **data: Any) -> None:
+        try:
+            super().__init__(**data)
+        except ValidationError as error:
+            raise ConfigError(explain(error, type(self).__name__)) from error
+
+    # a table within another is made without it, so that the errors of a file are told at once
+    __init__.__pydantic_base_init__ = True  # type: ignore[attr-defined]
 
 
 Section = TypeVar("Section", bound=BaseModel)

@@ -299,8 +299,8 @@ class LatentShards:
         self.vae = index.identity.get("vae")
         self.encoder = index.encoder
         self.scaling = (
-            torch.tensor(index.shift).view(-1, 1, 1),
-            torch.tensor(index.scale).view(-1, 1, 1),
+            torch.tensor(index.shift, dtype=torch.float32).view(-1, 1, 1),
+            torch.tensor(index.scale, dtype=torch.float32).view(-1, 1, 1),
         )
         self._shards = index.shards
         small: dict[str, list[Array]] = {}  # what is held whole
@@ -376,7 +376,9 @@ class LatentShards:
         where = [divmod(i, self._shard_size) for i in indices]
         mirrored = torch.zeros(len(where), dtype=torch.int64)
         if self.flip and generator is not None:
-            mirrored = (torch.rand(len(where), generator=generator) < 0.5).long()
+            mirrored = (
+                torch.rand(len(where), generator=generator, dtype=torch.float32) < 0.5
+            ).long()
         picked = [
             np.array(self._map(s, "latents")[i, m])  # a view would hold the file open
             for (s, i), m in zip(where, mirrored.tolist(), strict=True)
@@ -387,7 +389,7 @@ class LatentShards:
             raise _not_finite(self._paths[where[finite.index(False)][0]])
         z, std = moments.unbind(1)  # (N, C, h, w) each
         if generator is not None:
-            z = z + std * torch.randn(z.shape, generator=generator)
+            z = z + std * torch.randn(z.shape, generator=generator, dtype=torch.float32)
         shift, scale = self.scaling
         x_start = (z - shift) * scale
         if self.null_condition is not None:
@@ -419,7 +421,8 @@ class LatentShards:
 def pad_prompts(prompts: Sequence[Array], max_length: int) -> dict[str, Tensor]:
     """Embeddings (tokens, D) each as a network's y: `encoder_hidden_states`,
     `encoder_attention_mask`; see `LatentShards`."""
-    hidden = torch.zeros(len(prompts), max_length, prompts[0].shape[1])  # (N, L, D)
+    size = (len(prompts), max_length, prompts[0].shape[1])
+    hidden = torch.zeros(size, dtype=torch.float32)  # (N, L, D)
     mask = torch.zeros(len(prompts), max_length, dtype=torch.int64)  # (N, L)
     for row, tokens in enumerate(prompts):
         hidden[row, : len(tokens)] = torch.tensor(tokens)

@@ -110,5 +110,5 @@ class ImageArray:
 def mirrored(x_start: Tensor, flip: bool, generator: torch.Generator | None) -> Tensor:
     if not flip or generator is None:
         return x_start
-    mirrored = torch.rand(len(x_start), generator=generator) < 0.5
+    mirrored = torch.rand(len(x_start), generator=generator, dtype=torch.float32) < 0.5
     return torch.where(mirrored[:, None, None, None], x_start.flip(-1), x_start)

@@ -243,7 +243,8 @@ class LatentDecoder:
             )
         # (C, 1, 1)
         shift, scale = (
-            torch.tensor(v, device=vae.device).view(-1, 1, 1) for v in (vae.shift, vae.scale)
+            torch.tensor(v, dtype=torch.float32, device=vae.device).view(-1, 1, 1)
+            for v in (vae.shift, vae.scale)
         )
         parts = (
             part.to(vae.device).float() / scale + shift for part in torch.split(latents, batch_size)

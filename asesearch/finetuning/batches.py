@@ -32,7 +32,7 @@ def seeded_generator(*key: int) -> torch.Generator:
     return torch.Generator().manual_seed(int(words[0]) << 31 | int(words[1]) >> 1)
 
 
-@dataclass
+@dataclass(eq=False)
 class Batch:
     """What one process needs for one step, on the CPU. `u` (N,) in [0, 1) draws the depth where a
     distribution does."""
@@ -121,8 +121,8 @@ def _drawn(
         place = place.double() * len(strata)
         place = (strata[place.long()] + place.frac()) / diffusion.num_train_timesteps
     t = diffusion.draw_t(place)
-    noise = torch.randn(size, *data.shape, generator=gen)
-    dropped = torch.rand(size, generator=gen) < config.class_dropout_prob
+    noise = torch.randn(size, *data.shape, generator=gen, dtype=torch.float32)
+    dropped = torch.rand(size, generator=gen, dtype=torch.float32) < config.class_dropout_prob
     mine = slice(rank * size // world, (rank + 1) * size // world)
     x_start, y = data.batch(indices[mine], seeded_generator(config.seed, step, 2, rank))
     depth_gen = seeded_generator(config.seed, step, 4)
@@ -133,7 +133,7 @@ def _drawn(
 def _spread(size: int, generator: torch.Generator) -> Tensor:
     """A uniform number in each of as many equal parts of [0, 1), in random order: (N,)."""
     order = torch.randperm(size, generator=generator)
-    found = (order + torch.rand(size, generator=generator)) / size
+    found = (order + torch.rand(size, generator=generator, dtype=torch.float32)) / size
     return found.clamp_(max=1 - torch.finfo(found.dtype).eps / 2)  # float32 may round up to 1
 
 

@@ -26,7 +26,7 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from asesearch.backbones.base import Backbone
 from asesearch.backbones.compiled import compiled
-from asesearch.backbones.device import collect_cycles
+from asesearch.backbones.device import collect_cycles, plain_torch
 from asesearch.config import TrainConfig
 from asesearch.diffusion import Process
 from asesearch.errors import ConfigError
@@ -110,9 +110,11 @@ class TrainingStep:
         accelerator: for several processes or devices; by default one is made.
 
     Raises:
-        ConfigError: a precision that needs a GPU, or a batch that does not divide by the processes.
+        ConfigError: a precision that needs a GPU, a batch that does not divide by the processes, or
+            no parameter that may be trained.
     """
 
+    @plain_torch()
     def __init__(
         self,
         backbone: Backbone,
@@ -151,6 +153,12 @@ class TrainingStep:
         if frozen is not None:
             frozen.requires_grad_(False)
         self.named = {n: p for n, p in self.backbone.named_parameters() if p.requires_grad}
+        if not self.named:
+            rest = " but the time embedder's, which config freezes" if self._learnt else ""
+            raise ConfigError(
+                "training needs parameters that may change; got a network that has all of them "
+                f"frozen{rest}; thaw it with .requires_grad_(True)"
+            )
         self.ema_of = dict(self.ema.named_parameters())
         if config.compile:
             for i in range(self.backbone.depth):
@@ -205,6 +213,7 @@ class TrainingStep:
         weight = self.weight.at(dropped, self.step).to(device, non_blocking=True)
         return (loss * weight).mean(), stats
 
+    @plain_torch()
     def train_step(self, batch: Batch) -> Tensor:
         """One optimiser step and one EMA step; the statistics of `_loss`, the gradient norm and 1
         if skipped, on the device.

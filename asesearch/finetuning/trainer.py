@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import statistics
 import time
 from collections.abc import Callable
@@ -16,8 +17,8 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from asesearch.backbones import conditioning
-from asesearch.backbones.base import Backbone
-from asesearch.backbones.device import check_memory
+from asesearch.backbones.base import Backbone, check_network
+from asesearch.backbones.device import check_memory, plain_torch
 from asesearch.backbones.digests import weights_fingerprint
 from asesearch.backbones.exit_weights import ExitWeights, weight_sets
 from asesearch.config import TrainConfig
@@ -79,6 +80,7 @@ class Trainer(TrainingStep):
         CheckpointError: `run_dir` holds the checkpoint of another run.
     """
 
+    @plain_torch()
     def __init__(
         self,
         backbone: Backbone,
@@ -86,12 +88,14 @@ class Trainer(TrainingStep):
         diffusion: Process,
         schedule: Depths,
         config: TrainConfig,
-        run_dir: Path | None = None,
+        run_dir: str | os.PathLike[str] | None = None,
         teacher: Backbone | None = None,
         accelerator: Accelerator | None = None,
         exits_only: bool = False,
     ) -> None:
-        check_fit(backbone, data, diffusion, schedule)
+        check_fit(backbone, data, diffusion, schedule, config)
+        if teacher is not None:
+            check_network(teacher, "mixed_precision = 'bf16'")
         check_memory(
             config.batch_size, 4 * math.prod(data.shape), "a batch of images", "lower batch_size"
         )
@@ -137,6 +141,7 @@ class Trainer(TrainingStep):
             self.losses.append(total / self.config.batch_size)
             self.weight.update(short / count if count else math.nan, first + i)
 
+    @plain_torch()
     def run(self, on_step: Callable[[int, float], None] | None = None) -> TrainResult:
         """Train to `num_steps`.
 
@@ -237,7 +242,7 @@ def finetune(
     diffusion: Process,
     schedule: Depths,
     config: TrainConfig,
-    run_dir: Path | None = None,
+    run_dir: str | os.PathLike[str] | None = None,
     teacher: Backbone | None = None,
     on_step: Callable[[int, float], None] | None = None,
 ) -> TrainResult:
@@ -246,6 +251,8 @@ def finetune(
 
     See `Trainer` for arguments and errors, `Trainer.run` for `on_step`. With `run_dir`, a killed
     run goes on where its last checkpoint was, and gives the same result as one that was not killed.
+    The precision is the config's and gradients are made, whatever the caller's `torch.autocast`,
+    `torch.no_grad` or `torch.inference_mode` say.
 
     Of a network with weights of its own for early exits these are trained, on the timesteps of
     early exits alone, with the weights for full depth as the default teacher.
@@ -260,7 +267,7 @@ def trainer_of(
     diffusion: Process,
     schedule: Depths,
     config: TrainConfig,
-    run_dir: Path | None = None,
+    run_dir: str | os.PathLike[str] | None = None,
     teacher: Backbone | None = None,
 ) -> Trainer:
     """The trainer of `finetune`: of a network, or of its weights for early exits.
@@ -269,8 +276,9 @@ def trainer_of(
         ScheduleError: such weights, and a schedule without an early exit.
         WriteError: no room for a checkpoint in `run_dir`.
     """
+    check_fit(backbone, data, diffusion, schedule, config)
     if run_dir is not None:
-        check_checkpoint_room(run_dir, weight_sets(backbone)[-1], config)
+        check_checkpoint_room(Path(run_dir), weight_sets(backbone)[-1], config)
     if not isinstance(backbone, ExitWeights):
         return Trainer(backbone, data, diffusion, schedule, config, run_dir, teacher)
     if schedule.is_full:
@@ -284,6 +292,7 @@ def trainer_of(
     )
 
 
+@plain_torch()
 def whole(result: TrainResult, trainer: Trainer, backbone: Backbone) -> TrainResult:
     """The result of `trainer_of` with the network that it is part of: beside the weights for early
     exits those for full depth."""

@@ -214,7 +214,9 @@ class _Draws:
         x_start = torch.cat([x for x, _ in images])  # (N, C, H, W)
         y = conditioning.join([y for _, y in images])
         # (N, C, H, W)
-        noise = torch.stack([torch.randn(self.data.shape, generator=g) for g in generators])
+        noise = torch.stack(
+            [torch.randn(self.data.shape, generator=g, dtype=torch.float32) for g in generators]
+        )
         t = self.t[part]
         return self.diffusion.q_sample(x_start, t, noise), t, y, noise
 
