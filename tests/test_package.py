@@ -6,14 +6,24 @@ import subprocess
 import sys
 import tomllib
 import zipfile
+from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 import asesearch
+from asesearch.config import BackboneConfig, DataConfig, StudyConfig
+from asesearch.deployment import formats
+from asesearch.errors import ConfigError
 
 ROOT = Path(__file__).parent.parent
+NO_BUNDLE = SimpleNamespace(kind="dit", acceleration_name="")
+STUDY_CONFIG = StudyConfig(
+    name="tiny", backbone=BackboneConfig(kind="dit"), data=DataConfig(kind="fashion-mnist")
+)
 
 
 def test_every_public_name_is_there_and_listed():
@@ -22,6 +32,52 @@ def test_every_public_name_is_there_and_listed():
         assert getattr(asesearch, name), name
     with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
         _ = asesearch.nothing
+
+
+def ambient():
+    """What a caller may have set, in this thread."""
+    return (
+        torch.is_autocast_enabled("cpu"),
+        torch.is_grad_enabled(),
+        torch.is_inference_mode_enabled(),
+        torch.get_default_device().type,
+    )
+
+
+@pytest.mark.parametrize(
+    ("home", "inner", "call"),
+    [
+        ("search.whole", "SearchRun", lambda: asesearch.run_search(STUDY_CONFIG, "run")),
+        ("deployment.verify", "read_manifest", lambda: asesearch.verify("bundle")),
+        ("deployment.reading", "read_manifest", lambda: asesearch.load_bundle("bundle")),
+        ("deployment.formats", "check_format", lambda: formats.write(NO_BUNDLE, "out")),
+    ],
+)
+def test_what_the_caller_has_set_reaches_no_network(monkeypatch, home, inner, call):
+    seen = []
+
+    def look(*args, **kwargs):
+        seen.append(ambient())
+        raise ConfigError("seen")
+
+    monkeypatch.setattr(f"asesearch.{home}.{inner}", look)
+    torch.set_default_device("meta")
+    try:
+        with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+            before = ambient()
+            with suppress(ConfigError):  # which `verify` puts on its list
+                call()
+            assert ambient() == before == (True, False, True, "meta")
+    finally:
+        torch.set_default_device(None)
+    assert seen == [(False, True, False, "cpu")]
+
+
+def test_near_misses_of_a_search_and_an_export_say_what_to_give():
+    with pytest.raises(ConfigError, match="config must be a study file that is read; got str"):
+        asesearch.run_search("study.toml", "run")
+    with pytest.raises(ConfigError, match="got str and tuple; open it by Study.open, and take wh"):
+        asesearch.export("run", (None, ""), "out")
 
 
 def test_the_version_has_one_source():

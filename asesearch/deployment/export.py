@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from asesearch.backbones.base import Backbone
+from asesearch.backbones.device import plain_torch
 from asesearch.data import check_readable
 from asesearch.deployment import formats
 from asesearch.deployment.bundle import Bundle
@@ -32,15 +34,16 @@ from asesearch.study.records import TrialRecord
 from asesearch.study.study import Study
 
 
+@plain_torch()
 def export(
     study: Study,
     record: TrialRecord,
-    folder: Path,
+    folder: str | os.PathLike[str],
     *,
     bench: Workbench | None = None,
     finetune_steps: int | None = None,
     format: str = "bundle",
-    vae: Path | None = None,
+    vae: str | os.PathLike[str] | None = None,
     overwrite: bool = False,
     on_step: Callable[[int, float], None] | None = None,
 ) -> Path:
@@ -55,8 +58,17 @@ def export(
 
     Raises:
         StudyError: the trial's weights or prompts were deleted.
+        ConfigError: no study, or no record of a trial.
         AseSearchError: see `check_export`.
     """
+    if not (isinstance(study, Study) and isinstance(record, TrialRecord)):
+        raise ConfigError(
+            "export takes a Study and one of its records; got "
+            f"{type(study).__name__} and {type(record).__name__}; open it by Study.open, and take "
+            "what pick returns"
+        )
+    folder = Path(folder)
+    vae = None if vae is None else Path(vae)
     options: dict[str, Any] = {"vae": vae, "overwrite": overwrite}
     _check_outputs(study, record, folder, finetune_steps, format=format, **options)
     config = study.config

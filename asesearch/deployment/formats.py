@@ -7,6 +7,7 @@ from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 
+from asesearch.backbones.device import plain_torch
 from asesearch.deployment.bundle import Bundle
 from asesearch.deployment.writing import write_bundle
 from asesearch.errors import ConfigError
@@ -86,6 +87,7 @@ def check_format(name: str, kind: str, vae: Path | None = None, acceleration: st
         )
 
 
+@plain_torch()
 def write(
     bundle: Bundle,
     folder: str | os.PathLike[str],

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from asesearch.backbones.compiled import compiled
-from asesearch.backbones.device import default_device
+from asesearch.backbones.device import default_device, plain_torch
 from asesearch.backbones.exit_weights import weight_sets
 from asesearch.config import SamplingConfig, parse_section
 from asesearch.deployment import bundle, onnx_runtime, parity
@@ -225,6 +225,7 @@ FORMATS: dict[str, Callable[[Path, Mapping[str, Any]], Opened]] = {
 }
 
 
+@plain_torch()
 def verify(
     folder: str | os.PathLike[str], *, speed: bool = True, compile: bool | None = None
 ) -> list[Check]:

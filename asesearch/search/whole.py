@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from asesearch.backbones.device import plain_torch
 from asesearch.config import StudyConfig
 from asesearch.data.outputs import KNOWN, check_output
 from asesearch.errors import ConfigError
@@ -171,18 +173,25 @@ def _check_locks(run_dir: Path) -> None:
     check_locks(folder)
 
 
+@plain_torch()
 def search(
     config: StudyConfig,
-    run_dir: Path,
+    run_dir: str | os.PathLike[str],
     on_trial: Callable[[TrialRecord], None] | None = None,
     on_confirmation: Callable[[Confirmation], None] | None = None,
     *,
-    report_dir: Path | None = None,
+    report_dir: str | os.PathLike[str] | None = None,
 ) -> StudyResults:
     """Run (or resume) a study: warm up, search until `search.num_trials` schedules have ended or
     the budget is spent, then confirm the front, and write the report where a folder is given.
 
     Raises:
-        AseSearchError: see `SearchRun`.
+        AseSearchError: see `SearchRun`; a `config` that is none.
     """
-    return SearchRun(config, run_dir, report_dir).run(on_trial, on_confirmation)
+    if not isinstance(config, StudyConfig):
+        raise ConfigError(
+            f"config must be a study file that is read; got {type(config).__name__}; read it by "
+            "load_study"
+        )
+    page = None if report_dir is None else Path(report_dir)
+    return SearchRun(config, Path(run_dir), page).run(on_trial, on_confirmation)
