@@ -40,7 +40,7 @@ METHODS = {
     "deediff": ("uncertainty exits", GREY, "h"),
     "exits+cache": ("early exits with caching", BLUE, "d"),
 }
-SOLVERS = {"ddim": BLUE, "ddpm": ORANGE, "dpm++2m": GREEN}
+SOLVERS = {"ddim": BLUE, "ddpm": ORANGE, "dpm++2m": GREEN, "dpm++2m-order2": PURPLE}
 
 
 def drawings(experiment: Experiment) -> Iterator[Drawing]:
@@ -116,6 +116,8 @@ def draw_steps(data: pd.DataFrame) -> Figure:
     data = data.assign(solver=split[0], steps=split[2].astype(int)).sort_values("steps")
     figure, ax = axes(3.9)
     for solver, colour in SOLVERS.items():
+        if solver not in set(data["solver"]):
+            continue
         for method, recipe, style in (
             ("exits", "own", "-"),
             ("full", "own", "--"),
