@@ -52,6 +52,8 @@ _RAW = ("online_model", "current_model_state")
 _COUNTER = "n_averaged"
 _NO_WEIGHTS = re.compile(r"^(opt|sched|lr_|scaler|grad|exp_avg|momentum)", re.IGNORECASE)
 _MAX_NESTING = 5
+#: What may be or hold weights.
+_HOLDERS = (Mapping, list, tuple, Tensor)
 #: Training options whose text names what the network predicts.
 PREDICTIONS = ("prediction", "prediction_type", "parameterization", "pred")
 #: Those whose text may name it, and much else.
@@ -122,6 +124,7 @@ class _Candidate:
     state: dict[str, Tensor]
     anchored: bool  # it has names of a kind of network that is known
     averaged: bool | None = None  # whether anything was yet, by a counter beside it
+    numbered: bool = False  # it stands in a list or under a number
 
     @property
     def is_ema(self) -> bool:
@@ -158,8 +161,8 @@ def find_weights(data: object) -> Weights:
     found = [c for c in found if c.anchored] or found
     idle = [c for c in found if c.averaged is False]
     found = [c for c in found if c.averaged is not False] or idle
-    averaged = [c for c in found if c.is_ema]
-    plain = [c for c in found if not c.is_ema]
+    averaged = _named_first([c for c in found if c.is_ema])
+    plain = _named_first([c for c in found if not c.is_ema])
     if not averaged and (where := _nameless(data, ())) is not None:
         raise NoWeightsError(
             f"keeps averaged weights as a list without names ({where}), which can't be told apart; "
@@ -182,6 +185,9 @@ def find_weights(data: object) -> Weights:
         weights = _complete(ema, model)
     others = [c for c in found if c is not ema and c is not model and c.is_like(weights.state)]
     if not others:
+        if ema is not None and ema.numbered and model is not None and weights.source == ema.source:
+            note = f"the weights are those of {ema.source}, averaged, not those of {model.source}"
+            return replace(weights, notes=(*weights.notes, note))
         return weights
     names = ", ".join(c.source for c in others[:6])
     note = (
@@ -189,6 +195,11 @@ def find_weights(data: object) -> Weights:
         "others are meant, save them by themselves"
     )
     return replace(weights, notes=(*weights.notes, note))
+
+
+def _named_first(found: list[_Candidate]) -> list[_Candidate]:
+    """Those that have a name of their own, else all: lists and numbers are of what was before."""
+    return [c for c in found if not c.numbered] or found
 
 
 def _complete(ema: _Candidate, model: _Candidate) -> Weights:
@@ -233,7 +244,7 @@ def _candidates(data: object, path: tuple[str, ...], idle: bool = False) -> Iter
         for key, value in _entries(data):
             if not _NO_WEIGHTS.match(key):
                 found = _candidates(value, (*path, key), idle)
-                yield from (c for c in found if c.anchored)
+                yield from (replace(c, numbered=True) for c in found if c.anchored)
         return
     tensors = {k: v for k, v in data.items() if isinstance(v, Tensor)}
     counters = _counters(tensors)
@@ -265,16 +276,17 @@ def _candidates(data: object, path: tuple[str, ...], idle: bool = False) -> Iter
 
 
 def _entries(data: Mapping[Any, Any] | Sequence[Any]) -> Iterator[tuple[str, Any]]:
-    """What a dict, list or tuple holds, by name or number; what a list has in a pair with its
-    name, as Composer saves its algorithms, by that."""
-    if isinstance(data, Mapping):
-        yield from ((str(key), value) for key, value in data.items())
-        return
-    for i, value in enumerate(data):
-        if isinstance(value, list | tuple) and len(value) == 2 and isinstance(value[0], str):
+    """What a dict, list or tuple holds that may be or hold tensors, by name or number; what a list
+    has in a pair with its name, as Composer saves its algorithms, by that."""
+    items = data.items() if isinstance(data, Mapping) else enumerate(data)
+    for key, value in items:
+        if not isinstance(value, _HOLDERS):  # there may be millions, such as losses
+            continue
+        pair = isinstance(value, list | tuple) and len(value) == 2 and isinstance(value[0], str)
+        if not pair or isinstance(data, Mapping):
+            yield str(key), value
+        elif isinstance(value[1], _HOLDERS):
             yield value[0], value[1]
-        else:
-            yield str(i), value
 
 
 def _says_average(name: str) -> bool:
@@ -373,7 +385,7 @@ def _nameless(data: object, path: tuple[str, ...]) -> str | None:
     if len(path) > _MAX_NESTING or not isinstance(data, Mapping | list | tuple):
         return None
     items = data.items() if isinstance(data, Mapping) else enumerate(data)
-    inner = (_nameless(v, (*path, str(k))) for k, v in items)
+    inner = (_nameless(v, (*path, str(k))) for k, v in items if isinstance(v, _HOLDERS))
     return next((where for where in inner if where), None)
 
 

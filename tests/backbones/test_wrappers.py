@@ -9,7 +9,15 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from asesearch.backbones import DiT, UViT, inspect_checkpoint, load_backbone, read_state_dict
+from asesearch.backbones import (
+    DiT,
+    UViT,
+    inspect_checkpoint,
+    load_backbone,
+    read_state_dict,
+    wrappers,
+)
+from asesearch.backbones.wrappers import find_weights
 from asesearch.config import BackboneConfig
 from asesearch.errors import CheckpointError
 
@@ -259,6 +267,7 @@ def test_a_network_is_found_in_what_training_programs_save(tmp_path, form: str) 
         ("ema of Composer under other names", "^EMA holds no weights"),
         ("ema deep down under other names", "^ema holds no weights"),
         ("ema of a list", "^ema_state holds no weights"),
+        ("ema of Composer", r"^the weights are those of .*EMA.*, averaged, not those of state"),
         (
             "ema in part",
             r"^ema lacks 10 of the 32 tensors of model, such as blocks\.1\..*, so the weights are "
@@ -294,7 +303,7 @@ def test_what_was_decided_about_averaged_weights_is_said(
     "form",
     [
         *("ema", "swa", "torchvision", "averaged as it was saved", "swa's learning rates"),
-        *("ema of Composer", "lists of other things", "ema in settings", "ema in an optimiser"),
+        *("lists of other things", "ema in settings", "ema in an optimiser"),
     ],
 )
 def test_nothing_is_said_of_a_plain_training_state(tmp_path, caplog, form: str) -> None:
@@ -303,6 +312,53 @@ def test_nothing_is_said_of_a_plain_training_state(tmp_path, caplog, form: str) 
         BackboneConfig(checkpoint=str(tmp_path / "net.pt"), args={"num_heads": 2, "num_classes": 3})
     )
     assert not caplog.records
+
+
+@pytest.mark.parametrize(
+    "earlier",
+    [
+        {"topk": [{"ema": 1}, {"ema": 2}]},
+        {"ema_by_step": {1000: 1, 2000: 2}},
+        {"ema_history": [1, 2]},
+    ],
+)
+def test_a_history_of_averages_leaves_the_clear_one(earlier: dict) -> None:
+    net = random_dit().state_dict()
+
+    def filled(part):
+        if isinstance(part, dict):
+            return {k: filled(v) for k, v in part.items()}
+        return list(map(filled, part)) if isinstance(part, list) else others(net)
+
+    found = find_weights({"model": others(net), "ema": net, **filled(earlier)})
+    assert found.source == "ema" and found.state["pos_embed"] is net["pos_embed"]
+    assert len(found.notes) == 1 and "such weights in" in found.notes[0]
+
+
+def test_a_history_of_weights_leaves_the_clear_ones_of_an_unusual_name() -> None:
+    net = random_dit().state_dict()
+    past = [others(net), others(net)]
+    assert find_weights({"generator": net, "history": past}).source == "generator"
+
+
+def test_an_average_from_a_list_is_named() -> None:
+    net = random_dit().state_dict()
+    found = find_weights({"model": others(net), "ema": [net]})
+    assert found.notes == ("the weights are those of ema.0, averaged, not those of model",)
+
+
+def test_long_lists_of_numbers_are_not_looked_into(monkeypatch) -> None:
+    looked = []
+    true_look = wrappers._candidates
+
+    def look(data, *args):
+        looked.append(data)
+        return true_look(data, *args)
+
+    monkeypatch.setattr(wrappers, "_candidates", look)
+    numbers = [0.5] * 1000
+    find_weights({"model": random_dit().state_dict(), "losses": numbers, "by_step": {3: 0.5}})
+    assert not any(isinstance(data, float) for data in looked)
 
 
 def test_an_average_of_nothing_alone_is_taken_and_said(tmp_path) -> None:
