@@ -106,8 +106,9 @@ def check_options(checkpoint: str, options: Mapping[str, Any], diffusion: Diffus
     """
     if diffusion.process != "discrete":
         return
-    given = dict.fromkeys(TIMESTEPS, diffusion.num_train_timesteps)
-    other = {key: options[key] for key in given if options.get(key, given[key]) != given[key]}
+    other = {key: options[key] for key in TIMESTEPS if key in options}
+    if diffusion.num_train_timesteps in other.values():  # another may be of a sampler
+        other = {}
     schedule = options.get(NOISE_SCHEDULE, "").lower()
     if schedule in _SCHEDULES and diffusion.beta_schedule not in _SCHEDULES[schedule]:
         other[NOISE_SCHEDULE] = options[NOISE_SCHEDULE]

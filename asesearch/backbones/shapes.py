@@ -19,7 +19,7 @@ from typing import Any
 
 from asesearch.backbones import dit, uvit
 from asesearch.backbones.files import Contents
-from asesearch.backbones.wrappers import FLAGS, HINTS, NOISE_FLAGS, PATH, PREDICTIONS
+from asesearch.backbones.wrappers import FLAGS, FLOWS, HINTS, NOISE_FLAGS, PATH, PREDICTIONS
 from asesearch.errors import CheckpointError, ConfigError
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -156,12 +156,14 @@ def _refuse_others(contents: Contents, shapes: Shapes) -> None:
             raise CheckpointError(
                 f"{path} holds {name}'s weights as its authors released them; {fix}"
             )
+    options = contents.options
     for key, is_other in _IS_OTHER.items():
-        value = contents.options.get(key)
-        if value is not None and is_other(value):
+        value = options.get(key)
+        if value is not None and is_other(value) and not (key == PATH and _says_eps(options)):
             raise CheckpointError(
                 f"{path} was trained with {key} = {value!r}, as its options say; asesearch's DiT "
-                "and U-ViT predict noise; give a network that does"
+                "and U-ViT predict noise; give a network that does, or the weights alone where "
+                "these options are not theirs"
             )
 
 
@@ -169,6 +171,14 @@ def _is_not_noise(value: str) -> bool:
     """Whether an option's value, unlike "EPSILON" or "eps_theta", names not noise alone."""
     words = set(re.findall(r"[^\W_]+", value.lower()))
     return not words & _NOISE or not words <= _NOISE | _FILLING
+
+
+def _says_eps(options: Mapping[str, Any]) -> bool:
+    """Whether options say that there is no flow, or that the network predicts what all but SiT,
+    which says noise, call eps: then `path_type` is no path of SiT's."""
+    predicted = (str(options.get(key, "")) for key in PREDICTIONS)
+    eps = any(not _is_not_noise(value) and "eps" in value.lower() for value in predicted)
+    return eps or any(options.get(key) is False for key in FLOWS)
 
 
 def _names_another(value: str) -> bool:

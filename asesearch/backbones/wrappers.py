@@ -61,11 +61,13 @@ HINTS = (
     *("objective", "parametrization", "pred_type", "pred_mode", "mean_type", "model_mean_type"),
     *("target", "target_type", "loss", "loss_type"),
 )
+#: Those that say, if true, that it is the flow from data to noise.
+FLOWS = ("flow_matching", "use_flow_matching", "rectified_flow", "use_rectified_flow")
 #: Those that say, if true, that it is something else than noise.
 FLAGS = (
     *("predict_xstart", "predict_x0", "pred_xstart", "pred_x0"),
     *("v_prediction", "v_pred", "predict_v", "pred_v", "predict_velocity"),
-    *("flow_matching", "use_flow_matching", "rectified_flow", "use_rectified_flow"),
+    *FLOWS,
 )
 #: Those that say so if they are false.
 NOISE_FLAGS = ("predict_epsilon", "predict_eps", "predict_noise")
@@ -97,6 +99,13 @@ _OTHER_SECTION = re.compile(
     "|classifier(?!_?free))",
     re.IGNORECASE,
 )
+#: In the name of a section that tells of something else than how the network was trained.
+_NO_TRAINING = re.compile(
+    "(?<![a-z])(?:sampl|eval|test|infer|data|(?:first|cond)_?stage|lr(?![a-z])|optim)",
+    re.IGNORECASE,
+)
+#: That of a learning rate, or of a diffusion process which has no path from data to noise.
+_SCHEDULER = re.compile("scheduler", re.IGNORECASE)
 
 
 class NoWeightsError(ValueError):
@@ -286,7 +295,7 @@ def _entries(data: Mapping[Any, Any] | Sequence[Any]) -> Iterator[tuple[str, Any
         if not pair or isinstance(data, Mapping):
             yield str(key), value
         elif isinstance(value[1], _HOLDERS):
-            yield value[0], value[1]
+            yield str(value[0]), value[1]
 
 
 def _says_average(name: str) -> bool:
@@ -415,8 +424,9 @@ def training_options(data: object) -> dict[str, Any]:
     """What the options of the training, kept beside the weights, tell of the network.
 
     An option that stands there twice with different values is left out, and so is what stands in
-    the section of another network, such as a discriminator; counts are believed only in sections
-    that are the network's or the whole training's by name.
+    the section of another network, such as a discriminator, or of something else than training,
+    such as a sampler; counts are believed only in sections that are the network's or the whole
+    training's by name.
     """
     found: dict[str, list[Any]] = {}
     _collect(data, (), found)
@@ -439,4 +449,7 @@ def _is_told(option: str, path: tuple[str, ...]) -> bool:
         words = (word for part in path for word in re.findall("[a-z]+", part.lower()))
         return all(_OWN_SECTION.fullmatch(word) for word in words)
     # what the network predicts is told so that others are refused: believed unless surely another's
-    return not any(_OTHER_SECTION.search(part) for part in path)
+    others = [_OTHER_SECTION]
+    if option not in PREDICTIONS:  # names that mean other things elsewhere
+        others += [_NO_TRAINING, _SCHEDULER] if option == PATH else [_NO_TRAINING]
+    return not any(other.search(part) for other in others for part in path)

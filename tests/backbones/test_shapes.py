@@ -445,6 +445,13 @@ def test_flattened_parameters_are_told(tmp_path, prefix: str) -> None:
         ({"objective": "pred_noise", "predict_epsilon": True, "v_prediction": False}, False),
         ({"model_mean_type": "EPSILON", "target": "ldm.models.DiT", "loss": "mse"}, False),
         ({"mean_type": "epsilon", "path_type": "VP", "loss_type": "l2"}, False),
+        ({"path_type": "linear", "prediction_type": "epsilon"}, False),
+        ({"path_type": "linear", "flow_matching": False}, False),
+        ({"path_type": "linear", "v_prediction": False}, True),
+        ({"scheduler": {"path_type": "linear"}}, False),  # of the learning rate
+        ({"data": {"target": "sample"}, "first_stage": {"loss": "v"}}, False),
+        ({"sampler": {"predict_x0": True}, "lr_schedule": {"objective": "v"}}, False),
+        ({"prediction": "v", "metadata": {}}, True),
     ],
 )
 def test_a_network_trained_to_predict_something_else_is_refused(
@@ -557,6 +564,10 @@ def test_another_process_than_the_releases_is_told(from_one, process, said, capl
         ({"diffusion_steps": 4000}, {"num_train_timesteps": 4000}, None),
         ({"diffusion_steps": 4000}, {"process": "vp-sde"}, None),
         ({"noise_schedule": "linear", "diffusion_steps": 1000}, {}, None),
+        ({"sampler": {"diffusion_steps": 50}}, {}, None),
+        ({"sampling": {"noise_schedule": "cosine"}, "eval": {"diffusion_steps": 50}}, {}, None),
+        ({"diffusion_steps": 250, "num_train_timesteps": 1000}, {}, None),
+        ({"train": {"diffusion_steps": 250}}, {}, "diffusion_steps = 250"),
         ({}, {"num_train_timesteps": 4000}, None),
     ],
 )
