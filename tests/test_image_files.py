@@ -517,6 +517,19 @@ def test_images_are_decoded_once_and_again_when_they_change(some_damaged, monkey
         assert len(decoded) == 12
 
 
+def test_only_tiffs_are_checked_again_for_their_signed_bytes(tmp_path, monkeypatch):
+    names = ["a.TIF", "b.tif.png", "c.jpg", "d.tiff"]
+    for name in names:
+        write(tmp_path / "whole" / name)
+    with monkeypatch.context() as before:
+        before.setattr(checking, "VERSION_OF_TIFF", 1)
+        ImageFolder(tmp_path / "whole", 16).damaged()
+    decoded = []
+    monkeypatch.setattr(checking, "check_image", lambda path: decoded.append(path.name))
+    ImageFolder(tmp_path / "whole", 16).damaged()
+    assert sorted(decoded) == ["a.TIF", "d.tiff"]
+
+
 def test_two_that_begin_at_once_check_each_image_once(tmp_path, monkeypatch):
     for i in range(12):
         write(tmp_path / "whole" / f"{i}.png")

@@ -291,6 +291,45 @@ def test_what_can_not_be_looked_at_is_no_broken_link(pets, monkeypatch, number):
         ImageFolder(pets, 8)
 
 
+@pytest.mark.parametrize(
+    ("name", "refused"),
+    [
+        *(("cat/Thumbs.db", False), ("@eaDir", False), ("cat/notes.txt", False)),
+        *(("labels.csv", False), ("cat/classes.json", False)),
+        *(("cat/x.PNG", True), ("cat/more", True), ("cow.2", True), ("classes.json", True)),
+    ],
+)
+def test_what_is_no_image_need_not_be_looked_at(pets, monkeypatch, name, refused):
+    """As a link into a folder of another user."""
+    whole = ImageFolder(pets, 8)
+    (pets / name).symlink_to("/nowhere")
+    true_scan = os.scandir
+
+    class Entry:
+        def __init__(self, entry):
+            self.name = entry.name
+            self.path = entry.path
+            self.entry = entry
+
+        def stat(self):
+            if Path(self.path) == pets / name:
+                raise PermissionError(errno.EACCES, "Permission denied")
+            return self.entry.stat()
+
+        def is_dir(self):
+            return self.entry.is_dir()
+
+        def is_file(self):
+            return self.entry.is_file()
+
+    monkeypatch.setattr(os, "scandir", lambda path: map(Entry, true_scan(path)))
+    if refused:
+        with pytest.raises(DataError, match=re.escape(f"can't read {pets / name}: Permission")):
+            ImageFolder(pets, 8)
+    else:
+        assert len(ImageFolder(pets, 8)) == len(whole)
+
+
 def test_a_class_of_images_that_are_not_read_says_so(pets):
     write(pets / "cow" / "a.gif")
     with pytest.raises(DataError, match=r"only \.gif, which is not read, in cow; convert it$"):

@@ -24,7 +24,8 @@ from asesearch.locks import waited_if_possible
 
 READERS = 16  # threads, at most
 KEEP_EVERY = 20_000  # files between writes of what is known
-VERSION = 2  # of what `check_image` finds
+#: Of what `check_image` finds: 2 where it began to find more, the signed bytes of TIFFs.
+VERSION, VERSION_OF_TIFF = 1, 2
 
 Fault = TypeVar("Fault")
 _log = logging.getLogger(__name__)
@@ -97,7 +98,8 @@ def _checked(
 
 
 def _key(file: ImageFile) -> int:
-    text = f"{VERSION} {file.name} {file.size} {file.mtime_ns}{file.mark}"
+    version = VERSION_OF_TIFF if file.name.lower().endswith((".tif", ".tiff")) else VERSION
+    text = f"{version} {file.name} {file.size} {file.mtime_ns}{file.mark}"
     return int.from_bytes(
         hashlib.blake2b(text.encode("utf-8", "surrogateescape"), digest_size=8).digest(), "big"
     )

@@ -251,6 +251,12 @@ def _list(
             is_folder = entry.is_dir()
         except OSError as error:
             if entry.name[0] != "." and error.errno not in _NOWHERE:
+                if entry.name.lower() in SYSTEM_NAMES:
+                    found.counts[f"{printable(entry.name)} file"] += 1
+                    continue
+                if _is_other_file(entry.name, prefix):
+                    _note_other(found, entry.name, prefix)
+                    continue
                 raise DataError(
                     f"can't read {printable(entry.path)}: {error.strerror}; check the permissions "
                     "of what it lies in or links to, and that the storage is mounted"
@@ -273,6 +279,14 @@ def _list(
         else:
             _note_other(found, entry.name, prefix)
     return below
+
+
+def _is_other_file(name: str, prefix: str) -> bool:
+    """Whether a name is that of a file that is no image and is not read: with a suffix of a few
+    letters, as folders rarely have."""
+    suffix = os.path.splitext(name)[1].lower()
+    usual = 2 <= len(suffix) <= 6 and suffix[1:].isalpha() and suffix not in IMAGE_SUFFIXES
+    return usual and (prefix != "" or name not in OWN_FILES)
 
 
 def _note_other(found: Listing, name: str, prefix: str) -> None:
