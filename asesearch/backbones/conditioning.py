@@ -21,6 +21,7 @@ Conditioning = Tensor | dict[str, Tensor]
 Given = Conditioning | Sequence[int] | npt.NDArray[Any]
 #: A prompt's embedding (N, L, D), and which of its tokens count (N, L), all where there is none.
 TOKENS, MASK = "encoder_hidden_states", "encoder_attention_mask"
+_EXCLUDED = -10000.0  # of diffusers' bias, where a token does not count
 
 
 def conditioning_of(y: Given | None) -> Conditioning | None:
@@ -118,14 +119,19 @@ def matched(a: Conditioning, b: Conditioning) -> tuple[Conditioning, Conditionin
     length = max(one[TOKENS].shape[1], other[TOKENS].shape[1])
     if MASK not in one.keys() | other.keys() and one[TOKENS].shape[1] == other[TOKENS].shape[1]:
         return a, b
-    return _padded(one, length), _padded(other, length)
+    biased = any(MASK in prompt and prompt[MASK].ndim == 3 for prompt in (one, other))
+    return _padded(one, length, biased), _padded(other, length, biased)
 
 
-def _padded(prompt: dict[str, Tensor], length: int) -> dict[str, Tensor]:
+def _padded(prompt: dict[str, Tensor], length: int, biased: bool) -> dict[str, Tensor]:
+    """A prompt of `length` tokens, with a mask (N, L), or diffusers' bias (N, 1, L) if `biased`."""
     tokens = prompt[TOKENS]
     mask = prompt.get(MASK, tokens.new_ones(tokens.shape[:2]))
+    if biased and mask.ndim == 2:
+        mask = ((1 - mask.to(tokens.dtype)) * _EXCLUDED).unsqueeze(1)  # (N, 1, L)
     more = length - tokens.shape[1]
-    return prompt | {TOKENS: pad(tokens, (0, 0, 0, more)), MASK: pad(mask, (0, more))}
+    rest = pad(mask, (0, more), value=_EXCLUDED if biased else 0)
+    return prompt | {TOKENS: pad(tokens, (0, 0, 0, more)), MASK: rest}
 
 
 def repeat(y: Conditioning, count: int) -> Conditioning:

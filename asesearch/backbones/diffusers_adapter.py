@@ -147,7 +147,8 @@ class DiffusersBackbone(Backbone):
                 "the text encoder it was trained with"
             )
         mask = prompt.get(MASK)
-        if mask is not None and mask.shape != tokens.shape[:2]:
+        shapes = (tokens.shape[:2], (tokens.shape[0], 1, tokens.shape[1]))  # a bias is diffusers'
+        if mask is not None and tuple(mask.shape) not in shapes:
             raise ConfigError(
                 f"{MASK} must be {tuple(tokens.shape[:2])}, one entry for each token; got "
                 f"{tuple(mask.shape)}; give the text encoder's own"

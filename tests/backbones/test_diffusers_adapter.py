@@ -347,7 +347,8 @@ def test_prompts_are_checked_before_the_forward():
         net.check_conditioning({**y, "encoder_hidden_states": torch.zeros(N, TOKENS, 11)}, N)
     with pytest.raises(ConfigError, match=r"must have shape \(N, L, 12\).*; got \(5, 12\)"):
         net.check_conditioning({**y, "encoder_hidden_states": torch.zeros(N, 12)}, N)
-    for shape in ((N, TOKENS + 1), (N, 1, TOKENS)):
+    net.check_conditioning({**y, "encoder_attention_mask": torch.zeros(N, 1, TOKENS)}, N)
+    for shape in ((N, TOKENS + 1), (N, 1, TOKENS + 1), (N, 2, TOKENS)):
         with pytest.raises(ConfigError, match="encoder_attention_mask must be .5, 3., one entry"):
             net.check_conditioning({**y, "encoder_attention_mask": torch.ones(shape)}, N)
     with pytest.raises(ConfigError, match="embeddings 12 wide; got 11"):
@@ -367,6 +368,21 @@ def test_prompts_of_another_type_are_taken(dtype):
     ours = {k: v.float() if v.is_floating_point() else v for k, v in y.items()}
     with torch.no_grad():
         assert torch.equal(guided(net, x_t, t, theirs, 2.0), guided(net, x_t, t, ours, 2.0))
+
+
+@pytest.mark.parametrize("tokens", [2, TOKENS, 5])
+@pytest.mark.parametrize("null_masked", [True, False])
+def test_an_additive_bias_is_as_good_as_the_mask(tokens, null_masked):
+    model, x_t, t, y = case("pixart")
+    mask = y["encoder_attention_mask"]
+    biased = y | {"encoder_attention_mask": ((1 - mask.float()) * -10000.0).unsqueeze(1)}
+    null = {"encoder_hidden_states": torch.randn(1, tokens, 12)}
+    if null_masked:
+        null["encoder_attention_mask"] = torch.tensor([[1, 0, 0, 0, 0][:tokens]])
+    net = DiffusersBackbone(model, null)
+    net.check_conditioning(biased, N)
+    with torch.no_grad():
+        assert torch.equal(guided(net, x_t, t, biased, 2.0), guided(net, x_t, t, y, 2.0))
 
 
 @pytest.mark.parametrize("name", ["pixart", "sana"])
