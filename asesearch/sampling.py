@@ -209,7 +209,7 @@ def sample(
             compiled here, or compiled blocks with an acceleration.
         ScheduleError: a schedule for another network or number of timesteps.
     """
-    solver, timesteps = check_sampling(backbone, solver, diffusion, num_steps, cfg_scale)
+    solver, timesteps = check_sampling(backbone, solver, diffusion, num_steps, cfg_scale, precision)
     seeds = seeds_of(seeds)
     y = conditioning_of(y)
     check_images(backbone, seeds, y, batch_size)
@@ -288,7 +288,12 @@ def _counting(backbone: Backbone, acceleration: Acceleration | None) -> Iterator
 
 
 def check_sampling(
-    backbone: Backbone, solver: str | Solver, diffusion: Process, num_steps: int, cfg_scale: float
+    backbone: Backbone,
+    solver: str | Solver,
+    diffusion: Process,
+    num_steps: int,
+    cfg_scale: float,
+    precision: str = "float32",
 ) -> tuple[Solver, tuple[float, ...]]:
     """Refuse a sampler that the network can't be sampled with, before anything is trained for it.
 
@@ -297,9 +302,10 @@ def check_sampling(
 
     Raises:
         ConfigError: solver, process, network, steps and guidance do not fit each other, or are
-            something else; a network whose weights are not float32.
+            something else; a network whose weights are not float32, nor in half precision where
+            `precision` is bf16.
     """
-    check_network(backbone, "precision = 'bf16'")
+    check_network(backbone, "precision = 'bf16'", half=precision == "bf16")
     check_process(diffusion)
     if backbone.prediction_type != "epsilon":
         raise ConfigError(

@@ -159,6 +159,16 @@ def test_what_is_nearly_right_is_refused_with_the_fix(tiny_dit, tiny_images):
         tiny_dit.float()
     with pytest.raises(ConfigError, match="must be float32; got torch.float64"):
         finetune(*right, teacher=copy.deepcopy(tiny_dit).double())
+    with pytest.raises(ConfigError, match="must be float32; got torch.bfloat16"):
+        in_two_steps(tiny_dit, tiny_images, teacher=copy.deepcopy(tiny_dit).bfloat16())
+
+
+def test_a_teacher_may_be_in_half_precision_where_it_is_not_used(tiny_dit, tiny_images):
+    teacher = copy.deepcopy(tiny_dit).bfloat16()
+    config = with_(CONFIG, num_steps=2, distill_frac=0)
+    assert len(
+        finetune(tiny_dit, tiny_images, Diffusion(), SCHEDULE, config, teacher=teacher).losses
+    )
 
 
 def test_a_setting_of_the_wrong_type_is_an_error_of_its_own():

@@ -362,8 +362,19 @@ def test_what_is_no_network_of_float32_is_refused(net: DiT) -> None:
     for dtype in (torch.float16, torch.float64):
         with pytest.raises(ConfigError, match=f"must be float32; got {dtype} in .*'bf16' for fast"):
             make(copy.deepcopy(net).to(dtype), "ddim", Diffusion(), [0])
+    with pytest.raises(ConfigError, match=r"must be float32; got torch.float64"):
+        make(copy.deepcopy(net).double(), "ddim", Diffusion(), [0], precision="bf16")
     with pytest.raises(ConfigError, match=r"must be a Backbone; got SimpleNamespace; .*\.backbone"):
         make(SimpleNamespace(num_classes=0), "ddim", Diffusion(), [0])
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_the_memory_is_enough_where_the_arithmetic_is_bf16(net: DiT, dtype) -> None:
+    options = {"solver": "ddim", "process": Diffusion(), "seeds": [0, 1], "precision": "bf16"}
+    whole = make(net, **options).images
+    half = make(copy.deepcopy(net).to(dtype), **options).images
+    assert half.dtype == torch.float32
+    torch.testing.assert_close(half, whole, rtol=0, atol=0.05 * float(whole.abs().max()))
 
 
 def test_casts_of_the_callers_autocast_are_not_used_nor_left_behind(net: DiT) -> None:

@@ -259,9 +259,13 @@ def own_labels(net: Backbone, y: Conditioning | None, batch: int) -> Conditionin
     return torch.zeros(batch, dtype=torch.long) if net.num_classes == 1 else y
 
 
-def check_network(net: Backbone, faster: str) -> None:
-    """Refuse what is no network, or one whose weights are not float32; `faster` is the setting that
-    computes in bfloat16.
+def check_network(net: Backbone, faster: str, *, half: bool = False) -> None:
+    """Refuse what is no network, or one whose weights are not float32.
+
+    Args:
+        net: the network.
+        faster: the setting that computes in bfloat16, for the message.
+        half: weights in float16 or bfloat16 are taken too, as under autocast they can be.
 
     Raises:
         ConfigError: as said.
@@ -271,8 +275,9 @@ def check_network(net: Backbone, faster: str) -> None:
             f"the network must be a Backbone; got {type(net).__name__}; of a bundle take its "
             ".backbone, and put a transformer of diffusers into DiffusersBackbone"
         )
+    taken = {torch.float32} | ({torch.float16, torch.bfloat16} if half else set())
     for name, value in net.named_parameters():
-        if value.is_floating_point() and value.dtype != torch.float32:
+        if value.is_floating_point() and value.dtype not in taken:
             raise ConfigError(
                 f"the network's weights must be float32; got {value.dtype} in {name}; make them so "
                 f"with .float(), and set {faster} for faster arithmetic"

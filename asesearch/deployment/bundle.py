@@ -147,7 +147,7 @@ class Bundle:
         check_images(self.backbone, seeds, self._conditioning(seeds, y), how.batch_size)
         diffusion = make_diffusion(self.diffusion)
         _, timesteps = check_sampling(
-            self.backbone, how.solver, diffusion, how.num_steps, how.cfg_scale
+            self.backbone, how.solver, diffusion, how.num_steps, how.cfg_scale, how.precision
         )
         check_acceleration(self.acceleration, len(timesteps), how.compile, how.cfg_scale)
         return how, timesteps

@@ -264,7 +264,9 @@ def _check_together(folder: Path, net: Backbone, told: _Told) -> None:
     try:
         check_schedule(net, told.diffusion.num_train_timesteps, told.schedule)
         diffusion = make_diffusion(told.diffusion)
-        _, steps = check_sampling(net, how.solver, diffusion, how.num_steps, how.cfg_scale)
+        _, steps = check_sampling(
+            net, how.solver, diffusion, how.num_steps, how.cfg_scale, how.precision
+        )
         check_acceleration(told.acceleration, len(steps), how.compile, how.cfg_scale)
         if told.acceleration is not None:
             with attached(told.acceleration, net):

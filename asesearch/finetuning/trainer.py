@@ -71,7 +71,7 @@ class Trainer(TrainingStep):
         run_dir: folder for the checkpoint that makes the run resumable; None = not resumable.
         teacher: full-depth network for distillation; by default `backbone`, if `distill_frac` > 0.
             In eval mode on the device it is used as it is, so don't change it during the run; else
-            it is copied.
+            it is copied. Under mixed precision its weights may be in half precision.
         accelerator: for several processes or devices; by default one is made.
         exits_only: timesteps at which the schedule runs all blocks are not trained on.
 
@@ -95,7 +95,9 @@ class Trainer(TrainingStep):
     ) -> None:
         check_fit(backbone, data, diffusion, schedule, config)
         if teacher is not None:
-            check_network(teacher, "mixed_precision = 'bf16'")
+            modes = (config.mixed_precision, getattr(accelerator, "mixed_precision", "no"))
+            half = config.distill_frac == 0 or set(modes) != {"no"}
+            check_network(teacher, "mixed_precision = 'bf16'", half=half)
         check_memory(
             config.batch_size, 4 * math.prod(data.shape), "a batch of images", "lower batch_size"
         )
