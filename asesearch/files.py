@@ -198,10 +198,11 @@ def check_room(folder: str | os.PathLike[str], size: int, what: str) -> None:
         WriteError: it has not.
     """
     try:
-        free = shutil.disk_usage(_there(Path(folder))).free
-    except OSError:  # a file system that does not tell
+        usage = shutil.disk_usage(_there(Path(folder)))
+    except OSError:
         return
-    if free < size:
+    free = usage.free
+    if usage.total and free < size:  # one that does not tell has 0 in all
         needed = math.ceil(size / 1e5) / 10  # never as much as there is
         raise WriteError(
             f"{what} takes {needed:,.1f} MB; got {free // 1e5 / 10:,.1f} MB of free space for "

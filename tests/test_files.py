@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from safetensors.torch import save_file
 from asesearch.deployment.writing import check_bundle_dir, whole_folder
 from asesearch.errors import AseSearchError, ConfigError, WriteError
 from asesearch.files import (
+    check_room,
     check_utf8,
     check_writable,
     file_sha256,
@@ -205,6 +207,16 @@ def test_an_array_that_numpy_could_write_in_part_is_told_to_make_room(tmp_path):
         raise OSError("819200 requested and 1984 written")
     why = "only a part of it could be written; make room there, or choose another folder"
     assert str(caught.value) == f"can't write to {tmp_path}/a.npy: {why}"
+
+
+def test_a_file_system_that_tells_no_size_has_room(tmp_path, monkeypatch):
+    """As a tmpfs without a limit, a ramfs, and FUSE without statfs."""
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(total=0, used=0, free=0))
+    check_room(tmp_path, 10**9, "a file")
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=0))
+    with pytest.raises(WriteError, match="takes 1,000.0 MB; got 0.0 MB of free space"):
+        check_room(tmp_path, 10**9, "a file")
 
 
 def test_two_paths_share_room_whether_they_are_there_or_not(tmp_path):

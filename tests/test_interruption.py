@@ -91,6 +91,31 @@ def test_it_is_not_lost_amid_what_nobody_called(capsys):
     assert sys.unraisablehook is told
 
 
+class Failing:
+    """Fails with an error when it is freed."""
+
+    def __init__(self, error):
+        self.error = error
+
+    def __del__(self):
+        raise self.error
+
+
+@pytest.mark.parametrize("again", [False, True], ids=["once", "twice"])
+def test_what_fails_while_ctrl_c_passes_is_no_second_one(monkeypatch, again):
+    begun, told = [], []
+    monkeypatch.setattr(sys, "unraisablehook", told.append)
+    monkeypatch.setattr("_thread.start_new_thread", lambda *_: begun.append(1))
+    error = KeyboardInterrupt() if again else ValueError()
+    with pytest.raises(KeyboardInterrupt), none_lost():
+        thing = Failing(error)
+        try:
+            raise KeyboardInterrupt
+        finally:
+            del thing
+    assert len(begun) == again and len(told) == (not again)
+
+
 def test_another_error_there_is_told_as_ever(monkeypatch):
     told = []
     monkeypatch.setattr(sys, "unraisablehook", told.append)

@@ -50,6 +50,17 @@ def _is_by_hand(error: BaseException) -> bool:
     return any(isinstance(e, KeyboardInterrupt) for e in led_to(error))
 
 
+def _is_new(error: BaseException) -> bool:
+    """Whether an error comes of another Ctrl-C than the one that is being handled: what fails while
+    that one passes has it as its context."""
+    now = sys.exc_info()[1]
+    handled = [] if now is None else led_to(now)
+    return any(
+        isinstance(e, KeyboardInterrupt) and not any(e is other for other in handled)
+        for e in led_to(error)
+    )
+
+
 @contextmanager
 def none_lost() -> Iterator[None]:
     """Inside, no Ctrl-C is thrown away.
@@ -61,7 +72,7 @@ def none_lost() -> Iterator[None]:
     told = sys.unraisablehook
 
     def hook(lost: sys.UnraisableHookArgs) -> None:
-        if lost.exc_value is None or not _is_by_hand(lost.exc_value):
+        if lost.exc_value is None or not _is_new(lost.exc_value):
             told(lost)
             return
         with suppress(RuntimeError):  # no thread begins while Python ends

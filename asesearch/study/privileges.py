@@ -12,7 +12,8 @@ FIX = (
     "that it owns"
 )
 _DENIED = "42501"  # PostgreSQL's insufficient_privilege
-_SIGNS = ("permission denied", "command denied")  # in the words of PostgreSQL and MySQL
+# in the words of PostgreSQL and MySQL; a socket or a file that may not be opened names no object
+_SIGNS = ("permission denied for ", "command denied to user")
 _VERSIONS = {"alembic_version", "version_info"}  # written when the tables are made
 
 #: Tables that a search writes, with the column that a sequence numbers.

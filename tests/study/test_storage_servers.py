@@ -11,6 +11,7 @@ import sqlalchemy as sa
 from asesearch.errors import StudyError
 from asesearch.search.runner import run_trials
 from asesearch.study.opening import check_to_search
+from asesearch.study.privileges import is_denied
 from asesearch.study.storage import IDENTITY
 from asesearch.study.study import Study
 from asesearch.study.urls import parse_url, with_driver
@@ -273,6 +274,21 @@ def test_a_role_that_may_not_write_in_the_tables_is_refused_ahead(tmp_path, port
     assert check_to_search(make_config(storage=url), tmp_path / "run") is not None
     config = make_config(num_trials=1, storage=url)
     run_trials(Study(config, tmp_path / "run"), FakeBench(config=config))
+
+
+@pytest.mark.parametrize(
+    ("text", "denied"),
+    [
+        ("permission denied for schema public", True),
+        ("permission denied for table trials", True),
+        ("(1142, \"INSERT command denied to user 'u'@'h' for table 'trials'\")", True),
+        ('connection to server on socket "/run/.s.PGSQL.5432" failed: Permission denied', False),
+        ("could not open file base/5/1259: Permission denied", False),
+        ('private key file "/home/u/key": Permission denied', False),
+    ],
+)
+def test_only_missing_rights_of_sql_are_told_to_be_given(text, denied):
+    assert is_denied(RuntimeError(text), text) is denied
 
 
 def test_no_server_is_one_line(tmp_path):
