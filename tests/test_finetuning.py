@@ -752,7 +752,7 @@ def test_two_processes_give_the_result_of_one(full_depth, tmp_path):
     assert any(k.startswith(EXITS) for k in states[0]) == (full_depth == "pretrained")
 
 
-def test_a_study_files_full_depth_is_kept_to(tmp_path):
+def test_a_study_files_full_depth_is_kept_to(tmp_path, monkeypatch):
     """With the pretrained weights at full depth only early exits' own are trained, from a network
     or from such weights; under all blocks the network is."""
     text = {
@@ -765,9 +765,16 @@ def test_a_study_files_full_depth_is_kept_to(tmp_path):
     config = parse_study(text, "own.toml")
     pretrained = load_backbone(config.backbone)
     out = tmp_path / "own.safetensors"
-    training = StudyTraining(config, "12 12 3", out, tmp_path / "1")
+    asked = {}
+    with monkeypatch.context() as patch:
+        patch.setattr("asesearch.finetuning.from_file.share_room", lambda *_: False)
+        room = "asesearch.finetuning.from_file.check_room"
+        patch.setattr(room, lambda _, size, what: asked.update({what: size}))
+        training = StudyTraining(config, "12 12 3", out, tmp_path / "1")
     training.write(training.run())
     found = load_file(out)
+    written = sum(t.numel() * t.element_size() for t in found.values())
+    assert 0.95 * written < asked["the trained network"] <= written
     assert any(k.startswith(f"{EXITS}blocks.2.") for k in found)
     assert not any(k.startswith(f"{EXITS}blocks.3.") for k in found)  # nothing reads it
     assert all(torch.equal(found[k], v) for k, v in pretrained.state_dict().items())

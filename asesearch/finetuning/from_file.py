@@ -96,12 +96,23 @@ class StudyTraining:
         Raises:
             WriteError: as said.
         """
-        full, *_ = sets = weight_sets(self.backbone)
-        size = sum(t.numel() * t.element_size() for t in full.state_dict().values())
+        net = weight_sets(self.backbone)[-1]
+        size = self._bytes_written()
         together = share_room(self.run_dir, out)
-        check_checkpoint_room(self.run_dir, sets[-1], config.train, result=size if together else 0)
+        check_checkpoint_room(self.run_dir, net, config.train, result=size if together else 0)
         if not together:
             check_room(out.parent, size, "the trained network")
+
+    def _bytes_written(self) -> int:
+        """Of the weights in the end, at least: with those that training gives early exits for their
+        own, but for blocks that none of them reaches, which stay shared."""
+        full, *others = weight_sets(self.backbone)
+        tensors = list(full.state_dict().values())
+        for exits in others:
+            left_out = range(self.schedule.deepest_exit, exits.depth)
+            shared = {id(p) for i in left_out for p in exits.block_at(i).parameters()}
+            tensors += [p for p in exits.parameters() if p.requires_grad and id(p) not in shared]
+        return sum(t.numel() * t.element_size() for t in tensors)
 
     def plan(self) -> dict[str, Any]:
         """Settings, sizes, and the time it will take, measured on a few steps of a dry run."""

@@ -109,7 +109,8 @@ def _check_shared(run_dir: Path) -> None:
 
 
 def _has_others(run_dir: Path) -> bool:
-    """Whether a directory, or a file in it or of its workers, is another user's.
+    """Whether a directory, or a file in it or of its workers, is another user's. Root's tell of
+    nobody who could be shut out: it makes folders for users, and may write everywhere.
 
     Raises:
         OSError: it can't be read.
@@ -120,7 +121,7 @@ def _has_others(run_dir: Path) -> bool:
         paths += (run_dir / WORKERS).iterdir()
     for path in paths:
         with suppress(FileNotFoundError):  # another worker's, a moment ago
-            if path.lstat().st_uid != own:
+            if path.lstat().st_uid not in (own, 0):
                 return True
     return False
 

@@ -1,6 +1,8 @@
 """Names in a study directory fit a file system, and those of earlier releases are found again."""
 
 import os
+import stat
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -67,22 +69,32 @@ def test_a_path_that_sqlite_can_t_open_is_refused_and_no_shorter_one(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("mode", "umask", "own", "refused"),
+    ("mode", "umask", "owner", "refused"),
     [
-        (0o2775, 0o022, False, True),
-        (0o2775, 0o002, False, False),
-        (0o2755, 0o022, False, False),  # the group may not write there
-        (0o2775, 0o022, True, False),  # nobody else has written there
+        (0o2775, 0o022, 12_345, True),
+        (0o2775, 0o002, 12_345, False),
+        (0o2755, 0o022, 12_345, False),  # the group may not write there
+        (0o2775, 0o022, 54_321, False),  # nobody else has written there
+        (0o2775, 0o022, 0, False),  # a volume that Kubernetes made for a pod's group
     ],
-    ids=["shared", "umask 002", "not shared", "alone"],
+    ids=["shared", "umask 002", "not shared", "alone", "root's"],
 )
-def test_who_would_shut_the_group_out_is_refused(tmp_path, monkeypatch, mode, umask, own, refused):
+def test_who_would_shut_the_group_out_is_refused(
+    tmp_path, monkeypatch, mode, umask, owner, refused
+):
     """The files of a user with umask 022 would end the others' searches in mid-work."""
     run_dir = tmp_path / "run"
     run_dir.mkdir()
     run_dir.chmod(mode)
-    if not own:
-        monkeypatch.setattr(os, "geteuid", lambda: 54_321)
+    look = Path.lstat
+
+    def lstat(path):
+        found = list(look(path))
+        found[stat.ST_UID] = owner
+        return os.stat_result(found)
+
+    monkeypatch.setattr(Path, "lstat", lstat)
+    monkeypatch.setattr(os, "geteuid", lambda: 54_321)
     before = os.umask(umask)
     try:
         check_study_dir(run_dir, None)
