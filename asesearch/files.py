@@ -173,7 +173,7 @@ def check_writable(
     path = Path(path)
     target = path / inside
     if not inside and os.path.isdir(path):
-        raise WriteError(f"can't write to {_short(path)}: it is a folder; give the name of a file")
+        raise WriteError(f"can't write to {short(path)}: it is a folder; give the name of a file")
     base = target.parent
     while not os.path.lexists(base) and base != base.parent:
         base = base.parent
@@ -206,7 +206,7 @@ def check_room(folder: str | os.PathLike[str], size: int, what: str) -> None:
         needed = math.ceil(size / 1e5) / 10  # never as much as there is
         raise WriteError(
             f"{what} takes {needed:,.1f} MB; got {free // 1e5 / 10:,.1f} MB of free space for "
-            f"{_short(Path(folder))}; make room there, or choose another folder"
+            f"{short(Path(folder), 140)}; make room there, or choose another folder"
         )
 
 
@@ -297,14 +297,14 @@ def some(names: Sequence[str], most: int = 3) -> str:
     return ", ".join(map(printable, names[:most])) + rest
 
 
-def _short(path: Path) -> str:
-    """A path as it is shown in a message, at most 200 characters of it."""
+def short(path: Path, most: int = 200) -> str:
+    """A path as it is shown in a message, at most so many characters of it."""
     text = printable(path)
-    return text if len(text) <= 200 else f"{text[:197]}…"
+    return text if len(text) <= most else f"{text[: most - 1]}…"
 
 
 def why_not(path: Path, error: Exception) -> str:
-    """One line on why `path` can't be written, and what to do about it.
+    """One line of at most 300 characters on why `path` can't be written, and what to do about it.
 
     Args:
         path: the file or folder.
@@ -316,7 +316,13 @@ def why_not(path: Path, error: Exception) -> str:
         fix = "a file system takes names of 255 bytes and paths of 4,096: give a shorter one"
     elif number in (errno.ENOSPC, errno.EDQUOT):
         fix = "make room there, or choose another folder"
-    return f"can't write to {_short(path)}: {reason}; {fix}"
+    elif number in (errno.EMFILE, errno.ENFILE):
+        fix = "let more files be open at once (ulimit -n)"
+    elif number in (errno.EIO, errno.ESTALE):
+        fix = "see whether its disk or server works, or choose another folder"
+    left = 300 - len(f"can't write to : ; {fix}")
+    shown = short(path, max(left - len(reason), left // 2))
+    return f"can't write to {shown}: {reason[: left - len(shown)]}; {fix}"
 
 
 def _told_by(error: Exception) -> tuple[int | None, str]:
@@ -356,7 +362,7 @@ def read_text(
     Raises:
         AseSearchError: of the class `error`, where the file is missing, unreadable or no such text.
     """
-    shown = _short(Path(path))
+    shown = short(Path(path))
     try:
         raw = Path(path).read_bytes()
     except (OSError, ValueError) as cause:  # ValueError: a NUL character in the path

@@ -14,6 +14,7 @@ from pathlib import Path
 from filelock import BaseFileLock, FileLock, SoftFileLock, Timeout
 
 from asesearch.errors import AseSearchError, StudyError, WriteError
+from asesearch.files import short, why_not
 
 POLL_S = 0.1  # between two looks at a lock that is waited for
 SAY_S = 2.0  # a longer wait is said
@@ -123,10 +124,9 @@ def _acquired(path: Path) -> BaseFileLock | None:
     except (NotImplementedError, UserWarning) as error:
         raise _no_locks(path.parent, str(error)) from error
     except OSError as error:
-        reason = error.strerror or str(error)
         if error.errno in _NO_LOCKS:
-            raise _no_locks(path.parent, reason) from error
-        raise WriteError(_refused(path, reason)) from error
+            raise _no_locks(path.parent, error.strerror or str(error)) from error
+        raise WriteError(_refused(path, error)) from error
     # a mark in its place, which a process that dies leaves behind
     if isinstance(lock, SoftFileLock):
         lock.release()
@@ -134,19 +134,20 @@ def _acquired(path: Path) -> BaseFileLock | None:
     return lock
 
 
-def _refused(path: Path, reason: str) -> str:
+def _refused(path: Path, error: OSError) -> str:
     """Why a lock's file can't be opened, and what to do about it."""
-    if path.is_file() and os.access(path.parent, os.W_OK):
+    denied = error.errno in (errno.EACCES, errno.EPERM)
+    if denied and path.is_file() and os.access(path.parent, os.W_OK):
         return (
-            f"can't write to {path}: {reason}; all who share a folder set umask 002, and whoever "
-            f"owns what others can't write there runs chmod -R g+w on it"
+            f"can't write to {short(path, 150)}: {error.strerror}; all who share a "
+            "folder set umask 002, and whoever owns what others can't write there runs chmod -R "
+            "g+w on it"
         )
-    place = path if os.path.isdir(path) else path.parent
-    return f"can't write to {place}: {reason}; choose a folder you may write to"
+    return why_not(path.parent if denied and not os.path.isdir(path) else path, error)
 
 
 def _no_locks(folder: Path, reason: str) -> StudyError:
     return StudyError(
-        f"workers of a study need file locks in its directory; can't lock a file in {folder} "
-        f"({reason}); choose a directory on a file system that has them"
+        f"workers of a study need file locks in its directory; can't lock a file in "
+        f"{short(folder, 100)} ({reason[:50]}); choose a directory on a file system that has them"
     )

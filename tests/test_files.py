@@ -28,6 +28,7 @@ from asesearch.files import (
     share_room,
     some,
     warn_once,
+    why_not,
     write_json,
 )
 from asesearch.report.folder import write_folder
@@ -207,6 +208,15 @@ def test_an_array_that_numpy_could_write_in_part_is_told_to_make_room(tmp_path):
         raise OSError("819200 requested and 1984 written")
     why = "only a part of it could be written; make room there, or choose another folder"
     assert str(caught.value) == f"can't write to {tmp_path}/a.npy: {why}"
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.ENAMETOOLONG, errno.EACCES, None])
+@pytest.mark.parametrize("length", [20, 150, 4000])
+def test_a_line_on_what_can_t_be_written_is_short(number, length):
+    error = OSError(number, os.strerror(number)) if number else SafetensorError("much " * 100)
+    told = why_not(Path("/" + "a" * length), error)
+    assert len(told) <= 300 and told.startswith(f"can't write to /{'a' * min(length, 90)}")
+    assert (os.strerror(number) if number else "much much much") in told
 
 
 def test_a_file_system_that_tells_no_size_has_room(tmp_path, monkeypatch):

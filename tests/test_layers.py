@@ -13,7 +13,7 @@ ROOT = Path(__file__).parent.parent / "asesearch"
 LEVELS = {
     "errors": 0,
     "files": 1,
-    "locks": 1,
+    "locks": 2,
     "foreign": 2,
     "schedule": 2,
     "sampler": 2,

@@ -108,7 +108,7 @@ def answers(
     unit = points[0].unit if points else "time"
     asked: list[tuple[str, tuple[str, str | None, float | None]]] = [
         (f"fastest with quality within {quality}", ("fastest-within", quality, None)),
-        (f"best quality within {time_frac:g}x the {unit}", ("best-within", None, time_frac)),
+        (f"best quality within {float(time_frac):g}x the {unit}", ("best-within", None, time_frac)),
     ]
     found = []
     for question, how in asked:

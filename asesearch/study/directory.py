@@ -19,7 +19,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from asesearch.errors import ScheduleError, StudyError, WriteError, first_line
-from asesearch.files import check_writable, loads, new_file, real_path, warn_once
+from asesearch.files import check_writable, loads, new_file, real_path, short, warn_once
 from asesearch.sampler import Sampler
 from asesearch.schedule import SLUG_BYTES, ExitSchedule
 
@@ -102,9 +102,9 @@ def _check_shared(run_dir: Path) -> None:
         return
     if made.st_gid == of.st_gid and not made.st_mode & stat.S_IWGRP:
         raise WriteError(
-            f"a directory that a group shares takes files that all of it may write; got {run_dir}, "
-            f"where yours would have the permissions {stat.S_IMODE(made.st_mode):04o} and shut the "
-            "others out; set umask 002"
+            "a directory that a group shares takes files that all of it may write; got "
+            f"{short(run_dir, 140)}, where yours would have the permissions "
+            f"{stat.S_IMODE(made.st_mode):04o} and shut the others out; set umask 002"
         )
 
 

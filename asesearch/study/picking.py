@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from numbers import Real
 
 from asesearch.errors import ConfigError, StudyError
 from asesearch.score import EvaluationResult
@@ -24,9 +25,7 @@ def parse_budget(text: str) -> tuple[str, float]:
         ConfigError: it has none of these forms.
     """
     if not isinstance(text, str):
-        raise ConfigError(
-            f"a quality budget is text: {FORMS}; got {text!r}; write it in quotes, as '{text}'"
-        )
+        raise _no_text(text)
     if text.strip() == "ci":
         return "ci", 0.0
     number = r"\d+(?:\.\d*)?|\.\d+"
@@ -38,6 +37,17 @@ def parse_budget(text: str) -> tuple[str, float]:
     kind = form.lastgroup
     assert kind is not None
     return kind, float(form[kind])
+
+
+def _no_text(budget: object) -> ConfigError:
+    shown = repr(budget)[:60]
+    quotable = _is_number(budget) and len(shown) < 30
+    fix = f"write it in quotes, as '{budget}'" if quotable else "write one of these"
+    return ConfigError(f"a quality budget is text: {FORMS}; got {shown}; {fix}")
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool)
 
 
 def within_quality(budget: str, quality: EvaluationResult, full: EvaluationResult | None) -> bool:
@@ -291,7 +301,7 @@ def _best(
     if allowed:
         return min(allowed, key=lambda p: (p.quality.value, p.cost_frac)), ""
     fastest = min(points, key=lambda p: (p.cost_frac, p.quality.value))
-    budget = f"the {fastest.unit} budget {time_frac:g}"
+    budget = f"the {fastest.unit} budget {float(time_frac):g}"
     return fastest, f"no {what} is within {budget}; the nearest is {fastest}"
 
 
@@ -340,23 +350,21 @@ def check_question(
             "those of Study.results()"
         )
     if mode not in MODES:
-        raise ConfigError(f"pick one of {', '.join(MODES)}; got {mode!r}")
+        raise ConfigError(f"pick one of {', '.join(MODES)}; got {repr(mode)[:60]}")
     if (mode == "fastest-within") != (quality is not None) or (mode == "best-within") != (
         time_frac is not None
     ):
         raise ConfigError(
             "fastest-within takes a quality budget, best-within a time budget, best-quality none; "
-            f"got {mode} with quality {quality!r} and time {time_frac!r}"
+            f"got {mode} with quality {repr(quality)[:60]} and time {repr(time_frac)[:60]}"
         )
     if quality is not None:
         parse_budget(quality)
-    if time_frac is not None:
-        number = isinstance(time_frac, (int, float)) and not isinstance(time_frac, bool)
-        if not (number and 0 < time_frac <= 1):
-            raise ConfigError(
-                "a time budget is a part of the full network's time, above 0 and at most 1; got "
-                f"{time_frac!r}; give a number such as 0.7"
-            )
+    if time_frac is not None and not (_is_number(time_frac) and 0 < time_frac <= 1):
+        raise ConfigError(
+            "a time budget is a part of the full network's time, above 0 and at most 1; got "
+            f"{repr(time_frac)[:60]}; give a number such as 0.7"
+        )
 
 
 def _searched(results: StudyResults) -> list[Scored]:

@@ -1,6 +1,7 @@
 """Several workers at one study: nobody dies beside a long trial, nothing is paid for twice, nothing
 paid for is lost."""
 
+import errno
 import json
 import os
 import re
@@ -464,6 +465,29 @@ def test_a_lock_of_a_user_who_lets_nobody_open_it_is_named_and_kills_no_worker(
             try_lock(tmp_path / "new.lock"),
         ):
             pass
+
+
+@pytest.mark.parametrize(
+    ("number", "fix"),
+    [
+        (errno.EMFILE, r"ulimit -n"),
+        (errno.EIO, "whether its disk or server works"),
+        (errno.ESTALE, "whether its disk or server works"),
+        (errno.ENOSPC, "make room there"),
+        (errno.EPERM, "umask 002"),
+    ],
+)
+def test_only_who_may_not_open_a_lock_is_told_of_the_umask(tmp_path, monkeypatch, number, fix):
+    def refuse(*_, **__):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(locks.FileLock, "acquire", refuse)
+    lock = tmp_path / f"{'a' * 240}.lock"
+    lock.touch()
+    told = f"{os.strerror(number)}; .*{fix}"
+    with pytest.raises(WriteError, match=told) as caught, try_lock(lock):
+        pass
+    assert len(str(caught.value)) <= 300 and ("umask" in str(caught.value)) == (fix == "umask 002")
 
 
 # -- the exploration phase -

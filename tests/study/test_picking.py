@@ -2,6 +2,7 @@
 
 import dataclasses
 import pickle
+from fractions import Fraction
 from types import SimpleNamespace
 
 import numpy as np
@@ -362,10 +363,13 @@ def test_what_is_nearly_a_question_is_refused_with_the_fix():
         (("best-within", None, -1.0), "got -1.0;"),
         (("best-within", None, float("nan")), "got nan;"),
         (("best-within", None, True), "got True;"),
+        (("fastest-within", ["7.5"] * 99), r"got \['7.5', .*; write one of these"),
+        (("fastest-within", True), "got True; write one of these"),
     ):
         for ask in (pick, pick_nearest):
-            with pytest.raises(ConfigError, match=words):
+            with pytest.raises(ConfigError, match=words) as caught:
                 ask(results(), *how)
+            assert len(str(caught.value)) <= 300
     with pytest.raises(ConfigError, match=r"got SimpleNamespace; give those of Study.results\(\)"):
         pick(SimpleNamespace(), "best-quality")
     for wrong in (2.0, 0, "0.7"):
@@ -373,6 +377,16 @@ def test_what_is_nearly_a_question_is_refused_with_the_fix():
             answers(results(), time_frac=wrong)
     with pytest.raises(ConfigError, match="quality budget is text"):
         answers(results(), 7.5)
+
+
+@pytest.mark.parametrize("budget", [np.float32(0.75), np.float64(0.75), Fraction(3, 4)])
+def test_a_time_budget_is_any_real_number(budget):
+    assert pick(results(), "best-within", time_frac=budget) == pick(
+        results(), "best-within", time_frac=0.75
+    )
+    assert [a.question for a in answers(results(), time_frac=budget)] == [
+        a.question for a in answers(results(), time_frac=0.75)
+    ]
 
 
 def test_results_with_images_can_be_pickled_and_compared(tmp_path):
