@@ -6,7 +6,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import combinations, pairwise
 from typing import Any
 
 import numpy as np
@@ -153,10 +153,15 @@ class Comparison:
             )
         if FEW_STUDIES not in set(self.wins["verdict"]):
             return ""
-        counts = f"{', '.join(map(str, sizes[:-1]))} and {sizes[-1]} studies"
+        pairs = {
+            f"{a} and {b}": None
+            for a, b in combinations(sorted(sizes, reverse=True), 2)
+            if a > 1 and not _are_enough(a, b)
+        }
         return (
-            f"Some ranges don't overlap, but of groups of {counts} that happens too often by "
-            "chance to be a win; it takes four of each, or three and five"
+            f"Some ranges don't overlap, but of groups of {' or '.join(pairs)} studies that "
+            "happens too often by chance to be a win; four of each are enough, three and five, or "
+            "two and eight"
         )
 
     def __str__(self) -> str:
@@ -459,6 +464,11 @@ def chance_of_separation(first: int, second: int) -> float:
     return 2 / math.comb(first + second, first)
 
 
+def _are_enough(first: int, second: int) -> bool:
+    """Whether so many studies in each of two groups can tell ranges apart from chance."""
+    return chance_of_separation(first, second) < 1 - CONFIDENCE
+
+
 def _verdict(
     mine: Sequence[Member], theirs: Sequence[Member], time: float, slowest: float = -math.inf
 ) -> str:
@@ -471,8 +481,7 @@ def _verdict(
     if len(a) > 1 or len(b) > 1:
         if max(_median([p]) for p in a) >= min(_median([p]) for p in b):
             return OVERLAP
-        by_chance = chance_of_separation(len(a), len(b))
-        return reason if by_chance < 1 - CONFIDENCE else FEW_STUDIES
+        return reason if _are_enough(len(a), len(b)) else FEW_STUDIES
     if reason == ALONE:
         return ALONE
     (own,), (other,) = a, b

@@ -4,6 +4,7 @@ nothing that was measured in different ways."""
 import json
 import re
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -191,6 +192,32 @@ def test_one_repeat_of_the_evaluation_names_no_winner(study):
     found = compare_results([one, shifted(one, 0.5)])
     assert set(found.wins["verdict"]) == {"spread unknown (one repeat)"}
     assert set(found.wins["winner"]) == {""}
+
+
+@pytest.mark.parametrize(
+    ("sizes", "few"),
+    [
+        ([3, 3], "3 and 3"),
+        ([1, 2], "2 and 1"),
+        ([4, 4, 1], "4 and 1"),  # the two of four can tell
+        ([2, 1, 8], "8 and 1 or 2 and 1"),
+        ([1, 2, 1], "2 and 1"),  # two of one are told apart by their scores
+    ],
+)
+def test_only_groups_that_are_too_few_are_said_to_be(sizes, few):
+    found = SimpleNamespace(
+        groups=pd.DataFrame({"studies": sizes}),
+        wins=pd.DataFrame({"verdict": [comparison.FEW_STUDIES]}),
+    )
+    told = comparison.Comparison.caveat.fget(found)
+    assert f" of groups of {few} studies that happens too often by chance to be a win; " in told
+    assert told.endswith("; four of each are enough, three and five, or two and eight")
+
+
+@pytest.mark.parametrize(("first", "second"), [(4, 4), (3, 5), (2, 8)])
+def test_one_study_fewer_than_are_said_to_be_enough_is_too_few(first, second):
+    assert comparison.chance_of_separation(first, second) < 0.05
+    assert comparison.chance_of_separation(first, second - 1) > 0.05
 
 
 @pytest.mark.thorough
