@@ -34,6 +34,17 @@ def test_every_public_name_is_there_and_listed():
         _ = asesearch.nothing
 
 
+def test_no_function_has_the_name_of_a_module_beside_it():
+    def beside(home, name):
+        folder = Path(importlib.util.find_spec(home).origin).parent
+        return (folder / f"{name}.py").is_file() or (folder / name).is_dir()
+
+    homes = {(home, name) for home, name in asesearch._HOMES.values()}
+    packages = {(h, n) for h, n in homes if importlib.util.find_spec(h).submodule_search_locations}
+    assert packages and not [home for home in packages if beside(*home)]
+    assert beside("asesearch.report", "page")  # negative control
+
+
 def ambient():
     """What a caller may have set, in this thread."""
     return (

@@ -13,7 +13,7 @@ import pytest
 import asesearch
 from asesearch.errors import ConfigError, EvaluationError, StudyError
 from asesearch.report import attainment, compare, comparison, tables
-from asesearch.report.compare import drawings
+from asesearch.report.comparing import drawings
 from asesearch.report.comparison import compare_results
 from asesearch.score import EvaluationResult
 from tests.report.conftest import build, by_flops, no_more
