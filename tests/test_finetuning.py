@@ -752,6 +752,7 @@ def test_two_processes_give_the_result_of_one(full_depth, tmp_path):
     assert any(k.startswith(EXITS) for k in states[0]) == (full_depth == "pretrained")
 
 
+@pytest.mark.thorough
 def test_a_study_files_full_depth_is_kept_to(tmp_path, monkeypatch):
     """With the pretrained weights at full depth only early exits' own are trained, from a network
     or from such weights; under all blocks the network is."""
@@ -862,6 +863,7 @@ def test_elastic_warm_up_draws_a_depth_a_sample_and_resumes(tiny_dit, tiny_image
         finetune(tiny_dit, tiny_images, Diffusion(), ElasticDepths(4, 1000, 2), config, tmp_path)
 
 
+@pytest.mark.thorough
 def test_one_elastic_network_serves_every_depth_better_than_the_pretrained(tiny_dit, tiny_images):
     torch.manual_seed(0)
     shape = tiny_dit.config

@@ -530,6 +530,7 @@ def test_without_a_home_the_cache_is_a_folder_for_temporary_files(monkeypatch, t
     assert cache_dir().as_posix() == "/home/someone/.cache/asesearch"
 
 
+@pytest.mark.thorough
 def test_a_folder_is_sent_to_another_process_as_a_few_arrays(tmp_path):
     """A path an image would take half a minute of ImageNet's, for each process that reads."""
     root = tmp_path / "many"

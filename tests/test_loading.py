@@ -69,7 +69,7 @@ def is_running(pid):
 # -- reading ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("num_workers", [0, 1, 2])
+@pytest.mark.parametrize("num_workers", [0, pytest.param(1, marks=pytest.mark.thorough), 2])
 @pytest.mark.parametrize("count", [0, 1, 7])
 def test_values_come_in_the_order_of_their_keys(num_workers, count):
     keys = range(5, 5 + count)

@@ -367,6 +367,7 @@ def test_prompts_and_labels_are_no_substitute_for_each_other(imagenet):
         LatentShards(imagenet / "latents").conditions([0])
 
 
+@pytest.mark.thorough
 def test_a_plan_counts_the_decoding(imagenet):
     plan = make_plan(Workbench(imagenet_study(imagenet)))
     assert plan.decode_s > 0 and plan.trial_s > 2 * plan.train_step_s + 14 * plan.decode_s

@@ -41,6 +41,7 @@ def largest_difference(a, b):
     return float((a - b).abs().max() / b.abs().max())
 
 
+@pytest.mark.thorough
 @torch.no_grad()
 @pytest.mark.parametrize(("cls", "args"), [(DiT, {**TINY_DIT, "depth": 28}), (UViT, UVIT)])
 def test_all_blocks_and_depths_share_one_graph(cls, args, only_traced):

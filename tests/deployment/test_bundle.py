@@ -112,6 +112,7 @@ def test_early_exits_with_weights_of_their_own(bundle, tmp_path, monkeypatch):
     assert "weights of their own" in checks[1].found
 
 
+@pytest.mark.thorough
 def test_a_bundle_of_a_compiled_study_samples_compiled(bundle, tmp_path, only_traced):
     how = bundle.sampling.model_copy(update={"compile": True})
     loaded = load_bundle(write_bundle(replace(bundle, sampling=how), tmp_path / "bundle"))

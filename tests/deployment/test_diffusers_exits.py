@@ -370,6 +370,7 @@ def test_an_exported_pipeline_samples_as_its_bundle(tmp_path, solver):
     assert gap(one_set, expected) > 1e-2
 
 
+@pytest.mark.thorough
 def test_an_exported_pipeline_is_verified_with_both(tmp_path):
     folder = formats.write(own_bundle(), tmp_path / "made", "diffusers")
     checks = verify(folder)

@@ -277,6 +277,7 @@ def test_depths_that_a_sampler_never_asks_for_make_no_other_point():
     assert pool.rows.tolist() == [list(r) for r in rows]
 
 
+@pytest.mark.thorough
 def test_several_samplers_compete():
     samplers = {Sampler("ddim", 15): CALLS, Sampler("ddim", 8): CALLS[::2]}
     space = Space(DEPTH, tuple(samplers), CHAIN, 10)

@@ -305,6 +305,7 @@ def test_same_observations_same_model_in_any_order():
 # -- large studies -------------------------------------------------------------------------------
 
 
+@pytest.mark.thorough
 def test_a_large_study_is_fitted_to_a_part_and_believes_all_of_it(monkeypatch):
     """Hyperparameters of a part lie near those of all; the posterior takes every observation."""
     rng = np.random.default_rng(0)

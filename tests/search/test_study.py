@@ -359,6 +359,7 @@ def test_every_field_that_may_change_exists():
             assert field in fields[names[section]]["properties"]
 
 
+@pytest.mark.thorough
 def test_weights_off_the_front_are_deleted_and_the_full_networks_kept(tmp_path):
     study, _ = run(make_config(num_trials=8), tmp_path)
     results = study.results()
@@ -376,6 +377,7 @@ def test_weights_off_the_front_are_deleted_and_the_full_networks_kept(tmp_path):
     )
 
 
+@pytest.mark.thorough
 def test_weights_of_a_study_of_flops_are_kept_by_them(tmp_path):
     """Whatever the latency tables say, of which it may have several."""
 
@@ -439,6 +441,7 @@ def test_a_warm_start_that_is_enqueued_by_hand_is_that_warm_start(tmp_path):
     assert study.results().full.number == 3
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("threshold", [0.0, 1.0])
 def test_a_full_network_that_an_earlier_release_took_for_a_proposal(
     tmp_path, monkeypatch, threshold
@@ -538,6 +541,7 @@ def test_non_dominated_against_brute_force():
     assert non_dominated(points) == [0, 1, 4, 6]
 
 
+@pytest.mark.thorough
 # two threads share one list of filters
 @pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning")
 def test_reading_while_another_thread_searches(tmp_path):
@@ -572,6 +576,7 @@ LADDER = {
 }
 
 
+@pytest.mark.thorough
 def test_a_schedule_that_is_held_without_a_trial_is_proposed_once(tmp_path):
     """As the full network's is while a worker tunes it during the warm-up; by the formula it is the
     best there is under any sampler."""
@@ -781,6 +786,7 @@ def test_the_difficulty_proposers_own_return_is_the_judgement(tmp_path):
         assert r.low_fidelity.quality == before.low_fidelity.quality and r.number > before.number
 
 
+@pytest.mark.thorough
 def test_a_space_of_stopped_schedules_ends_the_search(tmp_path, monkeypatch, caplog):
     """Stopped again and again is nothing new: the search must not go round for ever."""
     monkeypatch.setattr("asesearch.search.runner.MAX_REFUSED_IN_A_ROW", 15)
@@ -793,6 +799,7 @@ def test_a_space_of_stopped_schedules_ends_the_search(tmp_path, monkeypatch, cap
     assert 4 <= len(study.records()) == len(bench.low_tried) <= 6 and len(bench.tried) < 6
 
 
+@pytest.mark.thorough
 def test_the_rest_of_a_trials_time_is_kept_when_it_comes_again(tmp_path):
     """What was spent beside the parts: of the stopped trial and of the one in its place,
     together."""

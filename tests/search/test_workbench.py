@@ -371,6 +371,7 @@ def test_a_cache_saves_block_calls_of_a_u_vit_as_of_a_dit(make_bench, tmp_path):
     assert bench.costs.fracs(shallow)[2] == pytest.approx((4 + 1) / 7)
 
 
+@pytest.mark.thorough
 def test_caches_of_one_part_share_a_latency_table(make_bench, tmp_path):
     names = ["ddim-4+cache-block-0.5", "ddim-4+cache-block-0.1", "dpm++2m-2+cache-mlp-0.1"]
     bench = make_bench(run_dir=tmp_path / "run", search={"samplers": names})

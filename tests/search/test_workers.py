@@ -145,6 +145,7 @@ def test_a_second_worker_goes_on_beside_a_long_trial_of_the_full_network(
     assert len(re.findall(r"waiting for trial \d", caplog.text)) <= 2
 
 
+@pytest.mark.thorough
 def test_a_worker_waits_where_all_that_is_left_is_in_anothers_hands(tmp_path, no_weights, caplog):
     config = make_config(SHORT, num_intervals=1, warm_start=[], num_trials=6)  # the whole space
 
@@ -224,6 +225,7 @@ def test_a_worker_lives_as_long_as_it_holds_its_lock(tmp_path):
     assert others.alive(worker.mark, 0) is False and others.at_work() == []
 
 
+@pytest.mark.thorough
 def test_a_worker_under_another_kernel_is_judged_by_its_signs(tmp_path, monkeypatch):
     monkeypatch.setattr(workers, "GRACE_S", 0.3)
     worker = Worker(tmp_path)
@@ -337,6 +339,7 @@ def test_a_worker_taken_for_dead_keeps_its_score(tmp_path, kind):
 FITS = {"depth at data": 5, "depth at noise": 4, "between 1": 0.0, "between 2": 0.0}
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     ("change", "why"),
     [
@@ -652,6 +655,7 @@ def confirmed_points(run_dir):
     return [line for line in paid(run_dir) if line.startswith("confirmation")]
 
 
+@pytest.mark.thorough
 def test_workers_share_the_confirmation_out(tmp_path, no_weights):
     study, _ = searched(tmp_path)
     done = []
@@ -712,6 +716,7 @@ def test_what_a_dead_worker_was_confirming_is_left_to_the_next(tmp_path, no_weig
     assert len(found) == 4 and Counter(confirmed_points(tmp_path)).most_common(1)[0][1] == 2
 
 
+@pytest.mark.thorough
 def test_a_confirmation_of_another_point_than_its_trials_is_left_out(tmp_path, no_weights, caplog):
     """As after an older storage was restored, whose trials went on in another way."""
     study, bench = searched(tmp_path)
@@ -736,6 +741,7 @@ def test_a_confirmation_of_another_point_than_its_trials_is_left_out(tmp_path, n
     assert len(confirmed_points(tmp_path)) == len(before) + 1  # the others are taken as they are
 
 
+@pytest.mark.thorough
 def test_confirmations_under_other_settings_are_kept_for_when_these_return(
     tmp_path, no_weights, caplog
 ):
@@ -759,6 +765,7 @@ def test_confirmations_under_other_settings_are_kept_for_when_these_return(
     assert confirm(study, SharedBench(tmp_path, config=config)) == after
 
 
+@pytest.mark.thorough
 def test_further_training_seeds_are_trained_beside_what_is_confirmed(tmp_path, no_weights):
     study, bench = searched(tmp_path)
     before = confirm(study, bench)
@@ -778,6 +785,7 @@ def test_further_training_seeds_are_trained_beside_what_is_confirmed(tmp_path, n
     assert confirm(study, bench) == after and len(confirmed_points(tmp_path)) == 3 * len(before)
 
 
+@pytest.mark.thorough
 def test_a_kill_between_training_seeds_loses_none_that_was_scored(tmp_path, no_weights):
     sections = {"confirm": {**SHORT["confirm"], "training_seeds": 3}}
     study, bench = searched(tmp_path, **sections)
@@ -801,6 +809,7 @@ def test_a_kill_between_training_seeds_loses_none_that_was_scored(tmp_path, no_w
     assert found[0].retrained[0] == full.retrained[0] and len(found[0].retrained) == 2
 
 
+@pytest.mark.thorough
 def test_a_training_seed_that_diverges_is_on_record_and_stops_nothing(tmp_path, no_weights, caplog):
     sections = {"confirm": {**SHORT["confirm"], "training_seeds": 3}}
     study, bench = searched(tmp_path, **sections)
@@ -893,6 +902,7 @@ def test_a_point_without_memory_is_named_and_confirmed_by_the_next_run(
     assert dict(tries) == {full.number: 2}
 
 
+@pytest.mark.thorough
 def test_the_one_file_of_earlier_releases_is_read(tmp_path, no_weights):
     study, bench = searched(tmp_path)
     made = confirm(study, bench)
@@ -1040,6 +1050,7 @@ def test_wall_time_is_the_union_of_all_workers_times(tmp_path):
     assert worked_s(tmp_path) == 138
 
 
+@pytest.mark.thorough
 def test_time_in_which_a_worker_was_stopped_does_not_count(tmp_path, monkeypatch):
     monkeypatch.setattr(workers, "PAUSE_S", 0.5)
     worker = Worker(tmp_path)

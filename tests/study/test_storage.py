@@ -179,6 +179,7 @@ def test_a_forgotten_storage_is_the_one_on_record(tmp_path, monkeypatch):
     assert len(bench.tried) == 1 and len(third.records()) == 4
 
 
+@pytest.mark.thorough
 def test_a_relative_storage_is_found_from_any_working_directory(tmp_path, monkeypatch):
     (tmp_path / "a").mkdir()
     (tmp_path / "b").mkdir()

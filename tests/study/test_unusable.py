@@ -122,6 +122,7 @@ def test_a_url_that_is_not_utf_8_is_refused_without_its_password():
         assert "s3cret" not in str(no.value) and str(no.value).isprintable()
 
 
+@pytest.mark.thorough
 def test_a_study_saved_by_an_editor_with_a_byte_order_mark_is_read(tmp_path):
     config = begun(tmp_path)
     path = tmp_path / "study.json"
