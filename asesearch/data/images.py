@@ -19,14 +19,11 @@ from asesearch.data.folder import (
     CLASSES_FILE,
     ClassMap,
     Files,
-    are_splits,
     class_folders,
     class_indices,
-    label_tables,
     list_folder,
-    shuffled_numbers,
-    wrapped,
 )
+from asesearch.data.layouts import are_splits, label_tables, shuffled_numbers, wrapped
 from asesearch.data.pixels import UnreadableImage, read_pixels
 from asesearch.data.sources import mirrored
 from asesearch.errors import DataError
